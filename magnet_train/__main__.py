@@ -1,0 +1,53 @@
+"""The verbs, nothing else. Each is imported when it is called, so that --help answers at once."""
+
+import sys
+
+VERBS = {
+    "fit": "train; without options the embedded demo",
+    "validate": "compute the validation metrics of a checkpoint",
+    "test": "the same on the test split",
+    "predict": "generate audio for every caption of a split",
+    "tokenize": "turn a folder of audio and captions into code shards",
+    "generate": "turn prompts into audio files",
+}
+
+
+def usage() -> str:
+    """What `--help` prints."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {text}" for name, text in VERBS.items())
+    return f"usage: python -m magnet_train VERB [options]\n\n{verbs}\n\n`VERB --help` lists a verb's options."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0 done, 1 failed, 2 the user's mistake."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from magnet_train import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] not in VERBS:
+        print(f"error: no verb {argv[0]!r}; choose one of {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+
+    from magnet_train.errors import UserError
+
+    try:
+        from magnet_train import cli
+
+        cli.run(argv[0], argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,370 @@
+"""The verbs' work: LightningCLI for training and its like, plain functions for the rest."""
+
+import errno
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from magnet_train.assets import conf_path
+from magnet_train.errors import UserError
+
+LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
+
+
+def run(verb: str, args: list[str]) -> None:
+    """Run a verb with its options.
+
+    Raises:
+        UserError: for every mistake in the options, the files they name, or the room left on the disk.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns at every fork of a loader
+    try:
+        if verb in LIGHTNING_VERBS:
+            _run_lightning(verb, args)
+        elif verb == "tokenize":
+            _run_tokenize(args)
+        elif verb == "generate":
+            _run_generate(args)
+    except OSError as error:
+        remedies = {
+            errno.ENOSPC: "the disk is full: free some space, then run the same command again",
+            errno.EDQUOT: "your quota is used up: free some space, then run the same command again",
+            errno.EACCES: "no permission to write there: choose another folder",
+            errno.EROFS: "the file system is read-only: choose another folder",
+        }
+        if error.errno not in remedies:
+            raise
+        raise UserError(f"{error.filename or 'output'}: {remedies[error.errno]}") from error
+
+
+# --- fit, validate, test, predict ---------------------------------------------------------------------------------
+
+
+@lru_cache
+def _codec_facts(name: str) -> Any:
+    from magnet_train.codec import load_codec
+
+    return load_codec(name).facts
+
+
+@lru_cache
+def _text_dim(name: str) -> int:
+    from magnet_train.conditioning import load_text_encoder
+
+    return load_text_encoder(name).dim
+
+
+def _run_lightning(verb: str, args: list[str]) -> None:
+    import warnings
+
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
+    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    from magnet_train.callbacks.averaging import WeightEMA
+    from magnet_train.callbacks.generation import GenerationCallback, PredictionWriter
+    from magnet_train.data.datamodule import MagnetDataModule
+    from magnet_train.module import MagnetModule
+
+    class Parser(LightningArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> Any:
+            cause: BaseException | None = ex
+            while cause is not None:  # a dataclass that refuses its values, wrapped by the parser
+                if isinstance(cause, UserError):
+                    raise cause
+                cause = cause.__cause__ or cause.__context__
+            raise UserError(_one_line(message)) from ex
+
+    class MagnetCLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.link_arguments("model.crop_s", "data.crop_s")
+            parser.link_arguments("model.codec", "data.codec")
+            parser.link_arguments("seed_everything", "data.seed")
+            parser.link_arguments("seed_everything", "model.seed")
+            codec, text = "model.codec", "model.text_encoder"
+            parser.link_arguments(codec, "model.network.num_codebooks", lambda n: _codec_facts(n).num_codebooks)
+            parser.link_arguments(codec, "model.network.codebook_size", lambda n: _codec_facts(n).codebook_size)
+            parser.link_arguments(text, "model.network.text_dim", _text_dim)
+            parser.add_lightning_class_args(GenerationCallback, "generation")
+            parser.add_lightning_class_args(WeightEMA, "averaging")
+            parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+            parser.set_defaults(
+                {"checkpoint.save_last": True, "checkpoint.filename": "{step:07d}", "checkpoint.save_on_exception": False}
+            )
+
+        def before_instantiate_classes(self) -> None:
+            config = self.config[self.subcommand]
+            self.run_folder = _writable_folder(Path(config.trainer.default_root_dir or "runs/run"))
+            config.trainer.default_root_dir = str(self.run_folder)
+            if config.checkpoint.dirpath is None:
+                config.checkpoint.dirpath = str(self.run_folder / "checkpoints")
+            if config.get("ckpt_path") not in (None, "last", "best", "hpc", "registry") and not Path(
+                config.ckpt_path
+            ).is_file():
+                raise UserError(f"--ckpt_path {config.ckpt_path}: no such checkpoint; `last` takes the newest of the run")
+
+        def fit(self, model: Any, **kwargs: Any) -> None:
+            """Validate the untrained model, train, and sum up."""
+            start = time.monotonic()
+            generation = self.config_init.fit.generation
+            before: dict[str, float] = {}
+            seconds: dict[str, float] = {}
+            if generation.at_start and not kwargs.get("ckpt_path") and not self.trainer.fast_dev_run:
+                before = dict(self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)[0])
+                seconds["validation before training"] = time.monotonic() - start
+            start = time.monotonic()
+            self.trainer.fit(model, **kwargs)
+            spent = generation.seconds
+            seconds["validation in training"] = spent
+            seconds["training"] = time.monotonic() - start - spent
+            if self.trainer.is_global_zero:
+                self._sum_up(before, seconds)
+
+        def _sum_up(self, before: dict[str, float], seconds: dict[str, float]) -> None:
+            generation = self.config_init.fit.generation
+            after = {k: v.item() for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
+            best = self.trainer.checkpoint_callback
+            summary = {
+                "metrics": {k: {"before": before.get(k), "after": after[k]} for k in sorted(after)},
+                "audio": [str(p) for p in generation.audio],
+                "checkpoint": str(getattr(best, "last_model_path", "") or getattr(best, "best_model_path", "")),
+                "pictures": [str(p) for p in generation.pictures],
+                "seconds": {k: round(v, 1) for k, v in seconds.items()},
+            }
+            _write_json(self.run_folder / "summary.json", summary)
+            print(_summary_text(summary, self.run_folder))
+
+    if not any(a == "--config" or a.startswith(("--config=", "-c")) for a in args) and "--help" not in args:
+        args = ["--config", str(conf_path("demo.yaml")), *args]
+        print(f"no --config given: using the embedded default, {args[1]}")
+    argv, sys.argv = sys.argv, [sys.argv[0], verb, *args]
+    try:
+        MagnetCLI(
+            MagnetModule,
+            MagnetDataModule,
+            parser_class=Parser,
+            seed_everything_default=2036,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "callbacks": [LearningRateMonitor("step"), PredictionWriter()],
+                "use_distributed_sampler": False,  # the data module deals out items itself, each exactly once
+            },
+        )
+    except (RuntimeError, FileNotFoundError, ValueError) as error:
+        _explain(error)
+        raise
+    finally:
+        sys.argv = argv
+
+
+def _one_line(message: str) -> str:
+    """The parser's message without its line breaks and the long way it came."""
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+    return " ".join(dict.fromkeys(lines))[:600]
+
+
+def _explain(error: Exception) -> None:
+    """Turn Lightning's errors about files the user named into one line.
+
+    Raises:
+        UserError: if it is such an error.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            raise cause
+        cause = cause.__cause__
+    text = str(error)
+    for sign in ("PytorchStreamReader", "Error(s) in loading state_dict", "checkpoint", "Weights only load failed"):
+        if sign in text and ("load" in text.lower() or "reader" in text.lower()):
+            raise UserError(f"--ckpt_path: {text.splitlines()[0][:300]}; choose another checkpoint") from error
+
+
+def _writable_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"run folder {folder}: cannot be written ({error.strerror}); set --trainer.default_root_dir to another"
+        ) from error
+    return folder
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.with_suffix(".tmp").write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _summary_text(summary: dict[str, Any], run_folder: Path) -> str:
+    """The summary as people read it; rates by mask rate and intervals stay in the JSON."""
+    lines = ["", f"run folder  {run_folder}", f"checkpoint  {summary['checkpoint']}"]
+    for name in ("audio", "pictures"):
+        if summary[name]:
+            folder = Path(summary[name][0]).parent
+            lines.append(f"{name:<11} {len(summary[name])} files in {folder}, e.g. {Path(summary[name][0]).name}")
+    lines += ["", f"{'metric':<44}{'before':>10}{'after':>10}"]
+    for key, pair in summary["metrics"].items():
+        if "/rate" not in key and not key.endswith("_ci95"):
+            before = "" if pair["before"] is None else f"{pair['before']:.4g}"
+            lines.append(f"{key:<44}{before:>10}{pair['after']:>10.4g}")
+    lines += ["", "  ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items())]
+    return "\n".join(lines)
+
+
+# --- tokenize, generate -------------------------------------------------------------------------------------------
+
+
+def _parser(verb: str, description: str) -> Any:
+    from jsonargparse import ArgumentParser
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> Any:
+            if isinstance(ex, UserError):
+                raise ex
+            raise UserError(_one_line(message)) from ex
+
+    parser = Parser(prog=f"python -m magnet_train {verb}", description=description)
+    parser.add_argument("--config", action="config", help="YAML file with any of these options; repeatable.")
+    return parser
+
+
+def _run_tokenize(args: list[str]) -> None:
+    from magnet_train.data.shards import TokenizeOptions, tokenize
+
+    parser = _parser("tokenize", "Turn a folder of audio with captions into code shards.")
+    parser.add_argument("input", type=Path, help="Folder of audio files with .txt or .json captions, or a manifest.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder for the shards.")
+    parser.add_class_arguments(TokenizeOptions, nested_key=None, as_group=False)
+    config = parser.parse_args(args)
+    values = {k: v for k, v in vars(config).items() if k not in ("input", "out", "config")}
+    tokenize(config.input, config.out, TokenizeOptions(**values))
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What `generate` makes of prompts."""
+
+    prompt: list[str] = field(default_factory=list)
+    """Captions, one file each; "" generates without text."""
+    prompts_file: Path | None = None
+    """Text file with one caption a line, added to --prompt."""
+    out: Path = Path("generated")
+    """Folder for the audio files."""
+    checkpoint: str = "demo"
+    """Release folder, hub id, checkpoint, run folder, or "demo" for the shipped model."""
+    seed: int = 0
+    """Seed of the first variation of each prompt; the next has the next seed."""
+    variations: int = 1
+    """Files made of each prompt."""
+    duration_s: float | None = None
+    """Length in seconds; as trained if not given."""
+    continue_from: Path | None = None
+    """Audio file whose beginning every result keeps and continues."""
+    continue_s: float = 3.0
+    """Seconds of --continue_from that are kept."""
+    format: str = "wav"
+    """wav or flac."""
+    pictures: bool = True
+    """Whether a spectrogram with the order of unmasking is written beside each file."""
+    batch_size: int = 4
+    """Files decoded together; changes nothing but speed and memory."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
+
+
+def _run_generate(args: list[str]) -> None:
+    from magnet_train.decoding import DecodingConfig
+
+    parser = _parser("generate", "Turn prompts into audio files, each with a JSON that says how to make it again.")
+    parser.add_class_arguments(GenerateOptions, nested_key=None, as_group=False)
+    # Unset = as the checkpoint says, so the defaults of the class are not those of the command.
+    parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
+    parser.set_defaults({f"decoding.{k}": None for k in asdict(DecodingConfig())}) if False else None
+    config = parser.parse_args(args)
+    given = {a.split("=")[0].removeprefix("--decoding.") for a in args if a.startswith("--decoding.")}
+    decoding = {k: v for k, v in vars(config.decoding).items() if k in given}
+    options = GenerateOptions(**{k: v for k, v in vars(config).items() if k not in ("decoding", "config")})
+    for path in generate(options, decoding):
+        print(path)
+
+
+def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
+    """Audio files for all prompts and variations; `decoding` replaces settings of the checkpoint.
+
+    Raises:
+        UserError: if there is no prompt, or any option does not hold.
+    """
+    prompts = list(options.prompt)
+    if options.prompts_file is not None:
+        try:
+            prompts += [line.strip() for line in options.prompts_file.read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts_file {options.prompts_file}: unreadable ({error})") from error
+    if not prompts:
+        raise UserError("no prompt: give --prompt TEXT or --prompts_file FILE (one caption a line)")
+    if options.format not in ("wav", "flac"):
+        raise UserError(f"--format {options.format}: choose wav or flac")
+    if options.variations < 1 or options.batch_size < 1:
+        raise UserError("--variations and --batch_size must be at least 1")
+    _writable_folder(options.out)
+
+    import torch
+    from tqdm import tqdm
+
+    from magnet_train.audio_files import recognisable_name, write_audio, write_picture
+    from magnet_train.generator import load
+
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    generator = load(options.checkpoint, device)
+    settings = type(generator.decoding)(**(asdict(generator.decoding) | decoding))
+    start_codes = None
+    if options.continue_from is not None:
+        from magnet_train.data.audio import read_audio
+
+        facts = generator.codec.facts
+        wav = torch.from_numpy(read_audio(options.continue_from, facts.sample_rate, facts.channels))
+        wav = wav[:, : round(options.continue_s * facts.sample_rate)]
+        start_codes = generator.codec.encode(wav[None].to(device))
+    jobs = [(prompt, options.seed + i) for prompt in prompts for i in range(options.variations)]
+    written = []
+    with tqdm(total=len(jobs), unit="file", disable=len(jobs) == 1) as bar:
+        for seed in sorted({s for _, s in jobs}):
+            same_seed = [p for p, s in jobs if s == seed]
+            for first in range(0, len(same_seed), options.batch_size):
+                batch = same_seed[first : first + options.batch_size]
+                begin = None if start_codes is None else start_codes.expand(len(batch), -1, -1)
+                result = generator.generate(
+                    batch, seed, duration_s=options.duration_s, decoding=settings, prompt_codes=begin
+                )
+                for i, prompt in enumerate(batch):
+                    about = {
+                        "prompt": prompt,
+                        "seed": seed,
+                        "duration_s": result.wav.shape[-1] / result.sample_rate,
+                        "checkpoint": options.checkpoint,
+                        "decoding": asdict(settings),
+                        "codec": generator.codec.facts.to_dict(),
+                        "continue_from": None if options.continue_from is None else str(options.continue_from),
+                        "continue_s": None if options.continue_from is None else options.continue_s,
+                        "model": generator.about,
+                    }
+                    path = options.out / f"{recognisable_name(prompt, seed)}.{options.format}"
+                    wav = result.wav[i].T.cpu().numpy()
+                    write_audio(path, wav, result.sample_rate, about)
+                    if options.pictures:
+                        title = {prompt or "(no text)": wav.mean(1)}
+                        write_picture(path.with_suffix(".png"), title, result.sample_rate, result.order[i].cpu().numpy())
+                    written.append(path)
+                    bar.update()
+    return written

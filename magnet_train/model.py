@@ -1,0 +1,210 @@
+"""The transformer: codes, a stage and text in, logits of the stage's codebook out.
+
+- one network for all stages; embeddings and heads are stacked over the K codebooks, and a stage is an index
+- the codes of a frame are embedded and summed; codebooks above the stage hold the mask id
+- stage 0 attends to all frames, the others to `context` frames on each side (MAGNeT, Sec. 3.3)
+- every block attends to the text; an example without text gets nothing from it, exactly
+- pre-norm, GELU, no biases but in the norms and the text projection; sinusoidal positions, added once in float32
+- no dropout
+
+Shapes: b examples, k codebooks, t frames, c entries of a codebook, d width, s text tokens, h heads.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from magnet_train.attention import text_attention, windowed_attention
+from magnet_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class MagnetConfig:
+    """What decides the network's shape. `num_codebooks`, `codebook_size` and `text_dim` follow codec and text encoder."""
+
+    dim: int = 1024
+    """Width of the transformer, in channels."""
+    num_heads: int = 16
+    """Attention heads; must divide `dim`."""
+    num_layers: int = 24
+    """Transformer blocks."""
+    num_codebooks: int = 4
+    """K, codebooks of the codec, thus stages."""
+    codebook_size: int = 2048
+    """Entries of one codebook; the mask id is one more."""
+    text_dim: int = 768
+    """Width of the text encoder's states, in channels."""
+    context: int = 5
+    """Frames visible on each side in stages 1 and up; -1 = all frames."""
+    ffn_ratio: int = 4
+    """Width of the feed-forward layer, in multiples of `dim`."""
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or self.dim % 2:
+            raise UserError(f"dim={self.dim} must be even and divisible by num_heads={self.num_heads}")
+        if self.context < -1:
+            raise UserError(f"context={self.context}: give frames on each side (0 or more), or -1 for all frames")
+        for name in ("num_layers", "num_codebooks", "codebook_size", "text_dim", "ffn_ratio"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def mask_id(self) -> int:
+        """The extra id that stands for "to be predicted"."""
+        return self.codebook_size
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TextMemory:
+    """Keys and values of the text in every block, so that decoding computes them once.
+
+    keys, values: a list of `b h s d`, one a block. allowed: `b s` bool, True = a token of this caption.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    allowed: Tensor
+
+
+def sinusoidal_positions(num_frames: int, dim: int, device=None) -> Tensor:
+    """`t d` in float32: cosines in the first half of the channels, sines in the second.
+
+    Always float32: in bfloat16 frames beyond 256 would fall together.
+    """
+    half = dim // 2
+    frame = torch.arange(num_frames, dtype=torch.float32, device=device)[:, None]
+    channel = torch.arange(half, dtype=torch.float32, device=device)
+    phase = frame / 10_000 ** (channel / max(half - 1, 1))
+    return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, context: int, valid: Tensor | None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each b h t d
+        if context >= 0:
+            y = windowed_attention(q, k, v, context, valid)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if valid is None else _to_valid(valid))
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def _to_valid(valid: Tensor) -> Tensor:
+    """Keys that are no padding, for every query: `b t` -> `b 1 1 t`."""
+    return valid[:, None, None, :]
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def memory(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected text `b s d` -> keys and values, `b h s d` each."""
+        k, v = self.kv(text).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return k, v
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+        q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        return self.out(text_attention(q, k, v, allowed).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, config: MagnetConfig):
+        super().__init__()
+        self.self_norm = nn.LayerNorm(config.dim)
+        self.self_attention = SelfAttention(config.dim, config.num_heads)
+        self.cross_norm = nn.LayerNorm(config.dim)
+        self.cross_attention = CrossAttention(config.dim, config.num_heads)
+        self.ffn_norm = nn.LayerNorm(config.dim)
+        self.ffn_in = nn.Linear(config.dim, config.ffn_ratio * config.dim, bias=False)
+        self.ffn_out = nn.Linear(config.ffn_ratio * config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, context: int, valid: Tensor | None, text: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+        x = x + self.self_attention(self.self_norm(x), context, valid)
+        if text is not None:
+            x = x + self.cross_attention(self.cross_norm(x), *text)
+        return x + self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x))))
+
+
+class Magnet(nn.Module):
+    """MAGNeT's network (Sec. 3); a stage is the pass that predicts codebook `stage` from those below it."""
+
+    def __init__(self, config: MagnetConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.num_codebooks, config.codebook_size + 1, config.dim))
+        self.text_projection = nn.Linear(config.text_dim, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.out_norm = nn.LayerNorm(config.dim)
+        self.head = nn.Parameter(torch.empty(config.num_codebooks, config.codebook_size, config.dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The reference's initialisation (audiocraft `lm.py` `init_layer`, "gaussian" with "current" depth scaling).
+
+        Truncated normals of deviation 1/sqrt(fan in), inside block i divided by sqrt(2 (i + 1)). The packed
+        query/key/value projections are no modules there and keep torch's uniform default at every depth; the
+        text projection keeps its default too.
+        """
+        bound = self.config.dim**-0.5
+
+        def gaussian(weight: Tensor, fan_in: int, depth: int | None = None) -> None:
+            std = fan_in**-0.5 / math.sqrt(2 * (depth + 1) if depth is not None else 1)
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+        gaussian(self.embedding, self.config.dim)
+        gaussian(self.head, self.config.dim)
+        for depth, block in enumerate(self.blocks):
+            for packed in (block.self_attention.qkv, block.cross_attention.q, block.cross_attention.kv):
+                nn.init.uniform_(packed.weight, -bound, bound)
+            for linear in (block.self_attention.out, block.cross_attention.out, block.ffn_in, block.ffn_out):
+                # The reference scales by depth wherever a block's linear layer is initialised.
+                gaussian(linear.weight, linear.in_features, depth)
+
+    def remember(self, states: Tensor, allowed: Tensor) -> TextMemory:
+        """Text encoder's states `b s text_dim` and their mask `b s` (True = token) -> keys and values of every block."""
+        text = self.text_projection(states) * allowed[..., None].to(states.dtype)
+        pairs = [block.cross_attention.memory(text) for block in self.blocks]
+        return TextMemory([k for k, _ in pairs], [v for _, v in pairs], allowed)
+
+    def trunk(self, codes: Tensor, stage: int, text: TextMemory | None, valid: Tensor | None = None) -> Tensor:
+        """Features of every frame: `b k t` -> `b t d`.
+
+        Args:
+            codes: with the mask id where nothing is known; codebooks above `stage` should hold it everywhere.
+            stage: 0 … K-1; decides how far a frame may look.
+            text: from `remember`; None = no example has text, and no time is spent on it.
+            valid: `b t`, False = padding; None = no padding.
+        """
+        k, size = self.config.num_codebooks, self.config.codebook_size + 1
+        offset = torch.arange(k, device=codes.device)[:, None] * size
+        x = F.embedding(codes + offset, self.embedding.flatten(0, 1)).sum(1)  # b t d
+        x = (x.float() + sinusoidal_positions(codes.shape[2], self.config.dim, codes.device)).to(x.dtype)
+        context = -1 if stage == 0 else self.config.context
+        for i, block in enumerate(self.blocks):
+            x = block(x, context, valid, None if text is None else (text.keys[i], text.values[i], text.allowed))
+        return self.out_norm(x)
+
+    def logits(self, features: Tensor, stage: int) -> Tensor:
+        """`… d` -> `… c`: only the head of `stage` is computed, and only at the frames given."""
+        return F.linear(features, self.head[stage])
+
+    def forward(self, codes: Tensor, stage: int, text: TextMemory | None, valid: Tensor | None = None) -> Tensor:
+        """Logits of codebook `stage` at every frame: `b k t` -> `b t c`. Arguments as of `trunk`."""
+        return self.logits(self.trunk(codes, stage, text, valid), stage)

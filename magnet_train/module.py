@@ -1,0 +1,217 @@
+"""The LightningModule: mask, predict, log; nothing that another file already says."""
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from magnet_train.conditioning import TextEncoder, drop_captions, load_text_encoder
+from magnet_train.data.pipeline import Batch
+from magnet_train.errors import UserError
+from magnet_train.loss import MaskedLoss, masked_cross_entropy
+from magnet_train.masking import cosine_mask_rate, span_mask
+from magnet_train.metrics.fixed_masks import FixedMaskMetrics, fixed_span_mask
+from magnet_train.model import Magnet, MagnetConfig
+from magnet_train.schedule import cosine_factor, inverse_sqrt_factor
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule; the defaults are those published for the medium 30-second model."""
+
+    lr: float = 1e-4
+    """Highest learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's two running means, per update."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on every parameter."""
+    schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
+    """Course of the learning rate after warm-up; cosine ends at zero with the trainer's last step."""
+    warmup_steps: int = 4000
+    """Length of the linear warm-up, in optimizer steps."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.warmup_steps < 0 or self.weight_decay < 0:
+            raise UserError(
+                f"lr={self.lr}, warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}: "
+                "lr must be above 0, the others at least 0"
+            )
+        if self.schedule not in ("cosine", "inverse_sqrt", "constant"):
+            raise UserError(f"schedule={self.schedule}: choose cosine, inverse_sqrt or constant")
+
+
+def step_generator(seed: int, *place: int) -> torch.Generator:
+    """A generator for one place in the run (batch, rank …).
+
+    Masks and dropouts are a function of their place and not of what was drawn before, so that a resumed run
+    draws what the uninterrupted one would have, and a validation in between changes nothing.
+    """
+    digest = hashlib.sha256(repr((seed, *place)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class MagnetModule(L.LightningModule):
+    """MAGNeT's objective (Sec. 3): cross-entropy on the masked frames of one codebook at a time."""
+
+    def __init__(
+        self,
+        network: MagnetConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        codec: str = "demo",
+        text_encoder: str = "demo",
+        crop_s: float = 10.0,
+        span_len: int = 3,
+        guidance_dropout: float = 0.3,
+        seed: int = 2036,
+    ):
+        """What is trained and how.
+
+        Args:
+            network: Shape of the transformer; its codebooks and text width follow from codec and text encoder.
+            optimizer: AdamW and its schedule.
+            codec: "demo", a folder or a hub id of an EnCodec; must be the one the shards were made with.
+            text_encoder: "demo", a folder or a hub id of a transformers text encoder with its tokenizer.
+            crop_s: Length of what the model sees and generates, in seconds.
+            span_len: Length of masked spans, in frames; 3 frames are 60 ms at 50 Hz.
+            guidance_dropout: Share of examples trained without their caption, for classifier-free guidance, 0 to 1.
+            seed: Seed of weights, masks and dropouts.
+        """
+        super().__init__()
+        network = network or MagnetConfig()
+        optimizer = optimizer or OptimizerConfig()
+        if not 0 <= guidance_dropout <= 1:
+            raise UserError(f"guidance_dropout={guidance_dropout}: give a share from 0 to 1")
+        if span_len < 1:
+            raise UserError(f"span_len={span_len}: give at least 1 frame")
+        if crop_s <= 0:
+            raise UserError(f"crop_s={crop_s}: give a length in seconds above 0")
+        # Plain values, so that a checkpoint loads without unpickling classes of ours.
+        self.save_hyperparameters(
+            {
+                "network": asdict(network),
+                "optimizer": asdict(optimizer),
+                "codec": codec,
+                "text_encoder": text_encoder,
+                "crop_s": crop_s,
+                "span_len": span_len,
+                "guidance_dropout": guidance_dropout,
+                "seed": seed,
+            }
+        )
+        self.config, self.optimizer_config = network, optimizer
+        self.span_len, self.guidance_dropout, self.seed, self.crop_s = span_len, guidance_dropout, seed, crop_s
+        self.codec_name, self.text_encoder_name = codec, text_encoder
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = Magnet(network)
+        self.fixed_masks = FixedMaskMetrics(network.num_codebooks)
+        # In a tuple, so that the frozen encoder enters neither checkpoints nor the optimizer.
+        self._frozen: tuple[TextEncoder, ...] = ()
+
+    def setup(self, stage: str) -> None:
+        if not self._frozen:
+            self._frozen = (load_text_encoder(self.text_encoder_name),)
+        if self.text_encoder.dim != self.config.text_dim:
+            raise UserError(
+                f"text encoder {self.text_encoder_name!r} has states of width {self.text_encoder.dim}, but the network "
+                f"was built for text_dim={self.config.text_dim}: use the encoder it was trained with"
+            )
+        self.text_encoder.to(self.device)
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The frozen encoder of captions; loaded by `setup`."""
+        return self._frozen[0]
+
+    def stage_loss(self, batch: Batch, captions: list[str], stage: int, masked: Tensor) -> MaskedLoss:
+        """Loss of one stage under given masks.
+
+        Args:
+            batch: see there.
+            captions: as many; "" = without text.
+            stage: 0 … K-1.
+            masked: `b t`; padded frames are not counted, whatever it says there.
+        """
+        codes, valid = batch["codes"], batch["valid"]
+        mask_id = self.config.mask_id
+        asked = codes.clone()
+        asked[:, stage] = asked[:, stage].masked_fill(masked, mask_id)
+        asked[:, stage + 1 :] = mask_id
+        padded = not bool(valid.all())
+        if padded:
+            asked = asked.masked_fill(~valid[:, None], mask_id)
+        # Even with all captions dropped the text takes part, so that DDP finds a gradient for every parameter.
+        text = self.network.remember(*self.text_encoder(captions))
+        features = self.network.trunk(asked, stage, text, valid if padded else None)
+        masked = masked & valid
+        return masked_cross_entropy(self.network.logits(features[masked], stage), codes[:, stage], masked)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        count = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        # The stage is drawn alike on all ranks, masks and dropouts are not.
+        stage = int(torch.randint(self.config.num_codebooks, (1,), generator=step_generator(self.seed, count)))
+        generator = step_generator(self.seed, count, self.global_rank)
+        size, num_frames = batch["valid"].shape
+        rates = cosine_mask_rate(torch.rand(size, generator=generator))
+        masked = span_mask(rates, num_frames, self.span_len, generator).to(self.device)
+        captions = drop_captions(batch["captions"], self.guidance_dropout, generator)
+        loss = self.stage_loss(batch, captions, stage, masked)
+        mean = loss.mean()
+        accuracy = loss.correct.sum() / loss.count.sum().clamp(min=1)
+        self.log("train/loss", mean, prog_bar=True, batch_size=size)
+        self.log(f"train/ce/stage{stage}", mean.detach(), batch_size=size)
+        self.log(f"train/accuracy/stage{stage}", accuracy, batch_size=size)
+        return mean
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        num_frames = batch["valid"].shape[1]
+        for stage in range(self.config.num_codebooks):
+            masks, rates = zip(
+                *(fixed_span_mask(key, stage, num_frames, self.span_len) for key in batch["keys"]), strict=True
+            )
+            loss = self.stage_loss(batch, batch["captions"], stage, torch.stack(masks).to(self.device))
+            self.fixed_masks.update(stage, torch.tensor(rates, device=self.device), loss)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.fixed_masks.compute())
+        self.fixed_masks.reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            norms = [p.grad.norm() for p in self.network.parameters() if p.grad is not None]
+            self.log("train/grad_norm", torch.linalg.vector_norm(torch.stack(norms)))
+
+    def configure_optimizers(self) -> Any:
+        config = self.optimizer_config
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(),
+            lr=config.lr,
+            betas=tuple(config.betas),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        total = self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            if config.schedule == "cosine":
+                return cosine_factor(step, config.warmup_steps, int(total))
+            if config.schedule == "inverse_sqrt":
+                return inverse_sqrt_factor(step, config.warmup_steps)
+            return min(1.0, (step + 1) / max(config.warmup_steps, 1))
+
+        if config.schedule == "cosine" and not (math.isfinite(total) and total > config.warmup_steps):
+            raise UserError(
+                f"schedule=cosine with warmup_steps={config.warmup_steps} over {total} steps: "
+                "set --trainer.max_steps above the warm-up, or choose --model.optimizer.schedule inverse_sqrt"
+            )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}

@@ -1,0 +1,123 @@
+"""Writes tiny canonical components with transformers itself: EnCodec at its 32 kHz configuration, and T5.
+
+The files are of the published kind; only the widths are small and the weights random.
+
+    python tests/make_components.py FOLDER     # makes FOLDER/encodec and FOLDER/t5
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CORPUS = [
+    "a slow chorale for string quartet in G minor",
+    "a fast reel on the flute with guitar at 120 beats per minute",
+    "solo piano, a waltz by an unknown composer in D major",
+    "a dog barks while drums and organ play a quiet hymn",
+    "the quick brown fox jumps over the lazy dog 0123456789",
+]
+
+
+def make_codec(folder: Path, seed: int = 0, **changes: Any) -> Any:
+    """A narrow EncodecModel as `facebook/encodec_32khz` configures it: 50 Hz, 4 codebooks of 2048.
+
+    A fresh model's codebooks are zero, so they are filled with the latents of noise at falling scale: each code is
+    then near some input, and many entries are in use.
+
+    Args:
+        folder: Where `save_pretrained` writes; made if absent.
+        seed: Of the weights.
+        changes: Fields of EncodecConfig to differ.
+    """
+    from transformers import EncodecConfig, EncodecModel
+
+    settings: dict[str, Any] = {
+        "num_filters": 4,  # 64 as published; all else is as published
+        "sampling_rate": 32_000,
+        "audio_channels": 1,
+        "upsampling_ratios": [8, 5, 4, 4],
+        "codebook_size": 2048,
+        "hidden_size": 128,
+        "codebook_dim": 128,
+        "target_bandwidths": [2.2],
+        "norm_type": "weight_norm",
+        "use_causal_conv": False,
+        "use_conv_shortcut": False,
+        "pad_mode": "reflect",
+        "normalize": False,
+        "chunk_length_s": None,
+    }
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model: Any = EncodecModel(EncodecConfig(**(settings | changes))).eval()
+        config = model.config
+        noise = torch.randn(1, config.audio_channels, config.codebook_size // 4 * config.hop_length)
+        noise = noise * torch.linspace(0, 1, noise.shape[-1])
+        residual = model.encoder(noise)[0].T
+        for layer in model.quantizer.layers:
+            embed = layer.codebook.embed
+            picked = residual[torch.randint(len(residual), (len(embed),))]
+            embed.copy_(picked + 0.1 * residual.std() * torch.randn_like(embed))
+            residual = residual - embed[torch.cdist(residual, embed).argmin(1)]
+    model.save_pretrained(folder)
+    return model
+
+
+def make_tokenizer(folder: Path, with_vocabulary: bool = True) -> int:
+    """A T5 tokenizer trained in-process, saved as `tokenizer.json`; returns its number of tokens.
+
+    Args:
+        folder: Where `save_pretrained` writes; made if absent.
+        with_vocabulary: False leaves only the settings' file, as a careless copy does.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import T5Tokenizer
+
+    learner = Tokenizer(models.Unigram())
+    learner.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=160, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    learner.train_from_iterator(CORPUS, trainer)
+    pieces = [(piece, score) for piece, score in json.loads(learner.to_str())["model"]["vocab"]]
+    tokenizer = T5Tokenizer(vocab=pieces, model_max_length=512)
+    tokenizer.save_pretrained(folder)
+    if not with_vocabulary:
+        (folder / "tokenizer.json").unlink()
+    return len(tokenizer)
+
+
+def make_t5(folder: Path, seed: int = 0, with_vocabulary: bool = True, dim: int = 32) -> None:
+    """A tiny T5, encoder and decoder as published, with its tokenizer.
+
+    Args:
+        folder: Where `save_pretrained` writes; made if absent.
+        seed: Of the weights.
+        with_vocabulary: As in `make_tokenizer`.
+        dim: Width of the states.
+    """
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    size = make_tokenizer(folder, with_vocabulary)
+    settings: dict[str, Any] = {
+        "vocab_size": -(-size // 32) * 32,  # published T5 models pad their embeddings too: 32128 for 32100 tokens
+        "d_model": dim,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        T5ForConditionalGeneration(T5Config(**settings)).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    make_codec(Path(sys.argv[1]) / "encodec")
+    make_t5(Path(sys.argv[1]) / "t5")

@@ -1,0 +1,38 @@
+"""The window in blocks equals the window as a dense mask, forward and backward."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from magnet_train.attention import dense_window, text_attention, windowed_attention
+
+
+@pytest.mark.parametrize("context", [0, 1, 5, 40, 200])
+@pytest.mark.parametrize("num_frames", [1, 7, 64, 77])
+@pytest.mark.parametrize("padded", [False, True])
+def test_blocks_equal_the_dense_mask(context, num_frames, padded):
+    q, k, v = (torch.randn(2, 3, num_frames, 8, requires_grad=True) for _ in range(3))
+    valid = None
+    if padded:
+        valid = torch.arange(num_frames)[None] < torch.tensor([num_frames, max(1, num_frames // 2)])[:, None]
+    weight = torch.randn(2, 3, num_frames, 8)
+    if valid is not None:
+        weight = weight * valid[:, None, :, None]
+    fast = windowed_attention(q, k, v, context, valid)
+    slow = F.scaled_dot_product_attention(q, k, v, attn_mask=dense_window(num_frames, context, valid))
+    assert torch.allclose(fast * weight, slow * weight, atol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad((fast * weight).sum(), (q, k, v)),
+        torch.autograd.grad((slow * weight).sum(), (q, k, v)),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_null_caption_gives_exactly_nothing_and_padding_changes_nothing():
+    q, k, v = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4, 8)
+    allowed = torch.tensor([[True, True, False, False], [False] * 4])
+    out = text_attention(q, k, v, allowed)
+    assert (out[1] == 0).all() and not out.isnan().any()
+    alone = text_attention(q[:1], k[:1, :, :2], v[:1, :, :2], allowed[:1, :2])
+    assert torch.allclose(out[:1], alone, atol=1e-6)

@@ -1,0 +1,137 @@
+"""What a frame sees, what the stages share, and the reference's logits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from magnet_train.errors import UserError
+from magnet_train.model import Magnet, MagnetConfig, TextMemory, sinusoidal_positions
+
+FIXTURES = Path(__file__).parent / "fixtures" / "reference" / "lm_tiny"
+TINY = MagnetConfig(dim=32, num_heads=2, num_layers=3, codebook_size=16, text_dim=8, context=2)
+
+
+def frames_seen(model: Magnet, stage: int, frame: int, num_frames: int = 40) -> list[int]:
+    """Frames whose embedding moves the logits of `frame`, read off gradients."""
+    codes = torch.randint(16, (1, 4, num_frames))
+    seen: list[torch.Tensor] = []
+
+    def keep(module, args):
+        seen.append(args[0])
+        args[0].retain_grad()
+
+    handle = model.blocks[0].register_forward_pre_hook(keep)
+    model(codes, stage, None)[0, frame].sum().backward()
+    handle.remove()
+    return seen[0].grad[0].abs().sum(1).nonzero()[:, 0].tolist()
+
+
+def test_stage_0_sees_everything_and_later_stages_their_window():
+    model = Magnet(TINY)
+    assert frames_seen(model, 0, 20) == list(range(40))
+    reach = TINY.context * TINY.num_layers  # a window per layer
+    for stage in (1, 2, 3):
+        assert frames_seen(model, stage, 20) == list(range(20 - reach, 20 + reach + 1))
+
+
+def test_a_stage_cannot_see_codebooks_above_it_through_the_mask_id():
+    model = Magnet(TINY).eval()
+    codes = torch.randint(16, (2, 4, 30))
+    hidden = codes.clone()
+    hidden[:, 2:] = TINY.mask_id
+    other = codes.clone()
+    other[:, 2:] = TINY.mask_id
+    other[:, 3] = TINY.mask_id
+    assert torch.equal(model(hidden, 1, None), model(other, 1, None))
+
+
+def test_idle_heads_get_zero_gradients_not_none():
+    model = Magnet(TINY)
+    text = model.remember(torch.randn(1, 3, 8), torch.ones(1, 3, dtype=torch.bool))
+    model(torch.randint(16, (1, 4, 20)), 1, text).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert (model.head.grad[[0, 2, 3]] == 0).all() and (model.head.grad[1] != 0).any()
+
+
+def test_padding_and_neighbours_change_nothing():
+    model = Magnet(TINY).eval()
+    codes, text = torch.randint(16, (2, 4, 30)), torch.randn(2, 6, 8)
+    tokens = torch.arange(6)[None] < torch.tensor([[6], [2]])
+    valid = torch.arange(30)[None] < torch.tensor([[30], [17]])
+    codes[1, :, 17:] = TINY.mask_id
+    for stage in range(4):
+        both = model(codes, stage, model.remember(text, tokens), valid)
+        alone = model(codes[1:, :, :17], stage, model.remember(text[1:, :2], tokens[1:, :2]))
+        assert torch.allclose(both[1:, :17], alone, atol=1e-5)
+
+
+def test_no_text_equals_the_null_condition():
+    model = Magnet(TINY).eval()
+    codes = torch.randint(16, (2, 4, 30))
+    null = model.remember(torch.zeros(2, 1, 8), torch.zeros(2, 1, dtype=torch.bool))
+    assert torch.equal(model(codes, 2, None), model(codes, 2, null))
+
+
+def test_positions_stay_apart_in_low_precision():
+    far = sinusoidal_positions(1500, 64)
+    assert far.dtype == torch.float32 and (far[1400] - far[1401]).abs().max() > 1e-2
+    assert torch.allclose(far[7, 0], torch.tensor(7.0).cos()) and torch.allclose(far[7, 32], torch.tensor(7.0).sin())
+
+
+def reference_model() -> Magnet:
+    """The tiny reference model under our names."""
+    theirs = load_file(FIXTURES / "state_dict.safetensors")
+    names = {
+        "self_norm": "norm1", "cross_norm": "norm_cross", "ffn_norm": "norm2", "ffn_in": "linear1", "ffn_out": "linear2",
+        "self_attention.qkv.weight": "self_attn.in_proj_weight", "self_attention.out": "self_attn.out_proj",
+        "cross_attention.out": "cross_attention.out_proj",
+    }  # fmt: skip
+    ours = {
+        "embedding": torch.stack([theirs[f"emb.{k}.weight"] for k in range(4)]),
+        "head": torch.stack([theirs[f"linears.{k}.weight"] for k in range(4)]),
+    }
+    model = Magnet(MagnetConfig(dim=64, num_heads=4, num_layers=2, codebook_size=64, text_dim=768))
+    for key in model.state_dict():
+        if key in ours:
+            continue
+        if not key.startswith("blocks."):
+            name = key.replace("text_projection", "condition_provider.conditioners.description.output_proj")
+            ours[key] = theirs[name]
+            continue
+        layer, rest = key.split(".", 2)[1:]
+        if rest.startswith(("cross_attention.q.", "cross_attention.kv.")):
+            packed = theirs[f"transformer.layers.{layer}.cross_attention.in_proj_weight"]
+            ours[key] = packed[:64] if ".q." in rest else packed[64:]
+            continue
+        for mine, name in names.items():
+            rest = rest.replace(mine, name)
+        ours[key] = theirs[f"transformer.layers.{layer}.{rest}"]
+    model.load_state_dict(ours)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_logits_are_those_of_the_reference():
+    model, data = reference_model(), load_file(FIXTURES / "forward.safetensors")
+    tokens = data["cond.mask"].bool()
+    # The reference attends to padding too: zero keys that take their share of the softmax.
+    attended = tokens.any(1)[:, None].expand_as(tokens)
+    text = model.text_projection(data["cond.t5_hidden"]) * tokens[..., None]
+    pairs = [block.cross_attention.memory(text) for block in model.blocks]
+    memory = TextMemory([k for k, _ in pairs], [v for _, v in pairs], attended)
+    worst = 0.0
+    for num_frames in (37, 48, 50):
+        for stage in range(4):
+            case = f"T{num_frames}.stage{stage}"
+            difference = model(data[f"{case}.tokens"], stage, memory) - data[f"{case}.logits"]
+            worst = max(worst, difference.abs().max().item())
+    print(f"largest difference to the reference: {worst:.1e}")
+    assert worst < 2e-5
+
+
+@pytest.mark.parametrize("change", [{"dim": 30, "num_heads": 4}, {"context": -2}, {"num_layers": 0}])
+def test_impossible_shapes_are_named(change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        MagnetConfig(**change)
