@@ -64,7 +64,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
 
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
-    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+    from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from magnet_train.callbacks.averaging import WeightEMA
@@ -154,7 +154,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             load_from_checkpoint_support=False,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
-                "callbacks": [LearningRateMonitor("step"), PredictionWriter()],
+                "callbacks": [PredictionWriter()],
                 "use_distributed_sampler": False,  # the data module deals out items itself, each exactly once
             },
         )
@@ -288,10 +288,9 @@ def _run_generate(args: list[str]) -> None:
 
     parser = _parser("generate", "Turn prompts into audio files, each with a JSON that says how to make it again.")
     parser.add_class_arguments(GenerateOptions, nested_key=None, as_group=False)
-    # Unset = as the checkpoint says, so the defaults of the class are not those of the command.
     parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
-    parser.set_defaults({f"decoding.{k}": None for k in asdict(DecodingConfig())}) if False else None
     config = parser.parse_args(args)
+    # What is not given is as the checkpoint says, not as the class has it.
     given = {a.split("=")[0].removeprefix("--decoding.") for a in args if a.startswith("--decoding.")}
     decoding = {k: v for k, v in vars(config.decoding).items() if k in given}
     options = GenerateOptions(**{k: v for k, v in vars(config).items() if k not in ("decoding", "config")})

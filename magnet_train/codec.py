@@ -202,6 +202,10 @@ def _load(source: str, local_files_only: bool, name: str) -> Codec:
     from transformers import EncodecConfig, EncodecModel
 
     kind = EncodecConfig.get_config_dict(source, local_files_only=local_files_only)[0].get("model_type")
+    if kind == "magnet_train_spectral":
+        from magnet_train.spectral_codec import load_spectral_codec
+
+        return Codec(load_spectral_codec(Path(source)), name)
     if kind != "encodec":
         raise UserError(f"codec {name!r}: its config.json describes {kind!r}, not 'encodec'; choose an EnCodec")
     loaded: Any = EncodecModel.from_pretrained(

@@ -61,8 +61,8 @@ class MagnetModule(L.LightningModule):
 
     def __init__(
         self,
-        network: MagnetConfig | None = None,
-        optimizer: OptimizerConfig | None = None,
+        network: MagnetConfig = MagnetConfig(),  # noqa: B008  frozen, and jsonargparse reads the type
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         codec: str = "demo",
         text_encoder: str = "demo",
         crop_s: float = 10.0,
@@ -83,8 +83,6 @@ class MagnetModule(L.LightningModule):
             seed: Seed of weights, masks and dropouts.
         """
         super().__init__()
-        network = network or MagnetConfig()
-        optimizer = optimizer or OptimizerConfig()
         if not 0 <= guidance_dropout <= 1:
             raise UserError(f"guidance_dropout={guidance_dropout}: give a share from 0 to 1")
         if span_len < 1:
@@ -113,6 +111,7 @@ class MagnetModule(L.LightningModule):
         self.fixed_masks = FixedMaskMetrics(network.num_codebooks)
         # In a tuple, so that the frozen encoder enters neither checkpoints nor the optimizer.
         self._frozen: tuple[TextEncoder, ...] = ()
+        self._generator: Any = None
 
     def setup(self, stage: str) -> None:
         if not self._frozen:
@@ -186,9 +185,22 @@ class MagnetModule(L.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
             norms = [p.grad.norm() for p in self.network.parameters() if p.grad is not None]
             self.log("train/grad_norm", torch.linalg.vector_norm(torch.stack(norms)))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Any:
+        """Audio for every caption of a batch, each item with noise of its own."""
+        from magnet_train.codec import load_codec
+        from magnet_train.decoding import DecodingConfig
+        from magnet_train.generator import Generator
+
+        if self._generator is None:
+            codec = load_codec(self.codec_name).to(self.device)
+            decoding = DecodingConfig(span_len=self.span_len)
+            self._generator = Generator(self.network, codec, self.text_encoder, decoding, self.crop_s)
+        return self._generator.generate(batch["captions"], self.seed, batch["keys"])
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config

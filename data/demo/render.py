@@ -114,11 +114,13 @@ def main() -> None:
     parser.add_argument("--scores", type=Path, required=True, help="Folder that scores.py wrote.")
     parser.add_argument("--out", type=Path, required=True, help="Folder for the split folders.")
     parser.add_argument("--processes", type=int, default=1, help="Pieces rendered at the same time.")
+    parser.add_argument("--least_ql", type=float, default=32, help="Shortest score rendered, in quarter notes.")
     parser.add_argument("--limit", type=int, help="Render only so many pieces, spread over all.")
     args = parser.parse_args()
     table = json.loads((args.scores / "families.json").read_text())
     # Shuffled by name, so that the first hour is a fair sample of all.
-    names = sorted(table, key=lambda n: hashlib.sha256(n.encode()).digest())[: args.limit]
+    names = sorted(table, key=lambda n: hashlib.sha256(n.encode()).digest())
+    names = [n for n in names if table[n]["length_ql"] >= args.least_ql][: args.limit]
     jobs = [(args.scores / f"{n}.json", args.out, table[n]["split"], table[n]["family"]) for n in names]
     total = distinct = 0.0
     with multiprocessing.Pool(args.processes) as pool, tqdm(total=len(jobs), unit="piece") as bar:

@@ -130,7 +130,7 @@ class ResidualQuantizer(nn.Module):
         self.uses[k].mul_(self.decay).add_(uses, alpha=1 - self.decay)
         self.sums[k].mul_(self.decay).add_(sums, alpha=1 - self.decay)
         # `uses` averages to n / size per step; an entry far below its fair share is as good as dead.
-        dead = self.uses[k] < 0.05 * len(x) / size * self.min_uses
+        dead = self.uses[k] < 0.2 * len(x) / size * self.min_uses
         if dead.any():
             self.sums[k][dead] = x[torch.randint(len(x), (int(dead.sum()),))]
             self.uses[k][dead] = 1.0

@@ -1,0 +1,58 @@
+"""Audio files to waveforms at the codec's rate: wav, flac, ogg, mp3, any rate, any number of channels."""
+
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from magnet_train.errors import UserError
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif")
+
+
+def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
+    """The whole file as float32 `channels t`; mono is the mean of all channels, stereo of a mono file its copy.
+
+    Args:
+        path: of a file that libsndfile reads.
+        sample_rate: wanted, in Hz; resampled by soxr where the file's differs.
+        channels: wanted, 1 or 2.
+
+    Raises:
+        UserError: if the file is unreadable, empty, truncated, or holds NaN or infinite samples.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            promised, rate = file.frames, file.samplerate
+            wav = file.read(dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+        raise UserError(f"{path}: unreadable ({error}); convert or remove it") from error
+    if len(wav) == 0:
+        raise UserError(f"{path}: empty; remove it")
+    if len(wav) < promised:
+        raise UserError(f"{path}: truncated, {len(wav)} of {promised} samples; copy it again or remove it")
+    if not np.isfinite(wav).all():
+        raise UserError(f"{path}: holds NaN or infinite samples; repair or remove it")
+    if channels == 1:
+        wav = wav.mean(axis=1, keepdims=True)
+    elif wav.shape[1] != channels:
+        wav = np.repeat(wav.mean(axis=1, keepdims=True), channels, axis=1)
+    if rate != sample_rate:
+        wav = soxr.resample(wav, rate, sample_rate)
+    return np.ascontiguousarray(wav.T, dtype=np.float32)
+
+
+def duration_s(path: Path) -> float:
+    """Length in seconds by the header alone.
+
+    Raises:
+        UserError: if the file is unreadable or empty.
+    """
+    try:
+        info = soundfile.info(path)
+    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+        raise UserError(f"{path}: unreadable ({error}); convert or remove it") from error
+    if info.frames == 0:
+        raise UserError(f"{path}: empty; remove it")
+    return info.frames / info.samplerate

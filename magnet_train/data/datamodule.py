@@ -1,0 +1,127 @@
+"""Lightning's view of the shards."""
+
+from typing import Any
+
+import lightning.pytorch as L
+from torch.utils.data import DataLoader
+
+from magnet_train.assets import demo_path
+from magnet_train.codec import CodecFacts, load_codec
+from magnet_train.data.pipeline import EveryItemOnce, ShardSet, TrainingStream
+from magnet_train.errors import UserError
+
+
+class MagnetDataModule(L.LightningDataModule):
+    """Train, validation and test shards as loaders that deal out items to ranks themselves."""
+
+    def __init__(
+        self,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        batch_size: int = 8,
+        num_workers: int | None = None,
+        crop_s: float = 10.0,
+        codec: str = "demo",
+        seed: int = 2036,
+        predict_split: str = "test",
+    ):
+        """Where the shards are and how they are batched.
+
+        Args:
+            train: folder of training shards that `tokenize` made; the embedded demo's if none of the three is given.
+            validation: folder of validation shards.
+            test: folder of test shards.
+            batch_size: examples per batch on each device.
+            num_workers: loader processes per device; none given = 2, or as many as there are shards for.
+            crop_s: length of an example, in seconds; linked to the model's.
+            codec: codec that the shards must have been made with; linked to the model's.
+            seed: of order and crops.
+            predict_split: whose captions `predict` takes: train, validation or test.
+        """
+        super().__init__()
+        if batch_size < 1 or (num_workers is not None and num_workers < 0):
+            raise UserError(f"data: batch_size={batch_size} must be at least 1, num_workers={num_workers} at least 0")
+        if predict_split not in ("train", "validation", "test"):
+            raise UserError(f"data: predict_split={predict_split}: choose train, validation or test")
+        demo = train is None and validation is None and test is None
+        self.folders = {
+            name: str(demo_path(f"shards/{name}")) if demo else folder
+            for name, folder in (("train", train), ("validation", validation), ("test", test))
+        }
+        self.batch_size, self.num_workers, self.crop_s = batch_size, num_workers, crop_s
+        self.codec_name, self.seed, self.predict_split = codec, seed, predict_split
+        self._sets: dict[str, ShardSet] = {}
+        self._facts: CodecFacts | None = None
+
+    def shards(self, split: str) -> ShardSet:
+        """The shard set of a split, checked against the codec.
+
+        Raises:
+            UserError: if it is missing, or was made with another codec.
+        """
+        if split not in self._sets:
+            folder = self.folders[split]
+            if folder is None:
+                raise UserError(f"no {split} shards: give --data.{split} FOLDER (made with tokenize)")
+            found = ShardSet.open(folder)
+            facts = self._facts = self._facts or load_codec(self.codec_name).facts
+            made = found.index["codec"]
+            if made["hash"] != facts.hash:
+                raise UserError(
+                    f"{folder}: made with codec {made['id']!r} ({made['hash']}), but --model.codec {facts.id!r} is "
+                    f"{facts.hash}: tokenize again with it, or train with theirs"
+                )
+            self._sets[split] = found
+        return self._sets[split]
+
+    def num_items(self, split: str) -> int:
+        """Items in a split over all shards."""
+        return sum(self.shards(split).counts)
+
+    @property
+    def num_frames(self) -> int:
+        """Length of an example, in frames."""
+        facts = self._facts = self._facts or load_codec(self.codec_name).facts
+        return round(self.crop_s * facts.frame_rate)
+
+    def setup(self, stage: str) -> None:
+        """Opens the shards that the stage needs, so that mistakes show before any weight is loaded."""
+        needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}
+        for split in needed.get(stage, [self.predict_split]):
+            self.shards(split)
+
+    def train_dataloader(self) -> DataLoader:
+        found = self.shards("train")
+        trainer: Any = self.trainer
+        available = len(found.counts) // trainer.world_size
+        workers = min(2, available) if self.num_workers is None else self.num_workers
+        if max(1, workers) > available:
+            raise UserError(
+                f"{found.folder}: {len(found.counts)} shards for {trainer.world_size} ranks x {max(1, workers)} loader "
+                f"processes: set --data.num_workers {max(0, available - 1) and available}, use fewer devices, or tokenize "
+                "with a smaller --shard_size"
+            )
+        # Batches that are done, so that a resumed run goes on with the next.
+        start = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        stream = TrainingStream(
+            found, self.num_frames, self.batch_size, self.seed, trainer.global_rank, trainer.world_size, start
+        )
+        return DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+
+    def _once(self, split: str) -> DataLoader:
+        trainer: Any = self.trainer
+        workers = min(1, self.num_workers) if self.num_workers is not None else 0
+        items = EveryItemOnce(
+            self.shards(split), self.num_frames, self.batch_size, trainer.global_rank, trainer.world_size
+        )
+        return DataLoader(items, batch_size=None, num_workers=workers)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._once("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._once("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._once(self.predict_split)

@@ -1,0 +1,443 @@
+"""Audio with captions to shards of codes: list, plan, encode, write; resumable, and shared by several processes.
+
+The work is planned first: which crops go into which shard is a function of the input alone and is written down in
+`.plan.json`. A shard is written aside, flushed, and moved into place, so it is whole or absent. Processes, on one
+machine or several, claim a shard by locking a file; the lock dies with its holder. Who finishes last writes
+`index.json`, and only that makes the folder readable.
+"""
+
+import csv
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from magnet_train.data.audio import SUFFIXES, duration_s, read_audio
+from magnet_train.errors import UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """How audio becomes shards."""
+
+    codec: str = "demo"
+    """Codec that encodes: "demo", a folder or a hub id."""
+    crop_s: float = 30.0
+    """Length of a crop, in seconds."""
+    hop_s: float | None = None
+    """Distance between the beginnings of two crops, in seconds; the crop's length if not given."""
+    min_s: float = 1.0
+    """Shortest last crop that is kept, in seconds."""
+    silence_db: float = -60.0
+    """Crops whose RMS level lies below this are left out, in dB of full scale."""
+    split: str = "shard"
+    """First part of the shards' names."""
+    shard_size: int = 256
+    """Crops in one shard."""
+    batch_size: int = 8
+    """Crops encoded together."""
+    processes: int = 1
+    """Processes on this machine; others may be started on the same folder at any time."""
+    embedder: Literal["none", "musicnn"] = "none"
+    """Network whose embeddings and tags of the original audio go along, for metrics on validation and test sets."""
+
+    def __post_init__(self) -> None:
+        for name, ok, want in (
+            ("crop_s", self.crop_s > 0, "a length in seconds above 0"),
+            ("hop_s", self.hop_s is None or self.hop_s > 0, "a distance in seconds above 0"),
+            ("min_s", self.min_s > 0, "a length in seconds above 0"),
+            ("shard_size", self.shard_size >= 1, "at least 1 crop"),
+            ("batch_size", self.batch_size >= 1, "at least 1 crop"),
+            ("processes", self.processes >= 1, "at least 1"),
+            ("split", re.fullmatch(r"[A-Za-z0-9_-]+", self.split), "letters, digits, - and _"),
+        ):
+            if not ok:
+                raise UserError(f"--{name} {getattr(self, name)}: give {want}")
+
+
+# --- list ---------------------------------------------------------------------------------------------------------
+
+
+def find_clips(source: Path) -> list[dict[str, Any]]:
+    """The audio files of a folder or a manifest, sorted, each `{"path", "name", "caption", …}`.
+
+    A folder is searched to its depth; a caption stands in a `.txt` or `.json` of the same name beside the file. A
+    manifest is JSONL or CSV with `path` (or `audio_filepath`) and `caption` (or `text`, `description`); relative
+    paths count from its own folder.
+
+    Raises:
+        UserError: if there is no audio, or none of it has a caption.
+    """
+    if source.is_dir():
+        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        clips = [{"path": str(p), "name": str(p.relative_to(source)), **_sidecar(p)} for p in files]
+    elif source.suffix.lower() in (".jsonl", ".json", ".csv"):
+        clips = [_from_manifest(row, source, line) for line, row in _rows(source)]
+    elif source.exists():
+        raise UserError(f"{source}: give a folder of audio, or a .jsonl or .csv manifest")
+    else:
+        raise UserError(f"{source}: no such folder or manifest")
+    if not clips:
+        raise UserError(f"{source}: no audio files ({', '.join(SUFFIXES)}) in it")
+    if not any(c.get("caption") for c in clips):
+        raise UserError(
+            f"{source}: no captions: put a .txt with one line beside each of the {len(clips)} audio files, e.g. "
+            f"{Path(clips[0]['name']).with_suffix('.txt')}, or a .json with a \"caption\""
+        )
+    return clips
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    text, note = path.with_suffix(".txt"), path.with_suffix(".json")
+    try:
+        if note.is_file():
+            return _with_caption(json.loads(note.read_text(encoding="utf-8")), str(note))
+        if text.is_file():
+            return {"caption": " ".join(text.read_text(encoding="utf-8").split())}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{note if note.is_file() else text}: unreadable caption ({error}); write UTF-8") from error
+    return {}
+
+
+def _with_caption(fields: Any, where: str) -> dict[str, Any]:
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: holds a {type(fields).__name__}; give an object with a \"caption\"")
+    fields = dict(fields)
+    caption = next((fields.pop(n) for n in ("caption", "description", "text") if fields.get(n)), "")
+    if "key" in fields:  # of the music; in a shard the key is the item's id
+        fields["music_key"] = fields.pop("key")
+    return {"caption": " ".join(str(caption).split()), **fields}
+
+
+def _rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        text = manifest.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{manifest}: not UTF-8 ({error})") from error
+    if manifest.suffix.lower() == ".csv":
+        yield from enumerate(csv.DictReader(io.StringIO(text)), 2)
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{manifest}, line {number}: no JSON ({error})") from error
+
+
+def _from_manifest(row: dict[str, Any], manifest: Path, line: int) -> dict[str, Any]:
+    name = row.get("path") or row.get("audio_filepath")
+    if not name:
+        raise UserError(f"{manifest}, line {line}: no path; name the column `path` or `audio_filepath`")
+    path = manifest.parent / name  # an absolute name stays as it is
+    fields = {k: v for k, v in row.items() if k not in ("path", "audio_filepath") and v not in (None, "")}
+    given = _with_caption(fields, f"{manifest}, line {line}")
+    beside = {} if given["caption"] or not path.exists() else _sidecar(path)
+    return {"path": str(path), "name": str(name), **given, **beside}
+
+
+# --- plan ---------------------------------------------------------------------------------------------------------
+
+
+def plan_shards(
+    clips: list[dict[str, Any]], options: TokenizeOptions
+) -> tuple[list[list[dict[str, Any]]], list[dict[str, str]]]:
+    """Crops by shard, `{"clip", "key", "offset_s"}` each, and the files that are left out with the reason."""
+    hop = options.hop_s or options.crop_s
+    crops: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    stems: dict[str, str] = {}
+    for number, clip in enumerate(tqdm(clips, desc="reading headers", unit="file", leave=False)):
+        try:
+            length = duration_s(Path(clip["path"]))
+            if not clip.get("caption"):
+                raise UserError(f"{clip['name']}: no caption")
+            if length < options.min_s:
+                raise UserError(f"{clip['name']}: {length:.2f} s, shorter than --min_s {options.min_s}")
+        except UserError as error:
+            skipped.append({"file": clip["name"], "reason": str(error)})
+            continue
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", str(Path(clip["name"]).with_suffix(""))).strip("-") or "clip"
+        if stems.setdefault(stem, clip["name"]) != clip["name"]:  # a/b.wav and a-b.wav, or b.wav and b.flac
+            stem = f"{stem}-{hashlib.sha256(clip['name'].encode()).hexdigest()[:8]}"
+        start = 0
+        while start == 0 or (length - start * hop) >= options.min_s:
+            crops.append({"clip": number, "key": f"{stem}_{round(start * hop * 1000):08d}", "offset_s": start * hop})
+            start += 1
+    shards = [crops[i : i + options.shard_size] for i in range(0, len(crops), options.shard_size)]
+    return shards, skipped
+
+
+# --- encode and write ---------------------------------------------------------------------------------------------
+
+
+def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any]:
+    """Turn the audio of `source` into shards in `out`; returns the index. Run again after any interruption.
+
+    Raises:
+        UserError: if the input cannot be used, `out` holds shards of another input, codec or options, or the disk
+            is full.
+    """
+    clips = find_clips(source)
+    out.mkdir(parents=True, exist_ok=True)
+    from magnet_train.codec import load_codec
+
+    facts = load_codec(options.codec).facts.to_dict()
+    shards, skipped = plan_shards(clips, options)
+    if not shards:
+        reasons = "; ".join(s["reason"] for s in skipped[:3])
+        raise UserError(f"{source}: none of {len(clips)} files can be used: {reasons}")
+    settings = {k: v for k, v in asdict(options).items() if k not in ("processes", "batch_size", "codec")}
+    listing = hashlib.sha256(json.dumps([clips, shards], sort_keys=True).encode()).hexdigest()
+    plan = {"format": FORMAT, "codec": facts, "settings": settings, "input": listing}
+    with _lock(out / ".plan.lock", wait=True):
+        known = _read_json(out / ".plan.json")
+        if known is None:
+            _write_json(out / ".plan.json", plan)
+        elif differs := next((k for k in plan if known.get(k) != plan[k]), None):
+            what = {"codec": "codec", "settings": "options", "input": "input files or captions"}.get(differs, differs)
+            raise UserError(f"{out}: begun with other {what}; choose an empty folder, or remove this one")
+    todo = [i for i in range(len(shards)) if not _is_done(out, options, i)]
+    jobs = [(i, shards[i], clips, out, options, facts) for i in todo]
+    with tqdm(total=sum(map(len, shards)), unit="crop", desc="encoding") as bar:
+        bar.update(sum(len(s) for i, s in enumerate(shards) if i not in set(todo)))
+        for done in _run(jobs, options.processes):
+            bar.update(done)
+    reports = [_read_json(_report_path(out, options, i)) for i in range(len(shards))]
+    left = sum(r is None for r in reports)
+    if left:
+        tqdm.write(f"{left} shards are in the hands of other processes; the last to finish writes index.json")
+        return {}
+    index = _index(plan, [r for r in reports if r is not None], skipped)
+    _write_json(out / "index.json", index)
+    for entry in index["skipped"]:
+        tqdm.write(f"left out: {entry['reason']}")
+    tqdm.write(f"{index['num_examples']} crops, {index['hours']:.2f} h, in {len(index['shards'])} shards: {out}")
+    if index["num_examples"] == 0:
+        raise UserError(f"{source}: every crop was left out; see {out / 'index.json'}")
+    return index
+
+
+def _run(jobs: list[tuple], processes: int) -> Iterator[int]:
+    """Crops done per finished shard; in this process if one is enough."""
+    if processes == 1 or len(jobs) <= 1:
+        yield from map(_write_shard, jobs)
+        return
+    # Spawned, not forked: a forked torch can wait for ever for its parent's threads.
+    with multiprocessing.get_context("spawn").Pool(min(processes, len(jobs)), _one_thread) as pool:
+        yield from pool.imap_unordered(_write_shard, jobs)
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+_parts: dict[str, Any] = {}
+
+
+def _load_parts(options: TokenizeOptions) -> tuple[Any, Any]:
+    """Codec and embedder, once per process."""
+    if options.codec not in _parts:
+        from magnet_train.codec import load_codec
+
+        _parts[options.codec] = load_codec(options.codec)
+    if options.embedder != "none" and options.embedder not in _parts:
+        from magnet_train.metrics.embedders import load_musicnn
+
+        _parts[options.embedder] = load_musicnn()
+    return _parts[options.codec], _parts.get(options.embedder)
+
+
+def _write_shard(job: tuple) -> int:
+    """Encode one shard's crops and move it into place; the number of crops, or 0 if another process has it."""
+    number, crops, clips, out, options, facts = job
+    path = out / f"{options.split}-{number:06d}.tar"
+    with _lock(out / f".{path.name}.lock", wait=False) as mine:
+        if not mine or _is_done(out, options, number):
+            return 0
+        aside = path.with_name(f".{path.name}.tmp")
+        skipped: list[dict[str, str]] = []
+        count = frames = 0
+        seconds = 0.0
+        try:
+            with open(aside, "wb") as file:
+                with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                    for key, codes, info, reference in _encode(crops, clips, options, facts, skipped):
+                        _add(tar, f"{key}.codes.npy", _npy(codes))
+                        _add(tar, f"{key}.json", json.dumps(info, ensure_ascii=False).encode())
+                        if reference is not None:
+                            _add(tar, f"{key}.reference.npz", _npz(reference))
+                        count, frames, seconds = count + 1, frames + codes.shape[1], seconds + info["duration_s"]
+                file.flush()
+                os.fsync(file.fileno())
+            with open(aside, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.replace(aside, path)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"{path}: the disk is full; finished shards are whole: free some space and run this again"
+                ) from error
+            raise
+        report = {"name": path.name, "num_examples": count, "num_frames": frames, "seconds": seconds, "sha256": digest}
+        _write_json(_report_path(out, options, number), report | {"skipped": skipped})
+    return len(crops)
+
+
+def _encode(
+    crops: list[dict[str, Any]], clips: list[dict[str, Any]], options: TokenizeOptions, facts: dict[str, Any], skipped: list
+) -> Iterator[tuple[str, np.ndarray, dict[str, Any], dict[str, np.ndarray] | None]]:
+    """Key, codes `k t`, fields and reference of each crop that can be used, in the order of the plan."""
+    import torch
+
+    codec, embedder = _load_parts(options)
+    rate, full = facts["sample_rate"], round(options.crop_s * facts["sample_rate"])
+
+    def waves() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        current, wav = -1, np.zeros((1, 0), np.float32)
+        for crop in crops:
+            clip = clips[crop["clip"]]
+            if crop["clip"] != current:
+                current = crop["clip"]
+                try:
+                    wav = read_audio(Path(clip["path"]), rate, facts["channels"])
+                except UserError as error:
+                    wav = np.zeros((facts["channels"], 0), np.float32)
+                    skipped.append({"file": clip["name"], "reason": str(error)})
+            first = round(crop["offset_s"] * rate)
+            piece = wav[:, first : first + full]
+            if piece.shape[1] == 0:
+                continue
+            level = 10 * np.log10(float(np.mean(np.square(piece, dtype=np.float64))) + 1e-20)
+            if level < options.silence_db:
+                reason = f"{clip['name']} at {crop['offset_s']:g} s: silent ({level:.0f} dB, below --silence_db)"
+                skipped.append({"file": clip["name"], "reason": reason})
+                continue
+            yield crop, piece
+
+    def encoded(group: list[tuple[dict[str, Any], np.ndarray]]) -> Iterator[tuple]:
+        if not group:
+            return
+        codes = codec.encode(torch.from_numpy(np.stack([w for _, w in group]))).cpu().numpy().astype(np.uint16)
+        for (crop, wav), row in zip(group, codes, strict=True):
+            clip = clips[crop["clip"]]
+            info = {"key": crop["key"]} | {k: v for k, v in clip.items() if k not in ("path", "name")}
+            info |= {"source": clip["name"], "offset_s": crop["offset_s"], "duration_s": wav.shape[1] / rate}
+            info |= {"codec": facts["id"], "codec_hash": facts["hash"], "licence": clip.get("licence", "")}
+            info["audio_sha256"] = hashlib.sha256(wav.tobytes()).hexdigest()
+            reference = None
+            if embedder is not None:
+                heard = embedder(embedder.resample(torch.from_numpy(wav.mean(0)), rate))
+                reference = {"embeddings": heard.embeddings.numpy(), "tags": heard.tags.numpy()}
+                info |= {"embedder": embedder.id, "embedder_hash": embedder.hash}
+            yield crop["key"], row, info, reference
+
+    # Only crops of full length are encoded together: a short one would take part of its neighbours' padding.
+    group: list[tuple[dict[str, Any], np.ndarray]] = []
+    for crop, wav in waves():
+        if wav.shape[1] == full:
+            group.append((crop, wav))
+            if len(group) == options.batch_size:
+                yield from encoded(group)
+                group = []
+        else:
+            yield from encoded(group)
+            group = []
+            yield from encoded([(crop, wav)])
+    yield from encoded(group)
+
+
+def _index(plan: dict[str, Any], reports: list[dict[str, Any]], skipped: list[dict[str, str]]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "codec": plan["codec"],
+        "crop_s": plan["settings"]["crop_s"],
+        "hop_s": plan["settings"]["hop_s"] or plan["settings"]["crop_s"],
+        "embedder": plan["settings"]["embedder"],
+        "num_examples": sum(r["num_examples"] for r in reports),
+        "num_frames": sum(r["num_frames"] for r in reports),
+        "hours": sum(r["seconds"] for r in reports) / 3600,
+        "shards": [
+            {k: r[k] for k in ("name", "num_examples", "num_frames", "sha256")} for r in reports if r["num_examples"]
+        ],
+        "skipped": skipped + [s for r in reports for s in r["skipped"]],
+    }
+
+
+def _report_path(out: Path, options: TokenizeOptions, number: int) -> Path:
+    return out / f".{options.split}-{number:06d}.json"
+
+
+def _is_done(out: Path, options: TokenizeOptions, number: int) -> bool:
+    """Whether a shard is there as its report says."""
+    report = _read_json(_report_path(out, options, number))
+    path = out / f"{options.split}-{number:06d}.tar"
+    if report is None or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == report["sha256"]
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """With no time or owner in it, so that the same input gives the same bytes."""
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+def _npz(arrays: dict[str, np.ndarray]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **arrays)
+    return file.getvalue()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_text(json.dumps(value, ensure_ascii=False, indent=1))
+    os.replace(aside, path)
+
+
+@contextmanager
+def _lock(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether the lock could be had; the system releases it when its holder dies, however that happens."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
