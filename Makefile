@@ -25,7 +25,7 @@ test: .venv/ready  ## the whole test suite, offline
 check: .venv/ready  ## format, lint, types, quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 format: .venv/ready  ## rewrite the code as `make check` wants it

@@ -17,7 +17,9 @@ def demo_path(name: str = "") -> Path:
     for root in (package / "_demo", package.parent / "data" / "demo"):
         if (root / name).exists():
             return root / name
-    raise UserError(f"the embedded demo has no {name or 'folder'!r}: reinstall magnet-train, or run from a full checkout")
+    raise UserError(
+        f"the embedded demo has no {name or 'folder'!r}: reinstall magnet-train, or run from a full checkout"
+    )
 
 
 def conf_path(name: str) -> Path:

@@ -53,7 +53,9 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, context: int, valid: Ten
 def _block_mask(b: int, n: int, size: int, context: int, t: int, valid: Tensor | None, device) -> Tensor:
     """Which of its keys each query of each block may attend: bool `(b n) 1 q w`."""
     query = torch.arange(n * size, device=device).view(n, size, 1)
-    key = (torch.arange(n, device=device) * size - context).view(n, 1, 1) + torch.arange(size + 2 * context, device=device)
+    key = (torch.arange(n, device=device) * size - context).view(n, 1, 1) + torch.arange(
+        size + 2 * context, device=device
+    )
     near = (query - key).abs() <= context
     inside = (key >= 0) & (key < t)
     if valid is None:

@@ -32,7 +32,7 @@ def normalize_loudness(wav: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def recognisable_name(text: str, seed: int | None = None) -> str:
-    """A file name without suffix: the first words of `text`, four hex digits that tell equal beginnings apart, the seed.
+    """A file name without suffix: the first words of `text`, four hex digits against equal beginnings, the seed.
 
     >>> recognisable_name("A slow chorale for string quartet in G minor!", seed=3)
     'a-slow-chorale-for-string-quartet-in-g-minor_4cf8_seed3'

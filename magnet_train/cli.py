@@ -1,6 +1,7 @@
 """The verbs' work: LightningCLI for training and its like, plain functions for the rest."""
 
 import errno
+import itertools
 import json
 import os
 import sys
@@ -70,6 +71,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
     from magnet_train.callbacks.averaging import WeightEMA
     from magnet_train.callbacks.generation import GenerationCallback, PredictionWriter
     from magnet_train.data.datamodule import MagnetDataModule
+    from magnet_train.generator import read_checkpoint
     from magnet_train.module import MagnetModule
 
     class Parser(LightningArgumentParser):
@@ -95,27 +97,27 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             parser.add_lightning_class_args(WeightEMA, "averaging")
             parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
             parser.set_defaults(
-                {"checkpoint.save_last": True, "checkpoint.filename": "{step:07d}", "checkpoint.save_on_exception": False}
+                {
+                    "checkpoint.save_last": True,
+                    "checkpoint.filename": "{step:07d}",
+                    "checkpoint.save_on_exception": False,
+                }
             )
 
         def before_instantiate_classes(self) -> None:
-            config = self.config[self.subcommand]
+            config = self.config[verb]
             self.run_folder = _writable_folder(Path(config.trainer.default_root_dir or "runs/run"))
             config.trainer.default_root_dir = str(self.run_folder)
             if config.checkpoint.dirpath is None:
                 config.checkpoint.dirpath = str(self.run_folder / "checkpoints")
-            if config.get("ckpt_path") not in (None, "last", "best", "hpc", "registry") and not Path(
-                config.ckpt_path
-            ).is_file():
-                raise UserError(f"--ckpt_path {config.ckpt_path}: no such checkpoint; `last` takes the newest of the run")
 
         def fit(self, model: Any, **kwargs: Any) -> None:
             """Validate the untrained model, train, and sum up."""
             start = time.monotonic()
-            generation = self.config_init.fit.generation
+            generation = self.config_init[verb].generation
             before: dict[str, float] = {}
             seconds: dict[str, float] = {}
-            if generation.at_start and not kwargs.get("ckpt_path") and not self.trainer.fast_dev_run:
+            if generation.at_start and not kwargs.get("ckpt_path") and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 before = dict(self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)[0])
                 seconds["validation before training"] = time.monotonic() - start
             start = time.monotonic()
@@ -127,7 +129,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
                 self._sum_up(before, seconds)
 
         def _sum_up(self, before: dict[str, float], seconds: dict[str, float]) -> None:
-            generation = self.config_init.fit.generation
+            generation = self.config_init[verb].generation
             after = {k: v.item() for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
             best = self.trainer.checkpoint_callback
             summary = {
@@ -143,6 +145,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
     if not any(a == "--config" or a.startswith(("--config=", "-c")) for a in args) and "--help" not in args:
         args = ["--config", str(conf_path("demo.yaml")), *args]
         print(f"no --config given: using the embedded default, {args[1]}")
+    _check_checkpoint(args, read_checkpoint)
     argv, sys.argv = sys.argv, [sys.argv[0], verb, *args]
     try:
         MagnetCLI(
@@ -163,6 +166,15 @@ def _run_lightning(verb: str, args: list[str]) -> None:
         raise
     finally:
         sys.argv = argv
+
+
+def _check_checkpoint(args: list[str], read: Any) -> None:
+    """Name a missing or broken --ckpt_path before Lightning meets it, which it does while it parses."""
+    given = [b for a, b in itertools.pairwise(args) if a == "--ckpt_path"]
+    given += [a.split("=", 1)[1] for a in args if a.startswith("--ckpt_path=")]
+    for name in given:
+        if name not in ("last", "best", "hpc", "registry", "null"):
+            read(Path(name))
 
 
 def _one_line(message: str) -> str:
@@ -256,9 +268,11 @@ class GenerateOptions:
     """What `generate` makes of prompts."""
 
     prompt: list[str] = field(default_factory=list)
-    """Captions, one file each; "" generates without text."""
+    """Captions, one file each."""
     prompts_file: Path | None = None
     """Text file with one caption a line, added to --prompt."""
+    unconditional: bool = False
+    """Whether files are made without any text, one for each variation, beside those of the prompts."""
     out: Path = Path("generated")
     """Folder for the audio files."""
     checkpoint: str = "demo"
@@ -310,8 +324,15 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
             prompts += [line.strip() for line in options.prompts_file.read_text().splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file {options.prompts_file}: unreadable ({error})") from error
+    if any(not p.strip() for p in prompts):
+        raise UserError("a prompt is empty: write what to play, or use --unconditional true")
+    if options.unconditional:
+        prompts.append("")
     if not prompts:
         raise UserError("no prompt: give --prompt TEXT or --prompts_file FILE (one caption a line)")
+    from magnet_train.decoding import DecodingConfig
+
+    DecodingConfig.from_dict(decoding)  # a value out of range is named before the model is loaded
     if options.format not in ("wav", "flac"):
         raise UserError(f"--format {options.format}: choose wav or flac")
     if options.variations < 1 or options.batch_size < 1:
@@ -326,7 +347,7 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
 
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     generator = load(options.checkpoint, device)
-    settings = type(generator.decoding)(**(asdict(generator.decoding) | decoding))
+    settings = DecodingConfig.from_dict(asdict(generator.decoding) | decoding)
     start_codes = None
     if options.continue_from is not None:
         from magnet_train.data.audio import read_audio
@@ -363,7 +384,9 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
                     write_audio(path, wav, result.sample_rate, about)
                     if options.pictures:
                         title = {prompt or "(no text)": wav.mean(1)}
-                        write_picture(path.with_suffix(".png"), title, result.sample_rate, result.order[i].cpu().numpy())
+                        write_picture(
+                            path.with_suffix(".png"), title, result.sample_rate, result.order[i].cpu().numpy()
+                        )
                     written.append(path)
                     bar.update()
     return written

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,7 +51,11 @@ class DecodingConfig:
 
     def __post_init__(self) -> None:
         for name, ok, want in (
-            ("decoding_steps", len(self.decoding_steps) > 0 and min(self.decoding_steps) >= 1, "at least 1 step per stage"),
+            (
+                "decoding_steps",
+                len(self.decoding_steps) > 0 and min(self.decoding_steps) >= 1,
+                "at least 1 step per stage",
+            ),
             ("temperature", self.temperature > 0, "a number above 0"),
             ("top_p", 0 <= self.top_p <= 1, "a share from 0 to 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
@@ -63,6 +67,12 @@ class DecodingConfig:
         ):
             if not ok:
                 raise UserError(f"{name}={getattr(self, name)}: give {want}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DecodingConfig":
+        """From JSON or YAML, where tuples are lists."""
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**settings)
 
     def steps_of(self, num_codebooks: int) -> tuple[int, ...]:
         """`decoding_steps`, one for each of `num_codebooks` stages.

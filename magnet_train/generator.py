@@ -118,7 +118,7 @@ class Generator:
             given = prompt_codes.shape[2]
             if given > num_frames or prompt_codes.shape[:2] != codes.shape[:2]:
                 raise UserError(
-                    f"prompt codes {tuple(prompt_codes.shape)} do not fit {tuple(codes.shape)}: give one prompt for each "
+                    f"prompt codes {tuple(prompt_codes.shape)} do not fit {tuple(codes.shape)}: give one for each "
                     "caption, no longer than the duration"
                 )
             codes[:, :, :given], fixed[:, :given] = prompt_codes.to(self.device), True
@@ -137,10 +137,14 @@ class Generator:
             unconditional = self._without_text
         else:
             text, unconditional = None, None
-        codes = decode(
-            lambda c, stage: self.network(c, stage, text), unconditional, codes, fixed, facts.codebook_size, config, noise, record
-        )  # fmt: skip
-        return Generated(codes, self.codec.decode(codes), facts.sample_rate, order)
+
+        def with_text(codes: Tensor, stage: int) -> Tensor:
+            return self.network(codes, stage, text)
+
+        codes = decode(with_text, unconditional, codes, fixed, facts.codebook_size, config, noise, record)
+        # One by one: the codec's rounding may depend on the batch, and a listener's file should not.
+        wav = torch.cat([self.codec.decode(row[None]) for row in codes])
+        return Generated(codes, wav, facts.sample_rate, order)
 
     def _without_text(self, codes: Tensor, stage: int) -> Tensor:
         """The null condition, whose cross-attention is exactly zero and therefore not computed."""
@@ -201,7 +205,9 @@ def newest_checkpoint(run: Path) -> Path:
     """
     found = sorted(run.rglob("*.ckpt"), key=lambda p: (p.stem == "last", p.stat().st_mtime))
     if not found:
-        raise UserError(f"{run}: no config.json and no .ckpt in it; give a release folder, a checkpoint or a run folder")
+        raise UserError(
+            f"{run}: no config.json and no .ckpt in it; give a release folder, a checkpoint or a run folder"
+        )
     return found[-1]
 
 
@@ -227,7 +233,7 @@ def _load_release(folder: Path) -> Generator:
         if config["format"] != RELEASE_FORMAT:
             raise UserError(f"{config_file}: format {config['format']}, this version reads {RELEASE_FORMAT}; update it")
         network = Magnet(MagnetConfig(**config["network"]))
-        decoding = DecodingConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["decoding"].items()})
+        decoding = DecodingConfig.from_dict(config["decoding"])
         codec_name, text_name, crop_s = config["codec"]["id"], config["text_encoder"]["id"], config["crop_s"]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{config_file}: not a release of magnet_train ({type(error).__name__}: {error})") from error

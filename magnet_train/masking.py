@@ -47,8 +47,7 @@ def expected_mask_rate(num_spans: int, span_len: int, num_frames: int) -> float:
 
 @lru_cache(maxsize=64)
 def span_counts(num_frames: int, span_len: int) -> tuple[int, ...]:
-    """For each mask rate 0, 0.01 … 1 the least number of spans whose expected rate reaches it (MAGNeT, App. C).
-    """
+    """For each mask rate 0, 0.01 … 1 the least number of spans whose expected rate reaches it (MAGNeT, App. C)."""
     rates = torch.ones(num_frames, dtype=torch.float64)
     free = 1.0
     for u in range(num_frames):

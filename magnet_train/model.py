@@ -23,7 +23,7 @@ from magnet_train.errors import UserError
 
 @dataclass(frozen=True)
 class MagnetConfig:
-    """What decides the network's shape. `num_codebooks`, `codebook_size` and `text_dim` follow codec and text encoder."""
+    """What decides the network's shape; codebooks and text width follow codec and text encoder."""
 
     dim: int = 1024
     """Width of the transformer, in channels."""
@@ -134,7 +134,9 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(config.dim, config.ffn_ratio * config.dim, bias=False)
         self.ffn_out = nn.Linear(config.ffn_ratio * config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, context: int, valid: Tensor | None, text: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: int, valid: Tensor | None, text: tuple[Tensor, Tensor, Tensor] | None
+    ) -> Tensor:
         x = x + self.self_attention(self.self_norm(x), context, valid)
         if text is not None:
             x = x + self.cross_attention(self.cross_norm(x), *text)
@@ -144,12 +146,14 @@ class Block(nn.Module):
 class Magnet(nn.Module):
     """MAGNeT's network (Sec. 3); a stage is the pass that predicts codebook `stage` from those below it."""
 
+    blocks: "list[Block]"  # a ModuleList, whose items torch leaves untyped
+
     def __init__(self, config: MagnetConfig):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.num_codebooks, config.codebook_size + 1, config.dim))
         self.text_projection = nn.Linear(config.text_dim, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))  # type: ignore[assignment]
         self.out_norm = nn.LayerNorm(config.dim)
         self.head = nn.Parameter(torch.empty(config.num_codebooks, config.codebook_size, config.dim))
         self.reset_parameters()
@@ -178,7 +182,7 @@ class Magnet(nn.Module):
                 gaussian(linear.weight, linear.in_features, depth)
 
     def remember(self, states: Tensor, allowed: Tensor) -> TextMemory:
-        """Text encoder's states `b s text_dim` and their mask `b s` (True = token) -> keys and values of every block."""
+        """States `b s text_dim` and mask `b s` (True = token) of a text encoder -> keys and values of every block."""
         text = self.text_projection(states) * allowed[..., None].to(states.dtype)
         pairs = [block.cross_attention.memory(text) for block in self.blocks]
         return TextMemory([k for k, _ in pairs], [v for _, v in pairs], allowed)

@@ -62,7 +62,7 @@ class MagnetModule(L.LightningModule):
     def __init__(
         self,
         network: MagnetConfig = MagnetConfig(),  # noqa: B008  frozen, and jsonargparse reads the type
-        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+        optimizer: OptimizerConfig = OptimizerConfig(),
         codec: str = "demo",
         text_encoder: str = "demo",
         crop_s: float = 10.0,
@@ -186,7 +186,7 @@ class MagnetModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.log("train/lr", optimizer.param_groups[0]["lr"])
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             norms = [p.grad.norm() for p in self.network.parameters() if p.grad is not None]
             self.log("train/grad_norm", torch.linalg.vector_norm(torch.stack(norms)))
 
@@ -200,14 +200,15 @@ class MagnetModule(L.LightningModule):
             codec = load_codec(self.codec_name).to(self.device)
             decoding = DecodingConfig(span_len=self.span_len)
             self._generator = Generator(self.network, codec, self.text_encoder, decoding, self.crop_s)
-        return self._generator.generate(batch["captions"], self.seed, batch["keys"])
+        result = self._generator.generate(batch["captions"], self.seed, batch["keys"])
+        return {"wav": result.wav, "sample_rate": result.sample_rate}
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config
         optimizer = torch.optim.AdamW(
             self.network.parameters(),
             lr=config.lr,
-            betas=tuple(config.betas),
+            betas=(config.betas[0], config.betas[1]),
             eps=config.eps,
             weight_decay=config.weight_decay,
         )

@@ -84,9 +84,7 @@ class Spectrum(nn.Module):
         frames = torch.fft.irfft(spectrum * (size / 2), n=size, dim=1) * self.window[:, None]
         length = (spectrum.shape[2] - 1) * self.hop + size
         square = self.window.square()[:, None].expand(-1, spectrum.shape[2])[None]
-        wav, weight = (
-            F.fold(x, (1, length), (1, size), stride=(1, self.hop))[:, 0, 0] for x in (frames, square)
-        )
+        wav, weight = (F.fold(x, (1, length), (1, size), stride=(1, self.hop))[:, 0, 0] for x in (frames, square))
         return (wav / weight.clamp(min=1e-3))[:, edge : length - edge]
 
     def log_magnitude(self, wav: Tensor) -> Tensor:

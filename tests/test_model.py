@@ -84,7 +84,8 @@ def reference_model() -> Magnet:
     """The tiny reference model under our names."""
     theirs = load_file(FIXTURES / "state_dict.safetensors")
     names = {
-        "self_norm": "norm1", "cross_norm": "norm_cross", "ffn_norm": "norm2", "ffn_in": "linear1", "ffn_out": "linear2",
+        "self_norm": "norm1", "cross_norm": "norm_cross", "ffn_norm": "norm2",
+        "ffn_in": "linear1", "ffn_out": "linear2",
         "self_attention.qkv.weight": "self_attn.in_proj_weight", "self_attention.out": "self_attn.out_proj",
         "cross_attention.out": "cross_attention.out_proj",
     }  # fmt: skip

@@ -43,7 +43,18 @@ ONE_PLAYER_PARTS = (
     "choir", "church organ", "strings", "piano", "harpsichord", "harp", "reed organ", "nylon-string guitar",
     "vibraphone", "marimba", "accordion", "pizzicato strings", "celesta",
 )  # fmt: skip
-WITH_DRUMS = {"reel", "jig", "polka", "march", "quickstep", "breakdown", "walk-around", "hornpipe", "clog", "schottische"}
+WITH_DRUMS = {
+    "reel",
+    "jig",
+    "polka",
+    "march",
+    "quickstep",
+    "breakdown",
+    "walk-around",
+    "hornpipe",
+    "clog",
+    "schottische",
+}
 TEMPO_WORDS = ((66, "very slow"), (84, "slow"), (108, "moderate"), (136, "lively"), (168, "fast"), (999, "very fast"))
 
 Note = tuple[float, float, int, int]
@@ -101,7 +112,9 @@ def diatonic_triads(tonic: int, mode: str) -> list[tuple[int, ...]]:
     return [tuple((tonic + p) % 12 for p in triad) for triad in degrees]
 
 
-def harmonise(melody: list[list[float]], tonic: int, mode: str, window_ql: float, end_ql: float) -> list[tuple[int, ...]]:
+def harmonise(
+    melody: list[list[float]], tonic: int, mode: str, window_ql: float, end_ql: float
+) -> list[tuple[int, ...]]:
     """One triad per window that fits the melody best, by dynamic programming.
 
     A window pays for notes outside its chord by their length, a little for leaving the main triads, and a little
@@ -132,7 +145,12 @@ def harmonise(melody: list[list[float]], tonic: int, mode: str, window_ql: float
 
 
 def _accompaniment(
-    chords: list[tuple[int, ...]], window_ql: float, pattern: str, instrument: str, bass: str | None, rng: np.random.Generator
+    chords: list[tuple[int, ...]],
+    window_ql: float,
+    pattern: str,
+    instrument: str,
+    bass: str | None,
+    rng: np.random.Generator,
 ) -> list[tuple[str, list[list[float]]]]:
     """Chord and bass notes `[onset, duration, pitch]` in quarter notes, by pattern: block, pulse, broken, drone."""
     upper, lower = [], []
@@ -217,7 +235,9 @@ def arrange(score: dict, seed: int, least_s: float = 26.0, most_s: float = 120.0
                 other = str(rng.choice([m for m in MELODY if m != lead]))
                 voices.append((other, _second_voice(parts[0], chords, window)))
             else:
-                voices += _accompaniment(chords, window, pattern, other, bass if kind == "chords and bass" else None, rng)
+                voices += _accompaniment(
+                    chords, window, pattern, other, bass if kind == "chords and bass" else None, rng
+                )
             players = list(dict.fromkeys(name for name, _ in voices))
             ensemble = " and ".join(players) if len(players) < 3 else f"{', '.join(players[:-1])} and {players[-1]}"
         if style in WITH_DRUMS and rng.random() < 0.4 and kind != "duo":
@@ -254,7 +274,9 @@ def arrange(score: dict, seed: int, least_s: float = 26.0, most_s: float = 120.0
                for i, (name, notes) in enumerate(written)]  # fmt: skip
     beaten = play(drums, None) if drums else []
     length = max(t + d for _, notes in written for t, d, _, _ in notes)
-    return Arrangement(written, beaten, ensemble, form, (score["tonic"] + transpose) % 12, bpm, length, min(distinct_s, length))
+    return Arrangement(
+        written, beaten, ensemble, form, (score["tonic"] + transpose) % 12, bpm, length, min(distinct_s, length)
+    )
 
 
 def _second_voice(melody: list[list[float]], chords: list[tuple[int, ...]], window_ql: float) -> list[list[float]]:

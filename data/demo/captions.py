@@ -29,12 +29,13 @@ def key_name(tonic: int, mode: str) -> str:
 
 
 def article(words: str) -> str:
-    """"a" or "an"."""
+    """ "a" or "an"."""
     return "an" if words[0].lower() in "aeiou" else "a"
 
 
 def caption(facts: dict[str, Any], rng: np.random.Generator) -> str:
     """One sentence about `facts`: style, ensemble, form, drums, key, tempo, tempo_bpm, metre, composer."""
+
     def maybe(share: float) -> bool:
         return bool(rng.random() < share)
 
@@ -47,7 +48,9 @@ def caption(facts: dict[str, Any], rng: np.random.Generator) -> str:
     if facts["drums"]:
         ensemble = one(f"{ensemble} with drums", f"{ensemble}, with drums", f"{ensemble} and percussion")
     if facts["form"] == "solo" and not facts["drums"]:
-        who = one(f"for {ensemble}", f"for solo {ensemble}", f"on {ensemble}", f"played on {ensemble}", f"{ensemble} solo")
+        who = one(
+            f"for {ensemble}", f"for solo {ensemble}", f"on {ensemble}", f"played on {ensemble}", f"{ensemble} solo"
+        )
     elif facts["form"] == "parts":
         who = one(f"for {ensemble}", f"played by {article(ensemble)} {ensemble}", f"in four parts for {ensemble}")
     else:

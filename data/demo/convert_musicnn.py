@@ -100,6 +100,7 @@ def read_bundle(index: bytes, data: bytes) -> dict[str, np.ndarray]:
 
 def ours(tensors: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """musicnn's tensors under our names, in torch's layouts."""
+
     def norm(number: int) -> dict[str, np.ndarray]:
         name = "batch_normalization" + (f"_{number}" if number else "")
         scale = tensors[f"{name}/gamma"] / np.sqrt(tensors[f"{name}/moving_variance"] + BATCH_NORM_EPSILON)

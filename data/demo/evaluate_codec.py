@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from magnet_train.codec import load_codec
-from magnet_train.metrics.chroma import chroma
+from magnet_train.metrics.chroma import chroma, chroma_agreement
 from magnet_train.metrics.embedders import load_musicnn
 from magnet_train.metrics.fad import FrechetAudioDistance
 
@@ -34,9 +34,11 @@ def main() -> None:
     codec, musicnn = load_codec(args.codec), load_musicnn()
     files = sorted(args.audio.glob("*.flac"))
     files = files[:: max(1, len(files) // args.clips)][: args.clips] if args.clips else files
+    if len(files) < 2:
+        raise SystemExit(f"error: {args.audio} holds {len(files)} .flac files; two are needed for the controls")
     used = torch.zeros(codec.facts.num_codebooks, codec.facts.codebook_size, dtype=torch.bool)
     fad = FrechetAudioDistance(musicnn.dim)
-    tags, chromas = [], []
+    tags, embeddings, chromas = [], [], []
     for path in tqdm(files, unit="clip"):
         wav, rate = soundfile.read(path, frames=round(args.seconds * 16_000), dtype="float32")
         codes = codec.encode(torch.from_numpy(wav)[None, None])
@@ -47,17 +49,15 @@ def main() -> None:
         fad.update_reference(real.embeddings)
         fad.update(made.embeddings)
         tags.append((real.tags.mean(0), made.tags.mean(0)))
+        embeddings.append((real.embeddings.mean(0), made.embeddings.mean(0)))
         chromas.append((chroma(wav, rate), chroma(out, rate)))
     real, made = (torch.stack(side) for side in zip(*tags, strict=True))
+    real_embedding, made_embedding = (torch.stack(side) for side in zip(*embeddings, strict=True))
 
-    def pitch(shift: int) -> tuple[float, float]:
-        cosines, agreements = [], []
-        for i in range(len(chromas)):
-            a, b = chromas[i][0], chromas[(i + shift) % len(chromas)][1]
-            length = min(len(a), len(b))
-            cosines.append(np.mean((a[:length] * b[:length]).sum(1)))
-            agreements.append(np.mean(a[:length].argmax(1) == b[:length].argmax(1)))
-        return float(np.mean(cosines)), float(np.mean(agreements))
+    def pitch(shift: int) -> np.ndarray:
+        originals, others = zip(*chromas, strict=True)
+        pairs = zip(originals, others[shift:] + others[:shift], strict=True)
+        return np.mean([chroma_agreement(*pair) for pair in pairs], axis=0)
 
     (chroma_cosine, same_class), (control_cosine, control_class) = pitch(0), pitch(1)
     result = {
@@ -66,10 +66,12 @@ def main() -> None:
         "entries_used": used.float().mean(1).tolist(),
         "tag_cosine": F.cosine_similarity(real, made).mean().item(),
         "tag_cosine_control": F.cosine_similarity(real, made.roll(1, 0)).mean().item(),
-        "chroma_cosine": chroma_cosine,
-        "chroma_cosine_control": control_cosine,
-        "strongest_pitch_class_agrees": same_class,
-        "strongest_pitch_class_agrees_control": control_class,
+        "embedding_cosine": F.cosine_similarity(real_embedding, made_embedding).mean().item(),
+        "embedding_cosine_control": F.cosine_similarity(real_embedding, made_embedding.roll(1, 0)).mean().item(),
+        "chroma_cosine": float(chroma_cosine),
+        "chroma_cosine_control": float(control_cosine),
+        "strongest_pitch_class_agrees": float(same_class),
+        "strongest_pitch_class_agrees_control": float(control_class),
         "fad_musicnn": fad.compute().item(),
     }
     text = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}, indent=2)

@@ -1,6 +1,6 @@
 """Music drawn at random, for the codec's first lessons: every instrument, every pitch, no score that a test could meet.
 
-    python data/demo/random_music.py --out AUDIO/random --hours 2
+python data/demo/random_music.py --out AUDIO/random --hours 2
 """
 
 import argparse

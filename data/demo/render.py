@@ -93,7 +93,10 @@ def render(job: tuple[Path, Path, str, str]) -> tuple[float, float]:
         about = {"caption": caption(facts, np.random.default_rng([seed, number])), **facts}
         about |= {"piece": score["id"], "family": family, "licence": LICENCE}
         _write(out / split / f"{name}.json", lambda p, about=about: p.write_text(json.dumps(about)))
-        _write(out / split / f"{name}.flac", lambda p, w=excerpt: soundfile.write(p, w, SAMPLE_RATE, "PCM_16", format="FLAC"))
+        _write(
+            out / split / f"{name}.flac",
+            lambda p, w=excerpt: soundfile.write(p, w, SAMPLE_RATE, "PCM_16", format="FLAC"),
+        )
         seconds += len(excerpt) / SAMPLE_RATE
     done = {"seconds": seconds, "distinct_s": min(seconds, piece.distinct_s), "instruments": facts["instruments"]}
     done |= {k: facts[k] for k in ("collection", "tempo", "style", "form")} | {"split": split}

@@ -2,7 +2,7 @@
 
 Reads music21's corpus (installed with `pip install 'magnet-train[music]'`) and writes one JSON per score:
 
-    {"id", "collection", "title", "composer", "style", "key", "metre", "bar_ql", "parts": [[[onset, duration, pitch] …]]}
+    {"id", "collection", "title", "composer", "style", "key", "metre", "bar_ql", "parts": [[[onset, duration, pitch]]]}
 
 onsets and durations in quarter notes, pitches as MIDI numbers, parts from the highest down.
 
@@ -13,6 +13,7 @@ Only encodings without a restriction on use are read; README.md beside this file
 
 import argparse
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -148,7 +149,7 @@ def fingerprint(notes: list[list[float]], length: int = 8) -> set[tuple[int, ...
         if onset not in top or pitch > top[onset][1]:
             top[onset] = (duration, pitch)
     line = [top[t] for t in sorted(top)]
-    moves = [(int(b[1] - a[1]), round(4 * b[0] / a[0])) for a, b in zip(line, line[1:], strict=False)]
+    moves = [(int(b[1] - a[1]), round(4 * b[0] / a[0])) for a, b in itertools.pairwise(line)]
     return {tuple(x for move in moves[i : i + length] for x in move) for i in range(len(moves) - length + 1)}
 
 
@@ -206,9 +207,13 @@ def main() -> None:
     table = {n: {"family": f, "split": split_of(f), "length_ql": length[n]} for n, f in family.items()}
     (args.out / "families.json").write_text(json.dumps(table, indent=0))
     sizes = Counter(family.values())
-    print(f"{len(scores)} scores, {len(sizes)} families; {sum(n - 1 for n in sizes.values())} scores repeat another's tune")
+    print(f"{len(scores)} scores, {len(sizes)} families; {sum(n - 1 for n in sizes.values())} repeat another's tune")
     print(f"largest families: {sizes.most_common(5)}")
-    print(f"splits: {Counter(v['split'] for v in table.values())}; collections: {Counter(s['collection'] for s in scores)}")
+    print(
+        f"splits: {Counter(v['split'] for v in table.values())}",
+        f"collections: {Counter(s['collection'] for s in scores)}",
+        sep="\n",
+    )
     print(f"{len(failed)} files failed", *failed, sep="\n  ")
 
 

@@ -15,6 +15,7 @@ a finished model all the same. It resumes from its last checkpoint.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -179,7 +180,7 @@ def mel_filters(window: int, num_mels: int) -> Tensor:
 
 
 def magnitude_losses(decoder: SpectralDecoder, latents: Tensor, wav: Tensor) -> dict[str, Tensor]:
-    """Distances of the spectral codec's magnitudes: logarithmic, for what is soft, and linear, for what is heard first."""
+    """Distances of the spectral codec's magnitudes: logarithmic, for what is soft, and linear, for what is loud."""
     with torch.no_grad():
         wanted = decoder.spectrum.log_magnitude(wav[:, None])
     given = decoder.log_magnitude(latents)
@@ -197,8 +198,7 @@ class StftDiscriminator(nn.Module):
         norm = nn.utils.parametrizations.weight_norm
         widths = [2, channels, channels, channels * 2, channels * 2]
         self.layers = nn.ModuleList(
-            norm(nn.Conv2d(a, b, (3, 9), stride=(1, 2), padding=(1, 4)))
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            norm(nn.Conv2d(a, b, (3, 9), stride=(1, 2), padding=(1, 4))) for a, b in itertools.pairwise(widths)
         )
         self.last = norm(nn.Conv2d(widths[-1], 1, (3, 3), padding=(1, 1)))
 
@@ -321,7 +321,9 @@ def main() -> None:
         generator += list(model.encoder.parameters())
     optimizer = torch.optim.AdamW(generator, lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-4)
     judges = nn.ModuleList(StftDiscriminator(w) for w in (256, 512, 1024)) if args.adversarial else nn.ModuleList()
-    judge_optimizer = torch.optim.AdamW(judges.parameters(), lr=args.lr, betas=(0.8, 0.99)) if args.adversarial else None
+    judge_optimizer = (
+        torch.optim.AdamW(judges.parameters(), lr=args.lr, betas=(0.8, 0.99)) if args.adversarial else None
+    )
     if checkpoint.exists() and saved["phase"] == phase:
         optimizer.load_state_dict(saved["optimizer"])
         if judge_optimizer:
@@ -384,7 +386,15 @@ def main() -> None:
                 for f, r in zip(fakes, reals, strict=True)
             ) / (len(judges) * len(scores[0][1]))
             running["judge"] = running.get("judge", 0) + judge_loss.item()
-        weights = {"commitment": 0.25, "spectral": 1.0, "wave": 0.3, "adversarial": 0.3, "features": 1.0, "log": 1.0, "linear": 1.0}
+        weights = {
+            "commitment": 0.25,
+            "spectral": 1.0,
+            "wave": 0.3,
+            "adversarial": 0.3,
+            "features": 1.0,
+            "log": 1.0,
+            "linear": 1.0,
+        }
         loss = sum(weights[name] * value for name, value in losses.items())
         optimizer.zero_grad()
         loss.backward()

@@ -60,7 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--audio", type=Path, required=True, help="Folder with train, validation and test folders.")
     parser.add_argument("--cache", type=Path, required=True, help="Folder for the clips' features.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "text_audio", help="Folder for the weights.")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "text_audio", help="Folder for the weights."
+    )
     parser.add_argument("--limit", type=int, help="Use only so many training clips.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of weights and batches.")
     args = parser.parse_args()

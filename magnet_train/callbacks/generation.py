@@ -1,18 +1,18 @@
 """Validation as a listener would do it: decode captions in full, score the audio, keep it to be heard and seen."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from tqdm import tqdm
 
-from magnet_train.audio_files import normalize_loudness, recognisable_name, write_audio, write_picture
+from magnet_train.audio_files import recognisable_name, write_audio, write_picture
 from magnet_train.codec import Codec, load_codec
 from magnet_train.data.pipeline import Batch
 from magnet_train.decoding import DecodingConfig
@@ -26,31 +26,38 @@ from magnet_train.module import MagnetModule
 
 
 class Scores:
-    """FAD, tag KL and text-audio score of one set of clips against the same references."""
+    """FAD, tag KL and text-audio score of one set of clips; what has no data anywhere is left out.
 
-    def __init__(self, musicnn: Any, head: Any):
+    Audio is scored as the codec gave it, at the level it learnt from the originals: the same clips brought to
+    -14 LUFS lie 5 FAD away from themselves.
+    """
+
+    def __init__(self, musicnn: Any, head: Any, has_references: bool):
         self.musicnn, self.head = musicnn, head
-        self.fad = FrechetAudioDistance(dim=musicnn.dim)
-        self.kl = TagKL()
+        self.fad = FrechetAudioDistance(dim=musicnn.dim) if has_references else None
+        self.kl = TagKL() if has_references else None
         self.text = TextAudioScore() if head is not None else None
 
     def add_reference(self, embeddings: Tensor) -> None:
         """Windows of real audio, `n d`."""
-        self.fad.update_reference(embeddings.cpu())
+        if self.fad is not None:
+            self.fad.update_reference(embeddings.cpu())
 
     def add(self, key: str, wav: Tensor, sample_rate: int, caption: str, tags: Tensor | None) -> None:
-        """One clip `channels t`, scored as it will be heard: at -14 LUFS."""
-        loud = torch.from_numpy(normalize_loudness(wav.T.cpu().numpy(), sample_rate).T.mean(0).astype(np.float32))
-        heard = self.musicnn(self.musicnn.resample(loud, sample_rate))
-        self.fad.update(heard.embeddings, key=key)
-        if tags is not None:
+        """One clip `channels t`; `tags` are those of its original."""
+        heard = self.musicnn(self.musicnn.resample(wav.mean(0).cpu(), sample_rate))
+        if self.fad is not None:
+            self.fad.update(heard.embeddings, key=key)
+        if self.kl is not None and tags is not None:
             self.kl.update(tags.cpu(), heard.tags, key=key)
         if self.text is not None:
             self.text.update(self.head.score([caption], [heard]), keys=[key])
 
     def compute(self) -> dict[str, float]:
-        """Metric name to value; what had no data is left out. A collective: every rank calls it."""
-        values = {"fad/musicnn": float(self.fad.compute()), "kl/musicnn_tags": float(self.kl.compute())}
+        """Metric name to value. A collective: every rank calls it."""
+        values = {}
+        if self.fad is not None and self.kl is not None:
+            values = {"fad/musicnn": float(self.fad.compute()), "kl/musicnn_tags": float(self.kl.compute())}
         if self.text is not None:
             values["text_audio"] = float(self.text.compute())
         return values
@@ -107,14 +114,21 @@ class GenerationCallback(Callback):
         self._items, self._references, self._frequencies = [], [], None
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:  # fmt: skip
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         """Keep this rank's references, code frequencies and chosen captions as they pass by."""
         if not self.num_prompts:
             return
         total = trainer.datamodule.num_items("validation")  # type: ignore[attr-defined]
         every = max(1, total // self.num_prompts)
-        size = pl_module.config.codebook_size  # type: ignore[attr-defined]
+        assert isinstance(pl_module, MagnetModule)
+        size = pl_module.config.codebook_size
         codes = batch["codes"].transpose(0, 1)[:, batch["valid"]]  # k n
         counts = torch.stack([torch.bincount(row, minlength=size).double() for row in codes])
         self._frequencies = counts if self._frequencies is None else self._frequencies + counts
@@ -140,11 +154,12 @@ class GenerationCallback(Callback):
             self._parts = self._load(module)
         codec, musicnn, head = self._parts
         codec.to(module.device)
-        decoding = DecodingConfig(**(vars(self.decoding) | {"span_len": module.span_len}))
+        decoding = replace(self.decoding, span_len=module.span_len)
         generator = Generator(module.network, codec, module.text_encoder, decoding, module.crop_s)
-        scores = Scores(musicnn, head)
-        for embeddings in self._references:
-            scores.add_reference(embeddings)
+        scores = self._new_scores(trainer, musicnn, head)
+        is_audible = module.crop_s >= musicnn.shortest_s
+        if not is_audible:
+            rank_zero_warn(f"no metrics of the audio: musicnn hears 3 s at a time, the clips have {module.crop_s} s")
         step = trainer.global_step
         folder = Path(trainer.default_root_dir) / "validation" / f"step_{step:07d}"
         self.audio, self.pictures = [], []
@@ -162,12 +177,13 @@ class GenerationCallback(Callback):
             for i, item in enumerate(items):
                 reference = item["reference"]
                 tags = None if reference is None else reference["tags"].mean(0)
-                scores.add(item["key"], result.wav[i], result.sample_rate, item["caption"], tags)
+                if is_audible:
+                    scores.add(item["key"], result.wav[i], result.sample_rate, item["caption"], tags)
                 if item["index"] < self.num_media:
                     self._keep(trainer, folder, item, result, i, codec)
-        values = {f"val/{name}": value for name, value in scores.compute().items()}
-        if self.floors and not self._floor_values:
-            self._floor_values = self._floors(codec, musicnn, head, module)
+        values = {f"val/{name}": value for name, value in scores.compute().items()} if is_audible else {}
+        if self.floors and is_audible and not self._floor_values:
+            self._floor_values = self._floors(trainer, codec, musicnn, head, module)
         values |= self._floor_values
         values["val/num_clips"] = float(self._count(trainer, len(self._items)))
         module.log_dict(values, rank_zero_only=True, sync_dist=False)
@@ -186,14 +202,25 @@ class GenerationCallback(Callback):
         total = trainer.strategy.reduce(torch.tensor(float(own), device=trainer.strategy.root_device), reduce_op="sum")
         return int(total)
 
-    def _floors(self, codec: Codec, musicnn: Any, head: Any, module: MagnetModule) -> dict[str, float]:
+    def _new_scores(self, trainer: L.Trainer, musicnn: Any, head: Any) -> Scores:
+        """With the references of this rank already in it."""
+        index = trainer.datamodule.shards("validation").index  # type: ignore[attr-defined]
+        has_references = index["embedder"] != "none"
+        if not has_references:
+            rank_zero_warn("no FAD and KL: the validation shards hold no references; tokenize with --embedder musicnn")
+        scores = Scores(musicnn, head, has_references)
+        for embeddings in self._references:
+            scores.add_reference(embeddings)
+        return scores
+
+    def _floors(
+        self, trainer: L.Trainer, codec: Codec, musicnn: Any, head: Any, module: MagnetModule
+    ) -> dict[str, float]:
         """The same scores for the codec's reconstruction of real codes, and for codes drawn without a model."""
         frequencies = self._frequencies if self._frequencies is not None else torch.ones(1, 1)
         values = {}
         for name in ("codec", "unigram"):
-            scores = Scores(musicnn, head)
-            for embeddings in self._references:
-                scores.add_reference(embeddings)
+            scores = self._new_scores(trainer, musicnn, head)
             for item in self._items:
                 codes = item["codes"]
                 if name == "unigram":
@@ -232,7 +259,9 @@ class GenerationCallback(Callback):
                 captions = [path.stem for path in self.audio]
                 media: dict[str, Any] = {
                     "gen/audio": [wandb.Audio(str(p), caption=c) for p, c in zip(self.audio, captions, strict=True)],
-                    "gen/pictures": [wandb.Image(str(p), caption=c) for p, c in zip(self.pictures, captions, strict=True)],
+                    "gen/pictures": [
+                        wandb.Image(str(p), caption=c) for p, c in zip(self.pictures, captions, strict=True)
+                    ],
                 }
                 logger.experiment.log(media | {"trainer/global_step": step})
         if self.audio:
@@ -243,9 +272,15 @@ class PredictionWriter(Callback):
     """Writes what `predict` generates into the run folder's `predictions`."""
 
     def on_predict_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:  # fmt: skip
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         folder = Path(trainer.default_root_dir) / "predictions"
         for i, (key, caption) in enumerate(zip(batch["keys"], batch["captions"], strict=True)):
             about = {"prompt": caption, "item": key, "step": trainer.global_step}
-            write_audio(folder / f"{key}.wav", outputs.wav[i].T.cpu().numpy(), outputs.sample_rate, about)
+            write_audio(folder / f"{key}.wav", outputs["wav"][i].T.cpu().numpy(), outputs["sample_rate"], about)

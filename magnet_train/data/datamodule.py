@@ -99,7 +99,7 @@ class MagnetDataModule(L.LightningDataModule):
         if max(1, workers) > available:
             raise UserError(
                 f"{found.folder}: {len(found.counts)} shards for {trainer.world_size} ranks x {max(1, workers)} loader "
-                f"processes: set --data.num_workers {max(0, available - 1) and available}, use fewer devices, or tokenize "
+                f"processes: set --data.num_workers {available}, use fewer devices, or tokenize "
                 "with a smaller --shard_size"
             )
         # Batches that are done, so that a resumed run goes on with the next.

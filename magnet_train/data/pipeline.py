@@ -147,7 +147,9 @@ def read_shard(path: Path, with_references: bool = False) -> list[Item]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing; copy it again, or run tokenize again") from error
     except (OSError, tarfile.TarError, ValueError, KeyError, EOFError) as error:
-        raise UserError(f"{path}: broken ({type(error).__name__}: {error}); copy it again, or run tokenize again") from error
+        raise UserError(
+            f"{path}: broken ({type(error).__name__}: {error}); copy it again, or run tokenize again"
+        ) from error
 
 
 def _codes(content: bytes) -> np.ndarray:

@@ -97,7 +97,7 @@ def find_clips(source: Path) -> list[dict[str, Any]]:
     if not any(c.get("caption") for c in clips):
         raise UserError(
             f"{source}: no captions: put a .txt with one line beside each of the {len(clips)} audio files, e.g. "
-            f"{Path(clips[0]['name']).with_suffix('.txt')}, or a .json with a \"caption\""
+            f'{Path(clips[0]["name"]).with_suffix(".txt")}, or a .json with a "caption"'
         )
     return clips
 
@@ -116,7 +116,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
 
 def _with_caption(fields: Any, where: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
-        raise UserError(f"{where}: holds a {type(fields).__name__}; give an object with a \"caption\"")
+        raise UserError(f'{where}: holds a {type(fields).__name__}; give an object with a "caption"')
     fields = dict(fields)
     caption = next((fields.pop(n) for n in ("caption", "description", "text") if fields.get(n)), "")
     if "key" in fields:  # of the music; in a shard the key is the item's id
@@ -278,7 +278,7 @@ def _write_shard(job: tuple) -> int:
         seconds = 0.0
         try:
             with open(aside, "wb") as file:
-                with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
                     for key, codes, info, reference in _encode(crops, clips, options, facts, skipped):
                         _add(tar, f"{key}.codes.npy", _npy(codes))
                         _add(tar, f"{key}.json", json.dumps(info, ensure_ascii=False).encode())
@@ -303,7 +303,11 @@ def _write_shard(job: tuple) -> int:
 
 
 def _encode(
-    crops: list[dict[str, Any]], clips: list[dict[str, Any]], options: TokenizeOptions, facts: dict[str, Any], skipped: list
+    crops: list[dict[str, Any]],
+    clips: list[dict[str, Any]],
+    options: TokenizeOptions,
+    facts: dict[str, Any],
+    skipped: list,
 ) -> Iterator[tuple[str, np.ndarray, dict[str, Any], dict[str, np.ndarray] | None]]:
     """Key, codes `k t`, fields and reference of each crop that can be used, in the order of the plan."""
     import torch
@@ -345,8 +349,9 @@ def _encode(
             info["audio_sha256"] = hashlib.sha256(wav.tobytes()).hexdigest()
             reference = None
             if embedder is not None:
-                heard = embedder(embedder.resample(torch.from_numpy(wav.mean(0)), rate))
-                reference = {"embeddings": heard.embeddings.numpy(), "tags": heard.tags.numpy()}
+                from magnet_train.metrics.embedders import reference_of
+
+                reference = reference_of(torch.from_numpy(wav.mean(0)), rate, embedder)
                 info |= {"embedder": embedder.id, "embedder_hash": embedder.hash}
             yield crop["key"], row, info, reference
 

@@ -29,3 +29,24 @@ def chroma(wav: np.ndarray, sample_rate: int, window_s: float = 0.256, hop_s: fl
     folded = magnitude[:, audible] @ np.eye(12)[pitch_class]
     length = np.linalg.norm(folded, axis=1, keepdims=True)
     return np.where(length > 1e-3, folded / np.maximum(length, 1e-9), 0)
+
+
+def chroma_agreement(original: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Mean cosine, and share of moments with the same strongest pitch class, where the original sounds.
+
+    Unrelated music is far from 0 in both, since it shares keys: compare with the control of another clip.
+
+    Args:
+        original: chroma, `frames 12`.
+        other: chroma, `frames 12`; the longer of the two is cut.
+
+    Raises:
+        ValueError: if the original is silent throughout.
+    """
+    length = min(len(original), len(other))
+    original, other = original[:length], other[:length]
+    sounds = original.any(1)
+    if not sounds.any():
+        raise ValueError("the original is silent; its pitch cannot be compared")
+    same = (original.argmax(1) == other.argmax(1)) & other.any(1)
+    return float((original * other).sum(1)[sounds].mean()), float(same[sounds].mean())

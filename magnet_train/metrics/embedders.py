@@ -76,6 +76,7 @@ class Musicnn(nn.Module):
     dim = 200
     window_frames = 187
     hop_samples = 256
+    shortest_s = 187 * 256 / 16_000
 
     def __init__(self, window_hop_s: float = 1.5):
         super().__init__()
@@ -101,21 +102,21 @@ class Musicnn(nn.Module):
         return torch.from_numpy(soxr.resample(wav.numpy(), sample_rate, Musicnn.sample_rate, "VHQ").astype(np.float32))
 
     def spectrogram(self, wav: Tensor) -> Tensor:
-        """`t` -> `frames f`, as librosa's melspectrogram with its defaults."""
+        """`t` -> `frames f`, as librosa's melspectrogram with its defaults (zeros beyond the ends)."""
         power = torch.stft(wav, 512, 256, window=self.hann, pad_mode="constant", return_complex=True).abs().square()
         # The network was trained on half-precision spectrograms; rounding here keeps what it expects.
-        return torch.log10(10_000 * (self.mel @ power).half().float().T + 1)
+        return torch.log10(10_000 * (self.mel @ power).clamp(max=65_504).half().float().T + 1)
 
     @torch.no_grad()
     def forward(self, wav: Tensor) -> Heard:
-        """A mono clip at 16 kHz, `t`, at least 3 s.
+        """A mono clip at 16 kHz, `t`, at least 3 s. Silence is heard like anything else: a model may produce it.
 
         Raises:
             UserError: if it is too short, or holds NaN or infinite samples.
         """
         if wav.dim() != 1 or len(wav) < self.window_frames * self.hop_samples:
             seconds = wav.numel() / self.sample_rate
-            raise UserError(f"a clip of {seconds:.2f} s is too short for musicnn, which hears windows of 3 s")
+            raise UserError(f"a clip of {seconds:.2f} s is too short for musicnn, which hears windows of 2.99 s")
         if not torch.isfinite(wav).all():
             raise UserError("a clip holds NaN or infinite samples; it cannot be scored")
         windows = self.spectrogram(wav.float()).unfold(0, self.window_frames, self.window_hop).transpose(1, 2)
@@ -128,7 +129,7 @@ class Musicnn(nn.Module):
         x = self.input_norm(x[:, None])  # n 1 t f
         maps = [layer(x).amax(3) for layer in self.timbral]
         for layer in self.temporal:
-            length = layer.layer.kernel_size[0]  # type: ignore[union-attr]
+            length: int = layer.layer.weight.shape[2]  # type: ignore[union-attr,assignment]
             maps.append(layer(F.pad(x, (0, 0, (length - 1) // 2, length // 2))).amax(3))
         front = torch.cat(maps, 1)  # n 561 t
         levels, y = [front], front
@@ -162,6 +163,22 @@ def slaney_mel_filters(sample_rate: int, fft_size: int, bands: int) -> Tensor:
     down = (edges[2:, None] - freqs) / np.diff(edges)[1:, None]
     triangles = np.maximum(0, np.minimum(up, down)) * (2 / (edges[2:] - edges[:-2]))[:, None]
     return torch.from_numpy(triangles).float()
+
+
+def reference_of(wav: Tensor, sample_rate: int, network: Musicnn | None = None) -> dict[str, np.ndarray] | None:
+    """What a shard keeps of an original: float32 `embeddings` (`n 200`) and `tags` (`n 50`); None below 2.99 s.
+
+    Args:
+        wav: mono, `t`.
+        sample_rate: in Hz.
+        network: the shipped one if not given.
+    """
+    network = network or load_musicnn()
+    wav = network.resample(wav, sample_rate)
+    if len(wav) < network.window_frames * network.hop_samples:
+        return None
+    heard = network(wav)
+    return {"embeddings": heard.embeddings.numpy(), "tags": heard.tags.numpy()}
 
 
 @lru_cache

@@ -6,9 +6,9 @@ the network is part of the metric's name wherever it is logged.
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from magnet_train.errors import UserError
+from magnet_train.metrics.items import ItemMetric
 
 
 def frechet_distance(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> float:
@@ -31,8 +31,10 @@ def frechet_distance(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tenso
     >>> frechet_distance(zero, eye, zero + 3, 4 * eye)
     20.0
     """
-    if not mean_x.shape == mean_y.shape == cov_x.shape[:1] == cov_y.shape[:1]:
-        raise ValueError(f"embeddings of different width: {tuple(mean_x.shape)} and {tuple(mean_y.shape)}")
+    shapes = [tuple(x.shape) for x in (mean_x, cov_x, mean_y, cov_y)]
+    width = len(mean_x)
+    if shapes != [(width,), (width, width)] * 2:
+        raise ValueError(f"means and covariances of different widths: {shapes}")
     values = [x.detach().cpu().double() for x in (mean_x, cov_x, mean_y, cov_y)]
     if not all(torch.isfinite(x).all() for x in values):
         raise ValueError("an embedding is NaN or infinite")
@@ -47,14 +49,13 @@ def _square_root(matrix: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
-class FrechetAudioDistance(Metric):
+class FrechetAudioDistance(ItemMetric):
     """FAD from sums in float64: the same on any number of ranks, one without data included.
 
-    An item counts once: its key is remembered, and a second update with it is passed over. Ranks must own different
-    items. Covariances are unbiased (divided by n - 1), as in the published figures.
+    An item counts once on either side; ranks must own different items.
+    Covariances are unbiased (divided by n - 1), as in the published figures.
     """
 
-    full_state_update = False
     higher_is_better = False
     _states = ("count", "total", "outer")
 
@@ -65,7 +66,6 @@ class FrechetAudioDistance(Metric):
         for side in ("generated", "reference"):
             for state, shape in zip(self._states, ((), (dim,), (dim, dim)), strict=True):
                 self.add_state(f"{side}_{state}", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self._seen: set[tuple[str, str]] = set()
 
     def update(self, embeddings: Tensor, key: str | None = None) -> None:
         """Windows of one generated clip, `n d`; `key` names it, so that it counts once."""
@@ -73,18 +73,16 @@ class FrechetAudioDistance(Metric):
 
     def update_reference(self, embeddings: Tensor, key: str | None = None) -> None:
         """Windows of one real clip, `n d`."""
-        self._computed = None
+        self._computed = None  # what torchmetrics keeps of an earlier compute()
         self._add("reference", embeddings, key)
 
     def _add(self, side: str, embeddings: Tensor, key: str | None) -> None:
         if embeddings.dim() != 2 or embeddings.shape[1] != self.dim:
             raise ValueError(f"{side} embeddings are {tuple(embeddings.shape)}, not n x {self.dim}")
         if not torch.isfinite(embeddings).all():
-            raise UserError(f"{side} clip {key or ''}: its embedding is NaN or infinite; look at the audio")
-        if key is not None:
-            if (side, key) in self._seen:
-                return
-            self._seen.add((side, key))
+            raise UserError(f"{side} clip {key or '(unnamed)'}: its embedding is NaN or infinite; look at the audio")
+        if not self._is_new(key and f"{side} {key}"):
+            return
         x = embeddings.to(self.generated_total.device).double()  # type: ignore[union-attr]
         for state, value in zip(self._states, (len(x), x.sum(0), x.T @ x), strict=True):
             setattr(self, f"{side}_{state}", getattr(self, f"{side}_{state}") + value)
@@ -99,11 +97,9 @@ class FrechetAudioDistance(Metric):
         for side in ("generated", "reference"):
             count, total, outer = (getattr(self, f"{side}_{state}") for state in self._states)
             if count < 2:
-                raise UserError(f"FAD needs at least two {side} windows, there are {int(count)}: score more or longer clips")
+                raise UserError(
+                    f"FAD needs at least two {side} windows, there are {int(count)}: score more or longer clips"
+                )
             mean = total / count
             moments += [mean, (outer - count * torch.outer(mean, mean)) / (count - 1)]
         return torch.tensor(frechet_distance(*moments), dtype=torch.float64)
-
-    def reset(self) -> None:
-        super().reset()
-        self._seen = set()

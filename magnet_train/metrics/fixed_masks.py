@@ -45,7 +45,9 @@ class FixedMaskMetrics(Metric):
         some = (loss.count > 0).double()
         mean = loss.ce.double() / loss.count.double().clamp(min=1)
         columns = [loss.ce.double(), loss.correct.double(), loss.count.double(), mean, mean.square(), some]
-        self.sums[stage].index_add_(0, rates, torch.stack(columns, dim=1))
+        sums = self.sums.clone()  # a reset in inference mode leaves a tensor that nothing may write to
+        sums[stage].index_add_(0, rates, torch.stack(columns, dim=1))
+        self.sums = sums
 
     def compute(self) -> dict[str, float]:
         """Metric keys to values; the mean over frames, with a 95 % interval (`_ci95`, half width) over items.

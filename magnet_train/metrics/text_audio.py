@@ -4,7 +4,9 @@ Frozen musicnn features of the audio and frozen sentence states of the caption m
 `data/demo/train_text_audio.py` trained on original audio of the training split only.
 """
 
+import hashlib
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from magnet_train.assets import demo_path
 from magnet_train.conditioning import TextEncoder, load_text_encoder
 from magnet_train.errors import UserError
 from magnet_train.metrics.embedders import Heard
+from magnet_train.metrics.items import ItemMetric
 
 
 def clip_features(heard: Heard) -> Tensor:
@@ -37,7 +39,9 @@ def sentence_features(encoder: TextEncoder, captions: Sequence[str]) -> Tensor:
 class TextAudioHead(nn.Module):
     """Two small networks into one space of unit vectors."""
 
-    def __init__(self, audio_dim: int = 500, text_dim: int = 384, dim: int = 128, hidden: int = 256, dropout: float = 0.2):
+    def __init__(
+        self, audio_dim: int = 500, text_dim: int = 384, dim: int = 128, hidden: int = 256, dropout: float = 0.2
+    ):
         super().__init__()
         self.audio_mean: Tensor
         self.audio_std: Tensor
@@ -83,8 +87,6 @@ def load_text_audio() -> TextAudioScorer:
     Raises:
         UserError: if its weights are missing or broken, or the demo's text encoder is not installed.
     """
-    import hashlib
-
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -99,26 +101,32 @@ def load_text_audio() -> TextAudioScorer:
     return TextAudioScorer(head, load_text_encoder("demo"), hashlib.sha256(content).hexdigest()[:16])
 
 
-class TextAudioScore(Metric):
+class TextAudioScore(ItemMetric):
     """Mean score over clips, in float64; an item counts once, ranks must own different items."""
 
-    full_state_update = False
     higher_is_better = True
     total: Tensor
+    squares: Tensor
     count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self._seen: set[str] = set()
+        for state in ("total", "squares", "count"):
+            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, scores: Tensor, keys: Sequence[str]) -> None:
-        """Scores `b` of the clips named by `keys`."""
+        """Scores `b` of the clips named by `keys`.
+
+        Raises:
+            ValueError: if there are more of one than of the other.
+            UserError: if a score is NaN.
+        """
         for score, key in zip(scores.tolist(), keys, strict=True):
-            if key not in self._seen:
-                self._seen.add(key)
+            if not math.isfinite(score):
+                raise UserError(f"clip {key}: its text-audio score is NaN; look at the audio")
+            if self._is_new(key):
                 self.total = self.total + score
+                self.squares = self.squares + score**2
                 self.count = self.count + 1
 
     def compute(self) -> Tensor:
@@ -131,9 +139,13 @@ class TextAudioScore(Metric):
             raise UserError("the text-audio score has no clips; raise --generation.num_prompts")
         return self.total / self.count
 
-    def reset(self) -> None:
-        super().reset()
-        self._seen = set()
+    def half_interval(self) -> float:
+        """Half the width of the mean's 95 % interval over this rank's clips; infinite for fewer than two."""
+        n = self.count.item()
+        if n < 2:
+            return math.inf
+        variance = max(0.0, (self.squares - self.total**2 / n).item() / (n - 1))
+        return 1.96 * math.sqrt(variance / n)
 
 
 def true_minus_shuffled(similarities: Tensor, seed: int = 0, resamples: int = 10_000) -> tuple[float, float, float]:
@@ -143,8 +155,16 @@ def true_minus_shuffled(similarities: Tensor, seed: int = 0, resamples: int = 10
         similarities: `b b`, clip i against caption j.
         seed: of the bootstrap.
         resamples: draws of b clips with replacement.
+
+    Raises:
+        ValueError: unless there are as many captions as clips, and at least two.
+
+    >>> true_minus_shuffled(torch.eye(3))
+    (1.0, 1.0, 1.0)
     """
     b = len(similarities)
+    if similarities.shape != (b, b) or b < 2:
+        raise ValueError(f"{tuple(similarities.shape)} similarities; give two clips or more, each with its caption")
     others = (similarities.sum(1) - similarities.diagonal()) / (b - 1)
     gaps = (similarities.diagonal() - others).double().numpy()
     draws = np.random.default_rng(seed).integers(b, size=(resamples, b))

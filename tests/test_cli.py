@@ -1,0 +1,188 @@
+"""The commands as people type them: real runs on tiny shards, and one clear line for each mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from magnet_train.__main__ import main
+
+TINY_FIT = [
+    "--model.network.dim=32", "--model.network.num_heads=2", "--model.network.num_layers=2", "--model.crop_s=3.2",
+    "--model.optimizer.warmup_steps=1", "--model.optimizer.lr=0.001", "--data.batch_size=2", "--data.num_workers=0",
+    "--trainer.accelerator=cpu", "--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.logger=false",
+    "--trainer.check_val_every_n_epoch=null", "--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0",
+    "--generation.num_prompts=2", "--generation.batch_size=2", "--generation.num_media=1",
+    "--generation.decoding.decoding_steps=[2,1,1,1]", "--trainer.enable_model_summary=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """Six short clips of chords with captions."""
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    t = np.arange(16_000 * 5) / 16_000
+    for i in range(6):
+        wav = sum(np.sin(2 * np.pi * f * t) for f in rng.uniform(100, 900, 3)) * np.exp(-(t % 0.5) * 3) / 4
+        soundfile.write(folder / f"clip{i}.wav", wav, 16_000)
+        (folder / f"clip{i}.txt").write_text(f"chord number {i}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(clips, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    assert main(["tokenize", str(clips), "--out", str(folder / "train"), "--shard_size", "3"]) == 0
+    assert main(["tokenize", str(clips), "--out", str(folder / "validation"), "--embedder", "musicnn"]) == 0
+    return folder
+
+
+def fit(shards: Path, run: Path, *options: str) -> int:
+    data = [f"--data.train={shards / 'train'}", f"--data.validation={shards / 'validation'}"]
+    empty = run.parent / "empty.yaml"
+    empty.write_text("{}\n")
+    return main(["fit", f"--config={empty}", *TINY_FIT, *data, f"--trainer.default_root_dir={run}", *options])
+
+
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert fit(shards, folder) == 0
+    return folder
+
+
+def test_fit_leaves_checkpoint_audio_pictures_and_summary(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert Path(summary["checkpoint"]).is_file()
+    assert all(Path(p).is_file() for p in summary["audio"] + summary["pictures"]) and summary["audio"]
+    for metric in ("val/ce/stage0", "val/fad/musicnn", "val/kl/musicnn_tags", "val/fad/musicnn/floor_codec"):
+        pair = summary["metrics"][metric]
+        assert np.isfinite([pair["before"], pair["after"]]).all(), metric
+    assert set(summary["seconds"]) >= {"training"}
+
+
+def test_a_run_resumes_and_goes_on(run, shards, capsys):
+    assert fit(shards, run, "--ckpt_path=last", "--trainer.max_steps=6", "--generation.num_prompts=0") == 0
+    import torch
+
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 6
+    averaged, raw = checkpoint["state_dict"], checkpoint["current_model_state"]
+    assert averaged.keys() == raw.keys()
+
+
+def test_validate_and_predict_take_the_checkpoint(run, shards, tmp_path):
+    data = [f"--data.{s}={shards / 'validation'}" for s in ("train", "validation", "test")]
+    common = [*(o for o in TINY_FIT if "warmup" not in o), *data, f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"]
+    (tmp_path / "empty.yaml").write_text("{}")
+    options = [f"--config={tmp_path / 'empty.yaml'}", *common, f"--trainer.default_root_dir={tmp_path}"]
+    assert main(["validate", *options, "--generation.num_prompts=0"]) == 0
+    assert main(["predict", *options, "--trainer.limit_predict_batches=1"]) == 0
+    assert len(list((tmp_path / "predictions").glob("*.wav"))) == 2
+
+
+def test_generate_plays_a_run_and_says_how_to_make_it_again(run, tmp_path):
+    options = ["--checkpoint", str(run), "--decoding.decoding_steps=[2,1,1,1]", "--seed", "4", "--out", str(tmp_path)]
+    assert main(["generate", "--prompt", "[chord number 1, organ]", "--format", "flac", *options]) == 0
+    audio = sorted(tmp_path.glob("*.flac"))
+    assert len(audio) == 2 and all(p.with_suffix(".png").is_file() for p in audio)
+    about = json.loads(audio[0].with_suffix(".json").read_text())
+    assert about["seed"] == 4 and about["decoding"]["decoding_steps"] == [2, 1, 1, 1]
+    first = soundfile.read(audio[0])[0]
+    again = tmp_path / "again"
+    assert main(["generate", "--prompt", f'["{about["prompt"]}"]', "--format", "flac", *options[:-1], str(again)]) == 0
+    assert np.array_equal(first, soundfile.read(next(again.glob("*.flac")))[0])
+
+
+def mistake(capsys, *args: str) -> str:
+    """The one line that a mistake gets."""
+    status = main(list(args))
+    lines = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("error:")]
+    assert status == 2 and len(lines) == 1, (status, lines)
+    return lines[0]
+
+
+def test_mistakes_of_tokenize(capsys, tmp_path, clips):
+    out = str(tmp_path / "out")
+    assert "no such folder" in mistake(capsys, "tokenize", str(tmp_path / "none"), "--out", out)
+    (tmp_path / "bare").mkdir()
+    assert "no audio files" in mistake(capsys, "tokenize", str(tmp_path / "bare"), "--out", out)
+    soundfile.write(tmp_path / "bare" / "a.wav", np.zeros(16_000), 16_000)
+    assert "no captions" in mistake(capsys, "tokenize", str(tmp_path / "bare"), "--out", out)
+    assert "crop_s" in mistake(capsys, "tokenize", str(clips), "--out", out, "--crop_s", "-1")
+    assert "nonsense" in mistake(capsys, "tokenize", str(clips), "--out", out, "--nonsense", "1")
+    assert "not/there" in mistake(capsys, "tokenize", str(clips), "--out", out, "--codec", "not/there")
+
+
+def test_mistakes_of_fit(capsys, tmp_path, shards, clips):
+    base = ["fit", "--config", str(tmp_path / "c.yaml"), f"--trainer.default_root_dir={tmp_path / 'run'}", *TINY_FIT]
+    (tmp_path / "c.yaml").write_text("{}")
+    data = [f"--data.train={shards / 'train'}", f"--data.validation={shards / 'validation'}"]
+    assert "guidance_dropout=2" in mistake(capsys, *base, *data, "--model.guidance_dropout=2")
+    assert "num_heads" in mistake(capsys, *base, *data, "--model.network.num_heads=3")
+    assert "nonsense" in mistake(capsys, *base, *data, "--model.nonsense=2")
+    assert "no such checkpoint" in mistake(capsys, *base, *data, f"--ckpt_path={tmp_path / 'x.ckpt'}")
+    (tmp_path / "x.ckpt").write_bytes(b"broken")
+    assert "x.ckpt" in mistake(capsys, *base, *data, f"--ckpt_path={tmp_path / 'x.ckpt'}")
+    assert "num_workers" in mistake(capsys, *base, *data, "--data.num_workers=9")
+    assert "index.json" in mistake(capsys, *base, f"--data.train={tmp_path}", data[1])
+    index = json.loads((shards / "train" / "index.json").read_text())
+    index["codec"]["hash"] = "0" * 16
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "index.json").write_text(json.dumps(index))
+    assert "made with codec" in mistake(capsys, *base, f"--data.train={tmp_path / 'other'}", data[1])
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in mistake(
+        capsys, *base, *data, f"--trainer.default_root_dir={tmp_path / 'file' / 'run'}"
+    )
+    (tmp_path / "c.yaml").write_text("model: {crop_z: 3}")
+    assert "crop_z" in mistake(capsys, *base, *data)
+
+
+def test_mistakes_of_generate(capsys, tmp_path):
+    assert "no prompt" in mistake(capsys, "generate", "--out", str(tmp_path))
+    assert "empty" in mistake(capsys, "generate", "--prompt", '[""]', "--out", str(tmp_path))
+    assert "top_p" in mistake(capsys, "generate", "--prompt", "[a]", "--decoding.top_p", "7", "--out", str(tmp_path))
+    assert "some/model" in mistake(
+        capsys, "generate", "--prompt", "[a]", "--checkpoint", "some/model", "--out", str(tmp_path)
+    )
+    (tmp_path / "f").write_text("")
+    assert "cannot be written" in mistake(capsys, "generate", "--prompt", "[a]", "--out", str(tmp_path / "f" / "g"))
+
+
+def test_unknown_verbs_and_help(capsys):
+    assert main(["dance"]) == 2 and "no verb 'dance'" in capsys.readouterr().err
+    assert main(["--help"]) == 0 and "tokenize" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_fit_with_two_processes_validates_every_item_once(shards, tmp_path):
+    """One real launch, two gloo ranks: the counts of items and clips are those of one process."""
+    (tmp_path / "c.yaml").write_text("{}")
+    data = [f"--data.train={shards / 'train'}", f"--data.validation={shards / 'validation'}"]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "magnet_train",
+        "fit",
+        "--config",
+        str(tmp_path / "c.yaml"),
+        *TINY_FIT,
+        *data,
+        *two,
+    ]
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [*command, f"--trainer.default_root_dir={tmp_path / 'run'}"],
+        env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, timeout=400, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["metrics"]["val/num_clips"]["after"] == 2

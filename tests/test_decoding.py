@@ -1,0 +1,156 @@
+"""What must hold for every decoding, tried with scripted networks; the filters against the reference."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from magnet_train.decoding import DecodingConfig, Step, decode, item_noise, sample, top_k_filter, top_p_filter
+from magnet_train.errors import UserError
+
+FILTERS = Path(__file__).parent / "fixtures" / "reference" / "decode_only" / "filters.safetensors"
+SIZE = 8
+
+
+def scripted(seed: int):
+    """A network whose logits depend on nothing but frame and stage, the same for every example."""
+    table = torch.randn(4, 64, SIZE, generator=torch.Generator().manual_seed(seed)) * 3
+    return lambda codes, stage: table[stage, : codes.shape[2]].expand(len(codes), -1, -1)
+
+
+def run(num_frames=30, prompt=0, items=("a", "b"), config=None, on_step=None, seed=0):
+    config = config or DecodingConfig(decoding_steps=(4, 3, 2, 1), max_cfg_coef=3.0)
+    codes = torch.arange(num_frames).remainder(SIZE).expand(len(items), 4, -1).clone()
+    fixed = torch.zeros(len(items), num_frames, dtype=torch.bool)
+    fixed[:, :prompt] = True
+    noise = item_noise(seed, items, sum(config.steps_of(4)), num_frames)
+    return codes, decode(scripted(1), scripted(2), codes, fixed, SIZE, config, noise, on_step)
+
+
+configs = st.builds(
+    DecodingConfig,
+    decoding_steps=st.tuples(*[st.integers(1, 6)] * 4),
+    temperature=st.sampled_from([0.5, 3.0]),
+    anneal_temperature=st.booleans(),
+    top_p=st.sampled_from([0.0, 0.5, 0.9]),
+    top_k=st.sampled_from([0, 3]),
+    greedy=st.booleans(),
+    span_len=st.integers(1, 5),
+    span_arrangement=st.sampled_from(["nonoverlap", "stride1"]),
+    span_scoring=st.sampled_from(["max", "prod"]),
+)
+
+
+@given(configs, st.integers(1, 40), st.integers(0, 40), st.integers(0, 5))
+@settings(deadline=None, max_examples=80)
+def test_nothing_stays_masked_and_the_prompt_survives(config, num_frames, prompt, seed):
+    prompt = min(prompt, num_frames)
+    given_codes, out = run(num_frames, prompt, config=config, seed=seed)
+    assert out.shape == (2, 4, num_frames)
+    assert ((out >= 0) & (out < SIZE)).all()
+    assert torch.equal(out[:, :, :prompt], given_codes[:, :, :prompt])
+
+
+@given(configs, st.integers(6, 40))
+@settings(deadline=None, max_examples=40)
+def test_each_step_masks_less_and_only_what_the_last_one_filled(config, num_frames):
+    steps: list[Step] = []
+    run(num_frames, prompt=2, config=config, on_step=steps.append)
+    assert len(steps) == sum(config.decoding_steps)
+    for before, after in itertools.pairwise(steps):
+        if after.stage == before.stage:
+            assert (after.masked <= before.masked).all()
+        assert after.masked.any(1).all()
+    hidden = [s.codes[:, s.stage + 1 :, 2:] for s in steps if s.stage < 3]
+    assert all((h == SIZE).all() for h in hidden), "codebooks above the stage must not be known yet"
+
+
+def test_an_item_gets_the_same_codes_alone_and_in_a_batch():
+    for arrangement in ("nonoverlap", "stride1"):
+        config = DecodingConfig(decoding_steps=(5,), span_arrangement=arrangement)
+        _, together = run(items=("a", "b", "c"), config=config)
+        for i, item in enumerate("abc"):
+            assert torch.equal(run(items=(item,), config=config)[1][0], together[i])
+
+
+def test_seeds_and_items_differ():
+    assert not torch.equal(run(seed=0)[1], run(seed=1)[1])
+    codes = run()[1]
+    assert not torch.equal(codes[0], codes[1])
+
+
+@pytest.mark.parametrize("num_frames", [24, 25])
+def test_stride1_masks_as_near_the_schedule_as_spans_allow(num_frames):
+    steps: list[Step] = []
+    config = DecodingConfig(decoding_steps=(6,), span_len=3, span_arrangement="stride1")
+    run(num_frames, config=config, on_step=steps.append)
+    for step in steps[1:6]:
+        share = torch.cos(torch.tensor(step.step / 5 * torch.pi / 2)).item()
+        wanted = max(1, int(share * num_frames))
+        assert (step.masked.sum(1) - wanted).abs().max() <= config.span_len
+
+
+def test_the_whole_clip_is_decoded_when_its_length_is_no_multiple_of_the_span():
+    steps: list[Step] = []
+    run(32, config=DecodingConfig(decoding_steps=(4,), span_len=5), on_step=steps.append)
+    assert steps[0].masked[:, 30:].all()
+
+
+def test_no_unconditional_pass_where_guidance_vanishes():
+    calls = []
+
+    def unconditional(codes, stage):
+        calls.append(stage)
+        return torch.zeros(*codes[:, 0].shape, SIZE)
+
+    codes, fixed = torch.zeros(1, 4, 9, dtype=torch.long), torch.zeros(1, 9, dtype=torch.bool)
+    config = DecodingConfig(decoding_steps=(2,), max_cfg_coef=1.0, min_cfg_coef=1.0)
+    decode(scripted(0), unconditional, codes, fixed, SIZE, config, item_noise(0, ["x"], 8, 9))
+    assert not calls
+
+
+def test_filters_are_those_of_the_reference():
+    data = load_file(FILTERS)
+    for name, expected in data.items():
+        if name.startswith("top_p"):
+            kept = top_p_filter(data["probs"], float(name[5:]))
+        elif name.startswith("top_k"):
+            kept = top_k_filter(data["probs"], int(name[5:]))
+        else:
+            continue
+        assert torch.allclose(kept / kept.sum(-1, keepdim=True), expected, atol=1e-6), name
+
+
+def test_sampling_follows_the_probabilities_and_never_takes_what_was_filtered_out():
+    probs = torch.tensor([0.5, 0.0, 0.3, 0.2]).expand(40_000, -1)
+    noise = torch.rand(40_000, generator=torch.Generator().manual_seed(0))
+    shares = torch.bincount(sample(probs, 0.0, 0, noise), minlength=4) / 40_000
+    assert torch.allclose(shares, probs[0], atol=0.01)
+    assert set(sample(probs, 0.6, 0, noise).tolist()) == {0, 2}
+    assert set(sample(probs, 0.0, 1, noise).tolist()) == {0}
+    assert sample(probs[:1], 0.0, 0, torch.zeros(1)).item() == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"top_p": 1.5},
+        {"temperature": 0.0},
+        {"decoding_steps": ()},
+        {"span_len": 0},
+        {"span_scoring": "sum"},
+        {"top_k": -1},
+    ],
+)
+def test_impossible_settings_are_named(change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        DecodingConfig(**change)
+
+
+def test_a_stage_without_steps_is_refused():
+    with pytest.raises(UserError, match="3 numbers for 4 codebooks"):
+        run(config=DecodingConfig(decoding_steps=(3, 2, 1)))

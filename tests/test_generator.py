@@ -1,0 +1,117 @@
+"""A trained model as an object: alone or in a batch the same, saved and loaded the same, and clear when it cannot."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from magnet_train.audio_files import normalize_loudness, recognisable_name, write_audio
+from magnet_train.codec import load_codec
+from magnet_train.conditioning import load_text_encoder
+from magnet_train.decoding import DecodingConfig
+from magnet_train.errors import UserError
+from magnet_train.generator import Generator, load, read_checkpoint
+from magnet_train.model import Magnet, MagnetConfig
+
+PROMPTS = ["a slow chorale for string quartet in G minor", "banjo", ""]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Generator:
+    """A random network between the real codec and the real text encoder."""
+    torch.manual_seed(0)
+    codec, text = load_codec("demo"), load_text_encoder("demo")
+    facts = codec.facts
+    config = MagnetConfig(
+        dim=32, num_heads=2, num_layers=2, num_codebooks=facts.num_codebooks, codebook_size=facts.codebook_size,
+        text_dim=text.dim,
+    )  # fmt: skip
+    return Generator(Magnet(config).eval(), codec, text, DecodingConfig(decoding_steps=(3, 2, 2, 2)), crop_s=1.0)
+
+
+def test_each_prompt_gets_what_it_gets_alone(tiny):
+    together = tiny.generate(PROMPTS, seed=3).codes
+    ties = 0
+    for i, prompt in enumerate(PROMPTS):
+        alone = tiny.generate([prompt], seed=3).codes[0]
+        ties += int((alone != together[i]).sum())
+    print(f"codes that differ by ties in floating point: {ties} of {together.numel()}")
+    assert ties <= 0.005 * together.numel()
+
+
+def test_audio_has_the_length_asked_for_and_the_prompt_survives(tiny):
+    first = tiny.generate(["flute"], seed=1, duration_s=0.5)
+    assert first.wav.shape == (1, 1, 8000) and first.sample_rate == 16_000
+    more = tiny.generate(["flute"], seed=2, duration_s=1.0, prompt_codes=first.codes)
+    assert torch.equal(more.codes[:, :, :25], first.codes)
+    assert (more.order[:, :, :25] == -1).all() and (more.order[:, :, 25:] >= 0).all()
+
+
+def test_a_release_comes_back_as_it_was(tiny, tmp_path):
+    tiny.save(tmp_path / "release", "# card\n")
+    again = load(tmp_path / "release")
+    assert torch.equal(again.generate(["harp"], seed=5).codes, tiny.generate(["harp"], seed=5).codes)
+    assert again.decoding == tiny.decoding and again.crop_s == tiny.crop_s
+
+
+def test_broken_releases_and_checkpoints_are_named(tiny, tmp_path):
+    folder = tmp_path / "release"
+    tiny.save(folder, "")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model\.safetensors: missing or broken"):
+        load(folder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config\.json: not a release"):
+        load(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="no such file or folder"):
+        load(str(tmp_path / "nowhere"))
+    (tmp_path / "last.ckpt").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(UserError, match=r"last\.ckpt: unreadable checkpoint"):
+        read_checkpoint(tmp_path / "last.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="not a checkpoint of magnet_train"):
+        load(tmp_path / "last.ckpt")
+
+
+def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
+    import pickle
+
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    (tmp_path / "trap.ckpt").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match=r"trap\.ckpt: unreadable checkpoint"):
+        read_checkpoint(tmp_path / "trap.ckpt")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_another_codec_is_refused(tiny):
+    other = Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=1, codebook_size=64, text_dim=384))
+    with pytest.raises(UserError, match="codebooks of 1024 entries"):
+        Generator(other, tiny.codec, tiny.text_encoder, tiny.decoding, 1.0)
+
+
+def test_loudness_is_minus_14_lufs_and_silence_stays_silent():
+    import pyloudnorm
+
+    wav = 0.02 * np.sin(2 * np.pi * 440 * np.arange(32_000) / 16_000)[:, None]
+    assert pyloudnorm.Meter(16_000).integrated_loudness(normalize_loudness(wav, 16_000)) == pytest.approx(-14, abs=0.1)
+    quiet = np.zeros((32_000, 1))
+    assert normalize_loudness(quiet, 16_000) is quiet
+    assert len(normalize_loudness(wav[:100], 16_000)) == 100
+
+
+def test_files_have_recognisable_names_and_an_unwritable_folder_is_named(tmp_path):
+    assert recognisable_name("Slow, sad: cello!", 7).startswith("slow-sad-cello_") and recognisable_name("").startswith(
+        "no-text_"
+    )
+    write_audio(tmp_path / "a.flac", np.zeros((800, 1)), 16_000, {"prompt": "x"})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"prompt": "x"}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_audio(tmp_path / "file" / "a.wav", np.zeros((800, 1)), 16_000, {})

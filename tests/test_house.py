@@ -1,0 +1,64 @@
+"""The house rules of the package, held by reading its import lines, and its configurations, by parsing them."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "magnet_train"
+# From the top down: a file imports only from lines below its own, or from its own line.
+FLOORS = [
+    {"__main__"},
+    {"cli"},
+    {"callbacks.averaging", "callbacks.generation"},
+    {"module", "data.datamodule"},
+    {"generator"},
+    {"data.shards", "data.pipeline", "metrics.text_audio"},
+    {"model", "decoding", "conditioning", "metrics.embedders", "metrics.fixed_masks", "data.audio"},
+    {"codec"},
+    {"attention", "masking", "loss", "schedule", "audio_files", "metrics.fad", "metrics.kl", "metrics.chroma",
+     "spectral_codec", "pretrained"},
+    {"assets", "compat", "metrics.items"},
+    {"errors"},
+]  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    return {
+        str(p.relative_to(PACKAGE).with_suffix("")).replace("/", "."): p
+        for p in PACKAGE.rglob("*.py")
+        if p.name != "__init__.py" and "_demo" not in p.parts
+    }
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_every_module_has_its_floor():
+    assert set(modules()) == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_point_down(name):
+    floor = {module: i for i, names in enumerate(FLOORS) for module in names}
+    for other in imports(modules()[name]):
+        other = other.removeprefix("magnet_train.")
+        if other in floor and other != name:
+            assert floor[other] >= floor[name], f"{name} imports {other}, which stands above it"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_lightning_and_wandb_stay_in_their_rooms(name):
+    used = {module.split(".")[0] for module in imports(modules()[name])}
+    if "lightning" in used:
+        assert name in ("cli", "module", "data.datamodule") or name.startswith("callbacks.")
+    if "wandb" in used:
+        assert name.startswith("callbacks.") or name == "doctor"
+    assert not used & {"audiocraft", "xformers", "pytorch_lightning"}

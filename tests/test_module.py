@@ -1,0 +1,98 @@
+"""The training objective as the module puts it together."""
+
+import pytest
+import torch
+
+from magnet_train.errors import UserError
+from magnet_train.model import MagnetConfig
+from magnet_train.module import MagnetModule, OptimizerConfig, step_generator
+
+SIZE = 16
+
+
+class FakeText(torch.nn.Module):
+    """Two tokens a caption, from its length; for speed, beside tests with the real encoder."""
+
+    id, dim = "fake", 8
+
+    def forward(self, captions):
+        states = torch.stack([torch.full((2, 8), float(len(c))) for c in captions])
+        mask = torch.tensor([[bool(c)] * 2 for c in captions])
+        return states * mask[..., None], mask
+
+
+@pytest.fixture
+def module() -> MagnetModule:
+    config = MagnetConfig(dim=32, num_heads=2, num_layers=2, codebook_size=SIZE, text_dim=8, context=2)
+    module = MagnetModule(config, seed=1)
+    module._frozen = (FakeText(),)
+    return module
+
+
+def batch(num_frames=24, valid=(24, 15)):
+    return {
+        "codes": torch.randint(SIZE, (2, 4, num_frames)),
+        "valid": torch.arange(num_frames)[None] < torch.tensor(valid)[:, None],
+        "captions": ["one", "three"],
+        "keys": ["a", "b"],
+    }
+
+
+def test_the_loss_ignores_padding(module):
+    data, masked = batch(), torch.rand(2, 24) < 0.5
+    other = dict(data, codes=data["codes"].clone())
+    other["codes"][1, :, 15:] = torch.randint(SIZE, (4, 9))
+    for stage in range(4):
+        a, b = (module.stage_loss(d, d["captions"], stage, masked) for d in (data, other))
+        assert torch.allclose(a.ce, b.ce, atol=1e-5)
+        assert a.count.tolist() == (masked & data["valid"]).sum(1).tolist()
+
+
+def test_the_loss_does_not_look_at_what_it_asks_for(module):
+    data, masked = batch(valid=(24, 24)), torch.zeros(2, 24, dtype=torch.bool)
+    masked[:, 5:9] = True
+    seen = []
+    trunk = module.network.trunk
+    module.network.trunk = lambda codes, *args: (seen.append(codes), trunk(codes, *args))[1]  # type: ignore[method-assign]
+    module.stage_loss(data, data["captions"], 1, masked)
+    (codes,) = seen
+    assert (codes[:, 1][masked] == SIZE).all() and (codes[:, 2:] == SIZE).all()
+    assert torch.equal(codes[:, 0], data["codes"][:, 0])
+    assert torch.equal(codes[:, 1][~masked], data["codes"][:, 1][~masked])
+
+
+def test_the_caption_matters_and_its_absence_is_the_null_condition(module):
+    data, masked = batch(valid=(24, 24)), torch.rand(2, 24) < 0.5
+    with_text = module.stage_loss(data, ["one", "three"], 0, masked).ce
+    without = module.stage_loss(data, ["", ""], 0, masked).ce
+    assert (with_text - without).abs().min() > 1e-4
+
+
+def test_draws_belong_to_their_place_in_the_run():
+    a, b, c = (torch.rand(4, generator=step_generator(1, *place)) for place in ((5, 0), (5, 0), (5, 1)))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_initial_weights_are_a_function_of_the_seed(module):
+    torch.rand(100)
+    again = MagnetModule(module.config, seed=1)
+    other = MagnetModule(module.config, seed=2)
+    assert torch.equal(module.network.head, again.network.head)
+    assert not torch.equal(module.network.head, other.network.head)
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (
+            lambda: MagnetModule(guidance_dropout=1.5, network=MagnetConfig(dim=8, num_heads=1, num_layers=1)),
+            "guidance",
+        ),
+        (lambda: MagnetModule(span_len=0, network=MagnetConfig(dim=8, num_heads=1, num_layers=1)), "span_len"),
+        (lambda: OptimizerConfig(lr=-1), "lr=-1"),
+        (lambda: OptimizerConfig(schedule="linear"), "schedule=linear"),  # type: ignore[arg-type]
+    ],
+)
+def test_values_out_of_range_are_named(make, word):
+    with pytest.raises(UserError, match=word):
+        make()

@@ -1,0 +1,181 @@
+"""The text-audio scorer: its parts on made-up embeddings, the shipped one on the shipped test split."""
+
+import importlib.util
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from magnet_train.errors import UserError
+from magnet_train.metrics import text_audio
+from magnet_train.metrics.embedders import Heard
+from magnet_train.metrics.text_audio import (
+    TextAudioHead,
+    TextAudioScore,
+    TextAudioScorer,
+    clip_features,
+    load_text_audio,
+    sentence_features,
+    true_minus_shuffled,
+)
+
+DEMO = Path(__file__).parents[1] / "data" / "demo"
+
+
+class Spelling(nn.Module):
+    """A text encoder of four dimensions: a state per letter, padded on the right with zeros."""
+
+    id, dim = "spelling", 4
+
+    def forward(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        longest = max(1, *map(len, captions))
+        states, mask = torch.zeros(len(captions), longest, 4), torch.zeros(len(captions), longest, dtype=torch.bool)
+        for row, caption in enumerate(captions):
+            for place, letter in enumerate(caption):
+                states[row, place] = torch.tensor([float(ord(letter) >> shift & 1) for shift in range(4)])
+                mask[row, place] = True
+        return states, mask
+
+
+def heard(windows: int, seed: int = 0) -> Heard:
+    generator = torch.Generator().manual_seed(seed)
+    draw = [torch.randn(windows, width, generator=generator) for width in (200, 50, 1506)]
+    return Heard(draw[0], draw[1].sigmoid(), draw[2])
+
+
+def scorer() -> TextAudioScorer:
+    return TextAudioScorer(TextAudioHead(text_dim=4), Spelling(), hash="")  # type: ignore[arg-type]
+
+
+def test_features_of_a_clip_are_means_and_deviations():
+    clip = heard(4)
+    features = clip_features(clip)
+    assert features.shape == (500,)
+    torch.testing.assert_close(features[:200], clip.embeddings.mean(0))
+    torch.testing.assert_close(features[450:], torch.logit(clip.tags).std(0, unbiased=False))
+    assert (clip_features(heard(1))[250:] == 0).all()
+    certain = Heard(torch.zeros(2, 200), torch.tensor([[0.0] * 25 + [1.0] * 25] * 2), torch.zeros(2, 1506))
+    assert torch.isfinite(clip_features(certain)).all()
+
+
+def test_padding_and_neighbours_do_not_change_a_sentence():
+    alone = sentence_features(Spelling(), ["slow"])  # type: ignore[arg-type]
+    together = sentence_features(Spelling(), ["slow", "a much longer caption", ""])  # type: ignore[arg-type]
+    torch.testing.assert_close(together[:1], alone)
+    assert (together[2] == 0).all()
+
+
+def test_scores_are_cosines_of_unit_vectors():
+    captions, clips = ["harp", "slow piano", "fiddle"], [heard(5, seed) for seed in range(3)]
+    judge = scorer()
+    similarities = judge.similarities(captions, clips)
+    assert similarities.shape == (3, 3)
+    assert similarities.abs().max() <= 1 + 1e-6
+    torch.testing.assert_close(judge.score(captions, clips), similarities.diagonal())
+    torch.testing.assert_close(judge.score(captions[1:2], clips[1:2]), similarities.diagonal()[1:2])
+    norms = judge.head.embed_audio(torch.randn(6, 500)).norm(dim=-1)
+    torch.testing.assert_close(norms, torch.ones(6))
+    assert not similarities.requires_grad
+
+
+def test_score_is_the_mean_over_items_each_counted_once():
+    metric = TextAudioScore()
+    metric.update(torch.tensor([0.1, 0.3]), ["a", "b"])
+    metric.update(torch.tensor([0.3, 0.8]), ["b", "c"])
+    assert metric.compute().item() == pytest.approx(0.4, abs=1e-7)
+    assert metric.compute().dtype == torch.float64
+    with pytest.raises(ValueError, match="argument"):
+        metric.update(torch.tensor([0.1, 0.3]), ["d"])
+    metric.reset()
+    with pytest.raises(UserError, match="no clips"):
+        metric.compute()
+    metric.update(torch.tensor([0.5]), ["a"])
+    assert metric.compute().item() == 0.5
+
+
+def test_gap_of_true_and_shuffled_captions():
+    """With a known gap: 0.5 above noise of 0.1, over 200 clips; and none where there is none."""
+    generator = torch.Generator().manual_seed(1)
+    noise = 0.1 * torch.randn(200, 200, generator=generator)
+    mean, low, high = true_minus_shuffled(noise + 0.5 * torch.eye(200))
+    assert low < mean < high
+    assert mean == pytest.approx(0.5, abs=0.03)
+    assert high - low == pytest.approx(2 * 1.96 * 0.1 / 200**0.5, rel=0.2)  # the normal interval of the mean
+    assert true_minus_shuffled(noise + 0.5 * torch.eye(200)) == (mean, low, high)
+    _, low, high = true_minus_shuffled(noise)
+    assert low < 0 < high
+
+
+def test_gap_counts_each_clip_against_the_others_alone():
+    """By hand: 1.0 - (0.2 + 0.4) / 2, 0.8 - 0.3, 0.5 - 0.1."""
+    mean, *_ = true_minus_shuffled(torch.tensor([[1.0, 0.2, 0.4], [0.2, 0.8, 0.4], [0.1, 0.1, 0.5]]))
+    assert mean == pytest.approx((0.7 + 0.5 + 0.4) / 3, abs=1e-6)
+
+
+def test_an_interval_covers_its_value_nineteen_times_of_twenty():
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(200):
+        _, low, high = true_minus_shuffled(torch.randn(60, 60, generator=generator), resamples=400)
+        hits += low <= 0 <= high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(text_audio, "demo_path", lambda name: tmp_path)
+    with pytest.raises(UserError, match="missing or broken"):
+        load_text_audio.__wrapped__()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(UserError, match="missing or broken"):
+        load_text_audio.__wrapped__()
+
+
+def test_retrieval_as_the_training_script_reports_it():
+    spec = importlib.util.spec_from_file_location("train_text_audio", DEMO / "train_text_audio.py")
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    class Same(nn.Module):
+        embed_audio = embed_text = staticmethod(lambda x: F.normalize(x, dim=-1))
+
+    places = torch.eye(20)
+    found = script.retrieval(Same(), places, places)
+    assert (found["recall_at_1"], found["recall_at_10"], found["clips"]) == (1, 1, 20)
+    assert found["matched_minus_others"] == pytest.approx(1)
+    assert script.retrieval(Same(), places, places.roll(1, 0))["recall_at_1"] == 0
+    # Two clips with one caption: either is right.
+    assert script.retrieval(Same(), places[[0, 0, 1]], places[[0, 0, 1]])["recall_at_1"] == 1
+
+
+def originals_of_the_test_split(limit: int) -> list[tuple[str, Heard]]:
+    found = []
+    for shard in sorted((DEMO / "shards" / "test").glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            files = {m.name: m for m in tar.getmembers()}
+            for name, member in files.items():
+                if name.endswith(".reference.npz"):
+                    about = json.load(tar.extractfile(files[name.replace(".reference.npz", ".json")]))  # type: ignore[arg-type]
+                    with np.load(io.BytesIO(tar.extractfile(member).read()), allow_pickle=False) as kept:  # type: ignore[union-attr]
+                        parts = [torch.from_numpy(kept[side]) for side in ("embeddings", "tags")]
+                    found.append((about["caption"], Heard(*parts, features=torch.zeros(0))))
+    return found[:limit]
+
+
+def test_the_shipped_scorer_tells_captions_of_unseen_originals_apart():
+    if not (DEMO / "text_audio" / "model.safetensors").exists():
+        pytest.skip("data/demo/text_audio is not there")
+    pairs = originals_of_the_test_split(200)
+    if not pairs:
+        pytest.skip("data/demo/shards/test is not there")
+    captions, clips = zip(*pairs, strict=True)
+    similarities = load_text_audio().similarities(captions, clips)
+    mean, low, _ = true_minus_shuffled(similarities)
+    assert low > 0.1, f"{mean:.3f} above {low:.3f} on {len(clips)} clips"
