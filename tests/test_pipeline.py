@@ -364,8 +364,16 @@ class Ranks:
 
 @pytest.mark.parametrize(
     ("shards", "ranks", "workers", "fits"),
-    [(6, 1, 6, True), (6, 1, 7, False), (6, 3, 2, True), (6, 3, 3, False), (1, 1, 0, True), (1, 2, 0, False), (1, 1, 2, False)],
-)  # fmt: skip
+    [
+        (6, 1, 6, True),
+        (6, 1, 7, False),
+        (6, 3, 2, True),
+        (6, 3, 3, False),
+        (1, 1, 0, True),
+        (1, 2, 0, False),
+        (1, 1, 2, False),
+    ],
+)
 def test_fewer_shards_than_workers(shards: int, ranks: int, workers: int, fits: bool, codec: str, tmp_path: Path):
     train = write_shards(tmp_path / "train", codec, [2] * shards)
     data = data_module(codec, train, train, num_workers=workers)
@@ -381,7 +389,7 @@ def test_fewer_shards_than_workers(shards: int, ranks: int, workers: int, fits: 
         assert 0 < max(1, data.train_dataloader().num_workers) * ranks <= shards
 
 
-# --- found wrong at 6e73bb0; each mark goes when its fault is mended ----------------------------------------------
+# --- found wrong; each mark goes when its fault is mended --------------------------------------------------------
 
 
 def fault(reason: str) -> Any:

@@ -19,6 +19,7 @@ import soxr
 from arrange import Arrangement, arrange
 from captions import caption
 from render import SYNTH_RATE, facts_of, level, synthesise
+from scipy.signal import butter, sosfiltfilt
 from tqdm import tqdm
 
 
@@ -47,12 +48,16 @@ def order(text: str) -> int:
     return int(hashlib.sha256(f"clip {text}".encode()).hexdigest()[:8], 16)
 
 
+def show(score: dict[str, Any], piece: Arrangement) -> set[str]:
+    """What a listener may tell apart: the players, the kind of piece, the form."""
+    return {*(player for player, _ in piece.voices), score["style"], piece.form, *(["drums"] if piece.drums else [])}
+
+
 def choose(pieces: dict[str, tuple[dict[str, Any], Arrangement]], count: int) -> list[str]:
     """Pieces that between them show the most instruments, styles and forms: each the one that adds most."""
     left, shown, chosen = sorted(pieces, key=order), set[str](), list[str]()
     while left and len(chosen) < count:
-        wares = {name: {*(player for player, _ in pieces[name][1].voices), pieces[name][0]["style"], pieces[name][1].form,
-                        "drums" if pieces[name][1].drums else ""} for name in left}  # fmt: skip
+        wares = {name: show(*pieces[name]) for name in left}
         best = max(left, key=lambda name: len(wares[name] - shown))
         shown |= wares[best]
         chosen.append(best)
@@ -65,6 +70,8 @@ def excerpt(piece: Arrangement, form: Form) -> np.ndarray:
     wav = soxr.resample(synthesise(piece)[: round(form.length_s * SYNTH_RATE)], SYNTH_RATE, form.rate)
     if form.channels == 1:
         wav = wav.mean(1, keepdims=True)
+    # The soundfont's alto saxophone rests on a constant that a listener never hears and a level meter does.
+    wav = sosfiltfilt(butter(2, 20, "highpass", fs=form.rate, output="sos"), wav, axis=0)
     fade = round(FADE_S * form.rate)
     wav[-fade:] *= np.linspace(1, 0, fade)[:, None]
     return level(wav)

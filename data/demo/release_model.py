@@ -1,0 +1,86 @@
+"""Puts a trained run into `data/demo/magnet`, the release that ships: config, weights in half precision, card.
+
+python data/demo/release_model.py --checkpoint runs/demo_shipped --metrics metrics.json --trained "…"
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from magnet_train.decoding import DecodingConfig
+from magnet_train.generator import load
+
+CARD = """---
+license: mit
+pipeline_tag: text-to-audio
+tags: [magnet, arxiv:2401.04577]
+---
+
+# The demo's MAGNeT
+
+{parameters:.1f} M parameters, {crop_s:g}-second clips at 16 kHz. It plays at once:
+
+    python -m magnet_train generate --prompt '["a slow chorale for string quartet in G minor"]' --out generated
+
+It exists to show that the whole way works on two CPU cores, not to be listened to for pleasure.
+
+**Trained on** 10.4 hours of rendered public-domain scores (data/demo/README.md), on nothing else. {trained}
+Configuration: conf/demo.yaml with conf/demo_shipped.yaml.
+
+**Measured** on {clips} test captions ({different} different), one 10-second clip each, against the original clips
+(`data/demo/evaluate_model.py`, decoding {decoding}):
+
+| | FAD (musicnn) ↓ | KL (musicnn tags) ↓ | text-audio ↑ | true minus shuffled captions, 95 % interval |
+|---|---|---|---|---|
+{rows}
+
+"codec" is the codec's reconstruction of the real clips, the best that any model on these codes could do; "unigram" are
+codes drawn from each codebook's own frequencies, what no model at all would do. The text-audio scorer was trained on
+original audio of the training split only. None of these figures is comparable with published FAD, KL or CLAP: another
+network listens.
+
+**What is wrong with it**: {faults}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="Run folder or checkpoint.")
+    parser.add_argument("--metrics", type=Path, help="JSON that evaluate_model.py wrote; the card quotes it.")
+    parser.add_argument("--trained", default="", help="A sentence on steps, time and machine.")
+    parser.add_argument("--faults", default="", help="What listening and looking showed.")
+    parser.add_argument("--decoding", type=json.loads, default={}, help="JSON of decoding settings to ship.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "magnet", help="Folder of the release.")
+    args = parser.parse_args()
+    generator = load(args.checkpoint)
+    generator.decoding = DecodingConfig.from_dict(vars(generator.decoding) | args.decoding)
+    generator.about |= {"trained": args.trained, "data": "data/demo/shards/train", "licence": "MIT"}
+    generator.network.half()
+    rows, clips, different = "", 0, 0
+    if args.metrics:
+        report = json.loads(args.metrics.read_text())
+        clips, different = report["clips"], report["different_captions"]
+        for name in ("model", "codec", "unigram"):
+            r = report[name]
+            low, high = r["interval_95"]
+            rows += f"| {name} | {r['fad_musicnn']:.1f} | {r['kl_musicnn_tags']:.3f} | {r['text_audio']:.3f} | "
+            rows += f"{r['text_audio_true_minus_shuffled']:.3f} [{low:.3f}, {high:.3f}] |\n"
+    generator.save(
+        args.out,
+        CARD.format(
+            parameters=sum(p.numel() for p in generator.network.parameters()) / 1e6,
+            crop_s=generator.crop_s,
+            trained=args.trained,
+            clips=clips,
+            different=different,
+            decoding=vars(replace(generator.decoding)),
+            rows=rows.strip(),
+            faults=args.faults or "see EXPERIMENTS.md.",
+        ),
+    )
+    print(f"{args.out}: {sum(f.stat().st_size for f in args.out.iterdir()) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
