@@ -301,7 +301,8 @@ def _run_generate(args: list[str]) -> None:
     from magnet_train.decoding import DecodingConfig
 
     parser = _parser("generate", "Turn prompts into audio files, each with a JSON that says how to make it again.")
-    parser.add_class_arguments(GenerateOptions, nested_key=None, as_group=False)
+    parser.add_argument("--prompt", type=str, nargs="+", default=[], help="Captions in quotes, one file each.")
+    parser.add_class_arguments(GenerateOptions, nested_key=None, as_group=False, skip={"prompt"})
     parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
     config = parser.parse_args(args)
     # What is not given is as the checkpoint says, not as the class has it.

@@ -89,14 +89,14 @@ def test_validate_and_predict_take_the_checkpoint(run, shards, tmp_path):
 
 def test_generate_plays_a_run_and_says_how_to_make_it_again(run, tmp_path):
     options = ["--checkpoint", str(run), "--decoding.decoding_steps=[2,1,1,1]", "--seed", "4", "--out", str(tmp_path)]
-    assert main(["generate", "--prompt", "[chord number 1, organ]", "--format", "flac", *options]) == 0
+    assert main(["generate", "--prompt", "chord: number [1]", "organ", "--format", "flac", *options]) == 0
     audio = sorted(tmp_path.glob("*.flac"))
     assert len(audio) == 2 and all(p.with_suffix(".png").is_file() for p in audio)
     about = json.loads(audio[0].with_suffix(".json").read_text())
     assert about["seed"] == 4 and about["decoding"]["decoding_steps"] == [2, 1, 1, 1]
     first = soundfile.read(audio[0])[0]
     again = tmp_path / "again"
-    assert main(["generate", "--prompt", f'["{about["prompt"]}"]', "--format", "flac", *options[:-1], str(again)]) == 0
+    assert main(["generate", "--prompt", about["prompt"], "--format", "flac", *options[:-1], str(again)]) == 0
     assert np.array_equal(first, soundfile.read(next(again.glob("*.flac")))[0])
 
 
@@ -147,13 +147,13 @@ def test_mistakes_of_fit(capsys, tmp_path, shards, clips):
 
 def test_mistakes_of_generate(capsys, tmp_path):
     assert "no prompt" in mistake(capsys, "generate", "--out", str(tmp_path))
-    assert "empty" in mistake(capsys, "generate", "--prompt", '[""]', "--out", str(tmp_path))
-    assert "top_p" in mistake(capsys, "generate", "--prompt", "[a]", "--decoding.top_p", "7", "--out", str(tmp_path))
+    assert "empty" in mistake(capsys, "generate", "--prompt", "", "--out", str(tmp_path))
+    assert "top_p" in mistake(capsys, "generate", "--prompt", "a", "--decoding.top_p", "7", "--out", str(tmp_path))
     assert "some/model" in mistake(
-        capsys, "generate", "--prompt", "[a]", "--checkpoint", "some/model", "--out", str(tmp_path)
+        capsys, "generate", "--prompt", "a", "--checkpoint", "some/model", "--out", str(tmp_path)
     )
     (tmp_path / "f").write_text("")
-    assert "cannot be written" in mistake(capsys, "generate", "--prompt", "[a]", "--out", str(tmp_path / "f" / "g"))
+    assert "cannot be written" in mistake(capsys, "generate", "--prompt", "a", "--out", str(tmp_path / "f" / "g"))
 
 
 def test_unknown_verbs_and_help(capsys):

@@ -557,10 +557,27 @@ def test_full_disk(run: Callable[..., dict], tmp_path: Path, monkeypatch: pytest
     assert shards(tmp_path / "out") == shards(tmp_path / "expected")
 
 
-def writes(process: Any) -> bool:
-    """Whether it is in the middle of a shard."""
-    opened = [os.readlink(f) for f in Path(f"/proc/{process.pid}/fd").iterdir() if f.is_symlink()]
-    return any(name.endswith(".tar.tmp") for name in opened)
+def stopped_in_a_shard(folder: Path, source: Path, options: TokenizeOptions) -> tuple[Path, Any]:
+    """A process that stands still in the middle of a shard, with its lock; and where it writes."""
+    for attempt in range(20):
+        out = folder / str(attempt)
+        process = start(source, out, options)
+        while process.is_alive():
+            if is_writing(process):
+                os.kill(process.pid, signal.SIGSTOP)
+                if is_writing(process):
+                    return out, process
+                os.kill(process.pid, signal.SIGCONT)
+        process.join()  # it was done before it could be caught
+    raise AssertionError("never caught in the middle of a shard")
+
+
+def is_writing(process: Any) -> bool:
+    try:
+        names = [os.readlink(fd) for fd in Path(f"/proc/{process.pid}/fd").iterdir()]
+    except OSError:  # closed, or gone, while we looked
+        return False
+    return any(name.endswith(".tar.tmp") for name in names)
 
 
 @pytest.mark.slow
@@ -725,17 +742,13 @@ def test_overlapping_crops_end_with_the_clip(run: Callable[..., dict], tmp_path:
 @fault("it returns at once without an index, so that nobody finishes if the other dies")
 def test_who_waits_for_another_finishes_its_shards(undisturbed: Any, tmp_path: Path):
     source, options, expected, _ = undisturbed
-    first = start(source, tmp_path, options)
-    while not writes(first):  # stopped in the middle of a shard, with its lock
-        os.kill(first.pid, signal.SIGCONT)
-        time.sleep(0.005)
-        os.kill(first.pid, signal.SIGSTOP)
-    second = start(source, tmp_path, options)
+    out, first = stopped_in_a_shard(tmp_path, source, options)
+    second = start(source, out, options)
     second.join(5)
     first.kill()
     first.join()
     second.join()
-    assert second.exitcode == 0 and shards(tmp_path) == expected
+    assert second.exitcode == 0 and shards(out) == expected
 
 
 @fault("once per shard that wanted a part of it, or per crop")

@@ -21,7 +21,7 @@ tags: [magnet, arxiv:2401.04577]
 
 {parameters:.1f} M parameters, {crop_s:g}-second clips at 16 kHz. It plays at once:
 
-    python -m magnet_train generate --prompt '["a slow chorale for string quartet in G minor"]' --out generated
+    python -m magnet_train generate --prompt "a slow chorale for string quartet in G minor" --out generated
 
 It exists to show that the whole way works on two CPU cores, not to be listened to for pleasure.
 
