@@ -282,7 +282,7 @@ def test_training_quantiser_and_exported_model_give_the_same_codes(train_codec, 
     from transformers import EncodecModel
 
     torch.manual_seed(0)
-    config = train_codec.codec_config()
+    config = train_codec.encodec_config()
     config.num_filters = 4
     # Half precision is what the export keeps; both sides start from values that survive it.
     model = EncodecModel(config).eval().half().float()

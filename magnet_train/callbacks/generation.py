@@ -26,7 +26,7 @@ from magnet_train.module import MagnetModule
 
 
 class Scores:
-    """FAD, tag KL and text-audio score of one set of clips; what has no data anywhere is left out.
+    """FAD, tag KL and text-audio score of one set of clips; what cannot be computed is left out, with a warning.
 
     Audio is scored as the codec gave it, at the level it learnt from the originals: the same clips brought to
     -14 LUFS lie 5 FAD away from themselves.
@@ -55,11 +55,14 @@ class Scores:
 
     def compute(self) -> dict[str, float]:
         """Metric name to value. A collective: every rank calls it."""
+        metrics = {"fad/musicnn": self.fad, "kl/musicnn_tags": self.kl, "text_audio": self.text}
         values = {}
-        if self.fad is not None and self.kl is not None:
-            values = {"fad/musicnn": float(self.fad.compute()), "kl/musicnn_tags": float(self.kl.compute())}
-        if self.text is not None:
-            values["text_audio"] = float(self.text.compute())
+        for name, metric in metrics.items():
+            try:
+                if metric is not None:
+                    values[name] = float(metric.compute())
+            except UserError as error:  # too few clips for this metric: no reason to end the run
+                rank_zero_warn(f"no {name}: {error}")
         return values
 
 
