@@ -69,6 +69,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from magnet_train.callbacks.averaging import WeightEMA
+    from magnet_train.callbacks.checkpoint_io import AtomicCheckpointIO
     from magnet_train.callbacks.generation import GenerationCallback, PredictionWriter
     from magnet_train.data.datamodule import MagnetDataModule
     from magnet_train.generator import read_checkpoint
@@ -158,11 +159,12 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "callbacks": [PredictionWriter()],
+                "plugins": [AtomicCheckpointIO()],
                 "use_distributed_sampler": False,  # the data module deals out items itself, each exactly once
             },
         )
     except (RuntimeError, FileNotFoundError, ValueError) as error:
-        _explain(error)
+        _explain(error, args)
         raise
     finally:
         sys.argv = argv
@@ -170,11 +172,14 @@ def _run_lightning(verb: str, args: list[str]) -> None:
 
 def _check_checkpoint(args: list[str], read: Any) -> None:
     """Name a missing or broken --ckpt_path before Lightning meets it, which it does while it parses."""
-    given = [b for a, b in itertools.pairwise(args) if a == "--ckpt_path"]
-    given += [a.split("=", 1)[1] for a in args if a.startswith("--ckpt_path=")]
-    for name in given:
+    for name in _given_checkpoints(args):
         if name not in ("last", "best", "hpc", "registry", "null"):
             read(Path(name))
+
+
+def _given_checkpoints(args: list[str]) -> list[str]:
+    given = [b for a, b in itertools.pairwise(args) if a == "--ckpt_path"]
+    return given + [a.split("=", 1)[1] for a in args if a.startswith("--ckpt_path=")]
 
 
 def _one_line(message: str) -> str:
@@ -183,7 +188,7 @@ def _one_line(message: str) -> str:
     return " ".join(dict.fromkeys(lines))[:600]
 
 
-def _explain(error: Exception) -> None:
+def _explain(error: Exception, args: list[str]) -> None:
     """Turn Lightning's errors about files the user named into one line.
 
     Raises:
@@ -197,7 +202,8 @@ def _explain(error: Exception) -> None:
     text = str(error)
     for sign in ("PytorchStreamReader", "Error(s) in loading state_dict", "checkpoint", "Weights only load failed"):
         if sign in text and ("load" in text.lower() or "reader" in text.lower()):
-            raise UserError(f"--ckpt_path: {text.splitlines()[0][:300]}; choose another checkpoint") from error
+            given = f"--ckpt_path {' '.join(_given_checkpoints(args))}"
+            raise UserError(f"{given}: {text.splitlines()[0][:300]}; choose another checkpoint") from error
 
 
 def _writable_folder(folder: Path) -> Path:

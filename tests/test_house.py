@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "magnet_train"
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"callbacks.averaging", "callbacks.generation"},
+    {"callbacks.averaging", "callbacks.checkpoint_io", "callbacks.generation"},
     {"module", "data.datamodule"},
     {"generator"},
     {"data.shards", "data.pipeline", "metrics.text_audio"},

@@ -1,0 +1,33 @@
+"""A checkpoint is whole or not there."""
+
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from magnet_train.callbacks.checkpoint_io import AtomicCheckpointIO
+
+
+@pytest.fixture
+def no_room():
+    """Files of this process may not grow above 100 kB, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("size", [30_000, 300_000, 3_000_000])
+def test_without_room_the_previous_checkpoint_stays(size, tmp_path: Path, no_room):
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    writer = AtomicCheckpointIO()
+    writer.save_checkpoint({"step": 1}, path)
+    with pytest.raises(OSError) as error:
+        writer.save_checkpoint({"step": 2, "weights": torch.ones(size)}, path)
+    assert error.value.filename == str(path) and error.value.errno
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
