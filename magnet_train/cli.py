@@ -69,7 +69,6 @@ def _run_lightning(verb: str, args: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from magnet_train.callbacks.averaging import WeightEMA
-    from magnet_train.callbacks.checkpoint_io import AtomicCheckpointIO
     from magnet_train.callbacks.generation import GenerationCallback, PredictionWriter
     from magnet_train.data.datamodule import MagnetDataModule
     from magnet_train.generator import read_checkpoint
@@ -111,6 +110,9 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             config.trainer.default_root_dir = str(self.run_folder)
             if config.checkpoint.dirpath is None:
                 config.checkpoint.dirpath = str(self.run_folder / "checkpoints")
+            for logger in config.trainer.logger if isinstance(config.trainer.logger, list) else []:
+                if logger.init_args.get("save_dir") in (None, "."):  # CSVLogger knows no default
+                    logger.init_args.save_dir = str(self.run_folder)
 
         def fit(self, model: Any, **kwargs: Any) -> None:
             """Validate the untrained model, train, and sum up."""
@@ -159,7 +161,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "callbacks": [PredictionWriter()],
-                "plugins": [AtomicCheckpointIO()],
+                "plugins": [{"class_path": "magnet_train.callbacks.checkpoint_io.AtomicCheckpointIO"}],
                 "use_distributed_sampler": False,  # the data module deals out items itself, each exactly once
             },
         )

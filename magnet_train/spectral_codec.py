@@ -37,13 +37,11 @@ class SpectralCodecConfig:
     """Fourier transforms per codec frame."""
     window_samples: int = 1024
     """Length of a Fourier transform, in samples."""
-    dim: int = 256
+    dim: int = 320
     """Width of encoder and decoder, in channels."""
-    encoder_layers: int = 4
-    """Blocks of the encoder."""
-    decoder_layers: int = 6
+    decoder_layers: int = 7
     """Blocks of the decoder."""
-    latent_dim: int = 64
+    latent_dim: int = 96
     """Width of the codebooks' entries."""
     num_codebooks: int = 4
     """Codes per frame."""
@@ -149,46 +147,61 @@ class Block(nn.Module):
 
 
 class SpectralEncoder(nn.Module):
-    """Waveform `b 1 n` -> latents `b d t`, t = ceil(n / hop)."""
+    """Waveform `b 1 n` -> latents `b d t`, t = ceil(n / hop).
+
+    Principal components of one frame's magnitudes, with a learnt correction. No frame looks at another, so a held
+    note repeats its code: a convolutional encoder used every bit of the codes, but a language model then has little
+    to predict (EXPERIMENTS.md).
+    """
 
     def __init__(self, config: SpectralCodecConfig):
         super().__init__()
         self.spectrum = Spectrum(config)
-        self.first = nn.Conv1d(config.sub_frames * self.spectrum.bins, config.dim, 1)
-        self.blocks = nn.Sequential(*(Block(config.dim) for _ in range(config.encoder_layers)))
-        self.last = nn.Conv1d(config.dim, config.latent_dim, 1)
+        inputs = config.sub_frames * self.spectrum.bins
+        self.components = nn.Linear(inputs, config.latent_dim)
+        self.correction = nn.Sequential(
+            nn.Linear(inputs, config.dim), nn.GELU(), nn.Linear(config.dim, config.latent_dim)
+        )
 
     def forward(self, wav: Tensor) -> Tensor:
         return self.read(self.spectrum.log_magnitude(wav))
 
     def read(self, log_magnitude: Tensor) -> Tensor:
         """Log magnitudes `b (s f) t` -> latents `b d t`."""
-        return self.last(self.blocks(self.first((log_magnitude + 5) / 2)))
+        x = standardise(log_magnitude).transpose(1, 2)
+        return (self.components(x) + self.correction(x)).transpose(1, 2)
 
 
 class SpectralDecoder(nn.Module):
-    """Latents `b d t` -> waveform `b 1 (t hop)`."""
+    """Latents `b d t` -> waveform `b 1 (t hop)`: the components back, and a correction that hears the neighbours."""
 
     def __init__(self, config: SpectralCodecConfig):
         super().__init__()
         self.spectrum = Spectrum(config)
+        outputs = config.sub_frames * self.spectrum.bins
+        self.components = nn.Linear(config.latent_dim, outputs)
         self.first = nn.Conv1d(config.latent_dim, config.dim, 7, padding=3)
         self.blocks = nn.Sequential(*(Block(config.dim) for _ in range(config.decoder_layers)))
         self.norm = nn.LayerNorm(config.dim)
-        self.last = nn.Linear(config.dim, config.sub_frames * self.spectrum.bins)
+        self.last = nn.Linear(config.dim, outputs)
 
     def log_magnitude(self, latents: Tensor) -> Tensor:
         """Latents `b d t` -> log magnitudes `b (s f) t`."""
         x = self.norm(self.blocks(self.first(latents)).transpose(1, 2))
-        return self.last(x).transpose(1, 2) * 2 - 5
+        return 2 * (self.components(latents.transpose(1, 2)) + self.last(x)).transpose(1, 2) - 5
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.spectrum.waveform(self.log_magnitude(latents))
 
 
+def standardise(log_magnitude: Tensor) -> Tensor:
+    """To about -1.6 … 2; the decoder's last line is the inverse."""
+    return (log_magnitude + 5) / 2
+
+
 def build(config: SpectralCodecConfig) -> EncodecModel:
     """An `EncodecModel` with these in place of its encoder and decoder; its weights are random, its codebooks zero."""
-    bits = math.log2(config.codebook_size)
+    bits = math.ceil(math.log2(config.codebook_size))
     frame_rate = config.sample_rate / config.hop_samples
     shell = EncodecConfig(
         sampling_rate=config.sample_rate,
@@ -199,8 +212,8 @@ def build(config: SpectralCodecConfig) -> EncodecModel:
         hidden_size=config.latent_dim,
         codebook_dim=config.latent_dim,
         codebook_size=config.codebook_size,
-        # transformers derives the number of codebooks from a bandwidth, at 10 bits per code whatever their size.
-        target_bandwidths=[config.num_codebooks * 10 * frame_rate / 1000],
+        # transformers derives the number of codebooks from a bandwidth in kbit/s.
+        target_bandwidths=[config.num_codebooks * bits * frame_rate / 1000],
         num_lstm_layers=1,
         use_causal_conv=False,
         pad_mode="reflect",
@@ -208,7 +221,7 @@ def build(config: SpectralCodecConfig) -> EncodecModel:
         chunk_length_s=None,
         overlap=None,
     )
-    assert shell.num_quantizers == config.num_codebooks and bits > 0
+    assert shell.num_quantizers == config.num_codebooks
     model = EncodecModel(shell)
     model.encoder = SpectralEncoder(config)  # type: ignore[assignment]
     model.decoder = SpectralDecoder(config)  # type: ignore[assignment]

@@ -5,13 +5,15 @@ commitment loss and no codebook update. So its own encoder and decoder are train
 of ours, whose codebooks are then written into the model. `tests/test_codec.py` checks that both give the
 same codes.
 
-EnCodec has a second phase, `--adversarial`: its decoder alone, against discriminators. The codes stay as they are.
+A second phase, `--decoder --adversarial`, trains the decoder alone, against a discriminator; the codes stay as they
+are, so shards made after the first phase remain good.
 
 The run is measured in minutes, not steps: the learning rate follows the clock, so a busy machine ends with
 a finished model all the same. It resumes from its last checkpoint.
 
-    python data/demo/train_codec.py --audio AUDIO/random AUDIO/train --out RUN --minutes 50
-    python data/demo/train_codec.py --audio AUDIO/random AUDIO/train --out RUN --minutes 60 --architecture encodec
+    python data/demo/train_codec.py --audio AUDIO/random AUDIO/train --out RUN --minutes 30
+    python data/demo/train_codec.py --audio AUDIO/random AUDIO/train --out RUN --minutes 60 --decoder --adversarial
+    python data/demo/train_codec.py --audio AUDIO/random AUDIO/train --out ELSEWHERE --architecture encodec
 """
 
 import argparse
@@ -27,9 +29,18 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import EncodecConfig, EncodecModel
 
-from magnet_train.spectral_codec import SpectralCodecConfig, SpectralDecoder, SpectralEncoder, build, save_codec
+from magnet_train.spectral_codec import (
+    SpectralCodecConfig,
+    SpectralDecoder,
+    SpectralEncoder,
+    Spectrum,
+    build,
+    save_codec,
+    standardise,
+)
 
 SAMPLE_RATE = 16_000
 
@@ -64,12 +75,12 @@ def encodec_config() -> EncodecConfig:
 class ResidualQuantizer(nn.Module):
     """Residual vector quantiser whose codebooks follow the latents by exponential averages (EnCodec, Sec. 3.2).
 
-    Entries that fall out of use are moved onto latents of the current batch.
+    Entries that fall below `min_share` of a fair share of the latents are moved onto latents of the current batch.
     """
 
-    def __init__(self, num_codebooks: int, codebook_size: int, dim: int, decay: float = 0.98, min_uses: float = 1.0):
+    def __init__(self, num_codebooks: int, codebook_size: int, dim: int, decay: float = 0.995, min_share: float = 0.05):
         super().__init__()
-        self.decay, self.min_uses = decay, min_uses
+        self.decay, self.min_share = decay, min_share
         self.embed: Tensor
         self.uses: Tensor
         self.sums: Tensor
@@ -97,7 +108,7 @@ class ResidualQuantizer(nn.Module):
                 embed = sums / uses.clamp(min=1)[:, None]
                 embed[empty] = residual[torch.randint(len(residual), (int(empty.sum()),))]
             self.embed[k] = embed
-            self.uses[k].fill_(len(residual) / size)
+            self.uses[k].copy_(uses / len(residual)).clamp_(min=0.1 / size)
             self.sums[k] = embed * self.uses[k][:, None]
             residual = residual - embed[self.nearest(residual, embed)]
 
@@ -126,19 +137,18 @@ class ResidualQuantizer(nn.Module):
     @torch.no_grad()
     def _update(self, k: int, x: Tensor, index: Tensor) -> None:
         size = self.embed.shape[1]
-        uses = torch.bincount(index, minlength=size).to(x)
-        sums = torch.zeros_like(self.embed[k]).index_add_(0, index, x)
+        uses = torch.bincount(index, minlength=size).to(x) / len(x)  # shares, so that batches of any size count alike
+        sums = torch.zeros_like(self.embed[k]).index_add_(0, index, x / len(x))
         self.uses[k].mul_(self.decay).add_(uses, alpha=1 - self.decay)
         self.sums[k].mul_(self.decay).add_(sums, alpha=1 - self.decay)
-        # `uses` averages to n / size per step; an entry far below its fair share is as good as dead.
-        dead = self.uses[k] < 0.2 * len(x) / size * self.min_uses
+        dead = self.uses[k] < self.min_share / size
         if dead.any():
-            self.sums[k][dead] = x[torch.randint(len(x), (int(dead.sum()),))]
-            self.uses[k][dead] = 1.0
+            self.uses[k][dead] = 1 / size
+            self.sums[k][dead] = x[torch.randint(len(x), (int(dead.sum()),))] / size
         self.embed[k] = self.sums[k] / self.uses[k][:, None]
 
 
-class SpectralLoss(nn.Module):
+class WaveLosses(nn.Module):
     """Log-mel and log-magnitude distances at several resolutions (EnCodec, Sec. 3.4, with linear bins for pitch).
 
     Mel bands alone leave harmonics smeared: above 1 kHz a band is wider than a semitone.
@@ -151,8 +161,8 @@ class SpectralLoss(nn.Module):
             self.register_buffer(f"hann{window}", torch.hann_window(window), persistent=False)
             self.register_buffer(f"mel{window}", mel_filters(window, mels), persistent=False)
 
-    def forward(self, estimate: Tensor, target: Tensor) -> Tensor:
-        """`b t` waveforms -> scalar."""
+    def forward(self, estimate: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """`b t` waveforms, twice."""
         loss = estimate.new_zeros(())
         for window in self.windows:
             hann, mel = getattr(self, f"hann{window}"), getattr(self, f"mel{window}")
@@ -166,7 +176,8 @@ class SpectralLoss(nn.Module):
             loss = loss + F.l1_loss((x_mel + 1e-3).log(), (y_mel + 1e-3).log())
             loss = loss + F.l1_loss((x + 1e-2).log(), (y + 1e-2).log())
             loss = loss + torch.linalg.vector_norm(x - y) / torch.linalg.vector_norm(y).clamp(min=1e-3)
-        return loss / len(self.windows)
+        wave = (estimate - target).abs().mean() / target.abs().mean()
+        return {"spectral": loss / len(self.windows), "wave": wave}
 
 
 def mel_filters(window: int, num_mels: int) -> Tensor:
@@ -179,62 +190,109 @@ def mel_filters(window: int, num_mels: int) -> Tensor:
     return torch.from_numpy(np.maximum(0, np.minimum(up, down))).float()
 
 
-def magnitude_losses(decoder: SpectralDecoder, latents: Tensor, wav: Tensor) -> dict[str, Tensor]:
-    """Distances of the spectral codec's magnitudes: logarithmic, for what is soft, and linear, for what is loud."""
-    with torch.no_grad():
-        wanted = decoder.spectrum.log_magnitude(wav[:, None])
-    given = decoder.log_magnitude(latents)
-    linear = (given.exp() - wanted.exp()).abs().sum((1, 2)) / wanted.exp().sum((1, 2))
-    return {"log": F.l1_loss(given, wanted), "linear": linear.mean()}
+class MagnitudeLosses(nn.Module):
+    """Distances of the spectral codec's magnitudes: bin by bin, logarithmic and linear, and of the power in mel bands.
 
+    Bin by bin alone, the best guess at noise is its median, which is too soft; bands keep its power.
+    """
 
-class StftDiscriminator(nn.Module):
-    """One scale of EnCodec's multi-scale STFT discriminator (Sec. 3.4): real and imaginary part as two channels."""
-
-    def __init__(self, window: int, channels: int = 16):
+    def __init__(self, config: SpectralCodecConfig, num_mels: int = 96):
         super().__init__()
-        self.window = window
-        self.register_buffer("hann", torch.hann_window(window), persistent=False)
-        norm = nn.utils.parametrizations.weight_norm
-        widths = [2, channels, channels, channels * 2, channels * 2]
-        self.layers = nn.ModuleList(
-            norm(nn.Conv2d(a, b, (3, 9), stride=(1, 2), padding=(1, 4))) for a, b in itertools.pairwise(widths)
-        )
-        self.last = norm(nn.Conv2d(widths[-1], 1, (3, 3), padding=(1, 1)))
+        self.sub_frames = config.sub_frames
+        self.register_buffer("mel", mel_filters(config.window_samples, num_mels), persistent=False)
 
-    def forward(self, wav: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`b t` -> scores, features of each layer."""
-        spec = torch.stft(wav, self.window, self.window // 4, window=self.hann, return_complex=True, normalized=True)
-        x = torch.view_as_real(spec).permute(0, 3, 2, 1)  # b 2 frames bins
+    def forward(self, given: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+        """Log magnitudes `b (s f) t`, twice."""
+        given_linear, wanted_linear = given.exp(), wanted.exp()
+        bands = [
+            torch.log(self.mel @ x.unflatten(1, (self.sub_frames, -1)).square() + 1e-7)
+            for x in (given_linear, wanted_linear)
+        ]
+        linear = (given_linear - wanted_linear).abs().sum((1, 2)) / wanted_linear.sum((1, 2))
+        # Halved: a power's logarithm is twice its magnitude's.
+        return {"log": F.l1_loss(given, wanted), "linear": linear.mean(), "mel": 0.5 * F.l1_loss(*bands)}
+
+
+@torch.no_grad()
+def start_from_components(model: EncodecModel, quantizer: ResidualQuantizer, crops: "Crops", frames: int) -> None:
+    """Principal components for the spectral codec's linear parts, and codebooks by k-means: a working codec at once."""
+    encoder, decoder = model.encoder, model.decoder
+    assert isinstance(encoder, SpectralEncoder) and isinstance(decoder, SpectralDecoder)
+    spectra = []
+    while sum(map(len, spectra)) < frames:
+        x = standardise(encoder.spectrum.log_magnitude(crops.batch(16)[:, None]))
+        spectra.append(x.transpose(1, 2).flatten(0, 1))
+    x = torch.cat(spectra)
+    mean = x.mean(0)
+    components = torch.linalg.eigh(torch.cov(x.T)).eigenvectors.flip(1)[:, : len(encoder.components.weight)]
+    encoder.components.weight.copy_(components.T)
+    encoder.components.bias.copy_(-mean @ components)
+    decoder.components.weight.copy_(components)
+    decoder.components.bias.copy_(mean)
+    for layer in (encoder.correction[-1], decoder.last):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    quantizer.fit(encoder.components(x))
+
+
+class Judge(nn.Module):
+    """Discriminator of log-magnitude spectrograms, patch by patch, told where in frequency a patch lies."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 96)):
+        super().__init__()
+        norm = nn.utils.parametrizations.weight_norm
+        self.layers = nn.ModuleList(
+            norm(nn.Conv2d(a, b, 5, stride=(3, 2), padding=2)) for a, b in itertools.pairwise((2, *widths))
+        )
+        self.last = norm(nn.Conv2d(widths[-1], 1, 3, padding=1))
+
+    def forward(self, spectrogram: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`b f m` -> scores of patches, features of each layer."""
+        height = torch.linspace(-1, 1, spectrogram.shape[1]).view(1, -1, 1).expand_as(spectrogram)
+        x = torch.stack([(spectrogram + 5) / 2, height], dim=1)
         features = []
         for layer in self.layers:
             x = F.leaky_relu(layer(x), 0.2)
             features.append(x)
         return self.last(x), features
 
+    def own_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Hinge: above 1 for what is real, below -1 for what is not."""
+        return F.relu(1 - self(real)[0]).mean() + F.relu(1 + self(fake.detach())[0]).mean()
+
+    def losses_of_decoder(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """What the decoder is to make small: being found out, and features unlike those of the real thing."""
+        self.requires_grad_(False)
+        with torch.no_grad():
+            wanted = self(real)[1]
+        scores, features = self(fake)
+        self.requires_grad_(True)
+        distances = [F.l1_loss(x, y) / y.abs().mean() for x, y in zip(features, wanted, strict=True)]
+        return {"adversarial": F.relu(1 - scores).mean(), "features": torch.stack(distances).mean()}
+
 
 class Crops:
-    """Random crops of folders of 16 kHz mono files; files that appear later are found by `rescan`."""
+    """Random crops of folders of 16 kHz mono files, which are held in memory: 115 MB per hour."""
 
     def __init__(self, folders: list[Path], crop_s: float, seed: int):
-        self.folders, self.length = folders, round(crop_s * SAMPLE_RATE)
+        self.length = round(crop_s * SAMPLE_RATE)
         self.rng = np.random.default_rng(seed)
-        self.rescan()
-
-    def rescan(self) -> None:
-        self.files = sorted(p for f in self.folders for p in f.glob("*.flac") if not p.name.startswith("."))
-        if not self.files:
-            raise SystemExit(f"{self.folders}: no .flac files; render music first (random_music.py, render.py)")
+        files = sorted(p for f in folders for p in f.glob("*.flac") if not p.name.startswith("."))
+        self.waves = [soundfile.read(p, dtype="int16")[0] for p in tqdm(files, desc="reading", unit="file")]
+        self.waves = [w for w in self.waves if len(w) >= self.length]
+        if not self.waves:
+            raise SystemExit(f"{folders}: no .flac files; render music first (random_music.py, render.py)")
 
     def batch(self, size: int) -> Tensor:
+        """`size t`, none of them silent."""
         crops = []
         while len(crops) < size:
-            path = self.files[self.rng.integers(len(self.files))]
-            start = self.rng.integers(max(1, soundfile.info(path).frames - self.length))
-            wav, _ = soundfile.read(path, frames=self.length, start=int(start), dtype="float32")
-            if len(wav) == self.length and np.abs(wav).max() > 1e-3:
+            wav = self.waves[self.rng.integers(len(self.waves))]
+            start = self.rng.integers(len(wav) - self.length + 1)
+            crop = wav[start : start + self.length].astype(np.float32) / 32768
+            if np.abs(crop).max() > 1e-3:
                 # Levels vary in the wild; a codec that has seen one loudness only fails on the others.
-                crops.append(wav * 10 ** (self.rng.uniform(-6, 3) / 20))
+                crops.append(crop * 10 ** (self.rng.uniform(-6, 3) / 20))
         return torch.from_numpy(np.stack(crops).clip(-1, 1))
 
 
@@ -250,35 +308,64 @@ def export(model: EncodecModel, quantizer: ResidualQuantizer, folder: Path) -> N
         model.save_pretrained(folder, state_dict=half)
 
 
+class Codec(nn.Module):
+    """What is trained: encoder, quantiser of ours, decoder; and its losses, of waves or of magnitudes."""
+
+    def __init__(self, architecture: str):
+        super().__init__()
+        self.is_spectral = architecture == "spectral"
+        self.model = build(SpectralCodecConfig()) if self.is_spectral else EncodecModel(encodec_config())
+        config = self.model.config
+        self.quantizer = ResidualQuantizer(config.num_quantizers, config.codebook_size, config.codebook_dim)
+        self.spectrum = Spectrum(SpectralCodecConfig())
+        self.losses = MagnitudeLosses(SpectralCodecConfig()) if self.is_spectral else WaveLosses()
+
+    def compare(self, latents: Tensor, wav: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Losses of what the decoder makes of `latents`; log magnitudes of the original and of that."""
+        real = self.spectrum.log_magnitude(wav[:, None])
+        if self.is_spectral:
+            fake = self.model.decoder.log_magnitude(latents)
+            losses = self.losses(fake, real)
+        else:
+            out = self.model.decoder(latents)[:, :, : wav.shape[1]]
+            fake = self.spectrum.log_magnitude(out)
+            losses = self.losses(out[:, 0], wav)
+        return losses, self._picture(real), self._picture(fake)
+
+    def _picture(self, log_magnitude: Tensor) -> Tensor:
+        """`b (s f) t` -> `b f (t s)`"""
+        return log_magnitude.unflatten(1, (-1, self.spectrum.bins)).permute(0, 2, 3, 1).flatten(2)
+
+
 @torch.no_grad()
-def evaluate(model: EncodecModel, quantizer: ResidualQuantizer, folder: Path, count: int = 24) -> dict[str, float]:
-    """Distances on the first 10 s of `count` files: log-mel L1, SI-SDR in dB, share of entries used per codebook."""
-    quantizer.eval()
-    files = sorted(folder.glob("*.flac"))[:count]
-    used = [set() for _ in quantizer.embed]
-    mel, hann, distances, sdrs = mel_filters(1024, 80), torch.hann_window(1024), [], []
+def evaluate(codec: Codec, folder: Path, count: int = 24) -> dict[str, float]:
+    """Losses on the first 10 s of `count` files, and the share of each codebook's entries that they use."""
+    codec.quantizer.eval()
+    files = sorted(folder.glob("*.flac"))
+    files = files[:: max(1, len(files) // count)]
+    used = [set() for _ in codec.quantizer.embed]
+    sums: dict[str, float] = {}
     for path in files:
         wav = torch.from_numpy(soundfile.read(path, frames=10 * SAMPLE_RATE, dtype="float32")[0])
-        wav = wav[: len(wav) // 320 * 320]
-        latents, codes, _ = quantizer(model.encoder(wav[None, None]))
-        out = model.decoder(latents)[0, 0]
+        wav = wav[None, : len(wav) // 320 * 320]
+        latents, codes, _ = codec.quantizer(codec.model.encoder(wav[:, None]))
         for k, entries in enumerate(used):
             entries.update(codes[0, k].tolist())
-        a, b = (
-            (mel @ torch.stft(w, 1024, 256, window=hann, return_complex=True).abs()).clamp(min=1e-2).log10()
-            for w in (wav, out)
-        )
-        distances.append(F.l1_loss(a, b).item())
-        scaled = (out @ wav) / (wav @ wav) * wav
-        sdrs.append(10 * math.log10(scaled.square().sum() / (out - scaled).square().sum()))
-    quantizer.train()
-    shares = {f"used{k}": len(u) / quantizer.embed.shape[1] for k, u in enumerate(used)}
-    return {"mel_l1": float(np.mean(distances)), "si_sdr_db": float(np.mean(sdrs)), **shares}
+        for name, value in codec.compare(latents, wav)[0].items():
+            sums[f"heldout_{name}"] = sums.get(f"heldout_{name}", 0) + value.item() / len(files)
+    codec.quantizer.train()
+    return sums | {f"used{k}": len(u) / codec.quantizer.embed.shape[1] for k, u in enumerate(used)}
 
 
 def save_atomically(state: dict, path: Path) -> None:
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
+
+
+WEIGHTS = {
+    "commitment": 0.25, "spectral": 1.0, "wave": 0.3, "log": 1.0, "linear": 0.5, "mel": 1.0,
+    "adversarial": 0.05, "features": 0.3,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -287,13 +374,14 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path, help="Folder of files to report on; of other scores than --audio.")
     parser.add_argument("--out", type=Path, required=True, help="Folder for checkpoint, log and exported model.")
     parser.add_argument("--minutes", type=float, default=60, help="Length of this phase, in minutes of wall clock.")
-    parser.add_argument("--adversarial", action="store_true", help="Train only the decoder, against discriminators.")
+    parser.add_argument("--decoder", action="store_true", help="Second phase: train the decoder alone; codes stay.")
+    parser.add_argument("--adversarial", action="store_true", help="Add a discriminator's losses to the phase.")
     parser.add_argument("--architecture", choices=("spectral", "encodec"), default="spectral", help="What to train.")
-    parser.add_argument("--batch", type=int, default=8, help="Crops per step.")
+    parser.add_argument("--batch", type=int, default=12, help="Crops per step.")
     parser.add_argument("--crop_s", type=float, default=1.0, help="Length of a crop, in seconds.")
-    parser.add_argument("--lr", type=float, default=1e-3, help="Highest learning rate.")
+    parser.add_argument("--lr", type=float, default=6e-4, help="Highest learning rate.")
     parser.add_argument("--report_s", type=float, default=120, help="Time between reports, in seconds.")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of weights and crops.")
     args = parser.parse_args()
 
@@ -301,119 +389,82 @@ def main() -> None:
     torch.set_flush_denormal(True)  # decaying notes are full of them, and each costs a hundred multiplications
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    model = build(SpectralCodecConfig()) if args.architecture == "spectral" else EncodecModel(encodec_config())
-    config = model.config
-    quantizer = ResidualQuantizer(config.num_quantizers, config.codebook_size, config.codebook_dim)
-    spectral = SpectralLoss()
-    checkpoint, phase = args.out / "checkpoint.pt", "adversarial" if args.adversarial else "whole"
-    state = {"phase": phase, "elapsed": 0.0, "step": 0}
-    if checkpoint.exists():
+    codec, judge = Codec(args.architecture), Judge()
+    model, quantizer = codec.model, codec.quantizer
+    model.encoder.requires_grad_(not args.decoder)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-4)
+    judge_optimizer = torch.optim.AdamW(judge.parameters(), lr=args.lr / 2, betas=(0.8, 0.99))
+    state = {"phase": "decoder" if args.decoder else "whole", "elapsed": 0.0, "step": 0}
+    parts = {"model": model, "quantizer": quantizer, "judge": judge}
+    of_phase = {"optimizer": optimizer, "judge_optimizer": judge_optimizer}
+    checkpoint = args.out / "checkpoint.pt"
+    is_new = not checkpoint.exists()
+    if not is_new:
         saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        quantizer.load_state_dict(saved["quantizer"])
         state["step"] = saved["step"]
-        if saved["phase"] == phase:
+        if saved["phase"] == state["phase"]:
             state["elapsed"] = saved["elapsed"]
-    warm_up_steps = 150  # a plain autoencoder first, so that k-means finds latents worth clustering
-
-    generator = list(model.decoder.parameters())
-    if not args.adversarial:
-        generator += list(model.encoder.parameters())
-    optimizer = torch.optim.AdamW(generator, lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-4)
-    judges = nn.ModuleList(StftDiscriminator(w) for w in (256, 512, 1024)) if args.adversarial else nn.ModuleList()
-    judge_optimizer = (
-        torch.optim.AdamW(judges.parameters(), lr=args.lr, betas=(0.8, 0.99)) if args.adversarial else None
-    )
-    if checkpoint.exists() and saved["phase"] == phase:
-        optimizer.load_state_dict(saved["optimizer"])
-        if judge_optimizer:
-            judges.load_state_dict(saved["judges"])
-            judge_optimizer.load_state_dict(saved["judge_optimizer"])
-    if args.adversarial:
-        model.encoder.requires_grad_(False)
+            parts |= of_phase
+        for name, part in parts.items():
+            if name in saved:
+                part.load_state_dict(saved[name])
 
     def save() -> None:
-        save_atomically(
-            dict(state, model=model.state_dict(), quantizer=quantizer.state_dict(), optimizer=optimizer.state_dict(),
-                 judges=judges.state_dict(), judge_optimizer=judge_optimizer.state_dict() if judge_optimizer else None),
-            checkpoint,
-        )  # fmt: skip
+        everything = {name: part.state_dict() for name, part in (parts | of_phase).items()}
+        save_atomically(state | everything, checkpoint)
         export(model, quantizer, args.out / "export")
 
     crops = Crops(args.audio, args.crop_s, args.seed + state["step"])
+    if is_new and codec.is_spectral:
+        start_from_components(model, quantizer, crops, frames=300_000)
+    # EnCodec is a plain autoencoder first, so that k-means finds latents worth clustering; components are at once.
+    warm_up_steps = 0 if codec.is_spectral else 150
     start, last_report, last_save = time.monotonic() - state["elapsed"], time.monotonic(), time.monotonic()
-    running: dict[str, float] = {}
+    running: dict[str, list[float]] = {}
     while (progress := (time.monotonic() - start) / (args.minutes * 60)) < 1:
         state["elapsed"] = time.monotonic() - start
-        lr = args.lr * min(1.0, (state["step"] + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        for group in optimizer.param_groups + (judge_optimizer.param_groups if judge_optimizer else []):
-            group["lr"] = lr
+        factor = min(1.0, (state["step"] + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        optimizer.param_groups[0]["lr"] = args.lr * factor
         wav = crops.batch(args.batch)
         losses: dict[str, Tensor] = {}
-        if args.adversarial:
+        if args.decoder:
+            quantizer.eval()
             with torch.no_grad():
-                quantizer.eval()
                 latents, _, _ = quantizer(model.encoder(wav[:, None]))
         else:
-            latents = model.encoder(wav[:, None])
             if state["step"] == warm_up_steps and not quantizer.embed.any():
                 with torch.no_grad():
                     many = [model.encoder(crops.batch(args.batch)[:, None]) for _ in range(30)]
                 quantizer.fit(torch.cat(many).transpose(1, 2).flatten(0, 1))
+            latents = model.encoder(wav[:, None])
             if state["step"] >= warm_up_steps:
                 latents, _, losses["commitment"] = quantizer(latents)
-        if isinstance(model.decoder, SpectralDecoder):
-            losses |= magnitude_losses(model.decoder, latents, wav)
-        else:
-            out = model.decoder(latents)[:, 0, : wav.shape[1]]
-            losses["spectral"] = spectral(out, wav)
-            losses["wave"] = (out - wav).abs().mean() / wav.abs().mean()
-        if judge_optimizer:
-            real_and_fake = [(judge(wav), judge(out.detach())) for judge in judges]
-            judge_loss = sum(
-                F.relu(1 - real).mean() + F.relu(1 + fake).mean() for (real, _), (fake, _) in real_and_fake
-            ) / len(judges)
+        of_wave, real, fake = codec.compare(latents, wav)
+        losses |= of_wave
+        if args.adversarial:
+            judge_loss = judge.own_loss(real, fake)
             judge_optimizer.zero_grad()
             judge_loss.backward()
             judge_optimizer.step()
-            judges.requires_grad_(False)
-            scores = [judge(out) for judge in judges]
-            judges.requires_grad_(True)
-            losses["adversarial"] = sum(F.relu(1 - s).mean() for s, _ in scores) / len(judges)
-            losses["features"] = sum(
-                F.l1_loss(f, r.detach()) / r.detach().abs().mean()
-                for (_, fakes), ((_, reals), _) in zip(scores, real_and_fake, strict=True)
-                for f, r in zip(fakes, reals, strict=True)
-            ) / (len(judges) * len(scores[0][1]))
-            running["judge"] = running.get("judge", 0) + judge_loss.item()
-        weights = {
-            "commitment": 0.25,
-            "spectral": 1.0,
-            "wave": 0.3,
-            "adversarial": 0.3,
-            "features": 1.0,
-            "log": 1.0,
-            "linear": 1.0,
-        }
-        loss = sum(weights[name] * value for name, value in losses.items())
+            losses |= judge.losses_of_decoder(real, fake)
+            running.setdefault("judge", []).append(judge_loss.item())
+        loss = torch.stack([WEIGHTS[name] * value for name, value in losses.items()]).sum()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(generator, 3.0)
+        nn.utils.clip_grad_norm_(trained, 3.0)
         optimizer.step()
         state["step"] += 1
         for name, value in losses.items():
-            running[name] = running.get(name, 0) + value.item()
-        running["steps"] = running.get("steps", 0) + 1
+            running.setdefault(name, []).append(value.item())
 
         if time.monotonic() - last_report > args.report_s:
             last_report = time.monotonic()
-            steps = running.pop("steps")
-            record = dict(state, lr=lr, files=len(crops.files)) | {k: v / steps for k, v in running.items()}
+            record = state | {name: float(np.mean(values)) for name, values in running.items()}
             if args.heldout and state["step"] > warm_up_steps:
-                record |= evaluate(model, quantizer, args.heldout)
+                record |= evaluate(codec, args.heldout)
             print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()}), flush=True)
             running = {}
-            crops.rescan()
         if time.monotonic() - last_save > 300:
             last_save = time.monotonic()
             save()
