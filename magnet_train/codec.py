@@ -123,6 +123,11 @@ class Codec(nn.Module):
         """Where the weights are."""
         return self.model.quantizer.layers[0].codebook.embed.device
 
+    @property
+    def codebooks(self) -> Tensor:
+        """Entries, `k c e`."""
+        return torch.stack([layer.codebook.embed for layer in self.model.quantizer.layers])
+
     def __deepcopy__(self, memo: dict) -> "Codec":
         """Itself: it never changes, and averaged weights are kept in a deep copy of all that a module holds."""
         return self

@@ -181,6 +181,25 @@ class Magnet(nn.Module):
                 # The reference scales by depth wherever a block's linear layer is initialised.
                 gaussian(linear.weight, linear.in_features, depth)
 
+    @torch.no_grad()
+    def start_from_codebooks(self, codebooks: Tensor, generator: torch.Generator) -> None:
+        """Let codes that sound alike begin alike: embeddings and heads become the codec's codebooks, turned at random.
+
+        As published both begin unrelated, and for each of the thousands of entries it must be learnt that a held note
+        goes on: hours on GPUs, but all that a short training has time for. Heads keep the published scale; embeddings
+        get that of the positions, which drown them otherwise.
+
+        Args:
+            codebooks: `k c e`, any width e.
+            generator: draws the rotation; one for all codebooks, whose entries add up to a frame's latent.
+        """
+        width = max(codebooks.shape[2], self.config.dim)
+        rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+        turned = codebooks @ rotation[: codebooks.shape[2], : self.config.dim].to(codebooks)
+        turned = turned / turned.square().mean((1, 2), keepdim=True).sqrt()
+        self.embedding[:, :-1] = 0.5 * turned  # the mask's own stays
+        self.head.copy_(turned * self.config.dim**-0.5)
+
     def remember(self, states: Tensor, allowed: Tensor) -> TextMemory:
         """States `b s text_dim` and mask `b s` (True = token) of a text encoder -> keys and values of every block."""
         text = self.text_projection(states) * allowed[..., None].to(states.dtype)

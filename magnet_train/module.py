@@ -9,6 +9,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
+from magnet_train.codec import load_codec
 from magnet_train.conditioning import TextEncoder, drop_captions, load_text_encoder
 from magnet_train.data.pipeline import Batch
 from magnet_train.errors import UserError
@@ -68,6 +69,7 @@ class MagnetModule(L.LightningModule):
         crop_s: float = 10.0,
         span_len: int = 3,
         guidance_dropout: float = 0.3,
+        start_from_codec: bool = False,
         seed: int = 2036,
     ):
         """What is trained and how.
@@ -80,6 +82,8 @@ class MagnetModule(L.LightningModule):
             crop_s: Length of what the model sees and generates, in seconds.
             span_len: Length of masked spans, in frames; 3 frames are 60 ms at 50 Hz.
             guidance_dropout: Share of examples trained without their caption, for classifier-free guidance, 0 to 1.
+            start_from_codec: Whether embeddings and heads begin as the codec's codebooks instead of as published; of
+                help where training is short.
             seed: Seed of weights, masks and dropouts.
         """
         super().__init__()
@@ -99,6 +103,7 @@ class MagnetModule(L.LightningModule):
                 "crop_s": crop_s,
                 "span_len": span_len,
                 "guidance_dropout": guidance_dropout,
+                "start_from_codec": start_from_codec,
                 "seed": seed,
             }
         )
@@ -108,6 +113,8 @@ class MagnetModule(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = Magnet(network)
+        if start_from_codec:
+            self.network.start_from_codebooks(load_codec(codec).codebooks, step_generator(seed))
         self.fixed_masks = FixedMaskMetrics(network.num_codebooks)
         # In a tuple, so that the frozen encoder enters neither checkpoints nor the optimizer.
         self._frozen: tuple[TextEncoder, ...] = ()
@@ -192,7 +199,6 @@ class MagnetModule(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Any:
         """Audio for every caption of a batch, each item with noise of its own."""
-        from magnet_train.codec import load_codec
         from magnet_train.decoding import DecodingConfig
         from magnet_train.generator import Generator
 

@@ -136,3 +136,16 @@ def test_logits_are_those_of_the_reference():
 def test_impossible_shapes_are_named(change):
     with pytest.raises(UserError, match=next(iter(change))):
         MagnetConfig(**change)
+
+
+def test_codes_that_lie_together_in_the_codec_begin_together():
+    model = Magnet(MagnetConfig(dim=16, num_heads=2, num_layers=1, num_codebooks=2, codebook_size=32, text_dim=4))
+    mask = model.embedding[:, -1].clone()
+    codebooks = torch.randn(2, 32, 8)
+    model.start_from_codebooks(codebooks, torch.Generator().manual_seed(0))
+    for k in range(2):
+        for weight in (model.embedding[k, :-1], model.head[k]):
+            ratio = torch.pdist(weight) / torch.pdist(codebooks[k])
+            assert torch.allclose(ratio, ratio[0], rtol=1e-4)
+    assert torch.equal(model.embedding[:, -1], mask)
+    assert torch.allclose(model.head.square().mean((1, 2)), torch.tensor(1 / 16), rtol=1e-4)
