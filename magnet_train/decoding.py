@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from magnet_train import reference_compat
 from magnet_train.errors import UserError
 
 Network = Callable[[Tensor, int], Tensor]
@@ -29,7 +30,7 @@ class DecodingConfig:
     decoding_steps: tuple[int, ...] = (20, 10, 10, 10)
     """Passes through the network for each stage; as many numbers as codebooks, or one for all."""
     temperature: float = 3.0
-    """Softmax temperature of the first step; anneals to zero over a stage unless told otherwise."""
+    """Softmax temperature at the beginning of a stage; falls to zero at its last step unless told otherwise."""
     anneal_temperature: bool = True
     """Whether the temperature falls linearly over the steps of a stage."""
     top_p: float = 0.9
@@ -48,6 +49,8 @@ class DecodingConfig:
     """Whether spans lie on a fixed grid, or may begin at every frame (always scored by prod)."""
     span_scoring: Literal["max", "prod"] = "max"
     """Whether a span is as certain as its most likely code, or as the product over its codes."""
+    reference_compat: bool = False
+    """Whether audiocraft's faults are reproduced too, for comparisons: see reference_compat.py."""
 
     def __post_init__(self) -> None:
         for name, ok, want in (
@@ -144,6 +147,9 @@ def decode(
         UserError: if the steps do not fit the codebooks.
     """
     steps = config.steps_of(codes.shape[1])
+    if config.reference_compat and config.span_arrangement == "nonoverlap":
+        whole = codes.shape[2] // config.span_len * config.span_len
+        codes, fixed, noise = codes[..., :whole], fixed[:, :whole], noise[..., :whole]
     codes = torch.where(fixed[:, None], codes, codebook_size)
     done = 0
     for stage, num_steps in enumerate(steps):
@@ -166,18 +172,17 @@ def _decode_stage(
 ) -> Tensor:
     """Fills codebook `stage` where not `fixed`; one step for each of `noise` (`b n t`)."""
     num_steps = noise.shape[1]
-    remask = _remask_grid if config.span_arrangement == "nonoverlap" else _remask_sliding
     masked, certainty = ~fixed, torch.empty(())
-    for step in range(num_steps):
-        # In float32, as the reference has it: the number of spans is this share of them, rounded down.
-        share = torch.cos(torch.tensor(step / max(num_steps - 1, 1), dtype=torch.float32) * (math.pi / 2))
+    # Rounded as in the reference: the number of spans is this share of them, rounded down.
+    shares = torch.cos(torch.linspace(0, 1, num_steps) * math.pi * 0.5)
+    for step, share in enumerate(shares):
         if step > 0:
-            masked = remask(certainty, masked, fixed, share, config)
+            masked = _remask(certainty, masked, fixed, share, config)
         row = codes[:, stage]
         asked = codes.clone()
         asked[:, stage] = torch.where(masked, mask_id, row)
         logits = _guided(network, unconditional, asked, stage, config, float(share)).float()
-        temperature = config.temperature * ((num_steps - step) / num_steps if config.anneal_temperature else 1.0)
+        temperature = config.temperature * ((num_steps - step - 1) / num_steps if config.anneal_temperature else 1.0)
         probs = torch.softmax(logits / max(temperature, 1e-2), dim=-1)
         chosen = logits.argmax(-1) if config.greedy else sample(probs, config.top_p, config.top_k, noise[:, step])
         certainty = probs.gather(2, chosen[..., None])[..., 0]
@@ -215,16 +220,41 @@ def top_k_filter(probs: Tensor, top_k: int) -> Tensor:
 
 
 def sample(probs: Tensor, top_p: float, top_k: int, noise: Tensor) -> Tensor:
-    """One entry per distribution by inverting its cumulative sum at `noise`: `… c`, `…` in [0, 1) -> `…`."""
+    """One entry per distribution, the winner of a race of exponentials: `… c`, `…` in [0, 1) -> `…`.
+
+    Inverting the cumulative sum would be simpler, but where it has a thousand steps a rounding in the seventh digit
+    tips one draw in ten thousand, and an item would not get in a batch what it gets alone.
+    """
     if top_p > 0:
         probs = top_p_filter(probs, top_p)
     elif top_k > 0:
         probs = top_k_filter(probs, top_k)
-    cumulative = probs.cumsum(-1)
-    # `right` so that a noise of 0 cannot pick an entry of probability 0.
-    wanted = (noise[..., None] * cumulative[..., -1:]).contiguous()
-    index = torch.searchsorted(cumulative, wanted, right=True)[..., 0]
-    return index.clamp(max=probs.shape[-1] - 1)
+    return (probs / exponential(noise, probs.shape[-1])).argmax(-1)
+
+
+def exponential(noise: Tensor, size: int) -> Tensor:
+    """Exponential noise for every entry, hashed from one uniform number per distribution: `…` in [0, 1) -> `… size`.
+
+    A hash (Wellons' "lowbias32") gives every device the same without drawing, or moving, `size` times as many numbers.
+    """
+    seeds = ((noise.double() - 0.5) * 2**32).to(torch.int32)[..., None]
+    entries = torch.arange(size, dtype=torch.int32, device=noise.device)
+    x = seeds * -0x61C88647 + entries * -0x7A143589  # int32 wraps, and its constants are signed
+    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ (x >> 15 & 0x1FFFF)) * -0x7B935975
+    x = x ^ (x >> 16 & 0xFFFF)
+    uniform = ((x >> 9 & 0x7FFFFF) + 0.5) / 2**23  # 23 bits, so that float32 reaches neither 0 nor 1
+    return uniform.log_().neg_()
+
+
+def _remask(certainty: Tensor, masked: Tensor, fixed: Tensor, share: Tensor, config: DecodingConfig) -> Tensor:
+    """Which frames to predict again: `certainty` and `masked` of the last step, `b t` -> bool `b t`."""
+    on_grid = config.span_arrangement == "nonoverlap"
+    if not config.reference_compat:
+        return (_remask_grid if on_grid else _remask_sliding)(certainty, masked, fixed, share, config)
+    if on_grid:
+        return reference_compat.remask_grid(certainty, masked, fixed, share, config.span_len, config.span_scoring)
+    return reference_compat.remask_sliding(certainty, masked, fixed, share, config.span_len)
 
 
 def _count(share: Tensor, units: Tensor) -> Tensor:

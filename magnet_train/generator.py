@@ -7,7 +7,7 @@ The command line, the validation callback and a notebook all go through it.
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,8 @@ class Generator:
         if any(p.strip() for p in prompts):
             # Keys and values of the text once per generation, not once per pass.
             text = self.network.remember(*(x.to(self.device) for x in self.text_encoder(list(prompts))))
+            if config.reference_compat:  # there, a caption's padding takes its share of the attention
+                text = replace(text, allowed=text.allowed.any(1)[:, None].expand_as(text.allowed))
             unconditional = self._without_text
         else:
             text, unconditional = None, None

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from magnet_train.decoding import DecodingConfig, Step, decode, item_noise, sample, top_k_filter, top_p_filter
+from magnet_train.decoding import (
+    DecodingConfig,
+    Step,
+    decode,
+    exponential,
+    item_noise,
+    sample,
+    top_k_filter,
+    top_p_filter,
+)
 from magnet_train.errors import UserError
 
 FILTERS = Path(__file__).parent / "fixtures" / "reference" / "decode_only" / "filters.safetensors"
@@ -132,7 +141,16 @@ def test_sampling_follows_the_probabilities_and_never_takes_what_was_filtered_ou
     assert torch.allclose(shares, probs[0], atol=0.01)
     assert set(sample(probs, 0.6, 0, noise).tolist()) == {0, 2}
     assert set(sample(probs, 0.0, 1, noise).tolist()) == {0}
-    assert sample(probs[:1], 0.0, 0, torch.zeros(1)).item() == 0
+    edges = torch.tensor([0.0, 1e-9, 0.5, 1 - 2**-24])
+    assert 1 not in sample(probs[:4], 0.0, 0, edges).tolist()
+
+
+def test_noise_of_the_entries_is_exponential():
+    noise = exponential(torch.rand(100_000, generator=torch.Generator().manual_seed(0)), 8)
+    assert noise.isfinite().all() and (noise > 0).all()
+    assert torch.allclose(noise.mean(0), torch.tensor(1.0), atol=0.02)
+    assert torch.allclose(noise.std(0), torch.tensor(1.0), atol=0.03)
+    assert torch.corrcoef(noise.T).triu(1).abs().max() < 0.02
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ FLOORS = [
     {"model", "decoding", "conditioning", "metrics.embedders", "metrics.fixed_masks", "data.audio"},
     {"codec"},
     {"attention", "masking", "loss", "schedule", "audio_files", "metrics.fad", "metrics.kl", "metrics.chroma",
-     "spectral_codec", "pretrained"},
+     "spectral_codec", "pretrained", "reference_compat"},
     {"assets", "compat", "metrics.items"},
     {"errors"},
 ]  # fmt: skip
