@@ -40,7 +40,7 @@ codes drawn from each codebook's own frequencies, what no model at all would do.
 original audio of the training split only. None of these figures is comparable with published FAD, KL or CLAP: another
 network listens.
 
-**What is wrong with it**: {faults}
+**What is wrong with it**: {faults} Eight prompts beside codec reconstructions of the real clips: `spectrograms.jpg`.
 """
 
 
