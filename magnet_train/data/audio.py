@@ -1,5 +1,6 @@
 """Audio files to waveforms at the codec's rate: wav, flac, ogg, mp3, any rate, any number of channels."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +24,15 @@ def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
         UserError: if the file is unreadable, empty, truncated, or holds NaN or infinite samples.
     """
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # type: ignore[arg-type]
             promised, rate = file.frames, file.samplerate
             wav = file.read(dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
         raise UserError(f"{path}: unreadable ({error}); convert or remove it") from error
     if len(wav) == 0:
         raise UserError(f"{path}: empty; remove it")
-    if len(wav) < promised:
-        raise UserError(f"{path}: truncated, {len(wav)} of {promised} samples; copy it again or remove it")
+    if len(wav) < promised or _is_cut_off(path):
+        raise UserError(f"{path}: truncated after {len(wav)} samples; copy it again or remove it")
     if not np.isfinite(wav).all():
         raise UserError(f"{path}: holds NaN or infinite samples; repair or remove it")
     if channels == 1:
@@ -43,6 +44,16 @@ def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
     return np.ascontiguousarray(wav.T, dtype=np.float32)
 
 
+def _is_cut_off(path: Path) -> bool:
+    """Whether a WAV or AIFF promises more bytes than it has; libsndfile takes it for a short one."""
+    with open(path, "rb") as file:
+        kind, size = file.read(4), file.read(4)
+    if kind not in (b"RIFF", b"FORM"):
+        return False
+    promised = int.from_bytes(size, "little" if kind == b"RIFF" else "big")
+    return promised < 0x7FFFF000 and promised + 8 > path.stat().st_size  # what writes to a pipe promises the most
+
+
 def duration_s(path: Path) -> float:
     """Length in seconds by the header alone.
 
@@ -50,7 +61,7 @@ def duration_s(path: Path) -> float:
         UserError: if the file is unreadable or empty.
     """
     try:
-        info = soundfile.info(path)
+        info = soundfile.info(os.fsencode(path))  # type: ignore[arg-type]
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
         raise UserError(f"{path}: unreadable ({error}); convert or remove it") from error
     if info.frames == 0:

@@ -90,12 +90,20 @@ class MagnetDataModule(L.LightningDataModule):
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}
         for split in needed.get(stage, [self.predict_split]):
             self.shards(split)
+        # Under limit_train_batches an epoch begins with a loader of its own, which goes on where the last one stopped.
+        if self.trainer is not None:
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
     def train_dataloader(self) -> DataLoader:
         found = self.shards("train")
         trainer: Any = self.trainer
         available = len(found.counts) // trainer.world_size
         workers = min(2, available) if self.num_workers is None else self.num_workers
+        if available == 0:
+            raise UserError(
+                f"{found.folder}: {len(found.counts)} shards for {trainer.world_size} ranks: use fewer devices, or "
+                "tokenize with a smaller --shard_size"
+            )
         if max(1, workers) > available:
             raise UserError(
                 f"{found.folder}: {len(found.counts)} shards for {trainer.world_size} ranks x {max(1, workers)} loader "
@@ -103,7 +111,7 @@ class MagnetDataModule(L.LightningDataModule):
                 "with a smaller --shard_size"
             )
         # Batches that are done, so that a resumed run goes on with the next.
-        start = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        start = trainer.fit_loop.epoch_loop.batch_progress.total.processed
         stream = TrainingStream(
             found, self.num_frames, self.batch_size, self.seed, trainer.global_rank, trainer.world_size, start
         )

@@ -7,6 +7,7 @@ workers) alone, so a resumed run skips to its place by arithmetic.
 Shapes: b examples, k codebooks, t frames.
 """
 
+import hashlib
 import io
 import json
 import tarfile
@@ -87,6 +88,24 @@ class ShardSet:
         """Of the shards, in their order."""
         return [self.folder / shard["name"] for shard in self.index["shards"]]
 
+    def read(self, number: int, with_references: bool = False) -> list[Item]:
+        """All items of a shard, in its order, checked against the index.
+
+        Raises:
+            UserError: if the shard is missing, broken, or not what the index says.
+        """
+        entry, codec = self.index["shards"][number], self.index["codec"]
+        path = self.folder / entry["name"]
+        items = read_shard(path, with_references, entry.get("sha256"))
+        for item in items:
+            codes = item["codes"]
+            if len(codes) != codec["num_codebooks"] or (codes.size and codes.max() >= codec["codebook_size"]):
+                raise UserError(
+                    f"{path}: {item['info']['key']} has {len(codes)} codebooks up to {codes.max(initial=0)}, its codec "
+                    f"{codec['num_codebooks']} of {codec['codebook_size']}: run tokenize again"
+                )
+        return items
+
     @property
     def counts(self) -> list[int]:
         """Items in each shard."""
@@ -123,15 +142,18 @@ def skipped(groups: Iterator[list], number: int) -> Iterator[list]:
 # --- read ---------------------------------------------------------------------------------------------------------
 
 
-def read_shard(path: Path, with_references: bool = False) -> list[Item]:
+def read_shard(path: Path, with_references: bool = False, sha256: str | None = None) -> list[Item]:
     """All items of a shard, in its order.
 
     Raises:
-        UserError: if it is missing, truncated, or not a shard.
+        UserError: if it is missing, truncated, not a shard, or has another SHA-256 than the one given.
     """
     parts: dict[str, dict[str, bytes]] = {}
     try:
-        with tarfile.open(path, "r|") as tar:
+        content = path.read_bytes()
+        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError("its bytes are not those that the index counted")
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             for member in tar:
                 key, _, kind = member.name.partition(".")
                 if member.isfile() and (kind != "reference.npz" or with_references):
@@ -233,12 +255,14 @@ class TrainingStream(IterableDataset):
         broken: set[int] = set()
         for group in groups:
             content = {}
-            for shard in sorted({s for _, s, _ in group} - broken):
-                try:
-                    content[shard] = read_shard(paths[shard])
+            for shard in sorted({s for _, s, _ in group}):
+                try:  # anew each time: a network's file system may come back
+                    content[shard] = self.shards.read(shard)
+                    broken.discard(shard)
                 except UserError as error:
+                    if shard not in broken:
+                        warnings.warn(f"left out: {error}", stacklevel=1)
                     broken.add(shard)
-                    warnings.warn(f"left out from now on: {error}", stacklevel=1)
                     if len(broken) == len(paths):
                         raise UserError(f"{self.shards.folder}: no readable shard left, the last: {error}") from error
             for epoch, shard, place in group:
@@ -267,9 +291,9 @@ class EveryItemOnce(IterableDataset):
         # Whole batches go to workers in turn, as the loader asks for them.
         wanted = {i for n, i in enumerate(mine) if n // self.batch_size % workers == worker}
         batch, index = [], 0
-        for path, number in zip(self.shards.paths, counts, strict=True):
+        for shard, (path, number) in enumerate(zip(self.shards.paths, counts, strict=True)):
             if any(i in wanted for i in range(index, index + number)):
-                items = read_shard(path, with_references=True)
+                items = self.shards.read(shard, with_references=True)
                 if len(items) != number:
                     raise UserError(f"{path}: {len(items)} items, its index says {number}; run tokenize again")
                 for place, item in enumerate(items):

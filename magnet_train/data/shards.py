@@ -9,6 +9,7 @@ machine or several, claim a shard by locking a file; the lock dies with its hold
 import csv
 import errno
 import fcntl
+import gzip
 import hashlib
 import io
 import json
@@ -60,7 +61,7 @@ class TokenizeOptions:
         for name, ok, want in (
             ("crop_s", self.crop_s > 0, "a length in seconds above 0"),
             ("hop_s", self.hop_s is None or self.hop_s > 0, "a distance in seconds above 0"),
-            ("min_s", self.min_s > 0, "a length in seconds above 0"),
+            ("min_s", 0 < self.min_s <= self.crop_s, "a length in seconds above 0 and up to --crop_s"),
             ("shard_size", self.shard_size >= 1, "at least 1 crop"),
             ("batch_size", self.batch_size >= 1, "at least 1 crop"),
             ("processes", self.processes >= 1, "at least 1"),
@@ -85,8 +86,8 @@ def find_clips(source: Path) -> list[dict[str, Any]]:
     """
     if source.is_dir():
         files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        clips = [{"path": str(p), "name": str(p.relative_to(source)), **_sidecar(p)} for p in files]
-    elif source.suffix.lower() in (".jsonl", ".json", ".csv"):
+        clips = [_clip(p, str(p.relative_to(source)), {}) for p in files]
+    elif source.name.lower().endswith((".jsonl", ".json", ".csv", ".jsonl.gz")):
         clips = [_from_manifest(row, source, line) for line, row in _rows(source)]
     elif source.exists():
         raise UserError(f"{source}: give a folder of audio, or a .jsonl or .csv manifest")
@@ -94,7 +95,9 @@ def find_clips(source: Path) -> list[dict[str, Any]]:
         raise UserError(f"{source}: no such folder or manifest")
     if not clips:
         raise UserError(f"{source}: no audio files ({', '.join(SUFFIXES)}) in it")
-    if not any(c.get("caption") for c in clips):
+    if not any(c["caption"] for c in clips):
+        if fault := next((c["fault"] for c in clips if c["fault"]), ""):
+            raise UserError(fault)
         raise UserError(
             f"{source}: no captions: put a .txt with one line beside each of the {len(clips)} audio files, e.g. "
             f'{Path(clips[0]["name"]).with_suffix(".txt")}, or a .json with a "caption"'
@@ -102,53 +105,79 @@ def find_clips(source: Path) -> list[dict[str, Any]]:
     return clips
 
 
-def _sidecar(path: Path) -> dict[str, Any]:
-    text, note = path.with_suffix(".txt"), path.with_suffix(".json")
+def _clip(path: Path, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """One file with its caption and further fields: those given, else those beside it; or what is wrong with these."""
+    clip = {"path": str(path), "name": os.fsencode(name).decode(errors="replace"), "caption": "", "fields": {}}
     try:
-        if note.is_file():
-            return _with_caption(json.loads(note.read_text(encoding="utf-8")), str(note))
-        if text.is_file():
-            return {"caption": " ".join(text.read_text(encoding="utf-8").split())}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{note if note.is_file() else text}: unreadable caption ({error}); write UTF-8") from error
-    return {}
+        caption, fields = _caption_of(given, name)
+        if not caption:
+            beside = _sidecar(path)
+            caption, fields = beside[0], fields | beside[1]
+    except UserError as error:
+        return clip | {"fault": str(error)}
+    return clip | {"caption": caption, "fields": fields, "fault": ""}
 
 
-def _with_caption(fields: Any, where: str) -> dict[str, Any]:
+def _sidecar(path: Path) -> tuple[str, dict[str, Any]]:
+    """Caption and fields of the `.json` and `.txt` beside an audio file; the caption of either, the `.json`'s first."""
+    caption, fields = "", {}
+    text, note = path.with_suffix(".txt"), path.with_suffix(".json")
+    for file in (note, text):
+        try:
+            if file is note and note.is_file():
+                caption, fields = _caption_of(json.loads(note.read_text(encoding="utf-8-sig")), str(note))
+            elif file is text and not caption and text.is_file():
+                caption = " ".join(text.read_text(encoding="utf-8-sig").split())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: unreadable caption ({error}); write UTF-8") from error
+    return caption, fields
+
+
+def _caption_of(fields: Any, where: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(fields, dict):
         raise UserError(f'{where}: holds a {type(fields).__name__}; give an object with a "caption"')
     fields = dict(fields)
     caption = next((fields.pop(n) for n in ("caption", "description", "text") if fields.get(n)), "")
+    if not isinstance(caption, str):
+        raise UserError(f"{where}: the caption is a {type(caption).__name__}; give a text")
+    fields.pop("path", None)
     if "key" in fields:  # of the music; in a shard the key is the item's id
         fields["music_key"] = fields.pop("key")
-    return {"caption": " ".join(str(caption).split()), **fields}
+    return " ".join(caption.split()), fields
 
 
 def _rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        text = manifest.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{manifest}: not UTF-8 ({error})") from error
+        content = manifest.read_bytes()
+        text = (gzip.decompress(content) if manifest.suffix == ".gz" else content).decode("utf-8-sig")
+    except (UnicodeDecodeError, OSError, EOFError) as error:
+        raise UserError(f"{manifest}: unreadable, or not UTF-8 ({error})") from error
     if manifest.suffix.lower() == ".csv":
-        yield from enumerate(csv.DictReader(io.StringIO(text)), 2)
+        for number, row in enumerate(csv.DictReader(io.StringIO(text)), 2):
+            if None in row:
+                raise UserError(
+                    f"{manifest}, line {number}: more columns than the first line; quote what holds a comma"
+                )
+            yield number, row
         return
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{manifest}, line {number}: no JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{manifest}, line {number}: no object; write one JSON object a line")
+            yield number, row
 
 
 def _from_manifest(row: dict[str, Any], manifest: Path, line: int) -> dict[str, Any]:
     name = row.get("path") or row.get("audio_filepath")
-    if not name:
+    if not isinstance(name, str):
         raise UserError(f"{manifest}, line {line}: no path; name the column `path` or `audio_filepath`")
     path = manifest.parent / name  # an absolute name stays as it is
-    fields = {k: v for k, v in row.items() if k not in ("path", "audio_filepath") and v not in (None, "")}
-    given = _with_caption(fields, f"{manifest}, line {line}")
-    beside = {} if given["caption"] or not path.exists() else _sidecar(path)
-    return {"path": str(path), "name": str(name), **given, **beside}
+    given = {k: v for k, v in row.items() if k not in ("path", "audio_filepath") and v not in (None, "")}
+    return _clip(path, name, given)
 
 
 # --- plan ---------------------------------------------------------------------------------------------------------
@@ -162,10 +191,13 @@ def plan_shards(
     crops: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     stems: dict[str, str] = {}
+    times: dict[str, int] = {}
     for number, clip in enumerate(tqdm(clips, desc="reading headers", unit="file", leave=False)):
         try:
+            if clip["fault"]:
+                raise UserError(clip["fault"])
             length = duration_s(Path(clip["path"]))
-            if not clip.get("caption"):
+            if not clip["caption"]:
                 raise UserError(f"{clip['name']}: no caption")
             if length < options.min_s:
                 raise UserError(f"{clip['name']}: {length:.2f} s, shorter than --min_s {options.min_s}")
@@ -175,8 +207,12 @@ def plan_shards(
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", str(Path(clip["name"]).with_suffix(""))).strip("-") or "clip"
         if stems.setdefault(stem, clip["name"]) != clip["name"]:  # a/b.wav and a-b.wav, or b.wav and b.flac
             stem = f"{stem}-{hashlib.sha256(clip['name'].encode()).hexdigest()[:8]}"
+        times[stem] = times.get(stem, 0) + 1
+        if times[stem] > 1:  # a manifest may give one file several captions
+            stem = f"{stem}-again{times[stem]}"
         start = 0
-        while start == 0 or (length - start * hop) >= options.min_s:
+        # Until the clip is over: a crop within the one before would bring nothing new.
+        while start == 0 or (length - start * hop >= options.min_s and (start - 1) * hop + options.crop_s < length):
             crops.append({"clip": number, "key": f"{stem}_{round(start * hop * 1000):08d}", "offset_s": start * hop})
             start += 1
     shards = [crops[i : i + options.shard_size] for i in range(0, len(crops), options.shard_size)]
@@ -194,7 +230,10 @@ def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any
             is full.
     """
     clips = find_clips(source)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from error
     from magnet_train.codec import load_codec
 
     facts = load_codec(options.codec).facts.to_dict()
@@ -203,12 +242,18 @@ def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any
         reasons = "; ".join(s["reason"] for s in skipped[:3])
         raise UserError(f"{source}: none of {len(clips)} files can be used: {reasons}")
     settings = {k: v for k, v in asdict(options).items() if k not in ("processes", "batch_size", "codec")}
-    listing = hashlib.sha256(json.dumps([clips, shards], sort_keys=True).encode()).hexdigest()
+    # Wherever the files lie, it is their names, sizes and captions that must be the same when this goes on.
+    inputs = [[c["name"], _size(Path(c["path"])), c["caption"], c["fields"]] for c in clips]
+    listing = hashlib.sha256(json.dumps([inputs, shards], sort_keys=True).encode()).hexdigest()
     plan = {"format": FORMAT, "codec": facts, "settings": settings, "input": listing}
     with _lock(out / ".plan.lock", wait=True):
         known = _read_json(out / ".plan.json")
         if known is None:
+            if (out / "index.json").exists() or any(out.glob(f"{options.split}-*.tar")):
+                raise UserError(f"{out}: holds shards already; choose an empty folder, or remove this one")
             _write_json(out / ".plan.json", plan)
+        elif known.get("codec", {}).get("hash") == facts["hash"] and known | {"codec": 0} == plan | {"codec": 0}:
+            plan = known  # the same codec may be known by another path
         elif differs := next((k for k in plan if known.get(k) != plan[k]), None):
             what = {"codec": "codec", "settings": "options", "input": "input files or captions"}.get(differs, differs)
             raise UserError(f"{out}: begun with other {what}; choose an empty folder, or remove this one")
@@ -218,11 +263,10 @@ def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any
         bar.update(sum(len(s) for i, s in enumerate(shards) if i not in set(todo)))
         for done in _run(jobs, options.processes):
             bar.update(done)
+        for i in todo:  # those in the hands of another process, which may not live to finish them
+            if not _is_done(out, options, i):
+                bar.update(_write_shard(jobs[todo.index(i)], wait=True))
     reports = [_read_json(_report_path(out, options, i)) for i in range(len(shards))]
-    left = sum(r is None for r in reports)
-    if left:
-        tqdm.write(f"{left} shards are in the hands of other processes; the last to finish writes index.json")
-        return {}
     index = _index(plan, [r for r in reports if r is not None], skipped)
     _write_json(out / "index.json", index)
     for entry in index["skipped"]:
@@ -265,11 +309,11 @@ def _load_parts(options: TokenizeOptions) -> tuple[Any, Any]:
     return _parts[options.codec], _parts.get(options.embedder)
 
 
-def _write_shard(job: tuple) -> int:
+def _write_shard(job: tuple, wait: bool = False) -> int:
     """Encode one shard's crops and move it into place; the number of crops, or 0 if another process has it."""
     number, crops, clips, out, options, facts = job
     path = out / f"{options.split}-{number:06d}.tar"
-    with _lock(out / f".{path.name}.lock", wait=False) as mine:
+    with _lock(out / f".{path.name}.lock", wait) as mine:
         if not mine or _is_done(out, options, number):
             return 0
         aside = path.with_name(f".{path.name}.tmp")
@@ -343,9 +387,9 @@ def _encode(
         codes = codec.encode(torch.from_numpy(np.stack([w for _, w in group]))).cpu().numpy().astype(np.uint16)
         for (crop, wav), row in zip(group, codes, strict=True):
             clip = clips[crop["clip"]]
-            info = {"key": crop["key"]} | {k: v for k, v in clip.items() if k not in ("path", "name")}
+            info = {"key": crop["key"], "caption": clip["caption"]} | clip["fields"]
             info |= {"source": clip["name"], "offset_s": crop["offset_s"], "duration_s": wav.shape[1] / rate}
-            info |= {"codec": facts["id"], "codec_hash": facts["hash"], "licence": clip.get("licence", "")}
+            info |= {"codec": facts["id"], "codec_hash": facts["hash"], "licence": clip["fields"].get("licence", "")}
             info["audio_sha256"] = hashlib.sha256(wav.tobytes()).hexdigest()
             reference = None
             if embedder is not None:
@@ -371,6 +415,7 @@ def _encode(
 
 
 def _index(plan: dict[str, Any], reports: list[dict[str, Any]], skipped: list[dict[str, str]]) -> dict[str, Any]:
+    every = skipped + [s for r in reports for s in r["skipped"]]
     return {
         "format": FORMAT,
         "codec": plan["codec"],
@@ -383,8 +428,16 @@ def _index(plan: dict[str, Any], reports: list[dict[str, Any]], skipped: list[di
         "shards": [
             {k: r[k] for k in ("name", "num_examples", "num_frames", "sha256")} for r in reports if r["num_examples"]
         ],
-        "skipped": skipped + [s for r in reports for s in r["skipped"]],
+        # A file that several shards wanted a part of is listed once.
+        "skipped": [dict(s) for s in dict.fromkeys(tuple(s.items()) for s in every)],
     }
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _report_path(out: Path, options: TokenizeOptions, number: int) -> Path:
