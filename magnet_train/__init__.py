@@ -1,3 +1,25 @@
-"""Training of MAGNeT: masked, non-autoregressive text-to-audio (Ziv et al., ICLR 2024, arXiv 2401.04577)."""
+"""Training of MAGNeT: masked, non-autoregressive text-to-audio (Ziv et al., ICLR 2024, arXiv 2401.04577).
+
+>>> import magnet_train
+>>> audio = magnet_train.load("demo").generate(["a slow waltz for piano"], seed=0, duration_s=1.0)  # doctest: +SKIP
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from magnet_train.generator import Generator
 
 __version__ = "0.1.0"
+
+
+def load(path: str = "demo", device: str = "cpu") -> "Generator":
+    """A model ready to play, from a release folder, a hub id, a checkpoint or a run folder; "demo" ships.
+
+    Its `generate(prompts, seed=…, duration_s=…)` gives codes, audio and the order of unmasking.
+
+    Raises:
+        magnet_train.errors.UserError: if nothing usable is there; the message names the file and the remedy.
+    """
+    from magnet_train.generator import load  # deferred: `--help` must not wait for torch
+
+    return load(path, device)

@@ -31,6 +31,8 @@ def run(verb: str, args: list[str]) -> None:
             _run_tokenize(args)
         elif verb == "generate":
             _run_generate(args)
+        elif verb == "convert":
+            _run_convert(args)
     except OSError as error:
         remedies = {
             errno.ENOSPC: "the disk is full: free some space, then run the same command again",
@@ -71,8 +73,8 @@ def _run_lightning(verb: str, args: list[str]) -> None:
     from magnet_train.callbacks.averaging import WeightEMA
     from magnet_train.callbacks.generation import GenerationCallback, PredictionWriter
     from magnet_train.data.datamodule import MagnetDataModule
-    from magnet_train.generator import read_checkpoint
     from magnet_train.module import MagnetModule
+    from magnet_train.release import read_checkpoint
 
     class Parser(LightningArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> Any:
@@ -145,9 +147,12 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             _write_json(self.run_folder / "summary.json", summary)
             print(_summary_text(summary, self.run_folder))
 
+    start = _option("--model.init_from", args) or _in_configs("init_from", args)
     if not any(a == "--config" or a.startswith(("--config=", "-c")) for a in args) and "--help" not in args:
-        args = ["--config", str(conf_path("demo.yaml")), *args]
-        print(f"no --config given: using the embedded default, {args[1]}")
+        args = ["--config", str(conf_path("demo.yaml" if start is None else "finetune.yaml")), *args]
+        print(f"no --config given: using {args[1]}")
+    if start is not None:  # what a release says holds unless a configuration or an option says otherwise
+        args = ["--config", json.dumps(_inherited(start)), *args]
     _check_checkpoint(args, read_checkpoint)
     argv, sys.argv = sys.argv, [sys.argv[0], verb, *args]
     try:
@@ -170,6 +175,49 @@ def _run_lightning(verb: str, args: list[str]) -> None:
         raise
     finally:
         sys.argv = argv
+
+
+def _option(name: str, args: list[str]) -> str | None:
+    """The last value given to an option."""
+    given = [b for a, b in itertools.pairwise(args) if a == name]
+    given += [a.split("=", 1)[1] for a in args if a.startswith(f"{name}=")]
+    return next((v for v in reversed(given) if v != "null"), None)
+
+
+def _in_configs(setting: str, args: list[str]) -> str | None:
+    """A setting of the model in the last configuration file that has it."""
+    import yaml
+
+    files = [b for a, b in itertools.pairwise(args) if a in ("--config", "-c")]
+    files += [a.split("=", 1)[1] for a in args if a.startswith("--config=")]
+    for file in reversed(files):
+        try:
+            config = yaml.safe_load(Path(file).read_text())
+        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            continue  # the parser will name it
+        if isinstance(config, dict) and isinstance(model := config.get("model"), dict) and model.get(setting):
+            return str(model[setting])
+    return None
+
+
+def _inherited(init_from: str) -> dict[str, Any]:
+    """What a model that training starts from says of itself, as a configuration."""
+    from magnet_train.release import Trained
+
+    trained = Trained.open(init_from)
+    linked = ("num_codebooks", "codebook_size", "text_dim")
+    return {
+        "model": {
+            "init_from": init_from,
+            "network": {k: v for k, v in trained.network.to_dict().items() if k not in linked},
+            "codec": trained.codec["id"],
+            "text_encoder": trained.text_encoder,
+            "crop_s": trained.crop_s,
+            "span_len": trained.decoding.span_len,
+            "guidance_dropout": trained.guidance_dropout,
+        },
+        "generation": {"decoding": asdict(trained.decoding)},
+    }
 
 
 def _check_checkpoint(args: list[str], read: Any) -> None:
@@ -242,7 +290,7 @@ def _summary_text(summary: dict[str, Any], run_folder: Path) -> str:
     return "\n".join(lines)
 
 
-# --- tokenize, generate -------------------------------------------------------------------------------------------
+# --- tokenize, convert, generate ----------------------------------------------------------------------------------
 
 
 def _parser(verb: str, description: str) -> Any:
@@ -269,6 +317,23 @@ def _run_tokenize(args: list[str]) -> None:
     config = parser.parse_args(args)
     values = {k: v for k, v in vars(config).items() if k not in ("input", "out", "config")}
     tokenize(config.input, config.out, TokenizeOptions(**values))
+
+
+def _run_convert(args: list[str]) -> None:
+    from magnet_train.convert import ConvertOptions, convert
+
+    parser = _parser(
+        "convert", "Turn audiocraft's models into releases of ours, or back, or checkpoints into releases."
+    )
+    parser.add_argument(
+        "source",
+        type=str,
+        help="Folder or hub id with audiocraft's files (magnet-small-10secs …), or a release, checkpoint or run.",
+    )
+    parser.add_class_arguments(ConvertOptions, nested_key=None, as_group=False)
+    config = parser.parse_args(args)
+    values = {k: v for k, v in vars(config).items() if k not in ("source", "config")}
+    print(convert(config.source, ConvertOptions(**values)))
 
 
 @dataclass(frozen=True)

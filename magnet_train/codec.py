@@ -1,6 +1,7 @@
 """The codec: waveforms to codes and back, and the facts about it that shards, model and metrics depend on.
 
-transformers' `EncodecModel` does the work, with the weights and the padding mode of whichever files it is given.
+transformers' `EncodecModel` does the work, with the weights and the padding mode of whichever files it is given: its
+own, the `encodec` package's 24 and 48 kHz models, or (see convert.py) a compression model of audiocraft.
 """
 
 import hashlib
@@ -15,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from magnet_train.assets import demo_path
+from magnet_train.codec_weights import PACKAGE_MODELS, PACKAGE_URL, to_transformers
 from magnet_train.compat import mend_torchaudio
 from magnet_train.errors import UserError
-from magnet_train.pretrained import load_pretrained
+from magnet_train.pretrained import load_pretrained, one_line
 
 # Running averages that only a training of the codec reads.
 TRAINING_BUFFERS = ("embed_avg", "cluster_size", "inited")
 # Settings that decide the codes but leave no trace in the names or shapes of the weights.
 DECISIVE_SETTINGS = ("pad_mode", "upsampling_ratios", "use_causal_conv", "dilation_growth_rate")
+NORMALISED_LEVEL = 0.1
+"""RMS level, -20 dB of full scale, at which a codec that normalises its input gives audio back."""
 
 
 @dataclass(frozen=True)
@@ -73,26 +77,31 @@ class Codec(nn.Module):
 
     It is no part of what is trained. A LightningModule keeps it in a tuple, not as an attribute, so that it enters
     neither checkpoints nor precision changes, and moves it to its device by hand.
+
+    The 48 kHz EnCodec normalises its input and works in chunks of a second. Here a clip is normalised as a whole, so
+    that its louder and softer parts stay so, and cut into chunks without overlap, so that frames come at a steady
+    rate; the level itself, which is in no code, is lost: the audio comes back at `NORMALISED_LEVEL`.
     """
 
-    def __init__(self, model: Any, name: str):
+    def __init__(self, model: Any, name: str, num_codebooks: int | None = None):
         """Takes `model` over: its weight normalisation is folded into plain weights.
 
         Args:
-            model: A trained transformers EncodecModel that neither chunks nor normalises its input.
+            model: A trained transformers EncodecModel.
             name: Its id in the facts.
+            num_codebooks: Only the first so many are used; all if None.
 
         Raises:
-            UserError: if a codebook is all zero, a weight is not finite, or the model chunks or normalises.
+            UserError: if a codebook is all zero, a weight is not finite, or there are fewer codebooks than asked for.
         """
         super().__init__()
         config = model.config
-        if config.chunk_length_s is not None or config.normalize:
-            raise UserError(
-                f"codec {name!r}: it encodes in normalised chunks (chunk_length_s={config.chunk_length_s}, "
-                f"normalize={config.normalize}), as the 48 kHz EnCodec does, so its codes alone do not give the audio; "
-                "choose one without, such as facebook/encodec_32khz"
-            )
+        if num_codebooks is not None:
+            if not 1 <= num_codebooks <= len(model.quantizer.layers):
+                raise UserError(
+                    f"codec {name!r}: it has {len(model.quantizer.layers)} codebooks; ask for that many or fewer"
+                )
+            model.quantizer.layers = model.quantizer.layers[:num_codebooks]
         model = model.float().eval().requires_grad_(False)
         weights = _decisive_weights(model)
         for key, tensor in weights.items():
@@ -102,9 +111,16 @@ class Codec(nn.Module):
                 raise UserError(
                     f"codec {name!r}: {key} is all zero, as in a model that was never trained; choose another"
                 )
+        settings = {s: getattr(config, s) for s in DECISIVE_SETTINGS}
+        if config.normalize or config.chunk_length_s:
+            settings |= {"normalize": config.normalize, "chunk_length_s": config.chunk_length_s}
+        self.normalizes = bool(config.normalize)
+        self.chunk_frames = (
+            round(config.chunk_length_s * config.sampling_rate / config.hop_length) if (config.chunk_length_s) else None
+        )
         self.facts = CodecFacts(
             id=name,
-            hash=_hash(weights, {s: getattr(config, s) for s in DECISIVE_SETTINGS}),
+            hash=_hash(weights, settings),
             sample_rate=config.sampling_rate,
             frame_rate=config.sampling_rate / config.hop_length,
             num_codebooks=len(model.quantizer.layers),
@@ -155,9 +171,12 @@ class Codec(nn.Module):
             raise UserError("the audio holds NaN or infinite samples; repair or remove the file")
         if wav.shape[1] != self.facts.channels:
             wav = wav.mean(1, keepdim=True) if self.facts.channels == 1 else wav.expand(-1, self.facts.channels, -1)
+        if self.normalizes:
+            wav = wav / (wav.mean(1, keepdim=True).square().mean(2, keepdim=True).sqrt() + 1e-8)
         with _plain_float32(wav.device):
             # transformers' own encode() picks a bandwidth by rounding floats and adds an axis for chunks.
-            codes = self.model.quantizer.encode(self.model.encoder(wav))
+            chunks = [wav] if self.chunk_frames is None else wav.split(self.chunk_frames * self.facts.hop_samples, 2)
+            codes = torch.cat([self.model.quantizer.encode(self.model.encoder(chunk)) for chunk in chunks], 2)
         return codes.transpose(0, 1).contiguous()
 
     @torch.no_grad()
@@ -182,27 +201,39 @@ class Codec(nn.Module):
             cause = "the mask id: decoding left these unfilled" if value == size else "they come from another codec"
             raise UserError(f"{int(wrong.sum())} codes are outside 0 .. {size - 1}, the first is {value} ({cause})")
         with _plain_float32(codes.device):
-            return self.model.decoder(self.model.quantizer.decode(codes.transpose(0, 1)))
+            chunks = [codes] if self.chunk_frames is None else codes.split(self.chunk_frames, 2)
+            wav = torch.cat([self.model.decoder(self.model.quantizer.decode(c.transpose(0, 1))) for c in chunks], 2)
+        return wav * NORMALISED_LEVEL if self.normalizes else wav
 
 
 def load_codec(name: str = "demo") -> Codec:
     """The codec of that name, on the CPU.
 
     Args:
-        name: "demo" for the embedded one, else a folder that transformers' EncodecModel wrote, or a hub id such as
-            `facebook/encodec_32khz`.
+        name: "demo" for the embedded one, else a folder that transformers' EncodecModel wrote, a hub id such as
+            `facebook/encodec_32khz`, or `encodec_24khz` or `encodec_48khz` for the models of the `encodec` package.
+            `NAME@8` uses only its first 8 codebooks.
 
     Raises:
         UserError: if it is missing, broken, untrained, no EnCodec, or out of reach without network.
     """
-    if name == "demo":
-        return load_pretrained("codec", str(demo_path("codec")), lambda source, _: _load(source, True, "demo"))
-    path = Path(name).expanduser()
-    known_as = str(path.resolve()) if path.exists() else name
-    return load_pretrained("codec", name, lambda source, local: _load(source, local, known_as))
+    base, at, first = name.rpartition("@")
+    if not at or not first.isdigit() or Path(name).expanduser().exists():
+        base, at, first = name, "", ""
+    num_codebooks = int(first) if first else None
+    path = Path(base).expanduser()
+    if base in PACKAGE_MODELS and not path.exists():
+        return Codec(_package_model(base), name, num_codebooks)
+    source = str(demo_path("codec")) if base == "demo" else base
+    known_as = f"{path.resolve()}{at}{first}" if base != "demo" and path.exists() else name
+
+    def load(source: str, local_files_only: bool) -> Codec:
+        return Codec(_load(source, local_files_only, known_as), known_as, num_codebooks)
+
+    return load_pretrained("codec", source, load)
 
 
-def _load(source: str, local_files_only: bool, name: str) -> Codec:
+def _load(source: str, local_files_only: bool, name: str) -> Any:
     mend_torchaudio()
     from transformers import EncodecConfig, EncodecModel
 
@@ -210,7 +241,7 @@ def _load(source: str, local_files_only: bool, name: str) -> Codec:
     if kind == "magnet_train_spectral":
         from magnet_train.spectral_codec import load_spectral_codec
 
-        return Codec(load_spectral_codec(Path(source)), name)
+        return load_spectral_codec(Path(source))
     if kind != "encodec":
         raise UserError(f"codec {name!r}: its config.json describes {kind!r}, not 'encodec'; choose an EnCodec")
     loaded: Any = EncodecModel.from_pretrained(
@@ -222,7 +253,32 @@ def _load(source: str, local_files_only: bool, name: str) -> Codec:
         raise UserError(
             f"codec {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more; use a complete copy"
         )
-    return Codec(model, name)
+    return model
+
+
+def _package_model(name: str) -> Any:
+    """A model of the `encodec` package in transformers' class; downloaded once, and checked by its hash."""
+    mend_torchaudio()
+    from transformers import EncodecConfig, EncodecModel
+
+    file, settings = PACKAGE_MODELS[name]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file  # where the package itself keeps it
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(PACKAGE_URL + file, str(path), file.split("-")[1].removesuffix(".th"))
+        except Exception as error:
+            raise UserError(
+                f"codec {name!r}: {PACKAGE_URL + file} cannot be downloaded ({one_line(error)}): "
+                f"put the file to {path}, or give a local folder"
+            ) from error
+    try:
+        theirs = torch.load(path, map_location="cpu", weights_only=True)
+        model = EncodecModel(EncodecConfig(**settings))
+        model.load_state_dict({to_transformers(k): v for k, v in theirs.items()})
+    except Exception as error:
+        raise UserError(f"codec {name!r}: {path} is broken ({one_line(error)}); remove it, to load it anew") from error
+    return model
 
 
 @contextmanager

@@ -4,24 +4,20 @@
 The command line, the validation callback and a notebook all go through it.
 """
 
-import json
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from magnet_train.assets import demo_path
 from magnet_train.codec import Codec, load_codec
 from magnet_train.conditioning import TextEncoder, load_text_encoder
 from magnet_train.decoding import DecodingConfig, Step, decode, item_noise
 from magnet_train.errors import UserError
-from magnet_train.model import Magnet, MagnetConfig
-
-RELEASE_FORMAT = 1
+from magnet_train.model import Magnet
+from magnet_train.release import Trained, write_release
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class Generator:
             text_encoder: whose states it was trained on.
             decoding: used unless a call brings its own.
             crop_s: length of the crops it was trained on, in seconds; the default duration.
-            about: provenance, kept in a release.
+            about: provenance, written beside what is generated.
 
         Raises:
             UserError: if codec or text encoder do not fit the network.
@@ -152,26 +148,22 @@ class Generator:
         """The null condition, whose cross-attention is exactly zero and therefore not computed."""
         return self.network(codes, stage, None)
 
-    def save(self, folder: Path, card: str) -> None:
-        """Write a release: config.json, model.safetensors, README.md, each aside and then moved into place."""
-        from safetensors.torch import save_file
+    def save(self, out: str | Path, card: str | None = None) -> None:
+        """Write a release: `config.json`, `model.safetensors`, `README.md`, and the codec if it lies in a folder.
 
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "format": RELEASE_FORMAT,
-            "network": self.network.config.to_dict(),
-            "codec": self.codec.facts.to_dict(),
-            "text_encoder": {"id": self.text_encoder.id, "dim": self.text_encoder.dim},
-            "decoding": asdict(self.decoding),
-            "crop_s": self.crop_s,
-            "about": self.about,
-        }
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
-        save_file(weights, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-        (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-        (folder / "README.md.tmp").write_text(card)
-        for name in ("model.safetensors", "config.json", "README.md"):
-            os.replace(folder / f"{name}.tmp", folder / name)
+        Args:
+            out: folder; must not exist, or be empty.
+            card: README.md; one with provenance, licence and use if None.
+
+        Raises:
+            UserError: if `out` holds anything already.
+        """
+        codec = self.codec.facts.to_dict()
+        trained = Trained(
+            Path(out), self.network.config, codec, self.text_encoder.id, self.crop_s, self.decoding, about=self.about
+        )
+        weights = self.network.state_dict()
+        write_release(Path(out), trained, {k: lambda v=v: v.cpu() for k, v in weights.items()}, card)
 
 
 def load(path: str | Path = "demo", device: str | torch.device = "cpu") -> Generator:
@@ -184,113 +176,16 @@ def load(path: str | Path = "demo", device: str | torch.device = "cpu") -> Gener
     Raises:
         UserError: if nothing usable is there; the message names the file.
     """
-    source = demo_path("magnet") if str(path) == "demo" else Path(path).expanduser()
-    if source.is_dir() and (source / "config.json").is_file():
-        generator = _load_release(source)
-    elif source.is_file():
-        generator = _load_checkpoint(source)
-    elif source.is_dir():
-        generator = _load_checkpoint(newest_checkpoint(source))
-    else:
-        generator = _load_release(_from_hub(str(path)))
-    generator.network.to(device).eval()
-    generator.codec.to(device)
-    generator.text_encoder.to(device)
-    return generator
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """The run folder's `last.ckpt`, else the newest .ckpt below it.
-
-    Raises:
-        UserError: if there is none.
-    """
-    found = sorted(run.rglob("*.ckpt"), key=lambda p: (p.stem == "last", p.stat().st_mtime))
-    if not found:
+    trained = Trained.open(path)
+    network, codec = trained.build(), load_codec(trained.codec["id"])
+    stamped = trained.codec.get("hash", codec.facts.hash)
+    if codec.facts.hash != stamped:
         raise UserError(
-            f"{run}: no config.json and no .ckpt in it; give a release folder, a checkpoint or a run folder"
-        )
-    return found[-1]
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"checkpoint {name!r}: no such file or folder")
-    try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "README.md"]))
-    except Exception as error:  # a dozen kinds, from no network to no such repository
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {name!r}: no local path, and not to be had from the hub ({reason})") from error
-
-
-def _load_release(folder: Path) -> Generator:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-    try:
-        config = json.loads(config_file.read_text())
-        if config["format"] != RELEASE_FORMAT:
-            raise UserError(f"{config_file}: format {config['format']}, this version reads {RELEASE_FORMAT}; update it")
-        network = Magnet(MagnetConfig(**config["network"]))
-        decoding = DecodingConfig.from_dict(config["decoding"])
-        codec_name, text_name, crop_s = config["codec"]["id"], config["text_encoder"]["id"], config["crop_s"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{config_file}: not a release of magnet_train ({type(error).__name__}: {error})") from error
-    try:
-        weights = {k: v.float() for k, v in load_file(weights_file).items()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{weights_file}: missing or broken ({error}); copy or download it again") from error
-    _load_weights(network, weights, weights_file)
-    codec = load_codec(codec_name)
-    if codec.facts.hash != config["codec"]["hash"]:
-        raise UserError(
-            f"{folder}: trained on codec {config['codec']['hash']}, but {codec_name!r} is {codec.facts.hash}; "
+            f"{trained.file.parent}: trained on codec {stamped}, but {codec.facts.id!r} is {codec.facts.hash}; "
             "its codes would mean something else"
         )
-    return Generator(network, codec, load_text_encoder(text_name), decoding, crop_s, config.get("about"))
-
-
-def _load_checkpoint(path: Path) -> Generator:
-    checkpoint = read_checkpoint(path)
-    try:
-        hparams = checkpoint["hyper_parameters"]
-        network = Magnet(MagnetConfig(**hparams["network"]))
-        # With weight averaging on, `state_dict` holds the averaged weights, the ones that validation saw.
-        weights = {k[8:]: v for k, v in checkpoint["state_dict"].items() if k.startswith("network.")}
-        names = hparams["codec"], hparams["text_encoder"], hparams["span_len"], hparams["crop_s"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a checkpoint of magnet_train (no {error})") from error
-    _load_weights(network, weights, path)
-    codec_name, text_name, span_len, crop_s = names
-    about = {"checkpoint": path.name, "step": checkpoint.get("global_step")}
-    decoding = DecodingConfig(span_len=span_len)
-    return Generator(network, load_codec(codec_name), load_text_encoder(text_name), decoding, crop_s, about)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint's content; nothing in it is executed.
-
-    Raises:
-        UserError: if it is missing, truncated, or holds more than plain data.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such checkpoint") from error
-    except Exception as error:  # zip, pickle and runtime errors, by where the file is broken
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: unreadable checkpoint ({reason[:120]}); use an older one") from error
-
-
-def _load_weights(network: Magnet, weights: dict[str, Tensor], source: Path) -> None:
-    own = network.state_dict()
-    for problem, keys in (("lacks", own.keys() - weights.keys()), ("has the unknown", weights.keys() - own.keys())):
-        if keys:
-            raise UserError(f"{source}: {problem} {min(keys)} and {len(keys) - 1} more; it belongs to another model")
-    for key, value in weights.items():
-        if value.shape != own[key].shape:
-            raise UserError(f"{source}: {key} is {tuple(value.shape)}, the model's {tuple(own[key].shape)}")
-    network.load_state_dict(weights)
+    text_encoder = load_text_encoder(trained.text_encoder)
+    network.to(device).eval()
+    codec.to(device)
+    text_encoder.to(device)
+    return Generator(network, codec, text_encoder, trained.decoding, trained.crop_s, trained.about)

@@ -17,6 +17,7 @@ from magnet_train.loss import MaskedLoss, masked_cross_entropy
 from magnet_train.masking import cosine_mask_rate, span_mask
 from magnet_train.metrics.fixed_masks import FixedMaskMetrics, fixed_span_mask
 from magnet_train.model import Magnet, MagnetConfig
+from magnet_train.release import Trained, check_weights
 from magnet_train.schedule import cosine_factor, inverse_sqrt_factor
 
 
@@ -24,6 +25,9 @@ from magnet_train.schedule import cosine_factor, inverse_sqrt_factor
 class OptimizerConfig:
     """AdamW and its schedule; the defaults are those published for the medium 30-second model."""
 
+    name: Literal["adamw", "dadapt_adam"] = "adamw"
+    """AdamW, or D-Adaptation's Adam, which finds the step size itself and takes lr as a factor: 1 (package
+    `dadaptation`)."""
     lr: float = 1e-4
     """Highest learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -43,6 +47,8 @@ class OptimizerConfig:
                 f"lr={self.lr}, warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}: "
                 "lr must be above 0, the others at least 0"
             )
+        if self.name not in ("adamw", "dadapt_adam"):
+            raise UserError(f"optimizer name={self.name}: choose adamw or dadapt_adam")
         if self.schedule not in ("cosine", "inverse_sqrt", "constant"):
             raise UserError(f"schedule={self.schedule}: choose cosine, inverse_sqrt or constant")
 
@@ -70,6 +76,7 @@ class MagnetModule(L.LightningModule):
         span_len: int = 3,
         guidance_dropout: float = 0.3,
         start_from_codec: bool = False,
+        init_from: str | None = None,
         seed: int = 2036,
     ):
         """What is trained and how.
@@ -84,6 +91,8 @@ class MagnetModule(L.LightningModule):
             guidance_dropout: Share of examples trained without their caption, for classifier-free guidance, 0 to 1.
             start_from_codec: Whether embeddings and heads begin as the codec's codebooks instead of as published; of
                 help where training is short.
+            init_from: Release folder, hub id, checkpoint or run folder whose weights are trained on; what it says of
+                network, codec, text encoder, lengths and decoding holds too unless it is given here.
             seed: Seed of weights, masks and dropouts.
         """
         super().__init__()
@@ -93,6 +102,9 @@ class MagnetModule(L.LightningModule):
             raise UserError(f"span_len={span_len}: give at least 1 frame")
         if crop_s <= 0:
             raise UserError(f"crop_s={crop_s}: give a length in seconds above 0")
+        if init_from is not None and start_from_codec:
+            raise UserError(f"init_from={init_from} and start_from_codec=true: choose one to start from")
+        start = None if init_from is None else Trained.open(init_from)
         # Plain values, so that a checkpoint loads without unpickling classes of ours.
         self.save_hyperparameters(
             {
@@ -104,6 +116,8 @@ class MagnetModule(L.LightningModule):
                 "span_len": span_len,
                 "guidance_dropout": guidance_dropout,
                 "start_from_codec": start_from_codec,
+                "init_from": init_from,
+                "licence": None if start is None else start.about.get("licence"),
                 "seed": seed,
             }
         )
@@ -113,7 +127,11 @@ class MagnetModule(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = Magnet(network)
-        if start_from_codec:
+        if start is not None:
+            weights = start.weights()
+            check_weights(weights, network, start.file)
+            self.network.load_state_dict(weights)
+        elif start_from_codec:
             self.network.start_from_codebooks(load_codec(codec).codebooks, step_generator(seed))
         self.fixed_masks = FixedMaskMetrics(network.num_codebooks)
         # In a tuple, so that the frozen encoder enters neither checkpoints nor the optimizer.
@@ -160,8 +178,9 @@ class MagnetModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         count = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        # The stage is drawn alike on all ranks, masks and dropouts are not.
-        stage = int(torch.randint(self.config.num_codebooks, (1,), generator=step_generator(self.seed, count)))
+        # The stage is drawn alike on all ranks and for all that is accumulated; masks and dropouts are not.
+        update = count // self.trainer.accumulate_grad_batches
+        stage = int(torch.randint(self.config.num_codebooks, (1,), generator=step_generator(self.seed, update)))
         generator = step_generator(self.seed, count, self.global_rank)
         size, num_frames = batch["valid"].shape
         rates = cosine_mask_rate(torch.rand(size, generator=generator))
@@ -211,13 +230,12 @@ class MagnetModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config
-        optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=config.lr,
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
+        settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+        settings["weight_decay"] = config.weight_decay
+        if config.name == "adamw":
+            optimizer = torch.optim.AdamW(self.network.parameters(), **settings)
+        else:
+            optimizer = _dadaptation().DAdaptAdam(self.network.parameters(), decouple=True, **settings)
         total = self.trainer.estimated_stepping_batches
 
         def factor(step: int) -> float:
@@ -234,3 +252,14 @@ class MagnetModule(L.LightningModule):
             )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+
+def _dadaptation() -> Any:
+    try:
+        import dadaptation
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "optimizer name=dadapt_adam: the package dadaptation is missing; "
+            "install it with `pip install 'magnet-train[dadaptation]'`"
+        ) from error
+    return dadaptation

@@ -197,9 +197,12 @@ def test_an_untrained_model_is_refused(tmp_path: Path):
     assert "codebook.embed is all zero" in message(tmp_path)
 
 
-def test_a_codec_in_normalised_chunks_is_refused(folder: Path, tmp_path: Path):
-    text = message(clone_with(folder, tmp_path, chunk_length_s=1.0, overlap=0.01, normalize=True))
-    assert "chunk_length_s=1.0" in text
+def test_the_first_codebooks_are_a_codec_of_their_own(folder: Path, codec: Codec):
+    two = load_codec(f"{folder}@2")
+    assert two.facts.num_codebooks == 2 and two.facts.id.endswith("@2") and two.facts.hash != codec.facts.hash
+    wav = noise(1, 1, 20 * HOP)
+    assert torch.equal(two.encode(wav), codec.encode(wav)[:, :2])
+    assert "codebooks" in message(f"{folder}@9")
 
 
 def test_broken_weights_are_named(folder: Path, tmp_path: Path):

@@ -12,8 +12,9 @@ from magnet_train.codec import load_codec
 from magnet_train.conditioning import load_text_encoder
 from magnet_train.decoding import DecodingConfig
 from magnet_train.errors import UserError
-from magnet_train.generator import Generator, load, read_checkpoint
+from magnet_train.generator import Generator, load
 from magnet_train.model import Magnet, MagnetConfig
+from magnet_train.release import read_checkpoint
 
 PROMPTS = ["a slow chorale for string quartet in G minor", "banjo", ""]
 

@@ -66,8 +66,9 @@ def main() -> None:
             low, high = r["interval_95"]
             rows += f"| {name} | {r['fad_musicnn']:.1f} | {r['kl_musicnn_tags']:.3f} | {r['text_audio']:.3f} | "
             rows += f"{r['text_audio_true_minus_shuffled']:.3f} [{low:.3f}, {high:.3f}] |\n"
+    fresh = args.out.with_name(f"{args.out.name}.new")
     generator.save(
-        args.out,
+        fresh,
         CARD.format(
             parameters=sum(p.numel() for p in generator.network.parameters()) / 1e6,
             crop_s=generator.crop_s,
@@ -79,6 +80,10 @@ def main() -> None:
             faults=args.faults or "see EXPERIMENTS.md.",
         ),
     )
+    args.out.mkdir(exist_ok=True)  # what else lies there, such as the pictures, stays
+    for file in fresh.iterdir():
+        file.replace(args.out / file.name)
+    fresh.rmdir()
     print(f"{args.out}: {sum(f.stat().st_size for f in args.out.iterdir()) / 1e6:.1f} MB")
 
 

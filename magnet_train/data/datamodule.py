@@ -1,5 +1,6 @@
 """Lightning's view of the shards."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as L
@@ -7,8 +8,29 @@ from torch.utils.data import DataLoader
 
 from magnet_train.assets import demo_path
 from magnet_train.codec import CodecFacts, load_codec
+from magnet_train.data.captions import CaptionAugmentation
 from magnet_train.data.pipeline import EveryItemOnce, ShardSet, TrainingStream
 from magnet_train.errors import UserError
+
+
+def share_batch(global_batch_size: int, world_size: int, most: int) -> tuple[int, int]:
+    """Examples per batch on each device, at most `most`, and batches to accumulate, for one optimizer step.
+
+    >>> share_batch(192, world_size=8, most=16)
+    (12, 2)
+
+    Raises:
+        UserError: if the devices cannot have equal shares.
+    """
+    share, rest = divmod(global_batch_size, world_size)
+    if rest:
+        below = share * world_size
+        raise UserError(
+            f"data: global_batch_size={global_batch_size} cannot be shared out equally to {world_size} devices; "
+            f"give {below or world_size} or {below + world_size}, or use other devices"
+        )
+    accumulated = next(n for n in range(math.ceil(share / most), share + 1) if share % n == 0)
+    return share // accumulated, accumulated
 
 
 class MagnetDataModule(L.LightningDataModule):
@@ -20,6 +42,8 @@ class MagnetDataModule(L.LightningDataModule):
         validation: str | None = None,
         test: str | None = None,
         batch_size: int = 8,
+        global_batch_size: int | None = None,
+        augmentation: CaptionAugmentation = CaptionAugmentation(),  # noqa: B008  frozen
         num_workers: int | None = None,
         crop_s: float = 10.0,
         codec: str = "demo",
@@ -32,7 +56,10 @@ class MagnetDataModule(L.LightningDataModule):
             train: folder of training shards that `tokenize` made; the embedded demo's if none of the three is given.
             validation: folder of validation shards.
             test: folder of test shards.
-            batch_size: examples per batch on each device.
+            batch_size: examples per batch on each device; with global_batch_size, the most that a device can hold.
+            global_batch_size: examples per optimizer step over all devices. The batch per device and the number of
+                batches accumulated follow from it, and trainer.val_check_interval then counts optimizer steps.
+            augmentation: how training captions vary.
             num_workers: loader processes per device; none given = 2, or as many as there are shards for.
             crop_s: length of an example, in seconds; linked to the model's.
             codec: codec that the shards must have been made with; linked to the model's.
@@ -49,7 +76,11 @@ class MagnetDataModule(L.LightningDataModule):
             name: str(demo_path(f"shards/{name}")) if demo else folder
             for name, folder in (("train", train), ("validation", validation), ("test", test))
         }
+        if global_batch_size is not None and global_batch_size < 1:
+            raise UserError(f"data: global_batch_size={global_batch_size} must be at least 1")
         self.batch_size, self.num_workers, self.crop_s = batch_size, num_workers, crop_s
+        self.global_batch_size, self.augmentation = global_batch_size, augmentation
+        self._is_shared_out = False
         self.codec_name, self.seed, self.predict_split = codec, seed, predict_split
         self._sets: dict[str, ShardSet] = {}
         self._facts: CodecFacts | None = None
@@ -90,9 +121,24 @@ class MagnetDataModule(L.LightningDataModule):
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}
         for split in needed.get(stage, [self.predict_split]):
             self.shards(split)
+        if stage == "fit" and self.global_batch_size is not None and not self._is_shared_out:
+            self._share_out(self.global_batch_size, self.trainer)
         # Under limit_train_batches an epoch begins with a loader of its own, which goes on where the last one stopped.
         if self.trainer is not None:
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+
+    def _share_out(self, global_batch_size: int, trainer: Any) -> None:
+        """Batch per device and accumulation from the global batch; the trainer is told before it counts batches."""
+        self.batch_size, accumulated = share_batch(global_batch_size, trainer.world_size, self.batch_size)
+        trainer.accumulate_grad_batches = accumulated
+        if isinstance(trainer.val_check_interval, int):  # Lightning counts batches there
+            trainer.val_check_interval *= accumulated
+        self._is_shared_out = True
+        if trainer.is_global_zero:
+            print(
+                f"global batch of {global_batch_size} = {trainer.world_size} devices x {self.batch_size} examples "
+                f"x {accumulated} accumulated batches"
+            )
 
     def train_dataloader(self) -> DataLoader:
         found = self.shards("train")
@@ -113,8 +159,9 @@ class MagnetDataModule(L.LightningDataModule):
         # Batches that are done, so that a resumed run goes on with the next.
         start = trainer.fit_loop.epoch_loop.batch_progress.total.processed
         stream = TrainingStream(
-            found, self.num_frames, self.batch_size, self.seed, trainer.global_rank, trainer.world_size, start
-        )
+            found, self.num_frames, self.batch_size, self.seed, trainer.global_rank, trainer.world_size, start,
+            self.augmentation,
+        )  # fmt: skip
         return DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
 
     def _once(self, split: str) -> DataLoader:

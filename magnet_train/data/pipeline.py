@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from magnet_train.data.captions import CaptionAugmentation, augmented
 from magnet_train.errors import UserError
 
 SHARDS_MIXED = 4  # shards that a worker reads and shuffles together: 1000 crops of 30 s are 14 MB
@@ -232,10 +233,12 @@ class TrainingStream(IterableDataset):
     def __init__(
         self, shards: ShardSet, num_frames: int, batch_size: int, seed: int,
         rank: int = 0, world_size: int = 1, start_batch: int = 0,
+        augmentation: CaptionAugmentation = CaptionAugmentation(),  # noqa: B008  frozen
     ):  # fmt: skip
         """Args as of the data module; `start_batch` counts the batches of this rank that are already done."""
         self.shards, self.num_frames, self.batch_size, self.seed = shards, num_frames, batch_size, seed
         self.rank, self.world_size, self.start_batch = rank, world_size, start_batch
+        self.augmentation = augmentation
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -269,7 +272,10 @@ class TrainingStream(IterableDataset):
                 if shard in content and place < len(content[shard]):
                     item = content[shard][place]
                     rng = np.random.default_rng([self.seed, epoch, shard, place])
-                    yield item, int(before[shard]) + place, *crop(item, self.num_frames, frame_rate, rng)
+                    cropped = crop(item, self.num_frames, frame_rate, rng)
+                    info = item["info"] | {"caption": augmented(item["info"], self.augmentation, rng)}
+                    varied: Item = {"codes": item["codes"], "info": info, "reference": None}
+                    yield varied, int(before[shard]) + place, *cropped
 
 
 class EveryItemOnce(IterableDataset):

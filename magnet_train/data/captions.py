@@ -1,0 +1,63 @@
+"""How training captions vary: further fields merged in, parts dropped, words dropped.
+
+A model that has met only whole, well-kept captions does not know what to do with a user's three words.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from magnet_train.errors import UserError
+
+FIELDS = ("music_key", "bpm", "genre", "moods", "instrument", "keywords")
+"""Fields of a shard's KEY.json that may be merged into a caption, as audiocraft's music manifests name them; `key` of
+a manifest is `music_key` in shards."""
+
+
+@dataclass(frozen=True)
+class CaptionAugmentation:
+    """Shares of training captions and words; all 0 = captions as they are.
+
+    As in audiocraft (`data/music_dataset.py`, `modules/conditioners.py`), whose published music models have
+    merge_p 0.25, both drops 0.5 and word_dropout 0.3. Its `drop_desc_p` and `drop_other_p` are in truth the shares
+    that are kept; at 0.5 that is the same.
+    """
+
+    merge_p: float = 0.0
+    """Share of captions into which further fields (key, bpm, genre, moods, instrument, keywords) are merged, 0 to 1."""
+    drop_caption_p: float = 0.0
+    """Share of the merged ones whose own caption is dropped, so that the fields stand alone, 0 to 1."""
+    drop_field_p: float = 0.0
+    """Share of the fields that are left out of a merged caption, 0 to 1."""
+    word_dropout: float = 0.0
+    """Share of words that are dropped from each caption, 0 to 1; a caption of nothing else is without text."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value <= 1:
+                raise UserError(f"augmentation {name}={value}: give a share from 0 to 1")
+
+
+def augmented(info: Mapping[str, Any], config: CaptionAugmentation, rng: np.random.Generator) -> str:
+    """The caption of an example with its fields `info`, varied.
+
+    >>> info = {"caption": "a waltz", "bpm": 90, "moods": ["calm", "warm"]}
+    >>> augmented(info, CaptionAugmentation(), np.random.default_rng(0))
+    'a waltz'
+    >>> augmented(info, CaptionAugmentation(merge_p=1.0), np.random.default_rng(0))
+    'a waltz. bpm: 90. moods: calm, warm'
+    """
+    caption = str(info.get("caption", ""))
+    if rng.random() < config.merge_p:
+        values = [(name.removeprefix("music_"), info[name]) for name in FIELDS if info.get(name)]
+        parts = [f"{n}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for n, v in values]
+        kept = [part for part in parts if rng.random() >= config.drop_field_p]
+        rng.shuffle(kept)
+        if kept:
+            own = [] if rng.random() < config.drop_caption_p else [caption.rstrip(".")]
+            caption = ". ".join([part for part in own if part] + kept)
+    if config.word_dropout:
+        caption = " ".join(word for word in caption.split() if rng.random() >= config.word_dropout)
+    return caption
