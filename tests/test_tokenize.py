@@ -734,3 +734,37 @@ def test_a_file_is_listed_once(run: Callable[..., dict], tmp_path: Path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     write_clip(tmp_path / "in/b.wav", 2)
     assert [entry["file"] for entry in run()["skipped"]] == ["a.mp3"]
+
+
+def test_mixtures_are_sums_of_two_files_with_both_captions(run, codec, tmp_path):
+    for i, caption in enumerate(("a dog barks.", "rain", "a door")):
+        path = write_clip(tmp_path / "in" / f"{i}.wav", 4.0, None, seed=i)
+        path.with_suffix(".json").write_text(json.dumps({"caption": caption, "bpm": 90, "licence": f"L{i}"}))
+    index = run(mixtures=1.0)
+    found = items(tmp_path / "out")
+    plain, mixed = ([i for i in found if ("mixed_with" in i["info"]) is m] for m in (False, True))
+    assert index["num_examples"] == 12 and len(plain) == len(mixed) == 6
+    of = {i["info"]["source"]: i["info"]["caption"] for i in plain}
+    loaded = load_codec(codec)
+    for item in mixed:
+        info, part = item["info"], item["info"]["mixed_with"]
+        assert part["source"] != info["source"] and abs(part["snr_db"]) <= 5 and "bpm" not in info
+        assert info["caption"] == f"{of[info['source']].rstrip('.')}, {of[part['source']]}"
+        assert info["licence"] == ", ".join(sorted({f"L{info['source'][0]}", f"L{part['source'][0]}"}))
+        one, two = (
+            read_audio(tmp_path / "in" / x["source"], RATE, 1)[:, round(x["offset_s"] * RATE) :][:, : 2 * RATE]
+            for x in (info, part)
+        )
+        level = np.sqrt(np.mean(one**2) / np.mean(two**2)) * 10 ** (-part["snr_db"] / 20)
+        wav = one + level * two
+        wav = wav / max(1.0, np.abs(wav).max())
+        codes = loaded.encode(torch.from_numpy(wav.astype(np.float32))[None])[0].numpy()
+        assert (codes == item["codes"]).mean() > 0.99  # a rounding may tip a code
+    first = shards(tmp_path / "out")
+    run(out=tmp_path / "again", mixtures=1.0)
+    assert {k: v for k, v in shards(tmp_path / "again").items() if k != "index.json"}.items() <= first.items()
+
+
+def test_a_single_file_has_nothing_to_be_mixed_with(run, tmp_path):
+    write_clip(tmp_path / "in" / "a.wav", 4.0)
+    assert "at least two files" in refusal(run, mixtures=1.0)

@@ -46,6 +46,10 @@ class TokenizeOptions:
     """Shortest last crop that is kept, in seconds."""
     silence_db: float = -60.0
     """Crops whose RMS level lies below this are left out, in dB of full scale."""
+    mixtures: float = 0.0
+    """Mixed crops for every crop, on average: the sum of two crops of different files, with both captions."""
+    mixture_snr_db: float = 5.0
+    """Largest difference in level between the two parts of a mixture, in dB; drawn uniformly up to it, either way."""
     split: str = "shard"
     """First part of the shards' names."""
     shard_size: int = 256
@@ -62,6 +66,8 @@ class TokenizeOptions:
             ("crop_s", self.crop_s > 0, "a length in seconds above 0"),
             ("hop_s", self.hop_s is None or self.hop_s > 0, "a distance in seconds above 0"),
             ("min_s", 0 < self.min_s <= self.crop_s, "a length in seconds above 0 and up to --crop_s"),
+            ("mixtures", self.mixtures >= 0, "0 or more"),
+            ("mixture_snr_db", self.mixture_snr_db >= 0, "0 dB or more"),
             ("shard_size", self.shard_size >= 1, "at least 1 crop"),
             ("batch_size", self.batch_size >= 1, "at least 1 crop"),
             ("processes", self.processes >= 1, "at least 1"),
@@ -215,8 +221,47 @@ def plan_shards(
         while start == 0 or (length - start * hop >= options.min_s and (start - 1) * hop + options.crop_s < length):
             crops.append({"clip": number, "key": f"{stem}_{round(start * hop * 1000):08d}", "offset_s": start * hop})
             start += 1
+    if options.mixtures:
+        crops = with_mixtures(crops, clips, options)
     shards = [crops[i : i + options.shard_size] for i in range(0, len(crops), options.shard_size)]
     return shards, skipped
+
+
+def with_mixtures(
+    crops: list[dict[str, Any]], clips: list[dict[str, Any]], options: TokenizeOptions
+) -> list[dict[str, Any]]:
+    """The crops, each followed by its mixtures: crops that name a second one, and by how much it is louder.
+
+    The mixing augmentation of the published sound models (audiocraft `data/sound_dataset.py`) draws new mixtures for
+    each batch. Codes cannot be added, so here their number is finite: with 1 a crop, half of what is trained on is
+    mixed, as published.
+    """
+    if len({c["clip"] for c in crops}) < 2:
+        raise UserError("--mixtures: needs crops of at least two files")
+    rng = np.random.default_rng(len(crops))
+    with_all: list[dict[str, Any]] = []
+    for i, one in enumerate(crops):
+        with_all.append(one)
+        for n in range(int(options.mixtures * (i + 1)) - int(options.mixtures * i)):
+            other = one
+            while other["clip"] == one["clip"]:
+                other = crops[rng.integers(len(crops))]
+            part = {"clip": other["clip"], "offset_s": other["offset_s"], "key": other["key"]}
+            part["snr_db"] = round(float(rng.uniform(-options.mixture_snr_db, options.mixture_snr_db)), 2)
+            with_all.append(one | {"key": f"{one['key']}_mix{n}", "mixed_with": part})
+    return with_all
+
+
+def mix(wav: np.ndarray, other: np.ndarray, snr_db: float) -> np.ndarray:
+    """`wav` with `other` so far below it, `c t` each; cut or padded to its length, and never above full scale."""
+    added = np.zeros_like(wav)
+    length = min(wav.shape[1], other.shape[1])
+    added[:, :length] = other[:, :length]
+    level, below = (float(np.sqrt(np.mean(np.square(x, dtype=np.float64)))) for x in (wav, added))
+    if below > 0:
+        added *= level / below * 10 ** (-snr_db / 20)
+    mixed = wav + added
+    return mixed / max(1.0, float(np.abs(mixed).max()))
 
 
 # --- encode and write ---------------------------------------------------------------------------------------------
@@ -379,6 +424,13 @@ def _encode(
                 reason = f"{clip['name']} at {crop['offset_s']:g} s: silent ({level:.0f} dB, below --silence_db)"
                 skipped.append({"file": clip["name"], "reason": reason})
                 continue
+            if (part := crop.get("mixed_with")) is not None:
+                try:
+                    other = read_audio(Path(clips[part["clip"]]["path"]), rate, facts["channels"])
+                except UserError:
+                    continue  # it is listed where it stands for itself
+                begin = round(part["offset_s"] * rate)
+                piece = mix(piece, other[:, begin : begin + full], part["snr_db"])
             yield crop, piece
 
     def encoded(group: list[tuple[dict[str, Any], np.ndarray]]) -> Iterator[tuple]:
@@ -388,8 +440,14 @@ def _encode(
         for (crop, wav), row in zip(group, codes, strict=True):
             clip = clips[crop["clip"]]
             info = {"key": crop["key"], "caption": clip["caption"]} | clip["fields"]
+            licences = {clip["fields"].get("licence", "")}
+            if (part := crop.get("mixed_with")) is not None:  # what was true of one is not of both
+                other = clips[part["clip"]]
+                info = {"key": crop["key"], "caption": f"{clip['caption'].rstrip('.')}, {other['caption']}"}
+                licences.add(other["fields"].get("licence", ""))
+                info["mixed_with"] = {"source": other["name"], "offset_s": part["offset_s"], "snr_db": part["snr_db"]}
             info |= {"source": clip["name"], "offset_s": crop["offset_s"], "duration_s": wav.shape[1] / rate}
-            info |= {"codec": facts["id"], "codec_hash": facts["hash"], "licence": clip["fields"].get("licence", "")}
+            info |= {"codec": facts["id"], "codec_hash": facts["hash"], "licence": ", ".join(sorted(licences))}
             info["audio_sha256"] = hashlib.sha256(wav.tobytes()).hexdigest()
             reference = None
             if embedder is not None:
