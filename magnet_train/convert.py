@@ -491,15 +491,14 @@ def _audiocraft_folder(source: str) -> Path | None:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{source}: no such file or folder, and no hub id; published are {', '.join(PUBLISHED)}")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        try:
-            found = hf_hub_download(name, MODEL_FILE)
-        except EntryNotFoundError:
-            return None  # a release of ours on the hub
+        found = hf_hub_download(name, MODEL_FILE)
         hf_hub_download(name, CODEC_FILE)
     except Exception as error:  # a dozen kinds, from no network to no such repository
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None  # the repository is there, and may be a release of ours
         raise UserError(
             f"{name}: no such folder, and not to be had from the hub ({one_line(error)}); download {MODEL_FILE} and "
             f"{CODEC_FILE} where there is network, and give their folder"

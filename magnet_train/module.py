@@ -245,7 +245,8 @@ class MagnetModule(L.LightningModule):
                 return inverse_sqrt_factor(step, config.warmup_steps)
             return min(1.0, (step + 1) / max(config.warmup_steps, 1))
 
-        if config.schedule == "cosine" and not (math.isfinite(total) and total > config.warmup_steps):
+        is_trial = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # ends before any warm-up does
+        if config.schedule == "cosine" and not is_trial and not (math.isfinite(total) and total > config.warmup_steps):
             raise UserError(
                 f"schedule=cosine with warmup_steps={config.warmup_steps} over {total} steps: "
                 "set --trainer.max_steps above the warm-up, or choose --model.optimizer.schedule inverse_sqrt"

@@ -137,9 +137,12 @@ def _open_checkpoint(path: Path) -> Trained:
         given = checkpoint["hyper_parameters"]
         about = {"checkpoint": path.name, "step": checkpoint.get("global_step"), "source": given.get("init_from")}
         about |= {"licence": given.get("licence")}
+        # As the last validation decoded.
+        kept = [v for k, v in checkpoint.get("callbacks", {}).items() if k.startswith("GenerationCallback")]
+        decoding = (kept[0]["decoding"] if kept else {}) | {"span_len": given["span_len"]}
         return Trained(
             path, MagnetConfig(**given["network"]), {"id": given["codec"]}, given["text_encoder"], given["crop_s"],
-            DecodingConfig(span_len=given["span_len"]), given["guidance_dropout"],
+            DecodingConfig.from_dict(decoding), given["guidance_dropout"],
             {k: v for k, v in about.items() if v is not None},
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:

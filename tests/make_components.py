@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 
+from magnet_train.compat import mend_torchaudio
+
+mend_torchaudio()  # before anything imports transformers
+
 CORPUS = [
     "a slow chorale for string quartet in G minor",
     "a fast reel on the flute with guitar at 120 beats per minute",

@@ -1,7 +1,7 @@
 """Validation as a listener would do it: decode captions in full, score the audio, keep it to be heard and seen."""
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,10 @@ class GenerationCallback(Callback):
         self._items: list[dict[str, Any]] = []
         self._references: list[Tensor] = []
         self._frequencies: Tensor | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """So that a checkpoint plays as its validations did; a resumed run goes by its configuration all the same."""
+        return {"decoding": asdict(self.decoding)}
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.monotonic()

@@ -1,0 +1,400 @@
+"""audiocraft's models in and ours out: to the bit, to the reference's numbers, and with a line for each mistake."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_audiocraft import CODECS, FIXTURES, codec_package, model_settings, write_audiocraft
+from make_components import make_codec, make_t5
+from safetensors.torch import load_file
+
+import magnet_train
+from magnet_train import convert as converter
+from magnet_train.__main__ import main
+from magnet_train.codec import load_codec
+from magnet_train.convert import ConvertOptions, convert, correspondence, to_theirs, write_codec
+from magnet_train.errors import UserError
+from magnet_train.model import Magnet, MagnetConfig
+from magnet_train.release import Trained
+
+SHARED = Path(__file__).parents[2] / "shared" / "fixtures" / "reference"
+
+
+def same(one: Path, two: Path) -> None:
+    """Two exported files hold the same, to the bit."""
+    a, b = (torch.load(p, weights_only=True) for p in (one, two))
+    assert a.keys() == b.keys() and all(a[k] == b[k] for k in a if k != "best_state")
+    if "best_state" in a:
+        assert a["best_state"].keys() == b["best_state"].keys()
+        for key, value in a["best_state"].items():
+            assert value.dtype == b["best_state"][key].dtype and torch.equal(value, b["best_state"][key]), key
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory) -> str:
+    """A T5 of t5-base's width."""
+    folder = tmp_path_factory.mktemp("t5")
+    make_t5(folder, dim=768)
+    return str(folder)
+
+
+# --- the codec ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_the_codec_gives_the_references_codes_and_audio(name, tmp_path, record_property):
+    write_codec(codec_package(name), tmp_path / "codec", Path("compression_state_dict.bin"))
+    codec, data = load_codec(str(tmp_path / "codec")), load_file(FIXTURES / "encodec_tiny" / "io.safetensors")
+    expected = json.loads((FIXTURES / "encodec_tiny" / "io.json").read_text())
+    worst = 0.0
+    for case in [c for c in expected if c.startswith(name)]:
+        codes, wanted = codec.encode(data[f"{case}.wav"]), data[f"{case}.codes"].long()
+        agree = (codes == wanted).double().mean().item()
+        assert agree == 1 or (case == "music32k.n32000" and agree >= 0.99), case  # ties in the reference itself
+        audio = codec.decode(wanted)
+        assert audio.shape[-1] == expected[case]["decoded_len"]
+        worst = max(worst, (audio - data[f"{case}.decoded"]).abs().max().item())
+    record_property("parity", f"codec {name}: codes, decoded audio|audiocraft|{worst:.1e}")
+    assert worst < 1e-5
+
+
+def test_the_padding_mode_comes_with_the_weights_and_is_stamped(tmp_path):
+    facts = {}
+    for mode in ("constant", "reflect"):
+        write_codec(codec_package(pad_mode=mode), tmp_path / mode, Path("x.bin"))
+        facts[mode] = load_codec(str(tmp_path / mode)).facts
+        assert facts[mode].pad_mode == mode
+    assert facts["constant"].hash != facts["reflect"].hash
+
+
+def test_published_codecs_keep_all_their_tensors():
+    from transformers import EncodecConfig, EncodecModel
+
+    from magnet_train.codec_weights import audiocraft_config, to_audiocraft, to_transformers, transformers_config
+
+    published = json.loads((FIXTURES / "full_size" / "encodec_keys.json").read_text())
+    for name, ratios in (("encodec_32khz", [8, 5, 4, 4]), ("encodec_audiogen_16khz", [8, 5, 4, 2])):
+        shapes = {k: list(v) for k, v in published[name]["keys"].items()}
+        settings = json.loads(json.dumps(_published_codec(name, ratios)))
+        with torch.device("meta"):
+            model = EncodecModel(EncodecConfig(**transformers_config(settings, name)))
+        own = {k: list(v.shape) for k, v in model.state_dict().items()}
+        assert {to_transformers(k): v for k, v in shapes.items()} == own
+        assert {k: list(v.shape) for k, v in to_audiocraft(model.state_dict(), model.config).items()} == shapes
+        again = dict(converter._flat(audiocraft_config(model.config)))
+        assert again["seanet.ratios"] == ratios and again["rvq.n_q"] == 4
+
+
+def _published_codec(name: str, ratios: list[int]) -> dict[str, Any]:
+    """The published codecs' settings: those of the tiny ones at full width."""
+    from helpers_audiocraft import codec_settings
+
+    settings = codec_settings(ratios, 32_000 if name == "encodec_32khz" else 16_000)
+    settings["seanet"] |= {"dimension": 128, "n_filters": 64}
+    settings["rvq"]["bins"] = 2048
+    flat = dict(converter._flat(settings))
+    return flat | {"encodec.causal": False}
+
+
+# --- both ways ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_there_and_back_is_equal_to_the_bit(dtype, tmp_path):
+    theirs = write_audiocraft(tmp_path / "theirs", dtype)
+    release = convert(str(theirs), ConvertOptions(tmp_path / "release"))
+    assert {p.name for p in release.iterdir()} == {"config.json", "model.safetensors", "README.md", "codec"}
+    again = convert(str(release), ConvertOptions(tmp_path / "again", to="audiocraft"))
+    for file in ("state_dict.bin", "compression_state_dict.bin"):
+        same(theirs / file, again / file)
+        assert (again / file).stat().st_size < 1.05 * (theirs / file).stat().st_size
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the reference's own files are not beside this checkout")
+def test_the_references_own_files_go_there_and_back(tmp_path):
+    release = convert(str(SHARED / "published_form"), ConvertOptions(tmp_path / "release"))
+    again = convert(str(release), ConvertOptions(tmp_path / "again", to="audiocraft"))
+    for file in ("state_dict.bin", "compression_state_dict.bin"):
+        same(SHARED / "published_form" / file, again / file)
+
+
+@torch.no_grad()
+def test_a_converted_model_computes_the_references_logits(tmp_path, record_property):
+    convert(str(write_audiocraft(tmp_path / "theirs", torch.float32)), ConvertOptions(tmp_path / "release"))
+    trained = Trained.open(tmp_path / "release")
+    network, data = trained.build(), load_file(FIXTURES / "lm_tiny" / "forward.safetensors")
+    tokens = data["cond.mask"].bool()
+    for row in range(len(tokens)):  # each alone, so that no padding is attended to
+        count = max(int(tokens[row].sum()), 1)
+        text = network.remember(data["cond.t5_hidden"][row : row + 1, :count], tokens[row : row + 1, :count])
+        padded = not bool(tokens[row].all()) and bool(tokens[row].any())
+        if padded:
+            continue  # the reference attends to its padding: test_model compares that
+        for stage in range(4):
+            difference = network(data[f"T50.stage{stage}.tokens"][row : row + 1], stage, text)
+            difference = difference - data[f"T50.stage{stage}.logits"][row : row + 1]
+            assert difference.abs().max() < 2e-5
+    assert trained.decoding.decoding_steps == (8, 4, 4, 4) and trained.guidance_dropout == 0.25
+    assert trained.crop_s == 1.0 and trained.about["licence"] == "cc-by-nc-4.0"
+
+
+@pytest.mark.parametrize(("name", "dim", "heads", "layers"), [("magnet-small", 1024, 16, 24), ("magnet-medium", 1536, 24, 48)])  # fmt: skip
+def test_published_sizes_have_the_references_tensors(name, dim, heads, layers):
+    published = json.loads((FIXTURES / "full_size" / "magnet_keys.json").read_text())[name]
+    with torch.device("meta"):
+        network = Magnet(MagnetConfig(dim=dim, num_heads=heads, num_layers=layers))
+    theirs = to_theirs(network.state_dict(), correspondence(layers, 4))
+    assert {k: list(v.shape) for k, v in theirs.items()} == published["keys"]
+    assert sum(p.numel() for p in network.parameters()) == published["n_params"]
+
+
+def test_what_was_trained_here_becomes_a_folder_of_audiocraft(t5, tmp_path):
+    make_codec(tmp_path / "codec")
+    facts = load_codec(str(tmp_path / "codec")).facts
+    network = Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=2, text_dim=768))
+    from magnet_train.conditioning import load_text_encoder
+    from magnet_train.decoding import DecodingConfig
+    from magnet_train.generator import Generator
+
+    decoding = DecodingConfig(decoding_steps=(3, 2, 2, 2), span_scoring="prod", top_p=0.8)
+    text = load_text_encoder(t5)
+    Generator(network, load_codec(str(tmp_path / "codec")), text, decoding, 2.5).save(tmp_path / "ours")
+    options = ConvertOptions(tmp_path / "theirs", to="audiocraft", text_encoder="t5-base")
+    convert(str(tmp_path / "ours"), options)
+    package = torch.load(tmp_path / "theirs" / "state_dict.bin", weights_only=True)
+    config = converter.read_config(package["xp.cfg"], Path("x"))
+    # What audiocraft's loader reads (models/loaders.py, models/builders.py), beside what comes back below.
+    for key in ("solver", "attribute_dropout", "compression_model_checkpoint", "transformer_lm.memory_efficient"):
+        assert key in config
+    convert(str(tmp_path / "theirs"), ConvertOptions(tmp_path / "back", text_encoder=t5, licence="mit"))
+    back = Trained.open(tmp_path / "back")
+    assert back.decoding == decoding and back.crop_s == 2.5 and back.about["licence"] == "mit"
+    assert back.codec["hash"] == facts.hash and back.network == network.config
+    for key, value in back.weights().items():
+        assert torch.equal(value, network.state_dict()[key]), key
+
+
+def test_a_pointer_stays_a_pointer_and_is_looked_at_later(t5, tmp_path):
+    settings = model_settings()
+    settings["transformer_lm"]["card"] = 64
+    pointer = {"pretrained": "facebook/encodec_32khz", "exported": True, "version": "1.4.0a2"}
+    theirs = write_audiocraft(tmp_path / "theirs", settings=settings, codec=pointer)
+    with pytest.warns(UserWarning, match="points at a codec that cannot be had now"):
+        release = convert(str(theirs), ConvertOptions(tmp_path / "release"))
+    assert Trained.open(release).codec["id"] == "facebook/encodec_32khz" and not (release / "codec").exists()
+    same(theirs / "compression_state_dict.bin", convert(str(release), ConvertOptions(tmp_path / "b", "audiocraft")) / "compression_state_dict.bin")  # fmt: skip
+    # Where there is a copy, it can be named instead.
+    write_codec(codec_package(), tmp_path / "codec", Path("x.bin"))
+    convert(str(theirs), ConvertOptions(tmp_path / "with", codec=str(tmp_path / "codec"), text_encoder=t5))
+    assert magnet_train.load(tmp_path / "with").codec.facts.num_codebooks == 4
+
+
+def test_a_release_plays_and_is_fine_tuned_under_its_licence(t5, tmp_path, capsys):
+    theirs = write_audiocraft(tmp_path / "theirs")
+    assert main(["convert", str(theirs), "--out", str(tmp_path / "release"), "--text_encoder", t5]) == 0
+    audio = magnet_train.load(str(tmp_path / "release")).generate(["slow piano"], seed=1, duration_s=0.6)
+    assert audio.wav.shape == (1, 1, 19_200) and audio.sample_rate == 32_000
+    from helpers_data import write_shards
+
+    codec = str((tmp_path / "release" / "codec").resolve())
+    shards = write_shards(tmp_path / "shards", codec, [4, 4])
+    run = tmp_path / "run"
+    args = ["fit", "--model.init_from", str(tmp_path / "release"), "--trainer.default_root_dir", str(run)]
+    args += ["--data.train", str(shards), "--data.validation", str(shards), "--data.num_workers", "0"]
+    args += ["--trainer.max_steps", "3", "--trainer.val_check_interval", "3", "--model.optimizer.warmup_steps", "0"]
+    args += ["--generation.num_prompts", "0", "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    args += ["--averaging.every_n_steps", "1"]
+    assert main([*args, "--data.global_batch_size", "4", "--data.batch_size", "2"]) == 0
+    assert "global batch of 4 = 1 devices x 2 examples x 2 accumulated" in capsys.readouterr().out
+    tuned, start = Trained.open(run), Trained.open(tmp_path / "release")
+    assert tuned.network == start.network and tuned.crop_s == 1.0 and tuned.guidance_dropout == 0.25
+    assert tuned.about["step"] == 3 and tuned.decoding == start.decoding
+    moved = [not torch.equal(v, start.weights()[k].float()) for k, v in tuned.weights().items()]
+    assert all(moved)
+    convert(str(run), ConvertOptions(tmp_path / "tuned"))
+    assert "license: cc-by-nc-4.0" in (tmp_path / "tuned" / "README.md").read_text()
+    assert (tmp_path / "tuned" / "codec" / "config.json").is_file()
+    with pytest.raises(UserError, match="holds for what is derived"):
+        convert(str(run), ConvertOptions(tmp_path / "freed", licence="mit"))
+
+
+def test_a_release_goes_to_the_hub(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    calls: list[Any] = []
+
+    class Api:
+        def create_repo(self, repo_id, exist_ok):
+            if repo_id.startswith("nobody"):
+                raise RuntimeError("401 Unauthorized\nmore")
+            calls.append(repo_id)
+
+        def upload_folder(self, folder_path, **more):
+            calls.append(sorted(p.name for p in Path(folder_path).iterdir()))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    convert("demo", ConvertOptions(tmp_path / "a", push_to_hub="me/music"))
+    assert calls == ["me/music", ["README.md", "config.json", "model.safetensors"]]
+    with pytest.raises(UserError, match=r"nobody/x: 401 Unauthorized; the release is in .*b"):
+        convert("demo", ConvertOptions(tmp_path / "b", push_to_hub="nobody/x"))
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """A pickle that would touch a file when it is opened without care."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def break_weights(change: Any) -> Any:
+    def apply(folder: Path) -> None:
+        package = torch.load(folder / "state_dict.bin", weights_only=True)
+        change(package["best_state"])
+        torch.save(package, folder / "state_dict.bin")
+
+    return apply
+
+
+def break_settings(change: Any) -> Any:
+    def apply(folder: Path) -> None:
+        settings = model_settings()
+        change(settings)
+        write_audiocraft(folder, settings=settings)
+
+    return apply
+
+
+def cut(name: str) -> Any:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-5000])
+
+
+def other_codec(folder: Path) -> None:
+    package = codec_package()
+    package["best_state"].pop("encoder.model.0.conv.conv.bias")
+    torch.save(package, folder / "compression_state_dict.bin")
+
+
+BAD = {
+    "missing key": (break_weights(lambda w: w.pop("emb.2.weight")), r"state_dict\.bin: lacks emb\.2\.weight"),
+    "extra key": (break_weights(lambda w: w.update(surplus=torch.zeros(1))), r"unknown surplus"),
+    "wrong shape": (
+        break_weights(lambda w: w.update({"out_norm.bias": torch.zeros(3).half()})),
+        r"out_norm\.bias is \(3,\), .* asks for \(64,\)",
+    ),
+    "no tensor": (break_weights(lambda w: w.update({"out_norm.bias": 3})), r"out_norm\.bias is no tensor"),
+    "mixed precision": (
+        break_weights(lambda w: w.update({"emb.1.weight": w["emb.1.weight"].float()})),
+        "different precisions",
+    ),
+    "another codebook size": (
+        break_settings(lambda s: s["transformer_lm"].update(card=128)),
+        r"emb\.0\.weight is \(65, 64\), its configuration \(codebook size 128\) asks for \(129, 64\)",
+    ),
+    "another codec": (
+        lambda f: torch.save(codec_package() | {"xp.cfg": codec_package()["xp.cfg"].replace("n_q: 4", "n_q: 3")}, f / "compression_state_dict.bin"),
+        "has the unknown quantizer.layers.3",
+    ),
+    "truncated": (cut("state_dict.bin"), r"state_dict\.bin: broken or cut short .*download it again"),
+    "truncated codec": (cut("compression_state_dict.bin"), r"compression_state_dict\.bin: broken or cut short"),
+    "incomplete codec": (other_codec, r"lacks encoder\.layers\.0\.conv\.bias"),
+    "no codec": (lambda f: (f / "compression_state_dict.bin").unlink(), r"compression_state_dict\.bin: not there"),
+    "empty": (lambda f: (f / "state_dict.bin").write_bytes(b""), r"state_dict\.bin: broken"),
+    "another text encoder": (
+        break_settings(lambda s: s["conditioners"]["description"]["t5"].update(name="t5-large")),
+        "states of width 768, but 't5-large' has 1024",
+    ),
+    "a hybrid by its configuration": (
+        break_settings(lambda s: s.update(lm_model="transformer_lm_hybrid_magnet")),
+        r"a hybrid MAGNeT \(lm_model=transformer_lm_hybrid_magnet\), which is not supported yet",
+    ),
+    "a hybrid by its pattern": (
+        break_settings(lambda s: s["codebooks_pattern"].update(modeling="delay")),
+        r"a hybrid MAGNeT \(codebooks_pattern\.modeling=delay\)",
+    ),
+    "a hybrid by its keys": (
+        break_weights(lambda w: w.update({"hybrid_emb.weight": torch.zeros(2)})),
+        r"a hybrid MAGNeT \(hybrid_emb\.weight\)",
+    ),
+    "a causal model": (break_settings(lambda s: s["transformer_lm"].update(causal=True)), r"transformer_lm\.causal=True"),
+    "no layers named": (
+        break_settings(lambda s: s["transformer_lm"].pop("num_layers")),
+        r"has no transformer_lm\.num_layers",
+    ),
+    "a condition too many": (break_settings(lambda s: s["fuser"].update(sum=["self_wav"])), "only one text"),
+    "steps for other codebooks": (
+        break_settings(lambda s: s["generate"]["lm"].update(decoding_steps=[1, 2])),
+        "decoding_steps=.* for 4 codebooks",
+    ),
+    "no configuration": (lambda f: torch.save({"best_state": {}}, f / "state_dict.bin"), "holds no exported model"),
+    "no mapping": (lambda f: torch.save([1, 2], f / "state_dict.bin"), "holds a list"),
+    "no YAML": (
+        lambda f: torch.save({"best_state": {}, "xp.cfg": "a: [1"}, f / "state_dict.bin"),
+        r"its xp\.cfg is no YAML",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_cannot_be_converted_is_named_and_leaves_nothing(what, tmp_path, capsys):
+    damage, message = BAD[what]
+    source = write_audiocraft(tmp_path / "theirs")
+    damage(source)
+    with pytest.raises(UserError, match=message) as caught:
+        convert(str(source), ConvertOptions(tmp_path / "release"))
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("file", ["state_dict.bin", "compression_state_dict.bin"])
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(file, tmp_path):
+    source = write_audiocraft(tmp_path / "theirs")
+    for content in (lambda p: torch.save({"best_state": Trap(tmp_path / "sprung")}, p),
+                    lambda p: p.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))):  # fmt: skip
+        content(source / file)
+        with pytest.raises(UserError, match=rf"{file}: (a pickle that asks for \w+\.mkdir|broken)"):
+            convert(str(source), ConvertOptions(tmp_path / "release"))
+        assert not (tmp_path / "sprung").exists() and not (tmp_path / "release").exists()
+
+
+def test_a_configuration_is_data(tmp_path):
+    settings = model_settings() | {"device": "${oc.env:HOME}", "loop": "${loop}", "sample": "${sample_rate}"}
+    source = write_audiocraft(tmp_path / "theirs", settings=settings)
+    package = torch.load(source / "state_dict.bin", weights_only=True)
+    config = converter.read_config(package["xp.cfg"], source)
+    assert config["device"] == "${oc.env:HOME}" and config["loop"] == "${loop}" and config["sample"] == 32_000
+    package["xp.cfg"] += "\ntrap: !!python/object/apply:os.mkdir [" + str(tmp_path / "sprung") + "]\n"
+    torch.save(package, source / "state_dict.bin")
+    with pytest.raises(UserError, match="no YAML"):
+        convert(str(source), ConvertOptions(tmp_path / "release"))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_mistakes_in_the_options_are_named(tmp_path):
+    source = write_audiocraft(tmp_path / "theirs")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note.txt").write_text("mine")
+    for given, options, message in (
+        (source, ConvertOptions(tmp_path / "full"), "not an empty folder"),
+        (source, ConvertOptions(tmp_path / "x", to="audiocraft"), "is a model of audiocraft already"),
+        (tmp_path / "nowhere", ConvertOptions(tmp_path / "x"), "no such file or folder"),
+        ("facebook/magnet-none", ConvertOptions(tmp_path / "x"), "not to be had from the hub"),
+        ("magnet-small-10secs", ConvertOptions(tmp_path / "x"), "facebook/magnet-small-10secs: no such folder"),
+        ("demo", ConvertOptions(tmp_path / "x", to="audiocraft"), "audiocraft knows only t5-small"),
+        (source, ConvertOptions(tmp_path / "x", codec="demo"), "4 codebooks of 1024 entries"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(str(given), options)
+        assert not (tmp_path / "x").exists()
+    assert (tmp_path / "full" / "note.txt").read_text() == "mine"
+    with pytest.raises(UserError, match=r"a model of audiocraft; first: magnet_train convert"):
+        magnet_train.load(str(source))
