@@ -5,7 +5,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test check parity golden format clean
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -27,6 +27,13 @@ check: .venv/ready  ## format, lint, types, quick tests
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+parity: .venv/ready  ## redraw the table of differences to the reference
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_reference*.py tests/test_convert.py \
+		--parity-table benchmarks/records/reference_parity.md
+
+golden: .venv/ready  ## renew tests/golden; say in the commit why the numbers changed
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/test_golden.py
 
 format: .venv/ready  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff format .

@@ -15,3 +15,31 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+# --- the table of parity with the reference -----------------------------------------------------------------------
+
+
+def pytest_addoption(parser):
+    parser.addoption("--parity-table", metavar="FILE", help="Markdown file for what was compared with the reference.")
+
+
+@pytest.fixture
+def parity(record_property):
+    """Called with case, what the reference has, what ours has, and the largest difference."""
+    return lambda case, theirs, ours, difference: record_property("parity", [case, theirs, ours, difference])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    passed = terminalreporter.stats.get("passed", [])
+    rows = sorted(tuple(value) for report in passed for name, value in report.user_properties if name == "parity")
+    if not rows:
+        return
+    terminalreporter.section("compared with the reference, and the largest difference")
+    for case, _, _, difference in rows:
+        terminalreporter.write_line(f"{difference:>10}  {case}")
+    if (path := config.getoption("--parity-table")) is not None:
+        lines = ["| case | reference | ours | largest difference |", "|---|---|---|---|"]
+        table = "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+        with open(path, "w") as file:
+            file.write(f"# Parity with audiocraft 896ec7c\n\nWritten by `make parity`: CPU, float32, torch {torch.__version__}.\n\n{table}\n")

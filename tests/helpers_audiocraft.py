@@ -7,6 +7,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from magnet_train.convert import correspondence, to_ours
+from magnet_train.model import Magnet, MagnetConfig, TextMemory
+
 FIXTURES = Path(__file__).parent / "fixtures" / "reference"
 
 
@@ -86,3 +89,18 @@ def write_audiocraft(
     torch.save(package, folder / "state_dict.bin")
     torch.save(codec or codec_package(), folder / "compression_state_dict.bin")
     return folder
+
+
+def reference_model(context: int = 5) -> Magnet:
+    """The tiny reference model, with its own weights."""
+    theirs = load_file(FIXTURES / "lm_tiny" / "state_dict.safetensors")
+    model = Magnet(MagnetConfig(dim=64, num_heads=4, num_layers=2, codebook_size=64, text_dim=768, context=context))
+    model.load_state_dict({name: make() for name, make in to_ours(theirs, correspondence(2, 4)).items()})
+    return model.eval()
+
+
+def as_the_reference_sees(model: Magnet, hidden: torch.Tensor, mask: torch.Tensor) -> TextMemory:
+    """Text with its padding attended to: zero keys that take their share of the softmax."""
+    tokens = mask.bool()
+    memory = model.remember(hidden, tokens)
+    return TextMemory(memory.keys, memory.values, tokens.any(1)[:, None].expand_as(tokens))

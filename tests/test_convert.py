@@ -46,7 +46,7 @@ def t5(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_the_codec_gives_the_references_codes_and_audio(name, tmp_path, record_property):
+def test_the_codec_gives_the_references_codes_and_audio(name, tmp_path, parity):
     write_codec(codec_package(name), tmp_path / "codec", Path("compression_state_dict.bin"))
     codec, data = load_codec(str(tmp_path / "codec")), load_file(FIXTURES / "encodec_tiny" / "io.safetensors")
     expected = json.loads((FIXTURES / "encodec_tiny" / "io.json").read_text())
@@ -58,7 +58,7 @@ def test_the_codec_gives_the_references_codes_and_audio(name, tmp_path, record_p
         audio = codec.decode(wanted)
         assert audio.shape[-1] == expected[case]["decoded_len"]
         worst = max(worst, (audio - data[f"{case}.decoded"]).abs().max().item())
-    record_property("parity", f"codec {name}: codes, decoded audio|audiocraft|{worst:.1e}")
+    parity(f"codec {name}: codes and audio", "4 lengths", "codes the same", f"{worst:.1e}")
     assert worst < 1e-5
 
 
@@ -123,7 +123,7 @@ def test_the_references_own_files_go_there_and_back(tmp_path):
 
 
 @torch.no_grad()
-def test_a_converted_model_computes_the_references_logits(tmp_path, record_property):
+def test_a_converted_model_computes_the_references_logits(tmp_path, parity):
     convert(str(write_audiocraft(tmp_path / "theirs", torch.float32)), ConvertOptions(tmp_path / "release"))
     trained = Trained.open(tmp_path / "release")
     network, data = trained.build(), load_file(FIXTURES / "lm_tiny" / "forward.safetensors")
