@@ -34,7 +34,7 @@ class TextEncoder(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, name: str, max_length: int | None = 77, cache_size: int = 4096
+        self, model: nn.Module, tokenizer: Any, name: str, max_length: int | None = None, cache_size: int = 4096
     ):
         """Takes `model` over.
 
@@ -43,7 +43,7 @@ class TextEncoder(nn.Module):
             tokenizer: Its tokenizer.
             name: Its id, what `load_text_encoder` takes.
             max_length: Tokens of a caption that are read, special ones included; what lies beyond is cut off, with
-                one warning. None for the encoder's own limit.
+                one warning. None for the encoder's own limit, 512 for a T5.
             cache_size: Captions whose states are kept, the least recently used going first. They lie on the CPU:
                 4096 captions of 25 tokens take 160 MB at a width of 384. Training meets each caption again and again.
 
@@ -133,7 +133,7 @@ class TextEncoder(nn.Module):
         )
 
 
-def load_text_encoder(name: str = "demo", max_length: int | None = 77, cache_size: int = 4096) -> TextEncoder:
+def load_text_encoder(name: str = "demo", max_length: int | None = None, cache_size: int = 4096) -> TextEncoder:
     """The text encoder of that name, on the CPU.
 
     Args:

@@ -117,10 +117,10 @@ class MagnetModule(L.LightningModule):
                 "guidance_dropout": guidance_dropout,
                 "start_from_codec": start_from_codec,
                 "init_from": init_from,
-                "licence": None if start is None else start.about.get("licence"),
                 "seed": seed,
             }
         )
+        self.licence: str | None = None if start is None else start.about.get("licence")
         self.config, self.optimizer_config = network, optimizer
         self.span_len, self.guidance_dropout, self.seed, self.crop_s = span_len, guidance_dropout, seed, crop_s
         self.codec_name, self.text_encoder_name = codec, text_encoder
@@ -209,6 +209,10 @@ class MagnetModule(L.LightningModule):
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The licence of the weights that training began with goes where they go."""
+        checkpoint["licence"] = self.licence
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.log("train/lr", optimizer.param_groups[0]["lr"])

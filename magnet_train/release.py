@@ -136,7 +136,7 @@ def _open_checkpoint(path: Path) -> Trained:
     try:
         given = checkpoint["hyper_parameters"]
         about = {"checkpoint": path.name, "step": checkpoint.get("global_step"), "source": given.get("init_from")}
-        about |= {"licence": given.get("licence")}
+        about |= {"licence": checkpoint.get("licence")}
         # As the last validation decoded.
         kept = [v for k, v in checkpoint.get("callbacks", {}).items() if k.startswith("GenerationCallback")]
         decoding = (kept[0]["decoding"] if kept else {}) | {"span_len": given["span_len"]}

@@ -42,4 +42,5 @@ def pytest_terminal_summary(terminalreporter, config):
         lines = ["| case | reference | ours | largest difference |", "|---|---|---|---|"]
         table = "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
         with open(path, "w") as file:
-            file.write(f"# Parity with audiocraft 896ec7c\n\nWritten by `make parity`: CPU, float32, torch {torch.__version__}.\n\n{table}\n")
+            made = f"Written by `make parity`: CPU, float32, torch {torch.__version__}."
+            file.write(f"# Parity with audiocraft 896ec7c\n\n{made}\n\n{table}\n")

@@ -1,4 +1,4 @@
-"""Folders as audiocraft exports them, with numbers that it computed itself and configurations cut down to what is read."""
+"""Folders as audiocraft exports them: numbers that it computed itself, configurations cut down to what is read."""
 
 from pathlib import Path
 from typing import Any

@@ -15,6 +15,7 @@ MODELS = sorted(p.name for p in CONF.glob("*.yaml"))
 NARROW = ["--model.network.dim", "32", "--model.network.num_heads", "2", "--model.network.num_layers", "2"]
 QUICK = [
     "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1", "--trainer.logger", "false",
+    "--trainer.strategy", "auto",  # in this process, DDP would leave its process group to the tests that follow
     "--trainer.precision", "32-true", "--trainer.fast_dev_run", "true", "--generation.num_prompts", "0",
     "--data.batch_size", "2", "--data.num_workers", "0",
 ]  # fmt: skip

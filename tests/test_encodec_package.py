@@ -58,7 +58,9 @@ def test_48_khz_gives_the_codes_of_the_package_and_a_steady_frame_rate(cache):
     second = 0.2 * torch.randn(1, 2, 48_000)
     codes, scale = theirs.encode(second)[0]  # a second frame holds the hundredth of overlap
     assert torch.equal(ours.encode(second), codes)
-    assert torch.allclose(ours.decode(codes), theirs._decode_frame((codes, scale)) / scale * NORMALISED_LEVEL, atol=1e-6)
+    assert torch.allclose(
+        ours.decode(codes), theirs._decode_frame((codes, scale)) / scale * NORMALISED_LEVEL, atol=1e-6
+    )
     # A quiet second behind a loud one stays quieter, and every second has 150 frames.
     wav = torch.cat([second, 0.01 * second, second[..., :24_000]], 2)
     assert ours.encode(wav).shape == (1, 4, 375)

@@ -1,8 +1,12 @@
 """The training objective as the module puts it together."""
 
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from magnet_train.data.datamodule import share_batch
 from magnet_train.errors import UserError
 from magnet_train.model import MagnetConfig
 from magnet_train.module import MagnetModule, OptimizerConfig, step_generator
@@ -96,3 +100,79 @@ def test_initial_weights_are_a_function_of_the_seed(module):
 def test_values_out_of_range_are_named(make, word):
     with pytest.raises(UserError, match=word):
         make()
+
+
+def drawn(module, rank, batch_index, accumulated=1):
+    """Stage, masks and captions of a training step at that place of a run."""
+    seen = []
+
+    class Seen(Exception):
+        pass
+
+    def stop(batch, captions, stage, masked):
+        seen.append((stage, masked, captions))
+        raise Seen
+
+    epoch = SimpleNamespace(total_batch_idx=batch_index)
+    module._trainer = SimpleNamespace(
+        global_rank=rank, accumulate_grad_batches=accumulated, fit_loop=SimpleNamespace(epoch_loop=epoch)
+    )
+    module.stage_loss = stop
+    with pytest.raises(Seen):
+        module.training_step(batch(valid=(24, 24)), 0)
+    return seen[0]
+
+
+def test_ranks_share_the_stage_and_nothing_else(module):
+    places = [[drawn(module, rank, n) for rank in range(3)] for n in range(20)]
+    assert all(len({stage for stage, _, _ in ranks}) == 1 for ranks in places)
+    assert {ranks[0][0] for ranks in places} == {0, 1, 2, 3}
+    assert not any(torch.equal(a[1], b[1]) for ranks in places for a, b in pairwise(ranks))
+    # Each example loses its caption for itself: some batches lose one of two.
+    assert any(0 < sum(not c for c in captions) < 2 for ranks in places for _, _, captions in ranks)
+
+
+def test_what_is_drawn_does_not_depend_on_what_was_drawn_before(module):
+    first = drawn(module, 1, 7)
+    torch.rand(100)
+    drawn(module, 1, 3)
+    again = drawn(module, 1, 7)
+    assert first[0] == again[0] and torch.equal(first[1], again[1]) and first[2] == again[2]
+
+
+def test_accumulated_batches_share_the_stage(module):
+    stages = [drawn(module, 0, n, accumulated=4)[0] for n in range(40)]
+    assert all(len(set(stages[n : n + 4])) == 1 for n in range(0, 40, 4)) and len(set(stages)) > 1
+
+
+def test_d_adaptation_finds_a_step_size(module):
+    """Its estimate grows from a millionth; at lr 1 it is the step size."""
+    pytest.importorskip("dadaptation")
+    module.optimizer_config = OptimizerConfig(name="dadapt_adam", lr=1.0, warmup_steps=2)
+    module._trainer = SimpleNamespace(estimated_stepping_batches=200, fast_dev_run=False)
+    made = module.configure_optimizers()
+    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    data, masked, losses = batch(valid=(24, 24)), torch.rand(2, 24) < 0.5, []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = module.stage_loss(data, data["captions"], 0, masked).mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    assert optimizer.param_groups[0]["d"] > 1e-5 and losses[-1] < losses[0] - 0.5
+    assert optimizer.param_groups[0]["decouple"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [((192, 32, 6), (6, 1)), ((192, 8, 16), (12, 2)), ((192, 1, 7), (6, 32)), ((7, 7, 9), (1, 1))],
+)
+def test_the_global_batch_is_shared_out(given, expected):
+    per_device, accumulated = share_batch(*given)
+    assert (per_device, accumulated) == expected and per_device * accumulated * given[1] == given[0]
+
+
+def test_a_global_batch_that_cannot_be_shared_out_is_named():
+    with pytest.raises(UserError, match=r"global_batch_size=100 .* 8 devices; give 96 or 104"):
+        share_batch(100, 8, 4)

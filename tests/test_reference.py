@@ -92,7 +92,12 @@ def test_greedy_decoding_gives_the_same_codes(case, reference, parity):
     assert codes.shape == wanted.shape
     if case["agreement_under_logit_noise"]["1e-5"] < 1:  # the reference itself sits on ties here
         agree = (codes == wanted).float().mean().item()
-        parity(f"decode, greedy, on ties: {case['name']}", f"{codes.numel()} codes", f"{agree:.2%} the same", f"{1 - agree:.2%}")
+        parity(
+            f"decode, greedy, on ties: {case['name']}",
+            f"{codes.numel()} codes",
+            f"{agree:.2%} the same",
+            f"{1 - agree:.2%}",
+        )
         assert agree >= 0.99
         return
     assert_rows(rows, data, case["name"])
