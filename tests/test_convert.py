@@ -122,6 +122,22 @@ def test_the_references_own_files_go_there_and_back(tmp_path):
         same(SHARED / "published_form" / file, again / file)
 
 
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the reference's own files are not beside this checkout")
+def test_the_references_own_configurations_and_pointer_are_read(tmp_path):
+    from magnet_train.codec_weights import transformers_config
+
+    for name in CODECS:
+        texts = (SHARED / "encodec_tiny" / f"{name}_xp_cfg.yaml").read_text(), codec_package(name)["xp.cfg"]
+        real, cut_down = (transformers_config(converter.read_config(text, SHARED), name) for text in texts)
+        assert real == cut_down
+    pointer = converter.read_package(SHARED / "published_form_pointer" / "compression_state_dict.bin")
+    source = write_audiocraft(tmp_path / "theirs", codec=pointer)
+    with pytest.warns(UserWarning, match="points at a codec"):
+        release = convert(str(source), ConvertOptions(tmp_path / "release"))
+    again = convert(str(release), ConvertOptions(tmp_path / "again", to="audiocraft"))
+    same(SHARED / "published_form_pointer" / "compression_state_dict.bin", again / "compression_state_dict.bin")
+
+
 @torch.no_grad()
 def test_a_converted_model_computes_the_references_logits(tmp_path, parity):
     convert(str(write_audiocraft(tmp_path / "theirs", torch.float32)), ConvertOptions(tmp_path / "release"))
