@@ -35,7 +35,7 @@ def recognisable_name(text: str, seed: int | None = None) -> str:
     """A file name without suffix: the first words of `text`, four hex digits against equal beginnings, the seed.
 
     >>> recognisable_name("A slow chorale for string quartet in G minor!", seed=3)
-    'a-slow-chorale-for-string-quartet-in-g-minor_4cf8_seed3'
+    'a-slow-chorale-for-string-quartet-in-g-minor_9304_seed3'
     """
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].rstrip("-") or "no-text"
     name = f"{words}_{hashlib.sha256(text.encode()).hexdigest()[:4]}"

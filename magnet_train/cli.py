@@ -106,6 +106,9 @@ def _run_lightning(verb: str, args: list[str]) -> None:
                 }
             )
 
+        def _parse_ckpt_path(self) -> None:
+            """Nothing: Lightning would lay the checkpoint's settings over the command line."""
+
         def before_instantiate_classes(self) -> None:
             config = self.config[verb]
             self.run_folder = _writable_folder(Path(config.trainer.default_root_dir or "runs/run"))
@@ -147,13 +150,23 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             _write_json(self.run_folder / "summary.json", summary)
             print(_summary_text(summary, self.run_folder))
 
-    start = _option("--model.init_from", args) or _in_configs("init_from", args)
-    if not any(a == "--config" or a.startswith(("--config=", "-c")) for a in args) and "--help" not in args:
+    _check_checkpoint(args, read_checkpoint)
+    given = _option("--model.init_from", args)
+    start = given if given is not None else _in_configs("init_from", args)
+    start = None if start == "null" else start
+    bare = not any(a == "--config" or a.startswith(("--config=", "-c")) for a in args) and "--help" not in args
+    if bare:
         args = ["--config", str(conf_path("demo.yaml" if start is None else "finetune.yaml")), *args]
         print(f"no --config given: using {args[1]}")
-    if start is not None:  # what a release says holds unless a configuration or an option says otherwise
-        args = ["--config", json.dumps(_inherited(start)), *args]
-    _check_checkpoint(args, read_checkpoint)
+    # What a checkpoint or a release says holds unless a configuration or an option says otherwise.
+    base = _settings_of_checkpoint(args) if _given_checkpoints(args) else {}
+    if base:
+        args = [*args, "--model.init_from", "null"]  # its weights are the checkpoint's
+    elif start is not None:
+        base = _inherited(start)
+    if base:
+        place = 2 if bare and start is None else 0  # over the embedded default, which nobody asked for
+        args = [*args[:place], "--config", json.dumps(base), *args[place:]]
     argv, sys.argv = sys.argv, [sys.argv[0], verb, *args]
     try:
         MagnetCLI(
@@ -181,7 +194,7 @@ def _option(name: str, args: list[str]) -> str | None:
     """The last value given to an option."""
     given = [b for a, b in itertools.pairwise(args) if a == name]
     given += [a.split("=", 1)[1] for a in args if a.startswith(f"{name}=")]
-    return next((v for v in reversed(given) if v != "null"), None)
+    return given[-1] if given else None
 
 
 def _in_configs(setting: str, args: list[str]) -> str | None:
@@ -205,11 +218,10 @@ def _inherited(init_from: str) -> dict[str, Any]:
     from magnet_train.release import Trained
 
     trained = Trained.open(init_from)
-    linked = ("num_codebooks", "codebook_size", "text_dim")
     return {
         "model": {
             "init_from": init_from,
-            "network": {k: v for k, v in trained.network.to_dict().items() if k not in linked},
+            "network": {k: v for k, v in trained.network.to_dict().items() if k not in LINKED},
             "codec": trained.codec["id"],
             "text_encoder": trained.text_encoder,
             "crop_s": trained.crop_s,
@@ -218,6 +230,24 @@ def _inherited(init_from: str) -> dict[str, Any]:
         },
         "generation": {"decoding": asdict(trained.decoding)},
     }
+
+
+LINKED = ("num_codebooks", "codebook_size", "text_dim")  # of the network; they follow from codec and text encoder
+
+
+def _settings_of_checkpoint(args: list[str]) -> dict[str, Any]:
+    """The settings of the model in the checkpoint that is named, as a configuration."""
+    from magnet_train.release import read_checkpoint
+
+    file = Path(_given_checkpoints(args)[-1])
+    if not file.is_file():  # last, best …: the run's own, under its own configuration
+        return {}
+    given = dict(read_checkpoint(file).get("hyper_parameters", {}))
+    if "network" not in given:
+        raise UserError(f"{file}: not a checkpoint of magnet_train; choose another")
+    seed = given.pop("seed", None)
+    given["network"] = {k: v for k, v in given["network"].items() if k not in LINKED}
+    return {"model": given, "seed_everything": seed}
 
 
 def _check_checkpoint(args: list[str], read: Any) -> None:

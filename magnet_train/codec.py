@@ -206,6 +206,29 @@ class Codec(nn.Module):
         return wav * NORMALISED_LEVEL if self.normalizes else wav
 
 
+def split_name(name: str) -> tuple[str, int | None]:
+    """A codec's name without `@8`, and the 8; a folder that is called so wins.
+
+    >>> split_name("facebook/encodec_24khz@8")
+    ('facebook/encodec_24khz', 8)
+    >>> split_name("me@home")
+    ('me@home', None)
+    """
+    base, at, first = name.rpartition("@")
+    if not at or not first.isdigit() or Path(name).expanduser().exists():
+        return name, None
+    return base, int(first)
+
+
+def absolute_name(name: str) -> str:
+    """A codec's name that holds in every working directory: folders by their whole path, all else as it is."""
+    base, first = split_name(name)
+    path = Path(base).expanduser()
+    if base == "demo" or not path.exists():
+        return name
+    return str(path.resolve()) + ("" if first is None else f"@{first}")
+
+
 def load_codec(name: str = "demo") -> Codec:
     """The codec of that name, on the CPU.
 
@@ -217,15 +240,10 @@ def load_codec(name: str = "demo") -> Codec:
     Raises:
         UserError: if it is missing, broken, untrained, no EnCodec, or out of reach without network.
     """
-    base, at, first = name.rpartition("@")
-    if not at or not first.isdigit() or Path(name).expanduser().exists():
-        base, at, first = name, "", ""
-    num_codebooks = int(first) if first else None
-    path = Path(base).expanduser()
-    if base in PACKAGE_MODELS and not path.exists():
+    base, num_codebooks = split_name(name)
+    if base in PACKAGE_MODELS and not Path(base).expanduser().exists():
         return Codec(_package_model(base), name, num_codebooks)
-    source = str(demo_path("codec")) if base == "demo" else base
-    known_as = f"{path.resolve()}{at}{first}" if base != "demo" and path.exists() else name
+    source, known_as = str(demo_path("codec")) if base == "demo" else base, absolute_name(name)
 
     def load(source: str, local_files_only: bool) -> Codec:
         return Codec(_load(source, local_files_only, known_as), known_as, num_codebooks)

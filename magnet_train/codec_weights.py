@@ -86,6 +86,12 @@ def transformers_config(audiocraft: Mapping[str, Any], where: str) -> dict[str, 
     for key, value in wanted.items():
         if audiocraft.get(key, value) != value:
             raise UserError(f"{where}: {key}={audiocraft[key]!r}; only codecs with {key}={value!r} are supported")
+    if audiocraft.get("seanet.pad_mode") not in ("constant", "reflect", "replicate"):
+        raise UserError(
+            f"{where}: seanet.pad_mode={audiocraft.get('seanet.pad_mode')!r} is no padding; download it again"
+        )
+    if audiocraft.get("seanet.norm") not in ("weight_norm", "time_group_norm"):
+        raise UserError(f"{where}: seanet.norm={audiocraft.get('seanet.norm')!r}; only weight_norm and time_group_norm")
     try:
         rate, ratios = int(audiocraft["sample_rate"]), [int(r) for r in audiocraft["seanet.ratios"]]
         hop = math.prod(ratios)
@@ -117,7 +123,7 @@ def transformers_config(audiocraft: Mapping[str, Any], where: str) -> dict[str, 
             "chunk_length_s": None,
             "overlap": None,
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{where}: the codec's configuration has no usable {error}; download the file again") from error
 
 

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -19,13 +20,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from magnet_train.codec import CodecFacts, load_codec
+from magnet_train.codec import CodecFacts, load_codec, split_name
 from magnet_train.codec_weights import audiocraft_config, to_audiocraft, to_transformers, transformers_config
 from magnet_train.decoding import DecodingConfig
 from magnet_train.errors import UserError
 from magnet_train.model import MagnetConfig
-from magnet_train.pretrained import one_line, quiet
-from magnet_train.release import Trained, codec_facts, new_folder, write_release
+from magnet_train.pretrained import absolute_path, one_line, quiet
+from magnet_train.release import Trained, check_new, check_stamp, codec_facts, new_folder, write_release
 
 MODEL_FILE, CODEC_FILE = "state_dict.bin", "compression_state_dict.bin"
 PUBLISHED = (
@@ -33,6 +34,8 @@ PUBLISHED = (
     "audio-magnet-small", "audio-magnet-medium",
 )  # fmt: skip
 PUBLISHED_LICENCE = "cc-by-nc-4.0"
+MOST_KEYS = 10_000
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 T5_WIDTHS = {
     "t5-small": 512, "t5-base": 768, "t5-large": 1024, "t5-3b": 1024, "t5-11b": 1024,
     "google/flan-t5-small": 512, "google/flan-t5-base": 768, "google/flan-t5-large": 1024,
@@ -70,21 +73,24 @@ def convert(source: str, options: ConvertOptions) -> Path:
     Raises:
         UserError: if the source cannot be read, or holds what the other side cannot compute.
     """
-    folder = _audiocraft_folder(source)
+    out = check_new(options.out)
+    if options.push_to_hub is not None:
+        _check_repo_id(options.push_to_hub)
+    folder = _audiocraft_folder(source, with_codec=options.codec is None)
     if options.to == "audiocraft":
         if folder is not None:
             raise UserError(f"{source}: is a model of audiocraft already")
         if options.push_to_hub is not None:
             raise UserError("--push_to_hub uploads releases; leave out --to audiocraft")
-        return to_audiocraft_folder(_with(Trained.open(source), options), options.out)
+        return to_audiocraft_folder(_with(Trained.open(source), options, or_t5=True), out)
     if folder is not None:
         trained = from_audiocraft(folder, source, options)
     else:
         trained = _with(Trained.open(source), options)
         weights = trained.weights()
-        trained = write_release(options.out, trained, {k: lambda v=v: v for k, v in weights.items()})
+        trained = write_release(out, trained, {k: lambda v=v: v for k, v in weights.items()})
     if options.push_to_hub is not None:
-        push_to_hub(options.out, options.push_to_hub)
+        print(push_to_hub(out, options.push_to_hub))
     return trained.file.parent
 
 
@@ -108,21 +114,41 @@ def push_to_hub(folder: Path, repo_id: str) -> str:
     return f"https://huggingface.co/{repo_id}"
 
 
-def _with(trained: Trained, options: ConvertOptions) -> Trained:
-    """The settings of a model of ours with what the options replace."""
+def _check_repo_id(repo_id: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub {repo_id}: {one_line(error)}; give USER/NAME") from error
+
+
+def _with(trained: Trained, options: ConvertOptions, or_t5: bool = False) -> Trained:
+    """The settings of a model of ours with what the options replace, which must fit it."""
     if options.codec is not None:
-        trained = replace(trained, codec=load_codec(options.codec).facts.to_dict())
+        facts = _first_codebooks(options.codec, trained.network, f"--codec {options.codec}")
+        check_stamp(trained.codec, facts, trained.file)
+        trained = replace(trained, codec=facts.to_dict())
     elif trained.codec.keys() == {"id"}:  # all that a checkpoint has
-        trained = replace(trained, codec=load_codec(trained.codec["id"]).facts.to_dict())
+        facts = _first_codebooks(trained.codec["id"], trained.network, f"codec {trained.codec['id']}")
+        trained = replace(trained, codec=facts.to_dict())
     if options.text_encoder is not None:
-        trained = replace(trained, text_encoder=options.text_encoder)
+        _check_text_width(options.text_encoder, trained.network.text_dim, trained.file)
+        trained = replace(trained, text_encoder=absolute_path(options.text_encoder))
+    if not or_t5 and Path(trained.text_encoder).is_absolute():
+        warnings.warn(
+            f"the text encoder lies in {trained.text_encoder}, which is named in the release but no part of it; "
+            "name it by its hub id with --text_encoder before you pass the release on",
+            stacklevel=2,
+        )
     licence = trained.about.get("licence")
     if options.licence is not None and licence not in (None, options.licence):
         raise UserError(
             f"--licence {options.licence}: the weights come from {trained.about.get('source', trained.file)} under "
             f"{licence}, which holds for what is derived from them"
         )
-    return replace(trained, about=trained.about | {"licence": options.licence or licence})
+    return replace(trained, about=trained.about | ({"licence": options.licence or licence}))
 
 
 # --- names --------------------------------------------------------------------------------------------------------
@@ -212,19 +238,28 @@ def from_audiocraft(folder: Path, source: str, options: ConvertOptions) -> Train
     _check(weights, pairs, network, file)
     text_encoder = options.text_encoder or str(config[f"conditioners.{conditioner}.t5.name"])
     _check_text_width(text_encoder, network.text_dim, file)
+    hub_id = None if Path(source).expanduser().exists() else _hub_id(source)
+    if hub_id is not None and hub_id.startswith("facebook/") and options.licence not in (None, PUBLISHED_LICENCE):
+        raise UserError(
+            f"--licence {options.licence}: {hub_id} is under {PUBLISHED_LICENCE}, and so is what comes of it"
+        )
     about = {
         "licence": options.licence or PUBLISHED_LICENCE,
-        "source": source if not Path(source).exists() else f"audiocraft folder {folder.resolve().name}",
+        "source": hub_id or f"audiocraft folder {folder.resolve().name}",
         "audiocraft": {"version": str(package.get("version", "")), "xp.cfg": text},
     }
+    about |= {} if hub_id is None else {"base_model": hub_id}
     decoding = _decoding_of(config, network.num_codebooks, file)
+    crop_s = _number(config, "dataset.segment_duration", file, least=0.01)
+    dropout = _number(config, "classifier_free_guidance.training_dropout", file, least=0, default=0.3)
     with TemporaryDirectory() as scratch:
-        codec = _codec_of(folder, config, options.codec, network, Path(scratch))
-        trained = Trained(
-            file, network, codec, text_encoder, float(_need(config, "dataset.segment_duration", file)), decoding,
-            float(config.get("classifier_free_guidance.training_dropout", 0.3)), about,
-        )  # fmt: skip
+        codec = _codec_of(folder, config, options.codec, network, Path(scratch), str(about["licence"]))
+        trained = Trained(file, network, codec, absolute_path(text_encoder), crop_s, decoding, dropout, about)
         return write_release(options.out, trained, to_ours(weights, pairs))
+
+
+def _hub_id(source: str) -> str:
+    return f"facebook/{source}" if source in PUBLISHED else source
 
 
 def read_package(path: Path) -> dict[str, Any]:
@@ -262,11 +297,16 @@ def read_config(text: str, where: Path) -> dict[str, Any]:
     """
     try:
         nested = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: its xp.cfg is no YAML ({one_line(error)}); download it again") from error
-    if not isinstance(nested, dict):
-        raise UserError(f"{where}: its xp.cfg is a {type(nested).__name__}, no mapping; download it again")
-    flat = dict(_flat(nested))
+        if not isinstance(nested, dict):
+            raise ValueError(f"a {type(nested).__name__}, no mapping")
+        # Aliases can make a small text endless: the published ones have 300 keys.
+        flat = dict(islice(_flat(nested), MOST_KEYS + 1))
+        if len(flat) > MOST_KEYS:
+            raise ValueError(f"more than {MOST_KEYS} keys")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: its xp.cfg is no YAML configuration ({one_line(error)}); download it again"
+        ) from error
     for key, value in flat.items():
         seen = set()
         while isinstance(value, str) and (link := re.fullmatch(r"\$\{([\w.]+)\}", value)) and link[1] not in seen:
@@ -279,6 +319,8 @@ def read_config(text: str, where: Path) -> dict[str, Any]:
 def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in nested.items():
         if isinstance(value, dict) and value:
+            if prefix.count(".") > 20:
+                raise ValueError("nested without end")
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -290,8 +332,20 @@ def _need(config: Mapping[str, Any], key: str, where: Path) -> Any:
     return config[key]
 
 
+def _number(config: Mapping[str, Any], key: str, where: Path, least: float, default: float | None = None) -> float:
+    """A finite number of at least `least`."""
+    value = config.get(key) if config.get(key) is not None or default is None else default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+        raise UserError(
+            f"{where}: its configuration has {key}={value!r}, not a number from {least:g} up; download it again"
+        )
+    return float(value)
+
+
 def _refuse_hybrids(weights: Mapping[str, Any], config: Mapping[str, Any], where: Path) -> None:
     """Hybrid-MAGNeT predicts a beginning one code after the other, in a delayed pattern; this package does not."""
+    if strange := next((k for k in weights if not isinstance(k, str)), None):
+        raise UserError(f"{where}: holds a tensor under {strange!r}, which is no name; download it again")
     signs = [k for k in weights if "hybrid" in k or k.startswith(("attn_mask_per_stage", "ar_", "prompt_"))]
     signs += [f"lm_model={config['lm_model']}"] if "hybrid" in str(config.get("lm_model", "")) else []
     pattern = config.get("codebooks_pattern.modeling", "parallel")
@@ -322,14 +376,19 @@ def _network_of(config: Mapping[str, Any], weights: Mapping[str, Tensor], where:
     if kind != "t5" or f"conditioners.{texts[0]}.t5.name" not in config:
         raise UserError(f"{where}: conditioners.{texts[0]}.model={kind!r}; only t5 is supported")
     projection = weights.get(f"condition_provider.conditioners.{texts[0]}.output_proj.weight")
-    if projection is None:
-        raise UserError(f"{where}: no condition_provider.conditioners.{texts[0]}.output_proj.weight; download it again")
+    if not isinstance(projection, Tensor) or projection.dim() != 2:
+        raise UserError(
+            f"{where}: no condition_provider.conditioners.{texts[0]}.output_proj.weight of two axes; download it again"
+        )
     shape = {
         "dim": "dim", "num_heads": "num_heads", "num_layers": "num_layers", "num_codebooks": "n_q",
         "codebook_size": "card", "context": "subcodes_context", "ffn_ratio": "hidden_scale",
     }  # fmt: skip
-    values = {ours: int(_need(config, f"transformer_lm.{theirs}", where)) for ours, theirs in shape.items()}
-    return MagnetConfig(**values, text_dim=projection.shape[1]), texts[0]
+    values = {o: _number(config, f"transformer_lm.{t}", where, -1 if o == "context" else 1) for o, t in shape.items()}
+    try:
+        return MagnetConfig(**{k: int(v) for k, v in values.items()}, text_dim=projection.shape[1]), texts[0]
+    except UserError as error:
+        raise UserError(f"{where}: its configuration's transformer_lm: {error}") from error
 
 
 def _check(weights: Mapping[str, Any], pairs: list[Pair], network: MagnetConfig, where: Path) -> None:
@@ -355,14 +414,16 @@ def _check(weights: Mapping[str, Any], pairs: list[Pair], network: MagnetConfig,
             shape = (d, network.text_dim) if name.endswith("weight") else (d,)
         else:
             shape = shapes.get(kind, (d,))  # norms
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise UserError(f"{where}: {name} is no tensor of floating-point numbers; download it again")
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in FLOATS:
+            raise UserError(f"{where}: {name} is no plain tensor of floating-point numbers; download it again")
         if tuple(tensor.shape) != shape:
             hint = f" (codebook size {c})" if kind in ("emb", "linears") else ""
             raise UserError(
                 f"{where}: {name} is {tuple(tensor.shape)}, its configuration{hint} asks for {shape}; "
                 "it belongs to another model"
             )
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: {name} holds NaN or infinite values; take another checkpoint")
     for pair in pairs:
         if len({weights[name].dtype for name in pair.theirs}) > 1:
             raise UserError(f"{where}: {pair.theirs[0]} and its like have different precisions; export it again")
@@ -397,31 +458,33 @@ def _decoding_of(config: Mapping[str, Any], num_codebooks: int, where: Path) -> 
     try:
         decoding = DecodingConfig.from_dict(values)
         decoding.steps_of(num_codebooks)
-    except (UserError, TypeError) as error:
+    except (UserError, TypeError, ValueError) as error:
         raise UserError(f"{where}: its configuration's generate.lm: {error}") from error
     return decoding
 
 
 def _codec_of(
-    folder: Path, config: Mapping[str, Any], given: str | None, network: MagnetConfig, scratch: Path
+    folder: Path, config: Mapping[str, Any], given: str | None, network: MagnetConfig, scratch: Path, licence: str
 ) -> dict[str, Any]:
     """Facts about the codec; one whose weights came along is written to `scratch`."""
+    if given is not None:
+        return _first_codebooks(given, network, f"--codec {given}").to_dict()
     file = folder / CODEC_FILE
-    name = given
-    if name is None:
-        package = read_package(file)
-        if "pretrained" in package:
-            return _pointed_at(str(package["pretrained"]), config, network, file)
-        name = str(scratch / "codec")
-        write_codec(package, Path(name), file)
-    return _first_codebooks(name, network, given or str(file)).to_dict()
+    package = read_package(file)
+    if "pretrained" in package:
+        return _pointed_at(package["pretrained"], config, network, file)
+    write_codec(package, scratch / "codec", file, licence)
+    try:
+        return _first_codebooks(str(scratch / "codec"), network, str(file)).to_dict()
+    except UserError as error:  # it knows the codec by where it was written for now
+        raise UserError(str(error).replace(repr(str((scratch / "codec").resolve())), str(file))) from error
 
 
 def _first_codebooks(name: str, network: MagnetConfig, where: str) -> CodecFacts:
     """Facts about a codec, of which a model may use the first codebooks only (their `compression_model_n_q`)."""
     facts = load_codec(name).facts
     if facts.num_codebooks > network.num_codebooks:
-        facts = load_codec(f"{name}@{network.num_codebooks}").facts
+        facts = load_codec(f"{split_name(name)[0]}@{network.num_codebooks}").facts
     if (facts.num_codebooks, facts.codebook_size) != (network.num_codebooks, network.codebook_size):
         raise UserError(
             f"{where}: a codec with {facts.num_codebooks} codebooks of {facts.codebook_size} entries, but the model "
@@ -430,9 +493,16 @@ def _first_codebooks(name: str, network: MagnetConfig, where: str) -> CodecFacts
     return facts
 
 
-def _pointed_at(name: str, config: Mapping[str, Any], network: MagnetConfig, where: Path) -> dict[str, Any]:
+def _pointed_at(name: Any, config: Mapping[str, Any], network: MagnetConfig, where: Path) -> dict[str, Any]:
     """Facts about a pretrained codec: its own where it can be had, else what the model's configuration says of it."""
-    name = name.removeprefix("//pretrained/")
+    found = (
+        re.fullmatch(r"(?://pretrained/)?([\w-][\w.-]*/[\w-][\w.-]*|encodec_\w+)", name)
+        if isinstance(name, str)
+        else None
+    )
+    if found is None or Path(found[1]).exists():  # a stranger's file must not name folders of this machine
+        raise UserError(f"{where}: points at the codec {name!r}, which is no hub id; give the codec with --codec")
+    name = found[1]
     try:
         load_codec(name)
     except UserError as error:
@@ -444,8 +514,14 @@ def _pointed_at(name: str, config: Mapping[str, Any], network: MagnetConfig, whe
     return _first_codebooks(name, network, f"{where} -> {name}").to_dict()
 
 
-def write_codec(package: Mapping[str, Any], out: Path, where: Path) -> None:
+def write_codec(package: Mapping[str, Any], out: Path, where: Path, licence: str = PUBLISHED_LICENCE) -> None:
     """A compression model of audiocraft as a folder of transformers' EncodecModel, padding mode included.
+
+    Args:
+        package: what `read_package` gave.
+        out: folder.
+        where: file, for messages.
+        licence: of the weights, which goes where they go.
 
     Raises:
         UserError: if weights and configuration do not belong together.
@@ -461,33 +537,44 @@ def write_codec(package: Mapping[str, Any], out: Path, where: Path) -> None:
             f"{where}: neither an exported codec (best_state, xp.cfg) nor a pointer to one; download it again"
         )
     settings = transformers_config(read_config(text, where), str(where))
-    with torch.device("meta"):
-        model = EncodecModel(EncodecConfig(**settings))
-    state, own = {to_transformers(k): v for k, v in theirs.items()}, model.state_dict()
-    for problem, keys in (("lacks", own.keys() - state.keys()), ("has the unknown", state.keys() - own.keys())):
-        if keys:
-            raise UserError(f"{where}: {problem} {min(keys)} and {len(keys) - 1} more; download it again")
+    if strange := next((k for k, v in theirs.items() if not isinstance(k, str) or not isinstance(v, Tensor)), None):
+        raise UserError(f"{where}: {strange!r} is no named tensor; download it again")
+    try:
+        with torch.device("meta"):
+            model = EncodecModel(EncodecConfig(**settings))
+    except Exception as error:  # whatever impossible settings lead to
+        raise UserError(
+            f"{where}: its configuration describes no codec ({one_line(error)}); download it again"
+        ) from error
+    names = {to_transformers(k): k for k in theirs}
+    state, own = {name: theirs[k] for name, k in names.items()}, model.state_dict()
+    if lacking := own.keys() - state.keys():
+        raise UserError(f"{where}: lacks {min(lacking)} and {len(lacking) - 1} more; download it again")
+    if surplus := state.keys() - own.keys():
+        first = names[min(surplus)]
+        raise UserError(f"{where}: has the unknown {first} and {len(surplus) - 1} more; download it again")
     for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
+        if tensor.shape != own[name].shape or not tensor.is_floating_point():
             raise UserError(
-                f"{where}: {name} is {tuple(tensor.shape)}, its configuration asks for {tuple(own[name].shape)}; "
-                "download it again"
+                f"{where}: {names[name]} is {tensor.dtype} {tuple(tensor.shape)}, its configuration asks for floats of "
+                f"{tuple(own[name].shape)}; download it again"
             )
     model.load_state_dict(state, assign=True)
     with quiet():
         model.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # a release is there to be shared
     (out / "audiocraft.yaml").write_text(text)  # for the way back
+    (out / "README.md").write_text(f"---\nlicense: {licence}\n---\n\nThe codec of {where.name}, for transformers.\n")
 
 
-def _audiocraft_folder(source: str) -> Path | None:
+def _audiocraft_folder(source: str, with_codec: bool) -> Path | None:
     """Where audiocraft's files are, downloaded if need be; None if `source` is something else."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path if (path / MODEL_FILE).is_file() else None
     if path.exists() or source == "demo":
         return None
-    name = f"facebook/{source}" if source in PUBLISHED else source
+    name = _hub_id(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{source}: no such file or folder, and no hub id; published are {', '.join(PUBLISHED)}")
     from huggingface_hub import hf_hub_download
@@ -495,15 +582,27 @@ def _audiocraft_folder(source: str) -> Path | None:
 
     try:
         found = hf_hub_download(name, MODEL_FILE)
-        hf_hub_download(name, CODEC_FILE)
     except Exception as error:  # a dozen kinds, from no network to no such repository
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None  # the repository is there, and may be a release of ours
-        raise UserError(
-            f"{name}: no such folder, and not to be had from the hub ({one_line(error)}); download {MODEL_FILE} and "
-            f"{CODEC_FILE} where there is network, and give their folder"
-        ) from error
+        try:
+            Trained.open(source)  # in the cache, it may be one without any network
+            return None
+        except UserError:
+            raise UserError(_not_to_be_had(name, error)) from error
+    if with_codec:
+        try:
+            hf_hub_download(name, CODEC_FILE)
+        except Exception as error:
+            raise UserError(_not_to_be_had(name, error)) from error
     return Path(found).parent
+
+
+def _not_to_be_had(name: str, error: Exception) -> str:
+    return (
+        f"{name}: no such folder, and not to be had from the hub ({one_line(error)}); download {MODEL_FILE} and "
+        f"{CODEC_FILE} where there is network, and give their folder"
+    )
 
 
 # --- to audiocraft ------------------------------------------------------------------------------------------------
@@ -523,8 +622,11 @@ def to_audiocraft_folder(trained: Trained, out: Path) -> Path:
         )
     codec = codec_package(trained.codec["id"])
     kept = trained.about.get("audiocraft") or {}
-    text = kept.get("xp.cfg") or yaml.safe_dump(_config_for(trained, name), sort_keys=False)
-    conditioner = read_config(text, trained.file)["fuser.cross"][0]
+    text, conditioner = kept.get("xp.cfg"), "description"
+    if isinstance(text, str) and _still_says(text, trained, name):
+        conditioner = read_config(text, trained.file)["fuser.cross"][0]
+    else:
+        text = yaml.safe_dump(_config_for(trained, name), sort_keys=False)
     pairs = correspondence(trained.network.num_layers, trained.network.num_codebooks, conditioner)
     state = to_theirs(trained.weights(), pairs)
     version = kept.get("version") or "1.4.0a2"
@@ -534,13 +636,31 @@ def to_audiocraft_folder(trained: Trained, out: Path) -> Path:
     return out
 
 
+def _still_says(text: str, trained: Trained, text_encoder: str) -> bool:
+    """Whether a configuration that came along is still the model's."""
+    try:
+        config = read_config(text, trained.file)
+        (name,) = config["fuser.cross"]
+        projection = f"condition_provider.conditioners.{name}.output_proj.weight"
+        network, _ = _network_of(config, {projection: torch.empty(1, trained.network.text_dim)}, trained.file)
+        says = (
+            network, _decoding_of(config, network.num_codebooks, trained.file),
+            _number(config, "dataset.segment_duration", trained.file, 0), config[f"conditioners.{name}.t5.name"],
+            _number(config, "classifier_free_guidance.training_dropout", trained.file, 0, 0.3),
+        )  # fmt: skip
+    except (UserError, KeyError, TypeError, ValueError):
+        return False
+    is_now = (trained.network, trained.decoding, trained.crop_s, text_encoder, trained.guidance_dropout)
+    return says == is_now
+
+
 def codec_package(name: str) -> dict[str, Any]:
     """What `compression_state_dict.bin` says of a codec: its weights, or for a hub id where to find them.
 
     Raises:
         UserError: if it is no EnCodec of transformers.
     """
-    base = name.partition("@")[0]
+    base, _ = split_name(name)
     folder = Path(base).expanduser()
     if not folder.is_dir():
         if base.count("/") != 1:
@@ -574,7 +694,7 @@ def _config_for(trained: Trained, text_encoder: str) -> dict[str, Any]:
         "sample_rate": facts.sample_rate,
         "channels": facts.channels,
         "compression_model_checkpoint": f"//pretrained/{facts.id}",
-        "compression_model_n_q": network.num_codebooks if "@" in facts.id else None,
+        "compression_model_n_q": split_name(facts.id)[1],
         "interleave_stereo_codebooks": {"use": False, "per_timestep": False},
         "tokens": {"padding_with_special_token": False},
         "dataset": {"segment_duration": crop_s},

@@ -17,7 +17,7 @@ from magnet_train.conditioning import TextEncoder, load_text_encoder
 from magnet_train.decoding import DecodingConfig, Step, decode, item_noise
 from magnet_train.errors import UserError
 from magnet_train.model import Magnet
-from magnet_train.release import Trained, write_release
+from magnet_train.release import Trained, check_stamp, write_release
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Generator:
         decoding: DecodingConfig,
         crop_s: float,
         about: dict[str, Any] | None = None,
+        guidance_dropout: float = 0.3,
     ):
         """Puts the parts together.
 
@@ -55,6 +56,7 @@ class Generator:
             decoding: used unless a call brings its own.
             crop_s: length of the crops it was trained on, in seconds; the default duration.
             about: provenance, written beside what is generated.
+            guidance_dropout: share of examples that it was trained on without their caption, for a release.
 
         Raises:
             UserError: if codec or text encoder do not fit the network.
@@ -71,7 +73,7 @@ class Generator:
                 "use the encoder it was trained with"
             )
         self.network, self.codec, self.text_encoder = network, codec, text_encoder
-        self.decoding, self.crop_s, self.about = decoding, crop_s, about or {}
+        self.decoding, self.crop_s, self.about, self.guidance_dropout = decoding, crop_s, about or {}, guidance_dropout
 
     @property
     def device(self) -> torch.device:
@@ -158,10 +160,10 @@ class Generator:
         Raises:
             UserError: if `out` holds anything already.
         """
-        codec = self.codec.facts.to_dict()
         trained = Trained(
-            Path(out), self.network.config, codec, self.text_encoder.id, self.crop_s, self.decoding, about=self.about
-        )
+            Path(out), self.network.config, self.codec.facts.to_dict(), self.text_encoder.id, self.crop_s,
+            self.decoding, self.guidance_dropout, self.about,
+        )  # fmt: skip
         weights = self.network.state_dict()
         write_release(Path(out), trained, {k: lambda v=v: v.cpu() for k, v in weights.items()}, card)
 
@@ -178,14 +180,11 @@ def load(path: str | Path = "demo", device: str | torch.device = "cpu") -> Gener
     """
     trained = Trained.open(path)
     network, codec = trained.build(), load_codec(trained.codec["id"])
-    stamped = trained.codec.get("hash", codec.facts.hash)
-    if codec.facts.hash != stamped:
-        raise UserError(
-            f"{trained.file.parent}: trained on codec {stamped}, but {codec.facts.id!r} is {codec.facts.hash}; "
-            "its codes would mean something else"
-        )
+    check_stamp(trained.codec, codec.facts, trained.file.parent)
     text_encoder = load_text_encoder(trained.text_encoder)
     network.to(device).eval()
     codec.to(device)
     text_encoder.to(device)
-    return Generator(network, codec, text_encoder, trained.decoding, trained.crop_s, trained.about)
+    return Generator(
+        network, codec, text_encoder, trained.decoding, trained.crop_s, trained.about, trained.guidance_dropout
+    )

@@ -43,13 +43,13 @@ class MagnetConfig:
     """Width of the feed-forward layer, in multiples of `dim`."""
 
     def __post_init__(self) -> None:
+        for name in ("dim", "num_heads", "num_layers", "num_codebooks", "codebook_size", "text_dim", "ffn_ratio"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.dim % self.num_heads or self.dim % 2:
             raise UserError(f"dim={self.dim} must be even and divisible by num_heads={self.num_heads}")
         if self.context < -1:
             raise UserError(f"context={self.context}: give frames on each side (0 or more), or -1 for all frames")
-        for name in ("num_layers", "num_codebooks", "codebook_size", "text_dim", "ffn_ratio"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
 
     @property
     def mask_id(self) -> int:

@@ -9,7 +9,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
-from magnet_train.codec import load_codec
+from magnet_train.codec import absolute_name, load_codec
 from magnet_train.conditioning import TextEncoder, drop_captions, load_text_encoder
 from magnet_train.data.pipeline import Batch
 from magnet_train.errors import UserError
@@ -17,7 +17,8 @@ from magnet_train.loss import MaskedLoss, masked_cross_entropy
 from magnet_train.masking import cosine_mask_rate, span_mask
 from magnet_train.metrics.fixed_masks import FixedMaskMetrics, fixed_span_mask
 from magnet_train.model import Magnet, MagnetConfig
-from magnet_train.release import Trained, check_weights
+from magnet_train.pretrained import absolute_path
+from magnet_train.release import Trained, check_stamp, check_weights
 from magnet_train.schedule import cosine_factor, inverse_sqrt_factor
 
 
@@ -105,6 +106,7 @@ class MagnetModule(L.LightningModule):
         if init_from is not None and start_from_codec:
             raise UserError(f"init_from={init_from} and start_from_codec=true: choose one to start from")
         start = None if init_from is None else Trained.open(init_from)
+        codec, text_encoder = absolute_name(codec), absolute_path(text_encoder)  # a run may go on from elsewhere
         # Plain values, so that a checkpoint loads without unpickling classes of ours.
         self.save_hyperparameters(
             {
@@ -120,7 +122,8 @@ class MagnetModule(L.LightningModule):
                 "seed": seed,
             }
         )
-        self.licence: str | None = None if start is None else start.about.get("licence")
+        # Whose licence holds for what comes of them.
+        self.begun_with = {} if start is None else {k: start.about.get(k) for k in ("licence", "base_model", "source")}
         self.config, self.optimizer_config = network, optimizer
         self.span_len, self.guidance_dropout, self.seed, self.crop_s = span_len, guidance_dropout, seed, crop_s
         self.codec_name, self.text_encoder_name = codec, text_encoder
@@ -130,6 +133,7 @@ class MagnetModule(L.LightningModule):
         if start is not None:
             weights = start.weights()
             check_weights(weights, network, start.file)
+            check_stamp(start.codec, load_codec(codec).facts, start.file)
             self.network.load_state_dict(weights)
         elif start_from_codec:
             self.network.start_from_codebooks(load_codec(codec).codebooks, step_generator(seed))
@@ -212,7 +216,11 @@ class MagnetModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The licence of the weights that training began with goes where they go."""
-        checkpoint["licence"] = self.licence
+        checkpoint["begun_with"] = {k: v for k, v in self.begun_with.items() if v is not None}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A resumed run need not find again what it began with."""
+        self.begun_with = dict(checkpoint.get("begun_with", {}))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.log("train/lr", optimizer.param_groups[0]["lr"])

@@ -52,6 +52,12 @@ def load_pretrained(what: str, name: str, load: Callable[[str, bool], T]) -> T:
         raise UserError(f"{what} {name!r} cannot be loaded from the hub: {one_line(error)}") from error
 
 
+def absolute_path(name: str) -> str:
+    """A component's name that holds in every working directory: a folder by its whole path, all else as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != "demo" and path.exists() else name
+
+
 def one_line(error: BaseException, limit: int = 240) -> str:
     """The first line of an error's message, or its type where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -4,6 +4,7 @@ A release is `config.json`, `model.safetensors` and `README.md`, and `codec/` wh
 is read in two steps, settings before weights, so that a mistake shows before gigabytes are loaded.
 """
 
+import errno
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from magnet_train.assets import demo_path
-from magnet_train.codec import CodecFacts
+from magnet_train.codec import CodecFacts, load_codec, split_name
 from magnet_train.decoding import DecodingConfig
 from magnet_train.errors import UserError
 from magnet_train.model import Magnet, MagnetConfig
@@ -116,6 +117,10 @@ def _open_release(folder: Path) -> Trained:
         if config["format"] != RELEASE_FORMAT:
             raise UserError(f"{file}: format {config['format']}, this version reads {RELEASE_FORMAT}; update it")
         network, codec = MagnetConfig(**config["network"]), dict(config["codec"])
+        if not re.fullmatch(r"demo|encodec_\w+|\./codec|\w[\w.-]*/\w[\w.-]*", re.sub(r"@\d+$", "", codec["id"])):
+            raise UserError(
+                f"{file}: names codec {codec['id']!r}, which is neither its own ./codec nor a hub id; refused"
+            )
         if codec["id"].startswith(IN_RELEASE):
             codec["id"] = str(folder.resolve() / codec["id"].removeprefix(IN_RELEASE))
         if config["text_encoder"]["dim"] != network.text_dim:
@@ -123,9 +128,12 @@ def _open_release(folder: Path) -> Trained:
                 f"{file}: text encoder {config['text_encoder']['id']!r} is {config['text_encoder']['dim']} wide, the "
                 f"network expects {network.text_dim}; copy the release again"
             )
+        about = config.get("about", {})
+        if not isinstance(about, dict):
+            raise TypeError("about is no object")
         return Trained(
             folder / "model.safetensors", network, codec, config["text_encoder"]["id"], float(config["crop_s"]),
-            DecodingConfig.from_dict(config["decoding"]), config.get("guidance_dropout", 0.3), config.get("about", {}),
+            DecodingConfig.from_dict(config["decoding"]), config.get("guidance_dropout", 0.3), about,
         )  # fmt: skip
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file}: not a release of magnet_train ({type(error).__name__}: {error})") from error
@@ -135,8 +143,7 @@ def _open_checkpoint(path: Path) -> Trained:
     checkpoint = read_checkpoint(path)
     try:
         given = checkpoint["hyper_parameters"]
-        about = {"checkpoint": path.name, "step": checkpoint.get("global_step"), "source": given.get("init_from")}
-        about |= {"licence": checkpoint.get("licence")}
+        about = {"checkpoint": path.name, "step": checkpoint.get("global_step")} | checkpoint.get("begun_with", {})
         # As the last validation decoded.
         kept = [v for k, v in checkpoint.get("callbacks", {}).items() if k.startswith("GenerationCallback")]
         decoding = (kept[0]["decoding"] if kept else {}) | {"span_len": given["span_len"]}
@@ -222,21 +229,42 @@ def _from_hub(name: str) -> Path:
 # --- write --------------------------------------------------------------------------------------------------------
 
 
+def check_new(out: Path) -> Path:
+    """`out` as a whole path, before work begins that it would lose.
+
+    Raises:
+        UserError: if it holds anything already, or cannot be made.
+    """
+    out = out.expanduser().resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not an empty folder; choose another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)
+        os.rmdir(probe)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}); choose another --out") from error
+    return out
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write in that becomes `out` once all is written; if anything fails, nothing stays behind.
 
     Raises:
-        UserError: if `out` holds anything already.
+        UserError: if `out` holds anything already, or cannot be made.
+        OSError: if the disk is full.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = check_new(out)
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield aside
         aside.chmod(0o755)  # mkdtemp keeps others out
         os.replace(aside, out)
+    except (shutil.Error, RuntimeError) as error:  # what copies and torch.save make of it
+        if shutil.disk_usage(aside).free < 2**20:
+            raise OSError(errno.ENOSPC, "no space left", str(out)) from error
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -246,23 +274,33 @@ def write_release(
 ) -> Trained:
     """Write a release folder, whole or not at all, one tensor after another; returns it as it lies there.
 
-    A codec that lies in a folder goes along, so that the release is complete wherever it is copied to.
+    A codec that lies in a folder goes along, so that the release is complete wherever it is copied to; it must be the
+    one that `trained` is stamped with.
 
     Args:
         out: must not exist, or be empty.
         trained: its settings; `file` is not read.
         tensors: by the network's names, each made when it is written.
         text: README.md; `card` makes it if None.
+
+    Raises:
+        UserError: if `out` holds anything, or the codec is another than the stamp says.
     """
     with new_folder(out) as folder:
-        name, at, first = trained.codec["id"].rpartition("@")
-        codec = Path(name if at else first)
-        if codec.is_absolute() and codec.is_dir():  # as `load_codec` names folders
-            shutil.copytree(codec, folder / "codec")
-            trained = replace(trained, codec=trained.codec | {"id": f"{IN_RELEASE}codec{at}{first if at else ''}"})
+        name, first = split_name(trained.codec["id"])
+        source = Path(name)
+        if source.is_absolute() and source.is_dir():  # as `load_codec` names folders
+            check_stamp(trained.codec, load_codec(trained.codec["id"]).facts, trained.file)
+            (folder / "codec").mkdir()
+            for file in sorted(source.iterdir()):  # what a codec consists of, and nothing that lies beside it
+                if file.suffix == ".safetensors" or file.name in ("config.json", "audiocraft.yaml", "README.md"):
+                    shutil.copy(file, folder / "codec" / file.name)
+            at = "" if first is None else f"@{first}"
+            trained = replace(trained, codec=trained.codec | {"id": f"{IN_RELEASE}codec{at}"})
         write_safetensors(folder / "model.safetensors", tensors)
         (folder / "config.json").write_text(json.dumps(trained.to_dict(), indent=2) + "\n")
-        (folder / "README.md").write_text(card(trained, out.name) if text is None else text)
+        written = replace(trained, file=folder / "model.safetensors")
+        (folder / "README.md").write_text(card(written, out.name) if text is None else text)
     return _open_release(out)
 
 
@@ -289,8 +327,8 @@ def card(trained: Trained, name: str) -> str:
     about, network = trained.about, trained.network
     licence = about.get("licence")
     head = {"license": licence or "unknown", "library_name": "magnet_train", "pipeline_tag": "text-to-audio"}
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(about.get("source"))):
-        head["base_model"] = about["source"]
+    if about.get("base_model"):
+        head["base_model"] = about["base_model"]
     lines = [
         "---",
         *(f"{k}: {v}" for k, v in head.items()),
@@ -316,15 +354,33 @@ def card(trained: Trained, name: str) -> str:
         "| | |",
         "|---|---|",
         f"| licence | {licence or 'not stated'} |",
-        *(f"| {k} | {about[k]} |" for k in ("source", "checkpoint", "step", "trained_on") if about.get(k) is not None),
+        *(f"| codec's licence | {v} |" for v in [_licence_of(trained.file.parent / "codec")] if v),
+        *(
+            f"| {k} | {about[k]} |"
+            for k in ("base_model", "source", "checkpoint", "step", "trained_on")
+            if about.get(k) is not None
+        ),
         f"| codec | {trained.codec['id']}, padding {trained.codec.get('pad_mode', 'as it says')} |",
         f"| text encoder | {trained.text_encoder} |",
         *(f"| {k} | {v} |" for k, v in (about.get("metrics") or {}).items()),
         "",
     ]
-    if licence and "nc" in licence.lower().split("-"):
+    if licence and "nc" in str(licence).lower().split("-"):
         lines += [f"What is derived from these weights stays under {licence}: no commercial use.", ""]
     return "\n".join(lines)
+
+
+def check_stamp(stamped: dict[str, Any], facts: CodecFacts, where: Path) -> None:
+    """Whether a codec is the one that a model was trained with, as far as that was known.
+
+    Raises:
+        UserError: if it is another.
+    """
+    if facts.hash != stamped.get("hash", facts.hash):
+        raise UserError(
+            f"{where}: trained on codec {stamped['hash']}, but {facts.id!r} is {facts.hash}; "
+            "its codes would mean something else"
+        )
 
 
 def codec_facts(codec: dict[str, Any]) -> CodecFacts | None:
@@ -333,3 +389,11 @@ def codec_facts(codec: dict[str, Any]) -> CodecFacts | None:
         return CodecFacts.from_dict(codec)
     except ValueError:
         return None
+
+
+def _licence_of(folder: Path) -> str | None:
+    """What the front matter of a README.md says."""
+    if not (folder / "README.md").is_file():
+        return None
+    found = re.search(r"^license: *(\S+)", (folder / "README.md").read_text(errors="replace"), re.MULTILINE)
+    return found[1] if found else None

@@ -19,6 +19,7 @@ from magnet_train.codec import load_codec
 from magnet_train.convert import ConvertOptions, convert, correspondence, to_theirs, write_codec
 from magnet_train.errors import UserError
 from magnet_train.model import Magnet, MagnetConfig
+from magnet_train.module import MagnetModule
 from magnet_train.release import Trained
 
 SHARED = Path(__file__).parents[2] / "shared" / "fixtures" / "reference"
@@ -308,6 +309,24 @@ def three_codebooks(folder: Path) -> None:
     torch.save(package, folder / "compression_state_dict.bin")
 
 
+PROJECTION = "condition_provider.conditioners.description.output_proj.weight"
+LAUGHS = "a0: &a0 {x: 1, y: 2}\n" + "\n".join(
+    f"a{i}: &a{i} {{{', '.join(f'k{j}: *a{i - 1}' for j in range(10))}}}" for i in range(1, 12)
+)
+
+
+def settings_as(text: str) -> Any:
+    return lambda folder: torch.save({"best_state": {}, "xp.cfg": text}, folder / "state_dict.bin")
+
+
+def break_codec(**seanet: Any) -> Any:
+    return lambda folder: torch.save(codec_package(**seanet), folder / "compression_state_dict.bin")
+
+
+def pointer_to(name: Any) -> Any:
+    return lambda folder: torch.save({"pretrained": name, "exported": True}, folder / "compression_state_dict.bin")
+
+
 BAD = {
     "missing key": (break_weights(lambda w: w.pop("emb.2.weight")), r"state_dict\.bin: lacks emb\.2\.weight"),
     "extra key": (break_weights(lambda w: w.update(surplus=torch.zeros(1))), r"unknown surplus"),
@@ -315,7 +334,7 @@ BAD = {
         break_weights(lambda w: w.update({"out_norm.bias": torch.zeros(3).half()})),
         r"out_norm\.bias is \(3,\), .* asks for \(64,\)",
     ),
-    "no tensor": (break_weights(lambda w: w.update({"out_norm.bias": 3})), r"out_norm\.bias is no tensor"),
+    "no tensor": (break_weights(lambda w: w.update({"out_norm.bias": 3})), r"out_norm\.bias is no plain tensor"),
     "mixed precision": (
         break_weights(lambda w: w.update({"emb.1.weight": w["emb.1.weight"].float()})),
         "different precisions",
@@ -326,7 +345,7 @@ BAD = {
     ),
     "another codec": (
 three_codebooks,
-        "has the unknown quantizer.layers.3",
+        r"has the unknown quantizer\.vq\.layers\.3",
     ),
     "truncated": (cut("state_dict.bin"), r"state_dict\.bin: broken or cut short .*download it again"),
     "truncated codec": (cut("compression_state_dict.bin"), r"compression_state_dict\.bin: broken or cut short"),
@@ -352,7 +371,7 @@ three_codebooks,
     "a causal model": (break_settings(lambda s: s["transformer_lm"].update(causal=True)), r"causal=True"),
     "no layers named": (
         break_settings(lambda s: s["transformer_lm"].pop("num_layers")),
-        r"has no transformer_lm\.num_layers",
+        r"transformer_lm\.num_layers=None, not a number",
     ),
     "a condition too many": (break_settings(lambda s: s["fuser"].update(sum=["self_wav"])), "only one text"),
     "steps for other codebooks": (
@@ -361,10 +380,32 @@ three_codebooks,
     ),
     "no configuration": (lambda f: torch.save({"best_state": {}}, f / "state_dict.bin"), "holds no exported model"),
     "no mapping": (lambda f: torch.save([1, 2], f / "state_dict.bin"), "holds a list"),
-    "no YAML": (
-        lambda f: torch.save({"best_state": {}, "xp.cfg": "a: [1"}, f / "state_dict.bin"),
-        r"its xp\.cfg is no YAML",
+    "no YAML": (settings_as("a: [1"), r"its xp\.cfg is no YAML"),
+    "a text": (settings_as("nothing"), "a str, no mapping"),
+    "a date that is none": (settings_as("a: 2020-13-45"), "no YAML configuration"),
+    "nested without end": (settings_as("[" * 3000), "no YAML configuration"),
+    "a mapping in itself": (settings_as("&a {b: *a}"), "nested without end"),
+    "a billion keys": (settings_as(LAUGHS), "more than 10000 keys"),
+    "a word for a number": (break_settings(lambda s: s["transformer_lm"].update(num_heads="x")), "num_heads='x'"),
+    "no heads": (break_settings(lambda s: s["transformer_lm"].update(num_heads=0)), "num_heads=0, not a number from 1"),
+    "heads that do not divide": (break_settings(lambda s: s["transformer_lm"].update(num_heads=7)), "num_heads=7"),
+    "no length": (break_settings(lambda s: s["dataset"].update(segment_duration=-1)), "segment_duration=-1"),
+    "a flat projection": (
+        break_weights(lambda w: w.update({PROJECTION: torch.zeros(3)})), "output_proj.weight of two axes",
     ),
+    "eight bits": (
+        break_weights(lambda w: w.update({"out_norm.bias": torch.zeros(64).to(torch.float8_e4m3fn)})),
+        "no plain tensor",
+    ),
+    "NaN": (break_weights(lambda w: w["out_norm.bias"].fill_(torch.nan)), r"out_norm\.bias holds NaN"),
+    "a number for a name": (break_weights(lambda w: w.update({3: torch.zeros(1)})), "under 3, which is no name"),
+    "no padding mode": (break_codec(pad_mode="foo"), "pad_mode='foo' is no padding"),
+    "no norm": (break_codec(norm="foo"), "norm='foo'"),
+    "a codec without width": (break_codec(dimension=0), "describes no codec|broken|lacks|asks for floats"),
+    "a codec without a ratio": (break_codec(ratios=[8, 5, 4, 0]), "no usable|describes no codec"),
+    "a pointer to a folder": (pointer_to("/etc"), "points at the codec '/etc', which is no hub id"),
+    "a pointer to a folder above": (pointer_to("../secret"), "which is no hub id"),
+    "a pointer to nothing": (pointer_to(None), "points at the codec None"),
 }  # fmt: skip
 
 
@@ -398,13 +439,14 @@ def test_a_configuration_is_data(tmp_path):
     assert config["device"] == "${oc.env:HOME}" and config["loop"] == "${loop}" and config["sample"] == 32_000
     package["xp.cfg"] += "\ntrap: !!python/object/apply:os.mkdir [" + str(tmp_path / "sprung") + "]\n"
     torch.save(package, source / "state_dict.bin")
-    with pytest.raises(UserError, match="no YAML"):
+    with pytest.raises(UserError, match="no YAML configuration"):
         convert(str(source), ConvertOptions(tmp_path / "release"))
     assert not (tmp_path / "sprung").exists()
 
 
 def test_mistakes_in_the_options_are_named(tmp_path):
     source = write_audiocraft(tmp_path / "theirs")
+    release = convert(str(source), ConvertOptions(tmp_path / "release"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("mine")
     for given, options, message in (
@@ -415,6 +457,10 @@ def test_mistakes_in_the_options_are_named(tmp_path):
         ("magnet-small-10secs", ConvertOptions(tmp_path / "x"), "facebook/magnet-small-10secs: no such folder"),
         ("demo", ConvertOptions(tmp_path / "x", to="audiocraft"), "audiocraft knows only t5-small"),
         (source, ConvertOptions(tmp_path / "x", codec="demo"), "4 codebooks of 1024 entries"),
+        ("demo", ConvertOptions(tmp_path / "x", codec=str(release / "codec")), "4 codebooks of 64 entries"),
+        ("demo", ConvertOptions(tmp_path / "x", text_encoder="t5-large"), "'t5-large' has 1024"),
+        ("demo", ConvertOptions(tmp_path / "x", push_to_hub="a/b/c"), "give USER/NAME"),
+        ("demo", ConvertOptions(tmp_path / "full" / "note.txt" / "x"), "cannot be made"),
     ):
         with pytest.raises(UserError, match=message):
             convert(str(given), options)
@@ -422,3 +468,82 @@ def test_mistakes_in_the_options_are_named(tmp_path):
     assert (tmp_path / "full" / "note.txt").read_text() == "mine"
     with pytest.raises(UserError, match=r"a model of audiocraft; first: magnet_train convert"):
         magnet_train.load(str(source))
+
+
+def test_a_release_carries_nothing_but_its_codec_out_of_a_folder(tmp_path):
+    release = convert(str(write_audiocraft(tmp_path / "theirs")), ConvertOptions(tmp_path / "release"))
+    (release / "codec" / "diary.txt").write_text("mine")
+    copy = convert(str(release), ConvertOptions(tmp_path / "copy"))
+    names = {p.name for p in (copy / "codec").iterdir()}
+    assert names == {"config.json", "model.safetensors", "audiocraft.yaml", "README.md"}
+    assert "license: cc-by-nc-4.0" in (copy / "codec" / "README.md").read_text()
+    for name in ("./../secret", str(tmp_path), "../secret", "./codec/../../secret"):
+        config = json.loads((release / "config.json").read_text())
+        config["codec"]["id"] = name
+        (release / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="neither its own"):
+            Trained.open(release)
+
+
+def test_a_codec_that_is_not_the_stamped_one_is_refused_everywhere(t5, tmp_path):
+    source = write_audiocraft(tmp_path / "theirs")
+    release = convert(str(source), ConvertOptions(tmp_path / "release", text_encoder=t5))
+    write_codec(codec_package(pad_mode="reflect"), release / "codec", Path("x.bin"))
+    for attempt in (
+        lambda: magnet_train.load(str(release)),
+        lambda: convert(str(release), ConvertOptions(tmp_path / "again")),
+        lambda: MagnetModule(Trained.open(release).network, codec=str(release / "codec"), init_from=str(release)),
+    ):
+        with pytest.raises(UserError, match="its codes would mean something else"):
+            attempt()
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_folder_called_with_an_at_is_a_folder(tmp_path):
+    source = write_audiocraft(tmp_path / "me@home")
+    release = convert(str(source), ConvertOptions(tmp_path / "my@4"))
+    assert (convert(str(release), ConvertOptions(tmp_path / "copy@2")) / "codec" / "config.json").is_file()
+    same(
+        source / "state_dict.bin",
+        convert(str(release), ConvertOptions(tmp_path / "b", "audiocraft")) / "state_dict.bin",
+    )
+
+
+def test_settings_that_changed_go_back_changed(tmp_path):
+    release = convert(str(write_audiocraft(tmp_path / "theirs")), ConvertOptions(tmp_path / "release"))
+    config = json.loads((release / "config.json").read_text())
+    config["decoding"]["temperature"], config["crop_s"] = 1.5, 2.0
+    (release / "config.json").write_text(json.dumps(config))
+    options = ConvertOptions(tmp_path / "again", to="audiocraft", text_encoder="google/flan-t5-base")
+    package = torch.load(convert(str(release), options) / "state_dict.bin", weights_only=True)
+    again = converter.read_config(package["xp.cfg"], tmp_path)
+    assert again["generate.lm.temp"] == 1.5 and again["dataset.segment_duration"] == 2
+    assert again["conditioners.description.t5.name"] == "google/flan-t5-base"
+
+
+def test_a_run_goes_on_without_the_release_it_began_with(t5, tmp_path):
+    release = convert(str(write_audiocraft(tmp_path / "theirs")), ConvertOptions(tmp_path / "release", text_encoder=t5))
+    from helpers_data import write_shards
+
+    write_codec(codec_package(), tmp_path / "codec", Path("x.bin"))
+    shards = write_shards(tmp_path / "shards", str(tmp_path / "codec"), [4, 4])
+    run = tmp_path / "run"
+    args = ["--data.train", str(shards), "--data.validation", str(shards), "--data.num_workers", "0"]
+    args += [
+        "--model.codec",
+        str(tmp_path / "codec"),
+        "--trainer.default_root_dir",
+        str(run),
+        "--model.optimizer.warmup_steps=0",
+    ]
+    args += ["--generation.num_prompts", "0", "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    args += ["--trainer.val_check_interval", "2", "--data.global_batch_size", "4"]
+    assert main(["fit", "--model.init_from", str(release), *args, "--trainer.max_steps", "2"]) == 0
+    release.rename(tmp_path / "moved")
+    checkpoint = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    assert main(["fit", "--config", str(run / "config.yaml"), *args, *checkpoint, "--trainer.max_steps", "4"]) == 0
+    about = Trained.open(run).about
+    assert about["step"] == 4 and about["licence"] == "cc-by-nc-4.0"
+    # What is given wins over what the checkpoint says.
+    own = ["--model.codec", str(tmp_path / "nowhere")]
+    assert main(["validate", *args[:4], "--trainer.logger", "false", *checkpoint, *own]) == 2

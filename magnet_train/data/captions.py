@@ -21,14 +21,14 @@ class CaptionAugmentation:
     """Shares of training captions and words; all 0 = captions as they are.
 
     As in audiocraft (`data/music_dataset.py`, `modules/conditioners.py`), whose published music models have
-    merge_p 0.25, both drops 0.5 and word_dropout 0.3. Its `drop_desc_p` and `drop_other_p` are in truth the shares
-    that are kept; at 0.5 that is the same.
+    merge_p 0.25, both drops 0.5 and word_dropout 0.3. Its `drop_other_p` is in truth the share that is kept; at 0.5
+    that is the same.
     """
 
     merge_p: float = 0.0
     """Share of captions into which further fields (key, bpm, genre, moods, instrument, keywords) are merged, 0 to 1."""
     drop_caption_p: float = 0.0
-    """Share of the merged ones whose own caption is dropped, so that the fields stand alone, 0 to 1."""
+    """Share of examples whose own caption is dropped, 0 to 1; without merged fields they have no text then."""
     drop_field_p: float = 0.0
     """Share of the fields that are left out of a merged caption, 0 to 1."""
     word_dropout: float = 0.0
@@ -49,15 +49,15 @@ def augmented(info: Mapping[str, Any], config: CaptionAugmentation, rng: np.rand
     >>> augmented(info, CaptionAugmentation(merge_p=1.0), np.random.default_rng(0))
     'a waltz. bpm: 90. moods: calm, warm'
     """
-    caption = str(info.get("caption", ""))
+    parts: list[str] = []
     if rng.random() < config.merge_p:
         values = [(name.removeprefix("music_"), info[name]) for name in FIELDS if info.get(name)]
-        parts = [f"{n}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for n, v in values]
-        kept = [part for part in parts if rng.random() >= config.drop_field_p]
-        rng.shuffle(kept)
-        if kept:
-            own = [] if rng.random() < config.drop_caption_p else [caption.rstrip(".")]
-            caption = ". ".join([part for part in own if part] + kept)
+        every = [f"{n}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for n, v in values]
+        parts = [part for part in every if rng.random() >= config.drop_field_p]
+        rng.shuffle(parts)
+    caption = "" if rng.random() < config.drop_caption_p else str(info.get("caption", ""))
+    if parts:
+        caption = ". ".join([*([caption.rstrip(".")] if caption else []), *parts])
     if config.word_dropout:
         caption = " ".join(word for word in caption.split() if rng.random() >= config.word_dropout)
     return caption

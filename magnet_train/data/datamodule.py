@@ -129,6 +129,11 @@ class MagnetDataModule(L.LightningDataModule):
 
     def _share_out(self, global_batch_size: int, trainer: Any) -> None:
         """Batch per device and accumulation from the global batch; the trainer is told before it counts batches."""
+        if trainer.accumulate_grad_batches != 1:
+            raise UserError(
+                f"data.global_batch_size={global_batch_size} and trainer.accumulate_grad_batches="
+                f"{trainer.accumulate_grad_batches}: give one of them, the other follows"
+            )
         self.batch_size, accumulated = share_batch(global_batch_size, trainer.world_size, self.batch_size)
         trainer.accumulate_grad_batches = accumulated
         if isinstance(trainer.val_check_interval, int):  # Lightning counts batches there
