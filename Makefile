@@ -12,11 +12,11 @@ help:  ## what there is
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	@echo "installing (about two minutes)…"
+	@echo "installing (one to two minutes)…"
 	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[demo,dev]'
 	touch .venv/ready
 
-demo: .venv/ready  ## train the embedded demo and hear it (10 minutes on 2 cores)
+demo: .venv/ready  ## train the embedded demo and hear it (9 minutes on 2 cores)
 	$(OFFLINE) $(BIN)/python -m magnet_train fit
 
 test: .venv/ready  ## the whole test suite, offline

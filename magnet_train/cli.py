@@ -24,6 +24,9 @@ def run(verb: str, args: list[str]) -> None:
         UserError: for every mistake in the options, the files they name, or the room left on the disk.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns at every fork of a loader
+    from jsonargparse import set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's sentence is its help text
     try:
         if verb in LIGHTNING_VERBS:
             _run_lightning(verb, args)

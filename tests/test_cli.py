@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,3 +187,20 @@ def test_fit_with_two_processes_validates_every_item_once(shards, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["metrics"]["val/num_clips"]["after"] == 2
+
+
+@pytest.mark.parametrize("verb", ["fit", "tokenize", "generate", "convert"])
+def test_every_option_of_ours_has_a_sentence_of_help(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    options = re.split(r" (?=--[a-z])", text[text.index("options:") :])
+    own = [
+        o
+        for o in options
+        if not o.startswith(("--trainer", "--checkpoint", "--print", "--config", "--optimizer", "--lr"))
+    ]
+    bare = [
+        o.split()[0] for o in own if re.match(r"--[\w.]+(\.\w+)? [\[{A-Z][^ ]*( \.\.\.\])? \((required, )?type:", o)
+    ]
+    assert len(own) > 5 and not bare
