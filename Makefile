@@ -5,7 +5,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
-.PHONY: help demo test check parity golden format clean
+.PHONY: help demo test check parity bench golden format clean
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -31,6 +31,9 @@ check: .venv/ready  ## format, lint, types, quick tests
 parity: .venv/ready  ## redraw the table of differences to the reference
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_reference*.py tests/test_convert.py \
 		--parity-table benchmarks/records/reference_parity.md
+
+bench: .venv/ready  ## time and memory on this CPU, beside the slow twins (10 minutes)
+	$(OFFLINE) $(BIN)/python -m magnet_train bench --json benchmarks/records/cpu.json
 
 golden: .venv/ready  ## renew tests/golden; say in the commit why the numbers changed
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/test_golden.py

@@ -10,6 +10,7 @@ VERBS = {
     "tokenize": "turn a folder of audio and captions into code shards",
     "generate": "turn prompts into audio files",
     "convert": "audiocraft's models to releases of ours, and back; checkpoints to releases",
+    "bench": "measure attention, training and decoding, each beside its slow twin",
 }
 
 

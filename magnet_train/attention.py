@@ -3,9 +3,13 @@
 Shapes: b examples, h heads, t frames (queries), s text tokens, d width of a head, n blocks, q queries of a
 block, w keys that a block may see. `allowed` is bool, True = may be attended.
 
-A window of `context` frames on each side is computed in blocks of queries against the keys around them, so
-its cost grows with T and not with T². `dense_window` is the slow, obvious twin that the tests compare with.
+Why the window is fast: a dense mask computes T² scores to keep 2 * context + 1 of each row. Here queries lie in
+blocks of 32, and each block meets its own keys and `context` more on either side: 42 instead of 1500 at a context of
+5. So time and memory grow with T. Neighbours come by slicing, whose backward pass is a plain addition (`unfold` would
+scatter), and the mask of the blocks is made once for all layers. `twin.dense_attention` is the slow, obvious form.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -24,7 +28,36 @@ def dense_window(num_frames: int, context: int, valid: Tensor | None = None, dev
     return (allowed & valid[:, None, :] | torch.eye(num_frames, dtype=torch.bool, device=device))[:, None]
 
 
-def windowed_attention(q: Tensor, k: Tensor, v: Tensor, context: int, valid: Tensor | None = None) -> Tensor:
+def block_size(context: int) -> int:
+    """Queries in a block: at least as many as the context, so that a block's neighbours hold all it sees."""
+    return max(QUERIES_PER_BLOCK, context)
+
+
+def window_bias(q: Tensor, context: int, valid: Tensor | None = None) -> Tensor:
+    """What is added to the scores of each block's keys, 0 or -inf: `1 n q w`, or `(b h) n q w` with `valid`.
+
+    Args:
+        q: queries, `b h t d`; gives shape, precision and device.
+        context: frames visible on each side.
+        valid: `b t`, False = padding, seen by nobody but itself.
+    """
+    t, size = q.shape[2], block_size(context)
+    n = -(-t // size)
+    query = torch.arange(n * size, device=q.device).view(n, size, 1)
+    key = torch.arange(n, device=q.device).view(n, 1, 1) * size - context
+    key = key + torch.arange(size + 2 * context, device=q.device)
+    allowed = ((query - key).abs() <= context) & (key >= 0) & (key < t)
+    if valid is not None:
+        allowed = allowed & valid[:, key.clamp(0, t - 1).view(n, -1)][:, :, None]  # b n 1 w
+    # Queries behind the end, and padded ones, keep themselves: a row without keys would be NaN.
+    allowed = allowed | (query == key)
+    bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, -math.inf)
+    return bias[None] if valid is None else bias.repeat_interleave(q.shape[1], 0)
+
+
+def windowed_attention(
+    q: Tensor, k: Tensor, v: Tensor, context: int, valid: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """Attention of each frame to the frames at most `context` away (MAGNeT, Sec. 3.3): `b h t d` each.
 
     Args:
@@ -32,39 +65,31 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, context: int, valid: Ten
         k: keys.
         v: values.
         context: frames visible on each side; 0 = only itself.
-        valid: `b t`, False = padding, seen by nobody but itself.
+        valid: `b t`, False = padding, seen by nobody but itself; not read if `bias` is given.
+        bias: `window_bias` of such queries, where several layers share it.
     """
     b, h, t, d = q.shape
-    size = max(QUERIES_PER_BLOCK, context)
+    size = block_size(context)
     n = -(-t // size)
-    tail = n * size - t
-    width = size + 2 * context
 
-    def blocks_of_keys(x: Tensor) -> Tensor:  # b h t d -> (b n) h w d
-        x = F.pad(x, (0, 0, context, tail + context))
-        return x.unfold(2, width, size).permute(0, 2, 1, 4, 3).reshape(b * n, h, width, d)
+    def blocks(x: Tensor) -> Tensor:  # b h t d -> (b h) n q d
+        x = F.pad(x, (0, 0, 0, n * size - t)) if t % size else x
+        return x.unflatten(2, (n, size)).flatten(0, 1)
 
-    queries = F.pad(q, (0, 0, 0, tail)).view(b, h, n, size, d).transpose(1, 2).reshape(b * n, h, size, d)
-    allowed = _block_mask(b, n, size, context, t, valid, q.device)
-    out = F.scaled_dot_product_attention(queries, blocks_of_keys(k), blocks_of_keys(v), attn_mask=allowed)
-    return out.view(b, n, h, size, d).transpose(1, 2).reshape(b, h, n * size, d)[:, :, :t]
+    def with_neighbours(x: Tensor) -> Tensor:  # (b h) n q d -> (b h n) w d
+        if context > 0:
+            left = F.pad(x[:, :-1, -context:], (0, 0, 0, 0, 1, 0))
+            right = F.pad(x[:, 1:, :context], (0, 0, 0, 0, 0, 1))
+            x = torch.cat([left, x, right], 2)
+        return x.flatten(0, 1)
 
-
-def _block_mask(b: int, n: int, size: int, context: int, t: int, valid: Tensor | None, device) -> Tensor:
-    """Which of its keys each query of each block may attend: bool `(b n) 1 q w`."""
-    query = torch.arange(n * size, device=device).view(n, size, 1)
-    key = (torch.arange(n, device=device) * size - context).view(n, 1, 1) + torch.arange(
-        size + 2 * context, device=device
-    )
-    near = (query - key).abs() <= context
-    inside = (key >= 0) & (key < t)
-    if valid is None:
-        allowed = (near & inside).expand(b, n, size, -1)
-    else:
-        seen = valid[:, key.clamp(0, t - 1).view(n, -1)][:, :, None, :]  # b n 1 w
-        allowed = near & inside & seen
-    # Queries behind the end, and padded ones, keep themselves: a row without keys would be NaN.
-    return (allowed | (query == key)).reshape(b * n, 1, size, -1)
+    bias = window_bias(q, context, valid) if bias is None else bias
+    keys, values = with_neighbours(blocks(k)), with_neighbours(blocks(v))
+    # Plain products: so small, they beat torch's fused attention on a CPU (9 against 7 times the dense mask's speed).
+    bias = bias.expand(b * h, -1, -1, -1).flatten(0, 1)
+    scores = torch.baddbmm(bias, blocks(q).flatten(0, 1), keys.transpose(1, 2), alpha=d**-0.5)
+    out = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(values.dtype), values)
+    return out.view(b, h, n * size, d)[:, :, :t]
 
 
 def text_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:

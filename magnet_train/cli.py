@@ -36,6 +36,8 @@ def run(verb: str, args: list[str]) -> None:
             _run_generate(args)
         elif verb == "convert":
             _run_convert(args)
+        elif verb == "bench":
+            _run_bench(args)
     except OSError as error:
         remedies = {
             errno.ENOSPC: "the disk is full: free some space, then run the same command again",
@@ -323,7 +325,7 @@ def _summary_text(summary: dict[str, Any], run_folder: Path) -> str:
     return "\n".join(lines)
 
 
-# --- tokenize, convert, generate ----------------------------------------------------------------------------------
+# --- tokenize, convert, bench, generate -------------------------------------------------------------------------------
 
 
 def _parser(verb: str, description: str) -> Any:
@@ -367,6 +369,14 @@ def _run_convert(args: list[str]) -> None:
     config = parser.parse_args(args)
     values = {k: v for k, v in vars(config).items() if k not in ("source", "config")}
     print(convert(config.source, ConvertOptions(**values)))
+
+
+def _run_bench(args: list[str]) -> None:
+    from magnet_train.bench import BenchOptions, bench
+
+    parser = _parser("bench", "Measure time and memory of attention, training and decoding beside their slow twins.")
+    parser.add_class_arguments(BenchOptions, nested_key=None, as_group=False)
+    bench(BenchOptions(**{k: v for k, v in vars(parser.parse_args(args)).items() if k != "config"}))
 
 
 @dataclass(frozen=True)

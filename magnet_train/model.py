@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magnet_train.attention import text_attention, windowed_attention
+from magnet_train.attention import text_attention, window_bias, windowed_attention
 from magnet_train.errors import UserError
 
 
@@ -91,18 +91,13 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, context: int, valid: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: int, bias: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each b h t d
         if context >= 0:
-            y = windowed_attention(q, k, v, context, valid)
+            y = windowed_attention(q, k, v, context, bias=bias)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if valid is None else _to_valid(valid))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.out(y.transpose(1, 2).flatten(2))
-
-
-def _to_valid(valid: Tensor) -> Tensor:
-    """Keys that are no padding, for every query: `b t` -> `b 1 1 t`."""
-    return valid[:, None, None, :]
 
 
 class CrossAttention(nn.Module):
@@ -135,9 +130,9 @@ class Block(nn.Module):
         self.ffn_out = nn.Linear(config.ffn_ratio * config.dim, config.dim, bias=False)
 
     def forward(
-        self, x: Tensor, context: int, valid: Tensor | None, text: tuple[Tensor, Tensor, Tensor] | None
+        self, x: Tensor, context: int, bias: Tensor | None, text: tuple[Tensor, Tensor, Tensor] | None
     ) -> Tensor:
-        x = x + self.self_attention(self.self_norm(x), context, valid)
+        x = x + self.self_attention(self.self_norm(x), context, bias)
         if text is not None:
             x = x + self.cross_attention(self.cross_norm(x), *text)
         return x + self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x))))
@@ -220,9 +215,19 @@ class Magnet(nn.Module):
         x = F.embedding(codes + offset, self.embedding.flatten(0, 1)).sum(1)  # b t d
         x = (x.float() + sinusoidal_positions(codes.shape[2], self.config.dim, codes.device)).to(x.dtype)
         context = -1 if stage == 0 else self.config.context
+        bias = self._bias(x, context, valid)  # once for all layers
         for i, block in enumerate(self.blocks):
-            x = block(x, context, valid, None if text is None else (text.keys[i], text.values[i], text.allowed))
+            x = block(x, context, bias, None if text is None else (text.keys[i], text.values[i], text.allowed))
         return self.out_norm(x)
+
+    def _bias(self, x: Tensor, context: int, valid: Tensor | None) -> Tensor | None:
+        """What is added to the scores of attention between frames, 0 or -inf; None = nothing."""
+        heads = x.unflatten(2, (self.config.num_heads, -1)).transpose(1, 2)  # of the queries' shape
+        if context >= 0:
+            return window_bias(heads, context, valid)
+        if valid is None:
+            return None
+        return torch.zeros(valid.shape, dtype=x.dtype, device=x.device).masked_fill_(~valid, -math.inf)[:, None, None]
 
     def logits(self, features: Tensor, stage: int) -> Tensor:
         """`… d` -> `… c`: only the head of `stage` is computed, and only at the frames given."""

@@ -10,11 +10,13 @@ PACKAGE = Path(__file__).parents[1] / "magnet_train"
 FLOORS = [
     {"__main__"},
     {"cli"},
+    {"bench"},
     {"callbacks.averaging", "callbacks.checkpoint_io", "callbacks.generation"},
     {"module", "data.datamodule"},
     {"generator", "convert"},
     {"release"},
     {"data.shards", "data.pipeline", "metrics.text_audio"},
+    {"twin"},
     {"model", "decoding", "conditioning", "metrics.embedders", "metrics.fixed_masks", "data.audio"},
     {"codec"},
     {"attention", "masking", "loss", "schedule", "audio_files", "metrics.fad", "metrics.kl", "metrics.chroma",

@@ -1,0 +1,65 @@
+"""The slow, obvious twin of the network: what audiocraft computes, in the way it computes it.
+
+Every stage has a dense mask over all pairs of frames, every codebook's logits are computed at every frame, and decoding
+asks the text's keys and values anew in each pass, with the null condition as a second row that is attended like any
+other. Tests hold the fast forms to it, and `bench` measures them against it. Shapes as in model.py.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from magnet_train.attention import dense_window
+from magnet_train.model import Magnet, sinusoidal_positions
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, context: int, valid: Tensor | None = None) -> Tensor:
+    """`windowed_attention` as a mask over all pairs; context -1 = all frames."""
+    num_frames = q.shape[2]
+    if context < 0:
+        allowed = None if valid is None else valid[:, None, None, :]
+    else:
+        allowed = dense_window(num_frames, context, valid, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+
+def dense_logits(
+    model: Magnet, codes: Tensor, stage: int, states: Tensor, tokens: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """Logits of all codebooks at all frames: `b k t`, states `b s e` and tokens `b s` -> `b k t c`."""
+    config = model.config
+    x = sum((model.embedding[k][codes[:, k]] for k in range(config.num_codebooks)), torch.zeros(()))
+    x = x + sinusoidal_positions(codes.shape[2], config.dim, codes.device)
+    text = model.text_projection(states) * tokens[..., None]
+    some = tokens.any(1)
+    context = -1 if stage == 0 else config.context
+    for block in model.blocks:
+        attention = block.self_attention
+        q, k, v = attention.qkv(block.self_norm(x)).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        x = x + attention.out(dense_attention(q, k, v, context, valid).transpose(1, 2).flatten(2))
+        cross = block.cross_attention
+        q, (k, v) = cross.q(block.cross_norm(x)), cross.kv(text).chunk(2, dim=-1)
+        q, k, v = (part.unflatten(2, (cross.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        allowed = (tokens | ~some[:, None])[:, None, None, :].expand(-1, config.num_heads, x.shape[1], -1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed) * some[:, None, None, None]
+        x = x + cross.out(y.transpose(1, 2).flatten(2))
+        x = x + block.ffn_out(F.gelu(block.ffn_in(block.ffn_norm(x))))
+    x = model.out_norm(x)
+    return torch.stack([F.linear(x, model.head[k]) for k in range(config.num_codebooks)], dim=1)
+
+
+def dense_networks(
+    model: Magnet, states: Tensor, tokens: Tensor
+) -> tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int], Tensor]]:
+    """The conditional and the null pass of `decode`, each a forward pass of its own that begins with the text."""
+
+    def conditional(codes: Tensor, stage: int) -> Tensor:
+        return dense_logits(model, codes, stage, states, tokens)[:, stage]
+
+    def null(codes: Tensor, stage: int) -> Tensor:
+        return dense_logits(model, codes, stage, torch.zeros_like(states), torch.zeros_like(tokens))[:, stage]
+
+    return conditional, null

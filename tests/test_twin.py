@@ -1,0 +1,78 @@
+"""The fast forms compute what the slow, obvious twin computes: logits, gradients, and every decoded code."""
+
+import json
+
+import pytest
+import torch
+
+from magnet_train.__main__ import main
+from magnet_train.decoding import DecodingConfig, decode, item_noise
+from magnet_train.errors import UserError
+from magnet_train.loss import masked_cross_entropy
+from magnet_train.model import Magnet, MagnetConfig
+from magnet_train.twin import dense_logits, dense_networks
+
+SIZE, T = 64, 77
+
+
+@pytest.fixture
+def model() -> Magnet:
+    return Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=3, codebook_size=SIZE, text_dim=16, context=5))
+
+
+def text(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Captions of different lengths; the last has none."""
+    tokens = torch.arange(6)[None] < torch.tensor([6, 2, 0][:batch])[:, None]
+    return torch.randn(batch, 6, 16) * tokens[..., None], tokens
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("padded", [False, True])
+def test_logits_and_gradients(model, stage, padded):
+    codes, (states, tokens) = torch.randint(SIZE + 1, (3, 4, T)), text(3)
+    valid = torch.arange(T)[None] < torch.tensor([[T], [50], [13]]) if padded else torch.ones(3, T, dtype=torch.bool)
+    masked = (torch.rand(3, T) < 0.5) & valid
+    targets = torch.randint(SIZE, (3, T))
+    features = model.trunk(codes, stage, model.remember(states, tokens), valid if padded else None)
+    slow = dense_logits(model, codes, stage, states, tokens, valid if padded else None)[:, stage]
+    assert torch.allclose(model.logits(features, stage)[valid], slow[valid], atol=1e-5)
+    gradients = []
+    for logits in (model.logits(features[masked], stage), slow[masked]):
+        loss = masked_cross_entropy(logits, targets, masked).mean()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, materialize_grads=True))
+    for one, two in zip(*gradients, strict=True):
+        assert torch.allclose(one, two, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
+def test_decoded_codes(model, arrangement):
+    states, tokens = text(3)
+    config = DecodingConfig(decoding_steps=(4, 3, 2, 2), span_arrangement=arrangement)
+    noise = item_noise(0, ["a", "b", "c"], 11, T)
+    codes, fixed = torch.zeros(3, 4, T, dtype=torch.long), torch.zeros(3, T, dtype=torch.bool)
+    memory = model.remember(states, tokens)
+    fast = decode(lambda c, s: model(c, s, memory), lambda c, s: model(c, s, None), codes, fixed, SIZE, config, noise)
+    assert torch.equal(fast, decode(*dense_networks(model, states, tokens), codes, fixed, SIZE, config, noise))
+
+
+def test_bench_prints_a_table_and_writes_its_lines(tmp_path, capsys):
+    file = tmp_path / "records" / "cpu.json"
+    args = ["--num_frames", "64", "--repeats", "1", "--threads", "1", "--json", str(file)]
+    assert main(["bench", "--only", "[training]", *args]) == 0
+    lines = json.loads(file.read_text())
+    assert [line["name"] for line in lines] == ["training step, stage 0", "training step, stages 1 and up"]
+    for line in lines:
+        assert line["median_s"] > 0 and line["flop"] > 1e6 and line["ratio"] > 0 and line["peak_mb"] is not None
+        assert line["min_s"] <= line["median_s"] <= line["max_s"] and 0 < line["share_of_limit"] < 1.5
+    assert "training step, stage 0" in capsys.readouterr().out
+
+
+def test_mistakes_of_bench_are_named():
+    from magnet_train.bench import BenchOptions, bench
+
+    with pytest.raises(UserError, match="--only dancing: choose of attention"):
+        bench(BenchOptions(only=["dancing"]))
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no GPU here"):
+            bench(BenchOptions(device="cuda"))
