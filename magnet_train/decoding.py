@@ -225,11 +225,34 @@ def sample(probs: Tensor, top_p: float, top_k: int, noise: Tensor) -> Tensor:
     Inverting the cumulative sum would be simpler, but where it has a thousand steps a rounding in the seventh digit
     tips one draw in ten thousand, and an item would not get in a batch what it gets alone.
     """
+    if top_p > 0 and probs.device.type == "cpu":
+        return _race_in_nucleus(probs, top_p, noise)
     if top_p > 0:
         probs = top_p_filter(probs, top_p)
     elif top_k > 0:
         probs = top_k_filter(probs, top_k)
     return (probs / exponential(noise, probs.shape[-1])).argmax(-1)
+
+
+def _race_in_nucleus(probs: Tensor, top_p: float, noise: Tensor) -> Tensor:
+    """The winner among the entries that `top_p_filter` keeps, without sorting them all.
+
+    All entries race; whether a winner is kept shows in the mass of the likelier ones. If it is not, it and all that
+    are no likelier leave, and the rest race again with the same noise: the winner among the kept is the same, and one
+    draw in ten needs a second race. A sort takes five times as long on a CPU; on a GPU it costs less than waiting for
+    the answer would.
+    """
+    rows, exponentials = probs.flatten(0, -2), exponential(noise, probs.shape[-1]).flatten(0, -2)
+    winners = (rows / exponentials).argmax(-1)
+    unsure = torch.arange(len(rows))
+    candidates = rows
+    while len(unsure):
+        chance = candidates.gather(1, winners[unsure, None])
+        likelier = torch.where(candidates > chance, candidates, 0)
+        outside = likelier.sum(1) > top_p
+        unsure, candidates = unsure[outside], likelier[outside]
+        winners[unsure] = (candidates / exponentials[unsure]).argmax(-1)
+    return winners.unflatten(0, probs.shape[:-1])
 
 
 def exponential(noise: Tensor, size: int) -> Tensor:

@@ -172,3 +172,11 @@ def test_impossible_settings_are_named(change):
 def test_a_stage_without_steps_is_refused():
     with pytest.raises(UserError, match="3 numbers for 4 codebooks"):
         run(config=DecodingConfig(decoding_steps=(3, 2, 1)))
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 6.0])
+def test_the_race_in_the_nucleus_has_the_winner_of_the_sorted_one(top_p, sharpness):
+    probs, noise = (sharpness * torch.randn(3, 400, 200)).softmax(-1), torch.rand(3, 400)
+    sorted_first = (top_p_filter(probs, top_p) / exponential(noise, 200)).argmax(-1)
+    assert (sample(probs, top_p, 0, noise) != sorted_first).sum() <= 1  # the mass before an entry is rounded
