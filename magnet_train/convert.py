@@ -82,7 +82,7 @@ def convert(source: str, options: ConvertOptions) -> Path:
             raise UserError(f"{source}: is a model of audiocraft already")
         if options.push_to_hub is not None:
             raise UserError("--push_to_hub uploads releases; leave out --to audiocraft")
-        return to_audiocraft_folder(_with(Trained.open(source), options, or_t5=True), out)
+        return to_audiocraft_folder(_with(Trained.open(source), options, for_audiocraft=True), out)
     if folder is not None:
         trained = from_audiocraft(folder, source, options)
     else:
@@ -124,7 +124,7 @@ def _check_repo_id(repo_id: str) -> None:
         raise UserError(f"--push_to_hub {repo_id}: {one_line(error)}; give USER/NAME") from error
 
 
-def _with(trained: Trained, options: ConvertOptions, or_t5: bool = False) -> Trained:
+def _with(trained: Trained, options: ConvertOptions, for_audiocraft: bool = False) -> Trained:
     """The settings of a model of ours with what the options replace, which must fit it."""
     if options.codec is not None:
         facts = _first_codebooks(options.codec, trained.network, f"--codec {options.codec}")
@@ -136,7 +136,7 @@ def _with(trained: Trained, options: ConvertOptions, or_t5: bool = False) -> Tra
     if options.text_encoder is not None:
         _check_text_width(options.text_encoder, trained.network.text_dim, trained.file)
         trained = replace(trained, text_encoder=absolute_path(options.text_encoder))
-    if not or_t5 and Path(trained.text_encoder).is_absolute():
+    if not for_audiocraft and Path(trained.text_encoder).is_absolute():
         warnings.warn(
             f"the text encoder lies in {trained.text_encoder}, which is named in the release but no part of it; "
             "name it by its hub id with --text_encoder before you pass the release on",
@@ -148,7 +148,7 @@ def _with(trained: Trained, options: ConvertOptions, or_t5: bool = False) -> Tra
             f"--licence {options.licence}: the weights come from {trained.about.get('source', trained.file)} under "
             f"{licence}, which holds for what is derived from them"
         )
-    return replace(trained, about=trained.about | ({"licence": options.licence or licence}))
+    return replace(trained, about=trained.about | {"licence": options.licence or licence})
 
 
 # --- names --------------------------------------------------------------------------------------------------------

@@ -308,9 +308,9 @@ def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any
         bar.update(sum(len(s) for i, s in enumerate(shards) if i not in set(todo)))
         for done in _run(jobs, options.processes):
             bar.update(done)
-        for i in todo:  # those in the hands of another process, which may not live to finish them
-            if not _is_done(out, options, i):
-                bar.update(_write_shard(jobs[todo.index(i)], wait=True))
+        for job in jobs:  # those in the hands of another process, which may not live to finish them
+            if not _is_done(out, options, job[0]):
+                bar.update(_write_shard(job, wait=True))
     reports = [_read_json(_report_path(out, options, i)) for i in range(len(shards))]
     index = _index(plan, [r for r in reports if r is not None], skipped)
     _write_json(out / "index.json", index)
