@@ -5,17 +5,20 @@ block, w keys that a block may see. `allowed` is bool, True = may be attended.
 
 Why the window is fast: a dense mask computes T² scores to keep 2 * context + 1 of each row. Here queries lie in
 blocks of 32, and each block meets its own keys and `context` more on either side: 42 instead of 1500 at a context of
-5. So time and memory grow with T. Neighbours come by slicing, whose backward pass is a plain addition (`unfold` would
-scatter), and the mask of the blocks is made once for all layers. `twin.dense_attention` is the slow, obvious form.
+5. So time and memory grow with T. Neighbours come by slicing, whose gradient is a plain addition (that of `unfold`
+would scatter), the mask of the blocks is made once for all layers, and only queries, keys and values are kept for the
+backward pass. `twin.dense_attention` is the slow, obvious form.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 QUERIES_PER_BLOCK = 32
+FRAMES_PER_PIECE = 6000  # of all heads together: 1.5 MB of queries at 64 channels, about a core's cache
 
 
 def dense_window(num_frames: int, context: int, valid: Tensor | None = None, device=None) -> Tensor:
@@ -34,7 +37,7 @@ def block_size(context: int) -> int:
 
 
 def window_bias(q: Tensor, context: int, valid: Tensor | None = None) -> Tensor:
-    """What is added to the scores of each block's keys, 0 or -inf: `1 n q w`, or `(b h) n q w` with `valid`.
+    """What is added to the scores of each block's keys, 0 or -inf: `1 n q w`, or `b n q w` with `valid`.
 
     Args:
         q: queries, `b h t d`; gives shape, precision and device.
@@ -46,13 +49,12 @@ def window_bias(q: Tensor, context: int, valid: Tensor | None = None) -> Tensor:
     query = torch.arange(n * size, device=q.device).view(n, size, 1)
     key = torch.arange(n, device=q.device).view(n, 1, 1) * size - context
     key = key + torch.arange(size + 2 * context, device=q.device)
-    allowed = ((query - key).abs() <= context) & (key >= 0) & (key < t)
+    allowed = (((query - key).abs() <= context) & (key >= 0) & (key < t))[None]
     if valid is not None:
         allowed = allowed & valid[:, key.clamp(0, t - 1).view(n, -1)][:, :, None]  # b n 1 w
     # Queries behind the end, and padded ones, keep themselves: a row without keys would be NaN.
     allowed = allowed | (query == key)
-    bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, -math.inf)
-    return bias[None] if valid is None else bias.repeat_interleave(q.shape[1], 0)
+    return torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, -math.inf)
 
 
 def windowed_attention(
@@ -68,28 +70,105 @@ def windowed_attention(
         valid: `b t`, False = padding, seen by nobody but itself; not read if `bias` is given.
         bias: `window_bias` of such queries, where several layers share it.
     """
-    b, h, t, d = q.shape
-    size = block_size(context)
-    n = -(-t // size)
-
-    def blocks(x: Tensor) -> Tensor:  # b h t d -> (b h) n q d
-        x = F.pad(x, (0, 0, 0, n * size - t)) if t % size else x
-        return x.unflatten(2, (n, size)).flatten(0, 1)
-
-    def with_neighbours(x: Tensor) -> Tensor:  # (b h) n q d -> (b h n) w d
-        if context > 0:
-            left = F.pad(x[:, :-1, -context:], (0, 0, 0, 0, 1, 0))
-            right = F.pad(x[:, 1:, :context], (0, 0, 0, 0, 0, 1))
-            x = torch.cat([left, x, right], 2)
-        return x.flatten(0, 1)
-
     bias = window_bias(q, context, valid) if bias is None else bias
-    keys, values = with_neighbours(blocks(k)), with_neighbours(blocks(v))
-    # Plain products: so small, they beat torch's fused attention on a CPU (9 against 7 times the dense mask's speed).
-    bias = bias.expand(b * h, -1, -1, -1).flatten(0, 1)
-    scores = torch.baddbmm(bias, blocks(q).flatten(0, 1), keys.transpose(1, 2), alpha=d**-0.5)
-    out = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(values.dtype), values)
-    return out.view(b, h, n * size, d)[:, :, :t]
+    if torch.compiler.is_compiling():  # what to keep and what to compute again is the compiler's to decide
+        return _Blocks(q, k, v, bias).output()
+    return _InPieces.apply(q, k, v, bias)  # type: ignore[no-any-return]
+
+
+class _Blocks:
+    """Queries, keys and values in blocks, and what attention makes of them; m = b h n, the blocks of all heads."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor):
+        self.shape, (self.n, self.size, width) = q.shape, bias.shape[1:]
+        self.context = (width - self.size) // 2
+        self.queries = self._blocks(q).flatten(0, 2)  # m q d
+        self.keys, self.values = self._with_neighbours(k), self._with_neighbours(v)  # m w d
+        bias = bias[:, None].expand(*q.shape[:2], -1, -1, -1).flatten(0, 2)
+        # Plain products: so small, they beat torch's fused attention on a CPU (9 against 7 times a dense mask's speed).
+        scores = torch.baddbmm(bias, self.queries, self.keys.transpose(1, 2), alpha=q.shape[3] ** -0.5)
+        self.weights = scores.softmax(-1, dtype=torch.float32)
+
+    def output(self) -> Tensor:
+        return self._frames(torch.bmm(self.weights.to(self.values.dtype), self.values))
+
+    def gradients(self, of_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of queries, keys and values, `b h t d` each."""
+        gradient = self._blocks(of_output).flatten(0, 2)
+        of_values = torch.bmm(self.weights.to(gradient.dtype).transpose(1, 2), gradient)
+        of_weights = torch.bmm(gradient, self.values.transpose(1, 2))
+        # Through the softmax, as torch's own backward pass does it.
+        of_scores = torch._softmax_backward_data(of_weights.float(), self.weights, -1, torch.float32)
+        of_scores = of_scores.mul_(self.shape[3] ** -0.5).to(gradient.dtype)
+        of_queries, of_keys = torch.bmm(of_scores, self.keys), torch.bmm(of_scores.transpose(1, 2), self.queries)
+        return self._frames(of_queries), self._sum_of_neighbours(of_keys), self._sum_of_neighbours(of_values)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """`b h t d` -> `b h n q d`, with zeros behind the end."""
+        missing = self.n * self.size - x.shape[2]
+        return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (self.n, self.size))
+
+    def _frames(self, x: Tensor) -> Tensor:
+        """`m q d`, or the same in other dimensions, -> `b h t d`."""
+        return x.reshape(*self.shape[:2], self.n * self.size, -1)[:, :, : self.shape[2]]
+
+    def _with_neighbours(self, x: Tensor) -> Tensor:
+        """`b h t d` -> `m w d`: each block between the end of the one before and the beginning of the one after."""
+        x, context = self._blocks(x), self.context
+        if context > 0:
+            left = F.pad(x[:, :, :-1, -context:], (0, 0, 0, 0, 1, 0))
+            right = F.pad(x[:, :, 1:, :context], (0, 0, 0, 0, 0, 1))
+            x = torch.cat([left, x, right], 3)
+        return x.flatten(0, 2)
+
+    def _sum_of_neighbours(self, x: Tensor) -> Tensor:
+        """The adjoint of `_with_neighbours`: what a frame's copies in three blocks got is added up."""
+        x, context = x.view(*self.shape[:2], self.n, -1, self.shape[3]), self.context
+        own = x[:, :, :, context : context + self.size]
+        if context > 0:
+            own[:, :, :-1, -context:] += x[:, :, 1:, :context]
+            own[:, :, 1:, :context] += x[:, :, :-1, context + self.size :]
+        return self._frames(own)
+
+
+class _InPieces(torch.autograd.Function):
+    """A few heads at a time, so that a piece stays in the cache from its scores to its output, however many frames.
+
+    Nothing is kept but queries, keys and values: scores and copies of neighbours are made again for the gradients,
+    which costs no more than fetching them from memory would.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias)
+        out = torch.empty_like(q)
+        for piece in _pieces(q):
+            out[piece] = _Blocks(q[piece], k[piece], v[piece], _of_piece(bias, piece)).output()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *of_output: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias = ctx.saved_tensors
+        gradients = tuple(torch.empty_like(x) for x in (q, k, v))
+        for piece in _pieces(q):
+            blocks = _Blocks(q[piece], k[piece], v[piece], _of_piece(bias, piece))
+            for whole, part in zip(gradients, blocks.gradients(of_output[0][piece]), strict=True):
+                whole[piece] = part
+        return *gradients, None
+
+
+def _pieces(q: Tensor) -> list[tuple[slice, slice]]:
+    """Which examples and heads are computed together; on a GPU all."""
+    b, h, t, _ = q.shape
+    if q.device.type != "cpu":
+        return [(slice(None), slice(None))]
+    heads = min(h, max(1, FRAMES_PER_PIECE // t))
+    examples = max(1, FRAMES_PER_PIECE // (heads * t))
+    return [(slice(i, i + examples), slice(j, j + heads)) for i in range(0, b, examples) for j in range(0, h, heads)]
+
+
+def _of_piece(bias: Tensor, piece: tuple[slice, slice]) -> Tensor:
+    return bias if len(bias) == 1 else bias[piece[0]]
 
 
 def text_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:

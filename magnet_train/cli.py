@@ -372,7 +372,8 @@ def _run_convert(args: list[str]) -> None:
 
 
 def _run_bench(args: list[str]) -> None:
-    from magnet_train.bench import BenchOptions, bench
+    from magnet_train.bench import bench
+    from magnet_train.measure import BenchOptions
 
     parser = _parser("bench", "Measure time and memory of attention, training and decoding beside their slow twins.")
     parser.add_class_arguments(BenchOptions, nested_key=None, as_group=False)

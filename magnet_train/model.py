@@ -11,11 +11,14 @@ Shapes: b examples, k codebooks, t frames, c entries of a codebook, d width, s t
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from magnet_train.attention import text_attention, window_bias, windowed_attention
 from magnet_train.errors import UserError
@@ -84,6 +87,17 @@ def sinusoidal_positions(num_frames: int, dim: int, device=None) -> Tensor:
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """`function(*inputs)`, of which only the inputs are kept: the backward pass makes the rest anew.
+
+    Used around what is cheap to make and large to keep: norms and GELU. A linear
+    layer at the end of `function` is not computed twice: the second run stops when it has that layer's input.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler decides for itself
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -91,8 +105,9 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, context: int, bias: Tensor | None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each b h t d
+    def forward(self, x: Tensor, norm: nn.LayerNorm, context: int, bias: Tensor | None) -> Tensor:
+        qkv = recomputed(lambda x: self.qkv(norm(x)), x)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each b h t d
         if context >= 0:
             y = windowed_attention(q, k, v, context, bias=bias)
         else:
@@ -113,8 +128,8 @@ class CrossAttention(nn.Module):
         k, v = self.kv(text).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return k, v
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-        q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+    def forward(self, x: Tensor, norm: nn.LayerNorm, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+        q = recomputed(lambda x: self.q(norm(x)), x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         return self.out(text_attention(q, k, v, allowed).transpose(1, 2).flatten(2))
 
 
@@ -132,10 +147,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, context: int, bias: Tensor | None, text: tuple[Tensor, Tensor, Tensor] | None
     ) -> Tensor:
-        x = x + self.self_attention(self.self_norm(x), context, bias)
+        x = x + self.self_attention(x, self.self_norm, context, bias)
         if text is not None:
-            x = x + self.cross_attention(self.cross_norm(x), *text)
-        return x + self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x))))
+            x = x + self.cross_attention(x, self.cross_norm, *text)
+        hidden = recomputed(lambda x: self.ffn_in(self.ffn_norm(x)), x)
+        return x + recomputed(lambda hidden: self.ffn_out(F.gelu(hidden)), hidden)
 
 
 class Magnet(nn.Module):

@@ -245,7 +245,9 @@ class MagnetModule(L.LightningModule):
         settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
         settings["weight_decay"] = config.weight_decay
         if config.name == "adamw":
-            optimizer = torch.optim.AdamW(self.network.parameters(), **settings)
+            # One kernel for all tensors; Lightning's fp16 scaler cannot clip gradients before it.
+            fused = self.trainer.precision != "16-mixed"
+            optimizer = torch.optim.AdamW(self.network.parameters(), fused=fused, **settings)
         else:
             optimizer = _dadaptation().DAdaptAdam(self.network.parameters(), decouple=True, **settings)
         total = self.trainer.estimated_stepping_batches

@@ -1,8 +1,9 @@
 """The slow, obvious twin of the network: what audiocraft computes, in the way it computes it.
 
-Every stage has a dense mask over all pairs of frames, every codebook's logits are computed at every frame, and decoding
-asks the text's keys and values anew in each pass, with the null condition as a second row that is attended like any
-other. Tests hold the fast forms to it, and `bench` measures them against it. Shapes as in model.py.
+Stages from 1 on have a dense mask over all pairs of frames, of every head, repeated over the batch in every layer;
+every codebook's logits are computed at every frame; and decoding asks the text's keys and values anew in each pass,
+with the null condition as a second row that is attended like any other. Tests hold the fast forms to it, and `bench`
+measures them against it. Shapes as in model.py.
 """
 
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from magnet_train.model import Magnet, sinusoidal_positions
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, context: int, valid: Tensor | None = None) -> Tensor:
     """`windowed_attention` as a mask over all pairs; context -1 = all frames."""
-    num_frames = q.shape[2]
     if context < 0:
         allowed = None if valid is None else valid[:, None, None, :]
-    else:
-        allowed = dense_window(num_frames, context, valid, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    b, h, t, _ = q.shape
+    allowed = dense_window(t, context, valid, q.device).expand(b, h, t, t)
+    # audiocraft `transformer.py` repeats a mask of floats in each layer, and autograd keeps it.
+    bias = torch.zeros(b, h, t, t, dtype=q.dtype, device=q.device).masked_fill_(~allowed, -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def dense_logits(

@@ -69,7 +69,8 @@ def test_bench_prints_a_table_and_writes_its_lines(tmp_path, capsys):
 
 
 def test_mistakes_of_bench_are_named():
-    from magnet_train.bench import BenchOptions, bench
+    from magnet_train.bench import bench
+    from magnet_train.measure import BenchOptions
 
     with pytest.raises(UserError, match="--only dancing: choose of attention"):
         bench(BenchOptions(only=["dancing"]))
