@@ -31,6 +31,7 @@ from magnet_train.measure import (
     timed,
 )  # fmt: skip
 from magnet_train.model import Magnet, MagnetConfig
+from magnet_train.reuse import ReusingPass
 from magnet_train.twin import dense_logits, dense_networks
 
 
@@ -135,33 +136,43 @@ def decoding(options: BenchOptions, limit: float) -> Iterator[Measured]:
         text = model.remember(states, tokens)
         run(lambda c, s: model(c, s, text), lambda c, s: model(c, s, None), config)
 
+    def reusing(config: DecodingConfig = config) -> None:
+        run(ReusingPass(model, model.remember(states, tokens)), ReusingPass(model, None), config)
+
     def twin(config: DecodingConfig = config) -> None:
         run(*dense_networks(model, states, tokens), config)
 
     # A decoding takes half a minute and more, so none is run for nothing, and memory is that of a few steps.
-    whole: dict[Any, list[float]] = {ours: [], twin: []}
-    windowed: dict[Any, list[float]] = {ours: [], twin: []}
+    calls = (ours, twin, reusing)
+    whole: dict[Any, list[float]] = {call: [] for call in calls}
+    windowed: dict[Any, list[float]] = {call: [] for call in calls}
     for _ in range(max(1, min(options.repeats, 2))):
-        for call in (ours, twin):
+        for call in calls:
             start = time.perf_counter()
             call()
             whole[call].append(ends[-1] - start)
             windowed[call].append(ends[-1] - ends[config.decoding_steps[0] - 1])
-    same = (results[0] == results[1]).float().mean().item()
+    same = {c: (results[0] == r).float().mean().item() for c, r in zip(calls, results, strict=False)}
     short = DecodingConfig(decoding_steps=(1,))
     peaks = {call: peak_mb(partial(call, short), options.device) for call in (ours, twin)}
     text, flop = model.remember(states, tokens), 0.0
     for stage, steps in enumerate(config.decoding_steps):
         both = lambda stage=stage: (model(codes, stage, text), model(codes, stage, None))  # noqa: E731
         flop += steps * count_flop(both)
-    settings = {"num_frames": num_frames, "steps": list(config.decoding_steps), "same_codes": same}
+    settings = {"num_frames": num_frames, "steps": list(config.decoding_steps)}
     for name, spent in (("all stages", whole), ("stages 1 to 3", windowed)):
         own, dense, is_whole = spent[ours], spent[twin], spent is whole
         yield Measured(
-            f"decoding, {name}", settings, median(own), min(own), max(own), peaks[ours] if is_whole else None,
-            flop if is_whole else None, flop / median(own) / limit if is_whole else None, median(dense),
+            f"decoding, {name}", settings | {"same_codes": same[twin]}, median(own), min(own), max(own),
+            peaks[ours] if is_whole else None, flop if is_whole else None,
+            flop / median(own) / limit if is_whole else None, median(dense),
             peaks[twin] if is_whole else None, median(dense) / median(own),
         )  # fmt: skip
+    own, exact = whole[reusing], whole[ours]
+    yield Measured(
+        "decoding, reuse beside exact", settings | {"same_codes": same[reusing]}, median(own), min(own), max(own),
+        twin_median_s=median(exact), ratio=median(exact) / median(own),
+    )  # fmt: skip
 
 
 PARTS: dict[str, Callable[[BenchOptions, float], Iterator[Measured]]] = {

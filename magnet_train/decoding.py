@@ -49,6 +49,8 @@ class DecodingConfig:
     """Whether spans lie on a fixed grid, or may begin at every frame (always scored by prod)."""
     span_scoring: Literal["max", "prod"] = "max"
     """Whether a span is as certain as its most likely code, or as the product over its codes."""
+    reuse: bool = False
+    """Whether a step computes only the frames that it predicts and those just decided: faster, not exact (reuse.py)."""
     reference_compat: bool = False
     """Whether audiocraft's faults are reproduced too, for comparisons: see reference_compat.py."""
 
@@ -282,7 +284,7 @@ def _remask(certainty: Tensor, masked: Tensor, fixed: Tensor, share: Tensor, con
 
 def _count(share: Tensor, units: Tensor) -> Tensor:
     """How many of `units` (`b`) to mask: the share rounded down, but at least one."""
-    return (share.to(units.device) * units).floor().clamp(min=1)
+    return (float(share) * units).floor().clamp(min=1)  # a share on the CPU: no wait for the device
 
 
 def _remask_grid(certainty: Tensor, masked: Tensor, fixed: Tensor, share: Tensor, config: DecodingConfig) -> Tensor:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from magnet_train.codec import Codec, load_codec
 from magnet_train.conditioning import TextEncoder, load_text_encoder
-from magnet_train.decoding import DecodingConfig, Step, decode, item_noise
+from magnet_train.decoding import DecodingConfig, Network, Step, decode, item_noise
 from magnet_train.errors import UserError
-from magnet_train.model import Magnet
+from magnet_train.model import Magnet, TextMemory
 from magnet_train.release import Trained, check_stamp, write_release
+from magnet_train.reuse import ReusingPass
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Generator:
         crop_s: float,
         about: dict[str, Any] | None = None,
         guidance_dropout: float = 0.3,
+        compiled: bool = False,
     ):
         """Puts the parts together.
 
@@ -57,6 +59,8 @@ class Generator:
             crop_s: length of the crops it was trained on, in seconds; the default duration.
             about: provenance, written beside what is generated.
             guidance_dropout: share of examples that it was trained on without their caption, for a release.
+            compiled: whether passes are compiled, on a GPU into graphs that are replayed; the first generation of a
+                length and batch size then takes minutes.
 
         Raises:
             UserError: if codec or text encoder do not fit the network.
@@ -74,6 +78,8 @@ class Generator:
             )
         self.network, self.codec, self.text_encoder = network, codec, text_encoder
         self.decoding, self.crop_s, self.about, self.guidance_dropout = decoding, crop_s, about or {}, guidance_dropout
+        # One graph for a whole pass: replayed, it leaves nothing to Python between the kernels.
+        self._pass = torch.compile(network.forward, mode="reduce-overhead", fullgraph=True) if compiled else network
 
     @property
     def device(self) -> torch.device:
@@ -129,26 +135,34 @@ class Generator:
 
         steps = config.steps_of(facts.num_codebooks)
         noise = item_noise(seed, items if items is not None else prompts, sum(steps), num_frames).to(self.device)
+        text = None
         if any(p.strip() for p in prompts):
             # Keys and values of the text once per generation, not once per pass.
-            text = self.network.remember(*(x.to(self.device) for x in self.text_encoder(list(prompts))))
+            states, tokens = (x.to(self.device) for x in self.text_encoder(list(prompts)))
+            text = self.network.remember(states.to(self.network.head.dtype), tokens)
             if config.reference_compat:  # there, a caption's padding takes its share of the attention
                 text = replace(text, allowed=text.allowed.any(1)[:, None].expand_as(text.allowed))
-            unconditional = self._without_text
-        else:
-            text, unconditional = None, None
-
-        def with_text(codes: Tensor, stage: int) -> Tensor:
-            return self.network(codes, stage, text)
-
-        codes = decode(with_text, unconditional, codes, fixed, facts.codebook_size, config, noise, record)
+        conditional, null = self._passes(text, config.reuse)
+        codes = decode(
+            conditional, null if text is not None else None, codes, fixed, facts.codebook_size, config, noise, record
+        )
         # One by one: the codec's rounding may depend on the batch, and a listener's file should not.
         wav = torch.cat([self.codec.decode(row[None]) for row in codes])
         return Generated(codes, wav, facts.sample_rate, order)
 
-    def _without_text(self, codes: Tensor, stage: int) -> Tensor:
-        """The null condition, whose cross-attention is exactly zero and therefore not computed."""
-        return self.network(codes, stage, None)
+    def _passes(self, text: TextMemory | None, reuse: bool) -> tuple[Network, Network]:
+        """The pass with text and that of the null condition, whose cross-attention is exactly zero and not computed."""
+        if reuse:
+            return ReusingPass(self.network, text), ReusingPass(self.network, None)
+
+        def with_text(codes: Tensor, stage: int) -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()  # what an earlier step's graph returned may be overwritten
+            return self._pass(codes, stage, text)
+
+        def without_text(codes: Tensor, stage: int) -> Tensor:
+            return self._pass(codes, stage, None)
+
+        return with_text, without_text
 
     def save(self, out: str | Path, card: str | None = None) -> None:
         """Write a release: `config.json`, `model.safetensors`, `README.md`, and the codec if it lies in a folder.
@@ -168,12 +182,19 @@ class Generator:
         write_release(Path(out), trained, {k: lambda v=v: v.cpu() for k, v in weights.items()}, card)
 
 
-def load(path: str | Path = "demo", device: str | torch.device = "cpu") -> Generator:
+def load(
+    path: str | Path = "demo",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+) -> Generator:
     """A model from a release folder, a hub id, a Lightning checkpoint, or a run folder (its newest checkpoint).
 
     Args:
         path: "demo" for the shipped model.
         device: where it shall run.
+        dtype: of the network's weights; in bfloat16 other codes come out than in float32.
+        compiled: see `Generator`.
 
     Raises:
         UserError: if nothing usable is there; the message names the file.
@@ -182,9 +203,16 @@ def load(path: str | Path = "demo", device: str | torch.device = "cpu") -> Gener
     network, codec = trained.build(), load_codec(trained.codec["id"])
     check_stamp(trained.codec, codec.facts, trained.file.parent)
     text_encoder = load_text_encoder(trained.text_encoder)
-    network.to(device).eval()
+    network.to(device, dtype).eval()
     codec.to(device)
     text_encoder.to(device)
     return Generator(
-        network, codec, text_encoder, trained.decoding, trained.crop_s, trained.about, trained.guidance_dropout
+        network,
+        codec,
+        text_encoder,
+        trained.decoding,
+        trained.crop_s,
+        trained.about,
+        trained.guidance_dropout,
+        compiled,
     )

@@ -169,6 +169,14 @@ class Magnet(nn.Module):
         self.head = nn.Parameter(torch.empty(config.num_codebooks, config.codebook_size, config.dim))
         self.reset_parameters()
 
+    def compile_blocks(self, **options: Any) -> None:
+        """Let torch.compile fuse what lies between the matrix products, block by block: all blocks share one code.
+
+        `options` go to `torch.compile`. Names of weights and copies of the network stay as they are.
+        """
+        for block in self.blocks:
+            block.compile(**options)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The reference's initialisation (audiocraft `lm.py` `init_layer`, "gaussian" with "current" depth scaling).
@@ -226,15 +234,19 @@ class Magnet(nn.Module):
             text: from `remember`; None = no example has text, and no time is spent on it.
             valid: `b t`, False = padding; None = no padding.
         """
-        k, size = self.config.num_codebooks, self.config.codebook_size + 1
-        offset = torch.arange(k, device=codes.device)[:, None] * size
-        x = F.embedding(codes + offset, self.embedding.flatten(0, 1)).sum(1)  # b t d
-        x = (x.float() + sinusoidal_positions(codes.shape[2], self.config.dim, codes.device)).to(x.dtype)
+        x = self.embedded(codes)
         context = -1 if stage == 0 else self.config.context
         bias = self._bias(x, context, valid)  # once for all layers
         for i, block in enumerate(self.blocks):
             x = block(x, context, bias, None if text is None else (text.keys[i], text.values[i], text.allowed))
         return self.out_norm(x)
+
+    def embedded(self, codes: Tensor) -> Tensor:
+        """What the first block gets: the codes of a frame embedded and summed, and its position. `b k t` -> `b t d`."""
+        k, size = self.config.num_codebooks, self.config.codebook_size + 1
+        offset = torch.arange(k, device=codes.device)[:, None] * size
+        x = F.embedding(codes + offset, self.embedding.flatten(0, 1)).sum(1)
+        return (x.float() + sinusoidal_positions(codes.shape[2], self.config.dim, codes.device)).to(x.dtype)
 
     def _bias(self, x: Tensor, context: int, valid: Tensor | None) -> Tensor | None:
         """What is added to the scores of attention between frames, 0 or -inf; None = nothing."""

@@ -78,6 +78,7 @@ class MagnetModule(L.LightningModule):
         guidance_dropout: float = 0.3,
         start_from_codec: bool = False,
         init_from: str | None = None,
+        compiled: bool = False,
         seed: int = 2036,
     ):
         """What is trained and how.
@@ -94,6 +95,8 @@ class MagnetModule(L.LightningModule):
                 help where training is short.
             init_from: Release folder, hub id, checkpoint or run folder whose weights are trained on; what it says of
                 network, codec, text encoder, lengths and decoding holds too unless it is given here.
+            compiled: Whether the transformer's blocks are compiled, which takes a minute or more at the first steps;
+                for GPUs.
             seed: Seed of weights, masks and dropouts.
         """
         super().__init__()
@@ -137,6 +140,8 @@ class MagnetModule(L.LightningModule):
             self.network.load_state_dict(weights)
         elif start_from_codec:
             self.network.start_from_codebooks(load_codec(codec).codebooks, step_generator(seed))
+        if compiled:
+            self.network.compile_blocks()
         self.fixed_masks = FixedMaskMetrics(network.num_codebooks)
         # In a tuple, so that the frozen encoder enters neither checkpoints nor the optimizer.
         self._frozen: tuple[TextEncoder, ...] = ()

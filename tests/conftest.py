@@ -44,3 +44,22 @@ def pytest_terminal_summary(terminalreporter, config):
         with open(path, "w") as file:
             made = f"Written by `make parity`: CPU, float32, torch {torch.__version__}."
             file.write(f"# Parity with audiocraft 896ec7c\n\n{made}\n\n{table}\n")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A random network between the real codec and the real text encoder, as a Generator."""
+    from magnet_train.codec import load_codec
+    from magnet_train.conditioning import load_text_encoder
+    from magnet_train.decoding import DecodingConfig
+    from magnet_train.generator import Generator
+    from magnet_train.model import Magnet, MagnetConfig
+
+    torch.manual_seed(0)
+    codec, text = load_codec("demo"), load_text_encoder("demo")
+    facts = codec.facts
+    config = MagnetConfig(
+        dim=32, num_heads=2, num_layers=2, num_codebooks=facts.num_codebooks, codebook_size=facts.codebook_size,
+        text_dim=text.dim,
+    )  # fmt: skip
+    return Generator(Magnet(config).eval(), codec, text, DecodingConfig(decoding_steps=(3, 2, 2, 2)), crop_s=1.0)

@@ -8,28 +8,12 @@ import pytest
 import torch
 
 from magnet_train.audio_files import normalize_loudness, recognisable_name, write_audio
-from magnet_train.codec import load_codec
-from magnet_train.conditioning import load_text_encoder
-from magnet_train.decoding import DecodingConfig
 from magnet_train.errors import UserError
 from magnet_train.generator import Generator, load
 from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.release import read_checkpoint
 
 PROMPTS = ["a slow chorale for string quartet in G minor", "banjo", ""]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Generator:
-    """A random network between the real codec and the real text encoder."""
-    torch.manual_seed(0)
-    codec, text = load_codec("demo"), load_text_encoder("demo")
-    facts = codec.facts
-    config = MagnetConfig(
-        dim=32, num_heads=2, num_layers=2, num_codebooks=facts.num_codebooks, codebook_size=facts.codebook_size,
-        text_dim=text.dim,
-    )  # fmt: skip
-    return Generator(Magnet(config).eval(), codec, text, DecodingConfig(decoding_steps=(3, 2, 2, 2)), crop_s=1.0)
 
 
 def test_each_prompt_gets_what_it_gets_alone(tiny):

@@ -16,7 +16,7 @@ FLOORS = [
     {"generator", "convert"},
     {"release"},
     {"data.shards", "data.pipeline", "metrics.text_audio"},
-    {"twin", "measure"},
+    {"twin", "measure", "reuse"},
     {"model", "decoding", "conditioning", "metrics.embedders", "metrics.fixed_masks", "data.audio"},
     {"codec"},
     {"attention", "masking", "loss", "schedule", "audio_files", "metrics.fad", "metrics.kl", "metrics.chroma",

@@ -1,0 +1,94 @@
+"""What a GPU gets, run on a CPU: compiled blocks and passes, bfloat16, a decoding that never waits for the device."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+
+from magnet_train.decoding import DecodingConfig, decode
+from magnet_train.generator import Generator
+from magnet_train.model import Magnet, MagnetConfig
+from magnet_train.module import MagnetModule
+
+T, SIZE = 45, 64
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def network() -> Magnet:
+    torch.manual_seed(0)
+    return Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=2, codebook_size=SIZE, text_dim=16))
+
+
+def outputs(model: Magnet, stage: int, valid: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Logits, and the gradient of every parameter."""
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(SIZE + 1, (2, 4, T), generator=generator)
+    tokens = torch.tensor([[True] * 6, [False] * 6])
+    text = model.remember(torch.randn(2, 6, 16, generator=generator), tokens)
+    logits = model.logits(model.trunk(codes, stage, text, valid), stage)
+    return logits, *torch.autograd.grad(logits.square().mean(), list(model.parameters()), materialize_grads=True)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("padded", [False, True])
+def test_compiled_blocks_give_the_same_logits_and_gradients(stage, padded):
+    valid = torch.arange(T)[None] < torch.tensor([[T], [20]]) if padded else None
+    model = network()
+    twin = copy.deepcopy(model)
+    model.compile_blocks(backend="aot_eager", fullgraph=True)
+    assert list(model.state_dict()) == list(twin.state_dict())
+    for one, two in zip(outputs(model, stage, valid), outputs(twin, stage, valid), strict=True):
+        assert torch.allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_the_option_compiles_with_the_real_compiler_and_copies_stay_plain():
+    """One block of the module as `fit` builds it, through inductor."""
+    config = MagnetConfig(dim=32, num_heads=2, num_layers=1, codebook_size=SIZE, text_dim=16)
+    module, plain = MagnetModule(config, compiled=True), MagnetModule(config)
+    block = module.network.blocks[0]
+    assert block._compiled_call_impl is not None and copy.deepcopy(block)._compiled_call_impl is None
+    assert "compiled" not in module.hparams
+    for one, two in zip(outputs(module.network, 1, None), outputs(plain.network, 1, None), strict=True):
+        assert torch.allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_compiled_generator_gives_the_same_codes(tiny, monkeypatch, compiled):
+    asked: dict[str, object] = {}
+
+    def compile_(function, **options):
+        asked.update(options)
+        return torch._dynamo.optimize("aot_eager", nopython=options["fullgraph"])(function)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    other = Generator(tiny.network, tiny.codec, tiny.text_encoder, tiny.decoding, tiny.crop_s, compiled=compiled)
+    assert torch.equal(other.generate(["a slow waltz", ""]).codes, tiny.generate(["a slow waltz", ""]).codes)
+    assert asked == ({"mode": "reduce-overhead", "fullgraph": True} if compiled else {})
+
+
+@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
+@pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"top_p": 0.0, "top_k": 10}, {"greedy": True}])
+def test_decoding_never_waits_for_the_device(arrangement, sampling):
+    """Tensors without values: whatever asked for one, to decide a shape or a branch, would raise."""
+    config = DecodingConfig(decoding_steps=(4, 2, 2, 2), span_arrangement=arrangement, **sampling)
+    on = partial(torch.empty, device="meta")
+    pass_of = lambda codes, stage: on(codes.shape[0], codes.shape[2], SIZE)  # noqa: E731
+    fixed = on(2, T, dtype=torch.bool)
+    codes = decode(pass_of, pass_of, on(2, 4, T, dtype=torch.long), fixed, SIZE, config, on(2, 10, T))
+    assert codes.shape == (2, 4, T) and codes.device.type == "meta"
+
+
+def test_bfloat16_generates_and_stays_near_float32():
+    model, half = network(), network().to(torch.bfloat16)
+    codes = torch.randint(SIZE + 1, (2, 4, T))
+    for stage in range(4):
+        exact, rounded = model(codes, stage, None), half(codes, stage, None)
+        assert rounded.dtype == torch.bfloat16
+        assert (exact - rounded).abs().max() < 0.1 * exact.abs().max()

@@ -1,0 +1,73 @@
+"""Reuse between steps: exact where nothing is old, and exact again where the window hides what is."""
+
+import torch
+
+from magnet_train.decoding import DecodingConfig
+from magnet_train.model import Magnet, MagnetConfig
+from magnet_train.reuse import ReusingPass
+
+T, SIZE = 60, 32
+
+
+def model(context: int = 3, num_layers: int = 2) -> Magnet:
+    torch.manual_seed(0)
+    config = MagnetConfig(dim=32, num_heads=2, num_layers=num_layers, codebook_size=SIZE, text_dim=16, context=context)
+    return Magnet(config)
+
+
+def asked(stage: int) -> torch.Tensor:
+    codes = torch.randint(SIZE, (2, 4, T), generator=torch.Generator().manual_seed(stage))
+    codes[:, stage] = SIZE
+    codes[:, stage + 1 :] = SIZE
+    return codes
+
+
+def test_the_first_pass_of_every_stage_is_exact():
+    network = model()
+    text = network.remember(torch.randn(2, 5, 16), torch.tensor([[True] * 5, [True, True, False, False, False]]))
+    for memory in (text, None):
+        passes = ReusingPass(network, memory)
+        for stage in range(4):
+            assert torch.allclose(passes(asked(stage), stage), network(asked(stage), stage, memory), atol=1e-5)
+
+
+def test_frames_whose_surroundings_did_not_change_stay_exact():
+    """Two layers of context 3 see 6 frames: what lies further from the change is as a full pass has it."""
+    network = model()
+    passes, codes = ReusingPass(network, None), asked(1)
+    passes(codes, 1)
+    after = codes.clone()
+    after[:, 1, :30] = 7
+    exact, reused = network(after, 1, None), passes(after, 1)
+    assert torch.allclose(reused[:, 36:], exact[:, 36:], atol=1e-5)
+    assert not torch.allclose(reused[:, :30], torch.zeros(1))
+
+
+def test_without_context_nothing_is_lost():
+    """At a context of 0 a frame depends on its own codes alone, so reuse is exact; with one layer everywhere too."""
+    network = model(context=0)
+    passes, codes = ReusingPass(network, None), asked(2)
+    for step in range(4):
+        codes = codes.clone()
+        codes[:, 2, step * 10 : step * 10 + 10] = step
+        assert torch.allclose(passes(codes, 2), network(codes, 2, None), atol=1e-5)
+
+
+def test_with_all_frames_visible_old_keys_are_used_and_only_there_it_differs():
+    network = model(num_layers=1)
+    passes, codes = ReusingPass(network, None), asked(0)
+    passes(codes, 0)
+    after = codes.clone()
+    after[:, 0, :20] = 3
+    # One layer: keys depend on codes alone, so frames computed anew see nothing old.
+    assert torch.allclose(passes(after, 0), network(after, 0, None), atol=1e-5)
+
+
+def test_the_option_changes_codes_but_leaves_no_mask(tiny):
+    decoding = DecodingConfig(decoding_steps=(4, 3, 3, 3))
+    exact = tiny.generate(["a waltz", "two flutes"], decoding=decoding)
+    reused = tiny.generate(["a waltz", "two flutes"], decoding=DecodingConfig(decoding_steps=(4, 3, 3, 3), reuse=True))
+    assert reused.codes.shape == exact.codes.shape
+    assert reused.codes.max() < tiny.network.config.codebook_size
+    first = exact.order == 0  # decided by the exact first pass of stage 0
+    assert torch.equal(reused.codes[:, 0][first[:, 0]], exact.codes[:, 0][first[:, 0]])
