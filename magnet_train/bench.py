@@ -1,11 +1,15 @@
 """How fast it is, and how much memory it takes: each part beside its slow twin (twin.py) in the same run."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -175,8 +179,30 @@ def decoding(options: BenchOptions, limit: float) -> Iterator[Measured]:
     )  # fmt: skip
 
 
+def reading(options: BenchOptions, limit: float) -> Iterator[Measured]:
+    """What logging, metrics and progress cost a training step of the demo, by the trainer's own profiler."""
+    steps = 30
+    command = [sys.executable, "-m", "magnet_train", "fit", "--trainer.profiler", "simple"]
+    command += ["--trainer.max_steps", str(steps), "--model.optimizer.warmup_steps", "10"]
+    command += ["--trainer.limit_val_batches", "0", "--trainer.log_every_n_steps", "20"]
+    with TemporaryDirectory() as folder:
+        environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": str(options.threads), "COLUMNS": "400"}
+        command += ["--trainer.default_root_dir", folder]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    rows = [[cell.strip() for cell in line.split("|")] for line in run.stdout.splitlines() + run.stderr.splitlines()]
+    seconds = {cells[1]: float(cells[4]) for cells in rows if len(cells) > 4 and cells[3].isdigit()}
+    whole = seconds["run_training_epoch"]
+    averaging = seconds["[Callback]WeightEMA.on_train_batch_end"]
+    work = seconds["run_training_batch"] + seconds["[_TrainingEpochLoop].train_dataloader_next"] + averaging
+    spent = whole - work + seconds["[LightningModule]MagnetModule.on_before_optimizer_step"]
+    yield Measured(
+        "logging and progress, of a training step", {"steps": steps, "config": "demo"}, spent / steps, spent / steps,
+        spent / steps, twin_median_s=whole / steps, ratio=spent / whole,
+    )  # fmt: skip
+
+
 PARTS: dict[str, Callable[[BenchOptions, float], Iterator[Measured]]] = {
-    "attention": attention, "training": training, "decoding": decoding,
+    "attention": attention, "training": training, "decoding": decoding, "reading": reading,
 }  # fmt: skip
 
 

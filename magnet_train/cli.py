@@ -130,7 +130,9 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             generation = self.config_init[verb].generation
             before: dict[str, float] = {}
             seconds: dict[str, float] = {}
-            if generation.at_start and not kwargs.get("ckpt_path") and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trial: Any = self.trainer
+            validates = trial.limit_val_batches > 0 and not trial.fast_dev_run
+            if generation.at_start and validates and not kwargs.get("ckpt_path"):
                 before = dict(self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)[0])
                 seconds["validation before training"] = time.monotonic() - start
             start = time.monotonic()

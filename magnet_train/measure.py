@@ -6,6 +6,7 @@ limit is measured too: a large matrix product.
 """
 
 import gc
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -86,6 +87,7 @@ def peak_mb(call: Callable[[], Any], device: str) -> float:
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells of its own beginning and end
     # The process's own memory would tell more about malloc, which keeps and gives back pages as it likes.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
