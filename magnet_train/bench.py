@@ -1,5 +1,6 @@
 """How fast it is, and how much memory it takes: each part beside its slow twin (twin.py) in the same run."""
 
+import copy
 import json
 import os
 import subprocess
@@ -201,9 +202,82 @@ def reading(options: BenchOptions, limit: float) -> Iterator[Measured]:
     )  # fmt: skip
 
 
+def useful_flop(config: MagnetConfig, num_frames: int, stage: int, num_predicted: int, num_text: int) -> float:
+    """Multiplications and additions that one example needs in a forward pass: what a mask hides is not counted."""
+    d, keys = config.dim, num_frames if stage == 0 or config.context < 0 else 2 * config.context + 1
+    weights = config.num_layers * (4 + 2 + 2 * config.ffn_ratio) * d * d
+    pairs = config.num_layers * 2 * d * (keys + num_text)
+    text = (config.text_dim + config.num_layers * 2 * d) * d * num_text
+    return 2.0 * (num_frames * (weights + pairs) + text + num_predicted * d * config.codebook_size)
+
+
+def gpu(options: BenchOptions, limit: float, config: MagnetConfig | None = None) -> Iterator[Measured]:
+    """What a GPU is for, with the published small model in bfloat16, compiled: one prompt, and a training step.
+
+    `limit` is that of bfloat16 products. The model is that of the published small ones unless `config` is given.
+    """
+    config = config or MagnetConfig()
+    device = torch.device(options.device)
+    model = Magnet(config).to(device)
+    half = copy.deepcopy(model).to(torch.bfloat16).eval()
+    text = half.remember(
+        torch.randn(1, 20, config.text_dim, device=device, dtype=torch.bfloat16),
+        torch.ones(1, 20, dtype=torch.bool, device=device),
+    )
+    once = torch.compile(half.forward, mode="reduce-overhead", fullgraph=True)
+    decoding, t = DecodingConfig(), options.num_frames // 3
+    noise = item_noise(0, ["one"], 50, t).to(device)
+    codes = torch.zeros(1, config.num_codebooks, t, dtype=torch.long, device=device)
+    fixed = torch.zeros(1, t, dtype=torch.bool, device=device)
+
+    def conditional(codes: Tensor, stage: int) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return once(codes, stage, text)
+
+    def generate() -> Tensor:
+        null = lambda codes, stage: once(codes, stage, None)  # noqa: E731
+        return decode(conditional, null, codes, fixed, config.codebook_size, decoding, noise)
+
+    steps = decoding.steps_of(config.num_codebooks)
+    flop = sum(n * useful_flop(config, t, stage, t, text) for stage, n in enumerate(steps) for text in (20, 0))
+    own = timed([torch.no_grad()(generate)], options.repeats, options.device)[0]
+    yield Measured(
+        "codes of one prompt, bf16, compiled", {"num_frames": t, "steps": list(steps), "dim": config.dim}, median(own),
+        min(own), max(own), peak_mb(torch.no_grad()(generate), options.device), flop, flop / median(own) / limit,
+    )  # fmt: skip
+    model.compile_blocks()
+    batch, t = options.batch_size, options.num_frames
+    states = torch.randn(batch, 20, config.text_dim, device=device)
+    tokens = torch.ones(batch, 20, dtype=torch.bool, device=device)
+    codes = torch.randint(config.codebook_size, (batch, config.num_codebooks, t), device=device)
+    masked = span_mask(torch.full((batch,), 0.64), t, 3, torch.Generator().manual_seed(0)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step(stage: int) -> None:
+        asked = codes.clone()
+        asked[:, stage] = asked[:, stage].masked_fill(masked, config.mask_id)
+        asked[:, stage + 1 :] = config.mask_id
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16):
+            features = model.trunk(asked, stage, model.remember(states, tokens))
+            logits = model.logits(features[masked], stage)
+        masked_cross_entropy(logits, codes[:, stage], masked).mean().backward()
+        optimizer.step()
+
+    for stage, name in ((0, "stage 0"), (1, "stages 1 and up")):
+        flop = 3 * batch * useful_flop(config, t, stage, int(masked.sum()) // batch, 20)
+        own = timed([partial(step, stage)], options.repeats, options.device)[0]
+        yield Measured(
+            f"training step, {name}, bf16, compiled", {"num_frames": t, "batch_size": batch, "dim": config.dim},
+            median(own), min(own), max(own), peak_mb(partial(step, stage), options.device), flop,
+            flop / median(own) / limit,
+        )  # fmt: skip
+
+
 PARTS: dict[str, Callable[[BenchOptions, float], Iterator[Measured]]] = {
-    "attention": attention, "training": training, "decoding": decoding, "reading": reading,
+    "attention": attention, "training": training, "decoding": decoding, "reading": reading, "gpu": gpu,
 }  # fmt: skip
+ON_GPU = ("attention", "training", "decoding", "gpu")
 
 
 def bench(options: BenchOptions) -> list[Measured]:
@@ -212,17 +286,20 @@ def bench(options: BenchOptions) -> list[Measured]:
     Raises:
         UserError: if a part is not known, or there is no such device.
     """
-    if unknown := [name for name in options.only if name not in PARTS]:
-        raise UserError(f"--only {unknown[0]}: choose of {', '.join(PARTS)}")
-    if options.device != "cpu" and not torch.cuda.is_available():
+    is_cpu = options.device == "cpu"
+    can = [name for name in PARTS if name != "gpu"] if is_cpu else list(ON_GPU)
+    if unknown := [name for name in options.only if name not in can]:
+        raise UserError(f"--only {unknown[0]}: on {options.device} choose of {', '.join(can)}")
+    if not is_cpu and not torch.cuda.is_available():
         raise UserError(f"--device {options.device}: no GPU here; leave it out")
     with threads_set(options.threads):
         limit = matmul_limit(options.device)
         print(f"{describe(options)}, matrix product {limit / 1e9:,.0f} GFLOP/s")
         print(HEAD)
         results = []
-        for name in options.only or PARTS:
-            for measured in PARTS[name](options, limit):
+        for name in options.only or can:
+            own_limit = matmul_limit(options.device, torch.bfloat16) if name == "gpu" else limit
+            for measured in PARTS[name](options, own_limit):
                 print(row(measured), flush=True)
                 results.append(measured)
     if options.json is not None:

@@ -102,9 +102,16 @@ def peak_mb(call: Callable[[], Any], device: str) -> float:
 
 def count_flop(call: Callable[[], Any]) -> float:
     """Multiplications and additions in matrix products and attention of a call."""
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    with FlopCounterMode(display=False) as counter:
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch does not count by itself
+    mapping: dict[Any, Callable[..., int]] = {
+        fused: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda of_output, q, k, v, *_, **__: sdpa_backward_flop_count(of_output, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         call()
     return float(counter.get_total_flops())
 

@@ -72,8 +72,37 @@ def test_mistakes_of_bench_are_named():
     from magnet_train.bench import bench
     from magnet_train.measure import BenchOptions
 
-    with pytest.raises(UserError, match="--only dancing: choose of attention"):
+    with pytest.raises(UserError, match="--only dancing: on cpu choose of attention"):
         bench(BenchOptions(only=["dancing"]))
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no GPU here"):
             bench(BenchOptions(device="cuda"))
+    with pytest.raises(UserError, match="--only gpu: on cpu choose of attention"):
+        bench(BenchOptions(only=["gpu"]))
+
+
+def test_the_lines_of_a_gpu_come_out_on_a_cpu_too(monkeypatch):
+    """The part that measures a GPU, with a tiny model and the compiler's front half."""
+    from magnet_train.bench import gpu
+    from magnet_train.measure import BenchOptions
+
+    forward = lambda function, **_: torch._dynamo.optimize("aot_eager", nopython=True)(function)  # noqa: E731
+    monkeypatch.setattr(torch, "compile", forward)
+    monkeypatch.setattr(Magnet, "compile_blocks", lambda self: [b.compile(backend="aot_eager") for b in self.blocks])
+    config = MagnetConfig(dim=32, num_heads=2, num_layers=1, codebook_size=SIZE, text_dim=16)
+    lines = list(gpu(BenchOptions(num_frames=96, repeats=1, threads=1), 1e9, config))
+    assert [line.name.split(",")[0] for line in lines] == ["codes of one prompt", "training step", "training step"]
+    assert all(line.flop and line.share_of_limit for line in lines)
+    torch._dynamo.reset()
+
+
+def test_flop_that_count_are_those_of_the_products(model):
+    """Beside torch's own count of a forward pass, where no mask hides anything: stage 0."""
+    from magnet_train.bench import useful_flop
+    from magnet_train.measure import count_flop
+
+    states, tokens = torch.randn(1, 6, 16), torch.ones(1, 6, dtype=torch.bool)
+    codes = torch.zeros(1, 4, T, dtype=torch.long)
+    counted = count_flop(lambda: model(codes, 0, model.remember(states, tokens)))
+    assert useful_flop(model.config, T, 0, T, 6) == pytest.approx(counted, rel=1e-6)
+    assert useful_flop(model.config, T, 1, T, 6) < counted
