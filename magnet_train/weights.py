@@ -6,7 +6,6 @@ The cache is `MAGNET_TRAIN_CACHE`, or `~/.cache/magnet_train`. Beside each downl
 
 import hashlib
 import os
-import tempfile
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -171,28 +170,26 @@ def _checked(weights: Weights, path: Path, remedy: str) -> WeightsFile:
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        note = _note(path)
-        recorded = note.read_text().split()[0] if note.is_file() else found
-    except (OSError, UnicodeDecodeError, IndexError) as error:
+        wrong = _mismatch(weights, path, found)
+    except OSError as error:
         raise UserError(f"{weights.name} weights {path}: cannot be read ({one_line(error)}); {remedy}") from error
-    if not found.startswith(weights.sha256):
-        raise UserError(
-            f"{weights.name} weights {path}: SHA-256 is {found}, not {_expected(weights)} as published; {remedy}"
-        )
-    if found != recorded:
-        raise UserError(
-            f"{weights.name} weights {path}: SHA-256 is {found}, not {recorded} as {note.name} beside it "
-            f"recorded; {remedy}"
-        )
+    if wrong:
+        raise UserError(f"{weights.name} weights {path}: {wrong}; {remedy}")
     return WeightsFile(path, found)
 
 
-def _expected(weights: Weights) -> str:
-    return weights.sha256 if len(weights.sha256) == 64 else f"{weights.sha256}…"
+def _mismatch(weights: Weights, path: Path, found: str) -> str | None:
+    """What is wrong with a file of hash `found` at `path`: it is not what was published, or not what once was here."""
+    if not found.startswith(weights.sha256):
+        expected = weights.sha256 if len(weights.sha256) == 64 else f"{weights.sha256}…"
+        return f"SHA-256 is {found}, not {expected} as published"
+    note = _note(path)
+    recorded = note.read_text().partition(" ")[0] if note.is_file() else found
+    return None if found == recorded else f"SHA-256 is {found}, not {recorded} as {note} has recorded"
 
 
 def _note(path: Path) -> Path:
-    """The file that keeps the hash of `path`."""
+    """The file that keeps the hash of `path` since its first download."""
     return path.with_name(f"{path.name}.sha256")
 
 
@@ -203,18 +200,19 @@ def _download(weights: Weights, target: Path) -> None:
         OSError: if the server or the disk fails.
         UserError: if what arrives is not the published file.
     """
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        aside = Path(folder) / target.name
+    aside = target.with_name(f"{target.name}.part")
+    try:
         with aside.open("wb") as file:
             digest = _fetch(weights, file)
-        if not digest.startswith(weights.sha256):
+        if wrong := _mismatch(weights, target, digest):
             raise UserError(
-                f"{weights.name} weights from {weights.url}: SHA-256 is {digest}, not {_expected(weights)} "
-                f"as published; nothing is kept: fetch the file by other means and put it at {target}"
+                f"{weights.name} weights from {weights.url}: {wrong}; nothing is kept: "
+                f"fetch the file by other means and put it at {target}"
             )
-        _note(aside).write_text(f"{digest}  {target.name}\n")
-        _note(aside).replace(_note(target))
+        _note(target).write_text(f"{digest}  {target.name}\n")
         aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _fetch(weights: Weights, file: IO[bytes]) -> str:

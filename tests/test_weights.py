@@ -170,8 +170,19 @@ def test_a_damaged_file_in_the_cache_is_named(server: Server, cache: Path):
 def test_a_file_without_a_published_hash_is_held_to_its_first(server: Server, cache: Path):
     find_weights(published(server, ""))
     (cache / "tiny.pth").write_bytes(CONTENT[:-1])
-    with pytest.raises(UserError, match=f"not {SHA256} as tiny.pth.sha256 beside it recorded"):
+    with pytest.raises(UserError, match=f"not {SHA256} as .*tiny.pth.sha256 has recorded; delete it"):
         find_weights(published(server, ""))
+    (cache / "tiny.pth").unlink()
+    assert find_weights(published(server, "")).sha256 == SHA256
+
+
+def test_a_file_that_changed_at_its_publisher_is_refused(server: Server, cache: Path):
+    find_weights(published(server, ""))
+    (cache / "tiny.pth").unlink()
+    (cache / "tiny.pth.sha256").write_text(f"{'0' * 64}  tiny.pth\n")
+    with pytest.raises(UserError, match=f"not {'0' * 64} as .* has recorded; nothing is kept"):
+        find_weights(published(server, ""))
+    assert left(cache) == {"tiny.pth.sha256"}
 
 
 def test_an_explicit_path_wins(server: Server, cache: Path, tmp_path: Path):
