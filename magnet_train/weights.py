@@ -184,7 +184,7 @@ def _mismatch(weights: Weights, path: Path, found: str) -> str | None:
         expected = weights.sha256 if len(weights.sha256) == 64 else f"{weights.sha256}…"
         return f"SHA-256 is {found}, not {expected} as published"
     note = _note(path)
-    recorded = note.read_text().partition(" ")[0] if note.is_file() else found
+    recorded = note.read_text(errors="replace").partition(" ")[0] if note.is_file() else found
     return None if found == recorded else f"SHA-256 is {found}, not {recorded} as {note} has recorded"
 
 

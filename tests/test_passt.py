@@ -118,3 +118,5 @@ def test_weights_load_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch.testing.assert_close(network(wav).logits, small(20)(wav).logits)
     with pytest.raises(UserError, match=r"passt\.pt: weights of another network: .*time_new_pos_embed"):
         load_passt(str(path), 10)
+    with pytest.raises(UserError, match="segment_s=15: "):
+        load_passt(str(path), 15)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from magnet_train.errors import UserError
 from magnet_train.metrics.frontend import check_clip, htk_mel_filters, resample
 from magnet_train.weights import PASST_10S, PASST_20S, find_weights, load_network
 
@@ -145,9 +146,14 @@ def load_passt(path: str | None = None, segment_s: int = 20) -> Passt:
         segment_s: 20 for music, 10 for sound; each has weights of its own.
 
     Raises:
-        UserError: if the weights are not to be had, or are not these.
+        UserError: if the weights are not to be had, or are not these, or there are none for that length.
     """
-    file = find_weights(PASST_20S if segment_s == 20 else PASST_10S, path)
+    published = {10: PASST_10S, 20: PASST_20S}
+    if segment_s not in published:
+        raise UserError(
+            f"segment_s={segment_s}: PaSST is published for segments of 10 s and of 20 s; choose one of them"
+        )
+    file = find_weights(published[segment_s], path)
     network = Passt(segment_s)
     load_network(network, file)
     network.hash = file.hash
