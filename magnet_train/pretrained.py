@@ -5,7 +5,7 @@ network and does not change under a run; only then is the hub asked, and only if
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -17,20 +17,21 @@ T = TypeVar("T")
 OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
-def load_pretrained(what: str, name: str, load: Callable[[str, bool], T]) -> T:
+def load_pretrained(what: str, name: str, load: Callable[[str, bool], T], marks: Sequence[str] = ("config.json",)) -> T:
     """`load(source, local_files_only)` for the folder or hub id `name`.
 
     Args:
         what: The option's meaning, for messages, such as "codec".
         name: A folder that exists, or a hub id such as `facebook/encodec_32khz`.
         load: Called with the folder or id and whether the network is off limits; it may be called twice.
+        marks: Files one of which a folder must hold.
 
     Raises:
         UserError: if the folder is missing or broken, the hub has no such id, or there is no network.
     """
     path = Path(name).expanduser()
     if path.exists():
-        return _load_folder(what, path, load)
+        return _load_folder(what, path, load, marks)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
         raise UserError(f"{what} {name!r}: no such folder; give a folder that transformers wrote, or a hub id")
     try:
@@ -64,6 +65,11 @@ def one_line(error: BaseException, limit: int = 240) -> str:
     return lines[0][:limit] if lines else type(error).__name__
 
 
+def offline_switch() -> str | None:
+    """The environment variable that forbids the network, if one is set."""
+    return next((s for s in OFFLINE_SWITCHES if os.environ.get(s, "").upper() in ("1", "ON", "YES", "TRUE")), None)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences transformers' progress bars and load reports: what they warn of is checked here and raised."""
@@ -80,10 +86,11 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load_folder(what: str, path: Path, load: Callable[[str, bool], T]) -> T:
-    if not (path / "config.json").is_file():
+def _load_folder(what: str, path: Path, load: Callable[[str, bool], T], marks: Sequence[str]) -> T:
+    if not any((path / mark).is_file() for mark in marks):
         raise UserError(
-            f"{what} {str(path)!r}: no config.json there; give a folder that transformers' save_pretrained wrote"
+            f"{what} {str(path)!r}: no {' or '.join(marks)} there; "
+            "give a folder that transformers' save_pretrained wrote"
         )
     try:
         with quiet():
@@ -116,8 +123,7 @@ def _require_hub(what: str, name: str) -> None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     remedy = "give a local folder, or run once where there is network"
-    switch = next((s for s in OFFLINE_SWITCHES if os.environ.get(s, "").upper() in ("1", "ON", "YES", "TRUE")), None)
-    if switch:
+    if switch := offline_switch():
         raise UserError(f"{what} {name!r}: no such folder, not in the local cache, and {switch} is set: {remedy}")
     try:
         HfApi().model_info(name, timeout=10)

@@ -120,6 +120,31 @@ def make_t5(folder: Path, seed: int = 0, with_vocabulary: bool = True, dim: int 
         T5ForConditionalGeneration(T5Config(**settings)).save_pretrained(folder)
 
 
+def make_roberta_tokenizer(folder: Path, size: int = 300) -> int:
+    """A RoBERTa tokenizer trained in-process, saved as `tokenizer.json`; returns its number of tokens.
+
+    Args:
+        folder: Where `save_pretrained` writes; made if absent.
+        size: Tokens wanted: 256 bytes, 5 marks, and merges.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import RobertaTokenizer
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learner.train_from_iterator(CORPUS, trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    tokenizer = RobertaTokenizer(vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]])
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
