@@ -21,8 +21,9 @@ FLOORS = [
     {"model", "decoding", "conditioning", "metrics.embedders", "metrics.fixed_masks", "data.audio"},
     {"codec", "weights"},
     {"attention", "masking", "loss", "schedule", "audio_files", "metrics.fad", "metrics.kl", "metrics.chroma",
-     "metrics.frontend", "spectral_codec", "pretrained", "reference_compat"},
-    {"assets", "compat", "metrics.items", "codec_weights", "data.captions"},
+     "metrics.frontend", "metrics.clap_score", "metrics.embedding_sets", "metrics.intervals", "metrics.record",
+     "metrics.reference_statistics", "spectral_codec", "pretrained", "reference_compat"},
+    {"assets", "compat", "metrics.items", "metrics.published", "codec_weights", "data.captions"},
     {"errors"},
 ]  # fmt: skip
 

@@ -1,13 +1,20 @@
-"""Kullback-Leibler divergences between what a tagger hears in the real clip and in the generated one.
+"""Kullback-Leibler divergences between what a classifier hears in the real clip and in the generated one.
 
-A "KL" means nothing without its tagger, direction and averaging; each is part of a name here.
+A "KL" means nothing without its classifier, direction, window and averaging: on one set of logits the conventions in
+use give 1.25, 1.26, 0.63 and -0.34. Each convention has a name here, and the name is part of the metric's.
+
+Shapes: n segments (windows) of a clip, c classes.
 """
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from magnet_train.errors import UserError
-from magnet_train.metrics.items import ItemMetric
+from magnet_train.metrics.items import ItemMean
 
 EPSILON = 1e-6
 
@@ -32,48 +39,130 @@ def tag_distribution(tags: Tensor) -> Tensor:
     return tags / tags.sum(-1, keepdim=True)
 
 
-class TagKL(ItemMetric):
-    """Mean over clips of KL(reference ‖ generated) between sum-normalised tags, averaged over a clip's windows first.
+@dataclass(frozen=True)
+class Convention:
+    """How a classifier's outputs for two clips become divergences."""
 
-    Sums in float64; an item counts once, ranks must own different items. Never comparable with the PaSST KL of the
-    published tables.
+    distribution: Callable[[Tensor], Tensor]
+    """Outputs `… c` -> what is compared, `… c`."""
+    epsilon: float = EPSILON
+    """Added to the second argument of the divergence."""
+    pooled: bool = False
+    """Whether a clip's outputs are averaged over its segments first; else segments are compared pair by pair, and
+    each counts as much as any other, whichever its clip."""
+    reverse: bool = False
+    """Whether it is KL(generated ‖ reference)."""
+
+
+_softmax = partial(torch.softmax, dim=-1)
+
+CONVENTIONS = {
+    # audiocraft/metrics/kld.py: `kld`, PaSST logits; the one of the MusicGen and MAGNeT tables.
+    "audiocraft": Convention(_softmax),
+    # audioldm_eval/metrics/kl.py: PANNs logits; one segment a clip, so that audiocraft's formula is also its own.
+    "audioldm_eval": Convention(_softmax),
+    # The same with sigmoids, which add up to no distribution: it may come out negative.
+    "audioldm_eval-sigmoid": Convention(torch.sigmoid),
+    # av-benchmark: PaSST or PANNs.
+    "av-benchmark": Convention(_softmax, epsilon=0.0),
+    # stable-audio-metrics: PaSST, overlapping windows; the other direction.
+    "stable-audio-metrics": Convention(_softmax, pooled=True, reverse=True),
+    # Ours, for musicnn's 50 tags; its inputs are probabilities, not logits.
+    "musicnn-tags": Convention(tag_distribution, pooled=True),
+}
+"""By name. All take logits, but for "musicnn-tags", which takes probabilities."""
+
+
+def clip_divergences(convention: str, reference: Tensor, generated: Tensor) -> Tensor:
+    """Divergences of one clip in float64: `n`, one per segment, or `1` where the convention pools segments.
+
+    Args:
+        convention: a name of `CONVENTIONS`.
+        reference: outputs for the real clip, `n c`, or `c` for a single segment.
+        generated: the same for the generated one; its n may differ where the convention pools.
+
+    Raises:
+        ValueError: if the classes differ.
+        UserError: for an unknown convention, segments that do not pair up, and outputs that are NaN, infinite, all
+            zero or missing.
     """
+    if convention not in CONVENTIONS:
+        raise UserError(f"convention={convention}: choose one of {', '.join(CONVENTIONS)}")
+    how = CONVENTIONS[convention]
+    if reference.shape[-1] != generated.shape[-1]:
+        raise ValueError(f"{reference.shape[-1]} reference tags and {generated.shape[-1]} generated ones")
+    p, q = (x.detach().double().reshape(-1, x.shape[-1]) for x in (reference, generated))
+    if how.pooled:
+        p, q = p.mean(0, keepdim=True), q.mean(0, keepdim=True)
+    elif len(p) != len(q):
+        raise UserError(f"{len(p)} reference segments and {len(q)} generated ones; cut both clips to one length")
+    p, q = how.distribution(p), how.distribution(q)
+    if how.reverse:
+        p, q = q, p
+    divergences = kl_divergence(p, q, how.epsilon)
+    # Checked on both sides: a NaN beside a probability of zero would not show in the divergence.
+    if not len(divergences) or not all(torch.isfinite(x).all() for x in (p, q, divergences)):
+        raise UserError("its tags are NaN or all zero; look at the audio")
+    return divergences
+
+
+def kl(convention: str, reference: Sequence[Tensor], generated: Sequence[Tensor]) -> float:
+    """The metric over clips, in nats: mean of all `clip_divergences`.
+
+    Args:
+        convention: a name of `CONVENTIONS`.
+        reference: outputs `n c` of each real clip.
+        generated: those of each generated clip, in the same order.
+
+    Raises:
+        ValueError: if there are more of one than of the other; otherwise as `clip_divergences`.
+        UserError: if there is no clip.
+
+    >>> logits = [torch.tensor([[2.0, 0.0]])]
+    >>> kl("av-benchmark", logits, logits)
+    0.0
+    """
+    values = [clip_divergences(convention, p, q) for p, q in zip(reference, generated, strict=True)]
+    if not values:
+        raise UserError("KL has no pair of clips: score at least one")
+    return torch.cat(values).mean().item()
+
+
+class KLDivergence(ItemMean):
+    """Mean of `clip_divergences` in nats, from sums in float64; an item counts once, ranks own different items."""
 
     higher_is_better = False
-    total: Tensor
-    count: Tensor
+    what = "KL"
+    remedy = "give the reference its logits"
 
-    def __init__(self) -> None:
+    def __init__(self, convention: str):
+        """`convention` is a name of `CONVENTIONS`.
+
+        Raises:
+            UserError: if there is none of that name.
+        """
         super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        if convention not in CONVENTIONS:
+            raise UserError(f"convention={convention}: choose one of {', '.join(CONVENTIONS)}")
+        self.convention = convention
 
     def update(self, reference: Tensor, generated: Tensor, key: str | None = None) -> None:
-        """Tags of one clip's windows, `n c` each (or `c`, already averaged).
+        """Outputs of one clip's segments, `n c` each (or `c`, of a single one); raises as `clip_divergences`."""
+        try:
+            divergences = clip_divergences(self.convention, reference, generated)
+        except UserError as error:
+            raise UserError(f"clip {key or '(unnamed)'}: {error}") from error
+        self._add(divergences, key)
 
-        Raises:
-            ValueError: if the two have different tags.
-            UserError: if one holds NaN, or no tag at all.
-        """
-        if reference.shape[-1] != generated.shape[-1]:
-            raise ValueError(f"{reference.shape[-1]} reference tags and {generated.shape[-1]} generated ones")
-        p, q = (tag_distribution(x.double().reshape(-1, x.shape[-1]).mean(0)) for x in (reference, generated))
-        divergence = kl_divergence(p, q)
-        if not torch.isfinite(divergence):
-            raise UserError(f"clip {key or '(unnamed)'}: its tags are NaN or all zero; look at the audio")
-        if not self._is_new(key):
-            return
-        self.total = self.total + divergence.to(self.total.device)
-        self.count = self.count + 1
 
-    def compute(self) -> Tensor:
-        """The mean, in nats.
+class TagKL(KLDivergence):
+    """Mean over clips of KL(reference ‖ generated) between sum-normalised tags, averaged over a clip's windows first.
 
-        Raises:
-            UserError: if no clip was added on any rank.
-        """
-        if self.count == 0:
-            raise UserError(
-                "KL has no pair of clips: the reference shards hold no tags; tokenize with --embedder musicnn"
-            )
-        return self.total / self.count
+    Never comparable with the PaSST KL of the published tables.
+    """
+
+    what = "KL"
+    remedy = "the reference shards hold no tags; tokenize with --embedder musicnn"
+
+    def __init__(self) -> None:
+        super().__init__("musicnn-tags")

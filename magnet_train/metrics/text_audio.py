@@ -6,7 +6,6 @@ Frozen musicnn features of the audio and frozen sentence states of the caption m
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,7 @@ from magnet_train.assets import demo_path
 from magnet_train.conditioning import TextEncoder, load_text_encoder
 from magnet_train.errors import UserError
 from magnet_train.metrics.embedders import Heard
-from magnet_train.metrics.items import ItemMetric
+from magnet_train.metrics.items import ItemMean
 
 
 def clip_features(heard: Heard) -> Tensor:
@@ -101,18 +100,12 @@ def load_text_audio() -> TextAudioScorer:
     return TextAudioScorer(head, load_text_encoder("demo"), hashlib.sha256(content).hexdigest()[:16])
 
 
-class TextAudioScore(ItemMetric):
+class TextAudioScore(ItemMean):
     """Mean score over clips, in float64; an item counts once, ranks must own different items."""
 
     higher_is_better = True
-    total: Tensor
-    squares: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for state in ("total", "squares", "count"):
-            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+    what = "the text-audio score"
+    remedy = "raise --generation.num_prompts"
 
     def update(self, scores: Tensor, keys: Sequence[str]) -> None:
         """Scores `b` of the clips named by `keys`.
@@ -121,31 +114,10 @@ class TextAudioScore(ItemMetric):
             ValueError: if there are more of one than of the other.
             UserError: if a score is NaN.
         """
-        for score, key in zip(scores.tolist(), keys, strict=True):
-            if not math.isfinite(score):
+        for score, key in zip(scores, keys, strict=True):
+            if not torch.isfinite(score):
                 raise UserError(f"clip {key}: its text-audio score is NaN; look at the audio")
-            if self._is_new(key):
-                self.total = self.total + score
-                self.squares = self.squares + score**2
-                self.count = self.count + 1
-
-    def compute(self) -> Tensor:
-        """The mean.
-
-        Raises:
-            UserError: if there was no clip on any rank.
-        """
-        if self.count == 0:
-            raise UserError("the text-audio score has no clips; raise --generation.num_prompts")
-        return self.total / self.count
-
-    def half_interval(self) -> float:
-        """Half the width of the mean's 95 % interval over this rank's clips; infinite for fewer than two."""
-        n = self.count.item()
-        if n < 2:
-            return math.inf
-        variance = max(0.0, (self.squares - self.total**2 / n).item() / (n - 1))
-        return 1.96 * math.sqrt(variance / n)
+            self._add(score, key)
 
 
 def true_minus_shuffled(similarities: Tensor, seed: int = 0, resamples: int = 10_000) -> tuple[float, float, float]:

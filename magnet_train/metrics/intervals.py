@@ -1,0 +1,124 @@
+"""95 % intervals by resampling clips: how far a figure would move with other clips of the same kind.
+
+Clips are drawn, never windows: windows of one clip resemble each other, and drawing them singly would give intervals
+several times too narrow. The reference set is held fixed.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from magnet_train.errors import UserError
+from magnet_train.metrics.fad import Moments, square_root
+
+_MOST_NUMBERS = 2**25  # 256 MB of float64: what covariances held at once may take
+
+
+def bootstrap_interval(values: Sequence[Tensor] | Tensor, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean of all values: low, high.
+
+    Args:
+        values: one value per clip, `b`; or a tensor of several for each, as the segments of KL, drawn together.
+        draws: samples of b clips with replacement.
+        seed: of the draws.
+
+    Raises:
+        UserError: with fewer than two clips.
+
+    >>> bootstrap_interval(torch.tensor([2.0, 2.0, 2.0]))
+    (2.0, 2.0)
+    """
+    b = len(values)
+    _check(b)
+    sums = np.array([v.double().sum().item() for v in values])
+    counts = np.array([v.numel() for v in values], dtype=float)
+    picks = np.random.default_rng(seed).integers(b, size=(draws, b))
+    low, high = np.quantile(sums[picks].sum(1) / counts[picks].sum(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def frechet_interval(
+    clips: Sequence[Tensor], reference: Moments, draws: int = 200, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the FAD of `clips` against `reference` at this number of clips: low, high.
+
+    From halves of the clips, drawn without replacement: their FADs spread about their own mean as FADs of full sets
+    do (the half-sample jackknife; Shao and Wu, 1989), and 1.96 deviations are laid around the measured FAD. Not the
+    bootstrap: drawing with replacement repeats clips and so raises FAD, by about as much as that of b clips lies above
+    that of endless clips. Simulated with Gaussian clips at d = 32, 40 of them: percentiles of its draws never once
+    held the value that they were for, and its spread is 1.6 times that of FAD; the spread of halves is 1.1 times, and
+    95 % are 95 %. Near FAD's floor both are too wide, halves by 1.7 times: two systems are then told apart too seldom,
+    not too often.
+
+    The interval says what other b clips of the same kind would give, the question when systems are compared at equal
+    b. It does not hold the FAD of endless clips, which lies below; `fad_infinity` estimates that.
+
+    Each draw is exact: its covariance is a sum of those of its clips. One eigenvalue problem `d d` for each takes the
+    time: with 1,000 clips of 19 windows 1 s at d = 128 and 3 s at 200 on one core; with 200 clips 17 s at 512.
+
+    Args:
+        clips: windows of each clip, `n d`.
+        reference: moments of the real clips.
+        draws: halves.
+        seed: of the draws.
+
+    Raises:
+        UserError: with fewer than two clips, or where half of them has fewer than two windows.
+        ValueError: if the widths differ.
+    """
+    _check(len(clips))
+    half = len(clips) // 2
+    rng = np.random.default_rng(seed)
+    picks = np.stack([rng.permutation(len(clips))[:half] for _ in range(draws)])
+    times_drawn = torch.zeros(draws, len(clips), dtype=torch.float64)
+    times_drawn.scatter_(1, torch.from_numpy(picks), 1.0)
+    spread = frechet_of_samples(clips, reference, times_drawn).std().item()
+    spread *= math.sqrt(half / (len(clips) - half))  # 1, but for an odd number of clips
+    measured = Moments.of(torch.cat(list(clips))).distance(reference)
+    return max(0.0, measured - 1.96 * spread), measured + 1.96 * spread
+
+
+def frechet_of_samples(clips: Sequence[Tensor], reference: Moments, times_drawn: Tensor) -> Tensor:
+    """FAD of each of many samples of the same clips, to 1e-6: `s`, float64.
+
+    Args:
+        clips: windows of each clip, `n d`.
+        reference: moments of the real clips.
+        times_drawn: how often each sample holds each clip, `s b`.
+
+    Raises:
+        UserError: if a sample has fewer than two windows.
+        ValueError: if the widths differ.
+    """
+    dim, covariance = len(reference.mean), reference.covariance("reference")
+    if any(clip.dim() != 2 or clip.shape[1] != dim for clip in clips):
+        raise ValueError(f"embeddings of clips are not all n x {dim}, as those of the reference")
+    # About the reference's mean, so that plain sums lose nothing.
+    centred = [clip.detach().cpu().double() - reference.mean for clip in clips]
+    counts = times_drawn @ torch.tensor([float(len(x)) for x in centred], dtype=torch.float64)
+    if counts.min() < 2:
+        raise UserError("an interval of FAD needs at least two windows in half of the clips: score more clips")
+    means = times_drawn @ torch.stack([x.sum(0) for x in centred]) / counts[:, None]
+    root = square_root(covariance)
+    size = max(1, _MOST_NUMBERS // dim**2)
+    fads = []
+    for rows in torch.arange(len(times_drawn)).split(size):
+        outer = torch.zeros(len(rows), dim**2, dtype=torch.float64)
+        for some in torch.arange(len(centred)).split(size):
+            squares = torch.stack([(centred[i].T @ centred[i]).flatten() for i in some.tolist()])
+            outer += times_drawn[rows][:, some] @ squares
+        n, mean = counts[rows, None, None], means[rows]
+        sampled = (outer.view(-1, dim, dim) - n * mean[:, :, None] * mean[:, None, :]) / (n - 1)
+        # tr (A B)^½ = tr (A^½ B A^½)^½: with A's root kept, a sample costs eigenvalues alone.
+        roots = torch.linalg.eigvalsh(root @ sampled @ root).clamp(min=0).sqrt().sum(-1)
+        traces = sampled.diagonal(dim1=1, dim2=2).sum(-1) + covariance.trace()
+        fads.append((mean.square().sum(-1) + traces - 2 * roots).clamp(min=0))
+    return torch.cat(fads)
+
+
+def _check(num_clips: int) -> None:
+    if num_clips < 2:
+        raise UserError(f"an interval needs at least two clips, there are {num_clips}: score more")

@@ -1,0 +1,57 @@
+"""Figures that others published, each with its source, to stand beside ours where protocol and set are the same.
+
+Only what was read at the source is here: audiocraft's model cards, for the released models (trained without vocals,
+decoded without rescoring). The MAGNeT paper's own table is for other weights, and is not among them.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Published:
+    """One figure of one model."""
+
+    model: str
+    dataset: str
+    """Its evaluation set, whole."""
+    metric: str
+    """fad (VGGish, windows of the Google code), kl (PaSST, convention audiocraft) or clap (LAION music_audioset)."""
+    value: float
+    source: str
+
+    @property
+    def protocol(self) -> str:
+        """What a record names as its `published_protocol` when it follows the recipe in full, on the same set."""
+        return f"audiocraft/{self.dataset}"
+
+
+def _rows(dataset: str, source: str, figures: dict[str, tuple[float | None, ...]]) -> list[Published]:
+    return [
+        Published(model, dataset, metric, value, f"audiocraft, model_cards/{source}")
+        for model, values in figures.items()
+        for metric, value in zip(("fad", "kl", "clap"), values, strict=True)
+        if value is not None
+    ]
+
+
+PUBLISHED = (
+    *_rows("MusicCaps", "MAGNET_MODEL_CARD.md", {
+        "magnet-small-10secs": (4.22, 1.11, 0.28),
+        "magnet-medium-10secs": (4.61, 1.14, 0.28),
+        "magnet-small-30secs": (4.35, 1.17, 0.28),
+        "magnet-medium-30secs": (4.63, 1.20, 0.28),
+    }),
+    *_rows("AudioCaps", "MAGNET_MODEL_CARD.md", {
+        "audio-magnet-small": (3.21, 1.42, None),
+        "audio-magnet-medium": (2.32, 1.64, None),
+    }),
+    *_rows("MusicCaps", "MUSICGEN_MODEL_CARD.md", {
+        "musicgen-small": (4.88, 1.42, 0.27),
+        "musicgen-medium": (5.14, 1.38, 0.28),
+        "musicgen-large": (5.48, 1.37, 0.28),
+        "musicgen-melody": (4.93, 1.41, 0.27),
+    }),
+    *_rows("AudioCaps", "AUDIOGEN_MODEL_CARD.md", {
+        "audiogen-medium": (1.77, 1.58, 0.30),
+    }),
+)  # fmt: skip

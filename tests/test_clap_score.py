@@ -1,0 +1,91 @@
+"""Cosines of paired embeddings against numbers made with numpy (tests/fixtures/metrics)."""
+
+import math
+
+import pytest
+import torch
+from helpers_metrics import arrays, facts, near
+from torch import Tensor
+
+from magnet_train.errors import UserError
+from magnet_train.metrics.clap_score import ClapScore, clap_summary, cosines, retrieval
+
+CLAP = facts("clap.json")
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, Tensor]:
+    return arrays("clap_embeddings.npz")
+
+
+def test_score_of_each_clip_and_its_mean(pairs: dict[str, Tensor]):
+    similarities = cosines(pairs["audio"], pairs["text"])
+    expected = torch.tensor(CLAP["per_clip"], dtype=torch.float64)
+    torch.testing.assert_close(similarities.diagonal(), expected, rtol=0, atol=1e-9)
+    summary = clap_summary(pairs["audio"], pairs["text"], draws=4000)
+    assert near(summary.mean, CLAP["expected_mean"], 1e-9)
+    assert near(summary.standard_error, CLAP["standard_error"], 1e-9)
+    assert summary.num_pairs == 37
+    assert summary.interval is not None
+    for end, wanted in zip(summary.interval, CLAP["bootstrap_percentile_95ci_4000"], strict=True):
+        assert abs(end - wanted) < 0.25 * CLAP["standard_error"]
+
+
+def test_other_captions_fit_no_better_than_chance(pairs: dict[str, Tensor]):
+    """The fixture's control is one of many: each audio with the next one's caption."""
+    similarities = cosines(pairs["audio"], pairs["text"])
+    assert near(similarities.roll(-1, 1).diagonal().mean().item(), CLAP["shuffled_text_control"], 1e-9)
+    controls = [similarities.roll(-i, 1).diagonal().mean().item() for i in range(1, 37)]
+    shuffled = clap_summary(pairs["audio"], pairs["text"]).shuffled
+    assert shuffled == pytest.approx(sum(controls) / 36)
+
+
+def test_retrieval_finds_a_captions_audio(pairs: dict[str, Tensor]):
+    summary = clap_summary(pairs["audio"], pairs["text"])
+    assert summary.recall_at_1 == CLAP["retrieval"]["text_to_audio_top1"] == summary.recall_at_10
+    # Audio by caption: of the first caption its own audio comes first, of the second last, of the third second.
+    similarities = torch.tensor([[0.9, 0.5, 0.2], [0.1, 0.0, 0.6], [0.1, 0.5, 0.4]])
+    assert [round(3 * retrieval(similarities, k)) for k in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_embeddings_without_content_retrieve_nothing():
+    assert retrieval(torch.ones(20, 20), 10) == 0
+
+
+def test_a_zero_embedding_has_cosine_zero():
+    """Not NaN; the others keep theirs."""
+    x = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    assert cosines(x, x).tolist() == [[0.0, 0.0], [0.0, 1.0]]
+
+
+def test_one_pair_has_a_score_and_no_interval():
+    summary = clap_summary(torch.ones(1, 3), torch.ones(1, 3))
+    assert (round(summary.mean, 9), summary.interval, summary.shuffled) == (1, None, None)
+    assert math.isinf(summary.standard_error)
+
+
+def test_the_metric_counts_a_clip_once(pairs: dict[str, Tensor]):
+    metric = ClapScore()
+    for first in (0, 10, 20, 5):  # the last brings clips again
+        rows = slice(first, first + 10 if first < 20 else 37)
+        metric.update(pairs["audio"][rows], pairs["text"][rows], [str(i) for i in range(37)][rows])
+    assert near(metric.compute().item(), CLAP["expected_mean"], 1e-9)
+    assert near(metric.half_interval(), 1.96 * CLAP["standard_error"], 1e-9)
+
+
+def test_bad_pairs_are_named():
+    good, bad = torch.ones(2, 3), torch.tensor([[1.0, 2, 3], [1, math.inf, 3]])
+    with pytest.raises(UserError, match="clip b: text embedding 0 is NaN or infinite"):
+        ClapScore().update(good, bad, ["a", "b"])
+    with pytest.raises(UserError, match="audio embedding 1 is NaN"):
+        clap_summary(bad, good)
+    with pytest.raises(ValueError, match="do not pair up"):
+        clap_summary(torch.ones(3, 3), good)
+    with pytest.raises(ValueError, match="1 clips"):
+        ClapScore().update(good, good, ["a"])
+    with pytest.raises(ValueError, match="text embeddings"):
+        cosines(good, torch.ones(2, 4))
+    with pytest.raises(UserError, match="no clips"):
+        clap_summary(torch.ones(0, 3), torch.ones(0, 3))
+    with pytest.raises(UserError, match="no clips"):
+        ClapScore().compute()
