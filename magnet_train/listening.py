@@ -143,8 +143,8 @@ def low_passed(wav: np.ndarray, sample_rate: int) -> np.ndarray:
 
     if sample_rate <= 8000:
         raise UserError(f"sample_rate={sample_rate}: the anchor low-passed at 3.5 kHz needs clips above 8 kHz")
-    taps, beta = kaiserord(60, 500 / (sample_rate / 2))
-    kernel = firwin(taps | 1, 3750, window=("kaiser", beta), fs=sample_rate)
+    taps, _ = kaiserord(60, 500 / (sample_rate / 2))
+    kernel = np.asarray(firwin(taps | 1, 3750, width=500, fs=sample_rate))
     return fftconvolve(wav, kernel[:, None], mode="full", axes=0)[len(kernel) // 2 :][: len(wav)].astype(np.float32)
 
 
@@ -328,7 +328,9 @@ class StudyTable:
         lines += ["", self.protocol]
         if self.num_unheard:
             lines.append(f"Not counted: {self.num_unheard} ratings of clips that were not heard to their end.")
-        lines += [f"- left out: {rater} ({reason})" for rater, reason in self.dropped.items()]
+        lines += [""] * bool(self.dropped) + [
+            f"- left out: {rater} ({reason})" for rater, reason in self.dropped.items()
+        ]
         return "\n".join(lines) + "\n"
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -342,14 +343,15 @@ def _chart(title: str, lines: Mapping[str, Sequence[Point]]) -> str:
     for i, (name, points) in enumerate(lines.items()):
         floor, short = "floor" if "/floor_" in name else "", name.rpartition("/")[2].replace("_", " ")
         colour = f"var(--line{i % 6})"
-        banded = [p for p in points if p[2] is not None and p[3] is not None]
+        banded = [(step, low, high) for step, _, low, high in points if low is not None and high is not None]
         if len(banded) > 1:
-            edge = [f"{x(p[0])},{y(p[3])}" for p in banded] + [f"{x(p[0])},{y(p[2])}" for p in reversed(banded)]
+            edge = [f"{x(s)},{y(up)}" for s, _, up in banded] + [f"{x(s)},{y(down)}" for s, down, _ in banded[::-1]]
             parts.append(f'<polygon class="band" fill="{colour}" points="{" ".join(edge)}"/>')
-        elif banded:
-            (p,) = banded
-            ends = f'x1="{x(p[0])}" x2="{x(p[0])}" y1="{y(p[2])}" y2="{y(p[3])}"'
-            parts.append(f'<line class="line" stroke="{colour}" {ends}/>')
+        parts += [  # a band of no width
+            f'<line class="line" stroke="{colour}" x1="{x(s)}" x2="{x(s)}" y1="{y(down)}" y2="{y(up)}"/>'
+            for s, down, up in banded
+            if len(banded) == 1
+        ]
         path = " ".join(f"{x(p[0])},{y(p[1])}" for p in points)
         parts.append(f'<polyline class="line {floor}" stroke="{colour}" points="{path}"/>')
         if not floor:
@@ -457,7 +459,7 @@ def _validation_clips(folder: Path, notes: list[str]) -> list[dict[str, Clip]]:
             try:
                 with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
                     arrays = {name: file[name] for name in ("codes", "order") if name in file}
-            except (OSError, ValueError, EOFError) as error:
+            except (OSError, ValueError, EOFError, BadZipFile) as error:
                 notes.append(f"{place}: its codes are unreadable ({error})")
         has_grids &= bool(arrays)
         score = about.pop("score", None)
