@@ -440,7 +440,7 @@ def report_of_run(run_folder: str | Path) -> Report:
 
 def _validation_clips(folder: Path, notes: list[str]) -> list[dict[str, Clip]]:
     rows: dict[str, dict[str, Clip]] = {}
-    has_grids = True
+    num_clips = num_grids = 0
     for path in sorted(folder.glob("validation/step_*/*.wav"), key=lambda p: (p.name, p.parent.name)):
         if path.name.startswith("."):
             continue  # the rest of a write that was cut off
@@ -461,7 +461,7 @@ def _validation_clips(folder: Path, notes: list[str]) -> list[dict[str, Clip]]:
                     arrays = {name: file[name] for name in ("codes", "order") if name in file}
             except (OSError, ValueError, EOFError, BadZipFile) as error:
                 notes.append(f"{place}: its codes are unreadable ({error})")
-        has_grids &= bool(arrays)
+        num_clips, num_grids = num_clips + 1, num_grids + bool(arrays)
         score = about.pop("score", None)
         step = re.sub(r"\D", "", path.parent.name)
         clip = Clip(
@@ -471,8 +471,9 @@ def _validation_clips(folder: Path, notes: list[str]) -> list[dict[str, Clip]]:
         rows.setdefault(path.stem, {})[f"step {int(step or 0)}"] = clip
     if not rows:
         notes.append("No clips: the run folder holds no validation/step_*/*.wav.")
-    elif not has_grids:
-        notes.append("Clips without codes and order of unmasking: no .npz with them lies beside the audio.")
+    elif num_grids < num_clips:
+        lack = f"{num_clips - num_grids} of {num_clips} clips are shown without codes and order of unmasking"
+        notes.append(f"{lack}: no .npz with them lies beside the audio.")
     return list(rows.values())
 
 

@@ -272,6 +272,7 @@ def test_a_run_becomes_prompts_by_checkpoints(tmp_path):
     assert report.curves["val/ce"] == [(0, 8.0, None, None), (799, 5.0, 4.5, 5.5)]
     assert "val/ce_ci95" not in report.curves
     assert any("train/loss: 1 value" in note for note in report.notes)
+    assert any(note.startswith("3 of 4 clips are shown without codes") for note in report.notes)
     (fad,) = [r for r in report.records if r["metric"] == "val/fad/musicnn"]
     assert (fad["value"], fad["clips"], fad["floor codec"], fad["generation.seed"]) == (40.0, 2, 16.0, 0)
     (ce,) = [r for r in report.records if r["metric"] == "val/ce"]
