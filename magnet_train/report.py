@@ -76,7 +76,7 @@ class Report:
 def write_report(path: str | Path, report: Report) -> int:
     """Write the report as one HTML file that loads nothing; its size in bytes comes back.
 
-    A clip of 10 s takes about 95 kB of the page at 16 kHz and 150 kB at 44.1 kHz: MP3 (see `page.audio_uri`), a
+    A clip of 10 s takes about 100 kB of the page at 16 kHz and 150 kB at 44.1 kHz: MP3 (see `page.audio_uri`), a
     JPEG of 96 mel bands by 480 columns (12 kB, where a PNG of 64 shades takes 22), and base64's third on both.
 
     Raises:

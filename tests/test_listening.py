@@ -72,7 +72,7 @@ def test_the_page_loads_nothing_and_escapes_captions(page):
 def test_the_page_is_blind(study, key):
     html = study.page.read_text(encoding="utf-8")
     for word in ("ours", "theirs", "anchor", "mismatch", "low-pass", "_key", "reference_0", str(study.page.parent)):
-        assert word not in html.replace("hours", ""), word
+        assert word not in html, word
 
 
 def test_clips_stand_in_the_order_of_their_random_ids(page, key):
