@@ -9,6 +9,7 @@ VERBS = {
     "predict": "generate audio for every caption of a split",
     "tokenize": "turn a folder of audio and captions into code shards",
     "generate": "turn prompts into audio files",
+    "evaluate": "score audio of any origin, or a model, against a reference",
     "convert": "audiocraft's models to releases of ours, and back; checkpoints to releases",
     "bench": "measure attention, training and decoding, each beside its slow twin",
 }

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -34,6 +35,8 @@ def run(verb: str, args: list[str]) -> None:
             _run_tokenize(args)
         elif verb == "generate":
             _run_generate(args)
+        elif verb == "evaluate":
+            _run_evaluate(args)
         elif verb == "convert":
             _run_convert(args)
         elif verb == "bench":
@@ -327,7 +330,7 @@ def _summary_text(summary: dict[str, Any], run_folder: Path) -> str:
     return "\n".join(lines)
 
 
-# --- tokenize, convert, bench, generate -------------------------------------------------------------------------------
+# --- tokenize, convert, evaluate, bench, generate ---------------------------------------------------------------------
 
 
 def _parser(verb: str, description: str) -> Any:
@@ -338,6 +341,11 @@ def _parser(verb: str, description: str) -> Any:
             if isinstance(ex, UserError):
                 raise ex
             raise UserError(_one_line(message)) from ex
+
+        def parse_args(self, args: list[str], **settings: Any) -> Any:  # type: ignore[override]
+            """With `--save-reference` understood as `--save_reference`."""
+            spelt = [re.sub(r"^--[\w.-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in args]
+            return super().parse_args(spelt, **settings)
 
     parser = Parser(prog=f"python -m magnet_train {verb}", description=description)
     parser.add_argument("--config", action="config", help="YAML file with any of these options; repeatable.")
@@ -371,6 +379,36 @@ def _run_convert(args: list[str]) -> None:
     config = parser.parse_args(args)
     values = {k: v for k, v in vars(config).items() if k not in ("source", "config")}
     print(convert(config.source, ConvertOptions(**values)))
+
+
+def _run_evaluate(args: list[str]) -> None:
+    from magnet_train.decoding import DecodingConfig
+    from magnet_train.evaluate import EMBEDDED, EvaluateOptions, evaluate
+    from magnet_train.metrics.listeners import LISTENERS
+    from magnet_train.metrics.scoring import KINDS
+
+    parser = _parser("evaluate", "Score folders of audio, or a model, against a reference.")
+    parser.add_argument(
+        "--generated", type=str, nargs="+", default=[],
+        help="Folders of audio files, each FOLDER or NAME=FOLDER: a row of the table each.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metrics", type=str, nargs="+", default=list(EMBEDDED),
+        help=f"KIND/LISTENER each; kinds: {', '.join(KINDS)}; listeners: {', '.join(LISTENERS)}.",
+    )  # fmt: skip
+    parser.add_class_arguments(EvaluateOptions, nested_key=None, as_group=False, skip={"generated", "metrics"})
+    parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
+    config = parser.parse_args(args)
+    evaluate(
+        EvaluateOptions(**{k: v for k, v in vars(config).items() if k not in ("decoding", "config")}),
+        _given_decoding(config, args),
+    )
+
+
+def _given_decoding(config: Any, args: list[str]) -> dict[str, Any]:
+    """The settings of decoding that were given: what is not is as the checkpoint says, not as the class has it."""
+    given = {a.split("=")[0].removeprefix("--decoding.") for a in args if a.startswith("--decoding.")}
+    return {k: v for k, v in vars(config.decoding).items() if k in given}
 
 
 def _run_bench(args: list[str]) -> None:
@@ -428,11 +466,8 @@ def _run_generate(args: list[str]) -> None:
     parser.add_class_arguments(GenerateOptions, nested_key=None, as_group=False, skip={"prompt"})
     parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
     config = parser.parse_args(args)
-    # What is not given is as the checkpoint says, not as the class has it.
-    given = {a.split("=")[0].removeprefix("--decoding.") for a in args if a.startswith("--decoding.")}
-    decoding = {k: v for k, v in vars(config.decoding).items() if k in given}
     options = GenerateOptions(**{k: v for k, v in vars(config).items() if k not in ("decoding", "config")})
-    for path in generate(options, decoding):
+    for path in generate(options, _given_decoding(config, args)):
         print(path)
 
 
