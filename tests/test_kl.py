@@ -139,7 +139,7 @@ def test_bad_input_of_kl_is_named():
         kl("audiocraft", [], [])
     with pytest.raises(ValueError):
         kl("audiocraft", [torch.rand(2, 3)], [])
-    for bad in (torch.tensor([[0.0, float("nan")]]), torch.tensor([[0.0, float("inf")]]), torch.zeros(0, 2)):
+    for bad in (*(torch.tensor([[0.0, float(x)]]) for x in ("nan", "inf", "-inf")), torch.zeros(0, 2)):
         for pair in ((bad, torch.zeros_like(bad)), (torch.zeros_like(bad), bad)):
             with pytest.raises(UserError, match="NaN"):
                 clip_divergences("audiocraft", *pair)

@@ -111,6 +111,7 @@ def test_table_of_systems_and_metrics():
 
 def test_a_small_set_is_warned_of():
     assert "Warning: ours has 249 clips" in markdown_table([replace(FAD, num_clips=249)])
+    assert "Warning: ours has 12 clips" in markdown_table([replace(KL, num_clips=12), FAD])
     assert "Warning" not in markdown_table([replace(FAD, num_clips=250)])
 
 
@@ -130,6 +131,7 @@ def test_a_table_of_different_protocols():
 def test_published_figures_stand_beside_the_same_protocol_and_set_only():
     table = markdown_table([FAD, KL], published=PUBLISHED)
     assert ["magnet-small-10secs (published)", "", "4.22", "1.11"] in cells(table)
+    assert ["magnet-medium-30secs (published)", "", "4.63", "1.20"] in cells(table)
     assert sum("(published)" in line for line in table.splitlines()) == 8
     assert "audio-magnet" not in table
     assert "Published: audiocraft, model_cards/MAGNET_MODEL_CARD.md." in table

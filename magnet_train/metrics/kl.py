@@ -100,9 +100,9 @@ def clip_divergences(convention: str, reference: Tensor, generated: Tensor) -> T
     if how.reverse:
         p, q = q, p
     divergences = kl_divergence(p, q, how.epsilon)
-    # Checked on both sides: a NaN beside a probability of zero would not show in the divergence.
-    if not len(divergences) or not all(torch.isfinite(x).all() for x in (p, q, divergences)):
-        raise UserError("its tags are NaN or all zero; look at the audio")
+    # Outputs are looked at too: of a logit of minus infinity nothing would show.
+    if not len(divergences) or not all(torch.isfinite(x).all() for x in (reference, generated, divergences)):
+        raise UserError("its tags are NaN, infinite or all zero; look at the audio")
     return divergences
 
 

@@ -164,15 +164,16 @@ def markdown_table(records: Sequence[Record], force: bool = False, published: It
         for metric, column in columns.items():
             same = all(r.published_protocol == figure.protocol for r in column.values())
             if same and metric.split("/")[0] == figure.metric:
-                theirs.setdefault((figure.model, figure.source), {})[metric] = f"{figure.value:g}"
+                theirs.setdefault((figure.model, figure.source), {})[metric] = f"{figure.value:.2f}"
     rows += [[f"{model} (published)", "", *(v.get(m, "") for m in columns)] for (model, _), v in theirs.items()]
     notes += [f"Published: {source}." for source in dict.fromkeys(source for _, source in theirs)]
-    few = {r.system: r.num_clips for r in records if r.num_clips < FEWEST_CLIPS}
-    notes += [
-        f"Warning: {system} has {n} clips; below {FEWEST_CLIPS} FAD lies well above its value for many clips, "
-        "and intervals are wide."
-        for system, n in few.items()
-    ]
+    for system in dict.fromkeys(r.system for r in records):
+        fewest = min(r.num_clips for r in records if r.system == system)
+        if fewest < FEWEST_CLIPS:
+            notes.append(
+                f"Warning: {system} has {fewest} clips; below {FEWEST_CLIPS} FAD lies well above its value for many "
+                "clips, and intervals are wide."
+            )
     return "\n".join([*_aligned(rows), *(f"\n{note}" for note in notes)]) + "\n"
 
 
