@@ -131,6 +131,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             """Validate the untrained model, train, and sum up."""
             start = time.monotonic()
             generation = self.config_init[verb].generation
+            generation.within_fit = True
             before: dict[str, float] = {}
             seconds: dict[str, float] = {}
             trial: Any = self.trainer

@@ -435,7 +435,7 @@ def _report(
     references: dict[str, ReferenceStatistics], systems: dict[str, dict[str, Path]], real_clips: dict[str, Path],
     grids: dict[str, dict[str, Tensor]],
 ) -> Report:  # fmt: skip
-    """The first prompts of every system, and of each system the clips that lie nearest to the reference and farthest."""
+    """The first prompts, and of each system the clips that lie nearest to the reference and farthest."""
     fads = [parse_metric(r.metric)[1] for r in records if r.metric.startswith("fad/")]
     scores: dict[str, dict[str, float]] = {}
     for system, heard in heard_by.items():

@@ -414,7 +414,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 # --- A training run -------------------------------------------------------------------------------------------------
 
-_HEADLINES = ("val/fad", "val/kl", "val/text_audio", "val/ce", "val/accuracy", "train/loss", "val", "train")
+_HEADLINES = ("val/fad", "val/kl", "val/text", "val/ce", "val/accuracy", "train/loss", "val", "train")
 
 
 def report_of_run(run_folder: str | Path) -> Report:

@@ -1,11 +1,13 @@
 """Validation as a listener would do it: decode captions in full, score the audio, keep it to be heard and seen."""
 
 import time
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -18,59 +20,20 @@ from magnet_train.data.pipeline import Batch
 from magnet_train.decoding import DecodingConfig
 from magnet_train.errors import UserError
 from magnet_train.generator import Generated, Generator
-from magnet_train.metrics.embedders import load_musicnn
-from magnet_train.metrics.fad import FrechetAudioDistance
-from magnet_train.metrics.kl import TagKL
-from magnet_train.metrics.text_audio import TextAudioScore, load_text_audio
+from magnet_train.metrics.items import gather_by_id
+from magnet_train.metrics.listeners import Listener, load_listener
+from magnet_train.metrics.record import Record, write_records
+from magnet_train.metrics.reference_statistics import ReferenceStatistics
+from magnet_train.metrics.scoring import NEEDS_REFERENCE, HeardSet, parse_metric, raise_together, score
 from magnet_train.module import MagnetModule
-
-
-class Scores:
-    """FAD, tag KL and text-audio score of one set of clips; what cannot be computed is left out, with a warning.
-
-    Audio is scored as the codec gave it, at the level it learnt from the originals: the same clips brought to
-    -14 LUFS lie 5 FAD away from themselves.
-    """
-
-    def __init__(self, musicnn: Any, head: Any, has_references: bool):
-        self.musicnn, self.head = musicnn, head
-        self.fad = FrechetAudioDistance(dim=musicnn.dim) if has_references else None
-        self.kl = TagKL() if has_references else None
-        self.text = TextAudioScore() if head is not None else None
-
-    def add_reference(self, embeddings: Tensor) -> None:
-        """Windows of real audio, `n d`."""
-        if self.fad is not None:
-            self.fad.update_reference(embeddings.cpu())
-
-    def add(self, key: str, wav: Tensor, sample_rate: int, caption: str, tags: Tensor | None) -> None:
-        """One clip `channels t`; `tags` are those of its original."""
-        heard = self.musicnn(self.musicnn.resample(wav.mean(0).cpu(), sample_rate))
-        if self.fad is not None:
-            self.fad.update(heard.embeddings, key=key)
-        if self.kl is not None and tags is not None:
-            self.kl.update(tags.cpu(), heard.tags, key=key)
-        if self.text is not None:
-            self.text.update(self.head.score([caption], [heard]), keys=[key])
-
-    def compute(self) -> dict[str, float]:
-        """Metric name to value. A collective: every rank calls it."""
-        metrics = {"fad/musicnn": self.fad, "kl/musicnn_tags": self.kl, "text_audio": self.text}
-        values = {}
-        for name, metric in metrics.items():
-            try:
-                if metric is not None:
-                    values[name] = float(metric.compute())
-            except UserError as error:  # too few clips for this metric: no reason to end the run
-                rank_zero_warn(f"no {name}: {error}")
-        return values
 
 
 class GenerationCallback(Callback):
     """Decodes captions of the validation split in full and scores, writes and logs what comes out.
 
-    Each rank decodes the items it owns, without any collective, and always at the full batch shape; one
-    reduction follows. Runs on the averaged weights, because it stands before the averaging callback.
+    Each rank decodes the items it owns, without any collective, and always at the full batch shape; then what was
+    heard is gathered by item, and the first rank scores all of it. Runs on the averaged weights, because it stands
+    before the averaging callback.
     """
 
     def __init__(
@@ -81,6 +44,9 @@ class GenerationCallback(Callback):
         num_media: int = 8,
         at_start: bool = True,
         floors: bool = True,
+        metrics: tuple[str, ...] = ("fad/musicnn", "kl/musicnn", "text/musicnn"),
+        reference: str | None = None,
+        most_s: float | None = None,
         seed: int = 0,
     ):
         """What a validation generates.
@@ -93,6 +59,12 @@ class GenerationCallback(Callback):
             at_start: whether the untrained model is validated too, for comparison.
             floors: whether codec reconstructions, and codes drawn from each codebook's own frequencies, are scored
                 once beside the model.
+            metrics: what is scored, KIND/LISTENER each, as of `evaluate`; those whose weights are not to be had are
+                left out of `fit`, with a warning.
+            reference: folder of statistics that `evaluate --save_reference` wrote of the validation clips' audio, for
+                listeners other than musicnn; for KL the files must be named as the items.
+            most_s: seconds after which a rank begins no further batch, for a bounded validation; then fewer clips are
+                scored, and a warning says how many. None = no bound.
             seed: of the decoding noise; each item's depends on it and the item's id alone.
         """
         if num_prompts < 0 or batch_size < 1 or num_media < 0:
@@ -102,14 +74,21 @@ class GenerationCallback(Callback):
             )
         self.num_prompts, self.batch_size, self.num_media = num_prompts, batch_size, num_media
         self.decoding, self.at_start, self.floors, self.seed = decoding, at_start, floors, seed
+        for metric in metrics:
+            parse_metric(metric)
+        if most_s is not None and most_s <= 0:
+            raise UserError(f"generation: most_s={most_s}: give seconds above 0, or none")
+        self.metrics, self.reference, self.most_s = tuple(metrics), reference, most_s
+        self.within_fit = False
+        """Whether the validation belongs to a training run, that of the untrained model included."""
         self.audio: list[Path] = []
         self.pictures: list[Path] = []
         self.seconds = 0.0
-        self._floor_values: dict[str, float] = {}
+        self._floor_values: dict[str, dict[str, float]] = {}
         self._start = 0.0
-        self._parts: tuple[Codec, Any, Any] | None = None
+        self._listeners: dict[str, Listener] | None = None
         self._items: list[dict[str, Any]] = []
-        self._references: list[Tensor] = []
+        self._real: dict[str, dict[str, Tensor]] = {}
         self._frequencies: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,7 +97,7 @@ class GenerationCallback(Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.monotonic()
-        self._items, self._references, self._frequencies = [], [], None
+        self._items, self._real, self._frequencies = [], {}, None
 
     def on_validation_batch_end(
         self,
@@ -142,7 +121,7 @@ class GenerationCallback(Callback):
         for i, key in enumerate(batch["keys"]):
             reference = batch["references"][i]
             if reference is not None:
-                self._references.append(reference["embeddings"])
+                self._real[key] = reference
             index = batch["indices"][i]
             if index % every == 0 and index // every < self.num_prompts:
                 own = {"key": key, "index": index // every, "caption": batch["captions"][i], "reference": reference}
@@ -157,24 +136,60 @@ class GenerationCallback(Callback):
             self.seconds += time.monotonic() - self._start
 
     def _generate(self, trainer: L.Trainer, module: MagnetModule) -> None:
-        if self._parts is None:
-            self._parts = self._load(module)
-        codec, musicnn, head = self._parts
-        codec.to(module.device)
+        failure: str | None = None
+        heard: dict[str, HeardSet] = {}
+        try:
+            codec = load_codec(module.codec_name).to(module.device)
+            listeners = self._listening(trainer, module)
+            heard = {name: HeardSet(listener) for name, listener in listeners.items()}
+            self._decode(trainer, module, codec, heard)
+        except Exception as error:  # whatever it is, no other rank may wait for this one
+            if trainer.world_size == 1:
+                raise
+            failure = f"{type(error).__name__}: {error}"
+        raise_together(failure)
+        heard = {name: part.gathered() for name, part in heard.items()}
+        references = self._references(trainer, heard)
+        captions = gather_by_id({item["key"]: _bytes(item["caption"]) for item in self._items})
+        texts = {key: bytes(value.tolist()).decode() for key, value in captions.items()}
+        if self.floors and not self._floor_values:
+            self._floor_values = self._floors(trainer, module, codec, listeners, references, texts)
+        records: list[Record] = []
+        if trainer.is_global_zero:
+            about = {"system": f"step {trainer.global_step}", "decoding": asdict(self.decoding), "seed": self.seed}
+            records = self._score(heard, references, texts, self._floor_values, about)
+        values = {f"val/{record.metric}": record.value for record in records}
+        for record in records:
+            if record.interval is not None:
+                values |= {f"val/{record.metric}/{e}": v for e, v in zip(("low", "high"), record.interval, strict=True)}
+        for name, floors in self._floor_values.items():
+            values |= {f"val/{metric}/floor_{name}": value for metric, value in floors.items()}
+        # Every rank logs the same, so that the best checkpoint may be chosen by any of them.
+        values = trainer.strategy.broadcast(values | {"val/num_clips": float(len(texts))})
+        module.log_dict(values, sync_dist=False)
+        if records:
+            write_records(self._folder(trainer) / "records.json", records)
+        self._log_media(trainer, trainer.global_step)
+
+    def _decode(self, trainer: L.Trainer, module: MagnetModule, codec: Codec, heard: dict[str, HeardSet]) -> None:
+        """Decodes this rank's items and has them heard."""
         decoding = replace(self.decoding, span_len=module.span_len)
         generator = Generator(module.network, codec, module.text_encoder, decoding, module.crop_s)
-        scores = self._new_scores(trainer, musicnn, head)
-        is_audible = module.crop_s >= musicnn.shortest_s
-        if not is_audible:
-            rank_zero_warn(f"no metrics of the audio: musicnn hears 3 s at a time, the clips have {module.crop_s} s")
-        step = trainer.global_step
-        folder = Path(trainer.default_root_dir) / "validation" / f"step_{step:07d}"
+        start, folder = time.monotonic(), self._folder(trainer)
         self.audio, self.pictures = [], []
         bar = tqdm(
             range(0, len(self._items), self.batch_size), desc="decoding", unit="batch", leave=False,
             disable=not trainer.is_global_zero,
         )  # fmt: skip
         for first in bar:
+            if self.most_s is not None and time.monotonic() - start > self.most_s:
+                warnings.warn(
+                    f"validation after {self.most_s} s: {first} of {len(self._items)} prompts of rank "
+                    f"{trainer.global_rank} decoded, the rest left out (generation.most_s)",
+                    stacklevel=1,
+                )
+                self._items = self._items[:first]
+                return
             items = self._items[first : first + self.batch_size]
             # Always the full batch shape: another one could round differently and tip a tie.
             padding = self.batch_size - len(items)
@@ -182,62 +197,104 @@ class GenerationCallback(Callback):
             names = [item["key"] for item in items] + ["padding"] * padding
             result = generator.generate(prompts, self.seed, names)
             for i, item in enumerate(items):
-                reference = item["reference"]
-                tags = None if reference is None else reference["tags"].mean(0)
-                if is_audible:
-                    scores.add(item["key"], result.wav[i], result.sample_rate, item["caption"], tags)
+                for part in heard.values():
+                    part.add(item["key"], result.wav[i], result.sample_rate)
                 if item["index"] < self.num_media:
                     self._keep(trainer, folder, item, result, i, codec)
-        values = {f"val/{name}": value for name, value in scores.compute().items()} if is_audible else {}
-        if self.floors and is_audible and not self._floor_values:
-            self._floor_values = self._floors(trainer, codec, musicnn, head, module)
-        values |= self._floor_values
-        values["val/num_clips"] = float(self._count(trainer, len(self._items)))
-        module.log_dict(values, rank_zero_only=True, sync_dist=False)
-        self._log_media(trainer, step)
-
-    def _load(self, module: MagnetModule) -> tuple[Codec, Any, Any]:
-        head = None
-        try:
-            head = load_text_audio()
-        except UserError as error:
-            rank_zero_warn(f"no text-audio score: {error}")
-        return load_codec(module.codec_name), load_musicnn(), head
 
     @staticmethod
-    def _count(trainer: L.Trainer, own: int) -> int:
-        total = trainer.strategy.reduce(torch.tensor(float(own), device=trainer.strategy.root_device), reduce_op="sum")
-        return int(total)
+    def _folder(trainer: L.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "validation" / f"step_{trainer.global_step:07d}"
 
-    def _new_scores(self, trainer: L.Trainer, musicnn: Any, head: Any) -> Scores:
-        """With the references of this rank already in it."""
-        index = trainer.datamodule.shards("validation").index  # type: ignore[attr-defined]
-        has_references = index["embedder"] != "none"
-        if not has_references:
-            rank_zero_warn("no FAD and KL: the validation shards hold no references; tokenize with --embedder musicnn")
-        scores = Scores(musicnn, head, has_references)
-        for embeddings in self._references:
-            scores.add_reference(embeddings)
-        return scores
+    def _listening(self, trainer: L.Trainer, module: MagnetModule) -> dict[str, Listener]:
+        """The networks that are to be had, loaded once.
+
+        Raises:
+            UserError: outside `fit`, if one of them is not.
+        """
+        if self._listeners is None:
+            self._listeners = {}
+            for name in dict.fromkeys(parse_metric(metric)[1] for metric in self.metrics):
+                try:
+                    listener = load_listener(name, device=str(module.device))
+                except UserError as error:
+                    if not self.within_fit:
+                        raise
+                    rank_zero_warn(f"no metrics of {name}: {error}")
+                    continue
+                if module.crop_s < listener.shortest_s:
+                    rank_zero_warn(
+                        f"no metrics of {name}: it hears {listener.shortest_s:.2f} s at a time, the clips have "
+                        f"{module.crop_s} s"
+                    )
+                    continue
+                self._listeners[name] = listener
+        return self._listeners
+
+    def _references(self, trainer: L.Trainer, heard: dict[str, HeardSet]) -> dict[str, ReferenceStatistics]:
+        """What each listener heard in the real clips: of the shards, or of the files in `reference`. A collective."""
+        found: dict[str, ReferenceStatistics] = {}
+        real = {
+            what: gather_by_id({key: value[what] for key, value in self._real.items()})
+            for what in ("embeddings", "tags")
+        }
+        for name, part in heard.items():
+            listener = part.listener
+            if name == "musicnn" and real["embeddings"]:
+                index = trainer.datamodule.shards("validation").index  # type: ignore[attr-defined]
+                own = HeardSet(listener, real["embeddings"], real["tags"], rates={index["codec"]["sample_rate"]})
+                found[name] = own.statistics()
+            elif self.reference is not None:
+                found[name] = ReferenceStatistics.load(
+                    Path(self.reference) / f"{name}.safetensors", embedder=listener.id, embedder_hash=listener.hash,
+                    windowing=listener.windowing,
+                )  # fmt: skip
+        return found
+
+    def _score(
+        self, heard: dict[str, HeardSet], references: dict[str, ReferenceStatistics], captions: dict[str, str],
+        floors: dict[str, dict[str, float]], about: dict[str, Any],
+    ) -> list[Record]:  # fmt: skip
+        """A record for every metric that can be computed; a warning for each that cannot."""
+        records = []
+        for metric in self.metrics:
+            kind, name = parse_metric(metric)
+            if name not in heard:
+                continue
+            reference = references.get(name)
+            if kind in NEEDS_REFERENCE and reference is None:
+                remedy = "tokenize with --embedder musicnn" if name == "musicnn" else "give --generation.reference"
+                rank_zero_warn(f"no {metric}: the validation shards hold no references; {remedy}")
+                continue
+            try:
+                floor = floors.get("codec", {}).get(metric)
+                records.append(score(metric, heard[name], reference, captions, floor_codec=floor, **about))
+            except UserError as error:  # too few clips for this metric: no reason to end the run
+                rank_zero_warn(f"no {metric}: {error}")
+        return records
 
     def _floors(
-        self, trainer: L.Trainer, codec: Codec, musicnn: Any, head: Any, module: MagnetModule
-    ) -> dict[str, float]:
+        self, trainer: L.Trainer, module: MagnetModule, codec: Codec, listeners: dict[str, Listener],
+        references: dict[str, ReferenceStatistics], captions: dict[str, str],
+    ) -> dict[str, dict[str, float]]:  # fmt: skip
         """The same scores for the codec's reconstruction of real codes, and for codes drawn without a model."""
         frequencies = self._frequencies if self._frequencies is not None else torch.ones(1, 1)
-        values = {}
+        values: dict[str, dict[str, float]] = {}
         for name in ("codec", "unigram"):
-            scores = self._new_scores(trainer, musicnn, head)
+            heard = {listener.name: HeardSet(listener) for listener in listeners.values()}
             for item in self._items:
                 codes = item["codes"]
                 if name == "unigram":
                     generator = torch.Generator().manual_seed(item["index"])
                     draws = [torch.multinomial(f.cpu(), codes.shape[1], True, generator=generator) for f in frequencies]
                     codes = torch.stack(draws)
-                tags = None if item["reference"] is None else item["reference"]["tags"].mean(0)
                 wav = codec.decode(codes[None].to(module.device))[0]
-                scores.add(item["key"], wav, codec.facts.sample_rate, item["caption"], tags)
-            values |= {f"val/{metric}/floor_{name}": value for metric, value in scores.compute().items()}
+                for part in heard.values():
+                    part.add(item["key"], wav, codec.facts.sample_rate)
+            heard = {n: part.gathered() for n, part in heard.items()}
+            if trainer.is_global_zero:
+                records = self._score(heard, references, captions, {}, {"system": name})
+                values[name] = {record.metric: record.value for record in records}
         return values
 
     def _keep(
@@ -249,6 +306,9 @@ class GenerationCallback(Callback):
         write_audio(path, result.wav[i].T.cpu().numpy(), result.sample_rate, about)
         real = codec.decode(item["codes"][None].to(codec.device))[0].mean(0).cpu().numpy()
         made = result.wav[i].mean(0).cpu().numpy()
+        # For the report: what was decoded, and when each code became final.
+        codes = {"codes": result.codes[i].cpu().numpy().astype(np.uint16), "order": result.order[i].cpu().numpy()}
+        np.savez_compressed(path.with_suffix(".npz"), allow_pickle=False, **codes)
         picture = path.with_suffix(".png")
         titles = {f"generated: {item['caption']}": made, "codec reconstruction of the real clip": real}
         write_picture(picture, titles, result.sample_rate, result.order[i].cpu().numpy())
@@ -273,6 +333,11 @@ class GenerationCallback(Callback):
                 logger.experiment.log(media | {"trainer/global_step": step})
         if self.audio:
             rank_zero_info(f"step {step}: {len(self.audio)} clips and pictures in {self.audio[0].parent}")
+
+
+def _bytes(text: str) -> Tensor:
+    """A text as a tensor, so that it may be gathered."""
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 class PredictionWriter(Callback):
