@@ -327,7 +327,7 @@ class StudyTable:
             lines.append(f"| {name} | {' | '.join(values)} | {' + '.join(str(r.num_ratings) for r in own)} |")
         lines += ["", self.protocol]
         if self.num_unheard:
-            lines.append(f"Not counted: {self.num_unheard} ratings of clips that were not heard to their end.")
+            lines.append(f"Not counted, since the clip was not heard to its end: {self.num_unheard} of their ratings.")
         lines += [""] * bool(self.dropped) + [
             f"- left out: {rater} ({reason})" for rater, reason in self.dropped.items()
         ]
@@ -401,7 +401,8 @@ def analyse_study(
         raise UserError(f"no rater is left: {reasons}; ask more raters, or loosen the filters")
     _check_complete(about, [r for ratings in kept.values() for r in ratings], "has no rating from the raters kept")
     protocol = (
-        f"Mean of {len(kept)} raters on a scale from 1 to 100, [95 % interval] by bootstrap over raters "
+        f"Mean of {len(kept)} rater{'s' * (len(kept) > 1)} on a scale from 1 to 100, "
+        "[95 % interval] by bootstrap over raters "
         f"({num_draws} draws, seed {seed}); study {about['study']}, {len({c['trial'] for c in clips.values()})} "
         "captions, all clips at -14 LUFS."
     )

@@ -64,7 +64,8 @@ class Report:
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     """Metric to its points. `…/stage0`, `…/rate0.5` and `…/floor_codec` share the chart of what stands before them."""
     records: Sequence[Mapping[str, Any]] = ()
-    """Figures: `metric`, `value`, `interval` (low, high) and `clips`; every other field belongs to the protocol."""
+    """Figures, as `asdict` of a metrics record: `system`, `metric`, `value`, `interval` (low, high) and `num_clips`
+    have columns of their own; every other field that is not None belongs to the protocol, which unfolds."""
     notes: Sequence[str] = ()
     """What a reader must know first, such as what is missing."""
     score: str = "score"
@@ -257,25 +258,26 @@ def _entries(ranked: Sequence[tuple[float, str, str]]) -> str:
 
 def _records(records: Sequence[Mapping[str, Any]]) -> str:
     heads = {
+        "system": "System",
         "metric": "Metric",
         "value": "Value",
         "interval": "95 % interval",
-        "clips": "Clips",
-        "protocol": "Protocol",
+        "num_clips": "Clips",
     }
     rows: list[dict[str, str]] = []
     for record in records:
-        metric, value, interval = record.get("metric", ""), record.get("value"), record.get("interval")
+        record = {name: value for name, value in record.items() if value is not None}
+        metric, value = record.get("metric", ""), record.get("value")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"record {metric!r}: value={value!r} is no number; leave it out")
-        row = {"metric": text(metric), "value": _number(_finite(value, f"record {metric!r}"))}
-        if interval is not None:
-            row["interval"] = " to ".join(_number(float(end)) for end in interval)
-        if "clips" in record:
-            row["clips"] = text(record["clips"])
-        if protocol := {k: v for k, v in record.items() if k not in heads}:
-            row["protocol"] = f"<details><summary>unfold</summary>{_definitions(protocol)}</details>"
+        _finite(value, f"record {metric!r}")
+        row = {name: text(_number(record[name])) for name in heads if name in record}
+        if "interval" in record:
+            row["interval"] = " to ".join(_number(float(end)) for end in record["interval"])
+        if protocol := _flat({name: value for name, value in record.items() if name not in heads}):
+            row["protocol"] = f"<details><summary>protocol</summary>{_definitions(protocol)}</details>"
         rows.append(row)
+    heads["protocol"] = ""
     if not rows:
         return ""
     shown = {key: head for key, head in heads.items() if any(key in row for row in rows)}
@@ -581,7 +583,7 @@ def _last_values(curves: Mapping[str, Sequence[Point]], settings: Mapping[str, A
         if low is not None and high is not None:
             record["interval"] = (low, high)
         if is_generated:
-            record |= {"clips": int(clips[-1][1])} if clips else {}
+            record |= {"num_clips": int(clips[-1][1])} if clips else {}
             floors = [other for other in curves if other.startswith(f"{name}/floor_")]
             record |= {other.removeprefix(f"{name}/").replace("_", " "): curves[other][-1][1] for other in floors}
             record |= protocol

@@ -280,7 +280,7 @@ def test_raters_are_left_out_with_a_reason(tmp_path, study, key):
     assert sum(row.num_ratings for row in table.rows) == 59
     assert analyse_study(files, study.key, min_reference=84).num_raters == 3
     assert analyse_study(files, study.key, min_answered=0.2).num_raters == 3
-    assert "1 ratings of clips that were not heard" in table.to_markdown()
+    assert "not heard to its end: 1 of their ratings" in table.to_markdown()
 
 
 def test_one_rater_has_no_interval(tmp_path, study, key):

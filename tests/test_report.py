@@ -39,7 +39,8 @@ def hostile_report() -> Report:
     ]
     return Report(
         HOSTILE, {HOSTILE: HOSTILE}, clips, {HOSTILE: [(0, 1.0, 0.5, 1.5), (1, 2.0, 1.5, 2.5)]},
-        [{"metric": HOSTILE, "value": 1.25, "interval": (1.0, 1.5), "clips": 12, HOSTILE: HOSTILE}], [HOSTILE], HOSTILE,
+        [{"metric": HOSTILE, "value": 1.25, "interval": (1.0, 1.5), "num_clips": 12, "seed": None, HOSTILE: HOSTILE}],
+        [HOSTILE], HOSTILE,
     )  # fmt: skip
 
 
@@ -191,7 +192,8 @@ def test_a_curve_of_one_point_is_seen(tmp_path):
 
 def test_figures_unfold_their_protocol(page: Page):
     assert page.text.count("1.25") >= 1 and "1 to 1.5" in page.text
-    assert [c["class"] for c in page.all("td")] == ["metric", "value", "interval", "clips", "protocol"]
+    assert [c["class"] for c in page.all("td")] == ["metric", "value", "interval", "num_clips", "protocol"]
+    assert "None" not in page.text, "what is not known is no part of a protocol"
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
@@ -274,9 +276,9 @@ def test_a_run_becomes_prompts_by_checkpoints(tmp_path):
     assert any("train/loss: 1 value" in note for note in report.notes)
     assert any(note.startswith("3 of 4 clips are shown without codes") for note in report.notes)
     (fad,) = [r for r in report.records if r["metric"] == "val/fad/musicnn"]
-    assert (fad["value"], fad["clips"], fad["floor codec"], fad["generation.seed"]) == (40.0, 2, 16.0, 0)
+    assert (fad["value"], fad["num_clips"], fad["floor codec"], fad["generation.seed"]) == (40.0, 2, 16.0, 0)
     (ce,) = [r for r in report.records if r["metric"] == "val/ce"]
-    assert ce["interval"] == (4.5, 5.5) and "clips" not in ce
+    assert ce["interval"] == (4.5, 5.5) and "num_clips" not in ce
     write_report(tmp_path / "r.html", report)
     page = read(tmp_path / "r.html")
     assert len(page.all("audio")) == 4 and page.loaded() == []
