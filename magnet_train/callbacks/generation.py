@@ -295,7 +295,7 @@ class GenerationCallback(Callback):
             if trainer.is_global_zero:
                 records = self._score(heard, references, captions, {}, {"system": name})
                 values[name] = {record.metric: record.value for record in records}
-        return values
+        return trainer.strategy.broadcast(values)
 
     def _keep(
         self, trainer: L.Trainer, folder: Path, item: dict[str, Any], result: Generated, i: int, codec: Codec
