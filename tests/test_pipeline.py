@@ -22,6 +22,7 @@ from magnet_train.data.pipeline import (
     EveryItemOnce,
     ShardSet,
     TrainingStream,
+    packed,
     read_shard,
     tar_members,
     training_order,
@@ -64,7 +65,7 @@ def keys(batches: Any) -> list[str]:
 
 
 def load(dataset: Any, workers: int) -> Any:
-    return DataLoader(dataset, batch_size=None, num_workers=workers)
+    return DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=packed)
 
 
 # --- validation ---------------------------------------------------------------------------------------------------
@@ -283,6 +284,23 @@ def test_tars_are_read_as_tarfile_does(format: int, empty_folder: bool, long: st
     """Ours by the short way, all others by the long one, also where they begin to differ in the middle."""
     content = written(["a", "b", long, "e"], format, empty_folder)
     assert list(tar_members(content)) == [(n, bytes([i]) * 300 * i) for i, n in enumerate(["a", "b", long, "e"])]
+
+
+@pytest.mark.parametrize("num_frames", [80, 100, 130])
+def test_a_loader_process_changes_nothing(num_frames: int, codec: str, tmp_path: Path):
+    """Though batches are packed on their way: types, padding and references too."""
+    found = ShardSet.open(write_shards(tmp_path, codec, (4, 3), seconds=[2, 1.5, 0.1, 2, 1, 2, 1.99]))
+    for dataset in (TrainingStream(found, num_frames, 3, 0), EveryItemOnce(found, num_frames, 3)):
+        for one, two in zip(islice(load(dataset, 0), 3), islice(load(dataset, 1), 3), strict=True):
+            assert type(one) is type(two) is dict and list(one) == list(two)
+            for name in ("codes", "valid"):
+                assert one[name].dtype == two[name].dtype and torch.equal(one[name], two[name])
+            references = [
+                [r and {k: v.tolist() for k, v in r.items()} for r in b.pop("references")] for b in (one, two)
+            ]
+            assert references[0] == references[1]
+            rest = [{k: v for k, v in b.items() if k not in ("codes", "valid")} for b in (one, two)]
+            assert rest[0] == rest[1]
 
 
 def test_every_cut_of_a_tar_is_refused(folder: Path, tmp_path: Path):

@@ -45,7 +45,7 @@ def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
 
 
 def _mean(wav: np.ndarray) -> np.ndarray:
-    """Of all channels, `t 1`. The same to the bit for stereo by hand: numpy takes as long for it as the file to read."""
+    """Of all channels, `t 1`; of stereo by hand, to the same bit: numpy takes as long for it as the file to decode."""
     return (wav[:, :1] + wav[:, 1:]) / np.float32(2) if wav.shape[1] == 2 else wav.mean(axis=1, keepdims=True)
 
 

@@ -262,11 +262,33 @@ def collate(items: list[tuple[Item, int, np.ndarray]], num_frames: int) -> Batch
     }
 
 
+def packed(batch: Any) -> Any:
+    """The same batch, packed for its way if this is a loader process: the `collate_fn` of a DataLoader of ours.
+
+    Otherwise each tensor would travel as a file of shared memory, and torch would look at each string of the batch;
+    either takes longer than to read and crop the codes.
+    """
+    return batch if get_worker_info() is None else _Packed(batch)
+
+
+class _Packed(dict):
+    """A batch that is pickled with codes as uint16 and the lengths of what is valid, and unpickled as it was."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rest = {name: value for name, value in self.items() if name not in ("codes", "valid")}
+        return _unpacked, (self["codes"].numpy().astype(np.uint16), self["valid"].sum(1).tolist(), rest)
+
+
+def _unpacked(codes: np.ndarray, lengths: list[int], rest: dict[str, Any]) -> dict[str, Any]:
+    valid = torch.arange(codes.shape[2]) < torch.tensor(lengths)[:, None]
+    return {"codes": torch.from_numpy(codes.astype(np.int64)), "valid": valid, **rest}
+
+
 # --- the two datasets ---------------------------------------------------------------------------------------------
 
 
 class TrainingStream(IterableDataset):
-    """Endless batches of random crops; put into a DataLoader with `batch_size=None`.
+    """Endless batches of random crops; put into a DataLoader with `batch_size=None` and `collate_fn=packed`.
 
     A shard that cannot be read is left out with a warning; a folder without any readable one ends the run.
     """
