@@ -1,6 +1,7 @@
 """The verbs' work: LightningCLI for training and its like, plain functions for the rest."""
 
 import errno
+import gc
 import itertools
 import json
 import os
@@ -75,6 +76,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
 
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
+    gc.disable()  # what these imports make stays for good: looking through it again and again takes seconds
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -83,6 +85,9 @@ def _run_lightning(verb: str, args: list[str]) -> None:
     from magnet_train.data.datamodule import MagnetDataModule
     from magnet_train.module import MagnetModule
     from magnet_train.release import read_checkpoint
+
+    gc.freeze()
+    gc.enable()
 
     class Parser(LightningArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> Any:
@@ -94,6 +99,11 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             raise UserError(_one_line(message)) from ex
 
     class MagnetCLI(LightningCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            """Only the one that is asked for: each takes as long to set up."""
+            return {verb: LightningCLI.subcommands()[verb]}
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.link_arguments("model.crop_s", "data.crop_s")
             parser.link_arguments("model.codec", "data.codec")

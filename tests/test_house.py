@@ -11,6 +11,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"bench"},
+    {"bench_data"},
     {"callbacks.averaging", "callbacks.checkpoint_io", "callbacks.generation"},
     {"module", "data.datamodule"},
     {"evaluate"},

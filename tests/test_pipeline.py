@@ -1,6 +1,9 @@
 """Shards to batches: nothing lost, nothing twice, the same again, and exactly on after a resume."""
 
+import io
 import logging
+import tarfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +17,16 @@ import torch
 from helpers_data import FRAME_RATE, make_data_codec, write_shards
 from torch.utils.data import DataLoader
 
-from magnet_train.data.pipeline import Batch, EveryItemOnce, ShardSet, TrainingStream, read_shard
+from magnet_train.data.pipeline import (
+    Batch,
+    EveryItemOnce,
+    ShardSet,
+    TrainingStream,
+    packed,
+    read_shard,
+    tar_members,
+    training_order,
+)
 from magnet_train.errors import UserError
 
 COUNTS = (5, 3, 4, 5, 3, 4)  # 24 items in six shards
@@ -53,7 +65,7 @@ def keys(batches: Any) -> list[str]:
 
 
 def load(dataset: Any, workers: int) -> Any:
-    return DataLoader(dataset, batch_size=None, num_workers=workers)
+    return DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=packed)
 
 
 # --- validation ---------------------------------------------------------------------------------------------------
@@ -248,6 +260,90 @@ def test_what_a_shard_holds(folder: Path):
     assert all(item["codes"].dtype == np.uint16 and item["codes"].shape == (4, 100) for item in found)
     assert all(item["reference"] is None for item in found)
     assert all(item["reference"] is not None for item in read_shard(folder / "shard-000001.tar", with_references=True))
+
+
+def written(names: list[str], format: int, empty_folder: bool = False) -> bytes:
+    """A tar of files of different length; what they hold repeats their number."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=format) as tar:
+        if empty_folder:
+            folder = tarfile.TarInfo("folder")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+        for number, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = 300 * number
+            tar.addfile(member, io.BytesIO(bytes([number]) * member.size))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+@pytest.mark.parametrize("empty_folder", [False, True])
+@pytest.mark.parametrize("long", ["c", "c" * 100, "d" * 60 + "/" + "c" * 90, "ü"])
+def test_tars_are_read_as_tarfile_does(format: int, empty_folder: bool, long: str):
+    """Ours by the short way, all others by the long one, also where they begin to differ in the middle."""
+    content = written(["a", "b", long, "e"], format, empty_folder)
+    assert list(tar_members(content)) == [(n, bytes([i]) * 300 * i) for i, n in enumerate(["a", "b", long, "e"])]
+
+
+@pytest.mark.parametrize("num_frames", [80, 100, 130])
+def test_a_loader_process_changes_nothing(num_frames: int, codec: str, tmp_path: Path):
+    """Though batches are packed on their way: types, padding and references too."""
+    found = ShardSet.open(write_shards(tmp_path, codec, (4, 3), seconds=[2, 1.5, 0.1, 2, 1, 2, 1.99]))
+    for dataset in (TrainingStream(found, num_frames, 3, 0), EveryItemOnce(found, num_frames, 3)):
+        for one, two in zip(islice(load(dataset, 0), 3), islice(load(dataset, 1), 3), strict=True):
+            assert type(one) is type(two) is dict and list(one) == list(two)
+            for name in ("codes", "valid"):
+                assert one[name].dtype == two[name].dtype and torch.equal(one[name], two[name])
+            references = [
+                [r and {k: v.tolist() for k, v in r.items()} for r in b.pop("references")] for b in (one, two)
+            ]
+            assert references[0] == references[1]
+            rest = [{k: v for k, v in b.items() if k not in ("codes", "valid")} for b in (one, two)]
+            assert rest[0] == rest[1]
+
+
+def test_every_cut_of_a_tar_is_refused(folder: Path, tmp_path: Path):
+    """Also one between two members, which tarfile takes for the end; and every damaged header."""
+    whole = (folder / "shard-000001.tar").read_bytes()
+    path = tmp_path / "cut.tar"
+    end = len(whole.rstrip(b"\0")) + 511 & ~511
+    for cut in {*range(0, end, 331), *range(0, end + 1, 512)}:
+        path.write_bytes(whole[:cut])
+        assert str(path) in refusal(read_shard, path)
+    with tarfile.open(folder / "shard-000001.tar") as tar:
+        headers = [member.offset for member in tar]
+    for at in headers:
+        damaged = bytearray(whole)
+        damaged[at + 130] ^= 1  # in the length
+        path.write_bytes(damaged)
+        assert str(path) in refusal(read_shard, path)
+
+
+def test_codes_that_are_no_uint16_arrays(tmp_path: Path):
+    for array in (np.zeros((4, 10)), np.zeros(4, np.uint16), np.array([{}], dtype=object), None):
+        codes = io.BytesIO()
+        if array is not None:
+            np.save(codes, array)
+        content = {"a.codes.npy": codes.getvalue(), "a.json": b'{"key": "a", "duration_s": 1}'}
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            for name, data in content.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        assert str(tmp_path / "a.tar") in refusal(read_shard, tmp_path / "a.tar")
+
+
+def test_the_order_begins_anywhere():
+    """Left out are exactly the first, within a group and epochs later; and that takes no time."""
+    counts = [5, 3, 4, 5, 3, 4, 1, 1, 9]
+    items = [i for group in islice(training_order(counts, 3, 1, 2), 20) for i in group]
+    for done in range(100):
+        rest = [i for group in islice(training_order(counts, 3, 1, 2, done), 20) for i in group]
+        assert rest[: len(items) - done] == items[done:]
+    begin = time.monotonic()
+    next(training_order([256] * 10_000, 0, 0, 2, 10**8))
+    assert time.monotonic() - begin < 5
 
 
 # --- the data module ----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Audio to shards: every kind of file, every kind of mistake, and whatever interrupts it."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -9,8 +10,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,10 @@ import torch
 from helpers_data import RATE, make_data_codec, tone, write_clip
 
 from magnet_train.assets import demo_path
-from magnet_train.codec import load_codec
+from magnet_train.codec import Codec, load_codec
 from magnet_train.data.audio import read_audio
 from magnet_train.data.pipeline import ShardSet, read_shard
-from magnet_train.data.shards import TokenizeOptions, tokenize
+from magnet_train.data.shards import TokenizeOptions, ahead, tokenize
 from magnet_train.errors import UserError
 
 
@@ -407,6 +409,96 @@ def test_the_shipped_clips(tmp_path: Path):
         (tmp_path / "in" / file.name).write_bytes(file.read_bytes())
     index = tokenize(tmp_path / "in", tmp_path / "out", TokenizeOptions(crop_s=5.0))
     assert index["num_examples"] >= 1 and all(item["info"]["caption"] for item in items(tmp_path / "out"))
+
+
+# --- reading ahead ------------------------------------------------------------------------------------------------
+
+
+def counted(begun: list[int], threads: set[str], fails_at: int = 1000) -> Iterator[int]:
+    for number in range(20):
+        begun.append(number)
+        threads.add(threading.current_thread().name)
+        if number == fails_at:
+            raise UserError("as planned")
+        yield number
+
+
+def readers() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("ahead")]
+
+
+def settled(begun: list[int]) -> int:
+    """How many items were begun once no more are."""
+    before = -1
+    while before != len(begun):
+        before = len(begun)
+        time.sleep(0.05)
+    return before
+
+
+def test_items_made_ahead_come_in_order_and_not_too_many():
+    begun, threads = [], set()
+    items = ahead(counted(begun, threads), 3)
+    assert next(items) == 0 and settled(begun) == 4  # one in use and three ahead
+    assert list(items) == list(range(1, 20)) and begun == list(range(20))
+    assert threading.current_thread().name not in threads and len(threads) == 1
+    assert list(ahead(iter(()), 3)) == []
+
+
+def test_what_making_an_item_raises_comes_in_its_place():
+    begun: list[int] = []
+    items = ahead(counted(begun, set(), fails_at=5), 3)
+    assert [next(items) for _ in range(5)] == list(range(5))
+    assert refusal(next, items) == "as planned" and begun == list(range(6))
+
+
+def test_a_consumer_that_stops_or_fails_leaves_no_thread():
+    for stop in (lambda items: items.close(), lambda items: items.throw(OSError(28, "full"))):
+        begun: list[int] = []
+        items = ahead(counted(begun, set()), 3)
+        next(items)
+        with contextlib.suppress(OSError):
+            stop(items)
+        deadline = time.monotonic() + 10
+        while readers() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not readers() and len(begun) <= 4
+
+
+def test_a_process_ends_though_items_are_being_made():
+    code = "from itertools import count; from magnet_train.data.shards import ahead; items = ahead(count(), 3)"
+    code += "; next(items); raise SystemExit(7)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 7
+
+
+def test_a_failure_of_the_codec_ends_the_reading(run: Callable[..., dict], tmp_path: Path, monkeypatch: Any):
+    """And what is finished stays: the same call goes on from there."""
+    many_clips(tmp_path / "in", 4)
+    run(out=tmp_path / "expected")
+    calls: list[int] = []
+    encode = Codec.encode
+
+    def failing(self: Codec, wav: torch.Tensor) -> torch.Tensor:
+        calls.append(len(wav))
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+        return encode(self, wav)
+
+    monkeypatch.setattr(Codec, "encode", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run()
+    monkeypatch.undo()
+    assert not (tmp_path / "out/index.json").exists()
+    run()
+    assert shards(tmp_path / "out") == shards(tmp_path / "expected")
+
+
+def test_stereo_is_averaged_as_numpy_does(tmp_path: Path):
+    """To the bit, or the codes of a set that was begun before would differ."""
+    wav = np.random.default_rng(0).uniform(-1, 1, (20_000, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", wav, RATE, "FLOAT")
+    assert np.array_equal(read_audio(tmp_path / "a.wav", RATE, 1)[0], wav.mean(1))
 
 
 # --- interruptions ------------------------------------------------------------------------------------------------

@@ -36,12 +36,17 @@ def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
     if not np.isfinite(wav).all():
         raise UserError(f"{path}: holds NaN or infinite samples; repair or remove it")
     if channels == 1:
-        wav = wav.mean(axis=1, keepdims=True)
+        wav = _mean(wav)
     elif wav.shape[1] != channels:
-        wav = np.repeat(wav.mean(axis=1, keepdims=True), channels, axis=1)
+        wav = np.repeat(_mean(wav), channels, axis=1)
     if rate != sample_rate:
         wav = soxr.resample(wav, rate, sample_rate)
     return np.ascontiguousarray(wav.T, dtype=np.float32)
+
+
+def _mean(wav: np.ndarray) -> np.ndarray:
+    """Of all channels, `t 1`; of stereo by hand, to the same bit: numpy takes as long for it as the file to decode."""
+    return (wav[:, :1] + wav[:, 1:]) / np.float32(2) if wav.shape[1] == 2 else wav.mean(axis=1, keepdims=True)
 
 
 def _is_cut_off(path: Path) -> bool:

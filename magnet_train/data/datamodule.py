@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from magnet_train.assets import demo_path
 from magnet_train.codec import CodecFacts, load_codec
 from magnet_train.data.captions import CaptionAugmentation
-from magnet_train.data.pipeline import EveryItemOnce, ShardSet, TrainingStream
+from magnet_train.data.pipeline import EveryItemOnce, ShardSet, TrainingStream, packed
 from magnet_train.errors import UserError
 
 
@@ -167,7 +167,9 @@ class MagnetDataModule(L.LightningDataModule):
             found, self.num_frames, self.batch_size, self.seed, trainer.global_rank, trainer.world_size, start,
             self.augmentation,
         )  # fmt: skip
-        return DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+        return DataLoader(
+            stream, batch_size=None, num_workers=workers, collate_fn=packed, persistent_workers=workers > 0
+        )
 
     def _once(self, split: str) -> DataLoader:
         trainer: Any = self.trainer
@@ -175,7 +177,7 @@ class MagnetDataModule(L.LightningDataModule):
         items = EveryItemOnce(
             self.shards(split), self.num_frames, self.batch_size, trainer.global_rank, trainer.world_size
         )
-        return DataLoader(items, batch_size=None, num_workers=workers)
+        return DataLoader(items, batch_size=None, num_workers=workers, collate_fn=packed)
 
     def val_dataloader(self) -> DataLoader:
         return self._once("validation")

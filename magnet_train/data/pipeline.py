@@ -10,10 +10,12 @@ Shapes: b examples, k codebooks, t frames.
 import hashlib
 import io
 import json
+import math
 import tarfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypedDict
@@ -116,28 +118,34 @@ class ShardSet:
 # --- order --------------------------------------------------------------------------------------------------------
 
 
-def training_order(counts: list[int], seed: int, part: int, parts: int) -> Iterator[list[tuple[int, int, int]]]:
+def training_order(
+    counts: list[int], seed: int, part: int, parts: int, done: int = 0
+) -> Iterator[list[tuple[int, int, int]]]:
     """Endless groups of (epoch, shard, place in it) for one of `parts` readers; a group is read at once.
 
     In each epoch the shards are dealt out anew, so that unequal shares even out over time. Within a group of
     `SHARDS_MIXED` shards the items are shuffled.
+
+    Args:
+        counts: items in each shard.
+        seed: of the order.
+        part: number of the reader.
+        parts: readers.
+        done: items of this reader to leave out at the beginning; what they are is not worked out.
     """
+    size = np.asarray(counts)
     for epoch in count():
         shards = np.random.default_rng([seed, epoch]).permutation(len(counts))[part::parts]
-        rng = np.random.default_rng([seed, epoch, part, parts])
-        for first in range(0, len(shards), SHARDS_MIXED):
-            items = [(epoch, int(s), i) for s in shards[first : first + SHARDS_MIXED] for i in range(counts[s])]
-            yield [items[i] for i in rng.permutation(len(items))]
-
-
-def skipped(groups: Iterator[list], number: int) -> Iterator[list]:
-    """The groups without their first `number` items."""
-    for group in groups:
-        if number >= len(group):
-            number -= len(group)
+        if done >= (total := int(size[shards].sum())):
+            done -= total
             continue
-        yield group[number:]
-        number = 0
+        rng = np.random.default_rng([seed, epoch, part, parts])
+        for group in (shards[i : i + SHARDS_MIXED] for i in range(0, len(shards), SHARDS_MIXED)):
+            order = rng.permutation(int(size[group].sum()))
+            if done < len(order):
+                items = [(epoch, s, i) for s in group.tolist() for i in range(counts[s])]
+                yield [items[i] for i in order[done:].tolist()]
+            done = max(0, done - len(order))
 
 
 # --- read ---------------------------------------------------------------------------------------------------------
@@ -154,11 +162,10 @@ def read_shard(path: Path, with_references: bool = False, sha256: str | None = N
         content = path.read_bytes()
         if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
             raise ValueError("its bytes are not those that the index counted")
-        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            for member in tar:
-                key, _, kind = member.name.partition(".")
-                if member.isfile() and (kind != "reference.npz" or with_references):
-                    parts.setdefault(key, {})[kind] = tar.extractfile(member).read()  # type: ignore[union-attr]
+        for name, data in tar_members(content):
+            key, _, kind = name.partition(".")
+            if kind != "reference.npz" or with_references:
+                parts.setdefault(key, {})[kind] = data
         return [
             {
                 "codes": _codes(part["codes.npy"]),
@@ -175,11 +182,43 @@ def read_shard(path: Path, with_references: bool = False, sha256: str | None = N
         ) from error
 
 
+def tar_members(content: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file in a tar, in its order; ten times as fast as tarfile on the tars we write.
+
+    Raises:
+        ValueError, tarfile.TarError: if it is no tar, or one that is damaged or cut off.
+    """
+    at = 0
+    while (header := content[at : at + 512]) != bytes(512):
+        if len(header) < 512:
+            raise ValueError("cut off")
+        if sum(header) - sum(header[148:156]) + 8 * ord(" ") != int(header[148:156].rstrip(b"\0 "), 8):
+            raise ValueError("no tar, or a damaged one")
+        if header[156:157] != b"0" or header[345]:  # a long name, or another tool's ways
+            with tarfile.open(fileobj=io.BytesIO(content[at:])) as tar:
+                yield from ((m.name, tar.extractfile(m).read()) for m in tar if m.isfile())  # type: ignore[union-attr]
+            return
+        first, size = at + 512, int(header[124:136].rstrip(b"\0 "), 8)
+        if first + size > len(content):
+            raise ValueError("cut off")
+        yield header[:100].rstrip(b"\0").decode(), content[first : first + size]
+        at = first + -(-size // 512) * 512
+
+
 def _codes(content: bytes) -> np.ndarray:
-    codes = np.load(io.BytesIO(content), allow_pickle=False)
-    if codes.dtype != np.uint16 or codes.ndim != 2:
-        raise ValueError(f"codes are {codes.dtype} {codes.shape}, not uint16 [K, T]")
-    return codes
+    begin = 10 + int.from_bytes(content[8:10], "little")
+    shape, is_fortran, dtype = _npy_header(content[:begin])
+    if dtype != np.uint16 or len(shape) != 2:
+        raise ValueError(f"codes are {dtype} {shape}, not uint16 [K, T]")
+    return np.frombuffer(content, np.uint16, offset=begin).reshape(shape, order="F" if is_fortran else "C")
+
+
+@lru_cache(maxsize=64)  # crops of one length have one header, and to parse it takes longer than to read the codes
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    file = io.BytesIO(header)
+    if (version := np.lib.format.read_magic(file)) != (1, 0):
+        raise ValueError(f"codes are of .npy version {version}, not 1.0")
+    return np.lib.format.read_array_header_1_0(file)
 
 
 def _arrays(content: bytes) -> dict[str, Tensor]:
@@ -190,8 +229,8 @@ def _arrays(content: bytes) -> dict[str, Tensor]:
 # --- crop and collate ---------------------------------------------------------------------------------------------
 
 
-def crop(item: Item, num_frames: int, frame_rate: float, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
-    """Codes `k t` and valid `t`: a random part where the item is longer, padding where it is shorter.
+def crop(item: Item, num_frames: int, frame_rate: float, rng: np.random.Generator | None) -> np.ndarray:
+    """Codes `k t`, uint16: a random part of `num_frames` where the item is longer, all its audio where it is not.
 
     Args:
         item: see there.
@@ -200,32 +239,56 @@ def crop(item: Item, num_frames: int, frame_rate: float, rng: np.random.Generato
         rng: where the crop begins; None = at the beginning.
     """
     codes = item["codes"]
-    real = min(codes.shape[1], int(np.ceil(round(item["info"]["duration_s"] * frame_rate, 6))))
+    real = min(codes.shape[1], math.ceil(round(item["info"]["duration_s"] * frame_rate, 6)))
     start = int(rng.integers(real - num_frames + 1)) if rng is not None and real > num_frames else 0
-    piece = codes[:, start : min(real, start + num_frames)].astype(np.int64)
-    length = piece.shape[1]
-    padded = np.pad(piece, ((0, 0), (0, num_frames - length)))
-    return torch.from_numpy(padded), torch.arange(num_frames) < length
+    return codes[:, start : min(real, start + num_frames)]
 
 
-def collate(items: list[tuple[Item, int, Tensor, Tensor]]) -> Batch:
-    """Items with their index, codes and validity -> a batch."""
+def collate(items: list[tuple[Item, int, np.ndarray]], num_frames: int) -> Batch:
+    """Items with their index and cropped codes -> a batch, padded to `num_frames`."""
+    codes = torch.zeros(len(items), len(items[0][2]), num_frames, dtype=torch.int64)
+    valid = torch.zeros(len(items), num_frames, dtype=torch.bool)
+    for row, real, (_, _, piece) in zip(codes.numpy(), valid.numpy(), items, strict=True):
+        row[:, : piece.shape[1]] = piece
+        real[: piece.shape[1]] = True
     return {
-        "codes": torch.stack([codes for *_, codes, _ in items]),
-        "valid": torch.stack([valid for *_, valid in items]),
+        "codes": codes,
+        "valid": valid,
         "captions": [item["info"].get("caption", "") for item, *_ in items],
         "keys": [item["info"]["key"] for item, *_ in items],
-        "indices": [index for _, index, *_ in items],
+        "indices": [index for _, index, _ in items],
         "infos": [item["info"] for item, *_ in items],
         "references": [item["reference"] for item, *_ in items],
     }
+
+
+def packed(batch: Any) -> Any:
+    """The same batch, packed for its way if this is a loader process: the `collate_fn` of a DataLoader of ours.
+
+    Otherwise each tensor would travel as a file of shared memory, and torch would look at each string of the batch;
+    either takes longer than to read and crop the codes.
+    """
+    return batch if get_worker_info() is None else _Packed(batch)
+
+
+class _Packed(dict):
+    """A batch that is pickled with codes as uint16 and the lengths of what is valid, and unpickled as it was."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rest = {name: value for name, value in self.items() if name not in ("codes", "valid")}
+        return _unpacked, (self["codes"].numpy().astype(np.uint16), self["valid"].sum(1).tolist(), rest)
+
+
+def _unpacked(codes: np.ndarray, lengths: list[int], rest: dict[str, Any]) -> dict[str, Any]:
+    valid = torch.arange(codes.shape[2]) < torch.tensor(lengths)[:, None]
+    return {"codes": torch.from_numpy(codes.astype(np.int64)), "valid": valid, **rest}
 
 
 # --- the two datasets ---------------------------------------------------------------------------------------------
 
 
 class TrainingStream(IterableDataset):
-    """Endless batches of random crops; put into a DataLoader with `batch_size=None`.
+    """Endless batches of random crops; put into a DataLoader with `batch_size=None` and `collate_fn=packed`.
 
     A shard that cannot be read is left out with a warning; a folder without any readable one ends the run.
     """
@@ -247,14 +310,13 @@ class TrainingStream(IterableDataset):
         role = (worker + self.start_batch) % workers
         done = len(range(role, self.start_batch, workers))
         part, parts = self.rank * workers + role, self.world_size * workers
-        groups = training_order(self.shards.counts, self.seed, part, parts)
-        items = self._items(skipped(groups, done * self.batch_size))
+        items = self._items(training_order(self.shards.counts, self.seed, part, parts, done * self.batch_size))
         while batch := list(islice(items, self.batch_size)):
-            yield collate(batch)
+            yield collate(batch, self.num_frames)
 
-    def _items(self, groups: Iterator[list[tuple[int, int, int]]]) -> Iterator[tuple[Item, int, Tensor, Tensor]]:
-        paths, frame_rate = self.shards.paths, self.shards.index["codec"]["frame_rate"]
-        before = np.cumsum([0, *self.shards.counts])
+    def _items(self, groups: Iterator[list[tuple[int, int, int]]]) -> Iterator[tuple[Item, int, np.ndarray]]:
+        counts, frame_rate = self.shards.counts, self.shards.index["codec"]["frame_rate"]
+        before = np.cumsum([0, *counts])
         broken: set[int] = set()
         for group in groups:
             content = {}
@@ -266,7 +328,7 @@ class TrainingStream(IterableDataset):
                     if shard not in broken:
                         warnings.warn(f"left out: {error}", stacklevel=1)
                     broken.add(shard)
-                    if len(broken) == len(paths):
+                    if len(broken) == len(counts):
                         raise UserError(f"{self.shards.folder}: no readable shard left, the last: {error}") from error
             for epoch, shard, place in group:
                 if shard in content and place < len(content[shard]):
@@ -275,7 +337,7 @@ class TrainingStream(IterableDataset):
                     cropped = crop(item, self.num_frames, frame_rate, rng)
                     info = item["info"] | {"caption": augmented(item["info"], self.augmentation, rng)}
                     varied: Item = {"codes": item["codes"], "info": info, "reference": None}
-                    yield varied, int(before[shard]) + place, *cropped
+                    yield varied, int(before[shard]) + place, cropped
 
 
 class EveryItemOnce(IterableDataset):
@@ -292,22 +354,25 @@ class EveryItemOnce(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info is not None else (1, 0)
-        counts, frame_rate = self.shards.counts, self.shards.index["codec"]["frame_rate"]
-        mine = range(self.rank, sum(counts), self.world_size)
-        # Whole batches go to workers in turn, as the loader asks for them.
-        wanted = {i for n, i in enumerate(mine) if n // self.batch_size % workers == worker}
-        batch, index = [], 0
-        for shard, (path, number) in enumerate(zip(self.shards.paths, counts, strict=True)):
-            if any(i in wanted for i in range(index, index + number)):
+        frame_rate = self.shards.index["codec"]["frame_rate"]
+
+        def is_wanted(index: int) -> bool:
+            """Items go to ranks in turn, and whole batches to workers in turn, as the loader asks for them."""
+            number, rank = divmod(index, self.world_size)
+            return rank == self.rank and number // self.batch_size % workers == worker
+
+        batch, first = [], 0
+        for shard, (path, number) in enumerate(zip(self.shards.paths, self.shards.counts, strict=True)):
+            if any(map(is_wanted, range(first, first + number))):
                 items = self.shards.read(shard, with_references=True)
                 if len(items) != number:
                     raise UserError(f"{path}: {len(items)} items, its index says {number}; run tokenize again")
-                for place, item in enumerate(items):
-                    if index + place in wanted:
-                        batch.append((item, index + place, *crop(item, self.num_frames, frame_rate, None)))
+                for index, item in enumerate(items, first):
+                    if is_wanted(index):
+                        batch.append((item, index, crop(item, self.num_frames, frame_rate, None)))
                         if len(batch) == self.batch_size:
-                            yield collate(batch)
+                            yield collate(batch, self.num_frames)
                             batch = []
-            index += number
+            first += number
         if batch:
-            yield collate(batch)
+            yield collate(batch, self.num_frames)

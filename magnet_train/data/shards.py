@@ -3,7 +3,7 @@
 The work is planned first: which crops go into which shard is a function of the input alone and is written down in
 `.plan.json`. A shard is written aside, flushed, and moved into place, so it is whole or absent. Processes, on one
 machine or several, claim a shard by locking a file; the lock dies with its holder. Who finishes last writes
-`index.json`, and only that makes the folder readable.
+`index.json`, and only that makes the folder readable. While a batch is encoded, a thread reads the next.
 """
 
 import csv
@@ -17,11 +17,13 @@ import multiprocessing
 import os
 import re
 import tarfile
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -30,6 +32,7 @@ from magnet_train.data.audio import SUFFIXES, duration_s, read_audio
 from magnet_train.errors import UserError
 
 FORMAT = 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -279,9 +282,7 @@ def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from error
-    from magnet_train.codec import load_codec
-
-    facts = load_codec(options.codec).facts.to_dict()
+    facts = _load_parts(options)[0].facts.to_dict()
     shards, skipped = plan_shards(clips, options)
     if not shards:
         reasons = "; ".join(s["reason"] for s in skipped[:3])
@@ -404,7 +405,8 @@ def _encode(
     codec, embedder = _load_parts(options)
     rate, full = facts["sample_rate"], round(options.crop_s * facts["sample_rate"])
 
-    def waves() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    def waves() -> Iterator[tuple[dict[str, Any], np.ndarray, str]]:
+        """Crop, waveform `c t` and its hash; in a thread of its own."""
         current, wav = -1, np.zeros((1, 0), np.float32)
         for crop in crops:
             clip = clips[crop["clip"]]
@@ -431,13 +433,13 @@ def _encode(
                     continue  # it is listed where it stands for itself
                 begin = round(part["offset_s"] * rate)
                 piece = mix(piece, other[:, begin : begin + full], part["snr_db"])
-            yield crop, piece
+            yield crop, piece, hashlib.sha256(piece.tobytes()).hexdigest()
 
-    def encoded(group: list[tuple[dict[str, Any], np.ndarray]]) -> Iterator[tuple]:
+    def encoded(group: list[tuple[dict[str, Any], np.ndarray, str]]) -> Iterator[tuple]:
         if not group:
             return
-        codes = codec.encode(torch.from_numpy(np.stack([w for _, w in group]))).cpu().numpy().astype(np.uint16)
-        for (crop, wav), row in zip(group, codes, strict=True):
+        codes = codec.encode(torch.from_numpy(np.stack([w for _, w, _ in group]))).cpu().numpy().astype(np.uint16)
+        for (crop, wav, digest), row in zip(group, codes, strict=True):
             clip = clips[crop["clip"]]
             info = {"key": crop["key"], "caption": clip["caption"]} | clip["fields"]
             licences = {clip["fields"].get("licence", "")}
@@ -448,7 +450,7 @@ def _encode(
                 info["mixed_with"] = {"source": other["name"], "offset_s": part["offset_s"], "snr_db": part["snr_db"]}
             info |= {"source": clip["name"], "offset_s": crop["offset_s"], "duration_s": wav.shape[1] / rate}
             info |= {"codec": facts["id"], "codec_hash": facts["hash"], "licence": ", ".join(sorted(licences))}
-            info["audio_sha256"] = hashlib.sha256(wav.tobytes()).hexdigest()
+            info["audio_sha256"] = digest
             reference = None
             if embedder is not None:
                 from magnet_train.metrics.embedders import reference_of
@@ -458,18 +460,34 @@ def _encode(
             yield crop["key"], row, info, reference
 
     # Only crops of full length are encoded together: a short one would take part of its neighbours' padding.
-    group: list[tuple[dict[str, Any], np.ndarray]] = []
-    for crop, wav in waves():
-        if wav.shape[1] == full:
-            group.append((crop, wav))
+    group: list[tuple[dict[str, Any], np.ndarray, str]] = []
+    for wave in ahead(waves(), options.batch_size):
+        if wave[1].shape[1] == full:
+            group.append(wave)
             if len(group) == options.batch_size:
                 yield from encoded(group)
                 group = []
         else:
             yield from encoded(group)
             group = []
-            yield from encoded([(crop, wav)])
+            yield from encoded([wave])
     yield from encoded(group)
+
+
+def ahead(items: Iterator[T], number: int) -> Iterator[T]:
+    """The items, the next `number` of them made in a thread while one is in use.
+
+    What making an item raises is raised in its place. Once this generator is closed, or fails, no item is begun.
+    """
+    end: Any = object()
+    thread = ThreadPoolExecutor(1, "ahead")
+    try:
+        made = deque(thread.submit(next, items, end) for _ in range(number))
+        while (item := made.popleft().result()) is not end:
+            made.append(thread.submit(next, items, end))
+            yield item
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _index(plan: dict[str, Any], reports: list[dict[str, Any]], skipped: list[dict[str, str]]) -> dict[str, Any]:
