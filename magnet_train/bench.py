@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from magnet_train.attention import dense_window, window_bias, windowed_attention
+from magnet_train.bench_data import loading, start, tokenizing
 from magnet_train.decoding import DecodingConfig, Network, decode, item_noise
 from magnet_train.errors import UserError
 from magnet_train.loss import masked_cross_entropy
@@ -275,7 +276,8 @@ def gpu(options: BenchOptions, limit: float, config: MagnetConfig | None = None)
 
 
 PARTS: dict[str, Callable[[BenchOptions, float], Iterator[Measured]]] = {
-    "attention": attention, "training": training, "decoding": decoding, "reading": reading, "gpu": gpu,
+    "start": start, "attention": attention, "training": training, "decoding": decoding, "loading": loading,
+    "tokenizing": tokenizing, "reading": reading, "gpu": gpu,
 }  # fmt: skip
 ON_GPU = ("attention", "training", "decoding", "gpu")
 

@@ -24,7 +24,8 @@ class BenchOptions:
     """What is measured, and how often."""
 
     only: list[str] = field(default_factory=list)
-    """Parts to measure: attention, training, decoding, loading, tokenizing, start; all if none is given."""
+    """Parts to measure: start, attention, training, decoding, loading, tokenizing, reading, and gpu on one; all if none
+    is given."""
     repeats: int = 5
     """Counted calls of each."""
     threads: int = 2
