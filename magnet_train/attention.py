@@ -98,7 +98,7 @@ class _Blocks:
         of_values = torch.bmm(self.weights.to(gradient.dtype).transpose(1, 2), gradient)
         of_weights = torch.bmm(gradient, self.values.transpose(1, 2))
         # Through the softmax, as torch's own backward pass does it.
-        of_scores = torch._softmax_backward_data(of_weights.float(), self.weights, -1, torch.float32)
+        of_scores = torch.ops.aten._softmax_backward_data(of_weights.float(), self.weights, -1, torch.float32)
         of_scores = of_scores.mul_(self.shape[3] ** -0.5).to(gradient.dtype)
         of_queries, of_keys = torch.bmm(of_scores, self.keys), torch.bmm(of_scores.transpose(1, 2), self.queries)
         return self._frames(of_queries), self._sum_of_neighbours(of_keys), self._sum_of_neighbours(of_values)

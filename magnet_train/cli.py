@@ -38,6 +38,8 @@ def run(verb: str, args: list[str]) -> None:
             _run_generate(args)
         elif verb == "evaluate":
             _run_evaluate(args)
+        elif verb == "doctor":
+            _run_doctor(args)
         elif verb == "convert":
             _run_convert(args)
         elif verb == "bench":
@@ -170,6 +172,11 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             }
             _write_json(self.run_folder / "summary.json", summary)
             print(_summary_text(summary, self.run_folder))
+            if summary["audio"]:
+                from magnet_train.report import report_of_run, write_report
+
+                write_report(self.run_folder / "report.html", report_of_run(self.run_folder))
+                print(f"report      {self.run_folder / 'report.html'}")
 
     _check_checkpoint(args, read_checkpoint)
     given = _option("--model.init_from", args)
@@ -407,7 +414,9 @@ def _run_evaluate(args: list[str]) -> None:
         "--metrics", type=str, nargs="+", default=list(EMBEDDED),
         help=f"KIND/LISTENER each; kinds: {', '.join(KINDS)}; listeners: {', '.join(LISTENERS)}.",
     )  # fmt: skip
-    parser.add_class_arguments(EvaluateOptions, nested_key=None, as_group=False, skip={"generated", "metrics"})
+    parser.add_argument("--ratings", type=Path, nargs="+", default=[], help="CSV files that raters sent back.")
+    own = {"generated", "metrics", "ratings"}
+    parser.add_class_arguments(EvaluateOptions, nested_key=None, as_group=False, skip=own)
     parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
     config = parser.parse_args(args)
     evaluate(
@@ -422,7 +431,23 @@ def _given_decoding(config: Any, args: list[str]) -> dict[str, Any]:
     return {k: v for k, v in vars(config.decoding).items() if k in given}
 
 
+def _run_doctor(args: list[str]) -> None:
+    from magnet_train.doctor import DoctorOptions, doctor
+
+    parser = _parser("doctor", "Say what a configuration needs from elsewhere, and whether it is here.")
+    parser.add_argument("--metrics", type=str, nargs="+", default=[], help="KIND/LISTENER each, beside the configured.")
+    parser.add_argument("--configs", type=Path, nargs="+", default=[], help="YAML files of `fit`, the later wins.")
+    parser.add_class_arguments(DoctorOptions, nested_key=None, as_group=False, skip={"metrics", "configs"})
+    config = parser.parse_args(args)
+    findings = doctor(DoctorOptions(**{k: v for k, v in vars(config).items() if k != "config"}))
+    for finding in findings:
+        print(f"{'ok     ' if finding.is_here else 'missing'}  {finding.what}: {finding.detail}")
+    if missing := [finding for finding in findings if not finding.is_here]:
+        raise UserError(f"{len(missing)} of {len(findings)} are missing: {', '.join(f.what for f in missing)}")
+
+
 def _run_bench(args: list[str]) -> None:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or the profiler warns of memory that was there before it
     from magnet_train.bench import bench
     from magnet_train.measure import BenchOptions
 

@@ -7,7 +7,7 @@ folder without suffix, and clips of the same id belong together.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from magnet_train.codec import Codec, load_codec
 from magnet_train.data.audio import SUFFIXES
 from magnet_train.data.shards import find_clips
 from magnet_train.errors import UserError
-from magnet_train.listening import export_study
+from magnet_train.listening import analyse_study, export_study
 from magnet_train.metrics.embedding_sets import fad_per_clip
 from magnet_train.metrics.listeners import LISTENERS, Listener, load_listener
-from magnet_train.metrics.published import PUBLISHED
+from magnet_train.metrics.published import PUBLISHED, RECIPES
 from magnet_train.metrics.record import Record, markdown_table, write_records
 from magnet_train.metrics.reference_statistics import ReferenceStatistics
 from magnet_train.metrics.scoring import NEEDS_REFERENCE, HeardSet, parse_metric, raise_together, score
@@ -33,6 +33,7 @@ from magnet_train.page import read_sound
 from magnet_train.report import Clip, Report, write_report
 
 EMBEDDED = ("fad/musicnn", "kl/musicnn", "text/musicnn")  # what ships, and needs no download
+PUBLISHED_LEVEL = "generated -14 LUFS"
 NUM_SHOWN = 8  # prompts in a report, beside the three best and the three worst of each system
 SILENT_RMS = 1e-5  # -100 dB of full scale
 
@@ -80,6 +81,10 @@ class EvaluateOptions:
     """HTML file with players, spectrograms and figures."""
     listening_test: Path | None = None
     """HTML file with a blinded listening test of all systems and the reference; its key is written beside it."""
+    study: Path | None = None
+    """Key of a listening test whose --ratings are summed up."""
+    ratings: list[Path] = field(default_factory=list)
+    """CSV files that raters sent back."""
     accelerator: str = "auto"
     """cpu, gpu, or auto."""
     devices: int = 1
@@ -88,7 +93,9 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         for metric in self.metrics:
             parse_metric(metric)
-        if not self.generated and self.checkpoint is None and self.save_reference is None:
+        if (self.study is None) != (not self.ratings):
+            raise UserError("--study and --ratings belong together: give both")
+        if not self.generated and self.checkpoint is None and self.save_reference is None and self.study is None:
             raise UserError("nothing to score: give --generated FOLDER, or --checkpoint with --prompts")
         if (self.checkpoint is None) != (self.prompts is None):
             raise UserError("--checkpoint and --prompts belong together: give both")
@@ -96,7 +103,7 @@ class EvaluateOptions:
             raise UserError(f"batch_size={self.batch_size} and devices={self.devices} must be at least 1")
         if unknown := set(self.weights) - set(LISTENERS):
             raise UserError(f"--weights {min(unknown)}: choose of {', '.join(LISTENERS)}")
-        if self.published_set not in (None, *{figure.dataset for figure in PUBLISHED}):
+        if self.published_set not in (None, *RECIPES):
             raise UserError(f"--published_set {self.published_set}: choose MusicCaps or AudioCaps")
         if self.save_reference is not None and self.reference is None:
             raise UserError("--save_reference: give --reference FOLDER to compute it of")
@@ -290,6 +297,10 @@ def evaluate(options: EvaluateOptions, decoding: dict[str, Any] | None = None) -
     Raises:
         UserError: for whatever cannot be scored; nothing is computed over fewer clips than there are.
     """
+    if options.study is not None:
+        print(analyse_study(options.ratings, options.study).to_markdown())
+        if not options.generated and options.checkpoint is None and options.save_reference is None:
+            return []
     strategy = "auto" if options.devices == 1 else "ddp"
     fabric = Fabric(accelerator=options.accelerator, devices=options.devices, strategy=strategy)
     fabric.launch()
@@ -313,7 +324,7 @@ def evaluate(options: EvaluateOptions, decoding: dict[str, Any] | None = None) -
         wanted = prompts_of(options.prompts)
         systems[name] = {key: path for key, path in clips_of(folder).items() if key in wanted}
     floors = _floors(options, listeners, references, real_clips, fabric)
-    level = "generated -14 LUFS" if options.loudness else "as it is"
+    level = PUBLISHED_LEVEL if options.loudness else "as it is"
     records: list[Record] = []
     heard_by: dict[str, dict[str, HeardSet]] = {}
     for system, clips in systems.items():
@@ -397,11 +408,8 @@ def _halves(reference: ReferenceStatistics, listener: Listener) -> tuple[HeardSe
 
 def _published(record: Record, published_set: str | None) -> Record:
     """With the name of the published protocol, if it was followed to the letter."""
-    from dataclasses import replace
-
-    recipe = {"MusicCaps": "kl/passt", "AudioCaps": "kl/passt-10s"}.get(published_set or "")
-    followed = record.metric in ("fad/vggish", recipe, "text/clap") and record.level == "generated -14 LUFS"
-    return replace(record, published_protocol=f"audiocraft/{published_set}") if recipe and followed else record
+    followed = record.metric in RECIPES.get(published_set or "", ()) and record.level == PUBLISHED_LEVEL
+    return replace(record, published_protocol=f"audiocraft/{published_set}") if followed else record
 
 
 def _write(
@@ -422,7 +430,7 @@ def _write(
     if options.listening_test is not None:
         folders = systems_of(options.generated)
         if options.checkpoint is not None:
-            folders["ours"] = options.generated_to / f"seed{options.seed}"
+            folders[list(systems)[-1]] = options.generated_to / f"seed{options.seed}"
         reference = None
         if real_clips:
             reference, folders["reference"] = "reference", Path(str(options.reference)).expanduser()
@@ -442,6 +450,7 @@ def _report(
         if fads and all(len(x) > 1 for x in heard[fads[0]].embeddings.values()):
             scores[system] = fad_per_clip(heard[fads[0]].embeddings, references[fads[0]].moments)
     keys: dict[str, None] = {}
+    ours = list(systems)[-1] if options.checkpoint is not None else None
     for system, clips in systems.items():
         ranked = list(scores.get(system, ()))
         keys |= dict.fromkeys([*list(clips)[:NUM_SHOWN], *ranked[:3], *ranked[-3:]])
@@ -451,14 +460,12 @@ def _report(
         for system, clips in systems.items():
             if key in clips:
                 caption = captions_of(None, {key: clips[key]}).get(key, key)
-                own = {
-                    n: g[key].numpy() for n, g in grids.items() if key in g and options.checkpoint and system == "ours"
-                }
-                row[system] = Clip(clips[key], caption, **own, score=scores.get(system, {}).get(key))
+                codes, order = (grids[n][key].numpy() if system == ours and key in grids[n] else None for n in grids)
+                row[system] = Clip(clips[key], caption, codes, order, scores.get(system, {}).get(key))
         if key in real_clips:
             row["real"] = Clip(real_clips[key], captions_of(None, {key: real_clips[key]}).get(key, key))
         rows.append(row)
-    shown = [{"clips": r.num_clips} | {k: v for k, v in asdict(r).items() if k != "num_clips"} for r in records]
+    shown = [asdict(record) for record in records]
     settings = {k: str(v) for k, v in asdict(options).items() if v not in (None, [], {})}
     name = f"FAD of the clip alone ({fads[0]})" if fads else "score"
     return Report(

@@ -14,7 +14,7 @@ FLOORS = [
     {"bench_data"},
     {"callbacks.averaging", "callbacks.checkpoint_io", "callbacks.generation"},
     {"module", "data.datamodule"},
-    {"evaluate"},
+    {"evaluate", "doctor"},
     {"generator", "convert"},
     {"release", "report", "listening"},
     {"metrics.scoring"},

@@ -15,7 +15,8 @@ class Published:
     dataset: str
     """Its evaluation set, whole."""
     metric: str
-    """fad (VGGish, windows of the Google code), kl (PaSST, convention audiocraft) or clap (LAION music_audioset)."""
+    """fad/vggish (windows of the Google code), kl/passt (20 s; for sound kl/passt-10s) or text/clap (LAION
+    music_audioset)."""
     value: float
     source: str
 
@@ -25,11 +26,18 @@ class Published:
         return f"audiocraft/{self.dataset}"
 
 
+RECIPES = {
+    "MusicCaps": ("fad/vggish", "kl/passt", "text/clap"),
+    "AudioCaps": ("fad/vggish", "kl/passt-10s", "text/clap"),
+}
+"""The metrics that are published of a set."""
+
+
 def _rows(dataset: str, source: str, figures: dict[str, tuple[float | None, ...]]) -> list[Published]:
     return [
         Published(model, dataset, metric, value, f"audiocraft, model_cards/{source}")
         for model, values in figures.items()
-        for metric, value in zip(("fad", "kl", "clap"), values, strict=True)
+        for metric, value in zip(RECIPES[dataset], values, strict=True)
         if value is not None
     ]
 

@@ -163,7 +163,7 @@ def markdown_table(records: Sequence[Record], force: bool = False, published: It
     for figure in published:
         for metric, column in columns.items():
             same = all(r.published_protocol == figure.protocol for r in column.values())
-            if same and metric.split("/")[0] == figure.metric:
+            if same and metric == figure.metric:
                 theirs.setdefault((figure.model, figure.source), {})[metric] = f"{figure.value:.2f}"
     rows += [[f"{model} (published)", "", *(v.get(m, "") for m in columns)] for (model, _), v in theirs.items()]
     notes += [f"Published: {source}." for source in dict.fromkeys(source for _, source in theirs)]

@@ -26,7 +26,7 @@ from magnet_train.metrics.reference_statistics import ReferenceStatistics
 
 KINDS = {
     "fad": "Fréchet audio distance",
-    "fad_inf": "FAD of endless clips, by extrapolation (gen_r2 is logged beside it)",
+    "fad_inf": "FAD of endless clips, by extrapolation",
     "kad": "kernel audio distance",
     "kid": "kernel distance with a cubic kernel",
     "precision": "share of generated windows near a real one",
@@ -42,8 +42,8 @@ KINDS = {
 }
 """What a metric is called and what it tells."""
 NEEDS_REFERENCE = ("fad", "fad_inf", "kad", "kid", "precision", "recall", "density", "coverage", "kl")
-NEEDS_EMBEDDINGS = ("kad", "kid", "precision", "recall", "density", "coverage")
-HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage", "vendi", "text", "text_r1", "text_r10")
+MOST_WINDOWS = 5000
+"""Drawn, seeded, where all pairs are compared; a record says how many there were."""
 
 
 def parse_metric(name: str) -> tuple[str, str]:
@@ -97,8 +97,8 @@ class HeardSet:
     def gathered(self) -> "HeardSet":
         """The clips of all ranks; a collective."""
         rates = gather_by_id({str(rate): torch.empty(0) for rate in self.rates})
-        parts = (gather_by_id(x) for x in (self.embeddings, self.outputs, self.vectors))
-        return HeardSet(self.listener, *parts, {int(rate) for rate in rates})
+        embeddings, outputs, vectors = (gather_by_id(x) for x in (self.embeddings, self.outputs, self.vectors))
+        return HeardSet(self.listener, embeddings, outputs, vectors, {int(rate) for rate in rates})
 
     @property
     def resampling(self) -> str:
@@ -169,11 +169,10 @@ def score(
         elif kind.startswith("text"):
             value, interval = _text(kind, heard, captions)
             fields["num_windows"] = len(heard.embeddings)
-        elif kind == "vendi":
-            value = sets.vendi_score(sets.subsample(windows, 2000))
         else:
-            assert reference is not None
-            value = _of_sets(kind, windows, reference)
+            windows = sets.subsample(windows, MOST_WINDOWS)
+            fields["num_windows"] = len(windows)
+            value = sets.vendi_score(windows) if kind == "vendi" else _of_sets(kind, windows, reference)
     except UserError as error:
         raise error if str(error).startswith(metric) else UserError(f"{metric}: {error}") from error
     return Record(value=value, interval=interval, **fields, **about)
@@ -219,11 +218,11 @@ def _text(kind: str, heard: HeardSet, captions: Mapping[str, str] | None) -> tup
     return (summary.recall_at_1 if kind == "text_r1" else summary.recall_at_10), None
 
 
-def _of_sets(kind: str, windows: Tensor, reference: ReferenceStatistics) -> float:
+def _of_sets(kind: str, windows: Tensor, reference: ReferenceStatistics | None) -> float:
+    assert reference is not None
     if not reference.embeddings:
         raise UserError("the reference file holds no embeddings of its clips; give the folder, or write it anew")
-    real = sets.subsample(torch.cat(list(reference.embeddings.values())).double(), 5000)
-    windows = sets.subsample(windows, 5000)
+    real = sets.subsample(torch.cat(list(reference.embeddings.values())).double(), MOST_WINDOWS)
     if kind in ("kad", "kid"):
         return sets.kad(windows, real) if kind == "kad" else sets.kid(windows, real)
     return getattr(sets.neighbourhoods(windows, real), kind)

@@ -1,0 +1,224 @@
+"""`evaluate`: through the command line, on real clips and damaged ones, and every mistake in one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from magnet_train.__main__ import main
+from magnet_train.assets import demo_path
+from magnet_train.errors import UserError
+from magnet_train.evaluate import EvaluateOptions, captions_of, clips_of, evaluate, prompts_of, systems_of
+from magnet_train.metrics.record import read_records
+
+SECONDS = 4
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Path:
+    """The beginnings of eight of the demo's clips, with their captions."""
+    folder = tmp_path_factory.mktemp("real")
+    for path in sorted(p for p in demo_path("clips").iterdir() if p.suffix in (".flac", ".mp3"))[:8]:
+        wav, rate = soundfile.read(path, frames=SECONDS * 44_100)
+        soundfile.write(folder / f"{path.stem}.wav", wav[: SECONDS * rate], rate)
+        shutil.copy(path.with_suffix(".txt"), folder)
+    return folder
+
+
+def damaged(real: Path, folder: Path, damage) -> Path:
+    """Copies with something done to the samples `t` or `t channels`, captions included."""
+    folder.mkdir()
+    for path in real.glob("*.wav"):
+        wav, rate = soundfile.read(path)
+        soundfile.write(folder / path.name, damage(wav, rate), rate)
+        shutil.copy(path.with_suffix(".txt"), folder)
+    return folder
+
+
+def noise(level: float):
+    return lambda wav, rate: wav + level * np.random.default_rng(0).standard_normal(wav.shape)
+
+
+def low_pass(wav, rate):
+    from scipy.signal import butter, sosfiltfilt
+
+    return sosfiltfilt(butter(8, 900, fs=rate, output="sos"), wav, axis=0)
+
+
+def test_a_table_records_a_report_and_a_listening_test_through_the_command_line(real, tmp_path, capsys):
+    bad = damaged(real, tmp_path / "noisy", noise(0.1))
+    args = ["--generated", f"same={real}", str(bad), "--reference", str(real), "--out", str(tmp_path / "r.json")]
+    args += ["--metrics", "fad/musicnn", "kl/musicnn", "text/musicnn", "text_shuffled/musicnn", "kad/musicnn"]
+    args += ["--save-reference", str(tmp_path / "reference"), "--report", str(tmp_path / "report.html")]
+    args += ["--listening-test", str(tmp_path / "listen.html"), "--loudness", "false", "--accelerator", "cpu"]
+    assert main(["evaluate", *args]) == 0
+    printed = capsys.readouterr().out
+    assert "| same " in printed and "| noisy " in printed and "below 250" in printed
+    records = {(r.system, r.metric): r for r in read_records(tmp_path / "r.json")}
+    same, noisy = (records[name, "fad/musicnn"] for name in ("same", "noisy"))
+    assert same.value == pytest.approx(0, abs=1e-6) and noisy.value > 5
+    assert same.protocol == noisy.protocol and same.num_clips == 8 and len(same.reference_hash or "") == 16
+    assert "soxr VHQ 44100 to 16000 Hz" in same.resampler and noisy.interval is not None
+    assert noisy.floor_real is not None and noisy.floor_real > 0
+    assert records["same", "kl/musicnn"].value == pytest.approx(0, abs=1e-4)
+    assert records["same", "text/musicnn"].value > records["same", "text_shuffled/musicnn"].value + 0.1
+    assert "noisy" in (tmp_path / "report.html").read_text() and (tmp_path / "listen_key.json").exists()
+    assert "noisy" not in (tmp_path / "listen.html").read_text()
+    # The saved statistics give the same figures, without the audio.
+    again = ["--generated", str(bad), "--reference", str(tmp_path / "reference"), "--out", str(tmp_path / "s.json")]
+    again += ["--metrics", "fad/musicnn", "kl/musicnn", "kad/musicnn", "--loudness", "false", "--accelerator", "cpu"]
+    assert main(["evaluate", *again]) == 0
+    for record in read_records(tmp_path / "s.json"):
+        assert record.value == pytest.approx(records["noisy", record.metric].value, rel=1e-9)
+
+
+def test_a_ladder_of_damage_comes_out_in_order(real, tmp_path):
+    """Real, codec, low-passed, noisy, white noise: farther and farther, and the ends' intervals do not meet."""
+    steps = {
+        "real": real,
+        "low-passed": damaged(real, tmp_path / "low", low_pass),
+        "noisy": damaged(real, tmp_path / "noisy", noise(0.3)),
+        "white noise": damaged(real, tmp_path / "white", lambda w, rate: 0.3 * noise(1)(0 * w, rate)),
+    }
+    options = EvaluateOptions(
+        [f"{name}={folder}" for name, folder in steps.items()], str(real), metrics=["fad/musicnn", "kl/musicnn"],
+        codec="demo", accelerator="cpu",
+    )  # fmt: skip
+    records = evaluate(options)
+    fads = {r.system: r for r in records if r.metric == "fad/musicnn"}
+    for r in records:
+        print(f"{r.metric:<12} {r.system:<12} {r.value:8.3f} {r.interval}")
+    codec = fads["real"].floor_codec
+    assert codec is not None and fads["real"].value < codec < fads["low-passed"].value
+    assert fads["low-passed"].value < fads["noisy"].value < fads["white noise"].value
+    kls = {r.system: r.value for r in records if r.metric == "kl/musicnn"}
+    assert kls["real"] < kls["low-passed"] < kls["noisy"] < kls["white noise"]
+    low, high = fads["real"].interval, fads["white noise"].interval
+    assert low is not None and high is not None and low[1] < high[0]
+
+
+def test_a_model_is_generated_for_and_scored_in_one_go(tmp_path, tiny, real):
+    tiny.save(tmp_path / "release", "")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a slow waltz\ntwo flutes\n\na banjo\n")
+    options = EvaluateOptions(
+        checkpoint=str(tmp_path / "release"), prompts=prompts, generated_to=tmp_path / "out", reference=str(real),
+        metrics=["fad/musicnn", "text/musicnn"], report=tmp_path / "report.html", batch_size=2, accelerator="cpu",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"a-banjo_\w+\.wav: .* too short for musicnn.*remove or replace it"):
+        evaluate(options)  # the tiny model makes seconds
+    tiny.crop_s, before = 3.2, tiny.crop_s
+    try:
+        shutil.rmtree(tmp_path / "release")
+        tiny.save(tmp_path / "release", "")
+        records = evaluate(options, {"temperature": 2.0})
+    finally:
+        tiny.crop_s = before
+    assert {r.metric: r.num_clips for r in records} == {"fad/musicnn": 3, "text/musicnn": 3}
+    assert records[0].decoding is not None and records[0].decoding["temperature"] == 2.0 and records[0].seed == 0
+    assert len(list((tmp_path / "out" / "seed0").glob("*.wav"))) == 3
+    assert (tmp_path / "report.html").stat().st_size > 100_000
+
+
+def test_clips_have_ids_and_equal_ones_are_named(tmp_path):
+    wav = np.zeros(100)
+    for name in ("a/x.wav", "b/x.wav", "y.flac"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        soundfile.write(tmp_path / name, wav, 16_000)
+    assert list(clips_of(tmp_path)) == ["a/x", "b/x", "y"]
+    soundfile.write(tmp_path / "y.wav", wav, 16_000)
+    with pytest.raises(UserError, match=r"y\.flac and .*y\.wav: two clips named y"):
+        clips_of(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        clips_of(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: no audio files"):
+        clips_of(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"a second system named x; write NAME="):
+        systems_of(["one/x", "two/x"])
+
+
+def test_captions_of_a_manifest_must_be_those_of_the_clips(tmp_path):
+    soundfile.write(tmp_path / "one.wav", np.zeros(100), 16_000)
+    soundfile.write(tmp_path / "two.wav", np.zeros(100), 16_000)
+    manifest = tmp_path / "captions.jsonl"
+    manifest.write_text('{"path": "one.wav", "caption": "a"}\n{"path": "three.wav", "caption": "b"}\n')
+    with pytest.raises(UserError, match=r"captions\.jsonl: 2 captions for 2 clips; two has none"):
+        captions_of(manifest, clips_of(tmp_path))
+    manifest.write_text('{"path": "one.wav", "caption": "a"}\n{"path": "two.wav", "caption": "b"}\n')
+    assert captions_of(manifest, clips_of(tmp_path)) == {"one": "a", "two": "b"}
+    (tmp_path / "one.json").write_text(json.dumps({"prompt": "from generate"}))
+    assert captions_of(None, clips_of(tmp_path)) == {"one": "from generate"}
+    (tmp_path / "twice.txt").write_text("a waltz\na waltz\n")
+    with pytest.raises(UserError, match="a line stands there twice"):
+        prompts_of(tmp_path / "twice.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.zeros(64_000), r"bad\.wav: silent; .*--keep_silent true"),
+        (0.1 * np.ones(16_000), r"bad\.wav: .*too short for musicnn"),
+        (np.full(64_000, np.nan), r"bad\.wav: holds NaN or infinite samples"),
+        (np.zeros(0), r"bad\.wav: empty"),
+        (b"RIFF but no wave", r"bad\.wav: unreadable"),
+    ],
+)
+def test_a_clip_that_cannot_be_scored_ends_it_and_is_named(tmp_path, real, content, message):
+    folder = tmp_path / "generated"
+    folder.mkdir()
+    if isinstance(content, bytes):
+        (folder / "bad.wav").write_bytes(content)
+    else:
+        soundfile.write(folder / "bad.wav", content, 16_000, "FLOAT")
+    options = EvaluateOptions([str(folder)], metrics=["vendi/musicnn"], accelerator="cpu")
+    with pytest.raises(UserError, match=message):
+        evaluate(options)
+
+
+def test_a_figure_without_meaning_is_an_error(tmp_path, real):
+    one = tmp_path / "one"
+    one.mkdir()
+    path = next(iter(sorted(real.glob("*.wav"))))
+    shutil.copy(path, one)
+    common = {"reference": str(one), "accelerator": "cpu"}
+    soundfile.write(one / path.name, soundfile.read(path, frames=3 * 44_100)[0], 44_100)  # one window of musicnn's
+    with pytest.raises(UserError, match=r"at least two .*windows"):
+        evaluate(EvaluateOptions([str(one)], metrics=["fad/musicnn"], **common))
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(path, other / "unheard-of.wav")
+    with pytest.raises(UserError, match=r"kl/musicnn: clip unheard-of has no counterpart in the reference"):
+        evaluate(EvaluateOptions([str(other)], str(real), metrics=["kl/musicnn"], accelerator="cpu"))
+    with pytest.raises(UserError, match=r"text/musicnn: clip unheard-of has no caption; give --captions"):
+        evaluate(EvaluateOptions([str(other)], metrics=["text/musicnn"], accelerator="cpu"))
+
+
+def test_mistakes_in_the_options_are_named(tmp_path, monkeypatch):
+    for options, message in (
+        ({"metrics": ["fad/nobody"]}, "metric 'fad/nobody': give KIND/LISTENER"),
+        ({"metrics": ["kl/vggish"]}, "KL needs a classifier"),
+        ({"metrics": ["text/vggish"]}, "captions are heard by"),
+        ({"generated": []}, "nothing to score"),
+        ({"checkpoint": "demo"}, "--checkpoint and --prompts belong together"),
+        ({"weights": {"x": "y"}}, "--weights x: choose of"),
+        ({"published_set": "Jazz"}, "--published_set Jazz: choose MusicCaps"),
+        ({"save_reference": tmp_path}, "--save_reference: give --reference"),
+    ):
+        with pytest.raises(UserError, match=message):
+            EvaluateOptions(**({"generated": [str(tmp_path)]} | options))
+    soundfile.write(tmp_path / "a.wav", np.zeros(100), 16_000)
+    with pytest.raises(UserError, match="fad/musicnn needs --reference"):
+        evaluate(EvaluateOptions([str(tmp_path)], accelerator="cpu"))
+    # Weights that are not there, and no network: an error here, with all that is needed to get them.
+    monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"VGGish weights: not at .*vggish-10086976\.pth, and HF_HUB_OFFLINE is set"):
+        evaluate(EvaluateOptions([str(tmp_path)], metrics=["vendi/vggish"], accelerator="cpu"))
+    wrong = tmp_path / "vggish.pth"
+    torch.save({}, wrong)
+    with pytest.raises(UserError, match=r"vggish\.pth: SHA-256 is .*, not 10086976… as published"):
+        evaluate(EvaluateOptions([str(tmp_path)], metrics=["vendi/vggish"], weights={"vggish": str(wrong)}))
