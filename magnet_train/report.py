@@ -422,9 +422,10 @@ _HEADLINES = ("val/fad", "val/kl", "val/text", "val/ce", "val/accuracy", "train/
 def report_of_run(run_folder: str | Path) -> Report:
     """The report of one training run: what its validations wrote, its curves, its settings.
 
-    Reads `validation/step_*/NAME.wav` with `NAME.json` (prompt, seed, …; a number under `score` is the clip's score)
-    and, where it exists, `NAME.npz` with the arrays `codes` and `order`; `*/version_*/metrics.csv` of Lightning's
-    CSVLogger, all versions of a resumed run; and `config.yaml`. What is missing or broken becomes a note in the page.
+    Reads `validation/step_*/records.json`; `NAME.wav` beside it with `NAME.json` (prompt, seed, …; a number under
+    `score` is the clip's score) and, where it exists, `NAME.npz` with the arrays `codes` and `order`;
+    `*/version_*/metrics.csv` of Lightning's CSVLogger, all versions of a resumed run; and `config.yaml`. What is
+    missing or broken becomes a note in the page.
 
     Raises:
         UserError: if there is no such folder.
@@ -437,7 +438,11 @@ def report_of_run(run_folder: str | Path) -> Report:
     curves = _logged_curves(folder, notes)
     settings = _configured(folder, notes)
     name = settings.get("trainer.default_root_dir") or folder.resolve().name
-    return Report(f"Run {Path(str(name)).name}", settings, clips, curves, _last_values(curves, settings), notes)
+    records = _stamped(folder, notes)
+    stamped = {f"val/{record['metric']}" for record in records}
+    records += [record for record in _last_values(curves, settings) if record["metric"] not in stamped]
+    title = f"Run {Path(str(name)).name}"
+    return Report(title, settings, clips, curves, records, notes, "FAD of the clip alone", lower_is_better=True)
 
 
 def _validation_clips(folder: Path, notes: list[str]) -> list[dict[str, Clip]]:
@@ -563,6 +568,18 @@ def _configured(folder: Path, notes: list[str]) -> dict[str, Any]:
         notes.append("No settings: the run folder holds no readable config.yaml.")
         return {}
     return _flat(config)
+
+
+def _stamped(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The records of the last validation that wrote some, with their whole protocol."""
+    files = sorted(folder.glob("validation/step_*/records.json"))
+    if not files:
+        return []
+    try:
+        return [dict(record) for record in json.loads(files[-1].read_text()) if "metric" in record]
+    except (OSError, ValueError, TypeError) as error:
+        notes.append(f"The records of {files[-1].parent.name} are broken ({error}) and not shown.")
+        return []
 
 
 def _last_values(curves: Mapping[str, Sequence[Point]], settings: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Validation as a listener would do it: decode captions in full, score the audio, keep it to be heard and seen."""
 
+import json
 import time
 import warnings
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from magnet_train.data.pipeline import Batch
 from magnet_train.decoding import DecodingConfig
 from magnet_train.errors import UserError
 from magnet_train.generator import Generated, Generator
+from magnet_train.metrics.embedding_sets import fad_per_clip
 from magnet_train.metrics.items import gather_by_id
 from magnet_train.metrics.listeners import Listener, load_listener
 from magnet_train.metrics.record import Record, write_records
@@ -161,7 +163,8 @@ class GenerationCallback(Callback):
         values = {f"val/{record.metric}": record.value for record in records}
         for record in records:
             if record.interval is not None:
-                values |= {f"val/{record.metric}/{e}": v for e, v in zip(("low", "high"), record.interval, strict=True)}
+                low, high = record.interval
+                values[f"val/{record.metric}_ci95"] = (high - low) / 2
         for name, floors in self._floor_values.items():
             values |= {f"val/{metric}/floor_{name}": value for metric, value in floors.items()}
         # Every rank logs the same, so that the best checkpoint may be chosen by any of them.
@@ -169,6 +172,7 @@ class GenerationCallback(Callback):
         module.log_dict(values, sync_dist=False)
         if records:
             write_records(self._folder(trainer) / "records.json", records)
+            self._rank_clips(trainer, heard, references)
         self._log_media(trainer, trainer.global_step)
 
     def _decode(self, trainer: L.Trainer, module: MagnetModule, codec: Codec, heard: dict[str, HeardSet]) -> None:
@@ -201,6 +205,19 @@ class GenerationCallback(Callback):
                     part.add(item["key"], result.wav[i], result.sample_rate)
                 if item["index"] < self.num_media:
                     self._keep(trainer, folder, item, result, i, codec)
+
+    def _rank_clips(
+        self, trainer: L.Trainer, heard: dict[str, HeardSet], references: dict[str, ReferenceStatistics]
+    ) -> None:
+        """Notes beside each written clip its own FAD, by which the report finds the best and the worst."""
+        name = next((name for name in references if f"fad/{name}" in self.metrics), None)
+        if name is None or any(len(windows) < 2 for windows in heard[name].embeddings.values()):
+            return
+        scores = fad_per_clip(heard[name].embeddings, references[name].moments)
+        for note in self._folder(trainer).glob("[0-9]*.json"):
+            about = json.loads(note.read_text())
+            if about.get("item") in scores:
+                note.write_text(json.dumps(about | {"score": scores[about["item"]]}, indent=2) + "\n")
 
     @staticmethod
     def _folder(trainer: L.Trainer) -> Path:
