@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from magnet_train.__main__ import main
+from magnet_train.metrics.record import read_records
 
 TINY_FIT = [
     "--model.network.dim=32", "--model.network.num_heads=2", "--model.network.num_layers=2", "--model.crop_s=3.2",
@@ -66,6 +67,43 @@ def test_fit_leaves_checkpoint_audio_pictures_and_summary(run):
         pair = summary["metrics"][metric]
         assert np.isfinite([pair["before"], pair["after"]]).all(), metric
     assert set(summary["seconds"]) >= {"training"}
+    assert (run / "report.html").read_text().count("<audio") >= 2
+
+
+def test_every_figure_of_a_validation_is_a_record(run):
+    records = {r.metric: r for r in read_records(run / "validation" / "step_0000004" / "records.json")}
+    summary = json.loads((run / "summary.json").read_text())
+    for metric in ("fad/musicnn", "kl/musicnn", "text/musicnn"):
+        record = records[metric]
+        assert record.value == pytest.approx(summary["metrics"][f"val/{metric}"]["after"], rel=1e-6)
+        assert record.num_clips == 2 and record.seed == 0 and record.decoding["decoding_steps"] == [2, 1, 1, 1]
+        assert record.floor_codec is not None and record.embedder_hash
+
+
+def test_metrics_without_weights_are_left_out_of_fit_and_an_error_elsewhere(run, shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path / "cache"))
+    metrics = ["--generation.metrics=[fad/vggish,vendi/musicnn]", "--generation.floors=false"]
+    with pytest.warns(
+        UserWarning, match=r"no metrics of vggish: VGGish weights: not at .*vggish-10086976\.pth"
+    ) as seen:
+        assert fit(shards, tmp_path / "run", *metrics, "--trainer.max_steps=2", "--trainer.val_check_interval=2") == 0
+    assert sum("no metrics of vggish" in str(w.message) for w in seen) == 1
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "val/vendi/musicnn" in summary["metrics"] and "val/fad/vggish" not in summary["metrics"]
+    capsys.readouterr()
+    options = [*(o for o in TINY_FIT if "warmup" not in o), f"--data.validation={shards / 'validation'}", *metrics]
+    options += [f"--data.train={shards / 'train'}", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"]
+    options += [f"--config={run.parent / 'empty.yaml'}", f"--trainer.default_root_dir={tmp_path / 'v'}"]
+    line = mistake(capsys, "validate", *options)
+    assert "VGGish weights: not at" in line
+
+
+def test_a_budget_of_seconds_ends_decoding_and_says_so(shards, tmp_path):
+    options = ["--generation.most_s=0.001", "--generation.batch_size=1", "--generation.at_start=false"]
+    with pytest.warns(UserWarning, match=r"validation after 0\.001 s: 1 of 2 prompts of rank 0 decoded"):
+        assert fit(shards, tmp_path / "run", *options, "--trainer.max_steps=2", "--trainer.val_check_interval=2") == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["metrics"]["val/num_clips"]["after"] == 1
 
 
 def test_a_run_resumes_and_goes_on(run, shards, capsys):
@@ -168,6 +206,7 @@ def test_fit_with_two_processes_validates_every_item_once(shards, tmp_path):
     (tmp_path / "c.yaml").write_text("{}")
     data = [f"--data.train={shards / 'train'}", f"--data.validation={shards / 'validation'}"]
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    two += ["--checkpoint.monitor=val/fad/musicnn", "--checkpoint.save_top_k=1"]  # which every rank must know
     command = [
         sys.executable,
         "-m",
@@ -187,9 +226,10 @@ def test_fit_with_two_processes_validates_every_item_once(shards, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["metrics"]["val/num_clips"]["after"] == 2
+    assert (tmp_path / "run" / "checkpoints" / "step=0000002.ckpt").is_file()
 
 
-@pytest.mark.parametrize("verb", ["fit", "tokenize", "generate", "convert"])
+@pytest.mark.parametrize("verb", ["fit", "tokenize", "generate", "convert", "evaluate", "doctor", "bench"])
 def test_every_option_of_ours_has_a_sentence_of_help(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])
@@ -203,4 +243,4 @@ def test_every_option_of_ours_has_a_sentence_of_help(verb, capsys):
     bare = [
         o.split()[0] for o in own if re.match(r"--[\w.]+(\.\w+)? [\[{A-Z][^ ]*( \.\.\.\])? \((required, )?type:", o)
     ]
-    assert len(own) > 5 and not bare
+    assert len(own) > 3 and not bare
