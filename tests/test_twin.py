@@ -72,12 +72,12 @@ def test_mistakes_of_bench_are_named():
     from magnet_train.bench import bench
     from magnet_train.measure import BenchOptions
 
-    with pytest.raises(UserError, match="--only dancing: on cpu choose of attention"):
+    with pytest.raises(UserError, match="--only dancing: on cpu choose of start"):
         bench(BenchOptions(only=["dancing"]))
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no GPU here"):
             bench(BenchOptions(device="cuda"))
-    with pytest.raises(UserError, match="--only gpu: on cpu choose of attention"):
+    with pytest.raises(UserError, match="--only gpu: on cpu choose of start"):
         bench(BenchOptions(only=["gpu"]))
 
 

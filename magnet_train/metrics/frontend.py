@@ -6,6 +6,7 @@ Shapes: c channels, t samples, f mel bands.
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 from julius.resample import ResampleFrac
 from torch import Tensor
@@ -57,8 +58,9 @@ def htk_mel_filters(sample_rate: int, fft_size: int, bands: int, lowest: float, 
         lowest: Where the first begins, in Hz.
         highest: Where the last ends, in Hz.
     """
-    bins = 1127 * torch.log1p(torch.arange(fft_size // 2 + 1, dtype=torch.float64) * sample_rate / fft_size / 700)
+    bins = 1127 * np.log1p(np.arange(fft_size // 2 + 1) * sample_rate / fft_size / 700)
     first, last = (1127 * math.log1p(hz / 700) for hz in (lowest, highest))
-    edges = torch.linspace(first, last, bands + 2, dtype=torch.float64)
+    edges = np.linspace(first, last, bands + 2)
     left, middle, right = (edges[i : bands + i, None] for i in range(3))
-    return torch.minimum((bins - left) / (middle - left), (right - bins) / (right - middle)).clamp(min=0).float()
+    rising_or_falling = np.minimum((bins - left) / (middle - left), (right - bins) / (right - middle))
+    return torch.from_numpy(np.maximum(rising_or_falling, 0)).float()
