@@ -110,8 +110,8 @@ def test_table_of_systems_and_metrics():
 
 
 def test_a_small_set_is_warned_of():
-    assert "Warning: ours has 249 clips" in markdown_table([replace(FAD, num_clips=249)])
-    assert "Warning: ours has 12 clips" in markdown_table([replace(KL, num_clips=12), FAD])
+    assert "Warning: ours: 249 clips" in markdown_table([replace(FAD, num_clips=249)])
+    assert "Warning: ours: 12 clips" in markdown_table([replace(KL, num_clips=12), FAD])
     assert "Warning" not in markdown_table([replace(FAD, num_clips=250)])
 
 

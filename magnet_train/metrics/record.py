@@ -167,13 +167,16 @@ def markdown_table(records: Sequence[Record], force: bool = False, published: It
                 theirs.setdefault((figure.model, figure.source), {})[metric] = f"{figure.value:.2f}"
     rows += [[f"{model} (published)", "", *(v.get(m, "") for m in columns)] for (model, _), v in theirs.items()]
     notes += [f"Published: {source}." for source in dict.fromkeys(source for _, source in theirs)]
-    for system in dict.fromkeys(r.system for r in records):
-        fewest = min(r.num_clips for r in records if r.system == system)
-        if fewest < FEWEST_CLIPS:
-            notes.append(
-                f"Warning: {system} has {fewest} clips; below {FEWEST_CLIPS} FAD lies well above its value for many "
-                "clips, and intervals are wide."
-            )
+    fewest = {
+        system: min(r.num_clips for r in records if r.system == system)
+        for system in dict.fromkeys(r.system for r in records)
+    }
+    for number in dict.fromkeys(n for n in fewest.values() if n < FEWEST_CLIPS):
+        systems = ", ".join(system for system, n in fewest.items() if n == number)
+        notes.append(
+            f"Warning: {systems}: {number} clips; below {FEWEST_CLIPS} FAD lies well above its value for many clips, "
+            "and intervals are wide."
+        )
     return "\n".join([*_aligned(rows), *(f"\n{note}" for note in notes)]) + "\n"
 
 
