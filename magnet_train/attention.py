@@ -37,10 +37,10 @@ def block_size(context: int) -> int:
 
 
 def window_bias(q: Tensor, context: int, valid: Tensor | None = None) -> Tensor:
-    """What is added to the scores of each block's keys, 0 or -inf: `1 n q w`, or `b n q w` with `valid`.
+    """What is added to the scores of each block's keys, 0 or -inf: `1 n q w`, or `b n q w` with `valid`; float32.
 
     Args:
-        q: queries, `b h t d`; gives shape, precision and device.
+        q: queries, `b h t d`; gives shape and device.
         context: frames visible on each side.
         valid: `b t`, False = padding, seen by nobody but itself.
     """
@@ -54,7 +54,7 @@ def window_bias(q: Tensor, context: int, valid: Tensor | None = None) -> Tensor:
         allowed = allowed & valid[:, key.clamp(0, t - 1).view(n, -1)][:, :, None]  # b n 1 w
     # Queries behind the end, and padded ones, keep themselves: a row without keys would be NaN.
     allowed = allowed | (query == key)
-    return torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, -math.inf)
+    return torch.zeros(allowed.shape, device=q.device).masked_fill_(~allowed, -math.inf)
 
 
 def windowed_attention(
@@ -70,10 +70,12 @@ def windowed_attention(
         valid: `b t`, False = padding, seen by nobody but itself; not read if `bias` is given.
         bias: `window_bias` of such queries, where several layers share it.
     """
-    bias = window_bias(q, context, valid) if bias is None else bias
-    if torch.compiler.is_compiling():  # what to keep and what to compute again is the compiler's to decide
-        return _Blocks(q, k, v, bias).output()
-    return _InPieces.apply(q, k, v, bias)  # type: ignore[no-any-return]
+    bias = window_bias(q, min(context, q.shape[2] - 1), valid) if bias is None else bias
+    # Precisions are decided here and not by autocast, which would not hold in the backward pass.
+    with torch.autocast(q.device.type, enabled=False):
+        if torch.compiler.is_compiling():  # what to keep and what to compute again is the compiler's to decide
+            return _Blocks(q, k, v, bias).output()
+        return _InPieces.apply(q, k, v, bias)  # type: ignore[no-any-return]
 
 
 class _Blocks:
@@ -86,8 +88,9 @@ class _Blocks:
         self.keys, self.values = self._with_neighbours(k), self._with_neighbours(v)  # m w d
         bias = bias[:, None].expand(*q.shape[:2], -1, -1, -1).flatten(0, 2)
         # Plain products: so small, they beat torch's fused attention on a CPU (9 against 7 times a dense mask's speed).
-        scores = torch.baddbmm(bias, self.queries, self.keys.transpose(1, 2), alpha=q.shape[3] ** -0.5)
-        self.weights = scores.softmax(-1, dtype=torch.float32)
+        # Scores in float32 whatever the precision, as fused attention keeps them.
+        queries, keys = self.queries.float(), self.keys.float()
+        self.weights = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=q.shape[3] ** -0.5).softmax(-1)
 
     def output(self) -> Tensor:
         return self._frames(torch.bmm(self.weights.to(self.values.dtype), self.values))

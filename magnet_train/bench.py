@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -58,7 +58,8 @@ def attention(options: BenchOptions, limit: float) -> Iterator[Measured]:
     def masks(parts: tuple[Tensor, ...], context: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Of ours and of the twin; a forward pass makes them once, so they are not measured."""
         allowed = dense_window(parts[0].shape[2], context, device=parts[0].device)
-        return {"context": context, "bias": window_bias(parts[0], context)}, {"attn_mask": allowed}
+        dense = torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, -torch.inf)
+        return {"context": context, "bias": window_bias(parts[0], context)}, {"attn_mask": dense}
 
     sdpa = torch.nn.functional.scaled_dot_product_attention
     for context in (5, 25, 100):
@@ -68,6 +69,7 @@ def attention(options: BenchOptions, limit: float) -> Iterator[Measured]:
             yield compare(
                 f"attention, {name}", call(windowed_attention, parts, **own), call(sdpa, parts, **dense),
                 options, limit, num_frames=options.num_frames, context=context,
+                batch_size=options.batch_size, heads=heads, width=width,
             )  # fmt: skip
     calls = []
     for num_frames in (12_000, 1500):
@@ -114,7 +116,7 @@ def training(options: BenchOptions, limit: float) -> Iterator[Measured]:
     for stage, name in ((0, "stage 0"), (1, "stages 1 and up")):
         yield compare(
             f"training step, {name}", partial(step, stage, False), partial(step, stage, True), options, limit,
-            num_frames=options.num_frames, batch_size=options.batch_size,
+            num_frames=options.num_frames, batch_size=options.batch_size, **asdict(model.config),
         )  # fmt: skip
 
 
@@ -131,12 +133,13 @@ def decoding(options: BenchOptions, limit: float) -> Iterator[Measured]:
     ends: list[float] = []
     results: list[Tensor] = []
 
+    def now() -> float:
+        settle(options.device)
+        return time.perf_counter()
+
     def run(conditional: Network, null: Network, config: DecodingConfig) -> None:
         ends.clear()
-        results.append(
-            decode(conditional, null, codes, fixed, 2048, config, noise, lambda step: ends.append(time.perf_counter()))
-        )
-        settle(options.device)
+        results.append(decode(conditional, null, codes, fixed, 2048, config, noise, lambda step: ends.append(now())))
 
     def ours(config: DecodingConfig = config) -> None:
         text = model.remember(states, tokens)
@@ -165,7 +168,8 @@ def decoding(options: BenchOptions, limit: float) -> Iterator[Measured]:
     for stage, steps in enumerate(config.decoding_steps):
         both = lambda stage=stage: (model(codes, stage, text), model(codes, stage, None))  # noqa: E731
         flop += steps * count_flop(both)
-    settings = {"num_frames": num_frames, "steps": list(config.decoding_steps)}
+    settings = {"num_frames": num_frames, "batch_size": size, "steps": list(config.decoding_steps)}
+    settings |= asdict(model.config)
     for name, spent in (("all stages", whole), ("stages 1 to 3", windowed)):
         own, dense, is_whole = spent[ours], spent[twin], spent is whole
         yield Measured(
@@ -191,6 +195,8 @@ def reading(options: BenchOptions, limit: float) -> Iterator[Measured]:
         environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": str(options.threads), "COLUMNS": "400"}
         command += ["--trainer.default_root_dir", folder]
         run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if run.returncode:
+        raise UserError(f"fit failed while it was measured: {run.stderr.strip().splitlines()[-1]}")
     rows = [[cell.strip() for cell in line.split("|")] for line in run.stdout.splitlines() + run.stderr.splitlines()]
     seconds = {cells[1]: float(cells[4]) for cells in rows if len(cells) > 4 and cells[3].isdigit()}
     whole = seconds["run_training_epoch"]
@@ -296,6 +302,8 @@ def bench(options: BenchOptions) -> list[Measured]:
         raise UserError(f"--device {options.device}: no GPU here; leave it out")
     with threads_set(options.threads):
         limit = matmul_limit(options.device)
+        machine = {"machine": describe(options), "threads": options.threads, "repeats": options.repeats}
+        machine |= {"limit_gflops": round(limit / 1e9)}
         print(f"{describe(options)}, matrix product {limit / 1e9:,.0f} GFLOP/s")
         print(HEAD)
         results = []
@@ -303,7 +311,7 @@ def bench(options: BenchOptions) -> list[Measured]:
             own_limit = matmul_limit(options.device, torch.bfloat16) if name == "gpu" else limit
             for measured in PARTS[name](options, own_limit):
                 print(row(measured), flush=True)
-                results.append(measured)
+                results.append(replace(measured, settings=measured.settings | machine))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps([asdict(m) for m in results], indent=1) + "\n")

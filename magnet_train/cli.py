@@ -79,17 +79,17 @@ def _run_lightning(verb: str, args: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
     gc.disable()  # what these imports make stays for good: looking through it again and again takes seconds
-    from lightning.pytorch.callbacks import ModelCheckpoint
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    try:
+        from lightning.pytorch.callbacks import ModelCheckpoint
+        from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-    from magnet_train.callbacks.averaging import WeightEMA
-    from magnet_train.callbacks.generation import GenerationCallback, PredictionWriter
-    from magnet_train.data.datamodule import MagnetDataModule
-    from magnet_train.module import MagnetModule
-    from magnet_train.release import read_checkpoint
-
-    gc.freeze()
-    gc.enable()
+        from magnet_train.callbacks.averaging import WeightEMA
+        from magnet_train.callbacks.generation import GenerationCallback, PredictionWriter
+        from magnet_train.data.datamodule import MagnetDataModule
+        from magnet_train.module import MagnetModule
+        from magnet_train.release import read_checkpoint
+    finally:
+        gc.enable()
 
     class Parser(LightningArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> Any:
@@ -419,10 +419,14 @@ def _run_evaluate(args: list[str]) -> None:
     parser.add_class_arguments(EvaluateOptions, nested_key=None, as_group=False, skip=own)
     parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
     config = parser.parse_args(args)
-    evaluate(
-        EvaluateOptions(**{k: v for k, v in vars(config).items() if k not in ("decoding", "config")}),
-        _given_decoding(config, args),
-    )
+    options = EvaluateOptions(**{k: v for k, v in vars(config).items() if k not in ("decoding", "config")})
+    try:
+        evaluate(options, _given_decoding(config, args))
+    finally:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():  # left to the interpreter's end, it may abort
+            dist.destroy_process_group()
 
 
 def _given_decoding(config: Any, args: list[str]) -> dict[str, Any]:
@@ -437,7 +441,7 @@ def _run_doctor(args: list[str]) -> None:
     parser = _parser("doctor", "Say what a configuration needs from elsewhere, and whether it is here.")
     parser.add_argument("--metrics", type=str, nargs="+", default=[], help="KIND/LISTENER each, beside the configured.")
     parser.add_argument("--configs", type=Path, nargs="+", default=[], help="YAML files of `fit`, the later wins.")
-    parser.add_class_arguments(DoctorOptions, nested_key=None, as_group=False, skip={"metrics", "configs"})
+    parser.add_argument("--prefetch", action="store_true", help="Fetch what is missing.")
     config = parser.parse_args(args)
     findings = doctor(DoctorOptions(**{k: v for k, v in vars(config).items() if k != "config"}))
     for finding in findings:
@@ -452,7 +456,8 @@ def _run_bench(args: list[str]) -> None:
     from magnet_train.measure import BenchOptions
 
     parser = _parser("bench", "Measure time and memory of attention, training and decoding beside their slow twins.")
-    parser.add_class_arguments(BenchOptions, nested_key=None, as_group=False)
+    parser.add_argument("--only", type=str, nargs="+", default=[], help="Parts to measure; all if none is given.")
+    parser.add_class_arguments(BenchOptions, nested_key=None, as_group=False, skip={"only"})
     bench(BenchOptions(**{k: v for k, v in vars(parser.parse_args(args)).items() if k != "config"}))
 
 

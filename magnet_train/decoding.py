@@ -177,6 +177,8 @@ def _decode_stage(
     masked, certainty = ~fixed, torch.empty(())
     # Rounded as in the reference: the number of spans is this share of them, rounded down.
     shares = torch.cos(torch.linspace(0, 1, num_steps) * math.pi * 0.5)
+    if not config.reference_compat:
+        shares = shares.clamp(min=0)  # the last is -4e-8, and would keep guidance from ending at exactly its minimum
     for step, share in enumerate(shares):
         if step > 0:
             masked = _remask(certainty, masked, fixed, share, config)

@@ -54,11 +54,17 @@ def needs_of(configs: Sequence[Path]) -> dict[str, Any]:
     for path in configs:
         try:
             content = yaml.safe_load(path.read_text()) or {}
-            model, generation = content.get("model") or {}, content.get("generation") or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"{path}: unreadable configuration ({str(error).splitlines()[0]})") from error
-        found |= {k: v for k, v in model.items() if k in ("codec", "text_encoder")}
-        found |= {k: v for k, v in generation.items() if k == "metrics"}
+        given: dict[str, Any] = {}
+        for name in ("model", "generation"):
+            section = content.get(name) or {} if isinstance(content, dict) else None
+            if not isinstance(section, dict):
+                raise UserError(f"{path}: no configuration of `fit`; it has sections such as model: and generation:")
+            given |= {k: v for k, v in section.items() if v is not None}
+        found |= {k: v for k, v in given.items() if k in found}
+        if not isinstance(found["metrics"], list):
+            raise UserError(f"{path}: generation.metrics={found['metrics']}: give a list")
     return found
 
 
@@ -94,7 +100,7 @@ def _listener(name: str, prefetch: bool) -> str:
     target = cache_dir() / weights.file
     if not prefetch and not target.is_file():
         size = f"{weights.size / 1e6:,.0f} MB, licence {weights.licence}"
-        raise UserError(f"not at {target}; doctor --prefetch true fetches {weights.url} ({size})")
+        raise UserError(f"not at {target}; doctor --prefetch fetches {weights.url} ({size})")
     file = find_weights(weights)
     if name == "clap":  # its tokenizer comes from the hub
         load_listener(name)

@@ -79,7 +79,10 @@ class Generator:
         self.network, self.codec, self.text_encoder = network, codec, text_encoder
         self.decoding, self.crop_s, self.about, self.guidance_dropout = decoding, crop_s, about or {}, guidance_dropout
         # One graph for a whole pass: replayed, it leaves nothing to Python between the kernels.
-        self._pass = torch.compile(network.forward, mode="reduce-overhead", fullgraph=True) if compiled else network
+        self._is_compiled, self._pass = compiled, network.forward
+        if compiled:
+            network.expect_compiled()
+            self._pass = torch.compile(network.forward, mode="reduce-overhead", fullgraph=True)
 
     @property
     def device(self) -> torch.device:
@@ -156,7 +159,8 @@ class Generator:
             return ReusingPass(self.network, text), ReusingPass(self.network, None)
 
         def with_text(codes: Tensor, stage: int) -> Tensor:
-            torch.compiler.cudagraph_mark_step_begin()  # what an earlier step's graph returned may be overwritten
+            if self._is_compiled:  # what an earlier step's graph returned may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()
             return self._pass(codes, stage, text)
 
         def without_text(codes: Tensor, stage: int) -> Tensor:

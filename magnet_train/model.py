@@ -162,6 +162,7 @@ class Magnet(nn.Module):
     def __init__(self, config: MagnetConfig):
         super().__init__()
         self.config = config
+        self.text_multiple = 1  # to which captions are padded, in tokens
         self.embedding = nn.Parameter(torch.empty(config.num_codebooks, config.codebook_size + 1, config.dim))
         self.text_projection = nn.Linear(config.text_dim, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))  # type: ignore[assignment]
@@ -174,8 +175,17 @@ class Magnet(nn.Module):
 
         `options` go to `torch.compile`. Names of weights and copies of the network stay as they are.
         """
+        self.expect_compiled()
         for block in self.blocks:
             block.compile(**options)
+
+    def expect_compiled(self) -> None:
+        """Captions come in few lengths from now on, and the compiler keeps a variant for every case that there is.
+
+        Stages, gradients, padding and captions make more variants than the 8 after which it falls back silently.
+        """
+        self.text_multiple = 64
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -221,6 +231,8 @@ class Magnet(nn.Module):
 
     def remember(self, states: Tensor, allowed: Tensor) -> TextMemory:
         """States `b s text_dim` and mask `b s` (True = token) of a text encoder -> keys and values of every block."""
+        if missing := -states.shape[1] % self.text_multiple:
+            states, allowed = F.pad(states, (0, 0, 0, missing)), F.pad(allowed, (0, missing))
         text = self.text_projection(states) * allowed[..., None].to(states.dtype)
         pairs = [block.cross_attention.memory(text) for block in self.blocks]
         return TextMemory([k for k, _ in pairs], [v for _, v in pairs], allowed)
@@ -235,7 +247,8 @@ class Magnet(nn.Module):
             valid: `b t`, False = padding; None = no padding.
         """
         x = self.embedded(codes)
-        context = -1 if stage == 0 else self.config.context
+        # A window as long as the sequence hides nothing.
+        context = -1 if stage == 0 or self.config.context >= codes.shape[2] - 1 else self.config.context
         bias = self._bias(x, context, valid)  # once for all layers
         for i, block in enumerate(self.blocks):
             x = block(x, context, bias, None if text is None else (text.keys[i], text.values[i], text.allowed))

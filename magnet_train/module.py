@@ -128,6 +128,8 @@ class MagnetModule(L.LightningModule):
         # Whose licence holds for what comes of them.
         self.begun_with = {} if start is None else {k: start.about.get(k) for k in ("licence", "base_model", "source")}
         self.config, self.optimizer_config = network, optimizer
+        self.trained_steps = 0
+        """Optimizer steps of the checkpoint that was loaded, where the trainer does not know them."""
         self.span_len, self.guidance_dropout, self.seed, self.crop_s = span_len, guidance_dropout, seed, crop_s
         self.codec_name, self.text_encoder_name = codec, text_encoder
         with torch.random.fork_rng(devices=[]):
@@ -226,6 +228,7 @@ class MagnetModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed run need not find again what it began with."""
         self.begun_with = dict(checkpoint.get("begun_with", {}))
+        self.trained_steps = int(checkpoint.get("global_step", 0))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.log("train/lr", optimizer.param_groups[0]["lr"])

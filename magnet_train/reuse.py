@@ -36,7 +36,7 @@ class ReusingPass:
             self.qkv = [x.new_empty(b * t, 3 * x.shape[1]) for _ in model.blocks]
             self.logits = x.new_empty(b * t, model.config.codebook_size)
             self.bias = None
-            if stage > 0 and model.config.context >= 0:
+            if stage > 0 and 0 <= model.config.context < t - 1:
                 self.bias = window_bias(x.new_empty(b, 1, t, 0), model.config.context)
         else:
             active = (codes != self.codes).any(1) | (codes[:, stage] == model.config.mask_id)

@@ -36,3 +36,28 @@ def test_a_null_caption_gives_exactly_nothing_and_padding_changes_nothing():
     assert (out[1] == 0).all() and not out.isnan().any()
     alone = text_attention(q[:1], k[:1, :, :2], v[:1, :, :2], allowed[:1, :2])
     assert torch.allclose(out[:1], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_half_precision_by_autocast_trains_and_stays_near_float32(padded):
+    """Forward under autocast, backward outside of it, as Lightning does it."""
+    x = torch.randn(2, 77, 3 * 32, requires_grad=True)
+    weight = torch.randn(96, 96) / 10
+    valid = torch.arange(77)[None] < torch.tensor([[77], [40]]) if padded else None
+
+    def loss(half: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            q, k, v = (x @ weight).unflatten(2, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+            assert q.dtype == (torch.bfloat16 if half else torch.float32)
+            y = windowed_attention(q, k, v, 5, valid)
+            assert y.dtype == q.dtype
+        return y.float().square().mean()
+
+    exact, near = (torch.autograd.grad(loss(half), x)[0] for half in (False, True))
+    assert (exact - near).abs().max() < 0.03 * exact.abs().max()
+
+
+def test_a_context_beyond_the_sequence_costs_no_more_than_the_sequence():
+    q, k, v = torch.randn(3, 1, 1, 20, 8)
+    assert torch.equal(windowed_attention(q, k, v, 10_000), windowed_attention(q, k, v, 19))
+    assert torch.allclose(windowed_attention(q, k, v, 19), F.scaled_dot_product_attention(q, k, v), atol=1e-6)

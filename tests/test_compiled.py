@@ -73,6 +73,31 @@ def test_a_compiled_generator_gives_the_same_codes(tiny, monkeypatch, compiled):
     assert asked == ({"mode": "reduce-overhead", "fullgraph": True} if compiled else {})
 
 
+def test_the_compiler_never_gives_up_over_what_a_fit_asks_of_it(monkeypatch):
+    """Training, validation and generation in a fit's order, captions of all lengths: no more variants than it keeps."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    model = network()
+    model.compile_blocks(backend="eager", fullgraph=True)
+
+    def step(stage: int, tokens: int, padded: bool, has_text: bool = True) -> torch.Tensor:
+        codes = torch.randint(SIZE + 1, (2, 4, T))
+        valid = torch.arange(T)[None] < torch.tensor([[T], [20]]) if padded else None
+        allowed = torch.ones(2, tokens, dtype=torch.bool)
+        text = model.remember(torch.randn(2, tokens, 16), allowed) if has_text else None
+        return model.trunk(codes, stage, text, valid).sum()
+
+    for _ in range(2):
+        with torch.no_grad():
+            for stage in range(4):
+                for tokens in (5, 9, 70):
+                    step(stage, tokens, False)
+                    step(stage, tokens, True)
+                step(stage, 5, False, has_text=False)
+        for stage in range(4):
+            step(stage, 7, False).backward()
+            step(stage, 70, True).backward()
+
+
 @pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
 @pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"top_p": 0.0, "top_k": 10}, {"greedy": True}])
 def test_decoding_never_waits_for_the_device(arrangement, sampling):

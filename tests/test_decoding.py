@@ -180,3 +180,17 @@ def test_the_race_in_the_nucleus_has_the_winner_of_the_sorted_one(top_p, sharpne
     probs, noise = (sharpness * torch.randn(3, 400, 200)).softmax(-1), torch.rand(3, 400)
     sorted_first = (top_p_filter(probs, top_p) / exponential(noise, 200)).argmax(-1)
     assert (sample(probs, top_p, 0, noise) != sorted_first).sum() <= 1  # the mass before an entry is rounded
+
+
+def test_the_null_condition_is_not_asked_where_guidance_has_ended():
+    """From 10 to 1: at a stage's last step the coefficient is exactly 1."""
+    asked = []
+    config = DecodingConfig(decoding_steps=(3, 2, 1, 1))
+    codes, fixed = torch.zeros(1, 4, 12, dtype=torch.long), torch.zeros(1, 12, dtype=torch.bool)
+
+    def null(codes, stage):
+        asked.append(stage)
+        return torch.zeros(1, 12, 8)
+
+    decode(lambda c, s: torch.zeros(1, 12, 8), null, codes, fixed, 8, config, item_noise(0, ["a"], 7, 12))
+    assert asked == [0, 0, 1, 2, 3]  # a single step begins with everything masked

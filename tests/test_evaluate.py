@@ -1,7 +1,10 @@
 """`evaluate`: through the command line, on real clips and damaged ones, and every mistake in one line."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from magnet_train.__main__ import main
 from magnet_train.assets import demo_path
 from magnet_train.errors import UserError
 from magnet_train.evaluate import EvaluateOptions, captions_of, clips_of, evaluate, prompts_of, systems_of
-from magnet_train.metrics.record import read_records
+from magnet_train.metrics.record import compare, read_records
 
 SECONDS = 4
 
@@ -62,7 +65,7 @@ def test_a_table_records_a_report_and_a_listening_test_through_the_command_line(
     same, noisy = (records[name, "fad/musicnn"] for name in ("same", "noisy"))
     assert same.value == pytest.approx(0, abs=1e-6) and noisy.value > 5
     assert same.protocol == noisy.protocol and same.num_clips == 8 and len(same.reference_hash or "") == 16
-    assert "soxr VHQ 44100 to 16000 Hz" in same.resampler and noisy.interval is not None
+    assert same.resampler == "soxr VHQ" and 44_100 in same.sample_rates and noisy.interval is not None
     assert noisy.floor_real is not None and noisy.floor_real > 0
     assert records["same", "kl/musicnn"].value == pytest.approx(0, abs=1e-4)
     assert records["same", "text/musicnn"].value > records["same", "text_shuffled/musicnn"].value + 0.1
@@ -120,7 +123,7 @@ def test_a_model_is_generated_for_and_scored_in_one_go(tmp_path, tiny, real):
         tiny.crop_s = before
     assert {r.metric: r.num_clips for r in records} == {"fad/musicnn": 3, "text/musicnn": 3}
     assert records[0].decoding is not None and records[0].decoding["temperature"] == 2.0 and records[0].seed == 0
-    assert len(list((tmp_path / "out" / "seed0").glob("*.wav"))) == 3
+    assert len(list((tmp_path / "out").rglob("*.wav"))) == 6  # of two settings, in two folders
     assert (tmp_path / "report.html").stat().st_size > 100_000
 
 
@@ -146,9 +149,23 @@ def test_captions_of_a_manifest_must_be_those_of_the_clips(tmp_path):
     soundfile.write(tmp_path / "one.wav", np.zeros(100), 16_000)
     soundfile.write(tmp_path / "two.wav", np.zeros(100), 16_000)
     manifest = tmp_path / "captions.jsonl"
-    manifest.write_text('{"path": "one.wav", "caption": "a"}\n{"path": "three.wav", "caption": "b"}\n')
-    with pytest.raises(UserError, match=r"captions\.jsonl: 2 captions for 2 clips; two has none"):
-        captions_of(manifest, clips_of(tmp_path))
+    for rows, message in (
+        (
+            '{"path": "one.wav", "caption": "a"}\n{"path": "three.wav", "caption": "b"}',
+            "2 captions for 2 clips; two has none",
+        ),
+        (
+            '{"path": "one.wav", "caption": "a"}\n{"path": "two", "caption": "b"}\n{"path": "x", "caption": "c"}',
+            "x is no clip",
+        ),
+        ('{"path": "one.wav", "caption": "a"}\n{"path": "one.flac", "caption": "b"}', "one comes twice"),
+        ('{"path": "../one.wav", "caption": "a"}', r"\.\./one\.wav leads out of the folder"),
+        ('{"path": "/one.wav", "caption": "a"}', r"/one\.wav leads out of the folder"),
+        ('{"path": "one.wav", "caption": "a"}\n{"path": "two.wav"}', r"two\.wav has no caption"),
+    ):
+        manifest.write_text(f"{rows}\n")
+        with pytest.raises(UserError, match=message):
+            captions_of(manifest, clips_of(tmp_path))
     manifest.write_text('{"path": "one.wav", "caption": "a"}\n{"path": "two.wav", "caption": "b"}\n')
     assert captions_of(manifest, clips_of(tmp_path)) == {"one": "a", "two": "b"}
     (tmp_path / "one.json").write_text(json.dumps({"prompt": "from generate"}))
@@ -156,6 +173,74 @@ def test_captions_of_a_manifest_must_be_those_of_the_clips(tmp_path):
     (tmp_path / "twice.txt").write_text("a waltz\na waltz\n")
     with pytest.raises(UserError, match="a line stands there twice"):
         prompts_of(tmp_path / "twice.txt")
+
+
+def test_hundreds_of_like_prompts_get_names_of_their_own(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(
+        "\n".join(f"a very slow and very long beginning that is the same for all of them, {i}" for i in range(2000))
+    )
+    assert len(prompts_of(file)) == 2000
+
+
+def test_a_reference_is_known_by_its_audio_and_not_by_its_names(real, tmp_path):
+    other = damaged(real, tmp_path / "other", noise(0.1))
+    options = {"metrics": ["fad/musicnn"], "loudness": False, "accelerator": "cpu"}
+    (one,), (two,) = (evaluate(EvaluateOptions([f"x={real}"], str(r), **options)) for r in (real, other))
+    assert one.reference_hash != two.reference_hash
+    with pytest.raises(UserError, match="differs in reference_hash"):
+        compare([one, two])
+
+
+def test_what_must_fail_does_so_before_anything_is_generated(tmp_path, tiny, real):
+    tiny.save(tmp_path / "release", "")
+    (tmp_path / "p.txt").write_text("a waltz\n")
+    common = {"checkpoint": str(tmp_path / "release"), "prompts": tmp_path / "p.txt", "generated_to": tmp_path / "out"}
+    for options, message in (
+        ({"reference": str(real)}, "kl/musicnn: clip a-waltz_.* has no counterpart in the reference"),
+        ({}, "fad/musicnn needs --reference"),
+        ({"metrics": ["vendi/musicnn"], "codec": "demo"}, "--codec: its floor needs the reference as audio"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(EvaluateOptions(**common, **options, accelerator="cpu"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_figures_are_written_even_where_a_table_is_refused(real, tmp_path):
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    for path in sorted(real.glob("*.wav"))[:6]:
+        shutil.copy(path, fewer)
+    options = EvaluateOptions(
+        [str(real), str(fewer)], str(real), metrics=["fad/musicnn"], out=tmp_path / "r.json", accelerator="cpu",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="differs in num_clips, 8 and 6"):
+        evaluate(options)
+    assert len(read_records(tmp_path / "r.json")) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_on_the_command_line_give_the_same_figure(real, tmp_path):
+    """One real launch; an unreadable clip ends both with its message."""
+    command = [sys.executable, "-m", "magnet_train", "evaluate", "--reference", str(real), "--accelerator", "cpu"]
+    command += ["--metrics", "fad/musicnn", "kl/musicnn", "--devices"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+    def run(devices: int, generated: Path) -> subprocess.CompletedProcess:
+        options = [str(devices), "--generated", str(generated), "--out", str(tmp_path / f"{devices}.json")]
+        return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=300)
+
+    noisy = damaged(real, tmp_path / "noisy", noise(0.1))
+    for devices in (1, 2):
+        done = run(devices, noisy)
+        assert done.returncode == 0, done.stderr[-2000:]
+    alone, shared = (read_records(tmp_path / f"{devices}.json") for devices in (1, 2))
+    assert [r.value for r in shared] == pytest.approx([r.value for r in alone], rel=1e-9)
+    assert shared[0].protocol == alone[0].protocol and shared[0].interval == pytest.approx(alone[0].interval)
+    name = sorted(noisy.glob("*.wav"))[1].name  # the second rank's
+    (noisy / name).write_bytes(b"RIFF but no wave")
+    done = run(2, noisy)
+    assert done.returncode == 2 and f"error: rank 1: {noisy / name}: unreadable" in done.stderr, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
@@ -208,9 +293,14 @@ def test_mistakes_in_the_options_are_named(tmp_path, monkeypatch):
         ({"weights": {"x": "y"}}, "--weights x: choose of"),
         ({"published_set": "Jazz"}, "--published_set Jazz: choose MusicCaps"),
         ({"save_reference": tmp_path}, "--save_reference: give --reference"),
+        ({"kl_convention": "mine"}, "--kl_convention mine: choose of audiocraft"),
+        ({"out": tmp_path}, "--out .*: is a folder; give the name of a file"),
+        ({"report": Path("/proc/x/y.html")}, "--report /proc/x/y.html: cannot be written"),
     ):
         with pytest.raises(UserError, match=message):
             EvaluateOptions(**({"generated": [str(tmp_path)]} | options))
+    with pytest.raises(UserError, match=r"--accelerator banana --devices 1: .*; choose cpu, gpu or auto"):
+        evaluate(EvaluateOptions([str(tmp_path)], metrics=["vendi/musicnn"], accelerator="banana"))
     soundfile.write(tmp_path / "a.wav", np.zeros(100), 16_000)
     with pytest.raises(UserError, match="fad/musicnn needs --reference"):
         evaluate(EvaluateOptions([str(tmp_path)], accelerator="cpu"))

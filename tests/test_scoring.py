@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from magnet_train.errors import UserError
 from magnet_train.metrics.listeners import HeardClip, Listener, load_listener
-from magnet_train.metrics.scoring import KINDS, HeardSet, parse_metric, raise_together, score
+from magnet_train.metrics.scoring import KINDS, HeardSet, parse_metric, score, together
 
 METRICS = [f"{kind}/musicnn" for kind in KINDS]
 NUM_CLIPS = 13
@@ -55,7 +55,9 @@ def _rank(rank: int, world: int, shares: list[list[str]], folder: str, fails: bo
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
     if fails:
         try:
-            raise_together("its disk is full" if rank == 1 else None)
+            with together():
+                if rank == 1:
+                    raise OSError("its disk is full")
         except UserError as error:
             Path(folder, f"{rank}.txt").write_text(str(error))
     else:
@@ -94,13 +96,14 @@ def test_figures_are_the_same_on_any_number_of_ranks(tmp_path):
 def test_a_failure_on_one_rank_ends_all_of_them_with_its_message(tmp_path):
     spread(3, [], tmp_path / "failing", fails=True)
     for rank in range(3):
-        assert (tmp_path / "failing" / f"{rank}.txt").read_text() == "rank 1: its disk is full"
+        assert (tmp_path / "failing" / f"{rank}.txt").read_text() == "rank 1: OSError('its disk is full')"
 
 
-def test_a_failure_alone_is_its_own_message():
-    raise_together(None)
-    with pytest.raises(UserError, match=r"^too bad$"):
-        raise_together("too bad")
+def test_a_failure_alone_is_what_it_was():
+    with together():
+        pass
+    with pytest.raises(OSError, match=r"^too bad$"), together():
+        raise OSError("too bad")
 
 
 def test_names_of_metrics():

@@ -17,16 +17,16 @@ from tqdm import tqdm
 
 from magnet_train.audio_files import recognisable_name, write_audio, write_picture
 from magnet_train.codec import Codec, load_codec
-from magnet_train.data.pipeline import Batch
+from magnet_train.data.pipeline import Batch, ShardSet
 from magnet_train.decoding import DecodingConfig
 from magnet_train.errors import UserError
 from magnet_train.generator import Generated, Generator
 from magnet_train.metrics.embedding_sets import fad_per_clip
-from magnet_train.metrics.items import gather_by_id
+from magnet_train.metrics.items import gather_by_id, gathered
 from magnet_train.metrics.listeners import Listener, load_listener
 from magnet_train.metrics.record import Record, write_records
 from magnet_train.metrics.reference_statistics import ReferenceStatistics
-from magnet_train.metrics.scoring import NEEDS_REFERENCE, HeardSet, parse_metric, raise_together, score
+from magnet_train.metrics.scoring import NEEDS_REFERENCE, HeardSet, parse_metric, score, together
 from magnet_train.module import MagnetModule
 
 
@@ -113,8 +113,7 @@ class GenerationCallback(Callback):
         """Keep this rank's references, code frequencies and chosen captions as they pass by."""
         if not self.num_prompts:
             return
-        total = trainer.datamodule.num_items("validation")  # type: ignore[attr-defined]
-        every = max(1, total // self.num_prompts)
+        chosen = chosen_items(self._shards(trainer).counts, self.num_prompts)
         assert isinstance(pl_module, MagnetModule)
         size = pl_module.config.codebook_size
         codes = batch["codes"].transpose(0, 1)[:, batch["valid"]]  # k n
@@ -124,9 +123,8 @@ class GenerationCallback(Callback):
             reference = batch["references"][i]
             if reference is not None:
                 self._real[key] = reference
-            index = batch["indices"][i]
-            if index % every == 0 and index // every < self.num_prompts:
-                own = {"key": key, "index": index // every, "caption": batch["captions"][i], "reference": reference}
+            if (index := batch["indices"][i]) in chosen:
+                own = {"key": key, "index": chosen[index], "caption": batch["captions"][i]}
                 own["codes"] = batch["codes"][i, :, : int(batch["valid"][i].sum())].cpu()
                 self._items.append(own)
 
@@ -138,28 +136,38 @@ class GenerationCallback(Callback):
             self.seconds += time.monotonic() - self._start
 
     def _generate(self, trainer: L.Trainer, module: MagnetModule) -> None:
-        failure: str | None = None
-        heard: dict[str, HeardSet] = {}
-        try:
+        with together():
             codec = load_codec(module.codec_name).to(module.device)
-            listeners = self._listening(trainer, module)
-            heard = {name: HeardSet(listener) for name, listener in listeners.items()}
-            self._decode(trainer, module, codec, heard)
-        except Exception as error:  # whatever it is, no other rank may wait for this one
-            if trainer.world_size == 1:
-                raise
-            failure = f"{type(error).__name__}: {error}"
-        raise_together(failure)
+            self._load_listeners(trainer, module)
+        listeners = self._shared_listeners()
+        # Which rank read a prompt is chance; dealt out anew, each has as many, give or take one.
+        items = gathered(self._items)
+        items = sorted({item["key"]: item for item in items}.values(), key=lambda item: item["index"])
+        captions = {item["key"]: item["caption"] for item in items}
+        own = items[trainer.global_rank :: trainer.world_size]
+        counts = gathered([] if self._frequencies is None else [self._frequencies.cpu()])
+        heard = {name: HeardSet(listener) for name, listener in listeners.items()}
+        with together():
+            decoded = self._decode(trainer, module, codec, own, heard)
+        done = {key for keys in gathered([decoded]) for key in keys}
+        captions = {key: caption for key, caption in captions.items() if key in done}
         heard = {name: part.gathered() for name, part in heard.items()}
-        references = self._references(trainer, heard)
-        captions = gather_by_id({item["key"]: _bytes(item["caption"]) for item in self._items})
-        texts = {key: bytes(value.tolist()).decode() for key, value in captions.items()}
+        real = {what: gather_by_id({k: v[what] for k, v in self._real.items()}) for what in ("embeddings", "tags")}
+        with together():
+            references = self._references(trainer, heard, real)
         if self.floors and not self._floor_values:
-            self._floor_values = self._floors(trainer, module, codec, listeners, references, texts)
-        records: list[Record] = []
-        if trainer.is_global_zero:
-            about = {"system": f"step {trainer.global_step}", "decoding": asdict(self.decoding), "seed": self.seed}
-            records = self._score(heard, references, texts, self._floor_values, about)
+            for name, frequencies in (("codec", None), ("unigram", torch.stack(counts).sum(0))):
+                floor = {n: HeardSet(listener) for n, listener in listeners.items()}
+                with together():
+                    self._hear_codes(codec, own, floor, frequencies)
+                floor = {n: part.gathered() for n, part in floor.items()}
+                with together():
+                    records = self._score(floor, references, captions, {}, {"system": name})
+                self._floor_values[name] = {record.metric: record.value for record in records}
+        step = self._step(trainer, module)
+        about = {"system": f"step {step}", "decoding": asdict(self.decoding), "seed": self.seed}
+        with together():
+            records = self._score(heard, references, captions, self._floor_values, about)
         values = {f"val/{record.metric}": record.value for record in records}
         for record in records:
             if record.interval is not None:
@@ -167,34 +175,37 @@ class GenerationCallback(Callback):
                 values[f"val/{record.metric}_ci95"] = (high - low) / 2
         for name, floors in self._floor_values.items():
             values |= {f"val/{metric}/floor_{name}": value for metric, value in floors.items()}
-        # Every rank logs the same, so that the best checkpoint may be chosen by any of them.
-        values = trainer.strategy.broadcast(values | {"val/num_clips": float(len(texts))})
-        module.log_dict(values, sync_dist=False)
-        if records:
-            write_records(self._folder(trainer) / "records.json", records)
-            self._rank_clips(trainer, heard, references)
-        self._log_media(trainer, trainer.global_step)
+        # Every rank has computed the same, so that the best checkpoint may be chosen by any of them.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+            module.log_dict(values | {"val/num_clips": float(len(captions))}, sync_dist=False)
+        if records and trainer.is_global_zero:
+            write_records(self._folder(trainer, module) / "records.json", records)
+            self._rank_clips(trainer, module, heard, references)
+        self._log_media(trainer, step)
 
-    def _decode(self, trainer: L.Trainer, module: MagnetModule, codec: Codec, heard: dict[str, HeardSet]) -> None:
-        """Decodes this rank's items and has them heard."""
+    def _decode(
+        self, trainer: L.Trainer, module: MagnetModule, codec: Codec, own: list[dict[str, Any]],
+        heard: dict[str, HeardSet],
+    ) -> list[str]:  # fmt: skip
+        """Decodes this rank's items and has them heard; the keys of those that the time sufficed for."""
         decoding = replace(self.decoding, span_len=module.span_len)
         generator = Generator(module.network, codec, module.text_encoder, decoding, module.crop_s)
-        start, folder = time.monotonic(), self._folder(trainer)
+        start, folder = time.monotonic(), self._folder(trainer, module)
         self.audio, self.pictures = [], []
         bar = tqdm(
-            range(0, len(self._items), self.batch_size), desc="decoding", unit="batch", leave=False,
+            range(0, len(own), self.batch_size), desc="decoding", unit="batch", leave=False,
             disable=not trainer.is_global_zero,
         )  # fmt: skip
         for first in bar:
             if self.most_s is not None and time.monotonic() - start > self.most_s:
                 warnings.warn(
-                    f"validation after {self.most_s} s: {first} of {len(self._items)} prompts of rank "
+                    f"validation after {self.most_s} s: {first} of {len(own)} prompts of rank "
                     f"{trainer.global_rank} decoded, the rest left out (generation.most_s)",
                     stacklevel=1,
                 )
-                self._items = self._items[:first]
-                return
-            items = self._items[first : first + self.batch_size]
+                return [item["key"] for item in own[:first]]
+            items = own[first : first + self.batch_size]
             # Always the full batch shape: another one could round differently and tip a tie.
             padding = self.batch_size - len(items)
             prompts = [item["caption"] for item in items] + [""] * padding
@@ -205,62 +216,86 @@ class GenerationCallback(Callback):
                     part.add(item["key"], result.wav[i], result.sample_rate)
                 if item["index"] < self.num_media:
                     self._keep(trainer, folder, item, result, i, codec)
+        return [item["key"] for item in own]
 
     def _rank_clips(
-        self, trainer: L.Trainer, heard: dict[str, HeardSet], references: dict[str, ReferenceStatistics]
+        self,
+        trainer: L.Trainer,
+        module: MagnetModule,
+        heard: dict[str, HeardSet],
+        references: dict[str, ReferenceStatistics],
     ) -> None:
         """Notes beside each written clip its own FAD, by which the report finds the best and the worst."""
         name = next((name for name in references if f"fad/{name}" in self.metrics), None)
         if name is None or any(len(windows) < 2 for windows in heard[name].embeddings.values()):
             return
         scores = fad_per_clip(heard[name].embeddings, references[name].moments)
-        for note in self._folder(trainer).glob("[0-9]*.json"):
+        for note in self._folder(trainer, module).glob("[0-9]*.json"):
             about = json.loads(note.read_text())
             if about.get("item") in scores:
                 note.write_text(json.dumps(about | {"score": scores[about["item"]]}, indent=2) + "\n")
 
     @staticmethod
-    def _folder(trainer: L.Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "validation" / f"step_{trainer.global_step:07d}"
+    def _step(trainer: L.Trainer, module: MagnetModule) -> int:
+        """Optimizer steps of the weights: outside `fit` those of the checkpoint."""
+        return trainer.global_step or module.trained_steps
 
-    def _listening(self, trainer: L.Trainer, module: MagnetModule) -> dict[str, Listener]:
+    def _folder(self, trainer: L.Trainer, module: MagnetModule) -> Path:
+        split = "test" if trainer.testing else "validation"
+        return Path(trainer.default_root_dir) / split / f"step_{self._step(trainer, module):07d}"
+
+    @staticmethod
+    def _shards(trainer: L.Trainer) -> ShardSet:
+        """Of the split that is looked at."""
+        return trainer.datamodule.shards("test" if trainer.testing else "validation")  # type: ignore[attr-defined]
+
+    def _load_listeners(self, trainer: L.Trainer, module: MagnetModule) -> None:
         """The networks that are to be had, loaded once.
 
         Raises:
-            UserError: outside `fit`, if one of them is not.
+            UserError: outside of training, if one of them is not; within, if the best checkpoint goes by it.
         """
-        if self._listeners is None:
-            self._listeners = {}
-            for name in dict.fromkeys(parse_metric(metric)[1] for metric in self.metrics):
-                try:
-                    listener = load_listener(name, device=str(module.device))
-                except UserError as error:
-                    if not self.within_fit:
-                        raise
-                    rank_zero_warn(f"no metrics of {name}: {error}")
-                    continue
-                if module.crop_s < listener.shortest_s:
-                    rank_zero_warn(
-                        f"no metrics of {name}: it hears {listener.shortest_s:.2f} s at a time, the clips have "
-                        f"{module.crop_s} s"
-                    )
-                    continue
-                self._listeners[name] = listener
-        return self._listeners
+        if self._listeners is not None:
+            return
+        self._listeners = {}
+        for name in dict.fromkeys(parse_metric(metric)[1] for metric in self.metrics):
+            try:
+                listener = load_listener(name, device=str(module.device))
+            except UserError as error:
+                if not (self.within_fit or trainer.state.fn == "fit"):
+                    raise
+                monitors = [getattr(c, "monitor", None) or "" for c in trainer.checkpoint_callbacks]
+                if any(m.startswith("val/") and f"/{name}" in m for m in monitors):
+                    raise UserError(f"checkpoint.monitor is a metric of {name}, and {error}") from error
+                rank_zero_warn(f"no metrics of {name}: {error}")
+                continue
+            if module.crop_s < listener.shortest_s:
+                rank_zero_warn(
+                    f"no metrics of {name}: it hears {listener.shortest_s:.2f} s at a time, the clips have "
+                    f"{module.crop_s} s"
+                )
+                continue
+            self._listeners[name] = listener
 
-    def _references(self, trainer: L.Trainer, heard: dict[str, HeardSet]) -> dict[str, ReferenceStatistics]:
-        """What each listener heard in the real clips: of the shards, or of the files in `reference`. A collective."""
+    def _shared_listeners(self) -> dict[str, Listener]:
+        """Those that every rank could load, or some would wait for others; a collective."""
+        assert self._listeners is not None
+        everywhere = set.intersection(*(set(names) for names in gathered([list(self._listeners)])))
+        if missing := set(self._listeners) - everywhere:
+            rank_zero_warn(f"no metrics of {', '.join(sorted(missing))}: another rank has no weights of them")
+        return {name: listener for name, listener in self._listeners.items() if name in everywhere}
+
+    def _references(
+        self, trainer: L.Trainer, heard: dict[str, HeardSet], real: dict[str, dict[str, Tensor]]
+    ) -> dict[str, ReferenceStatistics]:
+        """What each listener heard in the real clips: of the shards (`real`), or of the files in `reference`."""
         found: dict[str, ReferenceStatistics] = {}
-        real = {
-            what: gather_by_id({key: value[what] for key, value in self._real.items()})
-            for what in ("embeddings", "tags")
-        }
         for name, part in heard.items():
             listener = part.listener
             if name == "musicnn" and real["embeddings"]:
-                index = trainer.datamodule.shards("validation").index  # type: ignore[attr-defined]
-                own = HeardSet(listener, real["embeddings"], real["tags"], rates={index["codec"]["sample_rate"]})
-                found[name] = own.statistics()
+                files = [str(shard.get("sha256")) for shard in self._shards(trainer).index["shards"]]
+                own = HeardSet(listener, real["embeddings"], real["tags"])
+                found[name] = own.statistics(names=[*real["embeddings"], *files])
             elif self.reference is not None:
                 found[name] = ReferenceStatistics.load(
                     Path(self.reference) / f"{name}.safetensors", embedder=listener.id, embedder_hash=listener.hash,
@@ -290,29 +325,24 @@ class GenerationCallback(Callback):
                 rank_zero_warn(f"no {metric}: {error}")
         return records
 
-    def _floors(
-        self, trainer: L.Trainer, module: MagnetModule, codec: Codec, listeners: dict[str, Listener],
-        references: dict[str, ReferenceStatistics], captions: dict[str, str],
-    ) -> dict[str, dict[str, float]]:  # fmt: skip
-        """The same scores for the codec's reconstruction of real codes, and for codes drawn without a model."""
-        frequencies = self._frequencies if self._frequencies is not None else torch.ones(1, 1)
-        values: dict[str, dict[str, float]] = {}
-        for name in ("codec", "unigram"):
-            heard = {listener.name: HeardSet(listener) for listener in listeners.values()}
-            for item in self._items:
-                codes = item["codes"]
-                if name == "unigram":
-                    generator = torch.Generator().manual_seed(item["index"])
-                    draws = [torch.multinomial(f.cpu(), codes.shape[1], True, generator=generator) for f in frequencies]
-                    codes = torch.stack(draws)
-                wav = codec.decode(codes[None].to(module.device))[0]
-                for part in heard.values():
-                    part.add(item["key"], wav, codec.facts.sample_rate)
-            heard = {n: part.gathered() for n, part in heard.items()}
-            if trainer.is_global_zero:
-                records = self._score(heard, references, captions, {}, {"system": name})
-                values[name] = {record.metric: record.value for record in records}
-        return trainer.strategy.broadcast(values)
+    @staticmethod
+    def _hear_codes(
+        codec: Codec, own: list[dict[str, Any]], heard: dict[str, HeardSet], frequencies: Tensor | None
+    ) -> None:
+        """The codec's reconstructions of the items' real codes, or of codes drawn by `frequencies` (`k c`)."""
+        for item in own:
+            codes = item["codes"]
+            if frequencies is not None:
+                generator = torch.Generator().manual_seed(item["index"])
+                draws = [torch.multinomial(f.cpu(), codes.shape[1], True, generator=generator) for f in frequencies]
+                codes = torch.stack(draws)
+            wav = codec.decode(codes[None].to(codec.device))[0]
+            for part in heard.values():
+                part.add(item["key"], wav, codec.facts.sample_rate)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
     def _keep(
         self, trainer: L.Trainer, folder: Path, item: dict[str, Any], result: Generated, i: int, codec: Codec
@@ -352,9 +382,16 @@ class GenerationCallback(Callback):
             rank_zero_info(f"step {step}: {len(self.audio)} clips and pictures in {self.audio[0].parent}")
 
 
-def _bytes(text: str) -> Tensor:
-    """A text as a tensor, so that it may be gathered."""
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+def chosen_items(counts: list[int], num_prompts: int) -> dict[int, int]:
+    """Places in the split of the items that are generated for, spread over it, and the number that each gets.
+
+    >>> chosen_items([5, 5], 4)
+    {0: 0, 2: 1, 4: 2, 6: 3}
+    """
+    total = sum(counts)
+    number = min(total, num_prompts)
+    step = total / number if number and total < 2 * number else total // max(number, 1)
+    return {int(i * step): i for i in range(number)}
 
 
 class PredictionWriter(Callback):

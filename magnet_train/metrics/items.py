@@ -105,3 +105,12 @@ def gather_by_id(items: Mapping[str, Tensor], group: dist.ProcessGroup | None = 
     for part in reversed(everyone):
         merged.update(part)
     return dict(sorted(merged.items()))
+
+
+def gathered(items: list[Any], group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The items of all ranks, those of the lowest first; a collective. Pickled: for plain values and small tensors."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return items
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, items, group=group)
+    return [item for part in parts for item in part]

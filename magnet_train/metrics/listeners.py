@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from magnet_train.errors import UserError
+from magnet_train.metrics.frontend import check_clip, resample
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,8 @@ class Listener:
         except UserError as error:
             raise UserError(f"{key}: {error}; remove or replace it") from error
 
-    def resampling(self, sample_rate: int) -> str:
-        """As a record says it."""
-        if sample_rate == self.sample_rate:
-            return f"none, {sample_rate} Hz"
-        return f"{self.resampler} {sample_rate} to {self.sample_rate} Hz"
 
-
-LISTENERS = ("musicnn", "vggish", "torchvggish", "passt", "passt-10s", "clap")
+LISTENERS = ("musicnn", "codec", "vggish", "torchvggish", "passt", "passt-10s", "clap", "laion-clap")
 """Names that `load_listener` knows; musicnn ships, the others' weights are downloaded once (weights.py)."""
 
 
@@ -85,7 +80,8 @@ def load_listener(
 
     Args:
         name: one of LISTENERS.
-        weights: file of its weights; the cached or downloaded one if not given.
+        weights: file of its weights, the cached or downloaded one if not given; of the codec its name, "demo" if not
+            given.
         device: where it runs.
         tokenizer: CLAP's, a folder or hub id.
 
@@ -94,6 +90,8 @@ def load_listener(
     """
     if name == "musicnn":
         return _musicnn()
+    if name == "codec":
+        return _codec(weights or "demo", device)
     if name in ("vggish", "torchvggish"):
         from magnet_train.metrics.vggish import TorchVggish, Vggish, load_vggish
 
@@ -111,10 +109,10 @@ def load_listener(
 
         windowing = f"segments of {passt.segment_s} s, the last as it is"
         return _julius(name, passt, windowing, classify, convention="audiocraft")
-    if name == "clap":
+    if name in ("clap", "laion-clap"):
         from magnet_train.metrics.clap import load_clap
 
-        clap = load_clap(weights, tokenizer, device=device)
+        clap = load_clap(weights, tokenizer, package=name == "laion-clap", device=device)
 
         def embed(wav: Tensor, key: str) -> HeardClip:
             vector = clap.embed_audio(wav, key)
@@ -131,6 +129,28 @@ def _julius(name: str, network: Any, windowing: str, hear: Callable[[Tensor, str
     return Listener(
         name, network.id, network.hash, network.sample_rate, network.shortest_s, "julius", windowing, whole, **more
     )
+
+
+def _codec(name: str, device: str) -> Listener:
+    """A codec's quantised latents, averaged over each second: nearly free where one is loaded anyway."""
+    from magnet_train.codec import load_codec
+
+    codec = load_codec(name).to(device)
+    facts, codebooks = codec.facts, codec.codebooks.cpu()
+    per_second = round(facts.frame_rate)
+
+    class Latents:
+        id, hash, sample_rate, shortest_s = f"codec {facts.id}", facts.hash, facts.sample_rate, 1.0
+        resample = staticmethod(lambda wav, sample_rate: resample(wav, sample_rate, facts.sample_rate))
+
+    @torch.no_grad()
+    def hear(wav: Tensor, key: str) -> HeardClip:
+        check_clip(wav, facts.sample_rate, Latents.shortest_s, Latents.id)
+        codes = codec.encode(wav.expand(facts.channels, -1)[None].to(device))[0].cpu()
+        latents = torch.stack([book[row] for book, row in zip(codebooks, codes, strict=True)]).sum(0)  # t e
+        return HeardClip(latents.unfold(0, per_second, per_second).mean(-1))
+
+    return _julius("codec", Latents, "1 s every 1 s", hear)
 
 
 def _musicnn() -> Listener:

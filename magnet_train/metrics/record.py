@@ -35,7 +35,7 @@ class Record:
     embedder_hash: str
     """Of its weights."""
     resampler: str
-    """With the rates, as in "julius 32000 to 16000 Hz"."""
+    """Name of the one in use where a clip's rate is another than the network's."""
     windowing: str
     """Length and hop, as in "1 s every 0.5 s"."""
     num_clips: int
@@ -56,6 +56,10 @@ class Record:
     """The same metric of other real clips."""
     floor_codec: float | None = None
     """The same metric of the codec's reconstruction of real clips: what a perfect model would reach."""
+    details: dict[str, float] | None = None
+    """What belongs to the figure, such as the R² of an extrapolation."""
+    sample_rates: tuple[int, ...] = ()
+    """Of the clips, in Hz."""
     published_protocol: str | None = None
     """Set only if a published recipe was followed in full, its set included, as in "audiocraft/MusicCaps"."""
     version: str = magnet_train.__version__
@@ -66,6 +70,7 @@ class Record:
         if self.interval is not None:  # a list, where JSON was read
             low, high = self.interval
             object.__setattr__(self, "interval", (low, high))
+        object.__setattr__(self, "sample_rates", tuple(self.sample_rates))
         # What JSON makes of it, so that a record read is equal to the one written.
         object.__setattr__(self, "decoding", json.loads(json.dumps(self.decoding)))
         for number in (self.value, *(self.interval or ()), self.floor_real or 0.0, self.floor_codec or 0.0):

@@ -40,7 +40,7 @@ class ReferenceStatistics:
     embedder_hash: str
     """Of its weights."""
     resampler: str
-    """With the rates, as in "julius 32000 to 16000 Hz"."""
+    """Name of the one in use where a clip's rate is another than the network's."""
     windowing: str
     """Length and hop, as in "1 s every 0.5 s"."""
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
@@ -59,8 +59,11 @@ class ReferenceStatistics:
         windowing: str,
         logits: Mapping[str, Tensor] | None = None,
         keep_embeddings: bool = False,
+        names: Iterable[str] | None = None,
     ) -> "ReferenceStatistics":
         """From windows `n d` of each clip by its id; the ids may come in any order.
+
+        `names` stand for the clips in `ids_hash` where ids alone do not tell their audio from other audio.
 
         Raises:
             UserError: for fewer than two windows in all, and naming a clip whose embedding is broken.
@@ -75,8 +78,8 @@ class ReferenceStatistics:
         moments = Moments.of(torch.cat(list(clips.values())).cpu()) if clips else Moments.of(torch.zeros(0, 1))
         moments.covariance("reference")
         return cls(
-            moments, len(clips), hash_of_ids(clips), embedder, embedder_hash, resampler, windowing,
-            clips if keep_embeddings else {}, dict(sorted((logits or {}).items())),
+            moments, len(clips), hash_of_ids(clips if names is None else names), embedder, embedder_hash, resampler,
+            windowing, clips if keep_embeddings else {}, dict(sorted((logits or {}).items())),
         )  # fmt: skip
 
     def save(self, path: str | Path) -> None:

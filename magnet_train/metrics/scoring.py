@@ -6,7 +6,8 @@ float64 from gathered items, so a figure is the same however the items were deal
 Shapes: n windows, d dimensions, c classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,8 +61,8 @@ def parse_metric(name: str) -> tuple[str, str]:
         raise UserError(f"metric {name!r}: give KIND/LISTENER of {', '.join(KINDS)} / {', '.join(LISTENERS)}")
     if kind == "kl" and listener not in ("musicnn", "passt", "passt-10s"):
         raise UserError(f"metric {name!r}: KL needs a classifier: kl/musicnn, kl/passt or kl/passt-10s")
-    if kind.startswith("text") and listener not in ("musicnn", "clap"):
-        raise UserError(f"metric {name!r}: captions are heard by text/clap and text/musicnn only")
+    if kind.startswith("text") and listener not in ("musicnn", "clap", "laion-clap"):
+        raise UserError(f"metric {name!r}: captions are heard by text/clap, text/laion-clap and text/musicnn only")
     return kind, listener
 
 
@@ -100,20 +101,20 @@ class HeardSet:
         embeddings, outputs, vectors = (gather_by_id(x) for x in (self.embeddings, self.outputs, self.vectors))
         return HeardSet(self.listener, embeddings, outputs, vectors, {int(rate) for rate in rates})
 
-    @property
-    def resampling(self) -> str:
-        """As records say it."""
-        return ", ".join(self.listener.resampling(rate) for rate in sorted(self.rates))
+    def statistics(self, keep: bool = True, names: Iterable[str] | None = None) -> ReferenceStatistics:
+        """As a reference.
 
-    def statistics(self, keep: bool = True) -> ReferenceStatistics:
-        """As a reference; with `keep` each clip's embeddings too, as kernel and neighbour metrics need them.
+        Args:
+            keep: whether each clip's embeddings too, as kernel and neighbour metrics need them.
+            names: what tells this set of clips from any other, such as ids with the hashes of their files; else ids.
 
         Raises:
             UserError: for fewer than two windows.
         """
         return ReferenceStatistics.of(
-            self.embeddings, embedder=self.listener.id, embedder_hash=self.listener.hash, resampler=self.resampling,
-            windowing=self.listener.windowing, logits=self.outputs, keep_embeddings=keep,
+            self.embeddings, embedder=self.listener.id, embedder_hash=self.listener.hash,
+            resampler=self.listener.resampler, windowing=self.listener.windowing, logits=self.outputs,
+            keep_embeddings=keep, names=names,
         )  # fmt: skip
 
 
@@ -122,6 +123,7 @@ def score(
     heard: HeardSet,
     reference: ReferenceStatistics | None = None,
     captions: Mapping[str, str] | None = None,
+    convention: str | None = None,
     **about: Any,
 ) -> Record:
     """One figure with all that must be known of it.
@@ -131,6 +133,7 @@ def score(
         heard: of all clips (`gathered`).
         reference: what the same network heard in real clips; for KL with outputs under the same ids.
         captions: by id, for text metrics.
+        convention: of KL, a name of `kl.CONVENTIONS`; that of the listener if not given.
         about: further fields of the record, such as system, level, decoding and seed.
 
     Raises:
@@ -144,8 +147,8 @@ def score(
     if kind in NEEDS_REFERENCE and reference is None:
         raise UserError(f"{metric}: no reference; give --reference")
     fields: dict[str, Any] = {
-        "metric": metric, "embedder": listener.id, "embedder_hash": listener.hash, "resampler": heard.resampling,
-        "windowing": listener.windowing, "num_clips": len(heard.embeddings),
+        "metric": metric, "embedder": listener.id, "embedder_hash": listener.hash, "resampler": listener.resampler,
+        "windowing": listener.windowing, "num_clips": len(heard.embeddings), "sample_rates": tuple(sorted(heard.rates)),
         "num_windows": sum(len(x) for x in heard.embeddings.values()),
         "reference_hash": reference.ids_hash if reference is not None and kind in NEEDS_REFERENCE else None,
     }  # fmt: skip
@@ -159,13 +162,15 @@ def score(
         elif kind == "fad_inf":
             assert reference is not None
             draws = sets.draws_of_clips([len(x) for x in heard.embeddings.values()])
-            value = sets.fad_infinity(windows, reference.moments, draws).value
+            line = sets.fad_infinity(windows, reference.moments, draws)
+            value, fields["details"] = line.value, {"r2": line.r2, "slope": line.slope}
         elif kind == "kl":
             assert reference is not None
-            values = _divergences(heard, reference)
+            convention = convention or listener.convention
+            values = _divergences(heard, reference, convention)
             value = torch.cat(values).mean().item()
             interval = bootstrap_interval(values) if several else None
-            fields |= {"convention": listener.convention, "num_windows": sum(len(v) for v in values)}
+            fields |= {"convention": convention, "num_windows": sum(len(v) for v in values)}
         elif kind.startswith("text"):
             value, interval = _text(kind, heard, captions)
             fields["num_windows"] = len(heard.embeddings)
@@ -185,8 +190,7 @@ def _fad_interval(clips: Sequence[Tensor], reference: ReferenceStatistics) -> tu
         return None
 
 
-def _divergences(heard: HeardSet, reference: ReferenceStatistics) -> list[Tensor]:
-    convention = heard.listener.convention
+def _divergences(heard: HeardSet, reference: ReferenceStatistics, convention: str | None) -> list[Tensor]:
     assert convention is not None
     if not reference.logits:
         raise UserError("the reference holds no classifier outputs; compute it anew")
@@ -228,19 +232,30 @@ def _of_sets(kind: str, windows: Tensor, reference: ReferenceStatistics | None) 
     return getattr(sets.neighbourhoods(windows, real), kind)
 
 
-def raise_together(error: str | None) -> None:
-    """Ends every rank if one has failed, so that none waits for it; a collective.
+@contextmanager
+def together(alone: bool = False) -> Iterator[None]:
+    """What fails in here on one rank ends all of them with its message, so that none waits for it. A collective.
+
+    Nothing in here may be a collective itself. Where there is one rank, an error stays what it is.
 
     Args:
-        error: this rank's failure; None = it has none.
+        alone: whether this rank runs without others, whatever torch.distributed says.
 
     Raises:
         UserError: on all ranks, with the failure of the lowest rank that has one.
     """
-    errors: list[Any] = [error]
-    if dist.is_available() and dist.is_initialized():
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    errors: list[Any] = [None]
+    if not alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        message = None if failure is None else str(failure) if isinstance(failure, UserError) else repr(failure)
         errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
+        dist.all_gather_object(errors, message)
+    elif failure is not None:
+        raise failure
     for rank, message in enumerate(errors):
         if message is not None:
-            raise UserError(message if len(errors) == 1 else f"rank {rank}: {message}")
+            raise UserError(f"rank {rank}: {message}") from failure
