@@ -98,6 +98,20 @@ def test_metrics_without_weights_are_left_out_of_fit_and_an_error_elsewhere(run,
     assert "VGGish weights: not at" in line
 
 
+def test_half_precision_trains_every_stage(shards, tmp_path):
+    """Under autocast the window's backward pass runs outside of it."""
+    options = ["--trainer.precision=bf16-mixed", "--trainer.max_steps=6", "--trainer.limit_val_batches=0"]
+    assert fit(shards, tmp_path / "run", *options, "--generation.num_prompts=0") == 0
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_the_best_checkpoint_cannot_go_by_a_metric_that_is_not_to_be_had(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path / "cache"))
+    options = ["--generation.metrics=[fad/vggish]", "--checkpoint.monitor=val/fad/vggish"]
+    assert fit(shards, tmp_path / "run", *options) == 2
+    assert "error: checkpoint.monitor is a metric of vggish, and VGGish weights: not at" in capsys.readouterr().err
+
+
 def test_a_budget_of_seconds_ends_decoding_and_says_so(shards, tmp_path):
     options = ["--generation.most_s=0.001", "--generation.batch_size=1", "--generation.at_start=false"]
     with pytest.warns(UserWarning, match=r"validation after 0\.001 s: 1 of 2 prompts of rank 0 decoded"):
@@ -121,7 +135,10 @@ def test_validate_and_predict_take_the_checkpoint(run, shards, tmp_path):
     common = [*(o for o in TINY_FIT if "warmup" not in o), *data, f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"]
     (tmp_path / "empty.yaml").write_text("{}")
     options = [f"--config={tmp_path / 'empty.yaml'}", *common, f"--trainer.default_root_dir={tmp_path}"]
-    assert main(["validate", *options, "--generation.num_prompts=0"]) == 0
+    for verb, folder in (("validate", "validation"), ("test", "test")):
+        assert main([verb, *options, "--generation.metrics=[vendi/musicnn]", "--generation.floors=false"]) == 0
+        (record,) = read_records(tmp_path / folder / "step_0000006" / "records.json")
+        assert record.system == "step 6" and record.num_clips == 2
     assert main(["predict", *options, "--trainer.limit_predict_batches=1"]) == 0
     assert len(list((tmp_path / "predictions").glob("*.wav"))) == 2
 
