@@ -86,11 +86,8 @@ def read_sweep(file: Path, out: Path) -> list[Run]:
     for point in itertools.product(*values.values()):
         given = dict(zip(values, point, strict=True))
         name = ",".join(f"{shown[p]}={_in_a_name(given[p])}" for p in varied) or file.stem
-        args = [
-            *options,
-            *(f"--{p}={v}" for p, v in given.items()),
-            f"{FOLDER}={out / name}",
-        ]  # as wandb's agent writes
+        flags = [f"--{p}={v}" for p, v in given.items()]  # as W&B's agent writes them
+        args = [*options, *flags, f"{FOLDER}={out / name}"]
         runs.append(Run(name, out / name, {p: given[p] for p in varied}, args))
     twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
     if twice:
@@ -101,8 +98,8 @@ def read_sweep(file: Path, out: Path) -> list[Run]:
 def _options_of_fit(file: Path, command: Any) -> list[str]:
     """What stands between `fit` and `${args}`, without the folder, which is each run's own."""
     words: list[str] = []
-    for word in command if isinstance(command, list) else []:
-        words += shlex.split(str(word)) if words[-1:] == ["-S"] else [str(word)]  # env -S splits what follows
+    for word in map(str, command) if isinstance(command, list) else []:
+        words += word.split() if words[-1:] == ["-S"] else [word]  # env -S splits what follows
     if "magnet_train" not in words or "fit" not in words or words[-1] != "${args}":
         raise UserError(f"{file}: command is not `… -m magnet_train fit … ${{args}}`; see conf/sweep/span_len.yaml")
     options = [w for w in words[words.index("fit") + 1 : -1] if not w.startswith(f"{FOLDER}=")]
@@ -118,7 +115,7 @@ def _values(file: Path, parameters: Any) -> dict[str, list[Any]]:
         choices = [given["value"]] if isinstance(given, dict) and given.keys() == {"value"} else None
         if isinstance(given, dict) and given.keys() == {"values"} and isinstance(given["values"], list):
             choices = given["values"]
-        if not choices or any(isinstance(choice, dict) for choice in choices):
+        if not choices or not isinstance(name, str) or any(isinstance(choice, dict) for choice in choices):
             raise UserError(f"{file}: parameter {name}: a grid needs `values: [...]` or `value: ...` of plain values")
         if None in choices:
             raise UserError(f'{file}: parameter {name}: W&B writes an empty value as None; write "null" in quotes')
@@ -130,8 +127,9 @@ def _values(file: Path, parameters: Any) -> dict[str, list[Any]]:
 
 def short_names(parameters: list[str]) -> dict[str, str]:
     """Each parameter's last part, or all of it where that is not enough to tell it from another."""
-    last = Counter(name.rsplit(".", 1)[-1] for name in parameters)
-    return {name: short if last[short := name.rsplit(".", 1)[-1]] == 1 else name for name in parameters}
+    last = {name: name.rsplit(".", 1)[-1] for name in parameters}
+    count = Counter(last.values())
+    return {name: short if count[short] == 1 else name for name, short in last.items()}
 
 
 def _in_a_name(value: Any) -> str:

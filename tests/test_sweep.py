@@ -372,3 +372,40 @@ def test_sbatch_is_called_where_it_is_and_its_refusal_is_one_line(tmp_path, fake
     sbatch.write_text('#!/bin/sh\necho "invalid partition" >&2\nexit 1\n')
     assert status(file, "--out", fake, "--slurm") == 2
     assert "sbatch refuses it (invalid partition)" in capsys.readouterr().err
+
+
+# --- for real -----------------------------------------------------------------------------------------------------
+
+TINY = [
+    "--model.network.dim=32", "--model.network.num_heads=2", "--model.network.num_layers=2", "--model.crop_s=3.2",
+    "--model.optimizer.warmup_steps=1", "--data.batch_size=2", "--data.num_workers=0", "--trainer.accelerator=cpu",
+    "--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.check_val_every_n_epoch=null",
+    "--trainer.limit_val_batches=2", "--trainer.num_sanity_val_steps=0", "--trainer.enable_model_summary=false",
+    "--trainer.enable_progress_bar=false", "--trainer.logger=false", "--generation.num_prompts=0",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_real_sweep_that_was_stopped_after_its_first_run_goes_on_with_the_second(tmp_path):
+    (tmp_path / "base.yaml").write_text("{}\n")
+    command = ["-m", "magnet_train", "fit", "--config", str(tmp_path / "base.yaml"), *TINY, "${args}"]
+    parameters = {"seed_everything": {"values": [1, 2]}, "model.span_len": {"value": 5}}
+    file, out = write(tmp_path / "spans.yaml", command=command, parameters=parameters), tmp_path / "out"
+    first, second = (out / f"seed_everything={seed}" for seed in (1, 2))
+    words = [sys.executable, "-m", "magnet_train", "sweep", str(file), "--out", str(out)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(first / "summary.json", second / "log.txt")
+    process.terminate()
+    said, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.strip().splitlines()[-1] == "interrupted", err
+    assert "seed_everything=1: finished" in said and not (second / "summary.json").exists()
+    before = (first / "summary.json").stat().st_mtime_ns
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 2 runs are finished" in done.stdout
+    assert (first / "summary.json").stat().st_mtime_ns == before
+    table = (out / "table.md").read_text()
+    assert "| all |" not in table and "± " in table and "Runs differ" not in table and "No config" not in table
+    config = yaml.safe_load((second / "config.yaml").read_text())
+    assert config["model"]["span_len"] == 5 and config["seed_everything"] == 2
