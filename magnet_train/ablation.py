@@ -152,13 +152,14 @@ def plot(ablation: Ablation, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(3, len(ablation.means))
+    columns = math.ceil(math.sqrt(len(ablation.means)))
     rows = math.ceil(len(ablation.means) / columns)
     figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(ablation.means) :]:
         axis.set_visible(False)
+    numbers = all(isinstance(value, (int, float)) for setting in ablation.num_seeds for value in setting[:1])
     ticks = list(dict.fromkeys(str(setting[0]) if setting else "all" for setting in ablation.num_seeds))
     for axis, (metric, means) in zip(axes, ablation.means.items(), strict=False):
         lines: dict[Setting, list[tuple[int, Mean]]] = {}
@@ -169,10 +170,10 @@ def plot(ablation: Ablation, path: Path) -> None:
             shift = 0.08 * (i - (len(lines) - 1) / 2)  # or intervals would hide each other
             axis.errorbar(
                 [place + shift for place, _ in points], [mean.value for _, mean in points],
-                yerr=[mean.half or 0.0 for _, mean in points], marker="o", capsize=3,
+                yerr=[mean.half or 0.0 for _, mean in points], fmt="o-" if numbers else "o", capsize=3,
                 label=", ".join(f"{p}={v}" for p, v in zip(ablation.parameters[1:], rest, strict=True)),
             )  # fmt: skip
-        axis.set_xticks(range(len(ticks)), ticks, fontsize=8)
+        axis.set_xticks(range(len(ticks)), ticks, fontsize=8, rotation=0 if max(map(len, ticks)) < 8 else 20)
         axis.set_title(metric, fontsize=9)
         axis.set_xlabel(ablation.parameters[0] if ablation.parameters else "", fontsize=8)
         if len(lines) > 1:

@@ -28,7 +28,7 @@ from magnet_train.errors import UserError
 
 FIT = (sys.executable, "-m", "magnet_train", "fit")
 FOLDER = "--trainer.default_root_dir"
-GRACE_S = 30.0
+GRACE_S = 60.0
 """Seconds that runs have to save and end after an interruption."""
 
 
@@ -245,7 +245,8 @@ def _signal(process: "subprocess.Popen[bytes]", number: int) -> None:
 def last_line(log: Path) -> str:
     """The last line that says something; W&B's farewell and our own note of the command do not."""
     try:
-        lines = re.split(r"[\r\n]+", log.read_text(errors="replace")[-20_000:])
+        text = log.read_text(errors="replace")[-20_000:]
+        lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[\d;]*m", "", text))  # without colours
     except OSError:
         lines = []
     said = [line.strip() for line in lines if line.strip() and not line.startswith(("wandb:", "$ "))]

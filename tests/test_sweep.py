@@ -35,7 +35,7 @@ def note(**what):
 signal.signal(signal.SIGTERM, lambda *_: (note(told_to_end=time.time()), os._exit(143)))
 note(pid=os.getpid(), start=time.time(), ckpt=given.get("ckpt_path"), mode=os.environ.get("WANDB_MODE"))
 if given.get("x") == "bad":
-    print("epoch 0\\nerror: the shards are gone\\nwandb: goodbye")
+    print("epoch 0\\nerror: the shards are gone\\n\\x1b[1;34mwandb\\x1b[0m: goodbye")
     sys.exit(2)
 time.sleep(float(given.get("wait", "0")))
 (folder / "summary.json").write_text(json.dumps({"metrics": {"val/ce": {"before": None, "after": 1.0}}}))
@@ -379,9 +379,10 @@ def test_sbatch_is_called_where_it_is_and_its_refusal_is_one_line(tmp_path, fake
 TINY = [
     "--model.network.dim=32", "--model.network.num_heads=2", "--model.network.num_layers=2", "--model.crop_s=3.2",
     "--model.optimizer.warmup_steps=1", "--data.batch_size=2", "--data.num_workers=0", "--trainer.accelerator=cpu",
-    "--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.check_val_every_n_epoch=null",
-    "--trainer.limit_val_batches=2", "--trainer.num_sanity_val_steps=0", "--trainer.enable_model_summary=false",
-    "--trainer.enable_progress_bar=false", "--trainer.logger=false", "--generation.num_prompts=0",
+    "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null",
+    "--trainer.limit_val_batches=1", "--generation.at_start=false", "--trainer.num_sanity_val_steps=0",
+    "--trainer.enable_model_summary=false", "--trainer.enable_progress_bar=false", "--trainer.logger=false",
+    "--generation.num_prompts=0",
 ]  # fmt: skip
 
 
@@ -409,3 +410,21 @@ def test_a_real_sweep_that_was_stopped_after_its_first_run_goes_on_with_the_seco
     assert "| all |" not in table and "± " in table and "Runs differ" not in table and "No config" not in table
     config = yaml.safe_load((second / "config.yaml").read_text())
     assert config["model"]["span_len"] == 5 and config["seed_everything"] == 2
+
+
+@pytest.mark.slow
+def test_the_base_of_decoding_ablations_validates_the_model_as_it_was_loaded(tmp_path, monkeypatch):
+    import torch
+
+    from magnet_train.release import Trained
+
+    monkeypatch.chdir(ROOT)
+    quick = ["--trainer.logger=false", "--trainer.limit_val_batches=1", "--generation.num_prompts=0"]
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    assert main(["fit", "--config=conf/ablation/decoding.yaml", "--data.num_workers=0", *quick, folder]) == 0
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    loaded = Trained.open("demo").weights()
+    assert all(torch.equal(checkpoint["state_dict"][f"network.{k}"], v.float()) for k, v in loaded.items())
+    assert any(  # and it is the average that does it: the raw weights have moved
+        not torch.equal(checkpoint["current_model_state"][f"network.{k}"], v.float()) for k, v in loaded.items()
+    )
