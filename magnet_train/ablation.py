@@ -205,7 +205,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
 
     So that a base configuration changed halfway through is not read as an effect.
     """
-    found: dict[str, dict[str, None]] = {}
+    settings: list[dict[str, str]] = []
     without = []
     for run in runs:
         files = [run.folder / "config.yaml", *run.folder.glob("*/version_*/config.yaml")]
@@ -214,18 +214,16 @@ def _differences(runs: Sequence[Run]) -> list[str]:
             without.append(run.name)
             continue
         try:
-            config = yaml.safe_load(files[-1].read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            flat = _flat(yaml.safe_load(files[-1].read_text()) or {})
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
             raise UserError(f"{files[-1]}: unreadable; remove the folder and run the sweep again") from error
-        for name, value in _flat(config or {}):
-            text = str(value).replace(str(run.folder.absolute()), "RUN").replace(str(run.folder), "RUN")
-            if name not in run.values and name not in ITS_OWN:
-                found.setdefault(name, {})[text] = None
-    notes = [
-        f"**Runs differ in {name} too** ({', '.join(values)}), which the sweep does not vary."
-        for name, values in found.items()
-        if len(values) > 1
-    ]
+        own = (str(run.folder.absolute()), str(run.folder))
+        settings.append({k: str(v).replace(own[0], "RUN").replace(own[1], "RUN") for k, v in flat})
+    notes = []
+    for name in dict.fromkeys(itertools.chain(*settings)):
+        values = dict.fromkeys(each.get(name, "not given") for each in settings)
+        if len(values) > 1 and name not in (*runs[0].values, *ITS_OWN):
+            notes.append(f"**Runs differ in {name} too** ({', '.join(values)}), which the sweep does not vary.")
     if without:
         notes.append(f"No config.yaml, so nobody can tell whether other settings were alike: {', '.join(without)}.")
     return notes

@@ -155,7 +155,8 @@ def run_here(runs: Sequence[Run], jobs: int = 1) -> dict[str, str]:
     """
     waiting, running, failed = [r for r in runs if not r.is_finished], {}, {}
     elsewhere: set[str] = set()
-    stops = (signal.SIGTERM, signal.SIGHUP)
+    # What is ignored stays so: under nohup a sweep outlives its terminal.
+    stops = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
     previous = [signal.signal(s, signal.default_int_handler) for s in stops]
     try:
         while waiting or running:

@@ -96,9 +96,15 @@ def test_a_metric_that_some_runs_lack_is_named(tmp_path):
     assert "| 1 | 3 | 31 ± 2.5 | 1 |" in ablation.markdown("x") and "| 3 | 3 | 11 ± 2.5 |  |" in ablation.markdown("x")
 
 
-def test_settings_that_differ_beside_the_varied_ones_are_named(tmp_path):
-    runs = make(tmp_path, FAD)
-    assert read_ablation(runs).notes == []  # neither the varied values nor the run's own folder
+def test_settings_that_differ_beside_the_varied_ones_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(Path("."), FAD)
+    runs = read_sweep(Path("spans.yaml"), Path("spans"))
+    resumed = {"ckpt_path": str(runs[1].folder / "checkpoints" / "last.ckpt")}
+    finish(runs[1], resumed, **{"val/fad/musicnn": 10.0})
+    csv = {"trainer": {"max_steps": 800, "default_root_dir": str(runs[2].folder.absolute())}}
+    finish(runs[2], csv, **{"val/fad/musicnn": 12.0})
+    assert read_ablation(runs).notes == []  # neither varied values, nor the run's own folder, nor that it was resumed
     finish(runs[4], {"trainer": {"max_steps": 400}}, **{"val/fad/musicnn": 11.0})
     assert any("Runs differ in trainer.max_steps too** (800, 400)" in n for n in read_ablation(runs).notes)
     (runs[4].folder / "config.yaml").unlink()

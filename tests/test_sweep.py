@@ -318,6 +318,19 @@ def test_an_interruption_ends_the_runs_and_says_one_line(number, tmp_path, fake)
     assert not (fake / "x=3").exists()
 
 
+def test_under_nohup_a_sweep_outlives_its_terminal(tmp_path, fake):
+    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1]}, "wait": {"value": 1}})
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the child inherits
+    try:
+        process = start_sweep(file, fake)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    wait_for(fake / "x=1" / "notes")
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=30)
+    assert process.returncode == 0 and (fake / "x=1" / "summary.json").is_file()
+
+
 def test_a_run_that_a_killed_sweep_left_behind_is_waited_for_not_started_twice(tmp_path, fake, capsys):
     file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1]}, "wait": {"value": 2}})
     process = start_sweep(file, fake)
