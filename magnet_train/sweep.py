@@ -356,13 +356,13 @@ def sweep(
     """
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: give at least 1")
+    print(state_table(runs, {}), flush=True)
     unfinished = [run for run in runs if not run.is_finished]
     for run in unfinished:
         try:
             check(run.args)
         except UserError as error:
             raise UserError(f"{file}: run {run.name}: {error}") from error
-    print(state_table(runs, {}), flush=True)
     if not unfinished:
         return True
     if slurm:
