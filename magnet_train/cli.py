@@ -1,7 +1,9 @@
 """The verbs' work: LightningCLI for training and its like, plain functions for the rest."""
 
+import contextlib
 import errno
 import gc
+import io
 import itertools
 import json
 import os
@@ -38,6 +40,8 @@ def run(verb: str, args: list[str]) -> None:
             _run_generate(args)
         elif verb == "evaluate":
             _run_evaluate(args)
+        elif verb == "sweep":
+            _run_sweep(args)
         elif verb == "doctor":
             _run_doctor(args)
         elif verb == "convert":
@@ -433,6 +437,38 @@ def _given_decoding(config: Any, args: list[str]) -> dict[str, Any]:
     """The settings of decoding that were given: what is not is as the checkpoint says, not as the class has it."""
     given = {a.split("=")[0].removeprefix("--decoding.") for a in args if a.startswith("--decoding.")}
     return {k: v for k, v in vars(config.decoding).items() if k in given}
+
+
+def _run_sweep(args: list[str]) -> None:
+    from magnet_train.ablation import write_ablation
+    from magnet_train.sweep import read_sweep, sweep
+
+    parser = _parser(
+        "sweep", "Run a W&B sweep file without a W&B server, going on where it stopped; then draw its table."
+    )
+    parser.add_argument("file", type=Path, help="Sweep file with method: grid, as in conf/sweep.")
+    parser.add_argument("--out", type=Path, help="Folder for the runs' folders and the table; runs/NAME of the file.")
+    parser.add_argument("--jobs", type=int, help="Runs at a time: 1 here, all at once under SLURM if not given.")
+    parser.add_argument("--slurm", action="store_true", help="Write an array job, and submit it if there is sbatch.")
+    parser.add_argument("--table", action="store_true", help="Only draw the table of what is finished again.")
+    config = parser.parse_args(args)
+    out = config.out or Path("runs") / config.file.stem
+    runs = read_sweep(config.file, out)
+    done = config.table or sweep(config.file, runs, _parse_fit, config.jobs, config.slurm)
+    if config.table or any(run.is_finished for run in runs):
+        print("table       {}\nplot        {}".format(*write_ablation(runs, out)))
+    if not done:
+        sys.exit(1)
+
+
+def _parse_fit(args: list[str]) -> None:
+    """Parse the options of `fit` and go no further.
+
+    Raises:
+        UserError: if they do not hold.
+    """
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):  # its way to say that it printed
+        _run_lightning("fit", [*args, "--print_config"])
 
 
 def _run_doctor(args: list[str]) -> None:

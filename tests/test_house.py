@@ -10,6 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "magnet_train"
 FLOORS = [
     {"__main__"},
     {"cli"},
+    {"ablation"},
+    {"sweep"},
     {"bench"},
     {"bench_data"},
     {"callbacks.averaging", "callbacks.checkpoint_io", "callbacks.generation"},

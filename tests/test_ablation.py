@@ -1,0 +1,133 @@
+"""The ablation's table and plot from made-up run folders: the figures by hand, and what must not go unsaid."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from matplotlib.image import imread
+
+from magnet_train.__main__ import main
+from magnet_train.ablation import Mean, read_ablation, write_ablation
+from magnet_train.errors import UserError
+from magnet_train.sweep import Run, read_sweep
+
+FAD = {1: [30.0, 31.0, 32.0], 3: [10.0, 11.0, 12.0], 5: [12.0, 13.0, 14.0]}
+
+
+def make(folder: Path, values: dict[int, list[float]], **parameters: object) -> list[Run]:
+    """Finished runs of a sweep over span lengths with a seed for each value."""
+    seeds = list(range(max(map(len, values.values()))))
+    grid = {"seed_everything": {"values": seeds}, "model.span_len": {"values": list(values)}, **parameters}
+    content = {"method": "grid", "parameters": grid, "command": ["magnet_train", "fit", "${args}"]}
+    file = folder / "spans.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    runs = read_sweep(file, folder / "spans")
+    for run in runs:
+        of_seeds = values[run.values["model.span_len"]]
+        if run.values["seed_everything"] < len(of_seeds):
+            finish(run, **{"val/fad/musicnn": of_seeds[run.values["seed_everything"]]})
+    return runs
+
+
+def finish(run: Run, config: dict | None = None, **after: float) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    after |= {"val/ce/stage0": 1.0, "val/ce/stage0/rate0.5": 1.0, "val/fad/musicnn_ci95": 2.0, "val/num_clips": 24.0}
+    metrics = {k: {"before": None, "after": v} for k, v in after.items()}
+    (run.folder / "summary.json").write_text(json.dumps({"metrics": metrics}))
+    own = {"model": {"span_len": run.values["model.span_len"]}, "trainer": {"max_steps": 800}}
+    own["trainer"]["default_root_dir"] = str(run.folder)
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(own | (config or {})))
+
+
+def test_the_interval_is_students_over_seeds():
+    mean = Mean.of([1.0, 2.0, 3.0])
+    assert mean.value == 2 and mean.half == pytest.approx(4.3026527 / math.sqrt(3), rel=1e-6)
+    assert Mean.of([5.0]) == Mean(5.0, None, 1)
+    assert Mean.of([2.0, 2.0]).half == 0
+    assert Mean.of([1.0, 2.0, 3.0]).overlaps(Mean.of([6.0, 6.5, 7.0])) is (4.5 <= 2.4841377 + 1.2420689)
+
+
+def test_a_row_for_each_setting_and_what_overlaps_below(tmp_path):
+    table, picture = write_ablation(make(tmp_path, FAD), tmp_path / "spans")
+    lines = table.read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert rows[0] == ["span_len", "seeds", "val/fad/musicnn"]
+    assert rows[2:] == [["1", "3", "31 ± 2.5"], ["3", "3", "11 ± 2.5"], ["5", "3", "13 ± 2.5"]]
+    overlap = [line for line in lines if "overlap" in line]
+    assert overlap == ["- `val/fad/musicnn`: intervals overlap, and do not tell apart, for span_len=3 and span_len=5."]
+    pixels = imread(picture)
+    assert pixels.shape[0] > 200 and pixels[..., :3].std() > 0.01
+
+
+def test_all_or_none_overlapping_is_said_too(tmp_path):
+    def said(name: str, values: dict[int, list[float]]) -> str:
+        (tmp_path / name).mkdir()
+        return read_ablation(make(tmp_path / name, values)).overlaps("val/fad/musicnn")
+
+    assert "no two intervals overlap" in said("none", {1: [1.0, 1.1, 1.2], 3: [9.0, 9.1, 9.2]})
+    assert "all intervals overlap" in said("all", {1: [1.0, 2.0, 3.0], 3: [1.5, 2.5, 3.5]})
+    assert "one setting, nothing to compare" in said("alone", {1: [1.0, 2.0, 3.0]})
+    assert "a setting with one seed has no interval" in said("one seed", {1: [1.0], 3: [9.0]})
+
+
+def test_a_second_parameter_has_a_column_and_lines_of_its_own(tmp_path):
+    runs = make(tmp_path, FAD, **{"model.network.context": {"values": [5, -1]}})
+    ablation = read_ablation(runs)
+    assert ablation.parameters == ["span_len", "context"]
+    assert list(ablation.num_seeds) == [(1, 5), (1, -1), (3, 5), (3, -1), (5, 5), (5, -1)]
+    assert "span_len=1, context=-1" in ablation.overlaps("val/fad/musicnn")
+    write_ablation(runs, tmp_path / "spans")
+
+
+def test_a_missing_run_is_named_and_its_setting_counts_fewer_seeds(tmp_path):
+    ablation = read_ablation(make(tmp_path, FAD | {5: [12.0, 13.0]}))
+    assert ablation.num_seeds == {(1,): 3, (3,): 3, (5,): 2}
+    assert ablation.notes == ["**1 of 9 runs are not finished**: seed_everything=2,span_len=5."]
+    assert str(ablation.means["val/fad/musicnn"][5,]) == "12.5 ± 6.4"
+
+
+def test_a_metric_that_some_runs_lack_is_named(tmp_path):
+    runs = make(tmp_path, FAD)
+    finish(runs[0], **{"val/fad/musicnn": 30.0, "val/kl/musicnn": 1.0})
+    ablation = read_ablation(runs)
+    assert ablation.notes == ["`val/kl/musicnn`: not every run of 3 of 3 settings has it."]
+    assert "| 1 | 3 | 31 ± 2.5 | 1 |" in ablation.markdown("x") and "| 3 | 3 | 11 ± 2.5 |  |" in ablation.markdown("x")
+
+
+def test_settings_that_differ_beside_the_varied_ones_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(Path("."), FAD)
+    runs = read_sweep(Path("spans.yaml"), Path("spans"))
+    resumed = {"ckpt_path": str(runs[1].folder / "checkpoints" / "last.ckpt")}
+    finish(runs[1], resumed, **{"val/fad/musicnn": 10.0})
+    csv = {"trainer": {"max_steps": 800, "default_root_dir": str(runs[2].folder.absolute())}}
+    finish(runs[2], csv, **{"val/fad/musicnn": 12.0})
+    assert read_ablation(runs).notes == []  # neither varied values, nor the run's own folder, nor that it was resumed
+    finish(runs[4], {"trainer": {"max_steps": 400}}, **{"val/fad/musicnn": 11.0})
+    assert any("Runs differ in trainer.max_steps too** (800, 400)" in n for n in read_ablation(runs).notes)
+    (runs[4].folder / "config.yaml").unlink()
+    assert any("No config.yaml" in n and runs[4].name in n for n in read_ablation(runs).notes)
+
+
+def test_what_is_no_result_stops_the_table(tmp_path, capsys):
+    runs = make(tmp_path, FAD)
+    finish(runs[0], **{"val/fad/musicnn": float("nan")})
+    with pytest.raises(UserError, match=r"summary\.json: val/fad/musicnn is nan"):
+        read_ablation(runs)
+    (runs[0].folder / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json: damaged"):
+        read_ablation(runs)
+    (runs[0].folder / "summary.json").write_text('{"metrics": {}}')
+    with pytest.raises(UserError, match="holds no metrics"):
+        read_ablation(runs)
+    assert main(["sweep", str(tmp_path / "spans.yaml"), "--out", str(tmp_path / "other"), "--table"]) == 2
+    assert "no run is finished" in capsys.readouterr().err
+
+
+def test_the_verb_draws_the_table_again_and_runs_nothing(tmp_path, capsys):
+    make(tmp_path, FAD | {5: [12.0]})
+    assert main(["sweep", str(tmp_path / "spans.yaml"), "--out", str(tmp_path / "spans"), "--table"]) == 0
+    assert str(tmp_path / "spans" / "table.md") in capsys.readouterr().out
+    assert "2 of 9 runs are not finished" in (tmp_path / "spans" / "table.md").read_text()

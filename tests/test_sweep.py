@@ -1,0 +1,443 @@
+"""Sweeps: the shipped files as W&B's agent and our own parser read them, and what happens to runs that fail or stop."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import magnet_train.cli
+import magnet_train.sweep
+from magnet_train.__main__ import main
+from magnet_train.sweep import read_sweep
+
+ROOT = Path(__file__).parents[1]
+SWEEPS = sorted(p.name for p in (ROOT / "conf" / "sweep").glob("*.yaml"))
+ABLATIONS = sorted(p.name for p in (ROOT / "conf" / "ablation").glob("*.yaml"))
+HEAD = {"method": "grid", "command": ["${env}", "${interpreter}", "-m", "magnet_train", "fit", "${args}"]}
+
+# A `fit` that takes no time. It notes when it ran, with which checkpoint, and whether it ended as it was told to.
+FAKE_FIT = """
+import json, os, pathlib, signal, sys, time
+given = dict(a[2:].split("=", 1) for a in sys.argv[1:] if a.startswith("--"))
+folder = pathlib.Path(given["trainer.default_root_dir"])
+folder.mkdir(parents=True, exist_ok=True)
+def note(**what):
+    with open(folder / "notes", "a") as file:
+        file.write(json.dumps(what) + "\\n")
+signal.signal(signal.SIGTERM, lambda *_: (note(told_to_end=time.time()), os._exit(143)))
+note(pid=os.getpid(), start=time.time(), ckpt=given.get("ckpt_path"), mode=os.environ.get("WANDB_MODE"))
+if given.get("x") == "bad":
+    print("epoch 0\\nerror: the shards are gone\\n\\x1b[1;34mwandb\\x1b[0m: goodbye")
+    sys.exit(2)
+time.sleep(float(given.get("wait", "0")))
+(folder / "summary.json").write_text(json.dumps({"metrics": {"val/ce": {"before": None, "after": 1.0}}}))
+note(end=time.time())
+"""
+
+
+def write(path: Path, **content: object) -> Path:
+    path.write_text(yaml.safe_dump(HEAD | content, sort_keys=False))
+    return path
+
+
+def notes(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "notes").read_text().splitlines()]
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch) -> Path:
+    """`fit` is FAKE_FIT, whose options nobody parses; a folder for the runs comes back."""
+    script = tmp_path / "fake_fit.py"
+    script.write_text(FAKE_FIT)
+    monkeypatch.setattr(magnet_train.sweep, "FIT", (sys.executable, "-S", "-E", str(script)))
+    monkeypatch.setattr(magnet_train.cli, "_parse_fit", lambda args: None)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return tmp_path / "runs"
+
+
+def status(*args: object) -> int:
+    try:
+        return main(["sweep", *map(str, args)])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+# --- the shipped files --------------------------------------------------------------------------------------------
+
+
+def agents_argv(name: str, point: dict, folder: Path) -> list[str]:
+    """What a W&B agent starts for a point of a shipped sweep, as the process itself gets it; after `fit`."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    config = yaml.safe_load((ROOT / "conf" / "sweep" / name).read_text())
+    given = create_sweep_command_args({"args": {k: {"value": v} for k, v in point.items()}})
+    given |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [config["program"]]}
+    argv: list[str] = []
+    for word in create_sweep_command(list(config["command"])):  # as wandb_agent.Agent._command_run puts it together
+        argv += given[word[2:-1]] if word.startswith("${") and word.endswith("}") else [word]
+    python = folder / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "WANDB_RUN_ID": "abc123"}
+    said = subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said[:3] == ["-m", "magnet_train", "fit"]
+    return said[3:]
+
+
+def points(name: str) -> list[dict]:
+    """All points of a shipped sweep, fixed parameters included."""
+    parameters = yaml.safe_load((ROOT / "conf" / "sweep" / name).read_text())["parameters"]
+    choices = [given.get("values", [given.get("value")]) for given in parameters.values()]
+    return [dict(zip(parameters, point, strict=True)) for point in itertools.product(*choices)]
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_what_wandbs_agent_starts_our_parser_takes_and_our_sweep_starts_too(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    file = Path("conf/sweep") / name
+    runs = read_sweep(file, tmp_path)
+    for point, run in list(zip(points(name), runs, strict=True))[:: max(1, len(runs) - 1)]:
+        theirs = agents_argv(name, point, tmp_path)
+        assert theirs.count("--trainer.default_root_dir=runs/wandb/abc123") == 1
+        theirs.remove("--trainer.default_root_dir=runs/wandb/abc123")
+        assert run.args == [*theirs, f"--trainer.default_root_dir={tmp_path / run.name}"]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *run.args, "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert end.value.code == 0
+    for parameter, value in point.items():
+        found = config
+        for part in parameter.split("."):
+            found = found[part]
+        assert found == value, parameter
+    logger = config["trainer"]["logger"][0]["init_args"]
+    assert not logger["offline"] and logger["name"] is None  # or an agent's runs never reach the server
+
+
+@pytest.mark.parametrize("base", ["training", "decoding"])
+def test_every_ablation_is_parsed_over_its_base(base, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    mine = [n for n in ABLATIONS if n.startswith(("span_len", "context")) == (base == "training")]
+    mine = [f"{base}.yaml", *(n for n in mine if n not in ("training.yaml", "decoding.yaml"))]
+    configs = (["conf/demo.yaml"] if base == "training" else []) + [f"conf/ablation/{n}" for n in mine]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *(f"--config={c}" for c in configs), "--print_config"])
+    assert end.value.code == 0 and len(mine) > 5
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [f"ablation/{n}" for n in ABLATIONS] + [f"sweep/{n}" for n in SWEEPS])
+def test_a_file_begins_with_question_base_command_cost_and_expectation(name):
+    lines = (ROOT / "conf" / name).read_text().splitlines()
+    head = [line for line in lines if line.startswith("#")]
+    assert head == lines[: len(head)]
+    text = " ".join(head)
+    assert ("?" if "the base, to" not in text and "Base of" not in text else ".") in text
+    for part in ("Base", "Cost", "Expected", "python -m magnet_train", f"conf/{name}"):
+        assert part in text, part
+
+
+def test_the_sweeps_hold_what_they_promise():
+    def values(name: str, parameter: str) -> list:
+        return yaml.safe_load((ROOT / "conf" / "sweep" / name).read_text())["parameters"][parameter]["values"]
+
+    assert values("span_len.yaml", "model.span_len") == [1, 2, 3, 5, 7, 10]
+    assert values("context.yaml", "model.network.context") == [2, 5, 10, 25, -1]
+    assert len(points("span_len_context.yaml")) == 18
+    single = {n for n in ABLATIONS if n.startswith(("span_len", "context"))}
+    assert single == {f"span_len_{n}.yaml" for n in (1, 2, 3, 5, 7, 10)} | {
+        f"context_{n}.yaml" for n in (2, 5, 10, 25, "unlimited")
+    }
+
+
+# --- the grid -----------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_is_in_the_order_of_the_file_and_names_come_from_values(tmp_path):
+    parameters = {
+        "seed_everything": {"values": [1, 2]},
+        "model.lr": {"value": 0.1},
+        "a.steps": {"values": [[20, 5], [1]]},
+        "b.on": {"values": [True, False]},
+    }
+    runs = read_sweep(write(tmp_path / "s.yaml", parameters=parameters), tmp_path / "out")
+    assert [r.name for r in runs[:3]] == [
+        "seed_everything=1,steps=20-5,on=True", "seed_everything=1,steps=20-5,on=False",
+        "seed_everything=1,steps=1,on=True",
+    ]  # fmt: skip
+    assert len(runs) == len({r.folder for r in runs}) == 8
+    assert runs[0].args == [
+        "--seed_everything=1", "--model.lr=0.1", "--a.steps=[20, 5]", "--b.on=True",
+        f"--trainer.default_root_dir={runs[0].folder}",
+    ]  # fmt: skip
+
+
+def test_parameters_of_the_same_last_name_are_named_in_full(tmp_path):
+    parameters = {"model.seed": {"values": [-1]}, "data.seed": {"values": [0, 1]}, "x.lr": {"values": [5, 6]}}
+    runs = read_sweep(write(tmp_path / "s.yaml", parameters=parameters), tmp_path)
+    assert runs[0].name == "model.seed=-1,data.seed=0,lr=5"
+
+
+BAD = {
+    "nothing there": (None, "unreadable"),
+    "no sweep": ({"trainer": {"max_steps": 4}}, "no sweep"),
+    "not YAML": ("a: [", "unreadable"),
+    "bayes": (HEAD | {"method": "bayes", "parameters": {"x": {"min": 0, "max": 1}}}, "method=bayes needs a W&B server"),
+    "random": (HEAD | {"method": "random", "parameters": {"x": {"values": [1]}}}, "method=random needs a W&B server"),
+    "a range": (HEAD | {"parameters": {"x": {"min": 0, "max": 1}}}, "parameter x: a grid needs"),
+    "no values": (HEAD | {"parameters": {"x": {"values": []}}}, "parameter x: a grid needs"),
+    "nested": (HEAD | {"parameters": {"x": {"parameters": {"y": {"values": [1]}}}}}, "parameter x: a grid needs"),
+    "nothing to vary": (HEAD | {"parameters": {}}, "no parameters"),
+    "None": (HEAD | {"parameters": {"x": {"values": [1, None]}}}, '"null" in quotes'),
+    "twice": (HEAD | {"parameters": {"x": {"values": [1, 2, 1]}}}, "two runs are named x=1"),
+    "alike in a name": (HEAD | {"parameters": {"x": {"values": ["a b", "a/b"]}}}, "two runs are named x=a-b"),
+    "another program": (
+        HEAD | {"parameters": {"x": {"values": [1]}}, "command": ["train.py", "${args}"]},
+        "command is not",
+    ),
+    "a macro": (
+        HEAD | {"parameters": {"x": {"values": [1]}}, "command": ["magnet_train", "fit", "${args_json}", "${args}"]},
+        "only W&B's agent fills in",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_gets_one_line(case, tmp_path, capsys, fake):
+    content, want = BAD[case]
+    if content is not None:
+        (tmp_path / "s.yaml").write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    assert status(tmp_path / "s.yaml", "--out", fake) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and want in lines[0] and "s.yaml" in lines[0]
+    assert not fake.exists()
+
+
+def test_a_value_of_the_wrong_type_is_found_before_anything_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(magnet_train.sweep, "FIT", ("false",))
+    file = write(tmp_path / "s.yaml", parameters={"model.span_len": {"values": [3, "three"]}})
+    assert status(file, "--out", tmp_path / "runs") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "run span_len=three" in line and "span_len" in line
+    assert not (tmp_path / "runs").exists()
+    assert status(file, "--jobs", 0) == 2 and "--jobs 0" in capsys.readouterr().err
+
+
+# --- the scheduler ------------------------------------------------------------------------------------------------
+
+
+def test_runs_go_one_after_another_and_finished_ones_stay(tmp_path, fake, capsys):
+    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [3, 1, 2]}, "wait": {"value": 0.1}})
+    assert status(file, "--out", fake) == 0
+    said = [notes(fake / f"x={x}") for x in (3, 1, 2)]
+    assert [len(n) for n in said] == [2, 2, 2]
+    assert said[0][1]["end"] <= said[1][0]["start"] and said[1][1]["end"] <= said[2][0]["start"]
+    assert said[0][0]["mode"] == "offline" and said[0][0]["ckpt"] is None
+    shutil.rmtree(fake / "x=1")
+    assert status(file, "--out", fake) == 0
+    assert [len(notes(fake / f"x={x}")) for x in (3, 1, 2)] == [2, 2, 2]
+    assert "3 of 3 runs are finished" in capsys.readouterr().out
+    assert (fake / "table.md").is_file() and (fake / "plot.png").is_file()
+
+
+def test_as_many_run_together_as_jobs_say(tmp_path, fake):
+    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2, 3, 4, 5]}, "wait": {"value": 0.4}})
+    assert status(file, "--out", fake, "--jobs", 2) == 0
+    spans = [(n[0]["start"], n[1]["end"]) for n in (notes(fake / f"x={x}") for x in range(1, 6))]
+    together = [sum(a <= start < b for a, b in spans) for start, _ in spans]
+    assert max(together) == 2
+
+
+def test_an_unfinished_run_goes_on_from_its_checkpoint(tmp_path, fake, capsys):
+    last = fake / "x=1" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2]}})
+    assert status(file, "--out", fake) == 0
+    assert notes(fake / "x=1")[0]["ckpt"] == str(last) and notes(fake / "x=2")[0]["ckpt"] is None
+    out = capsys.readouterr().out
+    assert "x=1  to go on" in out and "x=2  to begin" in out
+
+
+def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, fake, capsys):
+    file = write(tmp_path / "s.yaml", parameters={"x": {"values": ["bad", 2]}})
+    assert status(file, "--out", fake) == 1
+    out = capsys.readouterr().out
+    assert "x=bad  failed    exit status 2: error: the shards are gone" in out and "1 of 2 runs are finished" in out
+    assert (fake / "x=2" / "summary.json").is_file()
+    assert "1 of 2 runs are not finished" in (fake / "table.md").read_text()
+
+
+def start_sweep(file: Path, out: Path) -> "subprocess.Popen[str]":
+    """The command in a process of its own, with FAKE_FIT."""
+    code = (
+        "import sys, magnet_train.cli, magnet_train.sweep\nfrom magnet_train.__main__ import main\n"
+        f"magnet_train.sweep.FIT = {magnet_train.sweep.FIT!r}\nmagnet_train.cli._parse_fit = lambda args: None\n"
+        f"sys.exit(main(['sweep', {str(file)!r}, '--out', {str(out)!r}, '--jobs', '2']))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(*files: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not all(f.exists() and f.read_text() for f in files):
+        assert time.monotonic() < deadline, files
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_the_runs_and_says_one_line(number, tmp_path, fake):
+    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2, 3]}, "wait": {"value": 60}})
+    process = start_sweep(file, fake)
+    wait_for(fake / "x=1" / "notes", fake / "x=2" / "notes")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err.strip().splitlines() == ["interrupted"]
+    for x in (1, 2):
+        first, *rest = notes(fake / f"x={x}")
+        assert "told_to_end" in rest[-1] and not is_alive(first["pid"])
+    assert not (fake / "x=3").exists()
+
+
+def test_under_nohup_a_sweep_outlives_its_terminal(tmp_path, fake):
+    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1]}, "wait": {"value": 1}})
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the child inherits
+    try:
+        process = start_sweep(file, fake)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    wait_for(fake / "x=1" / "notes")
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=30)
+    assert process.returncode == 0 and (fake / "x=1" / "summary.json").is_file()
+
+
+def test_a_run_that_a_killed_sweep_left_behind_is_waited_for_not_started_twice(tmp_path, fake, capsys):
+    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1]}, "wait": {"value": 2}})
+    process = start_sweep(file, fake)
+    wait_for(fake / "x=1" / "notes")
+    process.kill()
+    process.communicate()
+    assert status(file, "--out", fake) == 0
+    assert "another process runs it" in capsys.readouterr().out
+    assert len([n for n in notes(fake / "x=1") if "start" in n]) == 1
+
+
+# --- SLURM --------------------------------------------------------------------------------------------------------
+
+
+def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(tmp_path, fake, capsys, monkeypatch):
+    fake = tmp_path / "runs of 'mine'"
+    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [0, 1, 2]}, "y": {"value": "a b"}})
+    (fake / "x=0").mkdir(parents=True)
+    (fake / "x=0" / "summary.json").write_text('{"metrics": {"val/ce": {"after": 1.0}}}')
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    assert status(file, "--out", fake, "--slurm", "--jobs", 4) == 0
+    assert f"sbatch {fake / 'sweep.sbatch'}" in capsys.readouterr().out
+    job = (fake / "sweep.sbatch").read_text()
+    for line in ("--array=1,2%4", "--requeue", "--signal=SIGUSR1@90", "--open-mode=append"):
+        assert f"#SBATCH {line}\n" in job
+    (tools / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    (tools / "srun").chmod(0o755)
+    last = fake / "x=2" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    for task in ("0", "1", "2"):
+        env = os.environ | {"SLURM_ARRAY_TASK_ID": task}
+        subprocess.run(["bash", str(fake / "sweep.sbatch")], env=env, check=True)
+    assert not (fake / "x=0" / "notes").exists()
+    assert notes(fake / "x=1")[0]["ckpt"] is None and notes(fake / "x=2")[0]["ckpt"] == str(last)
+    assert notes(fake / "x=1")[0]["mode"] == "offline"
+    assert status(file, "--out", fake, "--slurm") == 0  # nothing is left to do
+    assert "3 of 3 runs are finished" in capsys.readouterr().out
+
+
+def test_sbatch_is_called_where_it_is_and_its_refusal_is_one_line(tmp_path, fake, capsys, monkeypatch):
+    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2]}})
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/sh\necho "Submitted batch job 77"\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert status(file, "--out", fake, "--slurm") == 0
+    assert "Submitted batch job 77" in capsys.readouterr().out
+    assert "#SBATCH --array=0,1\n" in (fake / "sweep.sbatch").read_text()
+    sbatch.write_text('#!/bin/sh\necho "invalid partition" >&2\nexit 1\n')
+    assert status(file, "--out", fake, "--slurm") == 2
+    assert "sbatch refuses it (invalid partition)" in capsys.readouterr().err
+
+
+# --- for real -----------------------------------------------------------------------------------------------------
+
+TINY = [
+    "--model.network.dim=32", "--model.network.num_heads=2", "--model.network.num_layers=2", "--model.crop_s=3.2",
+    "--model.optimizer.warmup_steps=1", "--data.batch_size=2", "--data.num_workers=0", "--trainer.accelerator=cpu",
+    "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null",
+    "--trainer.limit_val_batches=1", "--generation.at_start=false", "--trainer.num_sanity_val_steps=0",
+    "--trainer.enable_model_summary=false", "--trainer.enable_progress_bar=false", "--trainer.logger=false",
+    "--generation.num_prompts=0",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_real_sweep_that_was_stopped_after_its_first_run_goes_on_with_the_second(tmp_path):
+    (tmp_path / "base.yaml").write_text("{}\n")
+    command = ["-m", "magnet_train", "fit", "--config", str(tmp_path / "base.yaml"), *TINY, "${args}"]
+    parameters = {"seed_everything": {"values": [1, 2]}, "model.span_len": {"value": 5}}
+    file, out = write(tmp_path / "spans.yaml", command=command, parameters=parameters), tmp_path / "out"
+    first, second = (out / f"seed_everything={seed}" for seed in (1, 2))
+    words = [sys.executable, "-m", "magnet_train", "sweep", str(file), "--out", str(out)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(first / "summary.json", second / "log.txt")
+    process.terminate()
+    said, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.strip().splitlines()[-1] == "interrupted", err
+    assert "seed_everything=1: finished" in said and not (second / "summary.json").exists()
+    before = (first / "summary.json").stat().st_mtime_ns
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 2 runs are finished" in done.stdout
+    assert (first / "summary.json").stat().st_mtime_ns == before
+    table = (out / "table.md").read_text()
+    assert "| all |" not in table and "± " in table and "Runs differ" not in table and "No config" not in table
+    config = yaml.safe_load((second / "config.yaml").read_text())
+    assert config["model"]["span_len"] == 5 and config["seed_everything"] == 2
+
+
+@pytest.mark.slow
+def test_the_base_of_decoding_ablations_validates_the_model_as_it_was_loaded(tmp_path, monkeypatch):
+    import torch
+
+    from magnet_train.release import Trained
+
+    monkeypatch.chdir(ROOT)
+    quick = ["--trainer.logger=false", "--trainer.limit_val_batches=1", "--generation.num_prompts=0"]
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    assert main(["fit", "--config=conf/ablation/decoding.yaml", "--data.num_workers=0", *quick, folder]) == 0
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    loaded = Trained.open("demo").weights()
+    assert all(torch.equal(checkpoint["state_dict"][f"network.{k}"], v.float()) for k, v in loaded.items())
+    assert any(  # and it is the average that does it: the raw weights have moved
+        not torch.equal(checkpoint["current_model_state"][f"network.{k}"], v.float()) for k, v in loaded.items()
+    )
