@@ -113,11 +113,18 @@ def test_the_best_checkpoint_cannot_go_by_a_metric_that_is_not_to_be_had(shards,
 
 
 def test_a_budget_of_seconds_ends_decoding_and_says_so(shards, tmp_path):
-    options = ["--generation.most_s=0.001", "--generation.batch_size=1", "--generation.at_start=false"]
+    options = [
+        "--model.span_len=5",
+        "--generation.most_s=0.001",
+        "--generation.batch_size=1",
+        "--generation.at_start=false",
+    ]
     with pytest.warns(UserWarning, match=r"validation after 0\.001 s: 1 of 2 prompts of rank 0 decoded"):
         assert fit(shards, tmp_path / "run", *options, "--trainer.max_steps=2", "--trainer.val_check_interval=2") == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["metrics"]["val/num_clips"]["after"] == 1
+    (note,) = (tmp_path / "run" / "validation" / "step_0000002").glob("0*.json")
+    assert json.loads(note.read_text())["decoding"]["span_len"] == 5  # the model's
 
 
 def test_a_run_resumes_and_goes_on(run, shards, capsys):

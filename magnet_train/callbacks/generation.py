@@ -165,7 +165,7 @@ class GenerationCallback(Callback):
                     records = self._score(floor, references, captions, {}, {"system": name})
                 self._floor_values[name] = {record.metric: record.value for record in records}
         step = self._step(trainer, module)
-        about = {"system": f"step {step}", "decoding": asdict(self.decoding), "seed": self.seed}
+        about = {"system": f"step {step}", "decoding": asdict(self._settings(module)), "seed": self.seed}
         with together():
             records = self._score(heard, references, captions, self._floor_values, about)
         values = {f"val/{record.metric}": record.value for record in records}
@@ -189,8 +189,7 @@ class GenerationCallback(Callback):
         heard: dict[str, HeardSet],
     ) -> list[str]:  # fmt: skip
         """Decodes this rank's items and has them heard; the keys of those that the time sufficed for."""
-        decoding = replace(self.decoding, span_len=module.span_len)
-        generator = Generator(module.network, codec, module.text_encoder, decoding, module.crop_s)
+        generator = Generator(module.network, codec, module.text_encoder, self._settings(module), module.crop_s)
         start, folder = time.monotonic(), self._folder(trainer, module)
         self.audio, self.pictures = [], []
         bar = tqdm(
@@ -215,7 +214,7 @@ class GenerationCallback(Callback):
                 for part in heard.values():
                     part.add(item["key"], result.wav[i], result.sample_rate)
                 if item["index"] < self.num_media:
-                    self._keep(trainer, folder, item, result, i, codec)
+                    self._keep(trainer, module, folder, item, result, i, codec)
         return [item["key"] for item in own]
 
     def _rank_clips(
@@ -234,6 +233,10 @@ class GenerationCallback(Callback):
             about = json.loads(note.read_text())
             if about.get("item") in scores:
                 note.write_text(json.dumps(about | {"score": scores[about["item"]]}, indent=2) + "\n")
+
+    def _settings(self, module: MagnetModule) -> DecodingConfig:
+        """How the codes are decoded: spans as in training."""
+        return replace(self.decoding, span_len=module.span_len)
 
     @staticmethod
     def _step(trainer: L.Trainer, module: MagnetModule) -> int:
@@ -345,11 +348,12 @@ class GenerationCallback(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def _keep(
-        self, trainer: L.Trainer, folder: Path, item: dict[str, Any], result: Generated, i: int, codec: Codec
-    ) -> None:
+        self, trainer: L.Trainer, module: MagnetModule, folder: Path, item: dict[str, Any], result: Generated, i: int,
+        codec: Codec,
+    ) -> None:  # fmt: skip
         path = folder / f"{item['index']:02d}_{recognisable_name(item['caption'])}.wav"
-        about = {"prompt": item["caption"], "item": item["key"], "seed": self.seed, "step": trainer.global_step}
-        about["decoding"] = vars(self.decoding)
+        about = {"prompt": item["caption"], "item": item["key"], "seed": self.seed}
+        about |= {"step": self._step(trainer, module), "decoding": asdict(self._settings(module))}
         write_audio(path, result.wav[i].T.cpu().numpy(), result.sample_rate, about)
         real = codec.decode(item["codes"][None].to(codec.device))[0].mean(0).cpu().numpy()
         made = result.wav[i].mean(0).cpu().numpy()
