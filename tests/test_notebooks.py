@@ -105,6 +105,16 @@ def test_a_notebook_runs_from_top_to_bottom(name, monkeypatch):
     assert sum(any(kind.startswith("image/") for kind in output.get("data", {})) for output in shown) >= 2
 
 
+def test_a_cell_that_raises_is_named_and_magics_are_passed_over():
+    good = {"cell_type": "code", "source": ["%matplotlib inline\n", "x = 2\n", "print(x)\n", "x + 1"]}
+    bad = {"cell_type": "code", "source": ["x / 0"]}
+    with pytest.raises(ZeroDivisionError) as failure:
+        run({"cells": [{"cell_type": "markdown", "source": []}, good, bad]})
+    assert failure.value.__notes__ == ["in code cell 2: x / 0"]
+    printed, shown = good["outputs"]
+    assert (printed["text"], shown["data"]) == (["2\n"], {"text/plain": ["3"]})
+
+
 def test_there_are_four():
     assert NAMES == ["ablation", "codes", "decoding", "masking"]
 
