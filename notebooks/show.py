@@ -1,0 +1,85 @@
+"""Spectrograms, players and animations for the notebooks; nothing here is about MAGNeT."""
+
+import io
+from collections.abc import Callable
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.animation import FuncAnimation
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from magnet_train.audio_files import normalize_loudness
+from magnet_train.page import audio_uri, text
+
+plt.rcParams.update(
+    {"figure.dpi": 72, "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}
+)
+
+
+class Players:
+    """What `players` returns; a notebook shows it as HTML."""
+
+    def __init__(self, html: str):
+        self._html = html
+
+    def _repr_html_(self) -> str:
+        return self._html
+
+    def __repr__(self) -> str:
+        return "players: run the notebook to hear them"
+
+
+def players(sounds: dict[str, Tensor], sample_rate: int) -> Players:
+    """A player for each mono clip `… t`, side by side under its title, at -14 LUFS each."""
+    cells = []
+    for title, wav in sounds.items():
+        uri = audio_uri(normalize_loudness(wav.reshape(-1, 1).numpy(), sample_rate), sample_rate)
+        player = f'<audio controls preload="metadata" style="width:14em" src="{uri}"></audio>'
+        cells.append(f'<div style="margin:0 1em 1em 0">{text(title)}<br>{player}</div>')
+    return Players(f'<div style="display:flex;flex-wrap:wrap">{"".join(cells)}</div>')
+
+
+def spectrogram(axis: Axes, wav: Tensor, sample_rate: int, title: str = "") -> None:
+    """Draw the level of a mono clip `… t` over time and frequency, 70 dB down from its loudest bin."""
+    frames = np.lib.stride_tricks.sliding_window_view(wav.flatten().numpy(), 1024)[::256] * np.hanning(1024)
+    level = 20 * np.log10(np.abs(np.fft.rfft(frames)).T + 1e-3)
+    axis.imshow(
+        level, origin="lower", aspect="auto", cmap="magma", vmin=level.max() - 70, vmax=level.max(),
+        extent=(0, wav.numel() / sample_rate, 0, sample_rate / 2000),
+    )  # fmt: skip
+    axis.set_title(title, fontsize=9)
+    axis.set(xlabel="seconds", ylabel="kHz")
+
+
+class Movie:
+    """What `movie` returns: a player with buttons where scripts run, a picture that moves elsewhere."""
+
+    def __init__(self, figure: Figure, draw: Callable[[int], None], num_frames: int, fps: int):
+        self._html = FuncAnimation(figure, lambda i: draw(i) or (), frames=num_frames).to_jshtml(fps)
+        pictures = []
+        for i in range(num_frames):
+            draw(i)
+            figure.canvas.draw()
+            pictures.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))  # type: ignore
+        file = io.BytesIO()
+        pauses = [1000 // fps] * (num_frames - 1) + [3000]
+        pictures[0].save(file, "PNG", save_all=True, append_images=pictures[1:], duration=pauses, loop=0)
+        self._png = file.getvalue()
+        plt.close(figure)
+
+    def _repr_html_(self) -> str:
+        return self._html
+
+    def _repr_png_(self) -> bytes:
+        return self._png
+
+    def __repr__(self) -> str:
+        return "animation: run the notebook for its buttons"
+
+
+def movie(figure: Figure, draw: Callable[[int], None], num_frames: int, fps: int = 3) -> Movie:
+    """An animation of `figure`, whose `draw(i)` changes it to frame i."""
+    return Movie(figure, draw, num_frames, fps)

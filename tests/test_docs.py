@@ -1,0 +1,49 @@
+"""What the documents quote is what the package says, and their links lead somewhere."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["CONTRIBUTING.md", "TROUBLESHOOTING.md"]
+
+
+def sentences() -> list[str]:
+    """Every literal text of the package; an f-string's parts between its values count as texts of their own."""
+    trees = [ast.parse(path.read_text()) for path in sorted((ROOT / "magnet_train").rglob("*.py"))]
+    return [
+        n.value for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    ]
+
+
+def quoted_errors() -> list[str]:
+    """The first column of TROUBLESHOOTING.md's tables, but for what comes from elsewhere."""
+    lines = (ROOT / "TROUBLESHOOTING.md").read_text().partition("## Hardware")[0].splitlines()
+    return [match[1] for line in lines if (match := re.match(r"\| `([^`]+)`", line))]
+
+
+def test_errors_are_quoted_as_they_are_raised():
+    known, quotes = sentences(), quoted_errors()
+    assert len(quotes) >= 20
+    for quote in quotes:
+        for part in filter(None, (part.strip() for part in quote.split("…"))):
+            assert any(part in text for text in known), f"{quote!r}: nothing in the package says {part!r}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
+        assert "://" in link or (ROOT / link).exists(), link
+
+
+def test_contributing_quotes_the_code_as_it_is():
+    code = "\n".join(
+        path.read_text() for folder in ("magnet_train", "tests") for path in sorted((ROOT / folder).rglob("*.py"))
+    )
+    flat = re.sub(r"\s+", " ", code)
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    assert len(examples) == 3
+    for example in examples:
+        assert re.sub(r"\s+", " ", example).strip() in flat, example.splitlines()[0]
