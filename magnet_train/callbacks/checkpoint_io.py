@@ -33,6 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, target)
+            _sync_folder(target.parent)
         except (OSError, RuntimeError) as error:  # torch's zip writer can fail anew while the first failure unwinds it
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
@@ -40,3 +41,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise OSError(cause.errno, cause.strerror, str(target)) from error
         finally:
             beside.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Without it the file is safe but its new name may be lost with the power; some file systems know no such thing."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
