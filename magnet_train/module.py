@@ -230,7 +230,7 @@ class MagnetModule(L.LightningModule):
         Raises:
             UserError: if the checkpoint's network is another one.
         """
-        if self.trainer.state.fn == "fit":
+        if self._trainer is not None and self._trainer.state.fn == "fit":
             check_same_network(checkpoint["hyper_parameters"]["network"], asdict(self.config))
         self.begun_with = dict(checkpoint.get("begun_with", {}))
 

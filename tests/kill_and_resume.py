@@ -53,13 +53,19 @@ def ended(child: int, within_s: float) -> int | None:
         time.sleep(0.002)
 
 
+def written(run: Path) -> int:
+    """Bytes of the ledger: they grow with the first batch."""
+    ledger = run / "ledger.jsonl"
+    return ledger.stat().st_size if ledger.exists() else 0
+
+
 def killed_often(folder: Path, kills: int, workers: int, ranks: int, accumulated: int, seed: int) -> list[str]:
     """Differences between the two ends: none, if all is well."""
     from helpers_resume import arguments, differences, ledger, make_data, outcome
 
-    data, steps = make_data(folder / "data"), 10 * kills + 10
+    data, steps = make_data(folder / "data"), 5 * kills + 5
     options = [
-        f"--trainer.max_steps={steps}", f"--data.num_workers={workers}", "--trainer.val_check_interval=30",
+        f"--trainer.max_steps={steps}", f"--data.num_workers={workers}", "--trainer.val_check_interval=16",
         f"--trainer.accumulate_grad_batches={accumulated}",
     ]  # fmt: skip
     if ranks > 1:
@@ -76,10 +82,16 @@ def killed_often(folder: Path, kills: int, workers: int, ranks: int, accumulated
 
     draw = random.Random(seed)
     for number in range(1, kills + 1):
-        starting = draw.random() < 0.2
-        delay = draw.uniform(0, first) if starting else first + draw.uniform(0, 1.2 * training / kills)
+        size = written(run)
         child = attempt(arguments(data, run, *options, lasts_s=0.01), run.with_suffix(".log"))
-        status = ended(child, delay)
+        begin = time.monotonic()
+        if draw.random() < 0.2:  # while it starts, reads its checkpoint, begins its processes …
+            status = ended(child, draw.uniform(0, first))
+        else:
+            while (status := ended(child, 0.002)) is None and written(run) == size:
+                pass
+            status = ended(child, draw.uniform(0, training / kills)) if status is None else status
+        delay = time.monotonic() - begin
         assert status is None, f"ended by itself ({status}): {run.with_suffix('.log').read_text()[-3000:]}"
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -46,3 +46,9 @@ def test_name_and_content_survive_a_loss_of_power(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "fsync", synced)
     AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
     assert events == [("sync", "file", False), ("sync", "folder", True)]
+
+
+def test_what_a_kill_left_half_written_goes(tmp_path: Path):
+    (tmp_path / ".step=0000002.ckpt.part").write_bytes(b"half")
+    AtomicCheckpointIO().save_checkpoint({"step": 4}, tmp_path / "step=0000004.ckpt")
+    assert [p.name for p in tmp_path.iterdir()] == ["step=0000004.ckpt"]

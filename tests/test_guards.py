@@ -1,6 +1,9 @@
 """What is not finite is left out and named, what hangs is named, and speed is what it says."""
 
 import csv
+import multiprocessing
+import os
+import signal
 import time
 import warnings
 from pathlib import Path
@@ -137,6 +140,16 @@ def test_the_loader_counts_what_it_is_waited_for(workers: int):
         assert item == number and loader.waiting_since is None
         time.sleep(0.02)
     assert 0.05 * 5 - 0.02 * 5 * workers <= loader.waited_s <= time.monotonic() - begin - 0.02 * 5
+
+
+def test_the_first_signal_to_all_processes_of_a_job_costs_no_batch():
+    loader = TimedLoader(Slow(), batch_size=None, num_workers=1)
+    items = iter(loader)
+    assert next(items) == 0
+    (process,) = multiprocessing.active_children()
+    os.kill(process.pid, signal.SIGUSR1)  # type: ignore[arg-type]
+    os.kill(process.pid, signal.SIGTERM)  # type: ignore[arg-type]
+    assert list(items) == [1, 2, 3, 4]
 
 
 def test_throughput_counts_all_that_is_heard(data: Path, tmp_path: Path):

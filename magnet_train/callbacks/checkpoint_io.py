@@ -26,6 +26,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
+        for stale in target.parent.glob(".*.ckpt.part"):  # what a kill has left, as large as a checkpoint
+            stale.unlink(missing_ok=True)
         beside = target.with_name(f".{target.name}.part")
         try:
             with beside.open("wb") as file:

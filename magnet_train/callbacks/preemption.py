@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
@@ -41,8 +41,8 @@ class Preemption(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes the signals over from Lightning, whose handler of SIGTERM calls a collective from within itself."""
         environment = trainer._accelerator_connector.cluster_environment  # type: ignore[attr-defined]
-        is_requeued = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
-        self._requeue_signal = environment.requeue_signal if is_requeued else None
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue_signal = environment.requeue_signal
         for number in {*SIGNALS, self._requeue_signal} - {None}:
             self._before[number] = signal.signal(number, self._note)
 
