@@ -120,6 +120,7 @@ def test_a_signal_saves_and_stops(
     assert len(lines) == 1 and number.name in lines[0] and "last.ckpt" in lines[0] and "--ckpt_path auto" in lines[0]
     assert max(batch for batch, _ in ledger(tmp_path / "run")) == at
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert outcome(tmp_path / "run")["step"] == (at + 1) // accumulated
     assert not (tmp_path / "run" / "summary.json").exists()
     assert main(arguments(data, tmp_path / "run", *options)) == 0
     assert equal(twins[options], tmp_path / "run") and (tmp_path / "run" / "summary.json").exists()
@@ -177,6 +178,9 @@ def test_under_slurm_lightning_saves_and_requeues(
             main(run)
         assert called.read_text() == "requeue 7\n"
         assert (tmp_path / "run" / "hpc_ckpt_1.ckpt").is_file()
+        with pytest.raises(Preempted):  # a second time: it goes on from the first, and one file is enough
+            main(arguments(data, tmp_path / "run", *options, signal_at=5, signal=int(signal.SIGUSR1)))
+        assert [p.name for p in (tmp_path / "run").glob("hpc*")] == ["hpc_ckpt_2.ckpt"]
         assert main(arguments(data, tmp_path / "run", *options)) == 0
     assert equal(twin, tmp_path / "run")
 
@@ -230,8 +234,9 @@ def test_a_truncated_checkpoint_costs_only_what_came_after_the_one_before(data: 
 
 
 def test_resumes_write_no_further_versions_of_the_last_checkpoint(data: Path, tmp_path: Path):
-    for stop_at in (3, 5, 7):
-        stopped(data, tmp_path / "run", stop_at=stop_at)
+    with pytest.raises(Preempted):
+        main(arguments(data, tmp_path / "run", signal_at=1, signal=int(signal.SIGTERM)))
+    stopped(data, tmp_path / "run", stop_at=5)
     assert [p.name for p in tmp_path.rglob("last*.ckpt")] == ["last.ckpt"]
 
 

@@ -1,7 +1,9 @@
 """SIGTERM and SIGUSR1 end a run within a batch, with a checkpoint."""
 
 import os
+import re
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,6 +42,8 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes the signals over from Lightning, whose handler of SIGTERM calls a collective from within itself."""
+        if threading.current_thread() is not threading.main_thread():  # where Python takes no handlers
+            return
         environment = trainer._accelerator_connector.cluster_environment  # type: ignore[attr-defined]
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = environment.requeue_signal
@@ -54,6 +58,8 @@ class Preemption(Callback):
         requeue = self._requeue_signal is not None and self._received != signal.SIGTERM
         if trainer.strategy.reduce_boolean_decision(requeue, all=False):
             trainer._signal_connector._slurm_sigusr_handler_fn(self._requeue_signal, None)  # type: ignore[attr-defined]
+            if trainer.is_global_zero:
+                _keep_the_newest(Path(trainer.default_root_dir))
             raise Preempted(0)
         text = "nothing to save, no step was finished"
         if trainer.global_step:
@@ -88,3 +94,10 @@ class Preemption(Callback):
     def _path(trainer: L.Trainer) -> Path:
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
         return Path(folder) / "last.ckpt"
+
+
+def _keep_the_newest(folder: Path) -> None:
+    """Lightning numbers what it saves at a requeue and keeps all, each as large as model and optimizer together."""
+    saved = {int(found[1]): p for p in folder.iterdir() if (found := re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", p.name))}
+    for number in sorted(saved)[:-1]:
+        saved[number].unlink()
