@@ -168,8 +168,9 @@ def _run_lightning(verb: str, args: list[str]) -> None:
                 seconds["validation before training"] = time.monotonic() - start
             start = time.monotonic()
             self.trainer.fit(model, **kwargs)
-            total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
-            if not self.trainer.callback_metrics and validation_is_due(self.trainer, total.processed):
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+            done = progress.total.processed, progress.current.processed, self.trainer.current_epoch
+            if not self.trainer.callback_metrics and validation_is_due(self.trainer, *done):
                 # Resumed after the last step, as killed in its validation: Lightning has nothing left to do.
                 self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)
             spent = generation.seconds

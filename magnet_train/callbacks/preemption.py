@@ -64,7 +64,7 @@ class Preemption(Callback):
         text = "nothing to save, no step was finished"
         if trainer.global_step:
             path = self._path(trainer)
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             text = f"saved {path}"
         if trainer.is_global_zero:
             name = signal.Signals(self._received).name if self._received else "a signal to another rank"

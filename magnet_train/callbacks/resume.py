@@ -59,7 +59,9 @@ class ExactResume(Callback):
         if saved["open_batches"]:
             _end_batch(progress, -saved["open_batches"])
             inner["_batches_that_stepped"] -= 1
-        elif _is_at_batch_end(progress) and validation_is_due(trainer, progress["total"]["processed"]):
+        elif _is_at_batch_end(progress) and validation_is_due(
+            trainer, progress["total"]["processed"], progress["current"]["processed"], checkpoint["epoch"]
+        ):
             for counts in (progress["total"], progress["current"]):
                 counts["completed"] = counts["processed"]
             # As if saved while the first batch of that validation was under way.
@@ -110,8 +112,19 @@ def _end_batch(progress: dict[str, Any], more: int) -> None:
     progress["is_last_batch"] = False
 
 
-def validation_is_due(trainer: L.Trainer, batches: int) -> bool:
-    """Whether a validation follows on so many batches, where validations are counted in batches over the whole run."""
-    interval = trainer.val_check_interval  # type: ignore[attr-defined]
-    every_so_many = trainer.check_val_every_n_epoch is None and isinstance(interval, int)
-    return every_so_many and trainer.limit_val_batches != 0 and batches % interval == 0
+def validation_is_due(trainer: L.Trainer, total: int, current: int, epoch: int) -> bool:
+    """Whether a validation follows on a batch.
+
+    Args:
+        trainer: with its intervals; those in seconds say nothing of batches.
+        total: batches done in the run.
+        current: batches done in the epoch.
+        epoch: number of the epoch, from 0.
+    """
+    interval, every_epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch  # type: ignore[attr-defined]
+    if trainer.limit_val_batches == 0:
+        return False
+    if every_epochs is None:
+        return isinstance(interval, int) and total % interval == 0
+    batches = interval if isinstance(interval, int) else trainer.limit_train_batches  # the stream has no end of its own
+    return (epoch + 1) % every_epochs == 0 and isinstance(batches, int) and current % batches == 0
