@@ -135,4 +135,4 @@ def differences(one: Any, two: Any, at: str = "") -> list[str]:
     if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
         same = one.dtype == two.dtype and one.shape == two.shape
         return [] if same and torch.equal(one, two) else [at]
-    return [] if type(one) is type(two) and one == two else [at]
+    return [] if type(one) is type(two) and one == two else [f"{at}: {one!s:.60} and {two!s:.60}"]

@@ -80,6 +80,8 @@ def test_no_validation_is_skipped(data: Path, twins: Any, tmp_path: Path):
     """Also one that a run was killed in, right after the checkpoint of the step before it."""
     options = ("--trainer.val_check_interval=8", "--trainer.accumulate_grad_batches=2")
     stopped(data, tmp_path / "run", *options, stop_in_validation=4)
+    # Resumed, it saves step 4 once more, one batch later; the validation before it is done and counts once.
+    stopped(data, tmp_path / "run", *options, stop_at=9)
     assert main(arguments(data, tmp_path / "run", *options)) == 0
     assert validations(tmp_path / "run") == validations(twins[options])
     assert len(validations(twins[options])) == 2

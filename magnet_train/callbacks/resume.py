@@ -56,6 +56,10 @@ class ExactResume(Callback):
         self._check_data(data, saved)
         loops = checkpoint["loops"]["fit_loop"]
         progress, inner = loops[PROGRESS], loops["epoch_loop.state_dict"]
+        # Or a validation that was made up for once would look interrupted ever after.
+        of_validation = loops["epoch_loop.val_loop.batch_progress"]
+        for counts in (of_validation["total"], of_validation["current"]):
+            counts |= dict.fromkeys(("ready", "started", "processed", "completed"), 0)
         if saved["open_batches"]:
             _end_batch(progress, -saved["open_batches"])
             inner["_batches_that_stepped"] -= 1
@@ -65,9 +69,8 @@ class ExactResume(Callback):
             for counts in (progress["total"], progress["current"]):
                 counts["completed"] = counts["processed"]
             # As if saved while the first batch of that validation was under way.
-            of_validation = loops["epoch_loop.val_loop.batch_progress"]
             for counts in (of_validation["total"], of_validation["current"]):
-                counts |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+                counts |= {"ready": 1, "started": 1}
         before, now = Layout(**saved["layout"]), self._layout(trainer)
         if before != now:
             done = progress["total"]["processed"]
