@@ -35,6 +35,7 @@ from magnet_train.measure import (
     settle,
     threads_set,
     timed,
+    useful_flop,
 )  # fmt: skip
 from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.reuse import ReusingPass
@@ -207,15 +208,6 @@ def reading(options: BenchOptions, limit: float) -> Iterator[Measured]:
         "logging and progress, of a training step", {"steps": steps, "config": "demo"}, spent / steps, spent / steps,
         spent / steps, twin_median_s=whole / steps, ratio=spent / whole,
     )  # fmt: skip
-
-
-def useful_flop(config: MagnetConfig, num_frames: int, stage: int, num_predicted: int, num_text: int) -> float:
-    """Multiplications and additions that one example needs in a forward pass: what a mask hides is not counted."""
-    d, keys = config.dim, num_frames if stage == 0 or config.context < 0 else 2 * config.context + 1
-    weights = config.num_layers * (4 + 2 + 2 * config.ffn_ratio) * d * d
-    pairs = config.num_layers * 2 * d * (keys + num_text)
-    text = (config.text_dim + config.num_layers * 2 * d) * d * num_text
-    return 2.0 * (num_frames * (weights + pairs) + text + num_predicted * d * config.codebook_size)
 
 
 def gpu(options: BenchOptions, limit: float, config: MagnetConfig | None = None) -> Iterator[Measured]:

@@ -86,12 +86,19 @@ def _run_lightning(verb: str, args: list[str]) -> None:
     try:
         from lightning.pytorch.callbacks import ModelCheckpoint
         from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+        from lightning.pytorch.utilities import rank_zero_info
 
         from magnet_train.callbacks.averaging import WeightEMA
+        from magnet_train.callbacks.finite import FiniteGuard
         from magnet_train.callbacks.generation import GenerationCallback, PredictionWriter
+        from magnet_train.callbacks.preemption import Preemption
+        from magnet_train.callbacks.resume import ExactResume, validation_is_due
+        from magnet_train.callbacks.throughput import Throughput
+        from magnet_train.callbacks.watchdog import Watchdog
         from magnet_train.data.datamodule import MagnetDataModule
         from magnet_train.module import MagnetModule
         from magnet_train.release import read_checkpoint
+        from magnet_train.resume import newest_whole_checkpoint
     finally:
         gc.enable()
 
@@ -121,6 +128,8 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             parser.link_arguments(text, "model.network.text_dim", _text_dim)
             parser.add_lightning_class_args(GenerationCallback, "generation")
             parser.add_lightning_class_args(WeightEMA, "averaging")
+            parser.add_lightning_class_args(FiniteGuard, "finite")
+            parser.add_lightning_class_args(Watchdog, "watchdog")
             parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
             parser.set_defaults(
                 {
@@ -139,6 +148,12 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             config.trainer.default_root_dir = str(self.run_folder)
             if config.checkpoint.dirpath is None:
                 config.checkpoint.dirpath = str(self.run_folder / "checkpoints")
+            if config.ckpt_path == "auto":
+                newest = newest_whole_checkpoint([self.run_folder, Path(config.checkpoint.dirpath)])
+                config.ckpt_path = None if newest is None else str(newest)
+                rank_zero_info(f"--ckpt_path auto: {newest or 'no checkpoint yet, training begins'}")
+            if config.ckpt_path is not None:  # else each resume would begin another last-v1, last-v2 …
+                config.checkpoint.enable_version_counter = False
             for logger in config.trainer.logger if isinstance(config.trainer.logger, list) else []:
                 if logger.init_args.get("save_dir") in (None, "."):  # CSVLogger knows no default
                     logger.init_args.save_dir = str(self.run_folder)
@@ -157,6 +172,11 @@ def _run_lightning(verb: str, args: list[str]) -> None:
                 seconds["validation before training"] = time.monotonic() - start
             start = time.monotonic()
             self.trainer.fit(model, **kwargs)
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+            done = progress.total.processed, progress.current.processed, self.trainer.current_epoch
+            if not self.trainer.callback_metrics and validation_is_due(self.trainer, *done):
+                # Resumed after the last step, as killed in its validation: Lightning has nothing left to do.
+                self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)
             spent = generation.seconds
             seconds["validation in training"] = spent
             seconds["training"] = time.monotonic() - start - spent
@@ -210,7 +230,8 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             load_from_checkpoint_support=False,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
-                "callbacks": [PredictionWriter()],
+                # After averaging, whose update belongs to the step that is saved.
+                "callbacks": [PredictionWriter(), ExactResume(), Throughput(), Preemption()],
                 "plugins": [{"class_path": "magnet_train.callbacks.checkpoint_io.AtomicCheckpointIO"}],
                 "use_distributed_sampler": False,  # the data module deals out items itself, each exactly once
             },
@@ -285,7 +306,7 @@ def _settings_of_checkpoint(args: list[str]) -> dict[str, Any]:
 def _check_checkpoint(args: list[str], read: Any) -> None:
     """Name a missing or broken --ckpt_path before Lightning meets it, which it does while it parses."""
     for name in _given_checkpoints(args):
-        if name not in ("last", "best", "hpc", "registry", "null"):
+        if name not in ("auto", "last", "best", "hpc", "registry", "null"):
             read(Path(name))
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from magnet_train.model import MagnetConfig
+
 
 @dataclass(frozen=True)
 class BenchOptions:
@@ -118,6 +120,15 @@ def count_flop(call: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
+def useful_flop(config: MagnetConfig, num_frames: int, stage: int, num_predicted: int, num_text: int) -> float:
+    """Multiplications and additions that one example needs in a forward pass: what a mask hides is not counted."""
+    d, keys = config.dim, num_frames if stage == 0 or config.context < 0 else 2 * config.context + 1
+    weights = config.num_layers * (4 + 2 + 2 * config.ffn_ratio) * d * d
+    pairs = config.num_layers * 2 * d * (keys + num_text)
+    text = (config.text_dim + config.num_layers * 2 * d) * d * num_text
+    return 2.0 * (num_frames * (weights + pairs) + text + num_predicted * d * config.codebook_size)
+
+
 def compare(
     name: str,
     ours: Callable[[], Any],
@@ -145,6 +156,23 @@ def matmul_limit(device: str, dtype: torch.dtype = torch.float32) -> float:
     a = torch.randn(size, size, device=device, dtype=dtype)
     seconds = timed([lambda: a @ a], 5, device)[0]
     return 2 * size**3 / min(seconds)
+
+
+PEAK_TFLOP = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "A40": 150, "A10": 125, "V100": 125, "4090": 165}
+"""Of dense products in half precision with sums in float32, by a part of the device's name; vendors' data sheets."""
+
+
+def peak_flop(device: torch.device, precision: str) -> float | None:
+    """FLOP per second that a device can do at best in half precision; None where that is not known.
+
+    Args:
+        device: where the model is.
+        precision: Lightning's name; another than half precision has no entry in the table.
+    """
+    if device.type != "cuda" or "16" not in precision:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for part, peak in PEAK_TFLOP.items() if part in name), None)
 
 
 @contextmanager

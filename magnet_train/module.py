@@ -19,6 +19,7 @@ from magnet_train.metrics.fixed_masks import FixedMaskMetrics, fixed_span_mask
 from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.pretrained import absolute_path
 from magnet_train.release import Trained, check_stamp, check_weights
+from magnet_train.resume import check_same_network
 from magnet_train.schedule import cosine_factor, inverse_sqrt_factor
 
 
@@ -226,14 +227,20 @@ class MagnetModule(L.LightningModule):
         checkpoint["begun_with"] = {k: v for k, v in self.begun_with.items() if v is not None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A resumed run need not find again what it began with."""
+        """A resumed run need not find again what it began with.
+
+        Raises:
+            UserError: if the checkpoint's network is another one.
+        """
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            check_same_network(checkpoint["hyper_parameters"]["network"], asdict(self.config))
         self.begun_with = dict(checkpoint.get("begun_with", {}))
         self.trained_steps = int(checkpoint.get("global_step", 0))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            norms = [p.grad.norm() for p in self.network.parameters() if p.grad is not None]
+            norms = [p.grad.norm() for p in self.network.parameters() if p.grad is not None] or [torch.tensor(0.0)]
             self.log("train/grad_norm", torch.linalg.vector_norm(torch.stack(norms)))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Any:

@@ -1,7 +1,9 @@
 """A checkpoint is whole or not there."""
 
+import os
 import resource
 import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,22 @@ def test_without_room_the_previous_checkpoint_stays(size, tmp_path: Path, no_roo
     assert error.value.filename == str(path) and error.value.errno
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_name_and_content_survive_a_loss_of_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is written reaches the disk before it gets its name, and then the name does."""
+    events = []
+
+    def synced(handle: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        events.append(("sync", "folder" if is_folder else "file", (tmp_path / "last.ckpt").exists()))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+    assert events == [("sync", "file", False), ("sync", "folder", True)]
+
+
+def test_what_a_kill_left_half_written_goes(tmp_path: Path):
+    (tmp_path / ".step=0000002.ckpt.part").write_bytes(b"half")
+    AtomicCheckpointIO().save_checkpoint({"step": 4}, tmp_path / "step=0000004.ckpt")
+    assert [p.name for p in tmp_path.iterdir()] == ["step=0000004.ckpt"]

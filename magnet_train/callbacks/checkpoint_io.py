@@ -26,6 +26,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
+        for stale in target.parent.glob(".*.ckpt.part"):  # what a kill has left, as large as a checkpoint
+            stale.unlink(missing_ok=True)
         beside = target.with_name(f".{target.name}.part")
         try:
             with beside.open("wb") as file:
@@ -33,6 +35,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, target)
+            _sync_folder(target.parent)
         except (OSError, RuntimeError) as error:  # torch's zip writer can fail anew while the first failure unwinds it
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
@@ -40,3 +43,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise OSError(cause.errno, cause.strerror, str(target)) from error
         finally:
             beside.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Without it the file is safe but its new name may be lost with the power; some file systems know no such thing."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

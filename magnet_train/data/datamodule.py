@@ -10,6 +10,7 @@ from magnet_train.assets import demo_path
 from magnet_train.codec import CodecFacts, load_codec
 from magnet_train.data.captions import CaptionAugmentation
 from magnet_train.data.pipeline import EveryItemOnce, ShardSet, TrainingStream, packed
+from magnet_train.data.timed_loader import TimedLoader
 from magnet_train.errors import UserError
 
 
@@ -145,11 +146,16 @@ class MagnetDataModule(L.LightningDataModule):
                 f"x {accumulated} accumulated batches"
             )
 
+    @property
+    def workers(self) -> int:
+        """Loader processes of each rank in training."""
+        available = len(self.shards("train").counts) // self.trainer.world_size  # type: ignore[union-attr]
+        return min(2, available) if self.num_workers is None else self.num_workers
+
     def train_dataloader(self) -> DataLoader:
         found = self.shards("train")
         trainer: Any = self.trainer
-        available = len(found.counts) // trainer.world_size
-        workers = min(2, available) if self.num_workers is None else self.num_workers
+        available, workers = len(found.counts) // trainer.world_size, self.workers
         if available == 0:
             raise UserError(
                 f"{found.folder}: {len(found.counts)} shards for {trainer.world_size} ranks: use fewer devices, or "
@@ -167,7 +173,7 @@ class MagnetDataModule(L.LightningDataModule):
             found, self.num_frames, self.batch_size, self.seed, trainer.global_rank, trainer.world_size, start,
             self.augmentation,
         )  # fmt: skip
-        return DataLoader(
+        return TimedLoader(
             stream, batch_size=None, num_workers=workers, collate_fn=packed, persistent_workers=workers > 0
         )
 

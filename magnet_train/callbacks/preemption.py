@@ -1,0 +1,103 @@
+"""SIGTERM and SIGUSR1 end a run within a batch, with a checkpoint."""
+
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(SystemExit):
+    """Ends the process with status 0: what the signal asked for is done, and nothing is lost.
+
+    A launcher takes any other status for a failure, ends the other ranks in the middle of their saving, and counts it
+    as one of its retries. A run that is finished, and not only stopped, leaves `summary.json`.
+    """
+
+
+class Preemption(Callback):
+    """Saves `last.ckpt` at the end of the batch in which a signal arrives, then stops; a second signal ends at once.
+
+    A signal that arrives in a validation waits for its end: ranks have unequal numbers of validation batches, so they
+    cannot agree before.
+
+    The handler only notes the signal: a checkpoint written from within it could catch a step half done (Lightning
+    issue 21406). The ranks agree, whichever of them was told. Under SLURM with automatic requeue Lightning's own
+    handler of the requeue signal does the saving and the requeue, only called at the end of the batch too.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._requeue_signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes the signals over from Lightning, whose handler of SIGTERM calls a collective from within itself."""
+        if threading.current_thread() is not threading.main_thread():  # where Python takes no handlers
+            return
+        environment = trainer._accelerator_connector.cluster_environment  # type: ignore[attr-defined]
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue_signal = environment.requeue_signal
+        for number in {*SIGNALS, self._requeue_signal} - {None}:
+            self._before[number] = signal.signal(number, self._note)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+            return
+        requeue = self._requeue_signal is not None and self._received != signal.SIGTERM
+        if trainer.strategy.reduce_boolean_decision(requeue, all=False):
+            trainer._signal_connector._slurm_sigusr_handler_fn(self._requeue_signal, None)  # type: ignore[attr-defined]
+            if trainer.is_global_zero:
+                _keep_the_newest(Path(trainer.default_root_dir))
+            raise Preempted(0)
+        text = "nothing to save, no step was finished"
+        if trainer.global_step:
+            path = self._path(trainer)
+            trainer.save_checkpoint(path, weights_only=False)
+            text = f"saved {path}"
+        if trainer.is_global_zero:
+            name = signal.Signals(self._received).name if self._received else "a signal to another rank"
+            print(f"stopped at step {trainer.global_step} by {name}: {text}; go on with --ckpt_path auto", flush=True)
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # which waits for a result for ever
+            raise RuntimeError(f"ddp_fork and ddp_spawn know no exit of their ranks without a failure: {text}")
+        raise Preempted(0)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._received = number
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    @staticmethod
+    def _path(trainer: L.Trainer) -> Path:
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+        return Path(folder) / "last.ckpt"
+
+
+def _keep_the_newest(folder: Path) -> None:
+    """Lightning numbers what it saves at a requeue and keeps all, each as large as model and optimizer together."""
+    saved = {int(found[1]): p for p in folder.iterdir() if (found := re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", p.name))}
+    for number in sorted(saved)[:-1]:
+        saved[number].unlink()

@@ -1,0 +1,107 @@
+"""How fast a run is, what it waits for, and how much audio it has heard."""
+
+import math
+import resource
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from magnet_train.measure import peak_flop, useful_flop
+from magnet_train.module import MagnetModule
+
+MEAN_MASK_RATE = 2 / math.pi
+"""Of the cosine schedule at an even draw."""
+
+
+class Throughput(Callback):
+    """Logs speed over the steps since the last logging, every `trainer.log_every_n_steps`; validation is left out.
+
+    Over all ranks, the others taken to be as fast as the first and their items as long: `speed/examples_per_s`,
+    `speed/frames_per_s` (without padding), `train/audio_hours` (heard since the run began), `speed/data_share` (of the
+    time, spent waiting for a batch, on this rank), `speed/peak_memory_gb` (of the GPU's allocator, or of this process
+    on a CPU), and `speed/mfu` where the device's peak is known: floating-point operations that the model needs, not
+    those that were done, over those the device could do at best.
+    """
+
+    def __init__(self) -> None:
+        self.frames = 0
+        """Heard by all ranks until the last optimizer step; what came after is done again by a resume."""
+        self._open = self._step = 0
+        self._since: float | None = None
+        self._spent = 0.0
+        self._examples = self._frames = 0
+        self._waited = 0.0
+        self._logged = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"frames": self.frames}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.frames = state_dict["frames"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._logged = self._step = trainer.global_step
+        self._since, self._waited = time.monotonic(), _waited(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._since is not None:
+            self._spent, self._since = self._spent + time.monotonic() - self._since, None
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._since = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        size, _ = batch["valid"].shape
+        frames = int(batch["valid"].sum()) * trainer.world_size
+        self._examples += size * trainer.world_size
+        self._frames += frames
+        self._open += frames
+        step = trainer.global_step
+        if step != self._step:
+            self.frames, self._open, self._step = self.frames + self._open, 0, step
+        if step == self._logged or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        assert isinstance(pl_module, MagnetModule) and self._since is not None
+        now, waited = time.monotonic(), _waited(trainer)
+        spent = self._spent + now - self._since
+        facts = trainer.datamodule.shards("train").index["codec"]  # type: ignore[attr-defined]
+        values = {
+            "speed/examples_per_s": self._examples / spent,
+            "speed/frames_per_s": self._frames / spent,
+            "speed/data_share": (waited - self._waited) / spent,
+            "speed/peak_memory_gb": _peak_memory(pl_module.device) / 1e9,
+            "train/audio_hours": self.frames / facts["frame_rate"] / 3600,
+        }
+        if (peak := peak_flop(pl_module.device, str(trainer.precision))) is not None:
+            flop = 3 * self._examples / trainer.world_size * _flop(pl_module, batch["valid"])
+            values["speed/mfu"] = flop / spent / peak
+        pl_module.log_dict(values)
+        self._logged, self._since, self._waited, self._spent = step, now, waited, 0.0
+        self._examples = self._frames = 0
+
+
+def _flop(module: MagnetModule, valid: Tensor) -> float:
+    """Of a forward pass of one example, at the mean stage and mask rate; text, a percent of it, is left out."""
+    stages, num_frames = module.config.num_codebooks, valid.shape[1]
+    num_predicted = round(MEAN_MASK_RATE * num_frames)
+    return sum(useful_flop(module.config, num_frames, stage, num_predicted, 0) for stage in range(stages)) / stages
+
+
+def _waited(trainer: L.Trainer) -> float:
+    return getattr(trainer.train_dataloader, "waited_s", 0.0)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """In bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,138 @@
+"""Tiny runs that are interrupted, and what they must have in common with one that is not."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from helpers_data import make_data_codec, write_shards
+from lightning.pytorch.callbacks import Callback
+
+
+class Ledger(Callback):
+    """Writes down what each batch was and what came of it, and disturbs the run where it is told to."""
+
+    def __init__(
+        self, file: str, stop_at: int = -1, stop_in_validation: int = -1, save_at: int = -1,
+        bad_losses: tuple[int, ...] = (), bad_gradients: tuple[int, ...] = (),
+        signal_at: int = -1, signal: int = 0, lasts_s: float = 0.0,
+    ):  # fmt: skip
+        """Batches are counted from 0 over the whole run, validations by the step before them; -1 = never."""
+        self.file, self.stop_at, self.stop_in_validation, self.save_at = (
+            Path(file),
+            stop_at,
+            stop_in_validation,
+            save_at,
+        )
+        self.bad_losses, self.bad_gradients = bad_losses, bad_gradients
+        self.signal_at, self.signal, self.lasts_s = signal_at, signal, lasts_s
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int):
+        count = trainer.fit_loop.total_batch_idx
+        if count == self.stop_at:
+            raise RuntimeError("as planned")
+        if count == self.signal_at and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), self.signal)
+        time.sleep(self.lasts_s)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor):
+        if trainer.fit_loop.total_batch_idx in self.bad_losses and trainer.is_global_zero:
+            loss.data.fill_(float("nan"))
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule):
+        if trainer.fit_loop.total_batch_idx in self.bad_gradients and trainer.is_global_zero:
+            next(p for p in pl_module.parameters() if p.grad is not None).grad.fill_(float("inf"))  # type: ignore[union-attr]
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *args: Any):
+        if trainer.global_step == self.stop_in_validation:
+            raise RuntimeError("as planned")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
+    ):
+        count = trainer.fit_loop.total_batch_idx
+        line = {"batch": count, "rank": trainer.global_rank, "keys": batch["keys"]}
+        line["captions"], line["codes"] = batch["captions"], int(batch["codes"].sum())
+        line["loss"] = outputs["loss"].item().hex()
+        with self.file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if count == self.save_at:
+            trainer.save_checkpoint(Path(trainer.checkpoint_callback.dirpath) / "between.ckpt")  # type: ignore[union-attr]
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule):
+        if trainer.is_global_zero:
+            with self.file.with_suffix(".validations").open("a") as file:
+                ce = trainer.callback_metrics["val/ce"].item().hex()
+                file.write(f"{trainer.global_step} {ce}\n")
+
+
+def make_data(folder: Path) -> Path:
+    """A codec and shards of 24 crops of two seconds; returns the folder."""
+    codec = make_data_codec(folder / "codec")
+    write_shards(folder / "train", codec, (5, 3, 4, 5, 3, 4))
+    write_shards(folder / "validation", codec, (2,))
+    return folder
+
+
+def arguments(data: Path, run: Path, *options: str, **ledger: Any) -> list[str]:
+    """Of a fit that a later option may change; the ledger lies in the run folder."""
+    run.mkdir(parents=True, exist_ok=True)
+    config = run.parent / f"{run.name}.json"
+    ledger = {"file": str(run / "ledger.jsonl")} | ledger
+    callbacks = [{"class_path": "helpers_resume.Ledger", "init_args": ledger}]
+    config.write_text(json.dumps({"trainer": {"callbacks": callbacks}}))
+    return [
+        "fit", f"--config={config}", f"--model.codec={data / 'codec'}", f"--data.train={data / 'train'}",
+        f"--data.validation={data / 'validation'}", f"--trainer.default_root_dir={run}", "--ckpt_path=auto",
+        "--model.network.dim=16", "--model.network.num_heads=2", "--model.network.num_layers=1", "--model.crop_s=1.0",
+        "--model.optimizer.warmup_steps=1", "--model.optimizer.lr=0.01", "--data.batch_size=2", "--data.num_workers=0",
+        "--averaging.every_n_steps=2", "--averaging.decay=0.9", "--checkpoint.every_n_train_steps=2",
+        "--trainer.accelerator=cpu", "--trainer.max_steps=8", "--trainer.val_check_interval=1000",
+        "--trainer.check_val_every_n_epoch=null", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false", "--trainer.num_sanity_val_steps=0", "--trainer.gradient_clip_val=1.0",
+        "--generation.num_prompts=0", "--generation.at_start=false", *options,
+    ]  # fmt: skip
+
+
+def ledger(run: Path) -> dict[tuple[int, int], dict[str, Any]]:
+    """Lines by (batch, rank); a batch that was done again must have been the same.
+
+    A last line that is cut off belongs to a batch that was killed.
+    """
+    lines: dict[tuple[int, int], dict[str, Any]] = {}
+    for text in (run / "ledger.jsonl").read_text().split("\n"):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        assert lines.setdefault((line["batch"], line["rank"]), line) == line
+    return lines
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What must be equal at the end: weights raw and averaged, optimizer, schedule, counters."""
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    loops = saved["loops"]["fit_loop"]
+    names = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
+    callbacks = {k.split("{")[0]: v for k, v in saved["callbacks"].items() if not k.startswith("ModelCheckpoint")}
+    return {name: saved[name] for name in names} | {
+        "step": saved["global_step"],
+        "batches": {k: loops["epoch_loop.batch_progress"]["total"][k] for k in ("ready", "processed")},
+        "logged": loops["epoch_loop.state_dict"],
+        "callbacks": callbacks,
+    }
+
+
+def differences(one: Any, two: Any, at: str = "") -> list[str]:
+    """Places at which two outcomes are not equal bit for bit."""
+    if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
+        return [d for key in one for d in differences(one[key], two[key], f"{at}/{key}")]
+    if isinstance(one, (list, tuple)) and type(one) is type(two) and len(one) == len(two):
+        return [d for i, (a, b) in enumerate(zip(one, two, strict=True)) for d in differences(a, b, f"{at}/{i}")]
+    if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
+        same = one.dtype == two.dtype and one.shape == two.shape
+        return [] if same and torch.equal(one, two) else [at]
+    return [] if type(one) is type(two) and one == two else [f"{at}: {one!s:.60} and {two!s:.60}"]

@@ -1,0 +1,145 @@
+"""Trains a tiny model twice, once undisturbed and once killed with SIGKILL at random moments; the ends must be equal.
+
+    python tests/kill_and_resume.py --kills 20 [--workers 2] [--ranks 2] [--accumulated 3] [--seed 0]
+
+Each attempt is the same command in a process group of its own, forked from this process, which has only imported what
+it needs; the whole group is killed, loader processes and other ranks too, as when a node fails.
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+
+def attempt(arguments: list[str], log: Path) -> int:
+    """Starts the command in a new process group; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    status = 1
+    try:
+        from magnet_train.__main__ import main
+
+        status = main(arguments)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def ended(child: int, within_s: float) -> int | None:
+    """Exit status, or None if it still runs after so many seconds."""
+    end = time.monotonic() + within_s
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= end:
+            return None
+        time.sleep(0.002)
+
+
+def written(run: Path) -> int:
+    """Bytes of the ledger: they grow with the first batch."""
+    ledger = run / "ledger.jsonl"
+    return ledger.stat().st_size if ledger.exists() else 0
+
+
+def killed_often(folder: Path, kills: int, workers: int, ranks: int, accumulated: int, seed: int) -> list[str]:
+    """Differences between the two ends: none, if all is well."""
+    from helpers_resume import arguments, differences, ledger, make_data, outcome
+
+    data, steps = make_data(folder / "data"), 5 * kills + 5
+    options = [
+        f"--trainer.max_steps={steps}", f"--data.num_workers={workers}", "--trainer.val_check_interval=16",
+        f"--trainer.accumulate_grad_batches={accumulated}",
+    ]  # fmt: skip
+    if ranks > 1:
+        options += [f"--trainer.devices={ranks}", "--trainer.strategy=ddp_fork"]
+    twin, run = folder / "twin", folder / "run"
+    start, first = time.monotonic(), None
+    child = attempt(arguments(data, twin, *options, lasts_s=0.01), twin.with_suffix(".log"))
+    while (status := ended(child, 0.01)) is None:
+        if first is None and (twin / "ledger.jsonl").exists():
+            first = time.monotonic() - start
+    assert status == 0 and first is not None, twin.with_suffix(".log").read_text()[-3000:]
+    training = time.monotonic() - start - first
+    print(f"undisturbed: {steps} steps, {first:.1f} s until the first batch, then {training:.1f} s", flush=True)
+
+    draw = random.Random(seed)
+    for number in range(1, kills + 1):
+        size = written(run)
+        child = attempt(arguments(data, run, *options, lasts_s=0.01), run.with_suffix(".log"))
+        begin = time.monotonic()
+        if draw.random() < 0.2:  # while it starts, reads its checkpoint, begins its processes …
+            status = ended(child, draw.uniform(0, first))
+        else:
+            while (status := ended(child, 0.002)) is None and written(run) == size:
+                pass
+            status = ended(child, draw.uniform(0, training / kills)) if status is None else status
+        delay = time.monotonic() - begin
+        assert status is None, f"ended by itself ({status}): {run.with_suffix('.log').read_text()[-3000:]}"
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        lines = ledger(run) if (run / "ledger.jsonl").exists() else {}
+        parts = len(list(run.rglob("*.part")))
+        print(
+            f"kill {number:>2} after {delay:.2f} s: {max((b for b, _ in lines), default=-1) + 1} batches seen, "
+            f"{len(list(run.rglob('*.ckpt')))} checkpoints, {parts} half written",
+            flush=True,
+        )
+    child = attempt(arguments(data, run, *options, lasts_s=0.01), run.with_suffix(".log"))
+    status = ended(child, 600)
+    assert status == 0, run.with_suffix(".log").read_text()[-3000:]
+    found = differences(outcome(twin), outcome(run))
+    one, two = ledger(twin), ledger(run)
+    found += [f"batch {place}" for place in one.keys() | two.keys() if one.get(place) != two.get(place)]
+    validations = [set(Path(r / "ledger.validations").read_text().split("\n")) for r in (twin, run)]
+    found += [f"validation {line}" for line in validations[0] ^ validations[1]]
+    print(
+        f"{kills} kills, {workers} loader processes, {ranks} ranks, {accumulated} accumulated: {len(one)} batches and "
+        f"{len(validations[0]) - 1} validations compared, {len(found)} differences"
+    )
+    return found
+
+
+def main() -> int:
+    """0 if both ended alike."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--accumulated", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    import torch
+
+    torch.set_num_threads(1)
+    # Imported before the first fork, so that an attempt begins with its work.
+    import magnet_train.callbacks.generation
+    import magnet_train.cli
+    import magnet_train.data.datamodule  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = killed_often(Path(folder), given.kills, given.workers, given.ranks, given.accumulated, given.seed)
+    print("\n".join(found[:20]) or "equal bit for bit")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What is not finite is left out and named, what hangs is named, and speed is what it says."""
+
+import csv
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers_resume import arguments, ledger, make_data
+from torch.utils.data import IterableDataset
+
+from magnet_train.__main__ import main
+from magnet_train.callbacks.finite import FiniteGuard
+from magnet_train.callbacks.watchdog import Watchdog
+from magnet_train.data.timed_loader import TimedLoader
+from magnet_train.errors import UserError
+from magnet_train.measure import peak_flop
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def checkpoint(run: Path, step: int) -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / f"step={step:07d}.ckpt", weights_only=True)
+
+
+ALL = ("--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=-1")
+
+
+@pytest.mark.parametrize("kind", ["bad_losses", "bad_gradients"])
+def test_a_bad_step_changes_nothing_and_is_named(kind: str, data: Path, tmp_path: Path):
+    with pytest.warns(UserWarning, match="left out") as caught:
+        assert main(arguments(data, tmp_path / "run", *ALL, **{kind: (3,)})) == 0
+    named = [str(w.message) for w in caught if "left out" in str(w.message)]
+    keys = ledger(tmp_path / "run")[3, 0]["keys"]
+    assert len(named) == 1 and all(key in named[0] for key in keys) and "step 3" in named[0] and "rank 0" in named[0]
+    before, after, later = (checkpoint(tmp_path / "run", step) for step in (3, 4, 5))
+    for name, value in before["current_model_state"].items():
+        assert torch.equal(value, after["current_model_state"][name])
+    for name, value in before["optimizer_states"][0]["state"].items():
+        assert all(torch.equal(v, after["optimizer_states"][0]["state"][name][k]) for k, v in value.items())
+    assert any(not torch.equal(v, later["current_model_state"][k]) for k, v in before["current_model_state"].items())
+    assert all(v.isfinite().all() for v in later["state_dict"].values())
+
+
+def test_with_accumulation_the_batch_that_was_bad_is_named(data: Path, tmp_path: Path):
+    options = ("--trainer.accumulate_grad_batches=3", "--trainer.max_steps=3")
+    with pytest.warns(UserWarning, match="left out") as caught:
+        assert main(arguments(data, tmp_path / "run", *options, bad_losses=(4,))) == 0
+    (named,) = [str(w.message) for w in caught if "left out" in str(w.message)]
+    lines = ledger(tmp_path / "run")
+    assert ", ".join(lines[4, 0]["keys"]) in named and ", ".join(lines[3, 0]["keys"]) not in named
+
+
+def test_too_many_in_a_row_end_the_run_and_keep_the_last_good_checkpoint(data: Path, tmp_path: Path, capsys: Any):
+    options = ("--finite.most_in_a_row=3",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Two in a row are no three; the counter goes on in a resumed run.
+        assert main(arguments(data, tmp_path / "run", *options, bad_losses=(0, 1, 3, 5, 6, 7, 8))) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    assert "3 steps in a row" in line and "lr" in line
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 6 and all(v.isfinite().all() for v in saved["current_model_state"].values())
+    assert saved["callbacks"]["FiniteGuard"] == {"left_out": 4, "in_a_row": 1}
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: FiniteGuard(0), "most_in_a_row=0"),
+        (lambda: Watchdog(1.0), "factor=1.0"),
+        (lambda: Watchdog(least_s=0), "least_s=0"),
+    ],
+)
+def test_options_out_of_range_are_named(make: Any, word: str):
+    with pytest.raises(UserError, match=word):
+        make()
+
+
+# --- the watchdog -------------------------------------------------------------------------------------------------
+
+
+def heard(watchdog: Watchdog, trainer: Any, seconds: float) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        time.sleep(seconds)
+    return [str(w.message) for w in caught if "usually" in str(w.message)]
+
+
+def test_the_watchdog_names_rank_and_phase_once():
+    loader = SimpleNamespace(waiting_since=None)
+    trainer: Any = SimpleNamespace(global_rank=3, global_step=17, train_dataloader=loader)
+    watchdog = Watchdog(least_s=0.2)
+    watchdog.on_train_start(trainer, None)  # type: ignore[arg-type]
+    hooks = (watchdog.on_train_batch_start, watchdog.on_train_batch_end)
+    for _ in range(5):
+        for hook in hooks:
+            hook(trainer, *[None] * (3 if hook is hooks[0] else 4))  # type: ignore[arg-type]
+            time.sleep(0.002)
+    assert heard(watchdog, trainer, 0.15) == []
+    (line,) = heard(watchdog, trainer, 0.4)
+    assert "rank 3" in line and "step 17" in line and "between steps" in line
+    hooks[0](trainer, None, None, 0)  # type: ignore[arg-type]
+    (line,) = heard(watchdog, trainer, 0.5)
+    assert "training step" in line
+    hooks[1](trainer, None, None, None, 0)  # type: ignore[arg-type]
+    loader.waiting_since = 0.0
+    (line,) = heard(watchdog, trainer, 0.5)
+    assert "waiting for data" in line
+    watchdog.on_validation_start(trainer, None)  # type: ignore[arg-type]  # the first has nothing to compare with
+    assert heard(watchdog, trainer, 0.5) == []
+    watchdog.on_exception(trainer, None, RuntimeError())  # type: ignore[arg-type]
+    assert watchdog._thread is None and heard(watchdog, trainer, 0.3) == []
+
+
+# --- throughput ---------------------------------------------------------------------------------------------------
+
+
+class Slow(IterableDataset):
+    def __iter__(self):
+        for number in range(5):
+            time.sleep(0.05)
+            yield number
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_counts_what_it_is_waited_for(workers: int):
+    loader = TimedLoader(Slow(), batch_size=None, num_workers=workers)
+    begin = time.monotonic()
+    for number, item in enumerate(loader):
+        assert item == number and loader.waiting_since is None
+        time.sleep(0.02)
+    assert 0.05 * 5 - 0.02 * 5 * workers <= loader.waited_s <= time.monotonic() - begin - 0.02 * 5
+
+
+def test_the_first_signal_to_all_processes_of_a_job_costs_no_batch():
+    loader = TimedLoader(Slow(), batch_size=None, num_workers=1)
+    items = iter(loader)
+    assert next(items) == 0
+    (process,) = multiprocessing.active_children()
+    os.kill(process.pid, signal.SIGUSR1)  # type: ignore[arg-type]
+    os.kill(process.pid, signal.SIGTERM)  # type: ignore[arg-type]
+    assert list(items) == [1, 2, 3, 4]
+
+
+def test_throughput_counts_all_that_is_heard(data: Path, tmp_path: Path):
+    """Two examples of one second a step; the ledger sleeps, so that the speed is known from above."""
+    run, logger = tmp_path / "run", "lightning.pytorch.loggers.CSVLogger"
+    options = (f"--trainer.logger={logger}", "--trainer.log_every_n_steps=2", f"--trainer.logger.save_dir={run}")
+    assert main(arguments(data, run, *options, lasts_s=0.05)) == 0
+    (file,) = run.rglob("metrics.csv")
+    rows = [row for row in csv.DictReader(file.open()) if row.get("speed/examples_per_s")]
+    assert [int(row["step"]) for row in rows] == [1, 3, 5, 7]
+    for number, row in enumerate(rows, 1):
+        assert float(row["train/audio_hours"]) == pytest.approx(number * 4 / 3600)
+        assert 0 < float(row["speed/examples_per_s"]) < 2 / 0.05
+        assert float(row["speed/frames_per_s"]) == pytest.approx(50 * float(row["speed/examples_per_s"]), rel=1e-4)
+        assert 0 <= float(row["speed/data_share"]) < 1 and 0.05 < float(row["speed/peak_memory_gb"]) < 50
+        assert not row.get("speed/mfu")  # no peak is known of a CPU
+
+
+def test_the_peak_of_a_device_is_known_or_left_out(monkeypatch: pytest.MonkeyPatch):
+    device = torch.device("cuda")
+    assert peak_flop(torch.device("cpu"), "bf16-mixed") is None
+    for name, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-40GB": 312e12, "GeForce RTX 1": None}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert peak_flop(device, "bf16-mixed") == peak and peak_flop(device, "32-true") is None

@@ -1,0 +1,303 @@
+"""A run that is interrupted, however it is, ends as one that is not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_data import make_data_codec, write_shards
+from helpers_resume import arguments, differences, ledger, make_data, outcome
+
+from magnet_train.__main__ import main
+from magnet_train.callbacks.preemption import Preempted, Preemption
+from magnet_train.resume import Layout, newest_whole_checkpoint
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def twins(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Path]:
+    """Undisturbed runs by their options, made once."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    class Made(dict):
+        def __missing__(self, options: tuple[str, ...]) -> Path:
+            run = tmp_path_factory.mktemp("twin") / "run"
+            assert main(arguments(data, run, *options)) == 0
+            self[options] = run
+            return run
+
+    return Made(made)
+
+
+def equal(twin: Path, run: Path) -> bool:
+    """Every batch of both, and both ends."""
+    assert differences(outcome(twin), outcome(run)) == []
+    assert ledger(twin) == ledger(run)
+    return True
+
+
+def stopped(data: Path, run: Path, *options: str, **where: Any) -> None:
+    with pytest.raises(RuntimeError, match="as planned"):
+        main(arguments(data, run, *options, **where))
+
+
+# --- wherever it stops --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("workers", "accumulated", "stop_at"), [(0, 1, 0), (2, 1, 5), (2, 3, 23)])
+def test_a_run_that_stops_anywhere_ends_like_its_twin(
+    workers: int, accumulated: int, stop_at: int, data: Path, twins: Any, tmp_path: Path
+):
+    """Between checkpoints, which are written at every second step; before the first one, and in the last step."""
+    options = f"--data.num_workers={workers}", f"--trainer.accumulate_grad_batches={accumulated}"
+    stopped(data, tmp_path / "run", *options, stop_at=stop_at)
+    assert main(arguments(data, tmp_path / "run", *options)) == 0
+    assert equal(twins[options], tmp_path / "run")
+
+
+def test_a_checkpoint_between_two_steps_loses_no_gradient(data: Path, twins: Any, tmp_path: Path):
+    options = ("--data.num_workers=0", "--trainer.accumulate_grad_batches=3")
+    stopped(data, tmp_path / "run", *options, "--checkpoint.every_n_train_steps=100", save_at=13, stop_at=14)
+    assert [p.name for p in tmp_path.rglob("*.ckpt")] == ["between.ckpt"]
+    assert main(arguments(data, tmp_path / "run", *options)) == 0
+    assert equal(twins[options], tmp_path / "run")
+
+
+def validations(run: Path) -> list[str]:
+    return (run / "ledger.validations").read_text().splitlines()
+
+
+def test_no_validation_is_skipped(data: Path, twins: Any, tmp_path: Path):
+    """Also one that a run was killed in, right after the checkpoint of the step before it."""
+    options = ("--trainer.val_check_interval=8", "--trainer.accumulate_grad_batches=2")
+    stopped(data, tmp_path / "run", *options, stop_in_validation=4)
+    # Resumed, it saves step 4 once more, one batch later; the validation before it is done and counts once.
+    stopped(data, tmp_path / "run", *options, stop_at=9)
+    assert main(arguments(data, tmp_path / "run", *options)) == 0
+    assert validations(tmp_path / "run") == validations(twins[options])
+    assert len(validations(twins[options])) == 2
+    assert equal(twins[options], tmp_path / "run")
+
+
+def test_a_signal_in_the_last_batch_of_an_epoch_skips_no_validation(data: Path, twins: Any, tmp_path: Path):
+    """Where validations come at the end of epochs, of 5 batches and 3 steps."""
+    options = (
+        "--trainer.limit_train_batches=5", "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=1.0",
+        "--trainer.accumulate_grad_batches=2",
+    )  # fmt: skip
+    with pytest.raises(Preempted):
+        main(arguments(data, tmp_path / "run", *options, signal_at=4, signal=int(signal.SIGTERM)))
+    assert main(arguments(data, tmp_path / "run", *options)) == 0
+    assert validations(tmp_path / "run") == validations(twins[options])
+    assert equal(twins[options], tmp_path / "run")
+
+
+def test_the_last_validation_is_made_up_for(data: Path, tmp_path: Path):
+    stopped(data, tmp_path / "run", "--trainer.val_check_interval=8", stop_in_validation=8)
+    assert main(arguments(data, tmp_path / "run", "--trainer.val_check_interval=8")) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["metrics"]["val/ce"]["after"] > 0 and len(validations(tmp_path / "run")) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--kills=5", "--workers=2"], ["--kills=1", "--workers=0", "--ranks=2"]])
+def test_a_run_killed_at_random_moments_ends_like_its_twin(options: list[str]):
+    script = Path(__file__).with_name("kill_and_resume.py")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(script.parent)])}
+    done = subprocess.run([sys.executable, script, *options], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+# --- signals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "accumulated", "at"), [(signal.SIGUSR1, 1, 3), (signal.SIGTERM, 3, 13)])
+def test_a_signal_saves_and_stops(
+    number: signal.Signals, accumulated: int, at: int, data: Path, twins: Any, tmp_path: Path, capsys: Any
+):
+    options = ("--data.num_workers=0", f"--trainer.accumulate_grad_batches={accumulated}")
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+    with pytest.raises(Preempted) as ended:
+        every = "--checkpoint.every_n_train_steps=100"
+        main(arguments(data, tmp_path / "run", *options, every, signal_at=at, signal=int(number)))
+    assert ended.value.code == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "stopped at step" in line]
+    assert len(lines) == 1 and number.name in lines[0] and "last.ckpt" in lines[0] and "--ckpt_path auto" in lines[0]
+    assert max(batch for batch, _ in ledger(tmp_path / "run")) == at
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert outcome(tmp_path / "run")["step"] == (at + 1) // accumulated
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert main(arguments(data, tmp_path / "run", *options)) == 0
+    assert equal(twins[options], tmp_path / "run") and (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(data: Path, tmp_path: Path, caplog: Any):
+    """A real launch; before that, a bad loss on the other rank alone makes both leave out the step."""
+    options = ("--trainer.devices=2", "--trainer.strategy=ddp", "--checkpoint.every_n_train_steps=100")
+    told = {"signal_at": 4, "signal": int(signal.SIGUSR1), "bad_losses": (2,)}
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-m", "magnet_train", *arguments(data, tmp_path / "run", *options, **told)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
+        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "stopped at step 5 by a signal to another rank" in done.stdout
+    assert "step 2 left out, rank 0: loss nan" in done.stderr
+    assert "step 2 left out, rank 1: gradients" in done.stderr
+    lines = ledger(tmp_path / "run")
+    assert sorted(lines) == [(batch, rank) for batch in range(5) for rank in range(2)]
+    with caplog.at_level("INFO"):
+        assert main(arguments(data, tmp_path / "run")) == 0
+    (line,) = [r.getMessage() for r in caplog.records if "bit-equal" in r.getMessage()]
+    assert "saved on 2 ranks" in line and "example 20 of 20" in line
+    assert sorted(set(ledger(tmp_path / "run")) - set(lines)) == [(10, 0), (11, 0), (12, 0)]
+
+
+def test_a_second_signal_ends_at_once():
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGTERM, Preemption()._note)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_under_slurm_lightning_saves_and_requeues(
+    data: Path, twins: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With a stand-in for scontrol; only that its handler waits for the end of the batch is ours."""
+    options = ("--data.num_workers=0", "--trainer.accumulate_grad_batches=1")
+    twin = twins[options]
+    called = tmp_path / "called"
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {called}\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    with monkeypatch.context() as slurm:
+        for name, value in {"JOB_ID": "7", "JOB_NAME": "fit", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}.items():
+            slurm.setenv(f"SLURM_{name}", value)
+        slurm.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        run = arguments(data, tmp_path / "run", *options, signal_at=3, signal=int(signal.SIGUSR1))
+        with pytest.raises(Preempted):
+            main(run)
+        assert called.read_text() == "requeue 7\n"
+        assert (tmp_path / "run" / "hpc_ckpt_1.ckpt").is_file()
+        with pytest.raises(Preempted):  # a second time: it goes on from the first, and one file is enough
+            main(arguments(data, tmp_path / "run", *options, signal_at=5, signal=int(signal.SIGUSR1)))
+        assert [p.name for p in (tmp_path / "run").glob("hpc*")] == ["hpc_ckpt_2.ckpt"]
+        assert main(arguments(data, tmp_path / "run", *options)) == 0
+    assert equal(twin, tmp_path / "run")
+
+
+# --- which checkpoint ---------------------------------------------------------------------------------------------
+
+
+def write(path: Path, step: int) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"global_step": step, "weights": torch.arange(5000.0)}, path)
+    return path
+
+
+def test_auto_takes_the_newest_that_is_whole(tmp_path: Path):
+    assert newest_whole_checkpoint([tmp_path]) is None
+    best, last = write(tmp_path / "a" / "best.ckpt", 90), write(tmp_path / "a" / "last.ckpt", 100)
+    os.utime(last, (0, 0))  # copied with another time: steps count
+    assert newest_whole_checkpoint([tmp_path, tmp_path / "a"]) == last
+    whole = last.read_bytes()
+    middle = whole.index(torch.arange(2500.0, 2600.0).numpy().tobytes())
+    altered = whole[:middle] + b"\xff" + whole[middle + 1 :]
+    assert torch.load(last, weights_only=True)
+    for damaged in (b"", b"no zip", whole[:100], whole[: len(whole) // 2], whole[:-1], altered):
+        last.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="passed over: .*last.ckpt"):
+            assert newest_whole_checkpoint([tmp_path]) == best
+
+
+def test_auto_executes_nothing(tmp_path: Path):
+    class Harm:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    torch.save({"global_step": 1, "x": Harm()}, tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match="passed over: .*last.ckpt"):
+        assert newest_whole_checkpoint([tmp_path]) is None
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_truncated_checkpoint_costs_only_what_came_after_the_one_before(data: Path, twins: Any, tmp_path: Path):
+    options = ("--data.num_workers=0", "--trainer.accumulate_grad_batches=1")
+    stopped(data, tmp_path / "run", *options, "--checkpoint.save_top_k=-1", stop_at=5)
+    for name in ("last.ckpt", "step=0000004.ckpt"):
+        path = tmp_path / "run" / "checkpoints" / name
+        path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.warns(UserWarning, match="passed over") as caught:
+        assert main(arguments(data, tmp_path / "run", *options)) == 0
+    named = [str(w.message) for w in caught if "passed over" in str(w.message)]
+    assert sum("last.ckpt" in n for n in named) == sum("0000004" in n for n in named) == 1
+    assert equal(twins[options], tmp_path / "run")
+
+
+def test_resumes_write_no_further_versions_of_the_last_checkpoint(data: Path, tmp_path: Path):
+    with pytest.raises(Preempted):
+        main(arguments(data, tmp_path / "run", signal_at=1, signal=int(signal.SIGTERM)))
+    stopped(data, tmp_path / "run", stop_at=5)
+    assert [p.name for p in tmp_path.rglob("last*.ckpt")] == ["last.ckpt"]
+
+
+# --- whose checkpoint ---------------------------------------------------------------------------------------------
+
+
+def test_what_another_run_left_is_refused(data: Path, tmp_path: Path, capsys: Any):
+    stopped(data, tmp_path / "run", stop_at=3)
+    other = make_data_codec(tmp_path / "other" / "codec", seed=1)
+    write_shards(tmp_path / "other" / "train", other, (5, 3, 4))
+    write_shards(tmp_path / "other" / "validation", other, (2,))
+    write_shards(tmp_path / "fewer", str(data / "codec"), (5, 3))
+    changed = [
+        (["--model.network.context=9"], "context=9 (there 5)"),
+        ([f"--data.train={tmp_path / 'fewer'}"], "other shards"),
+        (
+            [f"--model.codec={other}", f"--data.train={tmp_path / 'other' / 'train'}",
+             f"--data.validation={tmp_path / 'other' / 'validation'}"], "codec",
+        ),
+    ]  # fmt: skip
+    for options, says in changed:
+        capsys.readouterr()
+        assert main(arguments(data, tmp_path / "run", *options)) == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+        assert says in line and "--ckpt_path" in line
+    assert main(arguments(data, tmp_path / "run")) == 0  # nothing was lost
+
+
+# --- on other ranks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", range(1, 6))
+@pytest.mark.parametrize("accumulated", [1, 2, 3])
+def test_as_many_examples_on_other_ranks(ranks: int, accumulated: int):
+    """Never more than were done, less than one step fewer, and whole steps."""
+    before, now = Layout(3, 4, 2, 0), Layout(ranks, 4, accumulated, 0)
+    for done in range(0, 60, 2):
+        batches = now.batches(done, before)
+        missing = done * 3 * 4 - batches * ranks * 4
+        assert 0 <= missing < ranks * 4 * accumulated and batches % accumulated == 0
+
+
+def test_another_layout_goes_on_at_the_same_example_and_says_so(data: Path, tmp_path: Path, caplog: Any):
+    stopped(data, tmp_path / "run", stop_at=5)  # saved after 4 batches of 2
+    with caplog.at_level("INFO"):
+        assert main(arguments(data, tmp_path / "run", "--data.batch_size=1")) == 0
+    (line,) = [r.getMessage() for r in caplog.records if "bit-equal" in r.getMessage()]
+    assert "example 8 of 8" in line and "1 ranks x 1 examples" in line and "1 ranks x 2 examples" in line
+    lines = (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
+    assert [json.loads(x)["batch"] for x in lines] == [0, 1, 2, 3, 4, 8, 9, 10, 11]
