@@ -209,7 +209,7 @@ def row(m: Measured) -> str:
     def cell(value: float | None, form: str, width: int) -> str:
         return f"{'' if value is None else format(value, form):>{width}}"
 
-    name = m.name + (f", context {m.settings['context']}" if "context" in m.settings and "over" not in m.name else "")
+    name = m.name + (f", context {m.settings['context']}" if m.name.startswith("attention, f") else "")
     return (
         f"{name:<42}{m.median_s:>9.4g}s{f'{m.min_s:.3g} … {m.max_s:.3g}':>20}{cell(m.peak_mb, '.0f', 9)}"
         f"{cell(None if m.flop is None else m.flop / 1e9, '.1f', 8)}{cell(m.share_of_limit, '.0%', 7)}"
