@@ -184,7 +184,9 @@ def test_stages_of_their_own_are_trained_as_each_alone(module):
         for i in range(len(captions))
     ]
     total = sum(one.ce.sum() for one in alone) / sum(one.count.sum() for one in alone)
-    assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-6) and logged["train/loss"] == float(loss.detach())
+    assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-6) and logged["train/loss"] == float(
+        loss.detach()
+    )
     assert {n for n in logged if n.startswith("train/ce")} == {f"train/ce/stage{stage}" for *_, stage, _ in parts}
     own, expected = (torch.autograd.grad(x, [*module.network.parameters()]) for x in (loss, total))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(own, expected, strict=True))
