@@ -82,6 +82,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
 
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged has been summed over ranks already
     gc.disable()  # what these imports make stays for good: looking through it again and again takes seconds
     try:
         from lightning.pytorch.callbacks import ModelCheckpoint

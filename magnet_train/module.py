@@ -295,7 +295,7 @@ class MagnetModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config
-        settings: dict[str, Any] = {"lr": config.lr, "betas": list(config.betas), "eps": config.eps}
+        settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
         settings["weight_decay"] = config.weight_decay
         if config.name == "adamw":
             # One kernel for all tensors; under a mixed precision Lightning refuses to clip gradients before it.

@@ -67,6 +67,12 @@ class Ledger(Callback):
         if count == self.save_at:
             trainer.save_checkpoint(Path(trainer.checkpoint_callback.dirpath) / "between.ckpt")  # type: ignore[union-attr]
 
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
+    ):
+        with self.file.with_suffix(".validated").open("a") as file:
+            file.writelines(f"{trainer.global_step} {trainer.global_rank} {key}\n" for key in batch["keys"])
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule):
         if trainer.is_global_zero:
             with self.file.with_suffix(".validations").open("a") as file:
