@@ -215,8 +215,8 @@ class MagnetModule(L.LightningModule):
             asked = asked.masked_fill(~valid[:, None], mask_id)
         masked = masked & valid
         # Even with all captions dropped the text takes part, so that DDP finds a gradient for every parameter.
-        text = self.text_encoder(captions)
-        logits = self.whole.masked_logits(asked, stage, *text, masked, valid if padded else None)
+        states, tokens = self.text_encoder(captions)
+        logits = self.whole.masked_logits(asked, stage, states, tokens, masked, valid if padded else None)
         return masked_cross_entropy(logits, codes[:, stage], masked)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
