@@ -82,10 +82,12 @@ def _run_lightning(verb: str, args: list[str]) -> None:
 
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged has been summed over ranks already
     gc.disable()  # what these imports make stays for good: looking through it again and again takes seconds
     try:
         from lightning.pytorch.callbacks import ModelCheckpoint
         from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+        from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
         from lightning.pytorch.utilities import rank_zero_info
 
         from magnet_train.callbacks.averaging import WeightEMA
@@ -204,6 +206,13 @@ def _run_lightning(verb: str, args: list[str]) -> None:
                 write_report(self.run_folder / "report.html", report_of_run(self.run_folder))
                 print(f"report      {self.run_folder / 'report.html'}")
 
+    StrategyRegistry.register(
+        "fsdp2",
+        ModelParallelStrategy,
+        "weights sharded over all ranks",
+        override=True,
+        save_distributed_checkpoint=False,
+    )
     _check_checkpoint(args, read_checkpoint)
     given = _option("--model.init_from", args)
     start = given if given is not None else _in_configs("init_from", args)

@@ -145,7 +145,7 @@ class Codec(nn.Module):
         return torch.stack([layer.codebook.embed for layer in self.model.quantizer.layers])
 
     def __deepcopy__(self, memo: dict) -> "Codec":
-        """Itself: it never changes, and averaged weights are kept in a deep copy of all that a module holds."""
+        """Itself: it never changes, so a copy of what holds it needs none of its own."""
         return self
 
     def train(self, mode: bool = True) -> "Codec":

@@ -73,7 +73,7 @@ class TextEncoder(nn.Module):
         return next(self.model.parameters()).device
 
     def __deepcopy__(self, memo: dict) -> "TextEncoder":
-        """Itself: it never changes, and averaged weights are kept in a deep copy of all that a module holds."""
+        """Itself: it never changes, so a copy of what holds it needs none of its own."""
         return self
 
     def train(self, mode: bool = True) -> "TextEncoder":

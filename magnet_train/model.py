@@ -274,6 +274,22 @@ class Magnet(nn.Module):
         """`… d` -> `… c`: only the head of `stage` is computed, and only at the frames given."""
         return F.linear(features, self.head[stage])
 
+    def masked_logits(
+        self, codes: Tensor, stage: int, states: Tensor, allowed: Tensor, masked: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
+        """What training asks for, in one call: logits of codebook `stage` at the n frames of `masked`, `n c`.
+
+        Args:
+            codes: `b k t`, as of `trunk`.
+            stage: 0 … K-1.
+            states: of a text encoder, as of `remember`.
+            allowed: likewise.
+            masked: `b t` bool.
+            valid: as of `trunk`.
+        """
+        features = self.trunk(codes, stage, self.remember(states, allowed), valid)
+        return self.logits(features[masked], stage)
+
     def forward(self, codes: Tensor, stage: int, text: TextMemory | None, valid: Tensor | None = None) -> Tensor:
         """Logits of codebook `stage` at every frame: `b k t` -> `b t c`. Arguments as of `trunk`."""
         return self.logits(self.trunk(codes, stage, text, valid), stage)

@@ -21,6 +21,7 @@ from magnet_train.pretrained import absolute_path
 from magnet_train.release import Trained, check_stamp, check_weights
 from magnet_train.resume import check_same_network
 from magnet_train.schedule import cosine_factor, inverse_sqrt_factor
+from magnet_train.sharding import is_sharded, shard, whole_copy, whole_tensor
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,31 @@ class MagnetModule(L.LightningModule):
         # In a tuple, so that the frozen encoder enters neither checkpoints nor the optimizer.
         self._frozen: tuple[TextEncoder, ...] = ()
         self._generator: Any = None
+        self._whole: tuple[Magnet, ...] = ()
+
+    def configure_model(self) -> None:
+        """Shards the weights under Lightning's ModelParallelStrategy (FSDP2), over all ranks whatever its sizes say.
+
+        Raises:
+            UserError: for what does not work with shards.
+        """
+        if self.device_mesh is None or is_sharded(self.network):
+            return
+        if self.trainer.precision not in ("32-true", "bf16-mixed"):
+            raise UserError(
+                f"precision={self.trainer.precision}: with sharded weights give --trainer.precision bf16-mixed, or 32"
+            )
+        if self.optimizer_config.name == "dadapt_adam":
+            raise UserError(
+                "optimizer name=dadapt_adam: its step size is a sum over all weights, which are sharded here; use "
+                "--model.optimizer.name adamw --model.optimizer.lr 1e-4, or --trainer.strategy ddp"
+            )
+        if self.trainer.strategy._save_distributed_checkpoint:  # type: ignore[attr-defined]
+            raise UserError(
+                "ModelParallelStrategy: save_distributed_checkpoint=true writes folders that nothing else here reads; "
+                "set it to false, or give --trainer.strategy fsdp2, which is the same without"
+            )
+        shard(self.network, self.device_mesh.device_type)
 
     def setup(self, stage: str) -> None:
         if not self._frozen:
@@ -170,6 +196,11 @@ class MagnetModule(L.LightningModule):
     def text_encoder(self) -> TextEncoder:
         """The frozen encoder of captions; loaded by `setup`."""
         return self._frozen[0]
+
+    @property
+    def whole(self) -> Magnet:
+        """The network, which under FSDP2 is a copy with all weights while the module is evaluated."""
+        return self._whole[0] if self._whole else self.network
 
     def stage_loss(self, batch: Batch, captions: list[str], stage: int, masked: Tensor) -> MaskedLoss:
         """Loss of one stage under given masks.
@@ -188,11 +219,11 @@ class MagnetModule(L.LightningModule):
         padded = not bool(valid.all())
         if padded:
             asked = asked.masked_fill(~valid[:, None], mask_id)
-        # Even with all captions dropped the text takes part, so that DDP finds a gradient for every parameter.
-        text = self.network.remember(*self.text_encoder(captions))
-        features = self.network.trunk(asked, stage, text, valid if padded else None)
         masked = masked & valid
-        return masked_cross_entropy(self.network.logits(features[masked], stage), codes[:, stage], masked)
+        # Even with all captions dropped the text takes part, so that DDP finds a gradient for every parameter.
+        states, tokens = self.text_encoder(captions)
+        logits = self.whole.masked_logits(asked, stage, states, tokens, masked, valid if padded else None)
+        return masked_cross_entropy(logits, codes[:, stage], masked)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         count = self.trainer.fit_loop.epoch_loop.total_batch_idx
@@ -234,11 +265,18 @@ class MagnetModule(L.LightningModule):
             loss = self.stage_loss(batch, batch["captions"], stage, torch.stack(masks).to(self.device))
             self.fixed_masks.update(stage, torch.tensor(rates, device=self.device), loss)
 
+    def on_validation_epoch_start(self) -> None:
+        """After the callbacks, so that the copy is of averaged weights."""
+        if is_sharded(self.network):
+            self._whole = (whole_copy(self.network),)
+
     def on_validation_epoch_end(self) -> None:
+        self._whole = ()
         self.log_dict(self.fixed_masks.compute())
         self.fixed_masks.reset()
 
     test_step = validation_step
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -260,7 +298,7 @@ class MagnetModule(L.LightningModule):
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             norms = [p.grad.norm() for p in self.network.parameters() if p.grad is not None] or [torch.tensor(0.0)]
-            self.log("train/grad_norm", torch.linalg.vector_norm(torch.stack(norms)))
+            self.log("train/grad_norm", whole_tensor(torch.linalg.vector_norm(torch.stack(norms))))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Any:
         """Audio for every caption of a batch, each item with noise of its own."""
@@ -270,7 +308,7 @@ class MagnetModule(L.LightningModule):
         if self._generator is None:
             codec = load_codec(self.codec_name).to(self.device)
             decoding = DecodingConfig(span_len=self.span_len)
-            self._generator = Generator(self.network, codec, self.text_encoder, decoding, self.crop_s)
+            self._generator = Generator(self.whole, codec, self.text_encoder, decoding, self.crop_s)
         result = self._generator.generate(batch["captions"], self.seed, batch["keys"])
         return {"wav": result.wav, "sample_rate": result.sample_rate}
 
@@ -279,8 +317,9 @@ class MagnetModule(L.LightningModule):
         settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
         settings["weight_decay"] = config.weight_decay
         if config.name == "adamw":
-            # One kernel for all tensors; Lightning's fp16 scaler cannot clip gradients before it.
-            fused = self.trainer.precision != "16-mixed"
+            # One kernel for all tensors; under a mixed precision Lightning refuses to clip gradients before it.
+            clips = bool(self.trainer.gradient_clip_val)  # type: ignore[attr-defined]
+            fused = not (clips and str(self.trainer.precision).endswith("-mixed"))
             optimizer = torch.optim.AdamW(self.network.parameters(), fused=fused, **settings)
         else:
             optimizer = _dadaptation().DAdaptAdam(self.network.parameters(), decouple=True, **settings)

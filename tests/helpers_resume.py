@@ -16,20 +16,24 @@ class Ledger(Callback):
     """Writes down what each batch was and what came of it, and disturbs the run where it is told to."""
 
     def __init__(
-        self, file: str, stop_at: int = -1, stop_rank: int = -1, stop_in_validation: int = -1, save_at: int = -1,
+        self, file: str, stop_at: int = -1, stop_in_validation: int = -1, save_at: int = -1,
         bad_losses: tuple[int, ...] = (), bad_gradients: tuple[int, ...] = (),
         signal_at: int = -1, signal: int = 0, lasts_s: float = 0.0,
+        stop_rank: int = -1,
     ):  # fmt: skip
-        """Batches are counted from 0 over the whole run, validations by the step before them; -1 = never, any rank."""
+        """Batches are counted from 0 over the whole run, validations by the step before them; -1 = never.
+
+        It stops on every rank, or on `stop_rank` alone.
+        """
         self.file, self.stop_at, self.stop_in_validation, self.save_at = (
             Path(file),
             stop_at,
             stop_in_validation,
             save_at,
         )
-        self.stop_rank = stop_rank
         self.bad_losses, self.bad_gradients = bad_losses, bad_gradients
         self.signal_at, self.signal, self.lasts_s = signal_at, signal, lasts_s
+        self.stop_rank = stop_rank
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int):
         count = trainer.fit_loop.total_batch_idx
@@ -48,7 +52,7 @@ class Ledger(Callback):
             next(p for p in pl_module.parameters() if p.grad is not None).grad.fill_(float("inf"))  # type: ignore[union-attr]
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any):
-        if trainer.global_step == self.stop_in_validation:
+        if trainer.global_step == self.stop_in_validation and self.stop_rank in (-1, trainer.global_rank):
             raise RuntimeError("as planned")
 
     def on_train_batch_end(
@@ -62,6 +66,12 @@ class Ledger(Callback):
             file.write(json.dumps(line) + "\n")
         if count == self.save_at:
             trainer.save_checkpoint(Path(trainer.checkpoint_callback.dirpath) / "between.ckpt")  # type: ignore[union-attr]
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
+    ):
+        with self.file.with_suffix(".validated").open("a") as file:
+            file.writelines(f"{trainer.global_step} {trainer.global_rank} {key}\n" for key in batch["keys"])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule):
         if trainer.is_global_zero:

@@ -14,23 +14,28 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 
-def attempt(arguments: list[str], log: Path) -> int:
+def attempt(arguments: list[str], log: Path, environment: Mapping[str, str] | None = None) -> int:
     """Starts the command in a new process group; returns its id."""
     child = os.fork()
     if child:
         return child
     os.setsid()
+    os.environ.update(environment or {})
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))  # a test's would catch what is said
     status = 1
     try:
         from magnet_train.__main__ import main
 
         status = main(arguments)
+    except SystemExit as end:
+        status = int(end.code or 0)
     except BaseException:
         import traceback
 

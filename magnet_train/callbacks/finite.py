@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from magnet_train.errors import UserError
+from magnet_train.sharding import whole_tensor
 
 
 class FiniteGuard(Callback):
@@ -60,7 +61,7 @@ class FiniteGuard(Callback):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         is_finite = losses.isfinite().all()
         if getattr(trainer.precision_plugin, "scaler", None) is None:
-            is_finite = is_finite & torch.nn.utils.get_total_norm(gradients).isfinite()
+            is_finite = is_finite & whole_tensor(torch.nn.utils.get_total_norm(gradients)).isfinite()
         if trainer.strategy.reduce_boolean_decision(bool(is_finite)):
             self.in_a_row = 0
             return

@@ -1,0 +1,78 @@
+"""FSDP2: each rank holds a part of every weight, and the whole of a block only while it computes with it.
+
+A pass through sharded weights is a collective: all ranks must make it, as often as each other. Training does;
+validation, whose batches are not as many on every rank, and decoding run on a whole copy (`whole_copy`).
+
+Everything here holds for plain weights too: they are their own only part.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from magnet_train.model import Magnet
+
+
+def shard(network: Magnet, device_type: str) -> None:
+    """Deal out the weights to all ranks, in place; names stay as they are, and so do the numbers but for the order of
+    sums over ranks.
+
+    Weights travel in the precision in which they are stored, and autocast rounds them where it does without shards:
+    so a mixed precision is the same as under DDP, float32 positions and norms included.
+
+    Args:
+        network: the same on every rank, compiled or not.
+        device_type: of the ranks' devices, "cuda" or "cpu".
+    """
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    # The text's keys and values of all blocks are made before the first block: their weights come and go together.
+    fully_shard([block.cross_attention.kv for block in network.blocks], mesh=mesh)
+    for block in network.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    register_fsdp_forward_method(network, "masked_logits")
+
+
+def is_sharded(network: nn.Module) -> bool:
+    return isinstance(network, FSDPModule)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this rank, as a plain tensor that shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor, on every rank; a collective if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_on_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a checkpoint holds them: sharded ones whole, on the CPU, and on the first rank alone; a collective.
+
+    One after another, so that a device never has more than one of them.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            found[name] = tensor
+        elif dist.get_rank() == 0:
+            found[name] = tensor.full_tensor().cpu()
+        else:
+            tensor.full_tensor()
+    return found
+
+
+@torch.no_grad()
+def whole_copy(network: Magnet) -> Magnet:
+    """A plain network of the same weights, whole on every rank and beside the shards; a collective."""
+    with torch.device("meta"):
+        copy = Magnet(network.config)
+    copy.text_multiple = network.text_multiple
+    copy.load_state_dict({name: whole_tensor(weight) for name, weight in network.state_dict().items()}, assign=True)
+    return copy.train(network.training)

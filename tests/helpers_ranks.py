@@ -1,0 +1,56 @@
+"""Several ranks on one machine: processes forked from this one, which has imported all they need."""
+
+import os
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from kill_and_resume import attempt, ended
+
+import magnet_train.callbacks.generation
+import magnet_train.cli
+import magnet_train.data.datamodule  # noqa: F401
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def torchrun_environment(ranks: int) -> list[dict[str, str]]:
+    """What torchrun tells each process of one node."""
+    port = str(free_port())
+    return [
+        {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+            "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
+        }
+        for rank in range(ranks)
+    ]  # fmt: skip
+
+
+def fit_on_ranks(ranks: int, arguments: list[str], log: Path, within_s: float = 120) -> tuple[list[int], str]:
+    """Runs `python -m magnet_train ARGUMENTS` on so many ranks; their exit statuses, and all that they wrote.
+
+    Nobody ends a rank because another has failed, as a launcher would.
+
+    Raises:
+        TimeoutError: if one of them hangs; none stays behind.
+    """
+    arguments = [*arguments, f"--trainer.devices={ranks}"]
+    logs = [log.with_suffix(f".{rank}.log") for rank in range(ranks)]
+    environments = torchrun_environment(ranks)
+    children = [attempt(arguments, file, own) for file, own in zip(logs, environments, strict=True)]
+    try:
+        found = [ended(child, within_s) for child in children]
+    finally:
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+    text = "".join(f"--- {file.name}\n{file.read_text()}" for file in logs)
+    statuses = [status for status in found if status is not None]
+    if len(statuses) < ranks:
+        raise TimeoutError(f"after {within_s} s: {found}\n{text[-3000:]}")
+    return statuses, text

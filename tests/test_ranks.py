@@ -1,0 +1,102 @@
+"""Several ranks under every launcher: each item once, and an end for all when one of them fails."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from helpers_ranks import fit_on_ranks, free_port
+from helpers_resume import arguments, ledger, make_data, outcome
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six shards of 3 to 5 items for training, and two items to validate."""
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def validated(run: Path) -> Counter[str]:
+    return Counter(line.split()[2] for line in (run / "ledger.validated").read_text().splitlines())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_three_ranks_of_which_one_has_nothing_to_validate(strategy: str, data: Path, tmp_path: Path):
+    """And of uneven shards each rank has as many full batches as the others."""
+    options = (f"--trainer.strategy={strategy}", "--trainer.val_check_interval=4", "--trainer.max_steps=4")
+    statuses, text = fit_on_ranks(3, arguments(data, tmp_path / "run", *options), tmp_path / "log")
+    assert statuses == [0, 0, 0], text[-3000:]
+    assert validated(tmp_path / "run") == {"item0000": 1, "item0001": 1}
+    lines = ledger(tmp_path / "run")
+    assert sorted(lines) == [(batch, rank) for batch in range(4) for rank in range(3)]
+    assert all(len(line["keys"]) == 2 for line in lines.values())
+    assert len({key for line in lines.values() for key in line["keys"]}) > 16  # ranks have shards of their own
+    assert [p.name for p in tmp_path.glob("run/checkpoints/*.ckpt") if p.stem == "last"] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "where", "rank"),
+    [
+        ("ddp", "stop_at", 0),
+        ("fsdp2", "stop_at", 1),
+        ("ddp", "stop_in_validation", 1),
+        ("fsdp2", "stop_in_validation", 0),
+    ],
+)
+def test_a_rank_that_raises_ends_all(strategy: str, where: str, rank: int, data: Path, tmp_path: Path):
+    """Though no launcher ends the other; the last checkpoint stays."""
+    options = (f"--trainer.strategy={strategy}", "--trainer.val_check_interval=3")
+    given = arguments(data, tmp_path / "run", *options, **{where: 3}, stop_rank=rank)
+    statuses, text = fit_on_ranks(2, given, tmp_path / "log")
+    assert 0 not in statuses and text.count("RuntimeError: as planned") == 1
+    assert outcome(tmp_path / "run")["step"] == 2
+
+
+def environment(**more: str) -> dict[str, str]:
+    tests = Path(__file__).parent
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])} | more
+
+
+def is_one_run(run: Path) -> bool:
+    """Of two ranks, 4 steps and a validation."""
+    assert validated(run) == {"item0000": 1, "item0001": 1}
+    assert sorted(ledger(run)) == [(batch, rank) for batch in range(4) for rank in range(2)]
+    assert outcome(run)["step"] == 4 and (run / "summary.json").is_file()
+    assert [p.name for p in run.parent.iterdir() if p.is_dir()] == ["run"]
+    return True
+
+
+LAUNCHED = ("--trainer.devices=2", "--trainer.max_steps=4", "--trainer.val_check_interval=4")
+
+
+@pytest.mark.slow
+def test_torchrun_launches_it(data: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    command += ["-m", "magnet_train", *arguments(data, tmp_path / "run", "--trainer.strategy=fsdp2", *LAUNCHED)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert is_one_run(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_srun_launches_it(data: Path, tmp_path: Path):
+    """Two processes with what srun tells each of them."""
+    command = [sys.executable, "-m", "magnet_train"]
+    command += arguments(data, tmp_path / "run", "--trainer.strategy=ddp", *LAUNCHED)
+    job = {
+        "SLURM_JOB_ID": "123456", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    tasks = []
+    for rank in ("0", "1"):
+        own = environment(**job, SLURM_PROCID=rank, SLURM_LOCALID=rank)
+        with (tmp_path / f"{rank}.log").open("w") as log:
+            tasks.append(subprocess.Popen(command, env=own, stdout=log, stderr=log, cwd=tmp_path))
+    try:
+        statuses = [task.wait(timeout=300) for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert statuses == [0, 0], "".join(p.read_text()[-3000:] for p in tmp_path.glob("*.log"))
+    assert is_one_run(tmp_path / "run")
