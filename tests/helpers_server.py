@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,8 @@ class FaultyServer:
                     self.wfile.write(half if fault == "cut" else half + bytes(len(content) - len(half)))
 
             def handle(self) -> None:
-                try:
+                with suppress(OSError):
                     super().handle()
-                except OSError:
-                    pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True

@@ -9,11 +9,12 @@ import errno
 import json
 import multiprocessing
 import shutil
+import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,7 +145,7 @@ def test_joined_sets_are_one_set_of_the_same_shards(
     """However they are dealt out: the same counts, fingerprint, and order of training and validation."""
     cuts = sorted(data.draw(st.sets(st.integers(1, len(COUNTS) - 1))))
     borders = [0, *cuts, len(COUNTS)]
-    parts = [list(range(a, b)) for a, b in zip(borders, borders[1:], strict=False)]
+    parts = [list(range(a, b)) for a, b in pairwise(borders)]
     names = split(folder, parts, tmp_path_factory.mktemp("split"))
     whole = ShardSet.open(folder)
     root = Path(names[0]).parent
@@ -257,15 +258,15 @@ def test_other_stores_by_what_stands_for_them(folder: Path):
 
 
 def test_what_a_store_needs_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
     for name in ("s3://music/train", "s3://music/train_*"):
         text = refusal(ShardSet.open, name)
-        assert "pip install s3fs" in text and name in text
+        assert "pip install 'magnet-train[s3]'" in text and name in text
     assert "nfs://music" in refusal(ShardSet.open, "nfs://music")
 
 
 @pytest.mark.parametrize("faults", [["503", "503"], ["cut"], ["reset"], ["hang"], ["429", "cut", "500"], ["other"]])
-def test_what_passes_is_waited_for(faults: list[str], server: FaultyServer, folder: Path):
+def test_what_passes_is_waited_for(faults: list[str], server: FaultyServer):
     found = ShardSet.open(f"{server.address}/train")
     server.faults[shard(1)] = list(faults)
     seen = server.during(lambda: found.read(1))
@@ -277,8 +278,8 @@ def test_what_passes_is_waited_for(faults: list[str], server: FaultyServer, fold
 @pytest.mark.parametrize(
     ("fault", "says", "tries"),
     [
-        ("404", "not there", 1), ("403", "may not be read", 1), ("401", "may not be read", 1), ("other", "its bytes", 2),
-        ("503", "cannot be reached (503", None), ("reset", "cannot be reached", None),
+        ("404", "not there", 1), ("403", "may not be read", 1), ("401", "may not be read", 1),
+        ("other", "its bytes", 2), ("503", "cannot be reached (503", None), ("reset", "cannot be reached", None),
         ("cut", "cannot be reached", None), ("hang", "cannot be reached (no answer", None),
     ],
 )  # fmt: skip
@@ -298,7 +299,7 @@ def test_what_does_not_pass_is_named(fault: str, says: str, tries: int | None, s
     assert keys(EveryItemOnce(found, 50, 4)) == all_keys()  # it came back
 
 
-def test_a_damaged_file_of_the_cache_is_fetched_again(server: FaultyServer, tmp_path: Path):
+def test_a_damaged_file_of_the_cache_is_fetched_again(server: FaultyServer):
     found = ShardSet.open(f"{server.address}/train")
     whole = found.read(2)
     (path,) = places._cache().rglob("*.tar")
@@ -492,14 +493,15 @@ def test_what_goes_wrong_in_a_loader_process_is_one_line(workers: int, data: Pat
     assert line.startswith(f"error: {path}: broken")
 
 
-def test_two_ranks_train_on_from_a_server_that_misses_a_shard(data: Path, tmp_path: Path, monkeypatch: Any):
+def test_two_ranks_train_on_from_a_server_that_misses_a_shard(data: Path, tmp_path: Path):
     """With loader processes; one item to validate, so that a rank has none; what is left out is in the log."""
     store = FaultyServer(data)
     store.always["train/shard-000002.tar"] = "503"  # four items
     options = [
         "--trainer.devices=2", "--trainer.strategy=ddp_fork", f"--data.train={store.address}/train",
         f"--data.validation={store.address}/one", "--data.num_workers=2", "--trainer.val_check_interval=4",
-        "--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'run'}", "--trainer.log_every_n_steps=4", "--trainer.max_steps=12",
+        "--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'run'}", "--trainer.max_steps=12",
+        "--trainer.log_every_n_steps=4",
     ]  # fmt: skip
     write_shards(data / "one", str(data / "codec"), (1,))
     with warnings.catch_warnings():
@@ -523,13 +525,13 @@ def test_two_ranks_train_on_from_a_server_that_misses_a_shard(data: Path, tmp_pa
     [
         ("--data.train=http://127.0.0.1:9/train", "cannot be reached"),
         ("--data.train=part-{0..3}/{", "braces"),
-        ("--data.validation=s3://music/validation", "pip install s3fs"),
+        ("--data.validation=s3://music/validation", "pip install 'magnet-train[s3]'"),
         ("--data.validation=[validation_*, train]", "no folder matches"),
         ("--trainer.limit_val_batches=0.5", "limit_val_batches=0.5"),
     ],
 )
 def test_mistakes_by_the_command(option: str, says: str, data: Path, tmp_path: Path, capfd: Any, monkeypatch: Any):
-    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
     assert says in mistake(capfd, arguments(data, tmp_path / "run", option))
 
 
@@ -547,13 +549,16 @@ def test_a_run_without_validation_says_so(data: Path, tmp_path: Path):
     few = ["--trainer.limit_val_batches=1", "--data.batch_size=1", "--trainer.val_check_interval=1"]
     with pytest.warns(UserWarning, match="each validation sees 1 of 2 items"):
         assert main([*args, *few]) == 0
-    assert "--data.validation" in refusal(MagnetDataModule(train=str(data / "train")).setup, "fit")
+    assert "--data.validation" in refusal(
+        MagnetDataModule(train=str(data / "train"), codec=str(data / "codec")).setup, "fit"
+    )
 
 
 @pytest.mark.parametrize(
     ("changed", "validates"),
     [
-        ({}, True), ({"val_check_interval": 11}, False), ({"val_check_interval": 11, "accumulate_grad_batches": 2}, True),
+        ({}, True), ({"val_check_interval": 11}, False),
+        ({"val_check_interval": 11, "accumulate_grad_batches": 2}, True),
         ({"max_steps": -1, "val_check_interval": 10**6}, True), ({"limit_val_batches": 0}, False),
         # Epochs: the stream has no end of its own.
         ({"check_val_every_n_epoch": 1, "val_check_interval": 1.0}, False),

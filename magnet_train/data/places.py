@@ -216,8 +216,8 @@ def _explained(address: str, error: BaseException) -> UserError:
     if isinstance(error, PermissionError) or _status(error) in (401, 403):
         return UserError(f"{address}: may not be read ({reason}); give credentials that may, or correct the address")
     if isinstance(error, ImportError):
-        package = {"s3": "s3fs", "gs": "gcsfs"}.get(address.partition("://")[0], "what it asks for")
-        return UserError(f"{address}: a package is missing ({reason}); pip install {package}")
+        extra = {"s3": "'magnet-train[s3]'", "gs": "'magnet-train[gs]'"}.get(address.partition("://")[0], "it")
+        return UserError(f"{address}: a package is missing ({reason}); pip install {extra}")
     if not _may_pass(error):
         return UserError(f"{address}: no such address ({reason}); give a folder, or s3://, gs://, http:// or https://")
     return UserError(
