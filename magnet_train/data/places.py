@@ -135,9 +135,10 @@ def read_bytes(place: str | Path, sha256: str | None) -> bytes:
     """
     if not is_address(place):
         return _checked(Path(place).read_bytes(), sha256)
+    kept = None
     # An index from elsewhere must not choose where a file is written.
-    kept = _cache() / sha256[:2] / f"{sha256}.tar" if re.fullmatch("[0-9a-f]{64}", sha256 or "") and sha256 else None
-    if kept is not None:
+    if sha256 is not None and re.fullmatch("[0-9a-f]{64}", sha256):
+        kept = _cache() / sha256[:2] / f"{sha256}.tar"
         try:
             return _checked(kept.read_bytes(), sha256)
         except (OSError, ValueError):  # not there, or damaged
@@ -196,8 +197,8 @@ def _store(address: str) -> tuple[Any, str]:
 
 def _status(error: BaseException) -> int | None:
     """HTTP status of an error; aiohttp and gcsfs call it differently."""
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    return int(status) if str(status).isdigit() else None
+    status = str(getattr(error, "status", None) or getattr(error, "code", None))
+    return int(status) if status.isdigit() else None
 
 
 def _may_pass(error: BaseException) -> bool:
