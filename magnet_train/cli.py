@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from magnet_train.assets import conf_path
-from magnet_train.errors import UserError
+from magnet_train.errors import UserError, user_error_of
 
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 
@@ -247,7 +247,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
                 "use_distributed_sampler": False,  # the data module deals out items itself, each exactly once
             },
         )
-    except (RuntimeError, FileNotFoundError, ValueError) as error:
+    except Exception as error:
         _explain(error, args)
         raise
     finally:
@@ -333,16 +333,13 @@ def _one_line(message: str) -> str:
 
 
 def _explain(error: Exception, args: list[str]) -> None:
-    """Turn Lightning's errors about files the user named into one line.
+    """Turn the user's mistakes that come wrapped, and Lightning's errors about files the user named, into one line.
 
     Raises:
         UserError: if it is such an error.
     """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UserError):
-            raise cause
-        cause = cause.__cause__
+    if (mistake := user_error_of(error)) is not None:
+        raise mistake
     text = str(error)
     for sign in ("PytorchStreamReader", "Error(s) in loading state_dict", "checkpoint", "Weights only load failed"):
         if sign in text and ("load" in text.lower() or "reader" in text.lower()):

@@ -93,7 +93,7 @@ PUBLISHED = (VGGISH, PASST_10S, PASST_20S, CLAP_MUSIC)
 
 
 def cache_dir() -> Path:
-    """Where downloaded weights lie: `MAGNET_TRAIN_CACHE`, or `~/.cache/magnet_train`."""
+    """Where what was downloaded lies, weights and shards: `MAGNET_TRAIN_CACHE`, or `~/.cache/magnet_train`."""
     return Path(os.environ.get("MAGNET_TRAIN_CACHE") or "~/.cache/magnet_train").expanduser()
 
 

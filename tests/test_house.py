@@ -24,7 +24,7 @@ FLOORS = [
     {"metrics.listeners"},
     {"data.shards", "data.pipeline", "data.timed_loader", "metrics.text_audio", "page"},
     {"metrics.vggish", "metrics.passt", "metrics.clap"},
-    {"twin", "measure", "reuse", "sharding"},
+    {"twin", "measure", "reuse", "sharding", "data.places"},
     {"model", "decoding", "conditioning", "metrics.embedders", "metrics.fixed_masks", "data.audio"},
     {"codec", "weights"},
     {"attention", "masking", "loss", "schedule", "audio_files", "metrics.fad", "metrics.kl", "metrics.chroma",

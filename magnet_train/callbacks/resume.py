@@ -92,12 +92,12 @@ class ExactResume(Callback):
         found = data.shards("train")
         if saved["codec"] != found.index["codec"]["hash"]:
             raise UserError(
-                f"--ckpt_path: trained on codes of codec {saved['codec']}, but {found.folder} holds those of "
+                f"--ckpt_path: trained on codes of codec {saved['codec']}, but {found.name} holds those of "
                 f"{found.index['codec']['hash']}; give the shards it was trained on, or begin a new run"
             )
         if saved["train"] != fingerprint(found.index):
             raise UserError(
-                f"--ckpt_path: trained on other shards than {found.folder} holds; give those it was trained on, or "
+                f"--ckpt_path: trained on other shards than {found.name} holds; give those it was trained on, or "
                 "train on with --model.init_from CHECKPOINT instead, which begins a new run with its weights"
             )
 

@@ -26,6 +26,9 @@ class Throughput(Callback):
     time, spent waiting for a batch, on this rank), `speed/peak_memory_gb` (of the GPU's allocator, or of this process
     on a CPU), and `speed/mfu` where the device's peak is known: floating-point operations that the model needs, not
     those that were done, over those the device could do at best.
+
+    And, since the process began, `data/shards_left_out` and `data/items_left_out`: what loader processes of all ranks
+    could not read, each time it was its turn.
     """
 
     def __init__(self) -> None:
@@ -37,6 +40,7 @@ class Throughput(Callback):
         self._examples = self._frames = 0
         self._waited = 0.0
         self._logged = 0
+        self._left_out = {"data/shards_left_out": 0.0, "data/items_left_out": 0.0}
 
     def state_dict(self) -> dict[str, Any]:
         return {"frames": self.frames}
@@ -64,6 +68,8 @@ class Throughput(Callback):
         self._examples += size * trainer.world_size
         self._frames += frames
         self._open += frames
+        self._left_out["data/shards_left_out"] += batch["shards_left_out"]
+        self._left_out["data/items_left_out"] += batch["items_left_out"]
         step = trainer.global_step
         if step != self._step:
             self.frames, self._open, self._step = self.frames + self._open, 0, step
@@ -84,6 +90,7 @@ class Throughput(Callback):
             flop = 3 * self._examples / trainer.world_size * _flop(pl_module, batch["valid"])
             values["speed/mfu"] = flop / spent / peak
         pl_module.log_dict(values)
+        pl_module.log_dict(self._left_out, sync_dist=True, reduce_fx="sum")
         self._logged, self._since, self._waited, self._spent = step, now, waited, 0.0
         self._examples = self._frames = 0
 

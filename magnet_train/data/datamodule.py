@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from magnet_train.assets import demo_path
@@ -12,6 +13,7 @@ from magnet_train.data.captions import CaptionAugmentation
 from magnet_train.data.pipeline import EveryItemOnce, ShardSet, TrainingStream, packed
 from magnet_train.data.timed_loader import TimedLoader
 from magnet_train.errors import UserError
+from magnet_train.resume import fingerprint
 
 
 def share_batch(global_batch_size: int, world_size: int, most: int) -> tuple[int, int]:
@@ -34,14 +36,40 @@ def share_batch(global_batch_size: int, world_size: int, most: int) -> tuple[int
     return share // accumulated, accumulated
 
 
+def never_validates(trainer: Any) -> str | None:
+    """Why a fit on an endless stream will come to its end without a validation; None if it will have one.
+
+    A validation that is due after some time is taken to come.
+    """
+    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    if trainer.limit_val_batches == 0:
+        return "trainer.limit_val_batches=0"
+    if not isinstance(interval, (int, float)) or getattr(trainer, "_val_check_time_interval", None) is not None:
+        return None
+    limit = trainer.limit_train_batches
+    epoch = limit if isinstance(limit, int) else math.inf
+    first = interval if isinstance(interval, int) else epoch
+    if every is not None and every > 1:
+        first += (every - 1) * epoch
+    last = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps >= 0 else math.inf
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        last = min(last, trainer.max_epochs * epoch)
+    if first <= last and first < math.inf:
+        return None
+    return (
+        f"the first would come after batch {first}, the run ends after {last} (inf: never); set "
+        "--trainer.check_val_every_n_epoch null and --trainer.val_check_interval to a number of batches below that"
+    )
+
+
 class MagnetDataModule(L.LightningDataModule):
     """Train, validation and test shards as loaders that deal out items to ranks themselves."""
 
     def __init__(
         self,
-        train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
+        train: list[str] | str | None = None,
+        validation: list[str] | str | None = None,
+        test: list[str] | str | None = None,
         batch_size: int = 8,
         global_batch_size: int | None = None,
         augmentation: CaptionAugmentation = CaptionAugmentation(),  # noqa: B008  frozen
@@ -54,9 +82,11 @@ class MagnetDataModule(L.LightningDataModule):
         """Where the shards are and how they are batched.
 
         Args:
-            train: folder of training shards that `tokenize` made; the embedded demo's if none of the three is given.
-            validation: folder of validation shards.
-            test: folder of test shards.
+            train: folder of training shards that `tokenize` made, here or at s3://, gs://, http:// or https://; several
+                by a pattern (shards/train_*, part-{00..07}) or as a list; some of a folder's shards by their names
+                (train/shard-{000000..000099}.tar). The embedded demo's if none of the three is given.
+            validation: the same of the validation shards.
+            test: the same of the test shards.
             batch_size: examples per batch on each device; with global_batch_size, the most that a device can hold.
             global_batch_size: examples per optimizer step over all devices. The batch per device and the number of
                 batches accumulated follow from it, and trainer.val_check_interval then counts optimizer steps.
@@ -74,8 +104,8 @@ class MagnetDataModule(L.LightningDataModule):
             raise UserError(f"data: predict_split={predict_split}: choose train, validation or test")
         demo = train is None and validation is None and test is None
         self.folders = {
-            name: str(demo_path(f"shards/{name}")) if demo else folder
-            for name, folder in (("train", train), ("validation", validation), ("test", test))
+            name: str(demo_path(f"shards/{name}")) if demo else given
+            for name, given in (("train", train), ("validation", validation), ("test", test))
         }
         if global_batch_size is not None and global_batch_size < 1:
             raise UserError(f"data: global_batch_size={global_batch_size} must be at least 1")
@@ -101,7 +131,7 @@ class MagnetDataModule(L.LightningDataModule):
             made = found.index["codec"]
             if made["hash"] != facts.hash:
                 raise UserError(
-                    f"{folder}: made with codec {made['id']!r} ({made['hash']}), but --model.codec {facts.id!r} is "
+                    f"{found.name}: made with codec {made['id']!r} ({made['hash']}), but --model.codec {facts.id!r} is "
                     f"{facts.hash}: tokenize again with it, or train with theirs"
                 )
             self._sets[split] = found
@@ -118,12 +148,26 @@ class MagnetDataModule(L.LightningDataModule):
         return round(self.crop_s * facts.frame_rate)
 
     def setup(self, stage: str) -> None:
-        """Opens the shards that the stage needs, so that mistakes show before any weight is loaded."""
+        """Opens the shards that the stage needs, so that mistakes show before any weight is loaded.
+
+        A fit that will never validate, or not on all items, says so.
+        """
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}
+        if stage == "fit" and self.trainer is not None and self.trainer.limit_val_batches == 0:
+            needed["fit"] = ["train"]
         for split in needed.get(stage, [self.predict_split]):
-            self.shards(split)
+            found = self.shards(split)
+            if self.trainer is not None:  # nodes may have copies of their own, or one of them a cached index
+                own = fingerprint(found.index)
+                if self.trainer.strategy.broadcast(own) != own:
+                    raise UserError(
+                        f"{found.name}: rank {self.trainer.global_rank} finds other shards there than rank 0; make the "
+                        "copies on all nodes alike"
+                    )
         if stage == "fit" and self.global_batch_size is not None and not self._is_shared_out:
             self._share_out(self.global_batch_size, self.trainer)
+        if stage in ("fit", "validate") and self.trainer is not None:
+            self._check_validation(self.trainer, stage)
         # Under limit_train_batches an epoch begins with a loader of its own, which goes on where the last one stopped.
         if self.trainer is not None:
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
@@ -146,6 +190,24 @@ class MagnetDataModule(L.LightningDataModule):
                 f"x {accumulated} accumulated batches"
             )
 
+    def _check_validation(self, trainer: Any, stage: str) -> None:
+        """Warns if a fit will not validate, or a validation will leave out items: nobody should believe otherwise.
+
+        Raises:
+            UserError: if it is to see a share of the batches, whose number is not known.
+        """
+        limit = trainer.limit_val_batches
+        if isinstance(limit, float) and 0 < limit < 1:
+            raise UserError(f"trainer.limit_val_batches={limit}: give a number of batches per rank, or leave it out")
+        if trainer.fast_dev_run:
+            return
+        if stage == "fit" and (reason := never_validates(trainer)):
+            rank_zero_warn(f"this run does not validate: {reason}")
+        elif isinstance(limit, int):
+            seen, number = limit * self.batch_size * trainer.world_size, self.num_items("validation")
+            if seen < number:
+                rank_zero_warn(f"each validation sees {seen} of {number} items: trainer.limit_val_batches={limit}")
+
     @property
     def workers(self) -> int:
         """Loader processes of each rank in training."""
@@ -158,12 +220,12 @@ class MagnetDataModule(L.LightningDataModule):
         available, workers = len(found.counts) // trainer.world_size, self.workers
         if available == 0:
             raise UserError(
-                f"{found.folder}: {len(found.counts)} shards for {trainer.world_size} ranks: use fewer devices, or "
+                f"{found.name}: {len(found.counts)} shards for {trainer.world_size} ranks: use fewer devices, or "
                 "tokenize with a smaller --shard_size"
             )
         if max(1, workers) > available:
             raise UserError(
-                f"{found.folder}: {len(found.counts)} shards for {trainer.world_size} ranks x {max(1, workers)} loader "
+                f"{found.name}: {len(found.counts)} shards for {trainer.world_size} ranks x {max(1, workers)} loader "
                 f"processes: set --data.num_workers {available}, use fewer devices, or tokenize "
                 "with a smaller --shard_size"
             )

@@ -7,13 +7,15 @@ workers) alone, so a resumed run skips to its place by arithmetic.
 Shapes: b examples, k codebooks, t frames.
 """
 
-import hashlib
+import fnmatch
 import io
 import json
 import math
 import tarfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, islice
@@ -26,9 +28,13 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from magnet_train.data.captions import CaptionAugmentation, augmented
+from magnet_train.data.places import find_folders, is_address, read_bytes, read_index
 from magnet_train.errors import UserError
 
 SHARDS_MIXED = 4  # shards that a worker reads and shuffles together: 1000 crops of 30 s are 14 MB
+MOST_UNREAD, MOST_WAIT_S = 100, 900.0
+"""Shards in a row, and seconds, after which a reader that could read nothing ends the run: all ranks wait for it, and
+give up by themselves after half an hour."""
 
 
 class Batch(TypedDict):
@@ -47,6 +53,10 @@ class Batch(TypedDict):
     """All fields of KEY.json."""
     references: list[dict[str, Tensor] | None]
     """Embeddings and tags of the original audio, where the shard has them and they were asked for."""
+    shards_left_out: int
+    """Shards that the loader process could not read since its last batch."""
+    items_left_out: int
+    """Items that it would have yielded from them."""
 
 
 class Item(TypedDict):
@@ -59,37 +69,49 @@ class Item(TypedDict):
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A folder of shards with its index."""
+    """Shards of one folder or of several, in the order in which they were named."""
 
-    folder: Path
+    name: str
+    """As it was given."""
     index: dict[str, Any]
+    """Of the folder; of several, or of some of its shards, no more than `codec` and `shards`."""
+    paths: list[Path | str]
+    """Of the shards, or their addresses."""
 
     @classmethod
-    def open(cls, folder: str | Path) -> "ShardSet":
-        """Read the index.
+    def open(cls, given: str | Path | Sequence[str | Path]) -> "ShardSet":
+        """Read the index of each folder that is named; `places.find_folders` says how they may be named.
 
         Raises:
-            UserError: if the folder or its index is missing, unreadable, or empty.
+            UserError: if a folder or its index is missing, unreadable, or empty; if two folders have codes of
+                different codecs; if a shard is named twice.
         """
-        folder = Path(folder).expanduser()
-        path = folder / "index.json"
-        try:
-            index = json.loads(path.read_text())
-            shards = cls(folder, index)
-            if not shards.counts or not index["codec"]["hash"]:
-                raise UserError(f"{path}: lists no shards; run tokenize again")
-        except FileNotFoundError as error:
-            has_shards = folder.is_dir() and any(folder.glob("*.tar"))
-            remedy = "run tokenize again to finish it" if has_shards else "make it with tokenize, or correct the path"
-            raise UserError(f"{path}: not there; {remedy}") from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: broken ({type(error).__name__}: {error}); run tokenize again") from error
-        return shards
-
-    @property
-    def paths(self) -> list[Path]:
-        """Of the shards, in their order."""
-        return [self.folder / shard["name"] for shard in self.index["shards"]]
+        names = [str(given)] if isinstance(given, (str, Path)) else [str(name) for name in given]
+        folders = [found for name in names for found in find_folders(name)]
+        if not folders:
+            raise UserError(f"shards {names}: names no folder; give one that tokenize made")
+        first = folders[0][0]
+        indexes: dict[str, dict[str, Any]] = {}
+        listed: dict[str, dict[str, dict[str, Any]]] = {}
+        chosen: dict[Path | str, dict[str, Any]] = {}
+        for folder, pattern in folders:
+            if folder not in indexes:
+                index = indexes[folder] = _open_index(folder)
+                listed[folder] = {shard["name"]: shard for shard in index["shards"]}  # looked up thousands of times
+                made, there = index["codec"], indexes[first]["codec"]
+                if made["hash"] != there["hash"]:
+                    raise UserError(
+                        f"{folder}: made with codec {made['id']!r} ({made['hash']}), but {first} with {there['id']!r} "
+                        f"({there['hash']}): join only shards of one codec"
+                    )
+            for name in _picked(folder, pattern, listed[folder]):
+                place = f"{folder.rstrip('/')}/{name}" if is_address(folder) else Path(folder).expanduser() / name
+                if place in chosen:
+                    raise UserError(f"{place}: named twice; name each shard once")
+                chosen[place] = listed[folder][name]
+        whole = len(folders) == 1 and folders[0][1] == "*"
+        index = indexes[first] if whole else {"codec": indexes[first]["codec"], "shards": list(chosen.values())}
+        return cls(", ".join(names), index, list(chosen))
 
     def read(self, number: int, with_references: bool = False) -> list[Item]:
         """All items of a shard, in its order, checked against the index.
@@ -97,9 +119,10 @@ class ShardSet:
         Raises:
             UserError: if the shard is missing, broken, or not what the index says.
         """
-        entry, codec = self.index["shards"][number], self.index["codec"]
-        path = self.folder / entry["name"]
+        entry, codec, path = self.index["shards"][number], self.index["codec"], self.paths[number]
         items = read_shard(path, with_references, entry.get("sha256"))
+        if len(items) != entry["num_examples"]:
+            raise UserError(f"{path}: {len(items)} items, its index says {entry['num_examples']}; run tokenize again")
         for item in items:
             codes = item["codes"]
             if len(codes) != codec["num_codebooks"] or (codes.size and codes.max() >= codec["codebook_size"]):
@@ -113,6 +136,35 @@ class ShardSet:
     def counts(self) -> list[int]:
         """Items in each shard."""
         return [shard["num_examples"] for shard in self.index["shards"]]
+
+
+def _open_index(folder: str) -> dict[str, Any]:
+    """The index of a folder that is known to hold what is read of it."""
+    path = f"{folder.rstrip('/')}/index.json" if is_address(folder) else Path(folder).expanduser() / "index.json"
+    try:
+        index = read_index(folder)
+        if not index["codec"]["hash"] or not sum(shard["num_examples"] for shard in index["shards"]):
+            raise UserError(f"{path}: lists no shards with items; run tokenize again")
+        if len({shard["name"] for shard in index["shards"]}) < len(index["shards"]):
+            raise UserError(f"{path}: lists a shard twice; run tokenize again")
+    except FileNotFoundError as error:
+        own = Path(folder).expanduser()
+        has_shards = own.is_dir() and any(own.glob("*.tar"))
+        remedy = "run tokenize again to finish it" if has_shards else "make it with tokenize, or correct the path"
+        raise UserError(f"{path}: not there; {remedy}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: broken ({type(error).__name__}: {error}); run tokenize again") from error
+    return index
+
+
+def _picked(folder: str, pattern: str, listed: dict[str, Any]) -> list[str]:
+    """Names of shards that a pattern matches, of those that a folder's index lists."""
+    if pattern in listed:
+        return [pattern]
+    if names := fnmatch.filter(listed, pattern):
+        return names
+    known = list(listed)
+    raise UserError(f"{folder}: its index lists no {pattern}, but {known[0]} … {known[-1]}; correct the name")
 
 
 # --- order --------------------------------------------------------------------------------------------------------
@@ -132,8 +184,13 @@ def training_order(
         part: number of the reader.
         parts: readers.
         done: items of this reader to leave out at the beginning; what they are is not worked out.
+
+    Raises:
+        ValueError: if there are more readers than shards, or no items: some reader would look for its first for ever.
     """
     size = np.asarray(counts)
+    if parts > len(counts) or not size.any():
+        raise ValueError(f"parts={parts} readers for {len(counts)} shards with {size.sum()} items")
     for epoch in count():
         shards = np.random.default_rng([seed, epoch]).permutation(len(counts))[part::parts]
         if done >= (total := int(size[shards].sum())):
@@ -151,18 +208,16 @@ def training_order(
 # --- read ---------------------------------------------------------------------------------------------------------
 
 
-def read_shard(path: Path, with_references: bool = False, sha256: str | None = None) -> list[Item]:
+def read_shard(path: Path | str, with_references: bool = False, sha256: str | None = None) -> list[Item]:
     """All items of a shard, in its order.
 
     Raises:
-        UserError: if it is missing, truncated, not a shard, or has another SHA-256 than the one given.
+        UserError: if it is missing, truncated, not a shard, has another SHA-256 than the one given, or lies at an
+            address that cannot be reached.
     """
     parts: dict[str, dict[str, bytes]] = {}
     try:
-        content = path.read_bytes()
-        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-            raise ValueError("its bytes are not those that the index counted")
-        for name, data in tar_members(content):
+        for name, data in tar_members(read_bytes(path, sha256)):
             key, _, kind = name.partition(".")
             if kind != "reference.npz" or with_references:
                 parts.setdefault(key, {})[kind] = data
@@ -244,7 +299,9 @@ def crop(item: Item, num_frames: int, frame_rate: float, rng: np.random.Generato
     return codes[:, start : min(real, start + num_frames)]
 
 
-def collate(items: list[tuple[Item, int, np.ndarray]], num_frames: int) -> Batch:
+def collate(
+    items: list[tuple[Item, int, np.ndarray]], num_frames: int, shards_left_out: int = 0, items_left_out: int = 0
+) -> Batch:
     """Items with their index and cropped codes -> a batch, padded to `num_frames`."""
     codes = torch.zeros(len(items), len(items[0][2]), num_frames, dtype=torch.int64)
     valid = torch.zeros(len(items), num_frames, dtype=torch.bool)
@@ -259,6 +316,8 @@ def collate(items: list[tuple[Item, int, np.ndarray]], num_frames: int) -> Batch
         "indices": [index for _, index, _ in items],
         "infos": [item["info"] for item, *_ in items],
         "references": [item["reference"] for item, *_ in items],
+        "shards_left_out": shards_left_out,
+        "items_left_out": items_left_out,
     }
 
 
@@ -290,7 +349,8 @@ def _unpacked(codes: np.ndarray, lengths: list[int], rest: dict[str, Any]) -> di
 class TrainingStream(IterableDataset):
     """Endless batches of random crops; put into a DataLoader with `batch_size=None` and `collate_fn=packed`.
 
-    A shard that cannot be read is left out with a warning; a folder without any readable one ends the run.
+    A shard that cannot be read is left out with a warning, counted in the next batch, and tried again when its turn
+    comes again. A reader that can read nothing for long ends the run: the other ranks would wait for it.
     """
 
     def __init__(
@@ -310,40 +370,55 @@ class TrainingStream(IterableDataset):
         role = (worker + self.start_batch) % workers
         done = len(range(role, self.start_batch, workers))
         part, parts = self.rank * workers + role, self.world_size * workers
-        items = self._items(training_order(self.shards.counts, self.seed, part, parts, done * self.batch_size))
+        left_out: Counter[str] = Counter()
+        groups = training_order(self.shards.counts, self.seed, part, parts, done * self.batch_size)
+        items = self._items(groups, left_out)
         while batch := list(islice(items, self.batch_size)):
-            yield collate(batch, self.num_frames)
+            yield collate(batch, self.num_frames, left_out["shards"], left_out["items"])
+            left_out.clear()
 
-    def _items(self, groups: Iterator[list[tuple[int, int, int]]]) -> Iterator[tuple[Item, int, np.ndarray]]:
-        counts, frame_rate = self.shards.counts, self.shards.index["codec"]["frame_rate"]
-        before = np.cumsum([0, *counts])
+    def _items(
+        self, groups: Iterator[list[tuple[int, int, int]]], left_out: Counter[str]
+    ) -> Iterator[tuple[Item, int, np.ndarray]]:
+        frame_rate = self.shards.index["codec"]["frame_rate"]
+        before = np.cumsum([0, *self.shards.counts])
         broken: set[int] = set()
+        unread, start = 0, time.monotonic()
         for group in groups:
             content = {}
-            for shard in sorted({s for _, s, _ in group}):
+            for shard, number in sorted(Counter(s for _, s, _ in group).items()):
                 try:  # anew each time: a network's file system may come back
                     content[shard] = self.shards.read(shard)
                     broken.discard(shard)
                 except UserError as error:
+                    left_out.update(shards=1, items=number)
+                    unread += 1
                     if shard not in broken:
                         warnings.warn(f"left out: {error}", stacklevel=1)
                     broken.add(shard)
-                    if len(broken) == len(counts):
-                        raise UserError(f"{self.shards.folder}: no readable shard left, the last: {error}") from error
+                    spent = time.monotonic() - start
+                    if not content and (unread >= MOST_UNREAD or spent > MOST_WAIT_S):
+                        raise UserError(
+                            f"{self.shards.name}: no readable shard among the last {unread}, tried for {spent:.0f} s; "
+                            f"the last: {error}"
+                        ) from error
             for epoch, shard, place in group:
-                if shard in content and place < len(content[shard]):
+                if shard in content:
                     item = content[shard][place]
                     rng = np.random.default_rng([self.seed, epoch, shard, place])
                     cropped = crop(item, self.num_frames, frame_rate, rng)
                     info = item["info"] | {"caption": augmented(item["info"], self.augmentation, rng)}
                     varied: Item = {"codes": item["codes"], "info": info, "reference": None}
                     yield varied, int(before[shard]) + place, cropped
+            if content:
+                unread, start = 0, time.monotonic()
 
 
 class EveryItemOnce(IterableDataset):
     """Finite batches of a split, each item once over all ranks and workers; the last one may be short.
 
-    Raises UserError while iterating if a shard cannot be read: a metric over fewer items is another metric.
+    Raises UserError while iterating if a shard cannot be read, since a metric over fewer items is another metric, or if
+    two items have one key, since by their keys they are told apart.
     """
 
     def __init__(self, shards: ShardSet, num_frames: int, batch_size: int, rank: int = 0, world_size: int = 1):
@@ -362,12 +437,18 @@ class EveryItemOnce(IterableDataset):
             return rank == self.rank and number // self.batch_size % workers == worker
 
         batch, first = [], 0
-        for shard, (path, number) in enumerate(zip(self.shards.paths, self.shards.counts, strict=True)):
+        seen: dict[str, int] = {}
+        paths = self.shards.paths
+        for shard, number in enumerate(self.shards.counts):
             if any(map(is_wanted, range(first, first + number))):
                 items = self.shards.read(shard, with_references=True)
-                if len(items) != number:
-                    raise UserError(f"{path}: {len(items)} items, its index says {number}; run tokenize again")
                 for index, item in enumerate(items, first):
+                    if (key := item["info"]["key"]) in seen:
+                        raise UserError(
+                            f"{paths[shard]}: {key} is in {paths[seen[key]]} too, and metrics go by keys; "
+                            "give the audio files of one set other names and tokenize it again"
+                        )
+                    seen[key] = shard
                     if is_wanted(index):
                         batch.append((item, index, crop(item, self.num_frames, frame_rate, None)))
                         if len(batch) == self.batch_size:

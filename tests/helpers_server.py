@@ -1,0 +1,77 @@
+"""A web server on this machine that serves a folder, and fails as it is told to."""
+
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+class FaultyServer:
+    """Serves `folder`; `faults` names what goes wrong for a path, one a request, and `always` at each of them.
+
+    A fault is a status ("503"), "cut" (half of the body arrives), "reset" (the connection breaks), "hang" (nothing
+    comes for a second), or "other" (as many bytes, but not these).
+    """
+
+    def __init__(self, folder: Path):
+        self.faults: dict[str, list[str]] = {}
+        self.always: dict[str, str] = {}
+        self.requests: Counter[str] = Counter()
+        lock, own = threading.Lock(), self
+
+        class Handler(SimpleHTTPRequestHandler):
+            def __init__(self, *args: Any, **kwargs: Any):
+                super().__init__(*args, directory=str(folder), **kwargs)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                path = self.path.lstrip("/")
+                with lock:
+                    own.requests[path] += 1
+                    queue = own.faults.get(path)
+                    fault = queue.pop(0) if queue else own.always.get(path)
+                if fault is None:
+                    super().do_GET()
+                elif fault.isdigit():
+                    self.send_error(int(fault))
+                elif fault == "hang":
+                    time.sleep(1)
+                elif fault == "reset":
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.connection.close()
+                else:
+                    content = (folder / path).read_bytes()
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(content)))
+                    self.end_headers()
+                    half = content[: len(content) // 2]
+                    self.wfile.write(half if fault == "cut" else half + bytes(len(content) - len(half)))
+
+            def handle(self) -> None:
+                with suppress(OSError):
+                    super().handle()
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._server.handle_error = lambda *args: None  # type: ignore[method-assign]  # its client went away
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Nobody listens any more."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def during(self, call: Callable[[], Any]) -> Counter[str]:
+        """Requests that came while a call ran."""
+        before = self.requests.copy()
+        call()
+        return self.requests - before

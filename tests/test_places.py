@@ -1,0 +1,579 @@
+"""Shards by pattern and from afar: what names what, what is fetched how often, and what goes on when a store does not.
+
+A web server of this machine stands for all stores, fsspec's memory:// for the others' file systems: s3fs and gcsfs
+need servers that cannot be had here.
+"""
+
+import csv
+import errno
+import json
+import multiprocessing
+import shutil
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fsspec
+import pytest
+from helpers_data import make_data_codec, write_shards
+from helpers_resume import arguments, ledger, make_data
+from helpers_server import FaultyServer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from magnet_train.__main__ import main
+from magnet_train.data import pipeline, places
+from magnet_train.data.datamodule import MagnetDataModule, never_validates
+from magnet_train.data.pipeline import EveryItemOnce, ShardSet, TrainingStream, packed, training_order
+from magnet_train.data.places import find_folders
+from magnet_train.errors import UserError
+from magnet_train.resume import fingerprint
+
+COUNTS = (4, 3, 5, 4)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Pauses of hundredths of seconds, and a cache of the test's own."""
+    for name, value in {
+        "FIRST_PAUSE_S": 0.01, "SHARD_PATIENCE_S": 0.6, "INDEX_PATIENCE_S": 0.6, "STALL_S": 0.2, "SPARE_BYTES": 0,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(places, name, value)
+    monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+    places._warn_once.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def codec(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_data_codec(tmp_path_factory.mktemp("codec"))
+
+
+@pytest.fixture(scope="session")
+def folder(codec: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Treat it as read-only."""
+    return write_shards(tmp_path_factory.mktemp("root") / "train", codec, COUNTS)
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[FaultyServer]:
+    """Of the folder above, as ADDRESS/train."""
+    server = FaultyServer(folder.parent)
+    yield server
+    server.stop()
+
+
+def refusal(call: Any, *args: Any, **kwargs: Any) -> str:
+    """What the user reads; always one line."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def keys(batches: Any) -> list[str]:
+    return [key for batch in batches for key in batch["keys"]]
+
+
+def all_keys(number: int = sum(COUNTS)) -> list[str]:
+    return [f"item{n:04d}" for n in range(number)]
+
+
+def load(dataset: Any, workers: int) -> Any:
+    return DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=packed)
+
+
+def shard(number: int) -> str:
+    return f"train/shard-{number:06d}.tar"
+
+
+def cached() -> list[str]:
+    """Names of the shards in the cache; nothing else may be there."""
+    root = places._cache()
+    files = [p for p in root.rglob("*") if p.is_file() and "index" not in p.parts] if root.exists() else []
+    assert all(p.suffix == ".tar" and len(p.stem) == 64 for p in files)
+    return [p.stem for p in files]
+
+
+def split(folder: Path, parts: list[list[int]], out: Path) -> list[str]:
+    """The folder's shards dealt out to new folders; returns these."""
+    index = json.loads((folder / "index.json").read_text())
+    for number, part in enumerate(parts):
+        own = out / f"part{number}"
+        own.mkdir(parents=True)
+        entries = [index["shards"][i] for i in part]
+        for entry in entries:
+            (own / entry["name"]).hardlink_to(folder / entry["name"])
+        (own / "index.json").write_text(json.dumps(index | {"shards": entries}))
+    return [str(out / f"part{number}") for number in range(len(parts))]
+
+
+# --- what people write --------------------------------------------------------------------------------------------
+
+
+def test_patterns_name_folders_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train_b", "train_a", "other", "odd{1,2}"):
+        Path(name).mkdir()
+    Path("train_notes").write_text("")
+    assert find_folders("train_*") == [("train_a", "*"), ("train_b", "*")]
+    assert find_folders("train_{b,a}") == [("train_b", "*"), ("train_a", "*")]
+    assert find_folders("{other,train_?}") == [("other", "*"), ("train_a", "*"), ("train_b", "*")]
+    assert find_folders("odd{1,2}") == [("odd{1,2}", "*")]  # it exists
+    assert find_folders("x/part-{08..11}") == [(f"x/part-{n}", "*") for n in ("08", "09", "10", "11")]
+    assert find_folders("x/shard-{2..3}.tar") == [("x", "shard-2.tar"), ("x", "shard-3.tar")]
+    assert find_folders("shard-*.tar") == [(".", "shard-*.tar")]
+    assert find_folders("train_*/s-[01].tar") == [("train_a", "s-[01].tar"), ("train_b", "s-[01].tar")]
+    assert find_folders("s3://music/{a,b}") == [("s3://music/a", "*"), ("s3://music/b", "*")]
+    assert find_folders("https://host/train/s-*.tar") == [("https://host/train", "s-*.tar")]
+    assert "no folder matches" in refusal(find_folders, "valid_*")
+    assert "braces do not pair" in refusal(find_folders, "part-{00..07")
+    assert "does not list" in refusal(find_folders, "https://host/train_*")
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_joined_sets_are_one_set_of_the_same_shards(
+    data: st.DataObject, codec: str, folder: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    """However they are dealt out: the same counts, fingerprint, and order of training and validation."""
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(COUNTS) - 1))))
+    borders = [0, *cuts, len(COUNTS)]
+    parts = [list(range(a, b)) for a, b in pairwise(borders)]
+    names = split(folder, parts, tmp_path_factory.mktemp("split"))
+    whole = ShardSet.open(folder)
+    root = Path(names[0]).parent
+    for joined in (ShardSet.open(names), ShardSet.open(f"{root}/part*"), ShardSet.open(f"{root}/*/shard-*.tar")):
+        assert joined.counts == whole.counts and fingerprint(joined.index) == fingerprint(whole.index)
+        for rank in range(2):
+            streams = [islice(TrainingStream(s, 50, 3, 1, rank, 2), 8) for s in (whole, joined)]
+            assert keys(streams[0]) == keys(streams[1])
+        assert keys(EveryItemOnce(joined, 50, 3)) == all_keys()
+    if len(parts) > 1:
+        assert fingerprint(ShardSet.open(names[::-1]).index) != fingerprint(whole.index)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 7), min_size=1, max_size=12).filter(any),
+    ranks=st.integers(1, 4), workers=st.integers(1, 3), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_an_epoch_of_all_readers_is_every_item_once(counts: list[int], ranks: int, workers: int, seed: int):
+    """Whatever the number of shards, ranks and loader processes, and however uneven the shards."""
+    heard: Counter[tuple[int, int, int]] = Counter()
+    parts = ranks * workers
+    for part in range(parts):
+        order = training_order(counts, seed, part, parts)
+        if parts > len(counts):
+            with pytest.raises(ValueError, match="readers for"):
+                next(order)
+            return
+        for group in order:
+            if group[0][0] >= 2:
+                break
+            heard.update(group)
+    assert heard == Counter((e, s, i) for e in range(2) for s, n in enumerate(counts) for i in range(n))
+
+
+def test_picked_shards(folder: Path):
+    index = ShardSet.open(folder).index
+    for text, numbers in (
+        ("shard-{000001..000002}.tar", [1, 2]), ("shard-00000{3,0}.tar", [3, 0]), ("*.tar", [0, 1, 2, 3]),
+        ("shard-00000[13].tar", [1, 3]),
+    ):  # fmt: skip
+        picked = ShardSet.open(f"{folder}/{text}")
+        assert picked.counts == [COUNTS[n] for n in numbers]
+        assert picked.paths == [folder / index["shards"][n]["name"] for n in numbers]
+        assert [len(picked.read(n)) for n in range(len(numbers))] == picked.counts
+        assert (fingerprint(picked.index) == fingerprint(index)) == (numbers == [0, 1, 2, 3])
+    text = refusal(ShardSet.open, f"{folder}/shard-{{000003..000004}}.tar")
+    assert "shard-000004.tar" in text and "shard-000000.tar … shard-000003.tar" in text
+    assert "named twice" in refusal(ShardSet.open, [str(folder), f"{folder}/shard-000001.tar"])
+    assert "names no folder" in refusal(ShardSet.open, [])
+
+
+def test_thousands_of_picked_shards_are_found_at_once(tmp_path: Path):
+    entries = [{"name": f"s-{n:05d}.tar", "num_examples": 1} for n in range(10_000)]
+    (tmp_path / "index.json").write_text(json.dumps({"codec": {"hash": "x"}, "shards": entries}))
+    begin = time.monotonic()
+    assert len(ShardSet.open(f"{tmp_path}/s-{{00000..09999}}.tar").paths) == 10_000
+    assert time.monotonic() - begin < 3
+
+
+def test_sets_of_two_codecs_are_not_joined(folder: Path, tmp_path: Path):
+    other = write_shards(tmp_path / "other", make_data_codec(tmp_path / "codec", seed=1), (2,))
+    text = refusal(ShardSet.open, [str(folder), str(other)])
+    assert str(folder) in text and str(other) in text and "codec" in text
+
+
+def test_a_fingerprint_is_what_it_was(folder: Path):
+    """Or no older checkpoint would go on. The number is that of the version before patterns."""
+    index = {"codec": {"hash": "c"}, "shards": [{"name": "a.tar", "num_examples": 2, "sha256": "0"}]}
+    assert fingerprint(index) == "643c76b11039bfe4"
+
+
+def test_items_of_one_key_are_no_validation(codec: str, tmp_path: Path):
+    """A metric would count one of them."""
+    sets = [str(write_shards(tmp_path / name, codec, (2,))) for name in "ab"]
+    text = refusal(list, EveryItemOnce(ShardSet.open(sets), 50, 2))
+    assert "item0000" in text and all(name in text for name in sets)
+    next(iter(TrainingStream(ShardSet.open(sets), 50, 2, 0)))  # training does not mind
+
+
+# --- from afar ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_of_a_web_server_are_those_of_the_folder(workers: int, server: FaultyServer, folder: Path):
+    """Also in loader processes forked after the first fetch; each is fetched once, by two at a time perhaps twice."""
+    near, far = ShardSet.open(folder), ShardSet.open(f"{server.address}/train")
+    assert fingerprint(near.index) == fingerprint(far.index)
+    streams = [islice(load(TrainingStream(s, 50, 4, 3), workers), 16) for s in (near, far)]
+    assert keys(streams[0]) == keys(streams[1])
+    assert keys(load(EveryItemOnce(far, 50, 3), workers)) == all_keys()
+    assert server.requests.pop("train/index.json") == 1 and set(server.requests) == {shard(n) for n in range(4)}
+    assert max(server.requests.values()) == 1 or workers
+    assert sorted(cached()) == sorted(s["sha256"] for s in far.index["shards"])
+    assert not server.during(lambda: keys(EveryItemOnce(far, 50, 3)))
+    picked = ShardSet.open([f"{server.address}/train/shard-00000[01].tar", f"{folder}/shard-000003.tar"])
+    assert picked.counts == [4, 3, 4] and keys(EveryItemOnce(picked, 50, 9)) == all_keys()[:7] + all_keys()[12:]
+
+
+def test_other_stores_by_what_stands_for_them(folder: Path):
+    """memory:// has folders and a listing, as s3:// and gs:// have."""
+    memory = fsspec.filesystem("memory")
+    for name in ("b", "a"):
+        memory.put(str(folder), f"/music/train_{name}", recursive=True)
+    assert find_folders("memory://music/train_*") == [(f"memory:///music/train_{name}", "*") for name in "ab"]
+    found = ShardSet.open("memory://music/train_[a]")
+    assert keys(EveryItemOnce(found, 50, 4)) == all_keys() and len(cached()) == 4
+    assert "memory://music/c/index.json: not there" in refusal(ShardSet.open, "memory://music/c")
+    assert "no folder matches" in refusal(ShardSet.open, "memory://music/c*")
+
+
+def test_what_a_store_needs_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    for name in ("s3://music/train", "s3://music/train_*"):
+        text = refusal(ShardSet.open, name)
+        assert "pip install 'magnet-train[s3]'" in text and name in text
+    assert "nfs://music" in refusal(ShardSet.open, "nfs://music")
+
+
+@pytest.mark.parametrize("faults", [["503", "503"], ["cut"], ["reset"], ["hang"], ["429", "cut", "500"], ["other"]])
+def test_what_passes_is_waited_for(faults: list[str], server: FaultyServer):
+    found = ShardSet.open(f"{server.address}/train")
+    server.faults[shard(1)] = list(faults)
+    seen = server.during(lambda: found.read(1))
+    assert seen == {shard(1): len(faults) + 1} and found.read(1)[0]["info"]["key"] == "item0004"
+    server.faults["train/index.json"] = [f for f in faults if f != "other"]
+    assert ShardSet.open(f"{server.address}/train").counts == list(COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says", "tries"),
+    [
+        ("404", "not there", 1), ("403", "may not be read", 1), ("401", "may not be read", 1),
+        ("other", "its bytes", 2), ("503", "cannot be reached (503", None), ("reset", "cannot be reached", None),
+        ("cut", "cannot be reached", None), ("hang", "cannot be reached (no answer", None),
+    ],
+)  # fmt: skip
+def test_what_does_not_pass_is_named(fault: str, says: str, tries: int | None, server: FaultyServer):
+    """Bounded in time, so that the number of tries varies; a training goes on without, a validation ends."""
+    found = ShardSet.open(f"{server.address}/train")
+    server.always[shard(1)] = fault
+    begin = time.monotonic()
+    text = refusal(list, EveryItemOnce(found, 50, 4))
+    assert f"{server.address}/{shard(1)}" in text and says in text and time.monotonic() - begin < 5
+    requests = server.requests[shard(1)]
+    assert requests == tries or (tries is None and 2 <= requests < 30)
+    with pytest.warns(UserWarning, match=r"left out: .*shard-000001"):
+        assert set(keys(islice(TrainingStream(found, 50, 4, 0), 8))) == set(all_keys()) - set(all_keys(7)[4:])
+    assert len(cached()) == 3
+    del server.always[shard(1)]
+    assert keys(EveryItemOnce(found, 50, 4)) == all_keys()  # it came back
+
+
+def test_a_damaged_file_of_the_cache_is_fetched_again(server: FaultyServer):
+    found = ShardSet.open(f"{server.address}/train")
+    whole = found.read(2)
+    (path,) = places._cache().rglob("*.tar")
+    content = path.read_bytes()
+    for damaged in (content[:1000], b"", content[:700] + b"x" + content[701:]):
+        path.write_bytes(damaged)
+        assert server.during(lambda: found.read(2)) == {shard(2): 1}
+        assert path.read_bytes() == content and len(found.read(2)) == len(whole)
+
+
+def test_an_index_is_read_anew_and_outlives_its_store(server: FaultyServer, codec: str, tmp_path: Path):
+    write_shards(tmp_path / "set", codec, (2,))
+    store = FaultyServer(tmp_path)
+    assert ShardSet.open(f"{store.address}/set").counts == [2]
+    write_shards(tmp_path / "set", codec, (2, 3))
+    found = ShardSet.open(f"{store.address}/set")
+    assert found.counts == [2, 3] and [len(found.read(n)) for n in (0, 1)] == [2, 3]
+    store.always["set/index.json"] = "404"  # a place that was given up is no store that fails
+    assert "not there" in refusal(ShardSet.open, f"{store.address}/set")
+    (tmp_path / "set" / "index.json").write_text("<html>please log in</html>")
+    del store.always["set/index.json"]
+    assert "broken" in refusal(ShardSet.open, f"{store.address}/set")
+    store.stop()
+    with pytest.warns(UserWarning, match="cannot be reached"):
+        again = ShardSet.open(f"{store.address}/set")
+    assert again.counts == [2, 3] and keys(EveryItemOnce(again, 50, 5)) == all_keys(5)  # all of it from the cache
+    begin = time.monotonic()
+    text = refusal(ShardSet.open, f"{store.address}/elsewhere")
+    assert "elsewhere/index.json: cannot be reached" in text and time.monotonic() - begin < 2
+
+
+def no_room(path: Path, content: bytes) -> int:
+    with open(path, "wb") as file:
+        file.write(content[:100])
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("how", ["little left", "full", "no folder"])
+def test_a_full_disk_costs_a_warning(how: str, server: FaultyServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    if how == "little left":
+        monkeypatch.setattr(places, "SPARE_BYTES", 10**18)
+    elif how == "full":
+        monkeypatch.setattr(Path, "write_bytes", no_room)
+    else:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path / "file"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = ShardSet.open(f"{server.address}/train")
+        assert sorted(set(keys(islice(TrainingStream(found, 50, 4, 0), 8)))) == all_keys()
+    (text,) = [str(w.message) for w in caught]
+    assert "MAGNET_TRAIN_CACHE" in text and cached() == []
+
+
+def test_an_index_does_not_choose_where_files_are_written(codec: str, tmp_path: Path):
+    write_shards(tmp_path / "set", codec, (2,))
+    path = tmp_path / "set" / "index.json"
+    store = FaultyServer(tmp_path)
+    for sha256 in ("../../../stolen", "", None, "A" * 64):
+        index = json.loads(path.read_text())
+        index["shards"][0]["sha256"] = sha256
+        path.write_text(json.dumps(index))
+        found = ShardSet.open(f"{store.address}/set")
+        if sha256 is None:
+            assert len(found.read(0)) == 2
+        else:
+            assert "its bytes" in refusal(found.read, 0)
+    assert cached() == [] and not list(tmp_path.parent.rglob("stolen*"))
+    store.stop()
+
+
+def read_all(address: str, ready: Any, result: Any) -> None:
+    found = ShardSet.open(address)
+    ready.wait()
+    result.put(keys(EveryItemOnce(found, 50, 4)))
+
+
+def test_processes_share_a_cache(server: FaultyServer):
+    context = multiprocessing.get_context("fork")
+    ready, result = context.Barrier(3), context.Queue()
+    args = (f"{server.address}/train", ready, result)
+    processes = [context.Process(target=read_all, args=args) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [result.get(timeout=30) for _ in processes] == [all_keys()] * 3
+    for process in processes:
+        process.join()
+    assert len(cached()) == 4  # and nothing else, half a file for one
+    assert not server.during(lambda: keys(EveryItemOnce(ShardSet.open(args[0]), 50, 4))) - Counter(["train/index.json"])
+
+
+# --- what is left out ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_count_what_was_left_out(workers: int, codec: str, tmp_path: Path):
+    """Each shard each time it is its turn, in the batch that comes next."""
+    found = ShardSet.open(write_shards(tmp_path, codec, (4, 4, 6, 4)))
+    Path(found.paths[2]).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batches = list(islice(load(TrainingStream(found, 50, 2, 0), workers), 120))
+    shards, items = (sum(b[f"{what}_left_out"] for b in batches) for what in ("shards", "items"))
+    epochs = len(keys(batches)) / 12
+    assert items == 6 * shards and abs(shards - epochs) <= 2 and {b["shards_left_out"] for b in batches} == {0, 1}
+
+
+def test_a_reader_without_any_shard_ends_the_run(codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Here one of two readers, whose disk has gone; the other would wait for it in vain."""
+    found = ShardSet.open(write_shards(tmp_path, codec, (2, 2, 2)))
+    for path in found.paths:
+        Path(path).unlink()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert "no readable shard among the last 100" in refusal(next, iter(TrainingStream(found, 50, 2, 0, 1, 2)))
+    assert len(caught) == 3  # each named once
+    monkeypatch.setattr(pipeline, "MOST_WAIT_S", 0.2)
+    monkeypatch.setattr(ShardSet, "read", lambda *_: time.sleep(0.05) or refuse())
+    begin = time.monotonic()
+    with pytest.warns(UserWarning):
+        assert "tried for 0 s" in refusal(next, iter(TrainingStream(found, 50, 2, 0, 1, 2)))
+    assert 0.2 < time.monotonic() - begin < 1
+
+
+def refuse() -> Any:
+    raise UserError("a shard: cannot be reached")
+
+
+def test_a_slow_model_is_no_store_that_fails(codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Time and shards in a row are counted from the last batch that was asked for, whatever the model does with it."""
+    monkeypatch.setattr(pipeline, "MOST_WAIT_S", 0.05)
+    monkeypatch.setattr(pipeline, "MOST_UNREAD", 12)
+    found = ShardSet.open(write_shards(tmp_path, codec, (1, 1)))
+    Path(found.paths[0]).unlink()
+    with pytest.warns(UserWarning, match="left out"):
+        for _ in islice(TrainingStream(found, 50, 1, 0, 0, 2), 12):
+            time.sleep(0.06)
+
+
+@pytest.mark.parametrize("says", [3, 5])
+def test_a_shard_with_other_items_than_the_index_says(says: int, codec: str, tmp_path: Path):
+    write_shards(tmp_path, codec, (4, 4))
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["shards"][0]["num_examples"] = says
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    found = ShardSet.open(tmp_path)
+    assert f"4 items, its index says {says}" in refusal(list, EveryItemOnce(found, 50, 2))
+    with pytest.warns(UserWarning, match=f"its index says {says}"):
+        assert set(keys(islice(TrainingStream(found, 50, 2, 0), 8))) == set(all_keys(8)[4:])
+
+
+def test_a_set_without_items_is_refused(tmp_path: Path):
+    """Its order would be looked for for ever."""
+    index = {"codec": {"hash": "x"}, "shards": [{"name": "a.tar", "num_examples": 0}]}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    assert "no shards with items" in refusal(ShardSet.open, tmp_path)
+
+
+# --- by the command -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Treat it as read-only."""
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def mistake(capfd: Any, args: list[str]) -> str:
+    """The one line of a refused command, and no traceback."""
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(args) == 2
+    text = capfd.readouterr().err
+    (line,) = [x for x in text.splitlines() if x.startswith("error:")]
+    assert "Traceback" not in text
+    return line
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_goes_wrong_in_a_loader_process_is_one_line(workers: int, data: Path, tmp_path: Path, capfd: Any):
+    shutil.copytree(data, tmp_path / "data")
+    for path in (tmp_path / "data" / "train").glob("*.tar"):
+        path.unlink()
+    line = mistake(capfd, arguments(tmp_path / "data", tmp_path / "run", f"--data.num_workers={workers}"))
+    assert "no readable shard among" in line and "missing; copy it again" in line
+    (path,) = (tmp_path / "data" / "validation").glob("*.tar")
+    path.write_bytes(path.read_bytes()[:700])
+    options = ["--generation.at_start=true", f"--data.num_workers={workers}", f"--data.train={data / 'train'}"]
+    line = mistake(capfd, arguments(tmp_path / "data", tmp_path / "run2", *options))
+    assert line.startswith(f"error: {path}: broken")
+
+
+def test_two_ranks_train_on_from_a_server_that_misses_a_shard(data: Path, tmp_path: Path):
+    """With loader processes; one item to validate, so that a rank has none; what is left out is in the log."""
+    store = FaultyServer(data)
+    store.always["train/shard-000002.tar"] = "503"  # four items
+    options = [
+        "--trainer.devices=2", "--trainer.strategy=ddp_fork", f"--data.train={store.address}/train",
+        f"--data.validation={store.address}/one", "--data.num_workers=2", "--trainer.val_check_interval=4",
+        "--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'run'}", "--trainer.max_steps=12",
+        "--trainer.log_every_n_steps=4",
+    ]  # fmt: skip
+    write_shards(data / "one", str(data / "codec"), (1,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(arguments(data, tmp_path / "run", *options)) == 0
+    lines = ledger(tmp_path / "run")
+    assert sorted(lines) == [(batch, rank) for batch in range(12) for rank in range(2)]
+    lost = {f"item{n:04d}" for n in range(8, 12)}
+    assert lost.isdisjoint(key for line in lines.values() for key in line["keys"])
+    assert len((tmp_path / "run" / "ledger.validations").read_text().splitlines()) == 3
+    (log,) = (tmp_path / "run").rglob("metrics.csv")
+    with log.open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("data/items_left_out")]
+    shards, items = (float(rows[-1][f"data/{what}_left_out"]) for what in ("shards", "items"))
+    assert len(rows) == 3 and items == 4 * shards and 1 <= shards <= 4  # 48 items are two or three epochs
+    store.stop()
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--data.train=http://127.0.0.1:9/train", "cannot be reached"),
+        ("--data.train=part-{0..3}/{", "braces"),
+        ("--data.validation=s3://music/validation", "pip install 'magnet-train[s3]'"),
+        ("--data.validation=[validation_*, train]", "no folder matches"),
+        ("--trainer.limit_val_batches=0.5", "limit_val_batches=0.5"),
+    ],
+)
+def test_mistakes_by_the_command(option: str, says: str, data: Path, tmp_path: Path, capfd: Any, monkeypatch: Any):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    assert says in mistake(capfd, arguments(data, tmp_path / "run", option))
+
+
+# --- a validation that does not happen ------------------------------------------------------------------------------
+
+
+def test_a_run_without_validation_says_so(data: Path, tmp_path: Path):
+    """Also what it needs no validation shards for; and one that leaves out items says how many."""
+    args = arguments(data, tmp_path / "run", "--trainer.max_steps=2", "--ckpt_path=null")
+    with pytest.warns(UserWarning, match=r"this run does not validate: .* after batch 1000, the run ends after 2 "):
+        assert main(args) == 0
+    none = [a for a in args if not a.startswith("--data.validation")]
+    with pytest.warns(UserWarning, match="does not validate: trainer.limit_val_batches=0"):
+        assert main([*none, "--trainer.limit_val_batches=0"]) == 0
+    few = ["--trainer.limit_val_batches=1", "--data.batch_size=1", "--trainer.val_check_interval=1"]
+    with pytest.warns(UserWarning, match="each validation sees 1 of 2 items"):
+        assert main([*args, *few]) == 0
+    assert "--data.validation" in refusal(
+        MagnetDataModule(train=str(data / "train"), codec=str(data / "codec")).setup, "fit"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "validates"),
+    [
+        ({}, True), ({"val_check_interval": 11}, False),
+        ({"val_check_interval": 11, "accumulate_grad_batches": 2}, True),
+        ({"max_steps": -1, "val_check_interval": 10**6}, True), ({"limit_val_batches": 0}, False),
+        # Epochs: the stream has no end of its own.
+        ({"check_val_every_n_epoch": 1, "val_check_interval": 1.0}, False),
+        ({"check_val_every_n_epoch": 1, "val_check_interval": 1.0, "max_steps": -1}, False),
+        ({"check_val_every_n_epoch": 1, "val_check_interval": 1.0, "limit_train_batches": 10}, True),
+        ({"check_val_every_n_epoch": 2, "val_check_interval": 1.0, "limit_train_batches": 6}, False),
+        ({"check_val_every_n_epoch": 2, "val_check_interval": 1.0, "limit_train_batches": 5}, True),
+        ({"check_val_every_n_epoch": 2, "val_check_interval": 3, "limit_train_batches": 6}, True),
+        ({"check_val_every_n_epoch": 1, "val_check_interval": 1.0, "limit_train_batches": 5, "max_epochs": 0}, False),
+        ({"val_check_interval": "00:00:10:00"}, True),
+    ],
+)  # fmt: skip
+def test_whether_a_run_will_validate(changed: dict[str, Any], validates: bool):
+    trainer = {
+        "limit_val_batches": 1.0, "val_check_interval": 10, "check_val_every_n_epoch": None, "max_steps": 10,
+        "max_epochs": -1, "accumulate_grad_batches": 1, "limit_train_batches": 1.0,
+    }  # fmt: skip
+    assert (never_validates(SimpleNamespace(**(trainer | changed))) is None) == validates
