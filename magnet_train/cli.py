@@ -48,6 +48,8 @@ def run(verb: str, args: list[str]) -> None:
             _run_convert(args)
         elif verb == "bench":
             _run_bench(args)
+        elif verb == "dashboard":
+            _run_dashboard(args)
     except OSError as error:
         remedies = {
             errno.ENOSPC: "the disk is full: free some space, then run the same command again",
@@ -547,6 +549,14 @@ def _run_bench(args: list[str]) -> None:
     parser.add_argument("--only", type=str, nargs="+", default=[], help="Parts to measure; all if none is given.")
     parser.add_class_arguments(BenchOptions, nested_key=None, as_group=False, skip={"only"})
     bench(BenchOptions(**{k: v for k, v in vars(parser.parse_args(args)).items() if k != "config"}))
+
+
+def _run_dashboard(args: list[str]) -> None:
+    from magnet_train.dashboard import DashboardOptions, dashboard
+
+    parser = _parser("dashboard", "Lay out a W&B project's figures, or lay them out anew; prints the address.")
+    parser.add_class_arguments(DashboardOptions, nested_key=None, as_group=False)
+    print(dashboard(DashboardOptions(**{k: v for k, v in vars(parser.parse_args(args)).items() if k != "config"})))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ STEP, HOURS = "trainer/global_step", "train/audio_hours"
 """The axes: optimizer steps, under which every logger files its rows, and hours of audio heard, in every row of W&B."""
 PLACEHOLDERS = {"k": r"\d+", "rate": r"[\d.]+", "kind": "[a-z0-9_]+", "listener": "[a-z0-9-]+"}
 """What may stand for each `{…}` in a name."""
-SECTIONS = ("validation", "generated audio", "codebooks", "training", "guards", "speed")
+SECTIONS = ("validation", "generated audio", "codebooks", "training", "guards", "speed", "more of validation")
 """Of the dashboard, from the top down."""
 
 
@@ -53,6 +53,10 @@ _BETTER: dict[str, Direction] = {
 
 def _of(section: str, *entries: tuple[str, Direction, str], **more: bool) -> list[Logged]:
     return [Logged(name, meaning, section, better, **more) for name, better, meaning in entries]
+
+
+def _kind(kind: str) -> tuple[str, Direction, str]:
+    return f"val/{kind}/{{listener}}", _BETTER[kind], f"{KINDS[kind]}; of generated clips"
 
 
 LOGGED: tuple[Logged, ...] = (

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,19 +11,31 @@ from typing import Any
 
 
 def records(run: Path) -> list[Any]:
-    """All records of the sessions of a run folder, in order."""
+    """All records of the offline sessions of a run folder, in order."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     found = []
     for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
-            record = Record()
-            record.ParseFromString(data)
-            found.append(record)
+        for data in _frames(file.read_bytes()):
+            found.append(Record())
+            found[-1].ParseFromString(data)
     return found
+
+
+def _frames(content: bytes) -> Iterator[bytes]:
+    """LevelDB's log format: blocks of 32 KiB of parts, each with checksum, length and whether it begins or ends."""
+    assert content[:4] == b":W&B"
+    at, frame = 7, b""
+    while at + 7 <= len(content):
+        if (room := 32768 - at % 32768) < 7:
+            at += room
+            continue
+        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        frame += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield frame
+            frame = b""
 
 
 def history(found: list[Any]) -> list[dict[str, Any]]:

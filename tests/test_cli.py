@@ -253,7 +253,7 @@ def test_fit_with_two_processes_validates_every_item_once(shards, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step=0000002.ckpt").is_file()
 
 
-@pytest.mark.parametrize("verb", ["fit", "tokenize", "generate", "convert", "evaluate", "doctor", "bench"])
+@pytest.mark.parametrize("verb", ["fit", "tokenize", "generate", "convert", "evaluate", "doctor", "bench", "dashboard"])
 def test_every_option_of_ours_has_a_sentence_of_help(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])
