@@ -91,6 +91,7 @@ def _packages() -> tuple[Any, Any]:
         import wandb_workspaces.workspaces as ws
     except ModuleNotFoundError as error:
         raise UserError(
-            "dashboard: the package wandb-workspaces is missing; install it with `pip install 'magnet-train[dashboard]'`"
+            "dashboard: the package wandb-workspaces is missing; "
+            "install it with `pip install 'magnet-train[dashboard]'`"
         ) from error
     return ws, wandb
