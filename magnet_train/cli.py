@@ -88,7 +88,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
     try:
         from lightning.pytorch.callbacks import ModelCheckpoint
         from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-        from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+        from lightning.pytorch.utilities import rank_zero_info
 
         from magnet_train.callbacks.averaging import WeightEMA
         from magnet_train.callbacks.finite import FiniteGuard
@@ -96,7 +96,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
         from magnet_train.callbacks.preemption import Preemption
         from magnet_train.callbacks.resume import ExactResume, validation_is_due
         from magnet_train.callbacks.throughput import Throughput
-        from magnet_train.callbacks.tracking import SaveConfig, Tracking, check_wandb, wandb_defaults
+        from magnet_train.callbacks.tracking import SaveConfig, Tracking, prepare_wandb
         from magnet_train.callbacks.watchdog import Watchdog
         from magnet_train.data.datamodule import MagnetDataModule
         from magnet_train.module import MagnetModule
@@ -168,10 +168,8 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             if of_wandb and not config.trainer.fast_dev_run:
                 # A requeue by Lightning names no checkpoint; it finds its own.
                 goes_on = goes_on or any(self.run_folder.glob("hpc_ckpt_*.ckpt"))
-                for name, value in wandb_defaults(self.run_folder, verb, goes_on).items():
-                    os.environ.setdefault(name, value)
-                if rank_zero_only.rank == 0 and not all(logger.init_args.get("offline") for logger in of_wandb):
-                    check_wandb(goes_on)
+                online = not all(logger.init_args.get("offline") for logger in of_wandb)
+                prepare_wandb(self.run_folder, verb, goes_on, online)
 
         def fit(self, model: Any, **kwargs: Any) -> None:
             """Validate the untrained model, train, and sum up."""

@@ -13,7 +13,7 @@ from magnet_train.metrics.scoring import KINDS
 
 STEP, HOURS = "trainer/global_step", "train/audio_hours"
 """The axes: optimizer steps, under which every logger files its rows, and hours of audio heard, in every row of W&B."""
-PLACEHOLDERS = {"k": r"\d+", "rate": r"[\d.]+", "kind": "[a-z0-9_]+", "listener": "[a-z0-9-]+"}
+PLACEHOLDERS = {"k": r"\d+", "rate": r"[\d.]+", "kind": f"(?:{'|'.join(KINDS)})", "listener": "[a-z0-9-]+"}
 """What may stand for each `{…}` in a name."""
 SECTIONS = ("validation", "generated audio", "codebooks", "training", "guards", "speed", "more of validation")
 """Of the dashboard, from the top down."""
@@ -44,6 +44,8 @@ class Logged:
         return "".join(PLACEHOLDERS[p] if i % 2 else re.escape(p) for i, p in enumerate(parts))
 
 
+SHOWN_FIRST = ("fad", "kl", "text")
+"""Kinds of metrics that `fit` computes unless others are asked for."""
 _BETTER: dict[str, Direction] = {
     "fad": "lower", "fad_inf": "lower", "kad": "lower", "kid": "lower", "precision": "higher", "recall": "higher",
     "density": "higher", "coverage": "higher", "vendi": "higher", "kl": "lower", "text": "higher", "text_shuffled": "",
@@ -56,18 +58,16 @@ def _of(section: str, *entries: tuple[str, Direction, str], **more: bool) -> lis
 
 
 def _kind(kind: str) -> tuple[str, Direction, str]:
-    return f"val/{kind}/{{listener}}", _BETTER[kind], f"{KINDS[kind]}; of generated clips"
+    return f"val/{kind}/{{listener}}", _BETTER[kind], KINDS[kind]
 
 
 LOGGED: tuple[Logged, ...] = (
     *_of(
         "validation",
         ("val/ce", "lower", "cross-entropy on fixed masks, mean over all codebooks' masked frames, in nats"),
-        *(
-            (f"val/{kind}/{{listener}}", _BETTER[kind], f"{meaning}; of generated clips")
-            for kind, meaning in KINDS.items()
-        ),
+        *map(_kind, SHOWN_FIRST),
     ),
+    *_of("more of validation", *(_kind(kind) for kind in KINDS if kind not in SHOWN_FIRST)),
     *_of(
         "validation",
         ("val/{kind}/{listener}_ci95", "", "half of that figure's 95 % interval over clips"),
@@ -97,7 +97,7 @@ LOGGED: tuple[Logged, ...] = (
         ("train/loss", "lower", "what is minimised: mean cross-entropy of a batch's masked frames, in nats"),
         ("train/lr", "", "learning rate"),
         ("train/grad_norm", "", "norm of all gradients before clipping"),
-        ("train/audio_hours", "", "hours of audio heard by all ranks since the run began; with val/… too"),
+        ("train/audio_hours", "", "hours of audio heard by all ranks since the run began"),
     ),
     *_of("training", ("epoch", "", "Lightning's count; training data has no end of its own"), shown=False),
     *_of("guards", ("train/steps_left_out", "lower", "steps so far without a finite loss and gradients, left out")),

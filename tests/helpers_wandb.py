@@ -50,12 +50,13 @@ def history(found: list[Any]) -> list[dict[str, Any]]:
 
 @contextmanager
 def server(answer: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]) -> Iterator[str]:
-    """Address of a server whose GraphQL requests `answer` answers with a status and JSON; all else gets that status."""
+    """Address of a server that answers as `answer` says, with a status and JSON, to GraphQL, streamed rows and, as {},
+    all else."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
-            request = json.loads(body) if self.path.endswith("/graphql") else {}
+            request = json.loads(body) if self.path.endswith(("/graphql", "/file_stream")) and body else {}
             status, content = answer(request)
             reply = json.dumps(content).encode()
             self.send_response(status)

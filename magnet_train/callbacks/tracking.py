@@ -20,14 +20,14 @@ from magnet_train.errors import UserError
 from magnet_train.logged import HOURS, LOGGED, STEP
 from magnet_train.resume import fingerprint
 
-REMEDY = "give another WANDB_API_KEY, or set WANDB_MODE=offline and `wandb sync` later, or --trainer.logger false"
+REMEDY = "set another WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` later, or --trainer.logger false"
 
 
 # --- before a run begins ------------------------------------------------------------------------------------------
 
 
-def wandb_defaults(folder: Path, verb: str, goes_on: bool) -> dict[str, str]:
-    """Environment variables of W&B for this process, for those that are not set.
+def prepare_wandb(folder: Path, verb: str, goes_on: bool, online: bool) -> None:
+    """Sets W&B's environment variables for this process, as far as they are not set, and tries the key.
 
     A training run has one id, kept in `wandb_run_id` in its folder, so that its sessions are one run of W&B, online
     and offline. What artifacts hold waits in the run folder until it is sent: W&B's own place for it is the home
@@ -36,36 +36,41 @@ def wandb_defaults(folder: Path, verb: str, goes_on: bool) -> dict[str, str]:
     Args:
         folder: of the run.
         verb: fit, validate …; only `fit` has an id of its own.
-        goes_on: whether the run may have had an earlier session.
+        goes_on: whether a checkpoint is gone on from, if there is one.
+        online: whether a logger may want the network; WANDB_MODE has a say in it.
+
+    Raises:
+        UserError: see `check_key`.
     """
-    found = {
+    values = {
         "WANDB_PROJECT": "magnet_train",
         "WANDB_JOB_TYPE": verb,
         "WANDB_DATA_DIR": str((folder / "wandb").absolute()),
     }
-    if "WANDB_SWEEP_ID" in os.environ:  # the agent names its runs
-        return found
-    found["WANDB_NAME"] = folder.resolve().name
-    if verb == "fit" and rank_zero_only.rank == 0:
-        found |= {"WANDB_RUN_ID": _run_id(folder / "wandb_run_id", goes_on), "WANDB_RESUME": "allow"}
-    return found
-
-
-def _run_id(file: Path, goes_on: bool) -> str:
-    known = file.read_text().strip() if goes_on and file.is_file() else ""
-    if not known:
-        known = secrets.token_hex(5)
+    file = folder / "wandb_run_id"
+    known = verb == "fit" and goes_on and file.is_file()
+    if "WANDB_SWEEP_ID" not in os.environ:  # whose agent names its runs
+        values["WANDB_NAME"] = folder.resolve().name
+        if verb == "fit" and rank_zero_only.rank == 0:
+            values["WANDB_RUN_ID"] = file.read_text().strip() if known else secrets.token_hex(5)
+            values["WANDB_RESUME"] = "allow"
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+    if rank_zero_only.rank != 0:
+        return
+    if online:
+        check_key(known)
+    if verb == "fit":
         aside = file.with_suffix(".tmp")
-        aside.write_text(known + "\n")
+        aside.write_text(f"{os.environ.get('WANDB_RUN_ID', '')}\n")
         os.replace(aside, file)
-    return known
 
 
-def check_wandb(goes_on: bool) -> None:
+def check_key(goes_on: bool) -> None:
     """Whether W&B takes the run, found out within seconds and before anything is trained.
 
     Without a key a run is logged offline. A key that is refused, or a server that is not to be reached, ends a run that
-    begins; one that goes on, perhaps requeued at night, does so offline, for its W&B run loses nothing by that.
+    begins; one that goes on, perhaps requeued at night, does so offline, and its W&B run loses nothing by that.
 
     Raises:
         UserError: if the key is refused or the server is not to be reached.
@@ -79,13 +84,13 @@ def check_wandb(goes_on: bool) -> None:
         wandb.login(verify=True)  # asks for a key where there is a terminal
         return
     except wandb.errors.UsageError:
-        why = "no API key, `wandb login` sets one"
+        why = "no API key (`wandb login` sets one)"
     except wandb.errors.CommError as error:
-        why = " ".join(str(error).split())
+        why = f"the key is refused, or there is no network ({' '.join(str(error).split()).rstrip('.')})"
         if not goes_on:
             raise UserError(f"W&B: {why}; {REMEDY}") from error
     settings.mode = "offline"
-    rank_zero_warn(f"W&B: {why}; this run is logged offline, `wandb sync` in its folder sends it later")
+    rank_zero_warn(f"W&B: {why}; this run is logged offline, and `wandb sync {os.environ['WANDB_DATA_DIR']}` sends it")
 
 
 # --- while it runs ------------------------------------------------------------------------------------------------
