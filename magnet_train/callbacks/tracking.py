@@ -18,6 +18,7 @@ from magnet_train.callbacks.generation import GenerationCallback
 from magnet_train.environment import environment, note_environment
 from magnet_train.errors import UserError
 from magnet_train.logged import HOURS, LOGGED, STEP
+from magnet_train.module import MagnetModule
 from magnet_train.resume import fingerprint
 
 REMEDY = "set another WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` later, or --trainer.logger false"
@@ -76,6 +77,7 @@ def check_key(goes_on: bool) -> None:
         UserError: if the key is refused or the server is not to be reached.
     """
     import wandb
+    from wandb.errors import CommError, UsageError
 
     settings = wandb.setup().settings
     if settings.mode not in ("online", "run", "shared"):
@@ -83,14 +85,14 @@ def check_key(goes_on: bool) -> None:
     try:
         wandb.login(verify=True)  # asks for a key where there is a terminal
         return
-    except wandb.errors.UsageError:
-        why = "no API key (`wandb login` sets one)"
-    except wandb.errors.CommError as error:
-        why = f"the key is refused, or there is no network ({' '.join(str(error).split()).rstrip('.')})"
+    except UsageError:
+        why = "W&B: no API key (`wandb login` sets one)"
+    except CommError as error:
+        why = f"W&B: the key is refused, or there is no network ({' '.join(str(error).split()).rstrip('.')})"
         if not goes_on:
-            raise UserError(f"W&B: {why}; {REMEDY}") from error
+            raise UserError(f"{why}; {REMEDY}") from error
     settings.mode = "offline"
-    rank_zero_warn(f"W&B: {why}; this run is logged offline, and `wandb sync {os.environ['WANDB_DATA_DIR']}` sends it")
+    rank_zero_warn(f"{why}; this run is logged offline, and `wandb sync {os.environ['WANDB_DATA_DIR']}` sends it")
 
 
 # --- while it runs ------------------------------------------------------------------------------------------------
@@ -178,6 +180,7 @@ class Tracking(Callback):
         generation = next((c for c in trainer.callbacks if isinstance(c, GenerationCallback)), None)  # type: ignore[attr-defined]
         if generation is None or not generation.audio or not trainer.is_global_zero or trainer.sanity_checking:
             return
+        assert isinstance(pl_module, MagnetModule)
         step, clips = generation.step(trainer, pl_module), [Clip.read(path) for path in generation.audio]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -216,7 +219,8 @@ class Tracking(Callback):
             return
         saved: Any = trainer.checkpoint_callback
         found: dict[str, list[str]] = {}
-        for alias, path in (("latest", saved.last_model_path), ("best", saved.best_model_path)):
+        # W&B calls the version that came last the latest, whatever it is.
+        for alias, path in (("best", saved.best_model_path), ("latest", saved.last_model_path)):
             if path:
                 found.setdefault(str(Path(path).resolve()), []).append(alias)
         for logger in trainer.loggers:
