@@ -282,7 +282,6 @@ def test_without_a_key_a_run_is_logged_offline(online: Path, monkeypatch):
 
     online.mkdir()
     monkeypatch.delenv("WANDB_API_KEY")
-    monkeypatch.setattr(sys, "stdin", None)
     with pytest.warns(UserWarning, match="no API key .* logged offline"):
         prepare_wandb(online, "fit", goes_on=False, online=True)
     assert wandb.setup().settings.mode == "offline"

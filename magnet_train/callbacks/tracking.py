@@ -77,15 +77,14 @@ def check_key(goes_on: bool) -> None:
         UserError: if the key is refused or the server is not to be reached.
     """
     import wandb
-    from wandb.errors import CommError, UsageError
+    from wandb.errors import CommError
 
     settings = wandb.setup().settings
     if settings.mode not in ("online", "run", "shared"):
         return
     try:
-        wandb.login(verify=True)  # asks for a key where there is a terminal
-        return
-    except UsageError:
+        if wandb.login(verify=True, prompt=False):  # a question would wait all night for an answer
+            return
         why = "W&B: no API key (`wandb login` sets one)"
     except CommError as error:
         why = f"W&B: the key is refused, or there is no network ({' '.join(str(error).split()).rstrip('.')})"
@@ -237,7 +236,7 @@ def upload(run: Any, checkpoint: Path, aliases: list[str]) -> None:
 
     step = int(read_checkpoint(checkpoint)["global_step"])
     artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata={"step": step})
-    artifact.add_file(str(checkpoint), name="model.ckpt")
+    artifact.add_file(str(checkpoint), name="model.ckpt", skip_cache=True)  # which is in the home folder
     run.log_artifact(artifact, aliases=[*aliases, f"step-{step}"])
 
 
