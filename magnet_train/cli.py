@@ -48,6 +48,8 @@ def run(verb: str, args: list[str]) -> None:
             _run_convert(args)
         elif verb == "bench":
             _run_bench(args)
+        elif verb == "dashboard":
+            _run_dashboard(args)
     except OSError as error:
         remedies = {
             errno.ENOSPC: "the disk is full: free some space, then run the same command again",
@@ -96,6 +98,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
         from magnet_train.callbacks.preemption import Preemption
         from magnet_train.callbacks.resume import ExactResume, validation_is_due
         from magnet_train.callbacks.throughput import Throughput
+        from magnet_train.callbacks.tracking import SaveConfig, Tracking, prepare_wandb
         from magnet_train.callbacks.watchdog import Watchdog
         from magnet_train.data.datamodule import MagnetDataModule
         from magnet_train.module import MagnetModule
@@ -132,6 +135,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             parser.add_lightning_class_args(WeightEMA, "averaging")
             parser.add_lightning_class_args(FiniteGuard, "finite")
             parser.add_lightning_class_args(Watchdog, "watchdog")
+            parser.add_lightning_class_args(Tracking, "tracking")
             parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
             parser.set_defaults(
                 {
@@ -146,6 +150,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
 
         def before_instantiate_classes(self) -> None:
             config = self.config[verb]
+            goes_on = config.ckpt_path is not None
             self.run_folder = _writable_folder(Path(config.trainer.default_root_dir or "runs/run"))
             config.trainer.default_root_dir = str(self.run_folder)
             if config.checkpoint.dirpath is None:
@@ -158,9 +163,17 @@ def _run_lightning(verb: str, args: list[str]) -> None:
                 rank_zero_info(f"--ckpt_path auto: {newest or 'no checkpoint yet, training begins'}")
             if config.ckpt_path is not None:  # else each resume would begin another last-v1, last-v2 …
                 config.checkpoint.enable_version_counter = False
-            for logger in config.trainer.logger if isinstance(config.trainer.logger, list) else []:
+            loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+            loggers = [logger for logger in loggers if hasattr(logger, "class_path")]
+            for logger in loggers:
                 if logger.init_args.get("save_dir") in (None, "."):  # CSVLogger knows no default
                     logger.init_args.save_dir = str(self.run_folder)
+            of_wandb = [logger for logger in loggers if logger.class_path.endswith(".WandbLogger")]
+            if of_wandb and not config.trainer.fast_dev_run:
+                # A requeue by Lightning names no checkpoint; it finds its own.
+                goes_on = goes_on or any(self.run_folder.glob("hpc_ckpt_*.ckpt"))
+                online = not all(logger.init_args.get("offline") for logger in of_wandb)
+                prepare_wandb(self.run_folder, verb, goes_on, online)
 
         def fit(self, model: Any, **kwargs: Any) -> None:
             """Validate the untrained model, train, and sum up."""
@@ -239,8 +252,10 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             seed_everything_default=2036,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
+                "logger": LOGGERS if verb == "fit" else None,
                 # After averaging, whose update belongs to the step that is saved.
                 "callbacks": [PredictionWriter(), ExactResume(), Throughput(), Preemption()],
                 "plugins": [{"class_path": "magnet_train.callbacks.checkpoint_io.AtomicCheckpointIO"}],
@@ -250,8 +265,24 @@ def _run_lightning(verb: str, args: list[str]) -> None:
     except Exception as error:
         _explain(error, args)
         raise
+    except Exception as error:
+        if type(error).__module__.startswith("wandb."):  # which is imported in callbacks only
+            text = " ".join(str(error).split())[:300]
+            raise UserError(f"W&B: {text}; or set WANDB_MODE=offline and `wandb sync` later") from error
+        raise
     finally:
         sys.argv = argv
+
+
+LOGGERS = [
+    {"class_path": "lightning.pytorch.loggers.WandbLogger"},
+    {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        # Written at once: what a kill takes would not be logged again after a checkpoint that was saved since.
+        "init_args": {"save_dir": ".", "name": "csv", "flush_logs_every_n_steps": 1},
+    },
+]
+"""Of `fit`, unless a configuration says otherwise; they write into the run folder."""
 
 
 def _option(name: str, args: list[str]) -> str | None:
@@ -528,6 +559,14 @@ def _run_bench(args: list[str]) -> None:
     parser.add_argument("--only", type=str, nargs="+", default=[], help="Parts to measure; all if none is given.")
     parser.add_class_arguments(BenchOptions, nested_key=None, as_group=False, skip={"only"})
     bench(BenchOptions(**{k: v for k, v in vars(parser.parse_args(args)).items() if k != "config"}))
+
+
+def _run_dashboard(args: list[str]) -> None:
+    from magnet_train.dashboard import DashboardOptions, dashboard
+
+    parser = _parser("dashboard", "Lay out a W&B project's figures, or lay them out anew; prints the address.")
+    parser.add_class_arguments(DashboardOptions, nested_key=None, as_group=False)
+    print(dashboard(DashboardOptions(**{k: v for k, v in vars(parser.parse_args(args)).items() if k != "config"})))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from helpers_wandb import history, records
 
 from magnet_train.__main__ import main
 from magnet_train.metrics.record import read_records
@@ -231,6 +232,8 @@ def test_fit_with_two_processes_validates_every_item_once(shards, tmp_path):
     data = [f"--data.train={shards / 'train'}", f"--data.validation={shards / 'validation'}"]
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
     two += ["--checkpoint.monitor=val/fad/musicnn", "--checkpoint.save_top_k=1"]  # which every rank must know
+    loggers = [{"class_path": "lightning.pytorch.loggers.WandbLogger"}]
+    two += ["--generation.num_media=2", f"--trainer.logger={json.dumps(loggers)}"]
     command = [
         sys.executable,
         "-m",
@@ -251,9 +254,14 @@ def test_fit_with_two_processes_validates_every_item_once(shards, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["metrics"]["val/num_clips"]["after"] == 2
     assert (tmp_path / "run" / "checkpoints" / "step=0000002.ckpt").is_file()
+    # Each rank wrote one of the clips, and W&B, which the first rank alone talks to, has both.
+    assert [Path(path).name[:2] for path in summary["audio"]] == ["00", "01"]
+    tables = [row for row in history(records(tmp_path / "run")) if "gen/clips.nrows" in row]
+    assert [row["gen/clips.nrows"] for row in tables] == [2, 4]
+    assert len(json.loads((tmp_path / "run" / "environment.json").read_text())) == 1
 
 
-@pytest.mark.parametrize("verb", ["fit", "tokenize", "generate", "convert", "evaluate", "doctor", "bench"])
+@pytest.mark.parametrize("verb", ["fit", "tokenize", "generate", "convert", "evaluate", "doctor", "bench", "dashboard"])
 def test_every_option_of_ours_has_a_sentence_of_help(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["CONTRIBUTING.md", "TROUBLESHOOTING.md"]
+DOCUMENTS = ["CONTRIBUTING.md", "METRICS.md", "TROUBLESHOOTING.md"]
 
 
 def sentences() -> list[str]:

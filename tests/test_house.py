@@ -15,11 +15,12 @@ FLOORS = [
     {"bench"},
     {"bench_data"},
     {"callbacks.averaging", "callbacks.checkpoint_io", "callbacks.finite", "callbacks.generation",
-     "callbacks.preemption", "callbacks.resume", "callbacks.throughput", "callbacks.watchdog"},
+     "callbacks.preemption", "callbacks.resume", "callbacks.throughput", "callbacks.tracking", "callbacks.watchdog"},
     {"module", "data.datamodule"},
     {"evaluate", "doctor"},
-    {"generator", "convert", "resume"},
+    {"generator", "convert", "resume", "dashboard"},
     {"release", "report", "listening"},
+    {"logged"},
     {"metrics.scoring"},
     {"metrics.listeners"},
     {"data.shards", "data.pipeline", "data.timed_loader", "metrics.text_audio", "page"},
@@ -30,7 +31,7 @@ FLOORS = [
     {"attention", "masking", "loss", "schedule", "audio_files", "metrics.fad", "metrics.kl", "metrics.chroma",
      "metrics.frontend", "metrics.clap_score", "metrics.embedding_sets", "metrics.intervals", "metrics.record",
      "metrics.reference_statistics", "spectral_codec", "pretrained", "reference_compat"},
-    {"assets", "compat", "metrics.items", "metrics.published", "codec_weights", "data.captions"},
+    {"assets", "compat", "environment", "metrics.items", "metrics.published", "codec_weights", "data.captions"},
     {"errors"},
 ]  # fmt: skip
 
@@ -71,6 +72,6 @@ def test_lightning_and_wandb_stay_in_their_rooms(name):
     used = {module.split(".")[0] for module in imports(modules()[name])}
     if "lightning" in used:
         assert name in ("cli", "module", "data.datamodule", "evaluate") or name.startswith("callbacks.")
-    if "wandb" in used:
-        assert name.startswith("callbacks.") or name == "doctor"
+    if used & {"wandb", "wandb_workspaces"}:
+        assert name.startswith("callbacks.") or name in ("doctor", "dashboard")
     assert not used & {"audiocraft", "xformers", "pytorch_lightning"}

@@ -84,6 +84,7 @@ class GenerationCallback(Callback):
         self.within_fit = False
         """Whether the validation belongs to a training run, that of the untrained model included."""
         self.audio: list[Path] = []
+        """Written by the last validation, by all ranks."""
         self.pictures: list[Path] = []
         self.seconds = 0.0
         self._floor_values: dict[str, dict[str, float]] = {}
@@ -164,7 +165,7 @@ class GenerationCallback(Callback):
                 with together():
                     records = self._score(floor, references, captions, {}, {"system": name})
                 self._floor_values[name] = {record.metric: record.value for record in records}
-        step = self._step(trainer, module)
+        step = self.step(trainer, module)
         about = {"system": f"step {step}", "decoding": asdict(self._settings(module)), "seed": self.seed}
         with together():
             records = self._score(heard, references, captions, self._floor_values, about)
@@ -182,7 +183,9 @@ class GenerationCallback(Callback):
         if records and trainer.is_global_zero:
             write_records(self._folder(trainer, module) / "records.json", records)
             self._rank_clips(trainer, module, heard, references)
-        self._log_media(trainer, step)
+        self.audio, self.pictures = sorted(gathered(self.audio)), sorted(gathered(self.pictures))
+        if self.audio:
+            rank_zero_info(f"step {step}: {len(self.audio)} clips and pictures in {self.audio[0].parent}")
 
     def _decode(
         self, trainer: L.Trainer, module: MagnetModule, codec: Codec, own: list[dict[str, Any]],
@@ -239,13 +242,13 @@ class GenerationCallback(Callback):
         return replace(self.decoding, span_len=module.span_len)
 
     @staticmethod
-    def _step(trainer: L.Trainer, module: MagnetModule) -> int:
+    def step(trainer: L.Trainer, module: MagnetModule) -> int:
         """Optimizer steps of the weights: outside `fit` those of the checkpoint."""
         return trainer.global_step or module.trained_steps
 
     def _folder(self, trainer: L.Trainer, module: MagnetModule) -> Path:
         split = "test" if trainer.testing else "validation"
-        return Path(trainer.default_root_dir) / split / f"step_{self._step(trainer, module):07d}"
+        return Path(trainer.default_root_dir) / split / f"step_{self.step(trainer, module):07d}"
 
     @staticmethod
     def _shards(trainer: L.Trainer) -> ShardSet:
@@ -353,7 +356,7 @@ class GenerationCallback(Callback):
     ) -> None:  # fmt: skip
         path = folder / f"{item['index']:02d}_{recognisable_name(item['caption'])}.wav"
         about = {"prompt": item["caption"], "item": item["key"], "seed": self.seed}
-        about |= {"step": self._step(trainer, module), "decoding": asdict(self._settings(module))}
+        about |= {"step": self.step(trainer, module), "decoding": asdict(self._settings(module))}
         write_audio(path, result.wav[i].T.cpu().numpy(), result.sample_rate, about)
         real = codec.decode(item["codes"][None].to(codec.device))[0].mean(0).cpu().numpy()
         made = result.wav[i].mean(0).cpu().numpy()
@@ -365,25 +368,6 @@ class GenerationCallback(Callback):
         write_picture(picture, titles, result.sample_rate, result.order[i].cpu().numpy())
         self.audio.append(path)
         self.pictures.append(picture)
-
-    def _log_media(self, trainer: L.Trainer, step: int) -> None:
-        """Audio and pictures of this rank to W&B, where that is the logger."""
-        from lightning.pytorch.loggers import WandbLogger
-
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger) and self.audio:
-                import wandb
-
-                captions = [path.stem for path in self.audio]
-                media: dict[str, Any] = {
-                    "gen/audio": [wandb.Audio(str(p), caption=c) for p, c in zip(self.audio, captions, strict=True)],
-                    "gen/pictures": [
-                        wandb.Image(str(p), caption=c) for p, c in zip(self.pictures, captions, strict=True)
-                    ],
-                }
-                logger.experiment.log(media | {"trainer/global_step": step})
-        if self.audio:
-            rank_zero_info(f"step {step}: {len(self.audio)} clips and pictures in {self.audio[0].parent}")
 
 
 def chosen_items(counts: list[int], num_prompts: int) -> dict[int, int]:

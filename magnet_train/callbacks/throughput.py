@@ -60,6 +60,12 @@ class Throughput(Callback):
         if trainer.state.fn == "fit":
             self._since = time.monotonic()
 
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hours beside the figures of a validation, so that they can be drawn over them."""
+        assert isinstance(pl_module, MagnetModule)
+        if self.frames or not pl_module.trained_steps:  # else the weights came without their count
+            pl_module.log("train/audio_hours", self._hours(trainer))
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -78,13 +84,12 @@ class Throughput(Callback):
         assert isinstance(pl_module, MagnetModule) and self._since is not None
         now, waited = time.monotonic(), _waited(trainer)
         spent = self._spent + now - self._since
-        facts = trainer.datamodule.shards("train").index["codec"]  # type: ignore[attr-defined]
         values = {
             "speed/examples_per_s": self._examples / spent,
             "speed/frames_per_s": self._frames / spent,
             "speed/data_share": (waited - self._waited) / spent,
             "speed/peak_memory_gb": _peak_memory(pl_module.device) / 1e9,
-            "train/audio_hours": self.frames / facts["frame_rate"] / 3600,
+            "train/audio_hours": self._hours(trainer),
         }
         if (peak := peak_flop(pl_module.device, str(trainer.precision))) is not None:
             flop = 3 * self._examples / trainer.world_size * _flop(pl_module, batch["valid"])
@@ -93,6 +98,11 @@ class Throughput(Callback):
         pl_module.log_dict(self._left_out, sync_dist=True, reduce_fx="sum")
         self._logged, self._since, self._waited, self._spent = step, now, waited, 0.0
         self._examples = self._frames = 0
+
+    def _hours(self, trainer: L.Trainer) -> float:
+        split = "train" if trainer.state.fn == "fit" else "validation"  # of one codec
+        facts = trainer.datamodule.shards(split).index["codec"]  # type: ignore[attr-defined]
+        return self.frames / facts["frame_rate"] / 3600
 
 
 def _flop(module: MagnetModule, valid: Tensor) -> float:

@@ -1,0 +1,259 @@
+"""A run as W&B and TensorBoard show it: one W&B run over all its sessions, what it was made with, clips to be heard."""
+
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from magnet_train.callbacks.generation import GenerationCallback
+from magnet_train.environment import environment, note_environment
+from magnet_train.errors import UserError
+from magnet_train.logged import HOURS, LOGGED, STEP
+from magnet_train.module import MagnetModule
+from magnet_train.resume import fingerprint
+
+REMEDY = "set another WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` later, or --trainer.logger false"
+
+
+# --- before a run begins ------------------------------------------------------------------------------------------
+
+
+def prepare_wandb(folder: Path, verb: str, goes_on: bool, online: bool) -> None:
+    """Sets W&B's environment variables for this process, as far as they are not set, and tries the key.
+
+    A training run has one id, kept in `wandb_run_id` in its folder, so that its sessions are one run of W&B, online
+    and offline. What artifacts hold waits in the run folder until it is sent: W&B's own place for it is the home
+    folder, which is small on clusters, and not where the run is synchronised from.
+
+    Args:
+        folder: of the run.
+        verb: fit, validate …; only `fit` has an id of its own.
+        goes_on: whether a checkpoint is gone on from, if there is one.
+        online: whether a logger may want the network; WANDB_MODE has a say in it.
+
+    Raises:
+        UserError: see `check_key`.
+    """
+    values = {
+        "WANDB_PROJECT": "magnet_train",
+        "WANDB_JOB_TYPE": verb,
+        "WANDB_DATA_DIR": str((folder / "wandb").absolute()),
+    }
+    file = folder / "wandb_run_id"
+    known = verb == "fit" and goes_on and file.is_file()
+    if "WANDB_SWEEP_ID" not in os.environ:  # whose agent names its runs
+        values["WANDB_NAME"] = folder.resolve().name
+        if verb == "fit" and rank_zero_only.rank == 0:
+            values["WANDB_RUN_ID"] = file.read_text().strip() if known else secrets.token_hex(5)
+            values["WANDB_RESUME"] = "allow"
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+    if rank_zero_only.rank != 0:
+        return
+    if online:
+        check_key(known)
+    if verb == "fit":
+        aside = file.with_suffix(".tmp")
+        aside.write_text(f"{os.environ.get('WANDB_RUN_ID', '')}\n")
+        os.replace(aside, file)
+
+
+def check_key(goes_on: bool) -> None:
+    """Whether W&B takes the run, found out within seconds and before anything is trained.
+
+    Without a key a run is logged offline. A key that is refused, or a server that is not to be reached, ends a run that
+    begins; one that goes on, perhaps requeued at night, does so offline, and its W&B run loses nothing by that.
+
+    Raises:
+        UserError: if the key is refused or the server is not to be reached.
+    """
+    import wandb
+    from wandb.errors import CommError
+
+    settings = wandb.setup().settings
+    if settings.mode not in ("online", "run", "shared"):
+        return
+    try:
+        if wandb.login(verify=True, prompt=False):  # a question would wait all night for an answer
+            return
+        why = "W&B: no API key (`wandb login` sets one)"
+    except CommError as error:
+        why = f"W&B: the key is refused, or there is no network ({' '.join(str(error).split()).rstrip('.')})"
+        if not goes_on:
+            raise UserError(f"{why}; {REMEDY}") from error
+    settings.mode = "offline"
+    rank_zero_warn(f"{why}; this run is logged offline, and `wandb sync {os.environ['WANDB_DATA_DIR']}` sends it")
+
+
+# --- while it runs ------------------------------------------------------------------------------------------------
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes `config.yaml`, as Lightning does, and gives W&B the same."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update(config, allow_val_change=True)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One generated clip on the disk, with what stands in the note beside it."""
+
+    audio: Path
+    caption: str
+    item: str
+    score: float | None
+    """FAD of the clip alone, where it could be computed."""
+
+    @property
+    def picture(self) -> Path:
+        return self.audio.with_suffix(".png")
+
+    @classmethod
+    def read(cls, audio: Path) -> "Clip":
+        about = json.loads(audio.with_suffix(".json").read_text())
+        return cls(audio, about["prompt"], about["item"], about.get("score"))
+
+
+class Tracking(Callback):
+    """Gives W&B the axes, environment, clips and, if asked, checkpoints of a run; TensorBoard the clips.
+
+    For every logger `environment.json` in the run folder says what each session was made with. The clips of all ranks
+    are logged, from the folder that the ranks share.
+    """
+
+    COLUMNS = ("step", "item", "caption", "audio", "picture", "FAD of the clip alone")
+
+    def __init__(self, upload_checkpoints: bool = False):
+        """What W&B gets beside figures and clips.
+
+        Args:
+            upload_checkpoints: whether the last and the best checkpoint are uploaded to W&B when training has ended, as
+                versions of an artifact with the aliases latest, best and step-N. Each takes 20 bytes for each
+                parameter, 8 GB for the small published model, and until it is sent as much again in the run folder.
+        """
+        self.upload_checkpoints = upload_checkpoints
+        self._is_set_up = False
+        self._table: Any = None
+        self._logged: dict[str, Any] = {}
+        """Parts of the table that were logged, and in which W&B run."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """So that the table of a resumed run goes on after the rows that it had at the checkpoint, offline too."""
+        return {"table": self._logged}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._logged = state_dict["table"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or not trainer.is_global_zero or self._is_set_up:
+            return
+        self._is_set_up = True
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        found = environment(trainer.world_size)
+        found["data"] = {split: fingerprint(data.shards(split).index) for split in ("train", "validation")}
+        note_environment(Path(trainer.default_root_dir), found)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                run: Any = logger.experiment
+                run.config.update({"environment": found}, allow_val_change=True)
+                # No summary but the last value: another would turn it into a group, which sweeps do not look into.
+                run.define_metric(STEP)
+                for name in dict.fromkeys([HOURS, *(entry.name.split("{")[0] for entry in LOGGED)]):
+                    glob = name if any(entry.name == name for entry in LOGGED) else f"{name}*"
+                    run.define_metric(glob, step_metric=STEP, step_sync=True)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        generation = next((c for c in trainer.callbacks if isinstance(c, GenerationCallback)), None)  # type: ignore[attr-defined]
+        if generation is None or not generation.audio or not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        assert isinstance(pl_module, MagnetModule)
+        step, clips = generation.step(trainer, pl_module), [Clip.read(path) for path in generation.audio]
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                self._to_wandb(logger.experiment, clips, step)
+            elif isinstance(logger, TensorBoardLogger):
+                to_tensorboard(logger.experiment, clips, step)
+
+    on_test_end = on_validation_end
+
+    def _to_wandb(self, run: Any, clips: list[Clip], step: int) -> None:
+        """Lists under the step, and rows of a table of which only the new ones are sent."""
+        import wandb
+
+        if self._table is None:
+            self._table = wandb.Table(columns=list(self.COLUMNS), log_mode="INCREMENTAL")
+            if self._logged.get("run") == run.id:
+                # W&B does this of itself where a server tells it so; it then has rows of steps that are done again too.
+                self._table._increment_num = self._logged["count"]
+                self._table._previous_increments_paths = list(self._logged["parts"])
+        for clip in clips:
+            audio, picture = wandb.Audio(str(clip.audio)), wandb.Image(str(clip.picture))
+            self._table.add_data(step, clip.item, clip.caption, audio, picture, clip.score)
+        names = [clip.audio.stem for clip in clips]
+        media = {
+            "gen/clips": self._table,
+            "gen/audio": [wandb.Audio(str(c.audio), caption=n) for c, n in zip(clips, names, strict=True)],
+            "gen/pictures": [wandb.Image(str(c.picture), caption=n) for c, n in zip(clips, names, strict=True)],
+        }
+        run.log(media | {STEP: step})
+        if (logged := run.summary.get("gen/clips")) is not None:  # with WANDB_MODE=disabled there is nothing
+            parts = [*logged["previous_increments_paths"], logged["artifact_path"]]
+            self._logged = {"run": run.id, "count": len(parts), "parts": parts}
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.upload_checkpoints or not trainer.is_global_zero:
+            return
+        saved: Any = trainer.checkpoint_callback
+        found: dict[str, list[str]] = {}
+        # W&B calls the version that came last the latest, whatever it is.
+        for alias, path in (("best", saved.best_model_path), ("latest", saved.last_model_path)):
+            if path:
+                found.setdefault(str(Path(path).resolve()), []).append(alias)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                for path, aliases in found.items():
+                    upload(logger.experiment, Path(path), aliases)
+
+
+def upload(run: Any, checkpoint: Path, aliases: list[str]) -> None:
+    """Logs a checkpoint as a version of the run's artifact `checkpoint-ID`, with `step-N` among its aliases."""
+    import wandb
+
+    from magnet_train.release import read_checkpoint
+
+    step = int(read_checkpoint(checkpoint)["global_step"])
+    artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata={"step": step})
+    artifact.add_file(str(checkpoint), name="model.ckpt", skip_cache=True)  # which is in the home folder
+    run.log_artifact(artifact, aliases=[*aliases, f"step-{step}"])
+
+
+def to_tensorboard(writer: Any, clips: list[Clip], step: int) -> None:
+    """Audio, its channels mixed, and pictures, under `gen/audio/NAME` and `gen/pictures/NAME`.
+
+    Args:
+        writer: torch's SummaryWriter.
+        clips: as written.
+        step: optimizer steps.
+    """
+    import matplotlib.image
+    import soundfile
+    import torch
+
+    for clip in clips:
+        wav, sample_rate = soundfile.read(clip.audio, dtype="float32", always_2d=True)
+        writer.add_audio(f"gen/audio/{clip.audio.stem}", torch.from_numpy(wav.mean(1))[None], step, sample_rate)
+        picture = matplotlib.image.imread(clip.picture)  # height, width, channels; 0 to 1
+        writer.add_image(f"gen/pictures/{clip.audio.stem}", torch.from_numpy(picture), step, dataformats="HWC")
