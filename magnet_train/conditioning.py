@@ -99,6 +99,10 @@ class TextEncoder(nn.Module):
         self._remember(known)
         return states.to(self.device), mask.to(self.device)
 
+    def num_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption, special ones included, before any is cut off."""
+        return [len(ids) for ids in self._tokenizer(list(captions))["input_ids"]] if captions else []
+
     def _encode(self, texts: list[str], batch_size: int = 64) -> dict[str, Tensor]:
         """Distinct, non-empty captions -> the states of their tokens, `l d` each, on the CPU."""
         known = {}
