@@ -104,9 +104,9 @@ def _run_lightning(verb: str, args: list[str], trial: list[Exception] | None = N
     warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
     gc.disable()  # what these imports make stays for good: looking through it again and again takes seconds
     try:
+        from lightning.fabric.plugins.environments.lightning import LightningEnvironment
         from lightning.pytorch.callbacks import ModelCheckpoint
         from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-        from lightning.pytorch.plugins.environments import LightningEnvironment
         from lightning.pytorch.utilities import rank_zero_info
 
         from magnet_train.callbacks.averaging import WeightEMA
@@ -312,10 +312,12 @@ def _completed(args: list[str], read: Any) -> list[str]:
 
 def _from_nothing(args: list[str]) -> list[str]:
     """The options without checkpoint and release."""
-    kept = [a for a in args if not a.startswith("--ckpt_path=")]
-    while "--ckpt_path" in kept:
-        del kept[(at := kept.index("--ckpt_path")) : at + 2]
-    return [*kept, "--model.init_from", "null"]
+    kept = list(args)
+    for name in ("--ckpt_path", "--model.init_from"):
+        kept = [a for a in kept if not a.startswith(f"{name}=")]
+        while name in kept:
+            del kept[(at := kept.index(name)) : at + 2]
+    return [*kept, "--model.init_from", "null"]  # over what a configuration file says
 
 
 def _option(name: str, args: list[str]) -> str | None:
@@ -589,7 +591,7 @@ def _run_doctor(args: list[str]) -> None:
         findings.insert(0, Finding("ok", "configuration", "holds, option by option"))
         plan = Plan(made.parsed, made.datamodule, made.model, made.config_init.fit.generation.decoding)
     print("\n".join(map(str, findings)))
-    for found in doctor(plan):
+    for found in doctor(plan, {finding.what for finding in findings}):
         print(found if isinstance(found, Finding) else f"estimate {found}", flush=True)
         findings += [found] if isinstance(found, Finding) else []
     if plan is None:

@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -486,8 +486,10 @@ def check_packages() -> Iterator[Finding]:
     names = ("torch", "lightning", "transformers", "wandb")
     text = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     if torch.backends.cuda.is_built():
-        nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "missing"
-        text += f", CUDA {torch.version.cuda}, NCCL {nccl}"
+        from torch.cuda import nccl
+
+        version = ".".join(map(str, nccl.version())) if torch.distributed.is_nccl_available() else "missing"
+        text += f", CUDA {torch.version.cuda}, NCCL {version}"
     yield Finding("ok", "packages", text)
     try:
         twin = importlib.metadata.version("pytorch-lightning")
@@ -782,10 +784,10 @@ CHECKS: dict[str, Callable[[Plan], Iterator[Finding]]] = {
 """In the order in which they run: the first ones find out what the others ask."""
 
 
-def doctor(plan: Plan | None) -> Iterator[Finding | str]:
-    """Findings of every check, then the lines of the estimate; without a plan only of what needs none."""
+def doctor(plan: Plan | None, told: Collection[str] = ()) -> Iterator[Finding | str]:
+    """Findings of every check but those in `told`, then lines of an estimate; without a plan, of what needs none."""
     for what, check in CHECKS.items():
-        if plan is None and what != "packages":
+        if what in told or (plan is None and what != "packages"):
             continue
         try:
             yield from check(plan)  # type: ignore[arg-type]

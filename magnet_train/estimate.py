@@ -80,16 +80,17 @@ def activation_bytes(config: MagnetConfig, batch_size: int, num_frames: int, pre
     """Most bytes that a forward and backward pass takes beyond weights and gradients, at stage 0, the dearest.
 
     Each block keeps, per frame and channel: the input of its three parts, in float32; queries, keys, values and output
-    of self-attention, twice where it must be laid out anew; query, output and output without the null captions of
-    cross-attention; and the feed-forward layer's inner values. Norms and GELU are made again. On top come logits and
-    their gradients where frames are masked, or what a single block's backward pass makes, with one weight's gradient.
+    of self-attention; query, output and output without the null captions of cross-attention; and the feed-forward
+    layer's inner values. Norms and GELU are made again. On top come logits and their gradients where frames are
+    masked, or, if that is more, what the last feed-forward layer's backward pass makes: GELU's output, its gradient,
+    its input's gradient, and that of a weight.
     """
     _, half = bytes_of(precision)
     full = max(half, FULL) if str(precision or 32).endswith("mixed") or half >= FULL else half  # of the residual stream
     d, frames = config.dim, batch_size * num_frames
-    kept = frames * d * (3 * full + (3 + 2 + 3 + config.ffn_ratio) * half)
+    kept = frames * d * (3 * full + (3 + 1 + 3 + config.ffn_ratio) * half)
     text = batch_size * NUM_TEXT * 2 * d * half
-    passing = frames * d * (4 * full + 3 * config.ffn_ratio * half) + config.ffn_ratio * d * d * full
+    passing = frames * d * 3 * config.ffn_ratio * half + config.ffn_ratio * d * d * full
     logits = MEAN_MASK_RATE * frames * config.codebook_size * (half + 3 * FULL)
     return config.num_layers * (kept + text) + max(passing, logits)
 
