@@ -59,6 +59,8 @@ MEASURED_LAYERS, MEASURED_S = 2, 3.0
 """Blocks of the network with which speed and memory are measured, and seconds that a pass of them may take."""
 SUPPOSED_GPU, SUPPOSED_SHARE, SUPPOSED_CPU_FLOP = "A100", 0.35, 2e10
 """Where nothing can be measured: a GPU, the share of its best that is reached, and what one CPU core is sure to do."""
+FREE_GPU = 0.1
+"""Share of a GPU's memory that may be in use before anything is trained on it."""
 LEAST_SHM, LEAST_FILES, LEAST_INODES = 1e9, 1024, 1000
 """Of /dev/shm in bytes, as NCCL's manual has it for containers; of files that a process may open; of files that the
 file system may still take."""
@@ -460,6 +462,9 @@ def check_devices(plan: Plan) -> Iterator[Finding]:
     names = sorted({f"{p.name} with {p.total_memory / 1e9:.0f} GB" for p in properties})
     nodes = f" on each of {devices.nodes} nodes, of which this one was looked at" if devices.nodes > 1 else ""
     yield Finding("ok", "devices", f"{devices.per_node} GPUs{nodes}: {', '.join(names)}, precision {precision}")
+    used = [1 - free / total for free, total in map(torch.cuda.mem_get_info, range(devices.per_node))]
+    if max(used) > FREE_GPU:
+        yield Finding("warning", "devices", f"others use {max(used):.0%} of a GPU's memory: ask for GPUs of your own")
     if precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
             f"trainer.precision={precision}: {properties[0].name} computes no bfloat16; set --trainer.precision "
@@ -754,12 +759,12 @@ def _capacities(plan: Plan) -> list[float]:
 def _duration(seconds: float) -> str:
     """As people read it.
 
-    >>> [_duration(s) for s in (0.0123, 75.0, 9000.0, 4e6)]
-    ['0.012 s', '75 s', '2.5 h', '46 days']
+    >>> [_duration(s) for s in (0.0123, 75.0, 7100.0, 9000.0, 4e6)]
+    ['0.012 s', '75 s', '118 min', '2.5 h', '46 days']
     """
     for unit, size, most in (("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 3 * 86400.0)):
         if seconds < most:
-            return f"{seconds / size:.2g} {unit}"
+            return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.2g} {unit}"
     return f"{seconds / 86400:.0f} days"
 
 
@@ -793,5 +798,9 @@ def doctor(plan: Plan | None, told: Collection[str] = ()) -> Iterator[Finding | 
             yield from check(plan)  # type: ignore[arg-type]
         except (UserError, OSError) as error:
             yield Finding("failed", what, str(error))
-    if plan is not None:
+    if plan is None:
+        return
+    try:
         yield from estimates(plan)
+    except (UserError, RuntimeError) as error:  # out of memory, for one
+        yield Finding("warning", "estimate", f"cannot be measured here ({one_line(error)})")

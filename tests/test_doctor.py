@@ -371,3 +371,30 @@ def test_one_real_launch(parts, tmp_path):
 
 def test_sizes_and_times_are_readable():
     assert gb(8.4e9) == "8.4 GB" and gb(7.4e7) == "74 MB" and _duration(7200) == "2 h"
+
+
+def test_gpus_are_looked_at_as_they_are(monkeypatch):
+    """With a driver that is made up: eight cards without bfloat16, one of them in use."""
+    card = SimpleNamespace(name="V100", total_memory=32 * 10**9)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (16e9 if i == 3 else 32e9, 32e9))
+
+    def look(devices: int, precision: str) -> list[str]:
+        given = trainer(accelerator="gpu", devices=devices, num_nodes=4, precision=precision)
+        plan = SimpleNamespace(devices=devices_of(given), config=SimpleNamespace(trainer=given))
+        return [str(finding) for finding in magnet_train.doctor.check_devices(plan)]  # type: ignore[arg-type]
+
+    first, second = look(8, "16-mixed")
+    assert first.startswith(
+        "ok       devices: 8 GPUs on each of 4 nodes, of which this one was looked at: V100 with 32 GB"
+    )
+    assert second == "warning  devices: others use 50% of a GPU's memory: ask for GPUs of your own"
+    with pytest.raises(
+        UserError, match=r"precision=bf16-mixed: V100 computes no bfloat16; set --trainer\.precision 16"
+    ):
+        look(2, "bf16-mixed")
+    with pytest.raises(UserError, match=r"16 GPUs a node asked for, 8 visible here; run doctor where the job will run"):
+        look(16, "16-mixed")
