@@ -188,7 +188,9 @@ class Plan:
         given, interval = self.config.trainer, self.trainer.val_check_interval
         if given.limit_val_batches == 0:
             return math.inf
-        batches = interval if isinstance(interval, int) else given.limit_train_batches
+        batches = interval
+        if not isinstance(interval, int) and isinstance(given.limit_train_batches, int):
+            batches = given.limit_train_batches * (given.check_val_every_n_epoch or 1)
         return batches / self.trainer.accumulate_grad_batches if isinstance(batches, int) else math.inf
 
     @property
@@ -256,11 +258,14 @@ def check_validation(plan: Plan) -> Iterator[Finding]:
             "--trainer.check_val_every_n_epoch null"
         )
     every = plan.steps_between_validations
-    if every > plan.num_steps or every == math.inf:
+    prompts = f"{plan.config.generation.num_prompts} prompts"
+    if interval is not None and not isinstance(interval, int | float):
+        yield Finding("ok", "validation", f"every {interval}, {prompts}")
+    elif every > plan.num_steps or every == math.inf:
         text = "there is none within the run: set --trainer.val_check_interval to a number of steps"
         yield Finding("warning", "validation", text)
     else:
-        yield Finding("ok", "validation", f"every {every:,.0f} steps, {plan.config.generation.num_prompts} prompts")
+        yield Finding("ok", "validation", f"every {every:,.0f} steps, {prompts}")
     plan.decoding.steps_of(plan.network.num_codebooks)
     monitor = plan.config.checkpoint.monitor
     metrics = tuple(f"val/{metric}" for metric in plan.config.generation.metrics)
@@ -281,6 +286,8 @@ def check_start(plan: Plan) -> Iterator[Finding]:
         yield Finding("ok", "start", f"--ckpt_path {path}: Lightning will look for it")
     elif path is not None:
         checkpoint = read_checkpoint(Path(path))
+        if "network" not in checkpoint.get("hyper_parameters", {}):
+            raise UserError(f"{path}: not a checkpoint of magnet_train; choose another")
         check_same_network(checkpoint["hyper_parameters"]["network"], asdict(plan.network))
         if "run" in checkpoint:
             plan.shards("train")

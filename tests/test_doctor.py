@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ import magnet_train.doctor
 import magnet_train.module
 from magnet_train.__main__ import main
 from magnet_train.data.pipeline import ShardSet
-from magnet_train.doctor import Devices, _duration, _shown_to, _wandb_key, devices_of, gb
+from magnet_train.doctor import Devices, Plan, _duration, _shown_to, _wandb_key, devices_of, gb
 from magnet_train.errors import UserError
 from magnet_train.model import MagnetConfig
 from magnet_train.resume import fingerprint
@@ -279,6 +280,25 @@ def test_devices_are_counted_as_lightning_counts_them():
     assert devices_of(trainer(accelerator="gpu", devices="8")).per_node == 8
     assert devices_of(trainer(accelerator="cuda", devices="0,3")) == Devices("gpu", 2, 1)
     assert devices_of(trainer(devices=[1, 2, 5])).per_node == 3
+
+
+def test_validations_are_counted_in_optimizer_steps():
+    def plan(**given) -> Plan:
+        defaults = {"fast_dev_run": False, "max_steps": -1, "max_epochs": None, "limit_train_batches": None}
+        defaults |= {"limit_val_batches": None, "val_check_interval": None, "check_val_every_n_epoch": 1}
+        defaults |= {"accumulate_grad_batches": 1, "precision": None, "strategy": "auto"}
+        config = SimpleNamespace(trainer=trainer(**defaults | given))
+        return Plan(config, None, None, None)  # type: ignore[arg-type]
+
+    assert plan().num_steps == plan().steps_between_validations == math.inf
+    assert plan(max_steps=7).num_steps == 7 and plan(fast_dev_run=True).num_steps == 1
+    epochs = plan(limit_train_batches=10, max_epochs=6, accumulate_grad_batches=2, check_val_every_n_epoch=3)
+    assert epochs.num_steps == 30 and epochs.steps_between_validations == 15
+    assert plan(val_check_interval=8, accumulate_grad_batches=4).steps_between_validations == 2
+    assert plan(val_check_interval=8, limit_val_batches=0).steps_between_validations == math.inf
+    model_parallel = SimpleNamespace(class_path="lightning.pytorch.strategies.ModelParallelStrategy")
+    assert plan(strategy="fsdp2").is_sharded and plan(strategy=model_parallel).is_sharded
+    assert not plan(strategy="ddp").is_sharded
 
 
 def test_too_few_cores_files_and_shared_memory_are_warnings(parts, monkeypatch, capsys):
