@@ -175,6 +175,8 @@ def _run_lightning(verb: str, args: list[str], trial: list[Exception] | None = N
             config.trainer.default_root_dir = str(self.run_folder)
             if config.checkpoint.dirpath is None:
                 config.checkpoint.dirpath = str(self.run_folder / "checkpoints")
+            if verb == "fit" and config.ckpt_path is None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
+                config.ckpt_path = "auto"  # queued again: whoever wrote the job meant it to go on
             if config.ckpt_path == "auto":
                 newest = newest_whole_checkpoint([self.run_folder, Path(config.checkpoint.dirpath)])
                 config.ckpt_path = None if newest is None else str(newest)
@@ -539,7 +541,7 @@ def _given_decoding(config: Any, args: list[str]) -> dict[str, Any]:
 
 def _run_sweep(args: list[str]) -> None:
     from magnet_train.ablation import write_ablation
-    from magnet_train.sweep import read_sweep, sweep
+    from magnet_train.sweep import become, read_sweep, sweep
 
     parser = _parser(
         "sweep", "Run a W&B sweep file without a W&B server, going on where it stopped; then draw its table."
@@ -547,11 +549,15 @@ def _run_sweep(args: list[str]) -> None:
     parser.add_argument("file", type=Path, help="Sweep file with method: grid, as in conf/sweep.")
     parser.add_argument("--out", type=Path, help="Folder for the runs' folders and the table; runs/NAME of the file.")
     parser.add_argument("--jobs", type=int, help="Runs at a time: 1 here, all at once under SLURM if not given.")
-    parser.add_argument("--slurm", action="store_true", help="Write an array job, and submit it if there is sbatch.")
+    parser.add_argument("--slurm", action="store_true", help="Submit an array job, a task for each run.")
+    parser.add_argument("--run", type=int, help="Only the run of this number, from 0: a task of an array job.")
     parser.add_argument("--table", action="store_true", help="Only draw the table of what is finished again.")
     config = parser.parse_args(args)
     out = config.out or Path("runs") / config.file.stem
     runs = read_sweep(config.file, out)
+    if config.run is not None:
+        become(config.file, runs, config.run)
+        return
     done = config.table or sweep(config.file, runs, _parse_fit, config.jobs, config.slurm)
     if config.table or any(run.is_finished for run in runs):
         print("table       {}\nplot        {}".format(*write_ablation(runs, out)))

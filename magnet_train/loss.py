@@ -18,9 +18,18 @@ class MaskedLoss:
     count: Tensor
     """Masked frames."""
 
+    @classmethod
+    def joined(cls, parts: "list[MaskedLoss]") -> "MaskedLoss":
+        """Of several batches as of one; their examples one after another."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ce", "correct", "count")))
+
     def mean(self) -> Tensor:
         """Mean over all masked frames of the batch, so longer masks weigh more (MAGNeT, Eq. 2); 0 if there is none."""
         return self.ce.sum() / self.count.sum().clamp(min=1)
+
+    def accuracy(self) -> Tensor:
+        """Share of the masked frames whose most likely entry is the right one; 0 if there is none."""
+        return self.correct.sum() / self.count.sum().clamp(min=1)
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, masked: Tensor) -> MaskedLoss:

@@ -77,6 +77,7 @@ class MagnetModule(L.LightningModule):
         crop_s: float = 10.0,
         span_len: int = 3,
         guidance_dropout: float = 0.3,
+        stage_sampling: Literal["batch", "example"] = "batch",
         start_from_codec: bool = False,
         init_from: str | None = None,
         compiled: bool = False,
@@ -92,6 +93,8 @@ class MagnetModule(L.LightningModule):
             crop_s: Length of what the model sees and generates, in seconds.
             span_len: Length of masked spans, in frames; 3 frames are 60 ms at 50 Hz.
             guidance_dropout: Share of examples trained without their caption, for classifier-free guidance, 0 to 1.
+            stage_sampling: Whether an optimizer step trains one stage, as published, or each example one of its own,
+                which takes a pass of the network for each stage that was drawn.
             start_from_codec: Whether embeddings and heads begin as the codec's codebooks instead of as published; of
                 help where training is short.
             init_from: Release folder, hub id, checkpoint or run folder whose weights are trained on; what it says of
@@ -105,6 +108,8 @@ class MagnetModule(L.LightningModule):
             raise UserError(f"guidance_dropout={guidance_dropout}: give a share from 0 to 1")
         if span_len < 1:
             raise UserError(f"span_len={span_len}: give at least 1 frame")
+        if stage_sampling not in ("batch", "example"):
+            raise UserError(f"stage_sampling={stage_sampling}: choose batch or example")
         if crop_s <= 0:
             raise UserError(f"crop_s={crop_s}: give a length in seconds above 0")
         if init_from is not None and start_from_codec:
@@ -121,6 +126,7 @@ class MagnetModule(L.LightningModule):
                 "crop_s": crop_s,
                 "span_len": span_len,
                 "guidance_dropout": guidance_dropout,
+                "stage_sampling": stage_sampling,
                 "start_from_codec": start_from_codec,
                 "init_from": init_from,
                 "seed": seed,
@@ -132,7 +138,7 @@ class MagnetModule(L.LightningModule):
         self.trained_steps = 0
         """Optimizer steps of the checkpoint that was loaded, where the trainer does not know them."""
         self.span_len, self.guidance_dropout, self.seed, self.crop_s = span_len, guidance_dropout, seed, crop_s
-        self.codec_name, self.text_encoder_name = codec, text_encoder
+        self.stage_sampling, self.codec_name, self.text_encoder_name = stage_sampling, codec, text_encoder
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = Magnet(network)
@@ -190,21 +196,34 @@ class MagnetModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         count = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        # The stage is drawn alike on all ranks and for all that is accumulated; masks and dropouts are not.
-        update = count // self.trainer.accumulate_grad_batches
-        stage = int(torch.randint(self.config.num_codebooks, (1,), generator=step_generator(self.seed, update)))
         generator = step_generator(self.seed, count, self.global_rank)
         size, num_frames = batch["valid"].shape
         rates = cosine_mask_rate(torch.rand(size, generator=generator))
         masked = span_mask(rates, num_frames, self.span_len, generator).to(self.device)
         captions = drop_captions(batch["captions"], self.guidance_dropout, generator)
-        loss = self.stage_loss(batch, captions, stage, masked)
-        mean = loss.mean()
-        accuracy = loss.correct.sum() / loss.count.sum().clamp(min=1)
+        losses = []
+        for stage, rows in self._drawn_stages(count, size):
+            part: Any = {name: batch[name][rows] for name in ("codes", "valid")}
+            loss = self.stage_loss(part, [captions[row] for row in rows], stage, masked[rows])
+            self.log(f"train/ce/stage{stage}", loss.mean().detach(), batch_size=len(rows))
+            self.log(f"train/accuracy/stage{stage}", loss.accuracy(), batch_size=len(rows))
+            losses.append(loss)
+        mean = MaskedLoss.joined(losses).mean()
         self.log("train/loss", mean, prog_bar=True, batch_size=size)
-        self.log(f"train/ce/stage{stage}", mean.detach(), batch_size=size)
-        self.log(f"train/accuracy/stage{stage}", accuracy, batch_size=size)
         return mean
+
+    def _drawn_stages(self, count: int, size: int) -> list[tuple[int, list[int]]]:
+        """Stages to train in the batch that has `count` before it, with the rows of each.
+
+        They are drawn alike on all ranks, so that ranks have the same work and none waits for another; one stage
+        for all that is accumulated, or one for each row.
+        """
+        num_stages = self.config.num_codebooks
+        if self.stage_sampling == "batch":
+            update = count // self.trainer.accumulate_grad_batches
+            return [(int(torch.randint(num_stages, (1,), generator=step_generator(self.seed, update))), [*range(size)])]
+        drawn = torch.randint(num_stages, (size,), generator=step_generator(self.seed, count, -1)).tolist()
+        return [(stage, [row for row in range(size) if drawn[row] == stage]) for stage in sorted(set(drawn))]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         num_frames = batch["valid"].shape[1]

@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from magnet_train.assets import conf_path
 from magnet_train.errors import UserError
 
 FIT = (sys.executable, "-m", "magnet_train", "fit")
@@ -192,16 +193,13 @@ def run_here(runs: Sequence[Run], jobs: int = 1) -> dict[str, str]:
 
 def _start(run: Run, jobs: int) -> "subprocess.Popen[bytes] | None":
     """The run's process; None if another process has it, or had it and finished it."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    # The process inherits the lock, so that it lasts as long as the process does, even where this one is killed.
-    lock = os.open(run.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    if (lock := _lock(run)) is None:
+        return None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if run.is_finished:
             return None
-        resume = [f"--ckpt_path={run.checkpoint}"] if run.checkpoint.is_file() else []
-        command = [*FIT, *run.args, *resume]
-        _say(f"{run.name}: {'goes on from ' + str(run.checkpoint) if resume else 'begins'}")
+        command = _command(run)
+        _say(f"{run.name}: {f'goes on from {run.checkpoint}' if run.checkpoint.is_file() else 'begins'}")
         with run.log.open("ab") as log:
             log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
@@ -209,10 +207,28 @@ def _start(run: Run, jobs: int) -> "subprocess.Popen[bytes] | None":
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock],
                 env=_environment(run, jobs), start_new_session=True,  # Ctrl-C is for this process, which ends them all
             )  # fmt: skip
-    except BlockingIOError:
-        return None
     finally:
         os.close(lock)
+
+
+def _lock(run: Run) -> int | None:
+    """A lock on the run's folder; None if another process has it.
+
+    The run's process inherits it, so that it lasts as long as that does, even where this one is killed.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(run.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _command(run: Run) -> list[str]:
+    """Begins or goes on: a truncated checkpoint is passed over."""
+    return [*FIT, *run.args, "--ckpt_path=auto"]
 
 
 def _environment(run: Run, jobs: int) -> dict[str, str]:
@@ -271,63 +287,65 @@ def state_table(runs: Sequence[Run], failed: dict[str, str]) -> str:
 
 # --- SLURM --------------------------------------------------------------------------------------------------------
 
-JOB = """\
-#!/bin/bash
-# {count} runs, one a task, by `python -m magnet_train sweep {file} --slurm`; the same again for what is not finished.
-# Partition, account, time and GPUs: from SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, SBATCH_GPUS, or here.
-#SBATCH --job-name={name}
-#SBATCH --array={array}
-#SBATCH --ntasks=1
-#SBATCH --output={out}/slurm_%a.txt
-#SBATCH --open-mode=append
-#SBATCH --requeue
-#SBATCH --signal=SIGUSR1@90
-cd {cwd} || exit 1
-export WANDB_MODE="${{WANDB_MODE:-offline}}" WANDB_RUN_GROUP={name} HF_HUB_OFFLINE="${{HF_HUB_OFFLINE:-1}}"
-case "$SLURM_ARRAY_TASK_ID" in
-{cases}
-  *) echo "no run $SLURM_ARRAY_TASK_ID in this sweep" >&2; exit 1 ;;
-esac
-folder={out}/"$WANDB_NAME"
-[ -f "$folder/summary.json" ] && exit 0
-[ -f "$folder/checkpoints/last.ckpt" ] && args+=("--ckpt_path=$folder/checkpoints/last.ckpt")
-mkdir -p "$folder"
-exec srun {fit} "${{args[@]}}" >> "$folder/log.txt" 2>&1
-"""
 
-
-def slurm_job(file: Path, runs: Sequence[Run], jobs: int | None = None) -> str:
-    """Content of the array job: one task for each run, those that are finished left out.
+def become(file: Path, runs: Sequence[Run], number: int) -> None:
+    """Turns this process into one run of a sweep, so that signals reach that; a finished run ends it at once.
 
     Args:
-        file: of the sweep, named in the job.
+        file: that the runs were read from.
+        runs: all of the sweep's.
+        number: of the run, from 0, in the order of the grid.
+
+    Raises:
+        UserError: if there is no such run, or another process has it.
+    """
+    if not 0 <= number < len(runs):
+        raise UserError(
+            f"--run {number}: {file} has runs 0 to {len(runs) - 1}; give --array=0-{len(runs) - 1} to sbatch"
+        )
+    run = runs[number]
+    if run.is_finished:
+        _say(f"{run.name}: finished before")
+        return
+    if os.environ.get("SLURM_PROCID", "0") == "0":  # of several ranks the first holds the lock for all
+        if (lock := _lock(run)) is None:
+            raise UserError(f"{run.folder}: another process has this run; wait for that, or cancel it")
+        os.set_inheritable(lock, True)
+    _say(f"{run.name}: see {run.log}")
+    log = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.execve(FIT[0], _command(run), _environment(run, jobs=1))
+
+
+def slurm_command(file: Path, runs: Sequence[Run], jobs: int | None = None) -> list[str]:
+    """Of the array job, one task for each run that is not finished: conf/slurm/sweep.sbatch with what it needs.
+
+    Args:
+        file: of the sweep.
         runs: all of the sweep's, so that a run keeps its task's number.
         jobs: tasks at a time; None = as many as the cluster gives.
     """
-    tasks = [str(i) for i, run in enumerate(runs) if not run.is_finished]
-    out = runs[0].folder.parent.absolute()
-    cases = [
-        f"  {i}) export WANDB_NAME={shlex.quote(run.name)}; args=({shlex.join(run.args)}) ;;"
-        for i, run in enumerate(runs)
-    ]
-    return JOB.format(
-        count=len(tasks), file=file, name=shlex.quote(out.name), array=",".join(tasks) + (f"%{jobs}" if jobs else ""),
-        out=shlex.quote(str(out)), cwd=shlex.quote(str(Path.cwd())), cases="\n".join(cases), fit=shlex.join(FIT),
-    )  # fmt: skip
+    tasks = ",".join(str(i) for i, run in enumerate(runs) if not run.is_finished) + (f"%{jobs}" if jobs else "")
+    out = runs[0].folder.parent
+    job = [str(conf_path("slurm/sweep.sbatch")), str(file), "--out", str(out)]
+    return ["sbatch", f"--job-name={out.name}", f"--array={tasks}", f"--output={out}/slurm_%a.txt", *job]
 
 
-def submit(job: Path) -> str:
+def submit(command: list[str]) -> str:
     """What sbatch answers; where there is none, how to submit.
 
     Raises:
         UserError: if sbatch refuses.
     """
-    if shutil.which("sbatch") is None:
-        return f"no sbatch here; where there is one: sbatch {job}"
-    done = subprocess.run(["sbatch", str(job)], capture_output=True, text=True)
+    if shutil.which(command[0]) is None:
+        return f"no sbatch here; where there is one: {shlex.join(command)}"
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
+        said = " ".join(done.stderr.split())[:300]
         raise UserError(
-            f"{job}: sbatch refuses it ({' '.join(done.stderr.split())[:300]}); edit it and submit it yourself"
+            f"sbatch refuses the job ({said}); SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT and the like in the "
+            f"environment are taken, or edit a copy of {conf_path('slurm/sweep.sbatch')}"
         )
     return done.stdout.strip()
 
@@ -349,7 +367,7 @@ def sweep(
         runs: of `read_sweep`.
         check: parses the options of `fit`; every unfinished run's are parsed before anything starts.
         jobs: runs at a time; None = one here, as many as the cluster gives under SLURM.
-        slurm: whether an array job is written, and submitted where there is sbatch.
+        slurm: whether it is handed to sbatch as an array job.
 
     Raises:
         UserError: if a run's options do not hold, or sbatch refuses.
@@ -366,10 +384,8 @@ def sweep(
     if not unfinished:
         return True
     if slurm:
-        job = runs[0].folder.parent / "sweep.sbatch"
-        job.parent.mkdir(parents=True, exist_ok=True)
-        job.write_text(slurm_job(file, runs, jobs))
-        print(f"wrote {job}\n{submit(job)}")
+        runs[0].folder.parent.mkdir(parents=True, exist_ok=True)
+        print(submit(slurm_command(file, runs, jobs)))
         return True
     failed = run_here(runs, jobs or 1)
     print(state_table(runs, failed), flush=True)

@@ -16,23 +16,24 @@ class Ledger(Callback):
     """Writes down what each batch was and what came of it, and disturbs the run where it is told to."""
 
     def __init__(
-        self, file: str, stop_at: int = -1, stop_in_validation: int = -1, save_at: int = -1,
+        self, file: str, stop_at: int = -1, stop_rank: int = -1, stop_in_validation: int = -1, save_at: int = -1,
         bad_losses: tuple[int, ...] = (), bad_gradients: tuple[int, ...] = (),
         signal_at: int = -1, signal: int = 0, lasts_s: float = 0.0,
     ):  # fmt: skip
-        """Batches are counted from 0 over the whole run, validations by the step before them; -1 = never."""
+        """Batches are counted from 0 over the whole run, validations by the step before them; -1 = never, any rank."""
         self.file, self.stop_at, self.stop_in_validation, self.save_at = (
             Path(file),
             stop_at,
             stop_in_validation,
             save_at,
         )
+        self.stop_rank = stop_rank
         self.bad_losses, self.bad_gradients = bad_losses, bad_gradients
         self.signal_at, self.signal, self.lasts_s = signal_at, signal, lasts_s
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int):
         count = trainer.fit_loop.total_batch_idx
-        if count == self.stop_at:
+        if count == self.stop_at and self.stop_rank in (-1, trainer.global_rank):
             raise RuntimeError("as planned")
         if count == self.signal_at and trainer.global_rank == trainer.world_size - 1:
             os.kill(os.getpid(), self.signal)

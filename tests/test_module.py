@@ -35,10 +35,10 @@ def module() -> MagnetModule:
 
 def batch(num_frames=24, valid=(24, 15)):
     return {
-        "codes": torch.randint(SIZE, (2, 4, num_frames)),
+        "codes": torch.randint(SIZE, (len(valid), 4, num_frames)),
         "valid": torch.arange(num_frames)[None] < torch.tensor(valid)[:, None],
-        "captions": ["one", "three"],
-        "keys": ["a", "b"],
+        "captions": ["one", "three", "five", "seven", "eleven", "thirteen"][: len(valid)],
+        "keys": ["a", "b", "c", "d", "e", "f"][: len(valid)],
     }
 
 
@@ -93,6 +93,7 @@ def test_initial_weights_are_a_function_of_the_seed(module):
             "guidance",
         ),
         (lambda: MagnetModule(span_len=0, network=MagnetConfig(dim=8, num_heads=1, num_layers=1)), "span_len"),
+        (lambda: MagnetModule(stage_sampling="step"), "stage_sampling=step"),  # type: ignore[arg-type]
         (lambda: OptimizerConfig(lr=-1), "lr=-1"),
         (lambda: OptimizerConfig(schedule="linear"), "schedule=linear"),  # type: ignore[arg-type]
     ],
@@ -143,6 +144,52 @@ def test_what_is_drawn_does_not_depend_on_what_was_drawn_before(module):
 def test_accumulated_batches_share_the_stage(module):
     stages = [drawn(module, 0, n, accumulated=4)[0] for n in range(40)]
     assert all(len(set(stages[n : n + 4])) == 1 for n in range(0, 40, 4)) and len(set(stages)) > 1
+
+
+def test_each_example_may_have_a_stage_of_its_own(module):
+    """Every rank has the same groups, so that none waits for another."""
+    module.stage_sampling = "example"
+    module._trainer = SimpleNamespace(accumulate_grad_batches=1, global_rank=0)
+    groups = [module._drawn_stages(count, size=8) for count in range(40)]
+    assert all(sorted(row for _, rows in step for row in rows) == [*range(8)] for step in groups)
+    drawn = [stage for step in groups for stage, rows in step for _ in rows]
+    assert all(abs(drawn.count(stage) / 320 - 0.25) < 0.1 for stage in range(4))  # four deviations of a fair draw
+    module._trainer.global_rank = 1
+    assert groups == [module._drawn_stages(count, size=8) for count in range(40)]
+
+
+def test_stages_of_their_own_are_trained_as_each_alone(module):
+    """The loss is the mean over all masked frames, whichever stage they are of, and so is its gradient."""
+    module.stage_sampling, size = "example", 6
+    data = batch(valid=(24, 24, 24, 20, 24, 9))
+    module._trainer = SimpleNamespace(
+        accumulate_grad_batches=1,
+        global_rank=0,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=3)),
+    )
+    logged = {}
+    module.log = lambda name, value, **_: logged.update({name: float(value.detach())})
+    parts, stage_loss = [], module.stage_loss
+
+    def seen(part, captions, stage, masked):
+        parts.append((part, captions, stage, masked))
+        return stage_loss(part, captions, stage, masked)
+
+    module.stage_loss = seen
+    loss = module.training_step(data, 0)
+    assert len(parts) > 1 and sum(len(captions) for _, captions, *_ in parts) == size
+    alone = [
+        stage_loss({n: part[n][i : i + 1] for n in ("codes", "valid")}, [captions[i]], stage, masked[i : i + 1])
+        for part, captions, stage, masked in parts
+        for i in range(len(captions))
+    ]
+    total = sum(one.ce.sum() for one in alone) / sum(one.count.sum() for one in alone)
+    assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-6) and logged["train/loss"] == float(
+        loss.detach()
+    )
+    assert {n for n in logged if n.startswith("train/ce")} == {f"train/ce/stage{stage}" for *_, stage, _ in parts}
+    own, expected = (torch.autograd.grad(x, [*module.network.parameters()]) for x in (loss, total))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(own, expected, strict=True))
 
 
 def test_d_adaptation_finds_a_step_size(module):

@@ -13,6 +13,7 @@ import torch
 from helpers_data import make_data_codec, write_shards
 from helpers_resume import arguments, differences, ledger, make_data, outcome
 
+import magnet_train.callbacks.preemption
 from magnet_train.__main__ import main
 from magnet_train.callbacks.preemption import Preempted, Preemption
 from magnet_train.resume import Layout, newest_whole_checkpoint
@@ -141,6 +142,21 @@ def test_a_signal_saves_and_stops(
 
 
 @pytest.mark.slow
+def test_checkpoints_are_written_between_validations_too(
+    data: Path, twins: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed without warning in its third batch, a run that is due to save at each goes on with that batch."""
+    options = ("--data.num_workers=0", "--trainer.accumulate_grad_batches=1")
+    twin = twins[options]
+    with monkeypatch.context() as often:
+        often.setattr(magnet_train.callbacks.preemption, "EVERY_S", 0.0)
+        stopped(data, tmp_path / "run", *options, stop_at=2)
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2
+    assert main(arguments(data, tmp_path / "run", *options, "--ckpt_path=auto")) == 0
+    assert equal(twin, tmp_path / "run")
+
+
 def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(data: Path, tmp_path: Path, caplog: Any):
     """A real launch; before that, a bad loss on the other rank alone makes both leave out the step."""
     options = ("--trainer.devices=2", "--trainer.strategy=ddp", "--checkpoint.every_n_train_steps=100")
@@ -174,27 +190,35 @@ def test_a_second_signal_ends_at_once():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
-def test_under_slurm_lightning_saves_and_requeues(
-    data: Path, twins: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_under_slurm_a_job_is_queued_again_and_goes_on(
+    data: Path, twins: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
-    """With a stand-in for scontrol; only that its handler waits for the end of the batch is ours."""
+    """With a stand-in for scontrol. No file of Lightning's is left, which every later start would prefer."""
     options = ("--data.num_workers=0", "--trainer.accumulate_grad_batches=1")
     twin = twins[options]
     called = tmp_path / "called"
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {called}\n')
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {called}\n')
     (tmp_path / "scontrol").chmod(0o755)
     with monkeypatch.context() as slurm:
         for name, value in {"JOB_ID": "7", "JOB_NAME": "fit", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}.items():
             slurm.setenv(f"SLURM_{name}", value)
         slurm.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-        run = arguments(data, tmp_path / "run", *options, signal_at=3, signal=int(signal.SIGUSR1))
         with pytest.raises(Preempted):
-            main(run)
-        assert called.read_text() == "requeue 7\n"
-        assert (tmp_path / "run" / "hpc_ckpt_1.ckpt").is_file()
-        with pytest.raises(Preempted):  # a second time: it goes on from the first, and one file is enough
-            main(arguments(data, tmp_path / "run", *options, signal_at=5, signal=int(signal.SIGUSR1)))
-        assert [p.name for p in (tmp_path / "run").glob("hpc*")] == ["hpc_ckpt_2.ckpt"]
+            main(arguments(data, tmp_path / "run", *options, signal_at=2, signal=int(signal.SIGUSR1)))
+        assert "job 7 is queued again" in capsys.readouterr().out
+        slurm.setenv("SLURM_RESTART_COUNT", "1")  # from now on a start goes on without being told
+        slurm.setenv("SLURM_ARRAY_JOB_ID", "5")
+        slurm.setenv("SLURM_ARRAY_TASK_ID", "2")
+        with pytest.raises(Preempted):
+            main(arguments(data, tmp_path / "run", *options, signal_at=3, signal=int(signal.SIGUSR1)))
+        with pytest.raises(Preempted):  # SLURM itself queues again what it preempts
+            main(arguments(data, tmp_path / "run", *options, signal_at=5, signal=int(signal.SIGTERM)))
+        assert called.read_text() == "requeue 7\nrequeue 5_2\n"
+        (tmp_path / "scontrol").write_text("#!/bin/sh\necho Job is gone >&2; exit 1\n")
+        with pytest.raises(Preempted):
+            main(arguments(data, tmp_path / "run", *options, signal_at=6, signal=int(signal.SIGUSR1)))
+        assert "SLURM does not queue job 5_2 again (Job is gone): submit it again" in capsys.readouterr().out
+        assert not [*(tmp_path / "run").glob("hpc*")]
         assert main(arguments(data, tmp_path / "run", *options)) == 0
     assert equal(twin, tmp_path / "run")
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from magnet_train.__main__ import main
 from magnet_train.sweep import read_sweep
 
 ROOT = Path(__file__).parents[1]
+SBATCH = ROOT / "conf" / "slurm"
 SWEEPS = sorted(p.name for p in (ROOT / "conf" / "sweep").glob("*.yaml"))
 ABLATIONS = sorted(p.name for p in (ROOT / "conf" / "ablation").glob("*.yaml"))
 HEAD = {"method": "grid", "command": ["${env}", "${interpreter}", "-m", "magnet_train", "fit", "${args}"]}
@@ -46,6 +48,11 @@ note(end=time.time())
 def write(path: Path, **content: object) -> Path:
     path.write_text(yaml.safe_dump(HEAD | content, sort_keys=False))
     return path
+
+
+def program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
 
 
 def notes(folder: Path) -> list[dict]:
@@ -240,7 +247,7 @@ def test_runs_go_one_after_another_and_finished_ones_stay(tmp_path, fake, capsys
     said = [notes(fake / f"x={x}") for x in (3, 1, 2)]
     assert [len(n) for n in said] == [2, 2, 2]
     assert said[0][1]["end"] <= said[1][0]["start"] and said[1][1]["end"] <= said[2][0]["start"]
-    assert said[0][0]["mode"] == "offline" and said[0][0]["ckpt"] is None
+    assert said[0][0]["mode"] == "offline" and said[0][0]["ckpt"] == "auto"
     shutil.rmtree(fake / "x=1")
     assert status(file, "--out", fake) == 0
     assert [len(notes(fake / f"x={x}")) for x in (3, 1, 2)] == [2, 2, 2]
@@ -262,7 +269,7 @@ def test_an_unfinished_run_goes_on_from_its_checkpoint(tmp_path, fake, capsys):
     last.touch()
     file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2]}})
     assert status(file, "--out", fake) == 0
-    assert notes(fake / "x=1")[0]["ckpt"] == str(last) and notes(fake / "x=2")[0]["ckpt"] is None
+    assert all(notes(fake / f"x={x}")[0]["ckpt"] == "auto" for x in (1, 2))
     out = capsys.readouterr().out
     assert "x=1  to go on" in out and "x=2  to begin" in out
 
@@ -354,37 +361,48 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(tmp_path, 
     tools.mkdir()
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
     assert status(file, "--out", fake, "--slurm", "--jobs", 4) == 0
-    assert f"sbatch {fake / 'sweep.sbatch'}" in capsys.readouterr().out
-    job = (fake / "sweep.sbatch").read_text()
-    for line in ("--array=1,2%4", "--requeue", "--signal=SIGUSR1@90", "--open-mode=append"):
-        assert f"#SBATCH {line}\n" in job
-    (tools / "srun").write_text('#!/bin/sh\nexec "$@"\n')
-    (tools / "srun").chmod(0o755)
-    last = fake / "x=2" / "checkpoints" / "last.ckpt"
-    last.parent.mkdir(parents=True)
-    last.touch()
+    said = capsys.readouterr().out.splitlines()[-3]
+    words = shlex.split(said.removeprefix("no sbatch here; where there is one: "))
+    assert words[2] == "--array=1,2%4" and words[4:] == [str(SBATCH / "sweep.sbatch"), str(file), "--out", str(fake)]
+    # The job as SLURM would run it, with the interpreter that has the fake `fit`.
+    program(tools / "srun", 'exec "$@"')
+    program(tools / "python", f'shift 2\nexec {sys.executable} {tmp_path / "with_fake.py"} "$@"')
+    (tmp_path / "with_fake.py").write_text(
+        "import sys, magnet_train.sweep\nfrom magnet_train.__main__ import main\n"
+        f"magnet_train.sweep.FIT = {magnet_train.sweep.FIT!r}\nsys.exit(main())\n"
+    )
     for task in ("0", "1", "2"):
-        env = os.environ | {"SLURM_ARRAY_TASK_ID": task}
-        subprocess.run(["bash", str(fake / "sweep.sbatch")], env=env, check=True)
+        env = os.environ | {"SLURM_ARRAY_TASK_ID": task, "PYTHONPATH": str(ROOT)}
+        subprocess.run(["bash", *words[4:]], env=env, check=True, cwd=tmp_path)
     assert not (fake / "x=0" / "notes").exists()
-    assert notes(fake / "x=1")[0]["ckpt"] is None and notes(fake / "x=2")[0]["ckpt"] == str(last)
-    assert notes(fake / "x=1")[0]["mode"] == "offline"
+    assert [notes(fake / f"x={x}")[0]["mode"] for x in (1, 2)] == ["offline"] * 2
+    assert notes(fake / "x=2")[0]["ckpt"] == "auto" and (fake / "x=2" / "log.txt").is_file()
     assert status(file, "--out", fake, "--slurm") == 0  # nothing is left to do
     assert "3 of 3 runs are finished" in capsys.readouterr().out
+    assert status(file, "--out", fake, "--run", 3) == 2
+    said = capsys.readouterr().err
+    assert "--run 3: " in said and "has runs 0 to 2" in said
+
+
+def test_a_task_leaves_a_run_alone_that_another_process_has(tmp_path, fake, capsys):
+    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1]}})
+    run = read_sweep(file, fake)[0]
+    lock = magnet_train.sweep._lock(run)
+    assert status(file, "--out", fake, "--run", 0) == 2
+    assert "another process has this run" in capsys.readouterr().err
+    os.close(lock)
 
 
 def test_sbatch_is_called_where_it_is_and_its_refusal_is_one_line(tmp_path, fake, capsys, monkeypatch):
     file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2]}})
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text('#!/bin/sh\necho "Submitted batch job 77"\n')
-    sbatch.chmod(0o755)
+    program(tmp_path / "sbatch", f'echo "$@" > {tmp_path / "asked"}; echo "Submitted batch job 77"')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert status(file, "--out", fake, "--slurm") == 0
     assert "Submitted batch job 77" in capsys.readouterr().out
-    assert "#SBATCH --array=0,1\n" in (fake / "sweep.sbatch").read_text()
-    sbatch.write_text('#!/bin/sh\necho "invalid partition" >&2\nexit 1\n')
+    assert "--array=0,1 " in (tmp_path / "asked").read_text()
+    program(tmp_path / "sbatch", 'echo "invalid partition" >&2; exit 1')
     assert status(file, "--out", fake, "--slurm") == 2
-    assert "sbatch refuses it (invalid partition)" in capsys.readouterr().err
+    assert "sbatch refuses the job (invalid partition); SBATCH_PARTITION" in capsys.readouterr().err
 
 
 # --- for real -----------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""SIGTERM and SIGUSR1 end a run within a batch, with a checkpoint."""
+"""SIGTERM and SIGUSR1 end a run within a batch, with a checkpoint; without any signal one is written twice an hour."""
 
 import os
-import re
 import signal
+import subprocess
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EVERY_S = 1800.0
+"""Seconds between checkpoints: validations may be hours apart, and no signal announces that a node fails."""
 
 
 class Preempted(SystemExit):
@@ -27,21 +30,26 @@ class Preempted(SystemExit):
 class Preemption(Callback):
     """Saves `last.ckpt` at the end of the batch in which a signal arrives, then stops; a second signal ends at once.
 
+    It saves every EVERY_S seconds too, and goes on.
+
     A signal that arrives in a validation waits for its end: ranks have unequal numbers of validation batches, so they
     cannot agree before.
 
     The handler only notes the signal: a checkpoint written from within it could catch a step half done (Lightning
-    issue 21406). The ranks agree, whichever of them was told. Under SLURM with automatic requeue Lightning's own
-    handler of the requeue signal does the saving and the requeue, only called at the end of the batch too.
+    issue 21406). The ranks agree, whichever of them was told. Under SLURM with automatic requeue the requeue signal has
+    the job queued again too. Lightning's own handler would save to a file that every later start prefers, however far
+    the run has come since; here it is `last.ckpt` like any other.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
         self._requeue_signal: int | None = None
         self._before: dict[int, Any] = {}
+        self._saved = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes the signals over from Lightning, whose handler of SIGTERM calls a collective from within itself."""
+        self._saved = time.monotonic()
         if threading.current_thread() is not threading.main_thread():  # where Python takes no handlers
             return
         environment = trainer._accelerator_connector.cluster_environment  # type: ignore[attr-defined]
@@ -53,22 +61,23 @@ class Preemption(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+        is_due = trainer.is_global_zero and time.monotonic() - self._saved > EVERY_S
+        agree = trainer.strategy.reduce_boolean_decision
+        if not agree(is_due or self._received is not None, all=False):
             return
-        requeue = self._requeue_signal is not None and self._received != signal.SIGTERM
-        if trainer.strategy.reduce_boolean_decision(requeue, all=False):
-            trainer._signal_connector._slurm_sigusr_handler_fn(self._requeue_signal, None)  # type: ignore[attr-defined]
-            if trainer.is_global_zero:
-                _keep_the_newest(Path(trainer.default_root_dir))
-            raise Preempted(0)
         text = "nothing to save, no step was finished"
         if trainer.global_step:
             path = self._path(trainer)
             trainer.save_checkpoint(path, weights_only=False)
             text = f"saved {path}"
+        self._saved = time.monotonic()
+        if not agree(self._received is not None, all=False):
+            return
+        requeue = agree(self._requeue_signal is not None and self._received == self._requeue_signal, all=False)
         if trainer.is_global_zero:
             name = signal.Signals(self._received).name if self._received else "a signal to another rank"
-            print(f"stopped at step {trainer.global_step} by {name}: {text}; go on with --ckpt_path auto", flush=True)
+            after = _requeue() if requeue else "go on with --ckpt_path auto"
+            print(f"stopped at step {trainer.global_step} by {name}: {text}; {after}", flush=True)
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # which waits for a result for ever
             raise RuntimeError(f"ddp_fork and ddp_spawn know no exit of their ranks without a failure: {text}")
         raise Preempted(0)
@@ -96,8 +105,14 @@ class Preemption(Callback):
         return Path(folder) / "last.ckpt"
 
 
-def _keep_the_newest(folder: Path) -> None:
-    """Lightning numbers what it saves at a requeue and keeps all, each as large as model and optimizer together."""
-    saved = {int(found[1]): p for p in folder.iterdir() if (found := re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", p.name))}
-    for number in sorted(saved)[:-1]:
-        saved[number].unlink()
+def _requeue() -> str:
+    """Has SLURM queue this job, or this task of its array, again; what came of it."""
+    job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
+    name = job if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True)
+    except OSError as error:
+        return f"job {name} could not be queued again ({error}): submit it again"
+    if done.returncode:
+        return f"SLURM does not queue job {name} again ({' '.join(done.stderr.split())[:300]}): submit it again"
+    return f"job {name} is queued again"

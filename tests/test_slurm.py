@@ -1,0 +1,81 @@
+"""The job files of conf/slurm with stand-ins for srun and scontrol, and everything else real."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+JOBS = sorted((ROOT / "conf" / "slurm").glob("*.sbatch"))
+TINY = [
+    "--model.network.dim=32", "--model.network.num_heads=2", "--model.network.num_layers=1", "--model.crop_s=3.2",
+    "--model.optimizer.warmup_steps=1", "--data.batch_size=2", "--data.num_workers=0", "--trainer.accelerator=cpu",
+    "--trainer.max_steps=6", "--trainer.limit_val_batches=1", "--generation.at_start=false",
+    "--generation.num_prompts=0", "--trainer.enable_progress_bar=false", "--trainer.logger=false",
+    "--trainer.val_check_interval=6",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda p: p.stem)
+def test_a_job_file_is_what_its_head_says(job: Path):
+    text = job.read_text()
+    assert subprocess.run(["bash", "-n", str(job)]).returncode == 0
+    for option in ("--requeue", "--open-mode=append", "--signal=SIGUSR1@300"):  # of the steps, not of the batch script
+        assert f"#SBATCH {option}\n" in text
+    assert "HF_HUB_OFFLINE" in text and "WANDB_MODE" in text and f"conf/slurm/{job.name}" in text
+
+
+def program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.slow
+def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(tmp_path: Path):
+    """srun starts both tasks with what SLURM sets, and sends SIGUSR1 to both once the first step is saved."""
+    tools, run = tmp_path / "tools", tmp_path / "run"
+    tools.mkdir()
+    program(tools / "python", f'exec {sys.executable} "$@"')
+    program(tools / "scontrol", f'echo "$@" >> {tmp_path}/scontrol.txt')
+    program(
+        tools / "srun",
+        f"""
+        [[ $1 == --* ]] && shift
+        for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NODEID=0 "$@" > {tmp_path}/rank$i.txt 2>&1 & done
+        if [[ -z ${{SLURM_RESTART_COUNT:-}} ]]; then
+            for _ in $(seq 1200); do [[ -f {run}/started ]] && break; sleep 0.1; done
+            kill -USR1 $(jobs -p)
+        fi
+        status=0; for pid in $(jobs -p); do wait $pid || status=$?; done; exit $status""",
+    )
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom pathlib import Path\nfrom lightning.pytorch.callbacks import Callback\n\n\n"
+        "class Slow(Callback):\n"
+        "    def on_train_batch_end(self, trainer, *args):\n"
+        "        (Path(trainer.default_root_dir) / 'started').touch()\n"
+        "        time.sleep(0.5)\n"
+    )
+    slurm = {
+        "JOB_ID": "7", "JOB_NAME": "magnet", "JOB_NUM_NODES": "1", "NTASKS": "2", "NTASKS_PER_NODE": "2",
+        "NODELIST": "localhost", "SUBMIT_DIR": str(ROOT), "CPUS_PER_TASK": "1",
+    }  # fmt: skip
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    env |= {f"SLURM_{name}": value for name, value in slurm.items()}
+    env |= {"PATH": f"{tools}:{env['PATH']}", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    job = ["bash", str(ROOT / "conf/slurm/one_node.sbatch"), "--config", "conf/demo.yaml", *TINY]
+    job += [f"--trainer.default_root_dir={run}", "--trainer.callbacks+=slow.Slow", "--trainer.strategy=ddp"]
+
+    def start(**more: str) -> str:
+        done = subprocess.run(job, env=env | more, capture_output=True, text=True, timeout=300)
+        said = (tmp_path / "rank0.txt").read_text() if (tmp_path / "rank0.txt").exists() else ""
+        assert done.returncode == 0, done.stdout + done.stderr + said
+        return said
+
+    assert "job 7 is queued again" in start()
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 7\n"
+    assert (run / "checkpoints" / "last.ckpt").is_file() and not (run / "summary.json").exists()
+    said = start(SLURM_RESTART_COUNT="1")
+    assert f"--ckpt_path auto: {run / 'checkpoints' / 'last.ckpt'}" in said
+    assert (run / "summary.json").is_file() and (tmp_path / "scontrol.txt").read_text() == "requeue 7\n"
