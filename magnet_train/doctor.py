@@ -1,95 +1,328 @@
-"""`doctor`: what a configuration needs from elsewhere, and whether it is here; `--prefetch` fetches it.
+"""`doctor`: whether a run of `fit` would start and last, and what it would take, before hours are spent on it.
 
-For compute nodes without network: run it with `--prefetch` where there is one, with the same cache folders.
+A check is a function of a `Plan` that yields findings; a UserError that it meets is a finding too, so that each check
+runs whatever the others found. Nothing is trained, nothing is written but a probe that is removed, and nothing is
+downloaded unless the plan says so.
 """
 
+import contextlib
+import importlib.metadata
+import io
+import json
+import math
+import netrc
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import random
+import resource
+import shutil
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
+import torch
+
+from magnet_train import estimate
+from magnet_train.callbacks.resume import ExactResume
+from magnet_train.codec import CodecFacts, load_codec
+from magnet_train.compat import import_torchaudio
+from magnet_train.conditioning import TextEncoder, load_text_encoder
+from magnet_train.data.datamodule import MagnetDataModule
+from magnet_train.data.pipeline import Item, ShardSet
+from magnet_train.decoding import DecodingConfig
 from magnet_train.errors import UserError
+from magnet_train.measure import PEAK_TFLOP, matmul_limit, peak_flop, peak_mb, timed, training_pass
 from magnet_train.metrics.listeners import load_listener
-from magnet_train.metrics.scoring import parse_metric
+from magnet_train.metrics.scoring import NEEDS_REFERENCE, parse_metric
+from magnet_train.model import MagnetConfig
+from magnet_train.module import MagnetModule
+from magnet_train.pretrained import one_line
+from magnet_train.release import Trained, check_stamp, check_weights, read_checkpoint
+from magnet_train.resume import check_same_network, newest_whole_checkpoint
 from magnet_train.weights import CLAP_MUSIC, PASST_10S, PASST_20S, VGGISH, Weights, cache_dir, find_weights
 
 WEIGHTS: dict[str, Weights] = {
     "vggish": VGGISH, "torchvggish": VGGISH, "passt": PASST_20S, "passt-10s": PASST_10S, "clap": CLAP_MUSIC,
 }  # fmt: skip
 """Of each listener that does not ship."""
-
-
-@dataclass(frozen=True)
-class DoctorOptions:
-    """What is looked at."""
-
-    configs: list[Path] = field(default_factory=list)
-    """YAML files of `fit`, the later over the earlier; the embedded default if none is given."""
-    metrics: list[str] = field(default_factory=list)
-    """KIND/LISTENER each, beside those of the configuration."""
-    prefetch: bool = False
-    """Whether what is missing is fetched."""
+SAMPLED_SHARDS, SAMPLING_S = 5, 10.0
+"""Shards of a split that are read: first, last, and others at random; and seconds after which no more are."""
+MEASURED_LAYERS, MEASURED_S = 2, 3.0
+"""Blocks of the network with which speed and memory are measured, and seconds that a pass of them may take."""
+SUPPOSED_GPU, SUPPOSED_SHARE, SUPPOSED_CPU_FLOP = "A100", 0.35, 2e10
+"""Where nothing can be measured: a GPU, the share of its best that is reached, and what one CPU core is sure to do."""
+FREE_GPU = 0.1
+"""Share of a GPU's memory that may be in use before anything is trained on it."""
+LEAST_SHM, LEAST_FILES, LEAST_INODES = 1e9, 1024, 1000
+"""Of /dev/shm in bytes, as NCCL's manual has it for containers; of files that a process may open; of files that the
+file system may still take."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is needed."""
+    """What a check found."""
 
+    status: Literal["ok", "warning", "missing", "failed"]
+    """A run would start with warnings; not with what is missing or failed."""
     what: str
-    is_here: bool
     detail: str
-    """Where it is, or what to do."""
+    """Numbers or a place; and the remedy where something is wrong."""
+
+    def __str__(self) -> str:
+        return f"{self.status:<8} {self.what}: {self.detail}"
 
 
-def needs_of(configs: Sequence[Path]) -> dict[str, Any]:
-    """Codec, text encoder and metrics that configurations name.
+@dataclass(frozen=True)
+class Devices:
+    """What a trainer asks for."""
 
-    Raises:
-        UserError: if a file is unreadable.
-    """
-    import yaml
+    kind: str
+    """cpu or gpu; or another of Lightning's accelerators, which is not looked at."""
+    per_node: int
+    nodes: int
 
-    found: dict[str, Any] = {"codec": "demo", "text_encoder": "demo", "metrics": ["fad/musicnn"]}
-    for path in configs:
-        try:
-            content = yaml.safe_load(path.read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{path}: unreadable configuration ({str(error).splitlines()[0]})") from error
-        given: dict[str, Any] = {}
-        for name in ("model", "generation"):
-            section = content.get(name) or {} if isinstance(content, dict) else None
-            if not isinstance(section, dict):
-                raise UserError(f"{path}: no configuration of `fit`; it has sections such as model: and generation:")
-            given |= {k: v for k, v in section.items() if v is not None}
-        found |= {k: v for k, v in given.items() if k in found}
-        if not isinstance(found["metrics"], list):
-            raise UserError(f"{path}: generation.metrics={found['metrics']}: give a list")
-    return found
+    @property
+    def ranks(self) -> int:
+        return self.per_node * self.nodes
+
+    @property
+    def visible(self) -> int:
+        """Of them, on this machine."""
+        return torch.cuda.device_count() if self.kind == "gpu" else self.per_node
+
+    @property
+    def are_here(self) -> bool:
+        return self.visible >= self.per_node
 
 
-def doctor(options: DoctorOptions) -> list[Finding]:
-    """A finding for every component: tried by loading it from what is here, or with `prefetch` from its source."""
-    from magnet_train.codec import load_codec
-    from magnet_train.conditioning import load_text_encoder
+def devices_of(trainer: Any) -> Devices:
+    """From `accelerator`, `devices` and `num_nodes` as Lightning takes them."""
+    kind, asked = str(trainer.accelerator), trainer.devices
+    if kind in ("auto", "cuda"):
+        kind = "gpu" if kind == "cuda" or torch.cuda.is_available() else "cpu"
+    if asked in ("auto", -1, "-1"):
+        number = max(1, torch.cuda.device_count()) if kind == "gpu" else 1
+    elif isinstance(asked, str):
+        number = len([part for part in asked.split(",") if part.strip()]) if "," in asked else int(asked)
+    else:
+        number = len(asked) if isinstance(asked, list) else int(asked)
+    return Devices(kind, number, int(trainer.num_nodes))
 
-    if not options.prefetch:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # looking must not fetch
-    needs = needs_of(options.configs)
-    metrics = [*needs["metrics"], *options.metrics]
-    listeners = dict.fromkeys(parse_metric(metric)[1] for metric in metrics)
-    checks: list[tuple[str, Callable[[], Any]]] = [
-        (f"codec {needs['codec']}", lambda: load_codec(needs["codec"]).facts.hash),
-        (f"text encoder {needs['text_encoder']}", lambda: load_text_encoder(needs["text_encoder"]).id),
-        *((f"metrics of {name}", lambda name=name: _listener(name, options.prefetch)) for name in listeners),
+
+@dataclass(frozen=True)
+class Plan:
+    """A run of `fit` as it was asked for."""
+
+    config: Any
+    """All options, under their names."""
+    data: MagnetDataModule
+    module: MagnetModule
+    """With all its settings, but with a network of one number."""
+    decoding: DecodingConfig
+    samples: dict[str, list[Item]] = field(default_factory=dict)
+    """Items that were read, by split."""
+
+    @cached_property
+    def network(self) -> MagnetConfig:
+        return MagnetConfig(**vars(self.config.model.network))
+
+    @cached_property
+    def devices(self) -> Devices:
+        return devices_of(self.config.trainer)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are divided among the ranks."""
+        strategy = self.config.trainer.strategy
+        name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
+        return any(mark in name.lower() for mark in ("fsdp", "modelparallel"))
+
+    @cached_property
+    def facts(self) -> CodecFacts | None:
+        """Of the codec; None if it is not to be had, which is its own check's to say."""
+        return _or_none(lambda: load_codec(self.config.model.codec).facts)
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder | None:
+        """None if it is not to be had."""
+        return _or_none(lambda: load_text_encoder(self.config.model.text_encoder))
+
+    @property
+    def num_frames(self) -> int:
+        """Of an example; at the published 50 Hz if the codec is not here."""
+        return round(self.config.model.crop_s * (50.0 if self.facts is None else self.facts.frame_rate))
+
+    @cached_property
+    def trainer(self) -> Any:
+        """What data module and optimizer ask of a trainer, as it would answer on all devices."""
+        given = self.config.trainer
+        progress = SimpleNamespace(total=SimpleNamespace(processed=0))
+        return SimpleNamespace(
+            world_size=self.devices.ranks, global_rank=0, is_global_zero=False, precision=given.precision,
+            accumulate_grad_batches=given.accumulate_grad_batches, val_check_interval=given.val_check_interval,
+            fast_dev_run=bool(given.fast_dev_run), reload_dataloaders_every_n_epochs=0,
+            fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+        )  # fmt: skip
+
+    @property
+    def num_steps(self) -> float:
+        """Optimizer steps of the run; infinite if nothing bounds them but time."""
+        given, limits = self.config.trainer, [math.inf]
+        if given.max_steps >= 0:
+            limits.append(given.max_steps)
+        if isinstance(given.limit_train_batches, int) and (given.max_epochs or -1) >= 0:
+            limits.append(given.max_epochs * given.limit_train_batches / self.trainer.accumulate_grad_batches)
+        return float(given.fast_dev_run) if given.fast_dev_run else min(limits)
+
+    @property
+    def steps_between_validations(self) -> float:
+        """Infinite if none happens."""
+        given, interval = self.config.trainer, self.trainer.val_check_interval
+        if given.limit_val_batches == 0:
+            return math.inf
+        batches = interval
+        if not isinstance(interval, int) and isinstance(given.limit_train_batches, int):
+            batches = given.limit_train_batches * (given.check_val_every_n_epoch or 1)
+        return batches / self.trainer.accumulate_grad_batches if isinstance(batches, int) else math.inf
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.config.trainer.default_root_dir or "runs/run").expanduser()
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return Path(self.config.checkpoint.dirpath or self.run_folder / "checkpoints").expanduser()
+
+    def shards(self, split: str) -> ShardSet:
+        """Of a split, held to the codec if that is here."""
+        if self.facts is None and self.data.folders[split] is not None:
+            codec = ShardSet.open(self.data.folders[split] or "").index["codec"]
+            self.data._facts = CodecFacts.from_dict(codec)
+        return self.data.shards(split)
+
+
+def _or_none(load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except UserError:
+        return None
+
+
+# --- configuration ------------------------------------------------------------------------------------------------
+
+
+def check_batch(plan: Plan) -> Iterator[Finding]:
+    """First of all, because accumulation follows from the global batch."""
+    if plan.data.global_batch_size is not None:
+        plan.data.share_out(plan.data.global_batch_size, plan.trainer)
+    ranks, size, accumulated = plan.devices.ranks, plan.data.batch_size, plan.trainer.accumulate_grad_batches
+    number = ranks * size * accumulated
+    text = f"{ranks} devices x {size} examples x {accumulated} accumulated batches = {number} for each step"
+    yield Finding("ok", "batch", text)
+
+
+def check_schedule(plan: Plan) -> Iterator[Finding]:
+    """Optimizer and learning rate by the module's own rules; and whether there is a validation at all."""
+    plan.trainer.estimated_stepping_batches = plan.num_steps
+    plan.module._trainer = plan.trainer
+    with contextlib.redirect_stdout(io.StringIO()):  # an optimizer that tells of itself
+        plan.module.configure_optimizers()
+    optimizer = plan.module.optimizer_config
+    text = f"{optimizer.name}, {optimizer.schedule} after {optimizer.warmup_steps} steps of warm-up"
+    if plan.num_steps == math.inf and plan.config.trainer.max_time is None:
+        yield Finding("warning", "schedule", f"{text}; the run has no end: give --trainer.max_steps or max_time")
+    else:
+        yield Finding("ok", "schedule", f"{text}, {plan.num_steps:,.0f} steps")
+
+
+def check_validation(plan: Plan) -> Iterator[Finding]:
+    given, interval = plan.config.trainer, plan.trainer.val_check_interval
+    if isinstance(interval, float) and interval != 1.0:
+        raise UserError(
+            f"trainer.val_check_interval={interval}: training data has no end of which this could be a share; give a "
+            "number of steps"
+        )
+    epoch = given.limit_train_batches
+    are_batches = isinstance(interval, int) and isinstance(epoch, int)
+    if given.check_val_every_n_epoch is not None and are_batches and interval > epoch:
+        raise UserError(
+            f"trainer.val_check_interval={interval} is beyond the epoch of limit_train_batches={epoch}: set "
+            "--trainer.check_val_every_n_epoch null"
+        )
+    every = plan.steps_between_validations
+    prompts = f"{plan.config.generation.num_prompts} prompts"
+    if interval is not None and not isinstance(interval, int | float):
+        yield Finding("ok", "validation", f"every {interval}, {prompts}")
+    elif every > plan.num_steps or every == math.inf:
+        text = "there is none within the run: set --trainer.val_check_interval to a number of steps"
+        yield Finding("warning", "validation", text)
+    else:
+        yield Finding("ok", "validation", f"every {every:,.0f} steps, {prompts}")
+    plan.decoding.steps_of(plan.network.num_codebooks)
+    monitor = plan.config.checkpoint.monitor
+    metrics = tuple(f"val/{metric}" for metric in plan.config.generation.metrics)
+    if monitor and not monitor.startswith(("val/ce", "val/accuracy/", "val/num_clips", "train/", *metrics)):
+        raise UserError(
+            f"checkpoint.monitor={monitor}: nothing of that name is logged; choose {', '.join(('val/ce', *metrics))}"
+        )
+
+
+def check_start(plan: Plan) -> Iterator[Finding]:
+    """What training begins with: a checkpoint of the run, other weights, or nothing."""
+    config = plan.config
+    path = config.ckpt_path
+    if path == "auto":
+        found = newest_whole_checkpoint([plan.run_folder, plan.checkpoint_folder])
+        path = None if found is None else str(found)
+    if path in ("last", "best", "hpc", "registry"):
+        yield Finding("ok", "start", f"--ckpt_path {path}: Lightning will look for it")
+    elif path is not None:
+        checkpoint = read_checkpoint(Path(path))
+        if "network" not in checkpoint.get("hyper_parameters", {}):
+            raise UserError(f"{path}: not a checkpoint of magnet_train; choose another")
+        check_same_network(checkpoint["hyper_parameters"]["network"], asdict(plan.network))
+        if "run" in checkpoint:
+            plan.shards("train")
+            ExactResume.check_data(plan.data, checkpoint["run"])
+        yield Finding("ok", "start", f"goes on after step {checkpoint.get('global_step')} of {path}")
+    elif config.model.init_from is not None:
+        start = Trained.open(config.model.init_from)
+        check_weights(start.weights(), plan.network, start.file)
+        if plan.facts is not None:
+            check_stamp(start.codec, plan.facts, start.file)
+        yield Finding("ok", "start", f"weights of {start.file}, which fit the network")
+    else:
+        yield Finding("ok", "start", "with fresh weights" + (", no checkpoint yet" if config.ckpt_path else ""))
+
+
+# --- weights and data ---------------------------------------------------------------------------------------------
+
+
+def check_components(plan: Plan) -> Iterator[Finding]:
+    """Codec, text encoder and the metrics' networks: tried by loading them, as a node without network will."""
+    config = plan.config
+    listeners = dict.fromkeys(parse_metric(metric)[1] for metric in config.generation.metrics)
+    if not config.generation.num_prompts:
+        listeners = {}
+    tries: list[tuple[str, Callable[[], str]]] = [
+        (f"codec {config.model.codec}", lambda: load_codec(config.model.codec).facts.hash),
+        (f"text encoder {config.model.text_encoder}", lambda: load_text_encoder(config.model.text_encoder).id),
+        *((f"metrics of {name}", lambda name=name: _listener(name, config.prefetch)) for name in listeners),
     ]
-    findings = []
-    for what, check in checks:
+    for what, load in tries:
         try:
-            findings.append(Finding(what, True, str(check())))
+            yield Finding("ok", what, str(load()))
         except UserError as error:
-            findings.append(Finding(what, False, str(error)))
-    return findings
+            remedy = "" if config.prefetch or "--prefetch" in str(error) else "; or fetch it with doctor --prefetch"
+            yield Finding("missing", what, f"{error}{remedy}")
 
 
 def _listener(name: str, prefetch: bool) -> str:
@@ -105,3 +338,476 @@ def _listener(name: str, prefetch: bool) -> str:
     if name == "clap":  # its tokenizer comes from the hub
         load_listener(name)
     return f"{file.path} ({file.hash}, licence {weights.licence})"
+
+
+def check_shards(plan: Plan) -> Iterator[Finding]:
+    """Each split: its index, the codec, and some of its shards, whole and with their checksums."""
+    for split in ("train", "validation", "test"):
+        what, given = f"{split} shards", plan.data.folders[split]
+        if given is None and split == "test":
+            yield Finding("ok", what, "none given, and `fit` needs none")
+            continue
+        try:
+            found = plan.shards(split)
+            items, read = _sample(found)
+        except (UserError, OSError) as error:
+            yield Finding("failed", what, str(error))
+            continue
+        plan.samples[split] = items
+        codec = found.index["codec"]["id"]
+        text = f"{sum(found.counts):,} items in {len(found.counts):,} shards of {given}, codec {codec}"
+        if not items:
+            yield Finding("failed", what, f"{text}: no item in the {read} that were read; run tokenize again")
+            continue
+        frames = sorted(item["codes"].shape[1] for item in items)
+        short = sum(n < plan.num_frames for n in frames) / len(frames)
+        text += f"; {read} read whole: {len(items)} items of {frames[0]} to {frames[-1]} frames"
+        if short:
+            text += f", {short:.0%} of them shorter than the {plan.num_frames} of an example, and padded"
+        bad = short > 0.5
+        remedy = (
+            f"; tokenize with --crop_s {plan.config.model.crop_s:g} or more, or set --model.crop_s lower" if bad else ""
+        )
+        yield Finding("warning" if bad else "ok", what, text + remedy)
+
+
+def _sample(found: ShardSet) -> tuple[list[Item], int]:
+    """Items of the first shard, the last, and others at random; and how many shards that were."""
+    count = len(found.counts)
+    others = random.Random(0).sample(range(1, max(1, count - 1)), max(0, min(SAMPLED_SHARDS, count) - 2))
+    numbers, start, items = list(dict.fromkeys([0, count - 1, *others])), time.monotonic(), []
+    for done, number in enumerate(numbers):
+        if time.monotonic() - start > SAMPLING_S:
+            return items, done
+        items += found.read(number, with_references=True)
+    return items, len(numbers)
+
+
+def check_deal(plan: Plan) -> Iterator[Finding]:
+    """Whether every loader process of every rank gets a shard, by the data module's own rule."""
+    if (found := _or_none(lambda: plan.shards("train"))) is None:  # which the check before has told
+        return
+    plan.data.trainer = plan.trainer
+    plan.data.train_dataloader()
+    ranks, workers = plan.devices.ranks, plan.data.workers
+    share = len(found.counts) / (ranks * max(1, workers))
+    text = f"{len(found.counts):,} shards for {ranks} ranks x {max(1, workers)} readers"
+    if len(found.counts) % (ranks * max(1, workers)):
+        text += "; unequal shares even out over the epochs"
+    yield Finding("ok", "shares", f"{text}, {share:.3g} each")
+
+
+def check_references(plan: Plan) -> Iterator[Finding]:
+    """What the metrics compare with."""
+    given = plan.config.generation
+    needing = [m for m in given.metrics if parse_metric(m)[0] in NEEDS_REFERENCE]
+    if not given.num_prompts or not needing or "validation" not in plan.samples:
+        return
+    for name in dict.fromkeys(parse_metric(m)[1] for m in needing):
+        metrics = ", ".join(m for m in needing if m.endswith(f"/{name}"))
+        if name == "musicnn" and any(item["reference"] for item in plan.samples["validation"]):
+            yield Finding("ok", f"references of {name}", f"in the validation shards, for {metrics}")
+        elif given.reference is None:
+            remedy = "tokenize with --embedder musicnn" if name == "musicnn" else "give --generation.reference"
+            monitored = f"val/{needing[0]}" in str(plan.config.checkpoint.monitor)
+            yield Finding(
+                "failed" if monitored else "warning", f"references of {name}", f"none, so no {metrics}; {remedy}"
+            )
+        elif not (file := Path(given.reference).expanduser() / f"{name}.safetensors").is_file():
+            text = f"{file}: not there; write it with evaluate --save_reference, or leave {metrics} out"
+            yield Finding("failed", f"references of {name}", text)
+        else:
+            yield Finding("ok", f"references of {name}", f"{file}, for {metrics}")
+
+
+def check_captions(plan: Plan) -> Iterator[Finding]:
+    """Of the items that were read."""
+    for split in ("train", "validation"):
+        if not (items := plan.samples.get(split)):
+            continue
+        captions = [str(item["info"].get("caption") or "").strip() for item in items]
+        some = [caption for caption in captions if caption]
+        empty, again = 1 - len(some) / len(captions), 1 - len(set(some)) / max(1, len(some))
+        text = f"{len(captions)} read: {empty:.0%} empty, {again:.0%} that repeat another"
+        problems = []
+        if empty:
+            problems.append("an empty one teaches nothing of text: give it in the manifest and tokenize again")
+        if again > 0.5:
+            problems.append("more variety teaches more: caption each file by itself")
+        if plan.text_encoder is not None and some:
+            limit, lengths = plan.text_encoder.max_length, sorted(plan.text_encoder.num_tokens(some))
+            text += f", {lengths[len(lengths) // 2]} tokens in the median and {lengths[-1]} at most"
+            if cut := sum(n > limit for n in lengths):
+                problems.append(f"{cut / len(captions):.0%} are cut off after {limit} tokens: what matters goes first")
+        yield Finding("warning" if problems else "ok", f"{split} captions", "; ".join([text, *problems]))
+
+
+# --- machine ------------------------------------------------------------------------------------------------------
+
+
+def check_devices(plan: Plan) -> Iterator[Finding]:
+    devices, precision = plan.devices, str(plan.config.trainer.precision or "32-true")
+    if devices.kind not in ("cpu", "gpu"):
+        yield Finding("warning", "devices", f"accelerator {devices.kind} is not looked at")
+        return
+    if devices.kind == "cpu":
+        if precision == "16-mixed":
+            yield Finding("warning", "precision", "16-mixed is not to be had on a CPU, Lightning takes bf16-mixed")
+        yield Finding("ok", "devices", f"{devices.ranks} on the CPU, precision {precision}")
+        return
+    if not torch.backends.cuda.is_built():
+        raise UserError(
+            f"{devices.per_node} GPUs a node asked for, but torch {torch.__version__} is built without CUDA; install "
+            "the build for your CUDA, or set --trainer.accelerator cpu"
+        )
+    if not devices.are_here:
+        raise UserError(
+            f"{devices.per_node} GPUs a node asked for, {devices.visible} visible here; run doctor where the job will "
+            f"run (srun --gpus-per-node {devices.per_node} …), or set --trainer.devices"
+        )
+    properties = [torch.cuda.get_device_properties(i) for i in range(devices.per_node)]
+    names = sorted({f"{p.name} with {p.total_memory / 1e9:.0f} GB" for p in properties})
+    nodes = f" on each of {devices.nodes} nodes, of which this one was looked at" if devices.nodes > 1 else ""
+    yield Finding("ok", "devices", f"{devices.per_node} GPUs{nodes}: {', '.join(names)}, precision {precision}")
+    used = [1 - free / total for free, total in map(torch.cuda.mem_get_info, range(devices.per_node))]
+    if max(used) > FREE_GPU:
+        yield Finding("warning", "devices", f"others use {max(used):.0%} of a GPU's memory: ask for GPUs of your own")
+    if precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"trainer.precision={precision}: {properties[0].name} computes no bfloat16; set --trainer.precision "
+            "16-mixed"
+        )
+
+
+def check_packages() -> Iterator[Finding]:
+    """Versions of what training stands on, held to what the package asks for."""
+    from packaging.requirements import Requirement
+
+    for line in _requirements():
+        need = Requirement(line)
+        if need.marker is not None:
+            continue
+        try:
+            version = importlib.metadata.version(need.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("failed", "packages", f"{need.name} is missing: pip install '{line}'")
+            continue
+        if not need.specifier.contains(version, prereleases=True):
+            yield Finding("failed", "packages", f"{need.name} {version} is installed, {need.specifier} is needed: "
+                          f"pip install '{need.name}{need.specifier}'")  # fmt: skip
+    names = ("torch", "lightning", "transformers", "wandb")
+    text = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    if torch.backends.cuda.is_built():
+        from torch.cuda import nccl
+
+        version = ".".join(map(str, nccl.version())) if torch.distributed.is_nccl_available() else "missing"
+        text += f", CUDA {torch.version.cuda}, NCCL {version}"
+    yield Finding("ok", "packages", text)
+    try:
+        twin = importlib.metadata.version("pytorch-lightning")
+    except importlib.metadata.PackageNotFoundError:
+        twin = None
+    if twin not in (None, own := importlib.metadata.version("lightning")):
+        yield Finding(
+            "warning", "packages", f"lightning {own} beside pytorch-lightning {twin}: install one version of both"
+        )
+    try:
+        audio = import_torchaudio()
+    except ModuleNotFoundError:
+        return  # nothing here needs it
+    # From 2.11 on torchaudio is one build for all later torch.
+    if audio.__version__.split("+")[0] < "2.11":
+        text = (
+            f"{audio.__version__} is older than 2.11 and made for one torch only: pip install 'torchaudio>=2.11,<2.12'"
+        )
+        yield Finding("warning", "torchaudio", text)
+
+
+def _requirements() -> list[str]:
+    try:
+        return importlib.metadata.requires("magnet-train") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return []
+
+
+def check_host(plan: Plan) -> Iterator[Finding]:
+    """CPU cores, shared memory, open files."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    given = plan.data.num_workers
+    workers = (2 if given is None else given) * plan.devices.per_node
+    text = f"{cores} cores for {plan.devices.per_node} ranks and {workers} loader processes"
+    if workers + plan.devices.per_node > max(cores, 2):
+        fits = max(0, cores // plan.devices.per_node - 1)
+        yield Finding(
+            "warning", "CPU", f"{text}: ask for more cores (--cpus-per-task), or set --data.num_workers {fits}"
+        )
+    else:
+        yield Finding("ok", "CPU", text)
+    shm = Path("/dev/shm")
+    if shm.is_dir() and plan.devices.per_node > 1:
+        free = shutil.disk_usage(shm).free
+        text = f"{free / 1e9:.1f} GB of shared memory free in {shm}"
+        few = free < LEAST_SHM
+        more = "; NCCL's ranks exchange through it: start the container with --shm-size 8g" if few else ""
+        yield Finding("warning" if few else "ok", "shared memory", text + more)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    few = 0 <= files < LEAST_FILES
+    more = f"; raise it with ulimit -n {4 * LEAST_FILES}" if few else ""
+    yield Finding("warning" if few else "ok", "open files", f"{files} for each process{more}")
+
+
+def check_disk(plan: Plan) -> Iterator[Finding]:
+    """Whether the run folder can be written, and holds the checkpoints that are kept."""
+    folder = plan.run_folder
+    try:
+        with tempfile.NamedTemporaryFile(dir=_existing(folder), prefix=".magnet_train_doctor_") as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+    except OSError as error:
+        raise UserError(
+            f"run folder {folder}: cannot be written ({error.strerror}); set --trainer.default_root_dir to another"
+        ) from error
+    place = _existing(plan.checkpoint_folder)
+    size, kept = _checkpoint_bytes(plan), _kept_checkpoints(plan)
+    free, inodes = shutil.disk_usage(place).free, os.statvfs(place)
+    text = f"{kept:.0f} checkpoints of {gb(size)} in {plan.checkpoint_folder}, one of them being written"
+    if free < kept * size:
+        raise UserError(
+            f"{gb(free)} free for {text}: free some space, keep fewer with --checkpoint.save_top_k, or set "
+            "--trainer.default_root_dir to another disk"
+        )
+    if inodes.f_files > 0 and inodes.f_favail < LEAST_INODES:
+        raise UserError(f"{place}: {inodes.f_favail} inodes are left; remove files you need no more")
+    yield Finding("ok", "disk", f"{gb(free)} free for {text}")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or what there is of the way to it."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _checkpoint_bytes(plan: Plan) -> float:
+    optimizer = plan.module.optimizer_config.name
+    return estimate.checkpoint_bytes(plan.network, optimizer, precision=plan.config.trainer.precision)
+
+
+def _kept_checkpoints(plan: Plan) -> float:
+    """The best, the last, and one that is being written."""
+    given = plan.config.checkpoint
+    best = given.save_top_k
+    if best == -1:  # all
+        every = given.every_n_train_steps or plan.steps_between_validations
+        best = plan.num_steps // every if math.isfinite(plan.num_steps / every) else 1
+    return best + bool(given.save_last) + 1
+
+
+def check_wandb(plan: Plan) -> Iterator[Finding]:
+    """Mode and key; a key is shown to the server, if that answers."""
+    loggers = (
+        plan.config.trainer.logger if isinstance(plan.config.trainer.logger, list) else [plan.config.trainer.logger]
+    )
+    ours = [one.init_args for one in loggers if str(getattr(one, "class_path", "")).endswith("WandbLogger")]
+    if not ours:
+        yield Finding("ok", "W&B", "is no logger of this run")
+        return
+    mode = ours[0].get("mode") or os.environ.get("WANDB_MODE") or "online"
+    if ours[0].get("offline") or mode in ("offline", "dryrun"):
+        yield Finding("ok", "W&B", f"offline: wandb sync {plan.run_folder}/wandb/offline-* sends it later")
+    elif mode == "disabled":
+        yield Finding("warning", "W&B", "disabled by WANDB_MODE: nothing will be kept")
+    else:
+        server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+        if (key := _wandb_key(server)) is None:
+            raise UserError(
+                f"online, but no key for {server}: run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline"
+            )
+        yield _shown_to(server, key)
+
+
+def _wandb_key(server: str) -> str | None:
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
+    file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    try:
+        known = netrc.netrc(file).authenticators(urlsplit(server).hostname or "") if file.is_file() else None
+    except (OSError, netrc.NetrcParseError) as error:
+        raise UserError(f"{file}: unreadable ({one_line(error)}); run wandb login again") from error
+    return None if known is None else known[2]
+
+
+def _shown_to(server: str, key: str) -> Finding:
+    """Whose key it is, by the server."""
+    query = json.dumps({"query": "query Viewer { viewer { username entity } }"}).encode()
+    headers = {
+        "Content-Type": "application/json",
+        "Authorization": f"Basic {b64encode(f'api:{key}'.encode()).decode()}",
+    }
+    try:
+        with urllib.request.urlopen(urllib.request.Request(f"{server}/graphql", query, headers), timeout=5) as answer:
+            viewer = (json.load(answer).get("data") or {}).get("viewer")
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 403):
+            return Finding("warning", "W&B", f"{server} answers {error.code}; the key could not be tried")
+        viewer = None
+    except (OSError, ValueError, AttributeError) as error:
+        text = f"{server} cannot be reached ({one_line(error)}) and the key was not tried"
+        return Finding("warning", "W&B", f"{text}; set WANDB_MODE=offline if it cannot from the nodes either")
+    if viewer is None:
+        return Finding(
+            "failed", "W&B", f"{server} refuses the key: run wandb login --relogin, or set WANDB_MODE=offline"
+        )
+    return Finding("ok", "W&B", f"online at {server} as {viewer.get('username')}")
+
+
+# --- estimate -----------------------------------------------------------------------------------------------------
+
+
+def gb(size: float) -> str:
+    """Bytes as people read them.
+
+    >>> gb(6.72e9), gb(3.1e7)
+    ('6.7 GB', '31 MB')
+    """
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Floating-point operations per second on one device, and how that is known."""
+
+    first: float
+    """At stage 0."""
+    others: float
+    memory_factor: float
+    """Measured activations over calculated ones; 1 where nothing was measured."""
+    how: str
+
+
+def speed(plan: Plan) -> Speed:
+    """Measured with a network of a few blocks of the configured width, where that takes seconds; else supposed."""
+    network, precision = plan.network, plan.config.trainer.precision
+    half = estimate.bytes_of(precision)[1] < estimate.FULL
+    device = "cuda" if plan.devices.kind == "gpu" else "cpu"
+    best = peak_flop(torch.device(device), str(precision)) if device == "cpu" or torch.cuda.is_available() else None
+    few = MagnetConfig(**network.to_dict() | {"num_layers": min(network.num_layers, MEASURED_LAYERS)})
+    size = 1 if device == "cpu" else min(plan.data.batch_size, 4)
+    flop = [size * estimate.training_flop(few, plan.num_frames, stage) for stage in (0, 1)]
+    likely = best or (SUPPOSED_CPU_FLOP if device == "cpu" else 1e12 * PEAK_TFLOP[SUPPOSED_GPU])
+    if device == "cuda" and not torch.cuda.is_available():
+        rate = SUPPOSED_SHARE * likely
+        how = f"calculated for a GPU of {likely / 1e12:.0f} TFLOP/s ({SUPPOSED_GPU}) used at {SUPPOSED_SHARE:.0%}"
+        return Speed(rate, rate, 1.0, how)
+    if device == "cpu" and flop[0] / likely > MEASURED_S:
+        rate = matmul_limit("cpu") / 2
+        return Speed(rate, rate, 1.0, "calculated at half the speed of a matrix product on this CPU")
+    num_predicted = round(estimate.MEAN_MASK_RATE * plan.num_frames)
+    step, weights = training_pass(few, size, plan.num_frames, num_predicted, estimate.NUM_TEXT, device, half)
+    other = min(1, network.num_codebooks - 1)
+    seconds = timed([lambda: step(0), lambda: step(other)], 2, device)
+    peak = peak_mb(lambda: step(0), device) * 1e6 - (weights / 2 if half else 0)  # autocast's copies of the weights
+    factor = peak / estimate.activation_bytes(few, size, plan.num_frames, precision)
+    how = f"measured here on {few.num_layers} of {network.num_layers} blocks"
+    return Speed(flop[0] / min(seconds[0]), flop[other] / min(seconds[1]), max(0.5, factor), how)
+
+
+def estimates(plan: Plan) -> Iterator[Finding | str]:
+    """Lines on memory, time and cost; and a finding where the device is too small."""
+    network, data, ranks = plan.network, plan.data, plan.devices.ranks
+    found = speed(plan)
+    optimizer, precision = plan.module.optimizer_config.name, plan.config.trainer.precision
+    frozen = 0.0 if plan.text_encoder is None else sum(p.numel() * 4.0 for p in plan.text_encoder.parameters())
+    needed = estimate.memory(
+        network, data.batch_size, plan.num_frames, precision, optimizer, ranks, plan.is_sharded, frozen=frozen,
+        factor=found.memory_factor,
+    )  # fmt: skip
+    parts = ", ".join(f"{name} {gb(value)}" for name, value in vars(needed).items() if value)
+    parameters = estimate.num_parameters(network)
+    yield f"model: {parameters / 1e6:,.1f} M parameters, {gb(_checkpoint_bytes(plan))} a checkpoint"
+    how = "calculated" if found.memory_factor == 1 else f"calculated x {found.memory_factor:.2f} as measured"
+    yield f"memory of each device: {gb(needed.total)} at {data.batch_size} examples (activations {how}): {parts}"
+    capacities = _capacities(plan)
+    fits = [f"{estimate.largest_batch(needed, data.batch_size, size)} in {gb(size)}" for size in capacities]
+    yield f"largest batch of a device, with a tenth to spare: {', '.join(fits)}"
+    if len(capacities) == 1 and needed.total > capacities[0]:
+        most = estimate.largest_batch(needed, data.batch_size, capacities[0])
+        remedy = f"set --data.batch_size {most}" if most else "shard the model over more devices, or use larger ones"
+        text = f"{gb(needed.total)} are needed and {gb(capacities[0])} are there (estimated); {remedy}"
+        yield Finding("warning" if most else "failed", "memory", text)
+    stages = network.num_codebooks
+    examples = data.batch_size * plan.trainer.accumulate_grad_batches
+    flop = [estimate.training_flop(network, plan.num_frames, stage) for stage in range(stages)]
+    seconds = examples * (flop[0] / found.first + sum(flop[1:]) / found.others) / stages
+    yield f"time of a step: {_duration(seconds)} ({found.how}; without exchange between devices and waiting for data)"
+    if not math.isfinite(plan.num_steps):
+        return
+    validations = plan.num_steps // plan.steps_between_validations + plan.config.generation.at_start
+    clips = math.ceil(plan.config.generation.num_prompts / ranks)
+    steps = plan.decoding.steps_of(stages)
+    decoding = validations * clips * estimate.decoding_flop(network, plan.num_frames, steps) / found.first
+    hours = (plan.num_steps * seconds + decoding) / 3600
+    text = f"run: {_duration(3600 * hours)} for {plan.num_steps:,.0f} steps"
+    text += f", {_duration(decoding)} of it decoding in {validations:.0f} validations"
+    if plan.devices.kind == "gpu":
+        text += f"; {hours * ranks:,.0f} GPU-hours"
+        if plan.config.gpu_hour_price is not None:
+            text += f", {hours * ranks * plan.config.gpu_hour_price:,.0f} at {plan.config.gpu_hour_price:g} each"
+    yield text
+
+
+def _capacities(plan: Plan) -> list[float]:
+    """Memory of a device, in bytes: what is here, or what GPUs usually have."""
+    if plan.devices.kind == "gpu":
+        sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+        return [float(min(sizes))] if sizes else [24e9, 40e9, 80e9]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return [free / plan.devices.per_node]
+
+
+def _duration(seconds: float) -> str:
+    """As people read it.
+
+    >>> [_duration(s) for s in (0.0123, 75.0, 7100.0, 9000.0, 4e6)]
+    ['0.012 s', '75 s', '118 min', '2.5 h', '46 days']
+    """
+    for unit, size, most in (("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 3 * 86400.0)):
+        if seconds < most:
+            return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.2g} {unit}"
+    return f"{seconds / 86400:.0f} days"
+
+
+# --- all of them --------------------------------------------------------------------------------------------------
+
+CHECKS: dict[str, Callable[[Plan], Iterator[Finding]]] = {
+    "batch": check_batch,
+    "schedule": check_schedule,
+    "validation": check_validation,
+    "components": check_components,
+    "shards": check_shards,
+    "shares": check_deal,
+    "start": check_start,
+    "references": check_references,
+    "captions": check_captions,
+    "devices": check_devices,
+    "packages": lambda plan: check_packages(),
+    "CPU": check_host,
+    "disk": check_disk,
+    "W&B": check_wandb,
+}
+"""In the order in which they run: the first ones find out what the others ask."""
+
+
+def doctor(plan: Plan | None, told: Collection[str] = ()) -> Iterator[Finding | str]:
+    """Findings of every check but those in `told`, then lines of an estimate; without a plan, of what needs none."""
+    for what, check in CHECKS.items():
+        if what in told or (plan is None and what != "packages"):
+            continue
+        try:
+            yield from check(plan)  # type: ignore[arg-type]
+        except (UserError, OSError) as error:
+            yield Finding("failed", what, str(error))
+    if plan is None:
+        return
+    try:
+        yield from estimates(plan)
+    except (UserError, RuntimeError) as error:  # out of memory, for one
+        yield Finding("warning", "estimate", f"cannot be measured here ({one_line(error)})")

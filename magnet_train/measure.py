@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from magnet_train.model import MagnetConfig
+from magnet_train.loss import masked_cross_entropy
+from magnet_train.model import Magnet, MagnetConfig
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,40 @@ def useful_flop(config: MagnetConfig, num_frames: int, stage: int, num_predicted
     pairs = config.num_layers * 2 * d * (keys + num_text)
     text = (config.text_dim + config.num_layers * 2 * d) * d * num_text
     return 2.0 * (num_frames * (weights + pairs) + text + num_predicted * d * config.codebook_size)
+
+
+def training_pass(
+    config: MagnetConfig, batch_size: int, num_frames: int, num_predicted: int, num_text: int, device: str, half: bool
+) -> tuple[Callable[[int], None], int]:
+    """A forward and backward pass of a fresh network at a given stage, and the bytes of its parameters.
+
+    The gradients' memory is there beforehand.
+
+    Args:
+        config: of the network.
+        batch_size: examples.
+        num_frames: of an example.
+        num_predicted: frames of an example that are masked.
+        num_text: tokens of each caption.
+        device: cpu or cuda.
+        half: whether it computes in bfloat16, as under Lightning's bf16-mixed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        network = Magnet(config).to(device)
+        codes = torch.randint(config.codebook_size, (batch_size, config.num_codebooks, num_frames)).to(device)
+        states = torch.randn(batch_size, num_text, config.text_dim).to(device)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    allowed = torch.ones(states.shape[:2], dtype=torch.bool, device=device)
+    masked = (torch.arange(num_frames, device=device) < num_predicted).expand(batch_size, -1)
+
+    def step(stage: int) -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            features = network.trunk(codes, stage, network.remember(states, allowed))
+            loss = masked_cross_entropy(network.logits(features[masked], stage), codes[:, stage], masked).mean()
+        loss.backward()
+
+    return step, sum(p.numel() * p.element_size() for p in network.parameters())
 
 
 def compare(

@@ -1,35 +1,420 @@
-"""`doctor` says what is missing, with all that is needed to get it, and ends with status 2 if anything is."""
+"""`doctor` names what would keep a run from starting, with the remedy, and leaves nothing behind."""
+
+import http.server
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections import namedtuple
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from helpers_data import make_data_codec, write_shards
+from make_components import make_t5
 
+import magnet_train.doctor
+import magnet_train.module
 from magnet_train.__main__ import main
-from magnet_train.doctor import DoctorOptions, doctor
+from magnet_train.data.pipeline import ShardSet
+from magnet_train.doctor import Devices, Plan, _duration, _shown_to, _wandb_key, devices_of, gb
 from magnet_train.errors import UserError
+from magnet_train.model import MagnetConfig
+from magnet_train.resume import fingerprint
+
+CONF = Path(__file__).parents[1] / "conf"
+NETWORK = {"dim": 32, "num_heads": 2, "num_layers": 2}
 
 
-def test_the_embedded_default_needs_nothing(capsys):
-    assert main(["doctor"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and all(line.startswith("ok ") for line in lines)
-    assert lines[2].startswith("ok       metrics of musicnn: ships (")
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """A codec with shards, another codec, a text encoder, and a configuration that holds."""
+    folder = tmp_path_factory.mktemp("parts")
+    codec = make_data_codec(folder / "codec")
+    make_data_codec(folder / "other", seed=1)
+    make_t5(folder / "t5")
+    write_shards(folder / "train", codec, (5, 3, 4, 5))
+    write_shards(folder / "validation", codec, (3,))
+    network = "\n".join(f"    {name}: {value}" for name, value in NETWORK.items())
+    (folder / "c.yaml").write_text(
+        f"model:\n  codec: {codec}\n  text_encoder: {folder / 't5'}\n  crop_s: 2.0\n  network:\n{network}\n"
+        "  optimizer: {warmup_steps: 1}\n"
+        f"data: {{train: {folder / 'train'}, validation: {folder / 'validation'}, batch_size: 2, num_workers: 1}}\n"
+        "generation: {num_prompts: 2, metrics: [fad/codec]}\n"
+        "trainer: {accelerator: cpu, max_steps: 4, val_check_interval: 2, check_val_every_n_epoch: null}\n"
+    )
+    return folder
 
 
-def test_what_is_missing_is_named_with_its_source(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path))
-    config = tmp_path / "c.yaml"
-    config.write_text("model: {codec: facebook/encodec_32khz}\ngeneration: {metrics: [fad/vggish, kl/passt]}\n")
-    assert main(["doctor", "--configs", str(config)]) == 2
+def ask(capsys, parts: Path, *options: str) -> tuple[int, dict[str, str], str]:
+    """Exit status, what each check says with its status first, and the error line."""
+    status = main(["doctor", "--config", str(parts / "c.yaml"), *options])
     printed = capsys.readouterr()
-    missing = [line for line in printed.out.splitlines() if line.startswith("missing")]
-    assert "codec facebook/encodec_32khz" in missing[0] and "metrics of passt" in missing[2]
-    assert "vggish-10086976.pth (289 MB, licence Apache-2.0)" in missing[1]
-    assert printed.err.startswith("error: 3 of 4 are missing: codec facebook/encodec_32khz, metrics of vggish")
-    # With prefetch too it is one line each, where there is no network.
-    found = doctor(DoctorOptions(metrics=["fad/vggish"], prefetch=True))
-    assert [f.is_here for f in found] == [True, True, True, False] and "HF_HUB_OFFLINE is set" in found[3].detail
+    lines = [re.match(r"(\w+) +([^:]+): (.*)", line) for line in printed.out.splitlines()]
+    errors = [line for line in printed.err.splitlines() if line.startswith("error:")]
+    assert len(errors) == (status != 0)
+    return status, {m[2]: f"{m[1]} {m[3]}" for m in lines if m}, "".join(errors)
 
 
-def test_an_unreadable_configuration_is_named(tmp_path):
-    (tmp_path / "c.yaml").write_text("model: [")
-    with pytest.raises(UserError, match=r"c\.yaml: unreadable configuration"):
-        doctor(DoctorOptions([tmp_path / "c.yaml"]))
+# --- what holds -----------------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_default_is_ready_and_nothing_is_left_behind(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert all(line.startswith(("ok ", "warning ", "estimate ")) for line in lines)
+    assert any(line.startswith("ok       metrics of musicnn: ships (") for line in lines)
+    assert any("99 items in 1 shards" in line and "1 read whole" in line for line in lines)
+    assert sum(line.startswith("estimate") for line in lines) == 5 and "measured here" in lines[-2]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_whole_configuration_is_ready(parts, tmp_path, capsys):
+    run = tmp_path / "a" / "run"
+    status, said, _ = ask(capsys, parts, f"--trainer.default_root_dir={run}")
+    assert status == 0 and not [what for what, text in said.items() if text.startswith(("failed", "missing"))]
+    assert said["batch"] == "ok 1 devices x 2 examples x 1 accumulated batches = 2 for each step"
+    assert (
+        said["train shards"].startswith("ok 17 items in 4 shards")
+        and "4 read whole: 17 items of 100 to 100" in (said["train shards"])
+    )
+    assert said["shares"] == "ok 4 shards for 1 ranks x 1 readers, 4 each"
+    assert said["start"] == "ok with fresh weights" and said["validation"].startswith("ok every 2 steps")
+    assert said["disk"].endswith("one of them being written") and "3 checkpoints of" in said["disk"]
+    assert not run.parent.exists()
+
+
+def test_the_published_medium_model_is_never_made(parts, monkeypatch, capsys):
+    made = []
+    build = magnet_train.module.Magnet
+
+    def spied(config: MagnetConfig) -> torch.nn.Module:
+        made.append(config.dim)
+        return build(config)
+
+    monkeypatch.setattr(magnet_train.module, "Magnet", spied)
+    monkeypatch.setattr(
+        magnet_train.doctor, "training_pass", lambda *_: pytest.fail("a network was made to be measured")
+    )
+    args = [
+        "doctor",
+        "--config",
+        str(CONF / "music_medium_30s.yaml"),
+        "--config",
+        str(CONF / "hardware/gpus_8x80gb.yaml"),
+    ]
+    parts_here = [f"--model.codec={parts / 'codec'}", f"--model.text_encoder={parts / 't5'}"]
+    data = [f"--data.train={parts / 'train'}", f"--data.validation={parts / 'validation'}"]
+    assert main([*args, *parts_here, *data, "--gpu_hour_price=2"]) == 2
+    printed = capsys.readouterr()
+    assert made == [2]
+    assert re.search(r"estimate model: 1,8\d\d\.\d M parameters", printed.out)
+    assert "calculated for a GPU of 312 TFLOP/s (A100)" in printed.out
+    assert re.search(r"[\d,]+ GPU-hours, [\d,]+ at 2 each", printed.out)
+    assert "failed   shares:" in printed.out and "4 shards for 8 ranks" in printed.out
+    assert re.search(
+        r"failed   devices: 8 GPUs a node asked for, (but torch .* without CUDA|\d visible here)", printed.out
+    )
+
+
+# --- what is wrong --------------------------------------------------------------------------------------------------
+
+
+def test_every_check_runs_whatever_the_others_found(parts, tmp_path, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**5))
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    shutil.copytree(parts / "validation", tmp_path / "validation")
+    shard = tmp_path / "validation" / "shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    status, said, error = ask(
+        capsys, parts, f"--model.codec={parts / 'other'}", f"--data.validation={tmp_path / 'validation'}",
+        "--trainer.val_check_interval=0.5", "--model.optimizer.warmup_steps=9", f"--model.init_from={tmp_path}/gone",
+        "--trainer.logger=lightning.pytorch.loggers.WandbLogger", "--data.global_batch_size=4",
+        "--trainer.check_val_every_n_epoch=1", "--trainer.accumulate_grad_batches=2",
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert status == 2 and re.match(r"error: \d+ of \d+ checks failed, and a run would too: start, batch, ", error)
+    for what, sign in {
+        "start": f"checkpoint '{tmp_path}/gone': no such file or folder",
+        "batch": "accumulate_grad_batches=2: give one of them",
+        "schedule": "schedule=cosine with warmup_steps=9 over 4 steps",
+        "validation": "val_check_interval=0.5: training data has no end",
+        "train shards": "tokenize again with it, or train with theirs",
+        "disk": "0 MB free for 3 checkpoints of",
+        "W&B": "online, but no key for https://api.wandb.ai: run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline",
+    }.items():
+        assert said[what].startswith("failed ") and sign in said[what], (what, said[what])
+    assert "made with codec" in said["validation shards"] and said["metrics of codec"].startswith("ok ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_that_are_too_few_damaged_absent_or_empty(parts, tmp_path, capsys):
+    shutil.copytree(parts / "train", tmp_path / "damaged")
+    shard = tmp_path / "damaged" / "shard-000003.tar"
+    shard.write_bytes(shard.read_bytes()[:-2000])
+    status, said, _ = ask(
+        capsys, parts, f"--data.train={tmp_path / 'damaged'}", f"--data.validation={tmp_path}", "--data.num_workers=9",
+        f"--data.test={tmp_path / 'nowhere'}",
+    )  # fmt: skip
+    assert status == 2
+    assert "shard-000003.tar: broken" in said["train shards"] and "copy it again" in said["train shards"]
+    assert "index.json: not there; make it with tokenize" in said["validation shards"]
+    assert "nowhere/index.json: not there" in said["test shards"]
+    assert "4 shards for 1 ranks x 9 loader processes: set --data.num_workers 4" in said["shares"]
+    write_shards(tmp_path / "empty", str(parts / "codec"), (0,))
+    status, said, _ = ask(capsys, parts, f"--data.validation={tmp_path / 'empty'}")
+    assert status == 2 and said["validation shards"].startswith("failed ")
+
+
+def test_captions_and_lengths_are_told_with_numbers(parts, tmp_path, monkeypatch, capsys):
+    read = ShardSet.read
+
+    def captioned(self: ShardSet, number: int, with_references: bool = False):
+        items = read(self, number, with_references)
+        for i, item in enumerate(items):
+            item["info"]["caption"] = ["", "the same", "the same", "a drum " * 600][i % 4]
+        return items
+
+    monkeypatch.setattr(ShardSet, "read", captioned)
+    status, said, _ = ask(capsys, parts, "--model.crop_s=4")
+    assert status == 0
+    assert said["train captions"].startswith("warning 17 read: 35% empty, 82% that repeat another")
+    assert "18% are cut off after 512 tokens" in said["train captions"]
+    assert "100% of them shorter than the 200 of an example" in said["train shards"]
+    assert said["train shards"].startswith("warning ") and "tokenize with --crop_s 4 or more" in said["train shards"]
+
+
+def test_components_that_are_missing_are_named_with_their_source(parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path))
+    options = ["--model.codec=facebook/encodec_32khz", "--model.text_encoder=t5-base", "--checkpoint.monitor=val/oops"]
+    metrics = "--generation.metrics=[fad/vggish,kl/passt]"
+    status, said, error = ask(capsys, parts, *options, metrics)
+    assert status == 2 and "codec facebook/encodec_32khz, text encoder t5-base, metrics of vggish" in error
+    assert (
+        said["metrics of vggish"].startswith("missing not at")
+        and "doctor --prefetch fetches" in (said["metrics of vggish"])
+    )
+    assert "vggish-10086976.pth (289 MB, licence Apache-2.0)" in said["metrics of vggish"]
+    assert said["text encoder t5-base"].startswith("missing ") and "doctor --prefetch" in said["text encoder t5-base"]
+    # What does not need them is looked at all the same.
+    assert said["train shards"].startswith("ok ") and said["shares"].startswith("ok ")
+    assert "nothing of that name is logged; choose val/ce, val/fad/vggish" in said["validation"]
+    assert said["references of vggish"] == "warning none, so no fad/vggish; give --generation.reference"
+    status, said, _ = ask(capsys, parts, metrics, "--prefetch", f"--generation.reference={tmp_path}")
+    assert status == 2 and "HF_HUB_OFFLINE is set" in said["metrics of vggish"]
+    assert f"{tmp_path}/vggish.safetensors: not there" in said["references of vggish"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sign"),
+    [
+        (["--model.nonsense=1"], "nonsense"),
+        (["--model.network.num_heads=3"], "dim=32 must be even and divisible by num_heads=3"),
+        (["--model.guidance_dropout=2"], "guidance_dropout=2.0: give a share"),
+        (["--model.optimizer.lr=-1"], "lr must be above 0"),
+        (["--data.batch_size=0"], "batch_size=0 must be at least 1"),
+        (["--trainer.val_check_interval=0.5"], "MisconfigurationException: `val_check_interval` should be an integer"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_a_configuration_that_does_not_hold_is_said_as_fit_says_it(options, sign, parts, capsys):
+    status, said, error = ask(capsys, parts, *options)
+    assert status == 2 and said["configuration"].startswith("failed ") and sign in said["configuration"]
+    assert "checks failed, and a run would too: configuration" in error and said["packages"].startswith("ok ")
+
+
+def test_a_checkpoint_must_belong_to_the_run(parts, tmp_path, capsys):
+    network = asdict(MagnetConfig(**NETWORK, num_codebooks=4, codebook_size=64, text_dim=32))
+    stamp = {"codec": ShardSet.open(parts / "train").index["codec"]["hash"]}
+    stamp["train"] = fingerprint(ShardSet.open(parts / "train").index)
+    model = {"network": network, "codec": str(parts / "codec"), "text_encoder": str(parts / "t5"), "seed": 1}
+
+    def saved(name: str, **changes) -> str:
+        content = {"hyper_parameters": model, "global_step": 3, "state_dict": {}, "run": stamp}
+        torch.save(content | changes, tmp_path / name)
+        return f"--ckpt_path={tmp_path / name}"
+
+    _, said, _ = ask(capsys, parts, saved("a.ckpt"))
+    assert said["start"] == f"ok goes on after step 3 of {tmp_path}/a.ckpt"
+    _, said, _ = ask(capsys, parts, saved("b.ckpt", run=stamp | {"train": "0"}))
+    assert "failed --ckpt_path: trained on other shards" in said["start"]
+    _, said, _ = ask(capsys, parts, saved("c.ckpt"), "--model.network.num_layers=3")
+    assert "the checkpoint's model is another: network.num_layers=3 (there 2)" in said["start"]
+    (tmp_path / "d.ckpt").write_bytes(b"cut off")
+    status, said, _ = ask(capsys, parts, f"--ckpt_path={tmp_path / 'd.ckpt'}")
+    assert status == 2 and "d.ckpt: unreadable checkpoint" in said["start"] and said["disk"].startswith("ok ")
+    (tmp_path / "d.ckpt").unlink()
+    _, said, _ = ask(capsys, parts, "--ckpt_path=auto", f"--checkpoint.dirpath={tmp_path}")
+    assert said["start"].startswith("ok goes on after step 3")
+    _, said, _ = ask(capsys, parts, "--model.init_from=demo", f"--model.network.dim={NETWORK['dim']}")
+    assert "it belongs to another model" in said["start"]
+
+
+def test_a_run_folder_that_cannot_be_written_is_named(parts, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    status, said, _ = ask(capsys, parts, f"--trainer.default_root_dir={tmp_path / 'file' / 'run'}")
+    assert status == 2 and said["disk"].startswith("failed ") and "set --trainer.default_root_dir" in said["disk"]
+
+
+# --- machine --------------------------------------------------------------------------------------------------------
+
+
+def trainer(**given):
+    return SimpleNamespace(**{"accelerator": "cpu", "devices": "auto", "num_nodes": 1} | given)
+
+
+def test_devices_are_counted_as_lightning_counts_them():
+    assert devices_of(trainer()) == Devices("cpu", 1, 1)
+    assert devices_of(trainer(devices=3, num_nodes=2)).ranks == 6
+    assert devices_of(trainer(accelerator="gpu", devices="8")).per_node == 8
+    assert devices_of(trainer(accelerator="cuda", devices="0,3")) == Devices("gpu", 2, 1)
+    assert devices_of(trainer(devices=[1, 2, 5])).per_node == 3
+
+
+def test_validations_are_counted_in_optimizer_steps():
+    def plan(**given) -> Plan:
+        defaults = {"fast_dev_run": False, "max_steps": -1, "max_epochs": None, "limit_train_batches": None}
+        defaults |= {"limit_val_batches": None, "val_check_interval": None, "check_val_every_n_epoch": 1}
+        defaults |= {"accumulate_grad_batches": 1, "precision": None, "strategy": "auto"}
+        config = SimpleNamespace(trainer=trainer(**defaults | given))
+        return Plan(config, None, None, None)  # type: ignore[arg-type]
+
+    assert plan().num_steps == plan().steps_between_validations == math.inf
+    assert plan(max_steps=7).num_steps == 7 and plan(fast_dev_run=True).num_steps == 1
+    epochs = plan(limit_train_batches=10, max_epochs=6, accumulate_grad_batches=2, check_val_every_n_epoch=3)
+    assert epochs.num_steps == 30 and epochs.steps_between_validations == 15
+    assert plan(val_check_interval=8, accumulate_grad_batches=4).steps_between_validations == 2
+    assert plan(val_check_interval=8, limit_val_batches=0).steps_between_validations == math.inf
+    model_parallel = SimpleNamespace(class_path="lightning.pytorch.strategies.ModelParallelStrategy")
+    assert plan(strategy="fsdp2").is_sharded and plan(strategy=model_parallel).is_sharded
+    assert not plan(strategy="ddp").is_sharded
+
+
+def test_too_few_cores_files_and_shared_memory_are_warnings(parts, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: usage(1, 0, 64 << 20) if str(p) == "/dev/shm" else real(p))
+    monkeypatch.setattr(magnet_train.doctor.resource, "getrlimit", lambda _: (256, 256))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    status, said, _ = ask(capsys, parts, "--trainer.devices=2", "--data.num_workers=2")
+    assert status == 0
+    assert said["CPU"].startswith("warning 2 cores for 2 ranks and 4 loader processes: ask for more cores")
+    assert said["open files"].startswith("warning 256 for each process; raise it with ulimit -n")
+    if Path("/dev/shm").is_dir():
+        assert said["shared memory"].startswith("warning 0.1 GB") and "--shm-size" in said["shared memory"]
+
+
+def test_versions_are_held_to_what_the_package_needs(parts, monkeypatch, capsys):
+    needs = ["lightning>=99", "nowhere-to-be-had", "laion-clap; extra == 'laion-clap'", "numpy>=1"]
+    monkeypatch.setattr(magnet_train.doctor, "_requirements", lambda: needs)
+    found = [str(finding) for finding in magnet_train.doctor.check_packages()]
+    assert re.match(
+        r"failed   packages: lightning 2\.\S+ is installed, >=99 is needed: pip install 'lightning>=99'", found[0]
+    )
+    assert found[1] == "failed   packages: nowhere-to-be-had is missing: pip install 'nowhere-to-be-had'"
+    assert found[2].startswith("ok       packages: torch ") and not [line for line in found if "laion" in line]
+
+
+@pytest.fixture
+def server():
+    """A W&B server that answers with what is put into `answer`: a status and a body."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        answer = (200, {})
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(self.answer[0])
+            self.end_headers()
+            self.wfile.write(json.dumps(self.answer[1]).encode())
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_port}", Handler
+        found.shutdown()
+
+
+def test_a_key_is_shown_to_the_server(server, parts, monkeypatch, capsys):
+    url, handler = server
+    handler.answer = (200, {"data": {"viewer": {"username": "ann"}}})
+    assert str(_shown_to(url, "k" * 40)) == f"ok       W&B: online at {url} as ann"
+    handler.answer = (200, {"data": {"viewer": None}})
+    assert "refuses the key: run wandb login --relogin" in str(_shown_to(url, "k"))
+    handler.answer = (500, {})
+    assert _shown_to(url, "k").status == "warning"
+    assert "cannot be reached" in str(_shown_to("http://127.0.0.1:9", "k"))
+    handler.answer = (401, {})
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    logger = "--trainer.logger=lightning.pytorch.loggers.WandbLogger"
+    status, said, _ = ask(capsys, parts, logger)
+    assert status == 2 and said["W&B"].startswith(f"failed {url} refuses the key")
+    status, said, _ = ask(capsys, parts, logger, "--trainer.logger.offline=true")
+    assert status == 0 and said["W&B"].startswith("ok offline: wandb sync")
+
+
+def test_a_key_may_stand_in_netrc(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert _wandb_key("https://api.wandb.ai") is None
+    (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password abc\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert _wandb_key("https://api.wandb.ai") == "abc" and _wandb_key("https://own.server") is None
+    (tmp_path / "netrc").write_text("machine")
+    with pytest.raises(UserError, match="run wandb login again"):
+        _wandb_key("https://api.wandb.ai")
+
+
+def test_one_real_launch(parts, tmp_path):
+    args = [sys.executable, "-m", "magnet_train", "doctor", "--config", str(parts / "c.yaml"), "--data.num_workers=7"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 2 and list(tmp_path.iterdir()) == []
+    assert done.stderr.strip().splitlines()[-1].endswith("checks failed, and a run would too: shares")
+    assert "set --data.num_workers 4" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_sizes_and_times_are_readable():
+    assert gb(8.4e9) == "8.4 GB" and gb(7.4e7) == "74 MB" and _duration(7200) == "2 h"
+
+
+def test_gpus_are_looked_at_as_they_are(monkeypatch):
+    """With a driver that is made up: eight cards without bfloat16, one of them in use."""
+    card = SimpleNamespace(name="V100", total_memory=32 * 10**9)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (16e9 if i == 3 else 32e9, 32e9))
+
+    def look(devices: int, precision: str) -> list[str]:
+        given = trainer(accelerator="gpu", devices=devices, num_nodes=4, precision=precision)
+        plan = SimpleNamespace(devices=devices_of(given), config=SimpleNamespace(trainer=given))
+        return [str(finding) for finding in magnet_train.doctor.check_devices(plan)]  # type: ignore[arg-type]
+
+    first, second = look(8, "16-mixed")
+    assert first.startswith(
+        "ok       devices: 8 GPUs on each of 4 nodes, of which this one was looked at: V100 with 32 GB"
+    )
+    assert second == "warning  devices: others use 50% of a GPU's memory: ask for GPUs of your own"
+    with pytest.raises(
+        UserError, match=r"precision=bf16-mixed: V100 computes no bfloat16; set --trainer\.precision 16"
+    ):
+        look(2, "bf16-mixed")
+    with pytest.raises(UserError, match=r"16 GPUs a node asked for, 8 visible here; run doctor where the job will run"):
+        look(16, "16-mixed")

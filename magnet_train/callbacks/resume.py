@@ -53,7 +53,7 @@ class ExactResume(Callback):
         if trainer.state.fn != "fit" or (saved := checkpoint.get("run")) is None:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self._check_data(data, saved)
+        self.check_data(data, saved)
         loops = checkpoint["loops"]["fit_loop"]
         progress, inner = loops[PROGRESS], loops["epoch_loop.state_dict"]
         # Or a validation that was made up for once would look interrupted ever after.
@@ -88,7 +88,12 @@ class ExactResume(Callback):
         return Layout(trainer.world_size, data.batch_size, trainer.accumulate_grad_batches, data.workers)
 
     @staticmethod
-    def _check_data(data: Any, saved: dict[str, Any]) -> None:
+    def check_data(data: Any, saved: dict[str, Any]) -> None:
+        """Whether the shards are those that a checkpoint's `run` notes.
+
+        Raises:
+            UserError: if they, or their codec, are others.
+        """
         found = data.shards("train")
         if saved["codec"] != found.index["codec"]["hash"]:
             raise UserError(

@@ -165,15 +165,19 @@ class MagnetDataModule(L.LightningDataModule):
                         "copies on all nodes alike"
                     )
         if stage == "fit" and self.global_batch_size is not None and not self._is_shared_out:
-            self._share_out(self.global_batch_size, self.trainer)
+            self.share_out(self.global_batch_size, self.trainer)
         if stage in ("fit", "validate") and self.trainer is not None:
             self._check_validation(self.trainer, stage)
         # Under limit_train_batches an epoch begins with a loader of its own, which goes on where the last one stopped.
         if self.trainer is not None:
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
-    def _share_out(self, global_batch_size: int, trainer: Any) -> None:
-        """Batch per device and accumulation from the global batch; the trainer is told before it counts batches."""
+    def share_out(self, global_batch_size: int, trainer: Any) -> None:
+        """Batch per device and accumulation from the global batch; the trainer is told before it counts batches.
+
+        Raises:
+            UserError: if the devices cannot have equal shares, or accumulation is given too.
+        """
         if trainer.accumulate_grad_batches != 1:
             raise UserError(
                 f"data.global_batch_size={global_batch_size} and trainer.accumulate_grad_batches="

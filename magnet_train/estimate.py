@@ -1,0 +1,155 @@
+"""What a run takes, by arithmetic: parameters, memory of a device, size of a checkpoint, floating-point operations.
+
+Memory follows from what `model.Block` keeps for the backward pass, line by line; tests hold it to what the allocator
+counts. Bytes are bytes, GB are 10^9 of them.
+"""
+
+from dataclasses import dataclass
+from math import pi
+from typing import Any
+
+from magnet_train.measure import useful_flop
+from magnet_train.model import MagnetConfig
+
+NUM_TEXT = 32
+"""Tokens that a caption is taken to have."""
+MEAN_MASK_RATE = 2 / pi
+"""Of the cosine schedule at an even draw: the share of frames whose logits are computed."""
+MOMENTS = {"adamw": 2, "dadapt_adam": 3}
+"""Tensors as large as the weights that an optimizer keeps; D-Adaptation's third is the sum of its directions."""
+FULL = 4
+"""Bytes of a float32."""
+RESERVE = 0.1
+"""Share of a device's memory that CUDA's context, NCCL and what lies between tensors are left with."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, by what they are for."""
+
+    weights: float
+    gradients: float
+    moments: float
+    """Of the optimizer."""
+    average: float
+    """Of the weights."""
+    copies: float
+    """Of weights in half precision, of gradients for their exchange, and of what FSDP gathers."""
+    frozen: float
+    """The text encoder's weights."""
+    activations: float
+    """What is kept for the backward pass, and what that takes besides."""
+
+    @property
+    def state(self) -> float:
+        """All that does not depend on the batch."""
+        return self.total - self.activations
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def num_parameters(config: MagnetConfig) -> int:
+    """Trained numbers of the network."""
+    d, books = config.dim, config.num_codebooks
+    ends = books * (2 * config.codebook_size + 1) * d + (config.text_dim + 1) * d + 2 * d
+    return ends + config.num_layers * parameters_of_block(config)
+
+
+def parameters_of_block(config: MagnetConfig) -> int:
+    """Of self-attention (4 d²), cross-attention (4 d²), the feed-forward layer and three norms."""
+    return (8 + 2 * config.ffn_ratio) * config.dim**2 + 6 * config.dim
+
+
+def bytes_of(precision: Any) -> tuple[int, int]:
+    """Bytes of a weight, and of a number that a matrix product makes, under Lightning's name of a precision.
+
+    >>> bytes_of("bf16-mixed"), bytes_of("bf16-true"), bytes_of(None)
+    ((4, 2), (2, 2), (4, 4))
+    """
+    name = str(precision or 32)
+    if name.startswith("64"):
+        return 8, 8
+    if name.startswith("32"):
+        return FULL, FULL
+    return (2 if name.endswith("true") else FULL), 2
+
+
+def activation_bytes(config: MagnetConfig, batch_size: int, num_frames: int, precision: Any) -> float:
+    """Most bytes that a forward and backward pass takes beyond weights and gradients, at stage 0, the dearest.
+
+    Each block keeps, per frame and channel: the input of its three parts, in float32; queries, keys, values and output
+    of self-attention; query, output and output without the null captions of cross-attention; and the feed-forward
+    layer's inner values. Norms and GELU are made again. On top come logits and their gradients where frames are
+    masked, or, if that is more, what the last feed-forward layer's backward pass makes: GELU's output, its gradient,
+    its input's gradient, and that of a weight.
+    """
+    _, half = bytes_of(precision)
+    full = max(half, FULL) if str(precision or 32).endswith("mixed") or half >= FULL else half  # of the residual stream
+    d, frames = config.dim, batch_size * num_frames
+    kept = frames * d * (3 * full + (3 + 1 + 3 + config.ffn_ratio) * half)
+    text = batch_size * NUM_TEXT * 2 * d * half
+    passing = frames * d * 3 * config.ffn_ratio * half + config.ffn_ratio * d * d * full
+    logits = MEAN_MASK_RATE * frames * config.codebook_size * (half + 3 * FULL)
+    return config.num_layers * (kept + text) + max(passing, logits)
+
+
+def memory(
+    config: MagnetConfig, batch_size: int, num_frames: int, precision: Any, optimizer: str, ranks: int = 1,
+    sharded: bool = False, averaged: bool = True, frozen: float = 0.0, factor: float = 1.0,
+) -> Memory:  # fmt: skip
+    """Bytes on each device in training.
+
+    Args:
+        config: of the network.
+        batch_size: examples per batch on each device.
+        num_frames: of an example.
+        precision: Lightning's name.
+        optimizer: a key of MOMENTS.
+        ranks: devices of the run.
+        sharded: whether weights and all that goes with them are divided among the ranks (FSDP2).
+        averaged: whether an average of the weights is kept.
+        frozen: bytes of the text encoder.
+        factor: by which measured activations exceed the calculated ones.
+    """
+    full, half = bytes_of(precision)
+    parameters, block = num_parameters(config), parameters_of_block(config)
+    own = parameters * full / (ranks if sharded else 1)
+    copies = parameters * half if half < full and not sharded else 0.0  # autocast's, kept until the backward pass ends
+    if sharded:  # a block that is in use, and the next
+        copies += 2 * block * half
+    elif ranks > 1:  # DDP's buckets
+        copies += parameters * full
+    activations = factor * activation_bytes(config, batch_size, num_frames, precision)
+    return Memory(own, own, MOMENTS[optimizer] * own, own * averaged, copies, frozen, activations)
+
+
+def largest_batch(given: Memory, batch_size: int, capacity: float) -> int:
+    """Examples per batch that fit a device of `capacity` bytes, of which a reserve stays free; 0 = not even one.
+
+    Args:
+        given: memory at `batch_size`, with which activations grow.
+        batch_size: of `given`.
+        capacity: in bytes.
+    """
+    room = capacity * (1 - RESERVE) - given.state
+    return max(0, int(room / (given.activations / batch_size)))
+
+
+def checkpoint_bytes(config: MagnetConfig, optimizer: str, averaged: bool = True, precision: Any = None) -> float:
+    """Size of a checkpoint: raw weights, their average, and the optimizer's moments."""
+    return num_parameters(config) * bytes_of(precision)[0] * (1 + averaged + MOMENTS[optimizer])
+
+
+def training_flop(config: MagnetConfig, num_frames: int, stage: int) -> float:
+    """Of one example, forward and backward: three times the forward pass."""
+    return 3 * useful_flop(config, num_frames, stage, round(MEAN_MASK_RATE * num_frames), NUM_TEXT)
+
+
+def decoding_flop(config: MagnetConfig, num_frames: int, decoding_steps: tuple[int, ...]) -> float:
+    """Of one generated clip with guidance, which asks the network twice."""
+    return sum(
+        2 * steps * useful_flop(config, num_frames, stage, num_frames, NUM_TEXT)
+        for stage, steps in enumerate(decoding_steps[: config.num_codebooks])
+    )
