@@ -1,26 +1,19 @@
-"""The verbs' work: LightningCLI for training and its like, plain functions for the rest."""
+"""What each verb does with its options; those of Lightning are in `training`."""
 
 import contextlib
 import errno
 import gc
 import io
-import itertools
-import json
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from magnet_train.assets import conf_path
-from magnet_train.errors import UserError, user_error_of
-
-T = TypeVar("T")
-LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
+from magnet_train.errors import UserError, message_of
+from magnet_train.folders import writable_folder
 
 
 def run(verb: str, args: list[str]) -> None:
@@ -34,8 +27,8 @@ def run(verb: str, args: list[str]) -> None:
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's sentence is its help text
     try:
-        if verb in LIGHTNING_VERBS:
-            _run_lightning(verb, args)
+        if verb in ("fit", "validate", "test", "predict"):
+            _training().run_lightning(verb, args)
         elif verb == "tokenize":
             _run_tokenize(args)
         elif verb == "generate":
@@ -64,426 +57,14 @@ def run(verb: str, args: list[str]) -> None:
         raise UserError(f"{error.filename or 'output'}: {remedies[error.errno]}") from error
 
 
-# --- fit, validate, test, predict ---------------------------------------------------------------------------------
-
-
-@lru_cache
-def _codec_facts(name: str) -> Any:
-    from magnet_train.codec import load_codec
-
-    return load_codec(name).facts
-
-
-@lru_cache
-def _text_dim(name: str) -> int:
-    from magnet_train.conditioning import load_text_encoder
-
-    return load_text_encoder(name).dim
-
-
-def _or_else(find: Callable[[str], T], otherwise: Callable[[], T]) -> Callable[[str], T]:
-    """`find`, and `otherwise` where that meets a mistake of the user's."""
-
-    def found(name: str) -> T:
-        try:
-            return find(name)
-        except UserError:
-            return otherwise()
-
-    return found
-
-
-def _run_lightning(verb: str, args: list[str], trial: list[Exception] | None = None) -> Any:
-    """Run a verb; or, where `trial` is a list, parse and make all that it would, and go no further.
-
-    Returns:
-        The LightningCLI, with the configuration as `parsed` after a trial. None if a trial failed: what was wrong, and
-        what was passed over to learn more, is in the list.
-    """
-    import warnings
-
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged has been summed over ranks already
-    gc.disable()  # what these imports make stays for good: looking through it again and again takes seconds
+def _training() -> Any:
+    """The module with all that Lightning needs, whose import takes seconds."""
+    gc.disable()  # what is made there stays for good: looking through it again and again takes seconds more
     try:
-        from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-        from lightning.pytorch.callbacks import ModelCheckpoint
-        from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-        from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-        from lightning.pytorch.utilities import rank_zero_info
-
-        from magnet_train.callbacks.averaging import WeightEMA
-        from magnet_train.callbacks.finite import FiniteGuard
-        from magnet_train.callbacks.generation import GenerationCallback, PredictionWriter
-        from magnet_train.callbacks.preemption import Preemption
-        from magnet_train.callbacks.resume import ExactResume, validation_is_due
-        from magnet_train.callbacks.throughput import Throughput
-        from magnet_train.callbacks.tracking import SaveConfig, Tracking, prepare_wandb
-        from magnet_train.callbacks.watchdog import Watchdog
-        from magnet_train.data.datamodule import MagnetDataModule
-        from magnet_train.model import MagnetConfig
-        from magnet_train.module import MagnetModule
-        from magnet_train.release import read_checkpoint
-        from magnet_train.resume import newest_whole_checkpoint
+        from magnet_train import training
     finally:
         gc.enable()
-
-    class Parser(LightningArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> Any:
-            cause: BaseException | None = ex
-            while cause is not None:  # a dataclass that refuses its values, wrapped by the parser
-                if isinstance(cause, UserError):
-                    raise cause
-                cause = cause.__cause__ or cause.__context__
-            raise UserError(_one_line(message)) from ex
-
-    class MagnetCLI(LightningCLI):
-        @staticmethod
-        def subcommands() -> dict[str, set[str]]:
-            """Only the one that is asked for: each takes as long to set up."""
-            return {verb: LightningCLI.subcommands()[verb]}
-
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.link_arguments("model.crop_s", "data.crop_s")
-            parser.link_arguments("model.codec", "data.codec")
-            parser.link_arguments("seed_everything", "data.seed")
-            parser.link_arguments("seed_everything", "model.seed")
-            codec, text = "model.codec", "model.text_encoder"
-            facts, dim = _codec_facts, _text_dim
-            if trial is not None:  # whether they are here is for doctor to say; as published if not
-                facts, dim = _or_else(_codec_facts, MagnetConfig), _or_else(_text_dim, lambda: MagnetConfig.text_dim)
-                parser.add_argument("--prefetch", action="store_true", help="Fetch what is missing.")
-                parser.add_argument("--gpu_hour_price", type=float, help="Of one GPU for an hour, for the estimate.")
-            parser.link_arguments(codec, "model.network.num_codebooks", lambda n: facts(n).num_codebooks)
-            parser.link_arguments(codec, "model.network.codebook_size", lambda n: facts(n).codebook_size)
-            parser.link_arguments(text, "model.network.text_dim", dim)
-            parser.add_lightning_class_args(GenerationCallback, "generation")
-            parser.add_lightning_class_args(WeightEMA, "averaging")
-            parser.add_lightning_class_args(FiniteGuard, "finite")
-            parser.add_lightning_class_args(Watchdog, "watchdog")
-            parser.add_lightning_class_args(Tracking, "tracking")
-            parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-            parser.set_defaults(
-                {
-                    "checkpoint.save_last": True,
-                    "checkpoint.filename": "{step:07d}",
-                    "checkpoint.save_on_exception": False,
-                }
-            )
-
-        def _parse_ckpt_path(self) -> None:
-            """Nothing: Lightning would lay the checkpoint's settings over the command line."""
-
-        def before_instantiate_classes(self) -> None:
-            config = self.config[verb]
-            self.run_folder = _writable_folder(Path(config.trainer.default_root_dir or "runs/run"))
-            config.trainer.default_root_dir = str(self.run_folder)
-            if config.checkpoint.dirpath is None:
-                config.checkpoint.dirpath = str(self.run_folder / "checkpoints")
-            if verb == "fit" and config.ckpt_path is None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
-                config.ckpt_path = "auto"  # queued again: whoever wrote the job meant it to go on
-            goes_on = config.ckpt_path is not None
-            if config.ckpt_path == "auto":
-                newest = newest_whole_checkpoint([self.run_folder, Path(config.checkpoint.dirpath)])
-                config.ckpt_path = None if newest is None else str(newest)
-                rank_zero_info(f"--ckpt_path auto: {newest or 'no checkpoint yet, training begins'}")
-            if config.ckpt_path is not None:  # else each resume would begin another last-v1, last-v2 …
-                config.checkpoint.enable_version_counter = False
-            loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-            loggers = [logger for logger in loggers if hasattr(logger, "class_path")]
-            for logger in loggers:
-                if logger.init_args.get("save_dir") in (None, "."):  # CSVLogger knows no default
-                    logger.init_args.save_dir = str(self.run_folder)
-            of_wandb = [logger for logger in loggers if logger.class_path.endswith(".WandbLogger")]
-            if of_wandb and not config.trainer.fast_dev_run:
-                online = not all(logger.init_args.get("offline") for logger in of_wandb)
-                prepare_wandb(self.run_folder, verb, goes_on, online)
-
-        def fit(self, model: Any, **kwargs: Any) -> None:
-            """Validate the untrained model, train, and sum up."""
-            start = time.monotonic()
-            generation = self.config_init[verb].generation
-            generation.within_fit = True
-            before: dict[str, float] = {}
-            seconds: dict[str, float] = {}
-            trial: Any = self.trainer
-            validates = trial.limit_val_batches > 0 and not trial.fast_dev_run
-            if generation.at_start and validates and not kwargs.get("ckpt_path"):
-                before = dict(self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)[0])
-                seconds["validation before training"] = time.monotonic() - start
-            start = time.monotonic()
-            self.trainer.fit(model, **kwargs)
-            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
-            done = progress.total.processed, progress.current.processed, self.trainer.current_epoch
-            if not self.trainer.callback_metrics and validation_is_due(self.trainer, *done):
-                # Resumed after the last step, as killed in its validation: Lightning has nothing left to do.
-                self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)
-            spent = generation.seconds
-            seconds["validation in training"] = spent
-            seconds["training"] = time.monotonic() - start - spent
-            if self.trainer.is_global_zero:
-                self._sum_up(before, seconds)
-
-        def _sum_up(self, before: dict[str, float], seconds: dict[str, float]) -> None:
-            generation = self.config_init[verb].generation
-            after = {k: v.item() for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
-            best = self.trainer.checkpoint_callback
-            summary = {
-                "metrics": {k: {"before": before.get(k), "after": after[k]} for k in sorted(after)},
-                "audio": [str(p) for p in generation.audio],
-                "checkpoint": str(getattr(best, "last_model_path", "") or getattr(best, "best_model_path", "")),
-                "pictures": [str(p) for p in generation.pictures],
-                "seconds": {k: round(v, 1) for k, v in seconds.items()},
-            }
-            _write_json(self.run_folder / "summary.json", summary)
-            print(_summary_text(summary, self.run_folder))
-            if summary["audio"]:
-                from magnet_train.report import report_of_run, write_report
-
-                write_report(self.run_folder / "report.html", report_of_run(self.run_folder))
-                print(f"report      {self.run_folder / 'report.html'}")
-
-    StrategyRegistry.register(
-        "fsdp2",
-        ModelParallelStrategy,
-        "weights sharded over all ranks",
-        override=True,
-        save_distributed_checkpoint=False,
-    )
-
-    class Trial(MagnetCLI):
-        """Makes what `fit` makes, but a network of one number, and one process where the devices are not here."""
-
-        def before_instantiate_classes(self) -> None:
-            self.parsed = self.config[verb].clone()
-            given = self.config[verb].model
-            MagnetConfig(**vars(given.network))
-            for name in MagnetConfig.__dataclass_fields__:
-                given.network[name] = 2 if name == "dim" else 1
-            if not given.start_from_codec or given.init_from is None:  # both are a mistake, which it names
-                given.start_from_codec, given.init_from = False, None
-            given.compiled = False
-
-        def instantiate_trainer(self, **kwargs: Any) -> Any:
-            from magnet_train.doctor import devices_of
-
-            if not devices_of(self.parsed.trainer).are_here:
-                kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None}
-                kwargs["plugins"] = [LightningEnvironment()]
-            return super().instantiate_trainer(**kwargs)
-
-        def _run_subcommand(self, subcommand: str) -> None:
-            """Nothing: all is made, which is what was asked."""
-
-    try:
-        args = _completed(args, read_checkpoint)
-    except UserError as error:
-        if trial is None:
-            raise
-        trial.append(error)
-        args = _completed(_from_nothing(args), read_checkpoint)
-    argv, sys.argv = sys.argv, [sys.argv[0], verb, *args]
-    try:
-        return (MagnetCLI if trial is None else Trial)(
-            MagnetModule,
-            MagnetDataModule,
-            parser_class=Parser,
-            seed_everything_default=2036,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={
-                "logger": LOGGERS if verb == "fit" else None,
-                # After averaging, whose update belongs to the step that is saved.
-                "callbacks": [PredictionWriter(), ExactResume(), Throughput(), Preemption()],
-                "plugins": [{"class_path": "magnet_train.callbacks.checkpoint_io.AtomicCheckpointIO"}],
-                "use_distributed_sampler": False,  # the data module deals out items itself, each exactly once
-            },
-        )
-    except Exception as error:
-        _explain(error, args)
-        if type(error).__module__.startswith("wandb."):  # which is imported in callbacks only
-            text = " ".join(str(error).split())[:300]
-            raise UserError(f"W&B: {text}; or set WANDB_MODE=offline and `wandb sync` later") from error
-        raise
-    finally:
-        sys.argv = argv
-
-
-LOGGERS = [
-    {"class_path": "lightning.pytorch.loggers.WandbLogger"},
-    {
-        "class_path": "lightning.pytorch.loggers.CSVLogger",
-        # Written at once: what a kill takes would not be logged again after a checkpoint that was saved since.
-        "init_args": {"save_dir": ".", "name": "csv", "flush_logs_every_n_steps": 1},
-    },
-]
-"""Of `fit`, unless a configuration says otherwise; they write into the run folder."""
-
-
-def _completed(args: list[str], read: Any) -> list[str]:
-    """The options over the configuration that holds where they say nothing.
-
-    Raises:
-        UserError: if the checkpoint or the release that they name is not there, or broken.
-    """
-    _check_checkpoint(args, read)
-    given = _option("--model.init_from", args)
-    start = given if given is not None else _in_configs("init_from", args)
-    start = None if start == "null" else start
-    bare = not any(a == "--config" or a.startswith(("--config=", "-c")) for a in args) and "--help" not in args
-    if bare:
-        args = ["--config", str(conf_path("demo.yaml" if start is None else "finetune.yaml")), *args]
-        print(f"no --config given: using {args[1]}")
-    # What a checkpoint or a release says holds unless a configuration or an option says otherwise.
-    base = _settings_of_checkpoint(args) if _given_checkpoints(args) else {}
-    if base:
-        args = [*args, "--model.init_from", "null"]  # its weights are the checkpoint's
-    elif start is not None:
-        base = _inherited(start)
-    if base:
-        place = 2 if bare and start is None else 0  # over the embedded default, which nobody asked for
-        args = [*args[:place], "--config", json.dumps(base), *args[place:]]
-    return args
-
-
-def _from_nothing(args: list[str]) -> list[str]:
-    """The options without checkpoint and release."""
-    kept = list(args)
-    for name in ("--ckpt_path", "--model.init_from"):
-        kept = [a for a in kept if not a.startswith(f"{name}=")]
-        while name in kept:
-            del kept[(at := kept.index(name)) : at + 2]
-    return [*kept, "--model.init_from", "null"]  # over what a configuration file says
-
-
-def _option(name: str, args: list[str]) -> str | None:
-    """The last value given to an option."""
-    given = [b for a, b in itertools.pairwise(args) if a == name]
-    given += [a.split("=", 1)[1] for a in args if a.startswith(f"{name}=")]
-    return given[-1] if given else None
-
-
-def _in_configs(setting: str, args: list[str]) -> str | None:
-    """A setting of the model in the last configuration file that has it."""
-    import yaml
-
-    files = [b for a, b in itertools.pairwise(args) if a in ("--config", "-c")]
-    files += [a.split("=", 1)[1] for a in args if a.startswith("--config=")]
-    for file in reversed(files):
-        try:
-            config = yaml.safe_load(Path(file).read_text())
-        except (OSError, yaml.YAMLError, UnicodeDecodeError):
-            continue  # the parser will name it
-        if isinstance(config, dict) and isinstance(model := config.get("model"), dict) and model.get(setting):
-            return str(model[setting])
-    return None
-
-
-def _inherited(init_from: str) -> dict[str, Any]:
-    """What a model that training starts from says of itself, as a configuration."""
-    from magnet_train.release import Trained
-
-    trained = Trained.open(init_from)
-    return {
-        "model": {
-            "init_from": init_from,
-            "network": {k: v for k, v in trained.network.to_dict().items() if k not in LINKED},
-            "codec": trained.codec["id"],
-            "text_encoder": trained.text_encoder,
-            "crop_s": trained.crop_s,
-            "span_len": trained.decoding.span_len,
-            "guidance_dropout": trained.guidance_dropout,
-        },
-        "generation": {"decoding": asdict(trained.decoding)},
-    }
-
-
-LINKED = ("num_codebooks", "codebook_size", "text_dim")  # of the network; they follow from codec and text encoder
-
-
-def _settings_of_checkpoint(args: list[str]) -> dict[str, Any]:
-    """The settings of the model in the checkpoint that is named, as a configuration."""
-    from magnet_train.release import read_checkpoint
-
-    file = Path(_given_checkpoints(args)[-1])
-    if not file.is_file():  # last, best …: the run's own, under its own configuration
-        return {}
-    given = dict(read_checkpoint(file).get("hyper_parameters", {}))
-    if "network" not in given:
-        raise UserError(f"{file}: not a checkpoint of magnet_train; choose another")
-    seed = given.pop("seed", None)
-    given["network"] = {k: v for k, v in given["network"].items() if k not in LINKED}
-    return {"model": given, "seed_everything": seed}
-
-
-def _check_checkpoint(args: list[str], read: Any) -> None:
-    """Name a missing or broken --ckpt_path before Lightning meets it, which it does while it parses."""
-    for name in _given_checkpoints(args):
-        if name not in ("auto", "last", "best", "hpc", "registry", "null"):
-            read(Path(name))
-
-
-def _given_checkpoints(args: list[str]) -> list[str]:
-    given = [b for a, b in itertools.pairwise(args) if a == "--ckpt_path"]
-    return given + [a.split("=", 1)[1] for a in args if a.startswith("--ckpt_path=")]
-
-
-def _one_line(message: str) -> str:
-    """The parser's message without its line breaks and the long way it came."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    return " ".join(dict.fromkeys(lines))[:600]
-
-
-def _explain(error: Exception, args: list[str]) -> None:
-    """Turn the user's mistakes that come wrapped, and Lightning's errors about files the user named, into one line.
-
-    Raises:
-        UserError: if it is such an error.
-    """
-    if (mistake := user_error_of(error)) is not None:
-        raise mistake
-    text = str(error)
-    for sign in ("PytorchStreamReader", "Error(s) in loading state_dict", "checkpoint", "Weights only load failed"):
-        if sign in text and ("load" in text.lower() or "reader" in text.lower()):
-            given = f"--ckpt_path {' '.join(_given_checkpoints(args))}"
-            raise UserError(f"{given}: {text.splitlines()[0][:300]}; choose another checkpoint") from error
-
-
-def _writable_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"run folder {folder}: cannot be written ({error.strerror}); set --trainer.default_root_dir to another"
-        ) from error
-    return folder
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.with_suffix(".tmp").write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def _summary_text(summary: dict[str, Any], run_folder: Path) -> str:
-    """The summary as people read it; rates by mask rate and intervals stay in the JSON."""
-    lines = ["", f"run folder  {run_folder}", f"checkpoint  {summary['checkpoint']}"]
-    for name in ("audio", "pictures"):
-        if summary[name]:
-            folder = Path(summary[name][0]).parent
-            lines.append(f"{name:<11} {len(summary[name])} files in {folder}, e.g. {Path(summary[name][0]).name}")
-    lines += ["", f"{'metric':<44}{'before':>10}{'after':>10}"]
-    for key, pair in summary["metrics"].items():
-        if "/rate" not in key and not key.endswith("_ci95"):
-            before = "" if pair["before"] is None else f"{pair['before']:.4g}"
-            lines.append(f"{key:<44}{before:>10}{pair['after']:>10.4g}")
-    lines += ["", "  ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items())]
-    return "\n".join(lines)
+    return training
 
 
 # --- tokenize, convert, evaluate, bench, generate ---------------------------------------------------------------------
@@ -496,7 +77,7 @@ def _parser(verb: str, description: str) -> Any:
         def error(self, message: str, ex: Exception | None = None) -> Any:
             if isinstance(ex, UserError):
                 raise ex
-            raise UserError(_one_line(message)) from ex
+            raise UserError(message_of(message)) from ex
 
         def parse_args(self, args: list[str], **settings: Any) -> Any:  # type: ignore[override]
             """With `--save-reference` understood as `--save_reference`."""
@@ -606,7 +187,7 @@ def _parse_fit(args: list[str]) -> None:
         UserError: if they do not hold.
     """
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):  # its way to say that it printed
-        _run_lightning("fit", [*args, "--print_config"])
+        _training().run_lightning("fit", [*args, "--print_config"])
 
 
 def _run_doctor(args: list[str]) -> None:
@@ -616,7 +197,7 @@ def _run_doctor(args: list[str]) -> None:
     made: Any = None
     try:
         with _without_chatter():
-            made = _run_lightning("fit", args, problems)
+            made = _training().try_fit(args, problems)
     except Exception as error:  # whatever the parser and Lightning make of a configuration
         problems.append(error)
 
@@ -751,7 +332,7 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
         raise UserError(f"--format {options.format}: choose wav or flac")
     if options.variations < 1 or options.batch_size < 1:
         raise UserError("--variations and --batch_size must be at least 1")
-    _writable_folder(options.out)
+    writable_folder(options.out)
 
     import torch
     from tqdm import tqdm

@@ -22,3 +22,9 @@ def user_error_of(error: BaseException) -> UserError | None:
         cause = cause.__cause__
     lines = re.findall(rf"^{UserError.__module__}\.{UserError.__qualname__}: (.+)$", str(error), re.MULTILINE)
     return UserError(lines[-1]) if lines else None
+
+
+def message_of(text: str) -> str:
+    """A parser's message in one line, without the long way it came."""
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
+    return " ".join(dict.fromkeys(lines))[:600]
