@@ -162,15 +162,16 @@ class Plan:
 
     @cached_property
     def trainer(self) -> Any:
-        """What data module and optimizer ask of a trainer, as it would answer on all devices."""
+        """What data module and optimizer ask of a trainer: its settings, and its answers as on all devices."""
         given = self.config.trainer
         progress = SimpleNamespace(total=SimpleNamespace(processed=0))
-        return SimpleNamespace(
-            world_size=self.devices.ranks, global_rank=0, is_global_zero=False, precision=given.precision,
-            accumulate_grad_batches=given.accumulate_grad_batches, val_check_interval=given.val_check_interval,
-            fast_dev_run=bool(given.fast_dev_run), reload_dataloaders_every_n_epochs=0,
-            fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
-        )  # fmt: skip
+        more = {
+            "world_size": self.devices.ranks,
+            "global_rank": 0,
+            "is_global_zero": False,
+            "fit_loop": SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+        }
+        return SimpleNamespace(**vars(given) | more)
 
     @property
     def num_steps(self) -> float:
