@@ -358,7 +358,7 @@ def test_an_index_does_not_choose_where_files_are_written(codec: str, tmp_path: 
     write_shards(tmp_path / "set", codec, (2,))
     path = tmp_path / "set" / "index.json"
     store = FaultyServer(tmp_path)
-    for sha256 in ("../../../stolen", "", None, "A" * 64):
+    for sha256 in ("../../../stolen", "", None, 5, "A" * 64):
         index = json.loads(path.read_text())
         index["shards"][0]["sha256"] = sha256
         path.write_text(json.dumps(index))
