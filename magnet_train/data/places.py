@@ -62,11 +62,11 @@ def find_folders(given: str) -> list[tuple[str, str]]:
     """
     if Path(given).expanduser().is_dir():
         return [(given, "*")]
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         parts = list(braceexpand(given))
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise UserError(f"{given}: its braces do not pair; write {{a,b}} or {{00..07}}") from error
     found = []
     for part in parts:
@@ -135,10 +135,8 @@ def read_bytes(place: str | Path, sha256: str | None) -> bytes:
     """
     if not is_address(place):
         return _checked(Path(place).read_bytes(), sha256)
-    kept = None
-    # An index from elsewhere must not choose where a file is written.
-    if sha256 is not None and re.fullmatch("[0-9a-f]{64}", sha256):
-        kept = _cache() / sha256[:2] / f"{sha256}.tar"
+    kept = _cache() / f"{sha256}.tar"
+    if sha256 is not None:
         try:
             return _checked(kept.read_bytes(), sha256)
         except (OSError, ValueError):  # not there, or damaged
@@ -149,7 +147,7 @@ def read_bytes(place: str | Path, sha256: str | None) -> bytes:
         raise
     except Exception as error:  # each store has errors of its own
         raise _explained(str(place), error) from error
-    if kept is not None:
+    if sha256 is not None:  # and it is its SHA-256: an index from elsewhere cannot choose another name
         _keep(content, kept)
     return content
 
