@@ -77,7 +77,9 @@ def test_the_optimizer_moves_every_parameter_as_adamw_does():
     model = reference_model()
     module = MagnetModule(model.config, config)
     module.network = model
-    module._trainer = SimpleNamespace(estimated_stepping_batches=1000, fast_dev_run=False, precision=32)  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(
+        estimated_stepping_batches=1000, fast_dev_run=False, precision=32, gradient_clip_val=None
+    )  # type: ignore[assignment]
     made = module.configure_optimizers()
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
