@@ -108,7 +108,8 @@ def memory(
         precision: Lightning's name.
         optimizer: a key of MOMENTS.
         ranks: devices of the run.
-        sharded: whether weights and all that goes with them are divided among the ranks (FSDP2).
+        sharded: whether weights, gradients, moments and average are divided among the ranks (FSDP2); a validation
+            then has all weights once more, which is not counted here.
         averaged: whether an average of the weights is kept.
         frozen: bytes of the text encoder.
         factor: by which measured activations exceed the calculated ones.
@@ -116,9 +117,9 @@ def memory(
     full, half = bytes_of(precision)
     parameters, block = num_parameters(config), parameters_of_block(config)
     own = parameters * full / (ranks if sharded else 1)
-    copies = parameters * half if half < full and not sharded else 0.0  # autocast's, kept until the backward pass ends
+    copies = parameters * half if half < full else 0.0  # autocast's, of whole weights, kept for the backward pass
     if sharded:  # a block that is in use, and the next
-        copies += 2 * block * half
+        copies += 2 * block * full
     elif ranks > 1:  # DDP's buckets
         copies += parameters * full
     activations = factor * activation_bytes(config, batch_size, num_frames, precision)

@@ -16,10 +16,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -220,16 +220,55 @@ def rank_hangs(place: Place) -> Row:
 
 
 @contextmanager
-def served(folder: Path, port: int = 0) -> Any:
-    """The folder over HTTP; the server comes out."""
-    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
-    server = ThreadingHTTPServer(("127.0.0.1", port), partial(quiet, directory=str(folder)))
+def served(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server on this machine."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield server
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()
+
+
+class Files(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class Refusing(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(401)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def store(place: Place) -> Row:
+    """training shards are read over HTTP, and the server has lost one of them"""
+    data = place.folder / "served"
+    shutil.copytree(place.data, data)
+    sorted((data / "train").glob("*.tar"))[0].unlink()
+    run = place.folder / "store"
+    with served(partial(Files, directory=str(data))) as address:
+        os.environ["MAGNET_TRAIN_CACHE"] = str(place.folder / "cache")
+        status, said = fit(place, run, f"--data.train={address}/train")
+        del os.environ["MAGNET_TRAIN_CACHE"]
+    assert status == 0 and len(ledger(run)) == STEPS, said[-3000:]
+    return line(said, "left out").replace(address, "http://…"), "its items, in each epoch; they are counted"
+
+
+def key(place: Place) -> Row:
+    """a W&B key that is refused"""
+    with served(Refusing) as address:
+        happens = refused(
+            "", "W&B", options=lambda _: ["--trainer.logger=WandbLogger"],
+            environment={"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address},
+        )  # fmt: skip
+        happened, lost = happens(place)
+    return happened.replace(address, "http://…"), lost
 
 
 def refused(what: str, *words: str, **of: Any) -> Callable[[Place], Row]:
@@ -286,6 +325,12 @@ FAULTS: dict[str, Callable[[Place], Row]] = {
     "rank_raises": rank_raises,
     "rank_dies": rank_dies,
     "rank_hangs": rank_hangs,
+    "store": store,
+    "unreachable": refused(
+        "an object store that is not to be reached", "cannot be reached",
+        options=lambda _: ["--data.train=http://127.0.0.1:9/train"],
+    ),
+    "key": key,
     "ranks": refused(
         "more ranks than shards", "shards for 8 ranks",
         options=lambda _: ["--trainer.devices=8", "--trainer.strategy=ddp_fork"],
@@ -308,9 +353,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     # Imported before the first fork, so that a run begins with its work.
-    import magnet_train.callbacks.generation
-    import magnet_train.cli
-    import magnet_train.data.datamodule  # noqa: F401
+    import magnet_train.training  # noqa: F401
 
     rows = []
     with tempfile.TemporaryDirectory() as name:

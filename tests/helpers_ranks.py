@@ -8,9 +8,7 @@ from pathlib import Path
 
 from kill_and_resume import attempt, ended
 
-import magnet_train.callbacks.generation
-import magnet_train.cli
-import magnet_train.data.datamodule  # noqa: F401
+import magnet_train.training  # noqa: F401
 
 
 def free_port() -> int:

@@ -20,7 +20,7 @@ def sentences() -> list[str]:
 
 def quoted_errors() -> list[str]:
     """The first column of TROUBLESHOOTING.md's tables, but for what comes from elsewhere."""
-    lines = (ROOT / "TROUBLESHOOTING.md").read_text().partition("## Hardware")[0].splitlines()
+    lines = (ROOT / "TROUBLESHOOTING.md").read_text().splitlines()
     return [match[1] for line in lines if (match := re.match(r"\| `([^`]+)`", line))]
 
 

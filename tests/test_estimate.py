@@ -92,9 +92,10 @@ def test_sharding_divides_the_state_and_not_the_activations():
     for name in ("weights", "gradients", "moments", "average"):
         assert getattr(shared, name) == getattr(one, name) / 8
     assert shared.activations == one.activations
-    # Under DDP autocast's copies and the buckets; under FSDP two blocks at a time.
-    assert one.copies == estimate.num_parameters(SMALL) * (2 + 4)
-    assert shared.copies == 2 * 2 * estimate.parameters_of_block(SMALL)
+    # Autocast's copies of whole weights under either; DDP's buckets; two blocks at a time under FSDP.
+    parameters = estimate.num_parameters(SMALL)
+    assert one.copies == parameters * (2 + 4)
+    assert shared.copies == parameters * 2 + 2 * 4 * estimate.parameters_of_block(SMALL)
 
 
 def test_dadaptation_keeps_one_tensor_more():
