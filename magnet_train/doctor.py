@@ -47,6 +47,7 @@ from magnet_train.module import MagnetModule
 from magnet_train.pretrained import one_line
 from magnet_train.release import Trained, check_stamp, check_weights, read_checkpoint
 from magnet_train.resume import check_same_network, newest_whole_checkpoint
+from magnet_train.sharding import check_shardable
 from magnet_train.weights import CLAP_MUSIC, PASST_10S, PASST_20S, VGGISH, Weights, cache_dir, find_weights
 
 WEIGHTS: dict[str, Weights] = {
@@ -232,6 +233,8 @@ def check_batch(plan: Plan) -> Iterator[Finding]:
 
 def check_schedule(plan: Plan) -> Iterator[Finding]:
     """Optimizer and learning rate by the module's own rules; and whether there is a validation at all."""
+    if plan.is_sharded:
+        check_shardable(str(plan.config.trainer.precision or 32), plan.module.optimizer_config.name)
     plan.trainer.estimated_stepping_batches = plan.num_steps
     plan.module._trainer = plan.trainer
     with contextlib.redirect_stdout(io.StringIO()):  # an optimizer that tells of itself

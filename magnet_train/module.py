@@ -21,7 +21,7 @@ from magnet_train.pretrained import absolute_path
 from magnet_train.release import Trained, check_stamp, check_weights
 from magnet_train.resume import check_same_network
 from magnet_train.schedule import cosine_factor, inverse_sqrt_factor
-from magnet_train.sharding import is_sharded, shard, whole_copy, whole_tensor
+from magnet_train.sharding import check_shardable, is_sharded, shard, whole_copy, whole_tensor
 
 
 @dataclass(frozen=True)
@@ -166,15 +166,7 @@ class MagnetModule(L.LightningModule):
         """
         if self.device_mesh is None or is_sharded(self.network):
             return
-        if self.trainer.precision not in ("32-true", "bf16-mixed"):
-            raise UserError(
-                f"precision={self.trainer.precision}: with sharded weights give --trainer.precision bf16-mixed, or 32"
-            )
-        if self.optimizer_config.name == "dadapt_adam":
-            raise UserError(
-                "optimizer name=dadapt_adam: its step size is a sum over all weights, which are sharded here; use "
-                "--model.optimizer.name adamw --model.optimizer.lr 1e-4, or --trainer.strategy ddp"
-            )
+        check_shardable(str(self.trainer.precision), self.optimizer_config.name)
         if self.trainer.strategy._save_distributed_checkpoint:  # type: ignore[attr-defined]
             raise UserError(
                 "ModelParallelStrategy: save_distributed_checkpoint=true writes folders that nothing else here reads; "
@@ -317,9 +309,11 @@ class MagnetModule(L.LightningModule):
         settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
         settings["weight_decay"] = config.weight_decay
         if config.name == "adamw":
-            # One kernel for all tensors; under a mixed precision Lightning refuses to clip gradients before it.
-            clips = bool(self.trainer.gradient_clip_val)  # type: ignore[attr-defined]
-            fused = not (clips and str(self.trainer.precision).endswith("-mixed"))
+            # One kernel for all tensors. Under a mixed precision Lightning refuses to clip gradients before it, and
+            # fp16's scaler leaves the gradients to it, which a step that is left out does not have.
+            trainer: Any = self.trainer
+            clips, precision = bool(trainer.gradient_clip_val), str(trainer.precision)
+            fused = not precision.startswith("16") and not (clips and precision.endswith("-mixed"))
             optimizer = torch.optim.AdamW(self.network.parameters(), fused=fused, **settings)
         else:
             optimizer = _dadaptation().DAdaptAdam(self.network.parameters(), decouple=True, **settings)

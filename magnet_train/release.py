@@ -157,12 +157,13 @@ def _open_checkpoint(path: Path) -> Trained:
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The run folder's `last.ckpt`, else the newest .ckpt below it.
+    """The run's `last.ckpt`, else its newest .ckpt, else the newest below its folder.
 
     Raises:
         UserError: if there is none.
     """
-    found = sorted(run.rglob("*.ckpt"), key=lambda p: (p.stem == "last", p.stat().st_mtime))
+    own = [*run.glob("*.ckpt"), *(run / "checkpoints").glob("*.ckpt")]  # not those of a run in a folder within
+    found = sorted(own or run.rglob("*.ckpt"), key=lambda p: (p.stem.startswith("last"), p.stat().st_mtime))
     if not found:
         raise UserError(
             f"{run}: no config.json and no .ckpt in it; give a release folder, a checkpoint or a run folder"

@@ -47,13 +47,13 @@ class Layout:
 
 
 def newest_whole_checkpoint(folders: Iterable[Path]) -> Path | None:
-    """The checkpoint below the folders with the most optimizer steps that is whole; None if there is none.
+    """The checkpoint in the folders with the most optimizer steps that is whole; None if there is none.
 
     Whole means that it holds nothing but plain data and tensors, and that every byte of its zip has the checksum noted
     there. Each that is not is passed over with a warning that names it. Of two with as many steps the later one wins.
     """
     found: dict[Path, tuple[int, float]] = {}
-    for path in {path.resolve(): path for folder in folders for path in folder.rglob("*.ckpt")}.values():
+    for path in {path.resolve(): path for folder in folders for path in folder.glob("*.ckpt")}.values():
         try:
             found[path] = int(read_checkpoint(path)["global_step"]), path.stat().st_mtime
         except (UserError, OSError, KeyError, TypeError, ValueError) as error:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from magnet_train.errors import UserError
 from magnet_train.model import Magnet
 
 
@@ -36,6 +37,25 @@ def shard(network: Magnet, device_type: str) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
     register_fsdp_forward_method(network, "masked_logits")
+
+
+def check_shardable(precision: str, optimizer: str) -> None:
+    """Whether a run works with sharded weights.
+
+    Args:
+        precision: Lightning's name.
+        optimizer: name in an OptimizerConfig.
+
+    Raises:
+        UserError: if it does not.
+    """
+    if precision not in ("32-true", "32", "bf16-mixed", "bf16"):
+        raise UserError(f"precision={precision}: with sharded weights give --trainer.precision bf16-mixed, or 32")
+    if optimizer == "dadapt_adam":
+        raise UserError(
+            "optimizer name=dadapt_adam: its step size is a sum over all weights, which are sharded here; use "
+            "--model.optimizer.name adamw --model.optimizer.lr 1e-4, or --trainer.strategy ddp"
+        )
 
 
 def is_sharded(network: nn.Module) -> bool:

@@ -6,6 +6,7 @@ of `fit` in `command` are read. What is done stands in the run folders and nowhe
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
@@ -223,6 +224,10 @@ def _lock(run: Run) -> int | None:
     except BlockingIOError:
         os.close(lock)
         return None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        _say(f"{run.folder}: this file system has no locks, so start each run once only")
     return lock
 
 

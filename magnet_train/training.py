@@ -3,6 +3,7 @@
 `doctor` has it make all that a `fit` would, and go no further.
 """
 
+import itertools
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from magnet_train.callbacks.averaging import WeightEMA
 from magnet_train.callbacks.finite import FiniteGuard
@@ -179,7 +180,7 @@ class MagnetCLI(LightningCLI):
             trainer_defaults={
                 "logger": LOGGERS if verb == "fit" else None,
                 # After averaging, whose update belongs to the step that is saved.
-                "callbacks": [PredictionWriter(), ExactResume(), Throughput(), Preemption()],
+                "callbacks": [PredictionWriter(), ExactResume(), Throughput()] + [Preemption()] * (verb == "fit"),
                 "plugins": [{"class_path": "magnet_train.callbacks.checkpoint_io.AtomicCheckpointIO"}],
                 "use_distributed_sampler": False,  # the data module deals out items itself, each exactly once
             },
@@ -224,8 +225,9 @@ class MagnetCLI(LightningCLI):
         config = self.config[self.verb]
         self.run_folder = writable_folder(Path(config.trainer.default_root_dir or "runs/run"))
         config.trainer.default_root_dir = str(self.run_folder)
+        own_folder = self.run_folder / "checkpoints"
         if config.checkpoint.dirpath is None:
-            config.checkpoint.dirpath = str(self.run_folder / "checkpoints")
+            config.checkpoint.dirpath = str(own_folder)
         if self.verb == "fit" and config.ckpt_path is None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
             config.ckpt_path = "auto"  # queued again: whoever wrote the job meant it to go on
         goes_on = config.ckpt_path is not None
@@ -235,6 +237,8 @@ class MagnetCLI(LightningCLI):
             rank_zero_info(f"--ckpt_path auto: {newest or 'no checkpoint yet, training begins'}")
         if config.ckpt_path is not None:  # else each resume would begin another last-v1, last-v2 …
             config.checkpoint.enable_version_counter = False
+        elif self.verb == "fit" and not config.trainer.fast_dev_run and not _is_in(config.model.init_from, own_folder):
+            _set_aside(own_folder)
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         loggers = [logger for logger in loggers if hasattr(logger, "class_path")]
         for logger in loggers:
@@ -247,6 +251,7 @@ class MagnetCLI(LightningCLI):
 
     def fit(self, model: Any, **kwargs: Any) -> None:
         """Validate the untrained model, train, and sum up."""
+        kwargs["datamodule"].resumes_from = kwargs.get("ckpt_path")
         start = time.monotonic()
         generation = self.config_init[self.verb].generation
         generation.within_fit = True
@@ -311,6 +316,23 @@ class Trial(MagnetCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing: all is made, which is what was asked."""
+
+
+def _is_in(path: str | None, folder: Path) -> bool:
+    """Whether it names something in the folder, or a folder that has it."""
+    given = None if path is None else Path(path).resolve()
+    return given is not None and (
+        given in [folder.resolve(), *folder.resolve().parents] or folder.resolve() in given.parents
+    )
+
+
+@rank_zero_only
+def _set_aside(folder: Path) -> None:
+    """An earlier run's checkpoints are kept, and `--ckpt_path auto` does not take them for this run's."""
+    if folder.is_dir() and any(folder.glob("*.ckpt")):
+        free = next(p for n in itertools.count(1) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
+        folder.rename(free)
+        rank_zero_info(f"{folder.parent} has an earlier run; its checkpoints are in {free} now")
 
 
 def _summary_text(summary: dict[str, Any], run_folder: Path) -> str:

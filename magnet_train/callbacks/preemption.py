@@ -1,5 +1,6 @@
 """SIGTERM and SIGUSR1 end a run within a batch, with a checkpoint; without any signal one is written twice an hour."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import lightning.pytorch as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from magnet_train.data.timed_loader import TOGETHER_S
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EVERY_S = 1800.0
@@ -28,12 +31,13 @@ class Preempted(SystemExit):
 
 
 class Preemption(Callback):
-    """Saves `last.ckpt` at the end of the batch in which a signal arrives, then stops; a second signal ends at once.
+    """Saves `last.ckpt` at the end of the batch in which a signal arrives, then stops.
 
-    It saves every EVERY_S seconds too, and goes on.
+    It saves every EVERY_S seconds too, and goes on. A checkpoint that was due at the very batch at which a run stops is
+    not written beside it.
 
-    A signal that arrives in a validation waits for its end: ranks have unequal numbers of validation batches, so they
-    cannot agree before.
+    A signal that arrives in a validation waits for its end, since ranks have unequal numbers of validation batches and
+    cannot agree before; a second one, more than TOGETHER_S later, ends the process at once.
 
     The handler only notes the signal: a checkpoint written from within it could catch a step half done (Lightning
     issue 21406). The ranks agree, whichever of them was told. Under SLURM with automatic requeue the requeue signal has
@@ -43,15 +47,25 @@ class Preemption(Callback):
 
     def __init__(self) -> None:
         self._received: int | None = None
+        self._received_at = 0.0
         self._requeue_signal: int | None = None
         self._before: dict[int, Any] = {}
+        self._is_first_rank = False
         self._saved = 0.0
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Of the untrained model, or the sanity check: they may be long."""
+        self._take_signals(trainer)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes the signals over from Lightning, whose handler of SIGTERM calls a collective from within itself."""
+        self._take_signals(trainer)
         self._saved = time.monotonic()
-        if threading.current_thread() is not threading.main_thread():  # where Python takes no handlers
+
+    def _take_signals(self, trainer: L.Trainer) -> None:
+        """Over from Lightning, whose handler of SIGTERM calls a collective from within itself."""
+        if self._before or threading.current_thread() is not threading.main_thread():  # Python takes no handlers there
             return
+        self._is_first_rank = trainer.is_global_zero
         environment = trainer._accelerator_connector.cluster_environment  # type: ignore[attr-defined]
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = environment.requeue_signal
@@ -67,13 +81,15 @@ class Preemption(Callback):
             return
         text = "nothing to save, no step was finished"
         if trainer.global_step:
-            path = self._path(trainer)
+            path = _last(trainer)
             trainer.save_checkpoint(path, weights_only=False)
             text = f"saved {path}"
         self._saved = time.monotonic()
         if not agree(self._received is not None, all=False):
             return
         requeue = agree(self._requeue_signal is not None and self._received == self._requeue_signal, all=False)
+        for number in self._before:  # a requeue has SLURM tell all processes to end, which they do
+            signal.signal(number, signal.SIG_IGN)
         if trainer.is_global_zero:
             name = signal.Signals(self._received).name if self._received else "a signal to another rank"
             after = _requeue() if requeue else "go on with --ckpt_path auto"
@@ -89,20 +105,34 @@ class Preemption(Callback):
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._received is not None:
+        now = time.monotonic()
+        if self._received is None:
+            self._received, self._received_at = number, now
+        elif now - self._received_at > TOGETHER_S:
+            if self._received == self._requeue_signal and self._is_first_rank:  # the time is up in a validation
+                print(f"ended before a checkpoint could be written: {_requeue()}", flush=True)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._received = number
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
-    @staticmethod
-    def _path(trainer: L.Trainer) -> Path:
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
-        return Path(folder) / "last.ckpt"
+
+def _last(trainer: L.Trainer) -> Path:
+    """The file that the checkpoint callback will write next as its last; not one of an earlier run."""
+    callback: Any = trainer.checkpoint_callback
+    if callback is None or not callback.save_last:
+        return Path(getattr(callback, "dirpath", None) or trainer.default_root_dir) / "last.ckpt"
+    path = callback.last_model_path
+    if not path:
+        names = (f"last{version}.ckpt" for version in ("", *(f"-v{n}" for n in itertools.count(1))))
+        is_free = lambda p: not (p.exists() and callback._enable_version_counter)  # noqa: E731
+        path = next(str(p) for name in names if is_free(p := Path(callback.dirpath) / name))
+        path = trainer.strategy.broadcast(path)
+    callback.last_model_path = path
+    return Path(path)
 
 
 def _requeue() -> str:

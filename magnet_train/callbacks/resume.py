@@ -60,17 +60,10 @@ class ExactResume(Callback):
         of_validation = loops["epoch_loop.val_loop.batch_progress"]
         for counts in (of_validation["total"], of_validation["current"]):
             counts |= dict.fromkeys(("ready", "started", "processed", "completed"), 0)
+        was_at_end = not saved["open_batches"] and _is_at_batch_end(progress)
         if saved["open_batches"]:
             _end_batch(progress, -saved["open_batches"])
             inner["_batches_that_stepped"] -= 1
-        elif _is_at_batch_end(progress) and validation_is_due(
-            trainer, progress["total"]["processed"], progress["current"]["processed"], checkpoint["epoch"]
-        ):
-            for counts in (progress["total"], progress["current"]):
-                counts["completed"] = counts["processed"]
-            # As if saved while the first batch of that validation was under way.
-            for counts in (of_validation["total"], of_validation["current"]):
-                counts |= {"ready": 1, "started": 1}
         before, now = Layout(**saved["layout"]), self._layout(trainer)
         if before != now:
             done = progress["total"]["processed"]
@@ -81,6 +74,15 @@ class ExactResume(Callback):
                 f"resumed on {now}; saved on {before}: goes on after example {examples[0]} of {examples[1]}; order of "
                 "the data, masks and rounding are no longer bit-equal to a run without the change"
             )
+        # By the counts of this layout, in whose batches the interval is.
+        if was_at_end and validation_is_due(
+            trainer, progress["total"]["processed"], progress["current"]["processed"], checkpoint["epoch"]
+        ):
+            for counts in (progress["total"], progress["current"]):
+                counts["completed"] = counts["processed"]
+            # As if saved while the first batch of that validation was under way.
+            for counts in (of_validation["total"], of_validation["current"]):
+                counts |= {"ready": 1, "started": 1}
 
     @staticmethod
     def _layout(trainer: L.Trainer) -> Layout:

@@ -22,8 +22,8 @@ REMEMBERED = 200
 class Watchdog(Callback):
     """Warns once when a phase of a step takes far longer than it usually does; it never ends anything.
 
-    A rank that hangs makes all others wait in the next collective, so all of them warn; the one that names another
-    phase than "training step" is the culprit. The first time of a phase has nothing to be compared with.
+    A rank that hangs makes all others wait for it in their next collective, so that all of them warn: the culprit is
+    the one that waits for data, or that says nothing. The first time of a phase has nothing to be compared with.
     """
 
     def __init__(self, factor: float = 10.0, least_s: float = 60.0):

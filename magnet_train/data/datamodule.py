@@ -113,6 +113,8 @@ class MagnetDataModule(L.LightningDataModule):
         self.global_batch_size, self.augmentation = global_batch_size, augmentation
         self._is_shared_out = False
         self.codec_name, self.seed, self.predict_split = codec, seed, predict_split
+        self.resumes_from: str | None = None
+        """Checkpoint that a fit goes on from; each rank has looked for it."""
         self._sets: dict[str, ShardSet] = {}
         self._facts: CodecFacts | None = None
 
@@ -153,6 +155,13 @@ class MagnetDataModule(L.LightningDataModule):
         A fit that will never validate, or not on all items, says so.
         """
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}
+        if self.trainer is not None:
+            rank, first = self.trainer.global_rank, self.trainer.strategy.broadcast(self.resumes_from)
+            if first != self.resumes_from:
+                raise UserError(
+                    f"--ckpt_path: rank {rank} goes on from {self.resumes_from}, rank 0 from {first}; the run folder "
+                    "must be one that all nodes see"
+                )
         if stage == "fit" and self.trainer is not None and self.trainer.limit_val_batches == 0:
             needed["fit"] = ["train"]
         for split in needed.get(stage, [self.predict_split]):
@@ -249,7 +258,7 @@ class MagnetDataModule(L.LightningDataModule):
         items = EveryItemOnce(
             self.shards(split), self.num_frames, self.batch_size, trainer.global_rank, trainer.world_size
         )
-        return DataLoader(items, batch_size=None, num_workers=workers, collate_fn=packed)
+        return TimedLoader(items, batch_size=None, num_workers=workers, collate_fn=packed)
 
     def val_dataloader(self) -> DataLoader:
         return self._once("validation")

@@ -1,23 +1,32 @@
 """A DataLoader that knows how long it was waited for."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+TOGETHER_S = 10.0
+"""Seconds within which signals are one: schedulers and launchers each tell all processes of a job."""
+LONGEST_WAIT_S = 1800.0
+"""Seconds for a batch, far above what reading that fails may take; a store that never answers would hang all ranks."""
+
 
 class TimedLoader(DataLoader):
-    """As torch's, for training: it counts the seconds in which a batch was asked for and not there yet.
+    """As torch's: it counts the seconds in which a batch was asked for and not there yet.
 
     Its processes let the first SIGTERM and any SIGUSR1 pass, since a scheduler sends these to all processes of a job:
     the run wants its last batches to save in peace.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        """Args as of torch's; `worker_init_fn` is taken."""
-        super().__init__(*args, worker_init_fn=_let_signals_pass if kwargs.get("num_workers") else None, **kwargs)
+        """Args as of torch's; `worker_init_fn` and `timeout` are taken."""
+        if kwargs.get("num_workers"):
+            kwargs |= {"worker_init_fn": _let_signals_pass, "timeout": LONGEST_WAIT_S}
+        super().__init__(*args, **kwargs)
         self.waited_s = 0.0
         """In all, in seconds."""
         self.waiting_since: float | None = None
@@ -42,5 +51,15 @@ class TimedLoader(DataLoader):
 
 def _let_signals_pass(worker: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # The second one ends it: the loader's own way with a process that hangs.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    first: float | None = None
+
+    def end_at_the_second(number: int, frame: FrameType | None) -> None:
+        """The loader's own way with a process that hangs; of several at once, each from a launcher, the rest pass."""
+        nonlocal first
+        now = time.monotonic()
+        first = first or now
+        if now - first > TOGETHER_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, end_at_the_second)
