@@ -20,7 +20,12 @@ from magnet_train.sweep import Run, short_names
 
 SEEDS = ("seed_everything", "seed")  # last parts of the names of parameters that are seeds
 LEFT_OUT = re.compile(r"/stage\d|/rate|/floor_|_ci95$|/num_clips$")  # of the table's columns
-ITS_OWN = ("config", "ckpt_path", "model.init_from")  # settings in which a resumed run differs from an undisturbed one
+ITS_OWN = (
+    "config",
+    "ckpt_path",
+    "model.init_from",
+    "checkpoint.enable_version_counter",
+)  # settings in which a resumed run differs from an undisturbed one
 Setting = tuple[Any, ...]
 """A value for each parameter that is no seed."""
 

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import gc
-import io
 import os
 import re
 import sys
@@ -168,7 +167,7 @@ def _run_sweep(args: list[str]) -> None:
     parser.add_argument("--run", type=int, help="Only the run of this number, from 0: a task of an array job.")
     parser.add_argument("--table", action="store_true", help="Only draw the table of what is finished again.")
     config = parser.parse_args(args)
-    out = config.out or Path("runs") / config.file.stem
+    out = (config.out or Path("runs") / config.file.stem).expanduser()
     runs = read_sweep(config.file, out)
     if config.run is not None:
         become(config.file, runs, config.run)
@@ -181,13 +180,16 @@ def _run_sweep(args: list[str]) -> None:
 
 
 def _parse_fit(args: list[str]) -> None:
-    """Parse the options of `fit` and go no further.
+    """Parse the options of `fit`, make what it would, and go no further.
 
     Raises:
         UserError: if they do not hold.
     """
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):  # its way to say that it printed
-        _training().run_lightning("fit", [*args, "--print_config"])
+    passed_over: list[Exception] = []
+    with _without_chatter():
+        _training().try_fit(args, passed_over)
+    if passed_over:
+        raise passed_over[0]
 
 
 def _run_doctor(args: list[str]) -> None:

@@ -241,7 +241,9 @@ def _environment(run: Run, jobs: int) -> dict[str, str]:
     own = {"WANDB_MODE": "offline", "WANDB_RUN_GROUP": run.folder.parent.name, "WANDB_NAME": run.name}
     if jobs > 1:
         own["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    return own | os.environ
+    # An exported id would make all runs one run of W&B.
+    given = {k: v for k, v in os.environ.items() if k not in ("WANDB_NAME", "WANDB_RUN_ID", "WANDB_RESUME")}
+    return own | given
 
 
 def _end(processes: "list[subprocess.Popen[bytes]]") -> None:
@@ -338,13 +340,13 @@ def slurm_command(file: Path, runs: Sequence[Run], jobs: int | None = None) -> l
 
 
 def submit(command: list[str]) -> str:
-    """What sbatch answers; where there is none, how to submit.
+    """What sbatch answers.
 
     Raises:
-        UserError: if sbatch refuses.
+        UserError: if there is none, or it refuses.
     """
     if shutil.which(command[0]) is None:
-        return f"no sbatch here; where there is one: {shlex.join(command)}"
+        raise UserError(f"no sbatch here, nothing was submitted; where there is one: {shlex.join(command)}")
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = " ".join(done.stderr.split())[:300]

@@ -112,11 +112,12 @@ def _explain(error: Exception, args: list[str]) -> None:
     """
     if (mistake := user_error_of(error)) is not None:
         raise mistake
-    text = str(error)
+    text, given = str(error), given_checkpoints(args)
     for sign in ("PytorchStreamReader", "Error(s) in loading state_dict", "checkpoint", "Weights only load failed"):
-        if sign in text and ("load" in text.lower() or "reader" in text.lower()):
-            given = f"--ckpt_path {' '.join(given_checkpoints(args))}"
-            raise UserError(f"{given}: {text.splitlines()[0][:300]}; choose another checkpoint") from error
+        if given and sign in text and ("load" in text.lower() or "reader" in text.lower()):
+            raise UserError(
+                f"--ckpt_path {given[-1]}: {text.splitlines()[0][:300]}; choose another checkpoint"
+            ) from error
     if type(error).__module__.startswith("wandb."):  # which is imported in callbacks only
         text = " ".join(text.split())[:300]
         raise UserError(f"W&B: {text}; or set WANDB_MODE=offline and `wandb sync` later") from error
@@ -223,11 +224,12 @@ class MagnetCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.verb]
-        self.run_folder = writable_folder(Path(config.trainer.default_root_dir or "runs/run"))
+        self.run_folder = writable_folder(Path(config.trainer.default_root_dir or "runs/run").expanduser())
         config.trainer.default_root_dir = str(self.run_folder)
         own_folder = self.run_folder / "checkpoints"
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(own_folder)
+        config.checkpoint.dirpath = str(Path(config.checkpoint.dirpath).expanduser())
         if self.verb == "fit" and config.ckpt_path is None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
             config.ckpt_path = "auto"  # queued again: whoever wrote the job meant it to go on
         goes_on = config.ckpt_path is not None

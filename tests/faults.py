@@ -103,15 +103,19 @@ def kill(place: Place) -> Row:
 
 
 def signals(place: Place) -> Row:
-    """SIGTERM, as at preemption"""
+    """SIGTERM to all processes, twice at once, as at preemption under a launcher"""
     run = place.folder / "signals"
-    child, log = start(place, run, lasts_s=0.3)
+    workers = "--data.num_workers=2"
+    child, log = start(place, run, workers, lasts_s=0.3)
     wait_for_batch(run, 2)
     begin = time.monotonic()
-    os.killpg(child, signal.SIGTERM)
+    for _ in range(2):  # by the scheduler and by a launcher, to the loader's processes too
+        os.killpg(child, signal.SIGTERM)
     status = ended(child, 60)
     seconds = time.monotonic() - begin
-    return f"status {status} after {seconds:.1f} s: {line(log.read_text(), 'stopped at step')}", place.lost(run)
+    return f"status {status} after {seconds:.1f} s: {line(log.read_text(), 'stopped at step')}", place.lost(
+        run, workers
+    )
 
 
 def truncated(place: Place) -> Row:

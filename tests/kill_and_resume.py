@@ -68,6 +68,8 @@ def killed_often(folder: Path, kills: int, workers: int, ranks: int, accumulated
     """Differences between the two ends: none, if all is well."""
     from helpers_resume import arguments, differences, ledger, make_data, outcome
 
+    from magnet_train.callbacks import preemption
+
     data, steps = make_data(folder / "data"), 5 * kills + 5
     options = [
         f"--trainer.max_steps={steps}", f"--data.num_workers={workers}", "--trainer.val_check_interval=16",
@@ -87,6 +89,7 @@ def killed_often(folder: Path, kills: int, workers: int, ranks: int, accumulated
 
     draw = random.Random(seed)
     for number in range(1, kills + 1):
+        preemption.EVERY_S = 0.05 if number % 2 else 1800.0  # checkpoints between the steps too, in half of them
         size = written(run)
         child = attempt(arguments(data, run, *options, lasts_s=0.01), run.with_suffix(".log"))
         begin = time.monotonic()

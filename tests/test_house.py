@@ -78,5 +78,5 @@ def test_lightning_and_wandb_stay_in_their_rooms(name):
     if "lightning" in used:
         assert name in ("training", "module", "data.datamodule", "evaluate") or name.startswith("callbacks.")
     if used & {"wandb", "wandb_workspaces"}:
-        assert name.startswith("callbacks.") or name in ("doctor", "dashboard")
+        assert name.startswith("callbacks.") or name == "dashboard"
     assert not used & {"audiocraft", "xformers", "pytorch_lightning"}

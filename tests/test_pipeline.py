@@ -1,7 +1,6 @@
 """Shards to batches: nothing lost, nothing twice, the same again, and exactly on after a resume."""
 
 import io
-import logging
 import tarfile
 import time
 import warnings
@@ -361,8 +360,6 @@ def fit(
 ) -> tuple[list[list[str]], Any]:
     """The keys of each training batch, by a Lightning run of a model that learns nothing."""
     import lightning.pytorch as L
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
     class Listener(L.LightningModule):
         def __init__(self):

@@ -582,3 +582,12 @@ def test_whether_a_run_will_validate(changed: dict[str, Any], validates: bool):
         "max_epochs": -1, "accumulate_grad_batches": 1, "limit_train_batches": 1.0,
     }  # fmt: skip
     assert (never_validates(SimpleNamespace(**(trainer | changed))) is None) == validates
+
+
+def test_ranks_that_found_other_checkpoints_are_told(codec: str, folder: Path):
+    """Of two folders of the same name on two nodes, say; under DDP they would train on as two runs."""
+    found = MagnetDataModule(str(folder), str(folder), codec=codec, crop_s=1.0)
+    found.trainer = SimpleNamespace(global_rank=1, strategy=SimpleNamespace(broadcast=lambda x: "run/a.ckpt"))  # type: ignore[assignment]
+    found.resumes_from = "run/b.ckpt"
+    with pytest.raises(UserError, match=r"rank 1 goes on from run/b\.ckpt, rank 0 from run/a\.ckpt; the run folder"):
+        found.setup("fit")

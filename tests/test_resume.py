@@ -16,6 +16,7 @@ from helpers_resume import arguments, differences, ledger, make_data, outcome
 import magnet_train.callbacks.preemption
 from magnet_train.__main__ import main
 from magnet_train.callbacks.preemption import Preempted, Preemption
+from magnet_train.release import newest_checkpoint
 from magnet_train.resume import Layout, newest_whole_checkpoint
 
 
@@ -153,8 +154,33 @@ def test_checkpoints_are_written_between_validations_too(
         stopped(data, tmp_path / "run", *options, stop_at=2)
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 2
-    assert main(arguments(data, tmp_path / "run", *options, "--ckpt_path=auto")) == 0
+    assert main(arguments(data, tmp_path / "run", *options)) == 0
     assert equal(twin, tmp_path / "run")
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_run_has_one_last_checkpoint_and_leaves_those_of_an_earlier_run(
+    earlier: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """However it comes to be written, and with it `generate` finds the newest weights."""
+    if earlier:
+        stopped(data, tmp_path / "run", "--ckpt_path=null", stop_at=7)
+    monkeypatch.setattr(magnet_train.callbacks.preemption, "EVERY_S", 0.0)
+    options = ("--ckpt_path=null", "--checkpoint.every_n_train_steps=4", "--trainer.max_steps=5")
+    assert main(arguments(data, tmp_path / "run", *options)) == 0
+    steps = {p.name: torch.load(p, weights_only=True)["global_step"] for p in (tmp_path / "run").rglob("last*")}
+    assert steps == {"last.ckpt": 5}
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "last.ckpt"
+    kept = tmp_path / "run" / "checkpoints-1"
+    assert kept.is_dir() == earlier and (not earlier or (kept / "step=0000006.ckpt").is_file())
+    assert newest_whole_checkpoint([tmp_path / "run", tmp_path / "run" / "checkpoints"]).name == "last.ckpt"  # type: ignore[union-attr]
+
+
+def test_a_run_folder_in_the_home_folder_is_one_folder(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments(data, tmp_path / "run"), "--trainer.default_root_dir=~/run"]) == 0
+    assert (tmp_path / "run" / "summary.json").is_file() and not (tmp_path / "~").exists()
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(data: Path, tmp_path: Path, caplog: Any):
@@ -180,14 +206,35 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(data: Path, tmp
     assert sorted(set(ledger(tmp_path / "run")) - set(lines)) == [(10, 0), (11, 0), (12, 0)]
 
 
-def test_a_second_signal_ends_at_once():
+@pytest.mark.parametrize(("later_s", "status"), [(0.0, 0), (11.0, -signal.SIGTERM)])
+def test_only_a_second_signal_that_comes_later_ends_at_once(later_s: float, status: int):
+    """Within seconds it is the same one, from the scheduler and from a launcher."""
     child = os.fork()
     if not child:
-        signal.signal(signal.SIGTERM, Preemption()._note)
+        callback = Preemption()
+        signal.signal(signal.SIGTERM, callback._note)
         os.kill(os.getpid(), signal.SIGTERM)
+        callback._received_at -= later_s
         os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+
+
+def test_the_time_that_is_up_in_a_validation_queues_the_job_again(tmp_path: Path):
+    called = tmp_path / "called"
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {called}\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    child = os.fork()
+    if not child:
+        os.environ |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+        callback = Preemption()
+        callback._requeue_signal, callback._is_first_rank = signal.SIGUSR1, True
+        callback._note(signal.SIGUSR1, None)
+        callback._received_at -= 11
+        callback._note(signal.SIGTERM, None)
+        os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    assert called.read_text() == "requeue 7\n"
 
 
 def test_under_slurm_a_job_is_queued_again_and_goes_on(
@@ -325,3 +372,12 @@ def test_another_layout_goes_on_at_the_same_example_and_says_so(data: Path, tmp_
     assert "example 8 of 8" in line and "1 ranks x 1 examples" in line and "1 ranks x 2 examples" in line
     lines = (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
     assert [json.loads(x)["batch"] for x in lines] == [0, 1, 2, 3, 4, 8, 9, 10, 11]
+
+
+def test_another_layout_skips_no_validation(data: Path, tmp_path: Path):
+    """Killed in the validation after step 4, and resumed with half the batch, accumulated twice."""
+    options = ("--data.global_batch_size=2", "--trainer.val_check_interval=4")
+    stopped(data, tmp_path / "run", *options, stop_in_validation=4)
+    assert main(arguments(data, tmp_path / "run", *options, "--data.batch_size=1")) == 0
+    lines = (tmp_path / "run" / "ledger.validations").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["4", "8"]

@@ -22,7 +22,7 @@ TINY = [
 def test_a_job_file_is_what_its_head_says(job: Path):
     text = job.read_text()
     assert subprocess.run(["bash", "-n", str(job)]).returncode == 0
-    for option in ("--requeue", "--open-mode=append", "--signal=SIGUSR1@300"):  # of the steps, not of the batch script
+    for option in ("--requeue", "--open-mode=append", "--signal=SIGUSR1@900"):  # of the steps, not of the batch script
         assert f"#SBATCH {option}\n" in text
     assert "HF_HUB_OFFLINE" in text and "WANDB_MODE" in text and f"conf/slurm/{job.name}" in text
 
@@ -38,12 +38,14 @@ def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(tmp_path: Path):
     tools, run = tmp_path / "tools", tmp_path / "run"
     tools.mkdir()
     program(tools / "python", f'exec {sys.executable} "$@"')
-    program(tools / "scontrol", f'echo "$@" >> {tmp_path}/scontrol.txt')
+    # As SLURM does, it ends the processes of a job that it queues again.
+    program(tools / "scontrol", f'echo "$@" >> {tmp_path}/scontrol.txt; kill -TERM $(cat {tmp_path}/ranks)')
     program(
         tools / "srun",
         f"""
         [[ $1 == --* ]] && shift
         for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NODEID=0 "$@" > {tmp_path}/rank$i.txt 2>&1 & done
+        jobs -p > {tmp_path}/ranks
         if [[ -z ${{SLURM_RESTART_COUNT:-}} ]]; then
             for _ in $(seq 1200); do [[ -f {run}/started ]] && break; sleep 0.1; done
             kill -USR1 $(jobs -p)

@@ -132,7 +132,7 @@ def test_what_wandbs_agent_starts_our_parser_takes_and_our_sweep_starts_too(name
 @pytest.mark.parametrize("base", ["training", "decoding"])
 def test_every_ablation_is_parsed_over_its_base(base, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    mine = [n for n in ABLATIONS if n.startswith(("span_len", "context")) == (base == "training")]
+    mine = [n for n in ABLATIONS if n.startswith(("span_len", "context", "stage")) == (base == "training")]
     mine = [f"{base}.yaml", *(n for n in mine if n not in ("training.yaml", "decoding.yaml"))]
     configs = (["conf/demo.yaml"] if base == "training" else []) + [f"conf/ablation/{n}" for n in mine]
     with pytest.raises(SystemExit) as end:
@@ -360,12 +360,12 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(tmp_path, 
     tools = tmp_path / "tools"
     tools.mkdir()
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
-    assert status(file, "--out", fake, "--slurm", "--jobs", 4) == 0
-    said = capsys.readouterr().out.splitlines()[-3]
-    words = shlex.split(said.removeprefix("no sbatch here; where there is one: "))
+    assert status(file, "--out", fake, "--slurm", "--jobs", 4) == 2
+    said = capsys.readouterr().err.strip()
+    words = shlex.split(said.removeprefix("error: no sbatch here, nothing was submitted; where there is one: "))
     assert words[2] == "--array=1,2%4" and words[4:] == [str(SBATCH / "sweep.sbatch"), str(file), "--out", str(fake)]
     # The job as SLURM would run it, with the interpreter that has the fake `fit`.
-    program(tools / "srun", 'exec "$@"')
+    program(tools / "srun", 'shift; exec "$@"')
     program(tools / "python", f'shift 2\nexec {sys.executable} {tmp_path / "with_fake.py"} "$@"')
     (tmp_path / "with_fake.py").write_text(
         "import sys, magnet_train.sweep\nfrom magnet_train.__main__ import main\n"

@@ -127,10 +127,11 @@ def _last(trainer: L.Trainer) -> Path:
         return Path(getattr(callback, "dirpath", None) or trainer.default_root_dir) / "last.ckpt"
     path = callback.last_model_path
     if not path:
-        names = (f"last{version}.ckpt" for version in ("", *(f"-v{n}" for n in itertools.count(1))))
-        is_free = lambda p: not (p.exists() and callback._enable_version_counter)  # noqa: E731
-        path = next(str(p) for name in names if is_free(p := Path(callback.dirpath) / name))
-        path = trainer.strategy.broadcast(path)
+        path = Path(callback.dirpath) / "last.ckpt"
+        versions = (path.with_name(f"last-v{n}.ckpt") for n in itertools.count(1))
+        if callback._enable_version_counter and path.exists():
+            path = next(version for version in versions if not version.exists())
+        path = trainer.strategy.broadcast(str(path))
     callback.last_model_path = path
     return Path(path)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,10 +102,19 @@ class SaveConfig(SaveConfigCallback):
     """Writes `config.yaml`, as Lightning does, and gives W&B the same."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        config = yaml.safe_load(without_secrets(self.parser.dump(self.config, skip_none=False)))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(config, allow_val_change=True)
+
+
+def without_secrets(text: str) -> str:
+    """Addresses without user, password and query, where credentials may stand.
+
+    >>> without_secrets("train: https://me:secret@host/shards?X-Amz-Signature=abc")
+    'train: https://host/shards'
+    """
+    return re.sub(r"(\w+://)(?:[^/\s@'\"]+@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?", r"\1\2", text)
 
 
 @dataclass(frozen=True)
@@ -141,8 +151,9 @@ class Tracking(Callback):
 
         Args:
             upload_checkpoints: whether the last and the best checkpoint are uploaded to W&B when training has ended, as
-                versions of an artifact with the aliases latest, best and step-N. Each takes 20 bytes for each
-                parameter, 8 GB for the small published model, and until it is sent as much again in the run folder.
+                versions of an artifact with the aliases latest, best and step-N. Each takes 16 bytes for each
+                parameter, or 20 with D-Adaptation (8 GB for the small published model), and until it is sent as much
+                again in the run folder.
         """
         self.upload_checkpoints = upload_checkpoints
         self._is_set_up = False
@@ -163,7 +174,8 @@ class Tracking(Callback):
         self._is_set_up = True
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         found = environment(trainer.world_size)
-        found["data"] = {split: fingerprint(data.shards(split).index) for split in ("train", "validation")}
+        given = [split for split in ("train", "validation") if data.folders[split] is not None]
+        found["data"] = {split: fingerprint(data.shards(split).index) for split in given}
         note_environment(Path(trainer.default_root_dir), found)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
