@@ -286,6 +286,8 @@ def check_validation(plan: Plan) -> Iterator[Finding]:
     prompts = f"{generation.num_prompts} prompts"
     if told:
         yield Finding("warning", "validation", str(told[0].message))
+    elif plan.config.trainer.fast_dev_run:
+        yield Finding("ok", "validation", f"once, at the end, {prompts}")
     elif not isinstance(interval, int | float):
         yield Finding("ok", "validation", f"every {interval}, {prompts}")
     else:
