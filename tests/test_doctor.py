@@ -11,6 +11,7 @@ from collections import namedtuple
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ from magnet_train.training import try_fit
 
 CONF = Path(__file__).parents[1] / "conf"
 NETWORK = {"dim": 32, "num_heads": 2, "num_layers": 2}
+SUPPOSED = Speed(1e9, 1e9, 1.0, "as supposed")
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +75,17 @@ def plan(parts) -> Plan:
 
 
 def changed(plan: Plan, options: dict[str, object]) -> Plan:
-    """Another plan, with other options; data module and module keep theirs."""
-    config = plan.config.clone()
+    """Another plan, with other options; the module keeps its own, and `data.…` are attributes of the data module."""
+    config, data = plan.config.clone(), copy.copy(plan.data)
     for name, value in options.items():
-        config[name] = value
-    data = copy.copy(plan.data)
-    data._sets = {}
-    return Plan(config, data, plan.module, plan.decoding)
+        if name.startswith("data."):
+            setattr(data, name.removeprefix("data."), value)
+            data._sets = {}
+        else:
+            config[name] = value
+    found = Plan(config, data, plan.module, plan.decoding, dict(plan.samples))
+    vars(found)["facts"] = plan.facts  # loaded once
+    return found
 
 
 def look(check: str, plan: Plan, **options: object) -> list[str]:
@@ -93,8 +99,9 @@ def look(check: str, plan: Plan, **options: object) -> list[str]:
 
 
 def ask(capsys, parts: Path, *options: str) -> tuple[int, dict[str, str], str]:
-    """Exit status, what each check says with its status first, and the error line."""
-    status = main(["doctor", "--config", str(parts / "c.yaml"), *options])
+    """Exit status, what each check says with its status first, and the error line; no speed is measured."""
+    with mock.patch.object(magnet_train.doctor, "speed", lambda _: SUPPOSED):
+        status = main(["doctor", "--config", str(parts / "c.yaml"), *options])
     printed = capsys.readouterr()
     lines = [re.match(r"(\w+) +([^:]+): (.*)", line) for line in printed.out.splitlines()]
     errors = [line for line in printed.err.splitlines() if line.startswith("error:")]
@@ -195,7 +202,7 @@ def test_every_check_runs_whatever_the_others_found(parts, tmp_path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
-def test_shards_that_are_too_few_damaged_absent_or_empty(parts, tmp_path, capsys):
+def test_shards_that_are_too_few_damaged_absent_or_empty(parts, plan, tmp_path, capsys):
     shutil.copytree(parts / "train", tmp_path / "damaged")
     shard = tmp_path / "damaged" / "shard-000003.tar"
     shard.write_bytes(shard.read_bytes()[:-2000])
@@ -209,8 +216,8 @@ def test_shards_that_are_too_few_damaged_absent_or_empty(parts, tmp_path, capsys
     assert "nowhere/index.json: not there" in said["test shards"]
     assert "4 shards for 1 ranks x 9 loader processes: set --data.num_workers 4" in said["shares"]
     write_shards(tmp_path / "empty", str(parts / "codec"), (0,))
-    status, said, _ = ask(capsys, parts, f"--data.validation={tmp_path / 'empty'}")
-    assert status == 2 and said["validation shards"].startswith("failed ")
+    said = look("shards", plan, data__folders=plan.data.folders | {"validation": str(tmp_path / "empty")})
+    assert said[1].startswith("failed validation shards: ") and "lists no shards with items" in said[1]
 
 
 def test_captions_and_lengths_are_told_with_numbers(parts, tmp_path, monkeypatch, capsys):
@@ -231,7 +238,7 @@ def test_captions_and_lengths_are_told_with_numbers(parts, tmp_path, monkeypatch
     assert said["train shards"].startswith("warning ") and "tokenize with --crop_s 4 or more" in said["train shards"]
 
 
-def test_components_that_are_missing_are_named_with_their_source(parts, tmp_path, monkeypatch, capsys):
+def test_components_that_are_missing_are_named_with_their_source(parts, plan, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path))
     options = ["--model.codec=facebook/encodec_32khz", "--model.text_encoder=t5-base", "--checkpoint.monitor=val/oops"]
     metrics = "--generation.metrics=[fad/vggish,kl/passt]"
@@ -244,10 +251,8 @@ def test_components_that_are_missing_are_named_with_their_source(parts, tmp_path
     # What does not need them is looked at all the same.
     assert said["train shards"].startswith("ok ") and said["shares"].startswith("ok ")
     assert "nothing of that name is logged; choose val/ce, val/fad/vggish" in said["validation"]
-    assert said["references of vggish"] == "warning none, so no fad/vggish; give --generation.reference"
-    status, said, _ = ask(capsys, parts, metrics, "--prefetch", f"--generation.reference={tmp_path}")
-    assert status == 2 and "HF_HUB_OFFLINE is set" in said["metrics of vggish"]
-    assert f"{tmp_path}/vggish.safetensors: not there" in said["references of vggish"]
+    (said,) = look("components", plan, prefetch=True, generation__metrics=("fad/vggish",))[2:]
+    assert "HF_HUB_OFFLINE is set" in said
 
 
 @pytest.mark.parametrize(
@@ -338,8 +343,7 @@ def test_a_validation_is_held_to_the_rules_of_the_data_module(plan):
 
 
 def test_no_validation_shards_are_needed_where_nothing_is_validated(plan):
-    plan = changed(plan, {})
-    plan.data.folders = plan.data.folders | {"validation": None}
+    plan = changed(plan, {"data.folders": plan.data.folders | {"validation": None}})
     assert "no validation shards: give --data.validation" in look("shards", plan)[1]
     assert "ok validation shards: none given" in look("shards", plan, trainer__limit_val_batches=0)[1]
 
@@ -365,11 +369,15 @@ def test_a_metric_whose_network_or_references_are_missing_matters_if_the_monitor
     said = look("components", plan, generation__metrics=metrics, checkpoint__monitor="val/fad/vggish")[-2:]
     assert [line.split(": ")[0] for line in said] == ["missing metrics of vggish", "warning metrics of passt"]
 
+    plan = changed(plan, {"generation.metrics": metrics})
+    plan.samples["validation"] = [{"reference": None}]  # type: ignore[typeddict-item]
+    none = "references of vggish: none, so no fad/vggish; give --generation.reference"
     for monitor, status in ((None, "warning"), ("val/kl/passt", "failed")):
-        asked = changed(plan, {"generation.metrics": metrics, "checkpoint.monitor": monitor})
-        asked.samples["validation"] = [{"reference": None}]  # type: ignore[typeddict-item]
-        said = {f.what: f.status for f in CHECKS["references"](asked)}
-        assert said["references of passt"] == status and said["references of vggish"] == "warning"
+        said = look("references", plan, checkpoint__monitor=monitor)
+        assert said[1] == f"warning {none}" and said[2].startswith(f"{status} references of passt: none")
+    assert look("references", plan, checkpoint__monitor="val/fad/vggish")[1] == f"failed {none}"
+    said = look("references", plan, generation__reference=str(tmp_path))
+    assert said[1].startswith(f"failed references of vggish: {tmp_path}/vggish.safetensors: not there")
 
 
 # --- machine --------------------------------------------------------------------------------------------------------
@@ -418,9 +426,7 @@ def test_too_few_cores_files_and_shared_memory_are_warnings(plan, monkeypatch):
     if Path("/dev/shm").is_dir():
         assert said[1].startswith("warning shared memory: 0.1 GB") and "--shm-size" in said[1]
     # Ranks wait for their GPUs: eight loader processes for each of eight have their core.
-    given = {"trainer__accelerator": "gpu", "trainer__devices": 8}
-    plan = changed(plan, {})
-    plan.data.num_workers = 8
+    given = {"trainer__accelerator": "gpu", "trainer__devices": 8, "data__num_workers": 8}
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     assert look("CPU", plan, **given)[0] == "ok CPU: 64 cores for 8 ranks and 64 loader processes"
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(63)), raising=False)
@@ -439,7 +445,7 @@ def test_memory_is_what_may_still_be_had_within_the_jobs_limit(tmp_path):
 
 
 def test_a_tenth_of_the_memory_stays_free(plan, monkeypatch):
-    monkeypatch.setattr(magnet_train.doctor, "speed", lambda _: Speed(1e9, 1e9, 1.0, "as supposed"))
+    monkeypatch.setattr(magnet_train.doctor, "speed", lambda _: SUPPOSED)
     needed = Memory(weights=5e8, gradients=0, moments=0, average=0, copies=0, frozen=0, activations=5e8)
     monkeypatch.setattr(magnet_train.doctor.estimate, "memory", lambda *_, **__: needed)
     for capacity, is_told in ((1.05e9, True), (1.15e9, False)):
