@@ -8,30 +8,26 @@ downloaded unless the plan says so.
 import contextlib
 import importlib.metadata
 import io
-import json
 import math
-import netrc
 import os
 import random
 import resource
 import shutil
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from base64 import b64encode
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import torch
 
 from magnet_train import estimate
 from magnet_train.callbacks.resume import ExactResume
+from magnet_train.callbacks.tracking import REMEDY, try_key
 from magnet_train.codec import CodecFacts, load_codec
 from magnet_train.compat import import_torchaudio
 from magnet_train.conditioning import TextEncoder, load_text_encoder
@@ -166,7 +162,9 @@ class Plan:
         """What data module and optimizer ask of a trainer: its settings, and its answers as on all devices."""
         given = self.config.trainer
         progress = SimpleNamespace(total=SimpleNamespace(processed=0))
-        more = {
+        limits = ("limit_train_batches", "limit_val_batches", "val_check_interval")
+        filled = {name: 1.0 if (value := getattr(given, name)) is None else value for name in limits}
+        more = filled | {
             "world_size": self.devices.ranks,
             "global_rank": 0,
             "is_global_zero": False,
@@ -194,6 +192,25 @@ class Plan:
         if not isinstance(interval, int) and isinstance(given.limit_train_batches, int):
             batches = given.limit_train_batches * (given.check_val_every_n_epoch or 1)
         return batches / self.trainer.accumulate_grad_batches if isinstance(batches, int) else math.inf
+
+    @property
+    def ckpt_path(self) -> str | None:
+        """As given; a job that was queued again goes on, as `fit` has it."""
+        is_again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+        return "auto" if self.config.ckpt_path is None and is_again else self.config.ckpt_path
+
+    @cached_property
+    def checkpoint(self) -> str | None:
+        """That the run goes on from; None if it begins."""
+        if self.ckpt_path != "auto":
+            return self.ckpt_path
+        found = newest_whole_checkpoint([self.run_folder, self.checkpoint_folder])
+        return None if found is None else str(found)
+
+    def goes_by(self, name: str) -> bool:
+        """Whether the best checkpoint is chosen by a metric of this listener."""
+        monitor = self.config.checkpoint.monitor or ""
+        return monitor.startswith("val/") and f"/{name}" in monitor
 
     @property
     def run_folder(self) -> Path:
@@ -261,31 +278,37 @@ def check_validation(plan: Plan) -> Iterator[Finding]:
             f"trainer.val_check_interval={interval} is beyond the epoch of limit_train_batches={epoch}: set "
             "--trainer.check_val_every_n_epoch null"
         )
-    every = plan.steps_between_validations
-    prompts = f"{plan.config.generation.num_prompts} prompts"
-    if interval is not None and not isinstance(interval, int | float):
+    _or_none(lambda: plan.shards("validation"))  # so that they are held to a codec, if there is none
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        plan.data._check_validation(plan.trainer, "fit")
+    every, generation = plan.steps_between_validations, plan.config.generation
+    prompts = f"{generation.num_prompts} prompts"
+    if told:
+        yield Finding("warning", "validation", str(told[0].message))
+    elif plan.config.trainer.fast_dev_run:
+        yield Finding("ok", "validation", f"once, at the end, {prompts}")
+    elif not isinstance(interval, int | float):
         yield Finding("ok", "validation", f"every {interval}, {prompts}")
-    elif every > plan.num_steps or every == math.inf:
-        text = "there is none within the run: set --trainer.val_check_interval to a number of steps"
-        yield Finding("warning", "validation", text)
     else:
         yield Finding("ok", "validation", f"every {every:,.0f} steps, {prompts}")
     plan.decoding.steps_of(plan.network.num_codebooks)
     monitor = plan.config.checkpoint.monitor
-    metrics = tuple(f"val/{metric}" for metric in plan.config.generation.metrics)
-    if monitor and not monitor.startswith(("val/ce", "val/accuracy/", "val/num_clips", "train/", *metrics)):
+    generated = [f"val/{metric}" for metric in generation.metrics] if generation.num_prompts else []
+    if monitor in (None, "step", "epoch"):
+        return
+    if not monitor.startswith(("val/ce", "val/accuracy/", "train/", *generated, *["val/num_clips"] * bool(generated))):
+        few = "" if generation.num_prompts else ", or set --generation.num_prompts above 0"
         raise UserError(
-            f"checkpoint.monitor={monitor}: nothing of that name is logged; choose {', '.join(('val/ce', *metrics))}"
+            f"checkpoint.monitor={monitor}: nothing of that name is logged; choose "
+            f"{', '.join(('val/ce', *generated))}{few}"
         )
 
 
 def check_start(plan: Plan) -> Iterator[Finding]:
     """What training begins with: a checkpoint of the run, other weights, or nothing."""
     config = plan.config
-    path = config.ckpt_path
-    if path == "auto":
-        found = newest_whole_checkpoint([plan.run_folder, plan.checkpoint_folder])
-        path = None if found is None else str(found)
+    path = plan.checkpoint
     if path in ("last", "best", "hpc", "registry"):
         yield Finding("ok", "start", f"--ckpt_path {path}: Lightning will look for it")
     elif path is not None:
@@ -304,7 +327,7 @@ def check_start(plan: Plan) -> Iterator[Finding]:
             check_stamp(start.codec, plan.facts, start.file)
         yield Finding("ok", "start", f"weights of {start.file}, which fit the network")
     else:
-        yield Finding("ok", "start", "with fresh weights" + (", no checkpoint yet" if config.ckpt_path else ""))
+        yield Finding("ok", "start", "with fresh weights" + (", no checkpoint yet" if plan.ckpt_path else ""))
 
 
 # --- weights and data ---------------------------------------------------------------------------------------------
@@ -321,12 +344,16 @@ def check_components(plan: Plan) -> Iterator[Finding]:
         (f"text encoder {config.model.text_encoder}", lambda: load_text_encoder(config.model.text_encoder).id),
         *((f"metrics of {name}", lambda name=name: _listener(name, config.prefetch)) for name in listeners),
     ]
+    optional = {f"metrics of {name}" for name in listeners if not plan.goes_by(name)}
     for what, load in tries:
         try:
             yield Finding("ok", what, str(load()))
         except UserError as error:
             remedy = "" if config.prefetch or "--prefetch" in str(error) else "; or fetch it with doctor --prefetch"
-            yield Finding("missing", what, f"{error}{remedy}")
+            if what in optional:
+                yield Finding("warning", what, f"{error}{remedy}; without it these metrics are left out")
+            else:
+                yield Finding("missing", what, f"{error}{remedy}")
 
 
 def _listener(name: str, prefetch: bool) -> str:
@@ -350,6 +377,9 @@ def check_shards(plan: Plan) -> Iterator[Finding]:
         what, given = f"{split} shards", plan.data.folders[split]
         if given is None and split == "test":
             yield Finding("ok", what, "none given, and `fit` needs none")
+            continue
+        if given is None and split == "validation" and plan.trainer.limit_val_batches == 0:
+            yield Finding("ok", what, "none given, and a `fit` that does not validate needs none")
             continue
         try:
             found = plan.shards(split)
@@ -413,7 +443,8 @@ def check_references(plan: Plan) -> Iterator[Finding]:
             yield Finding("ok", f"references of {name}", f"in the validation shards, for {metrics}")
         elif given.reference is None:
             remedy = "tokenize with --embedder musicnn" if name == "musicnn" else "give --generation.reference"
-            monitored = f"val/{needing[0]}" in str(plan.config.checkpoint.monitor)
+            monitor = str(plan.config.checkpoint.monitor)
+            monitored = any(monitor.startswith(f"val/{m}") for m in needing if m.endswith(f"/{name}"))
             yield Finding(
                 "failed" if monitored else "warning", f"references of {name}", f"none, so no {metrics}; {remedy}"
             )
@@ -538,10 +569,11 @@ def check_host(plan: Plan) -> Iterator[Finding]:
     """CPU cores, shared memory, open files."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = plan.data.num_workers
-    workers = (2 if given is None else given) * plan.devices.per_node
-    text = f"{cores} cores for {plan.devices.per_node} ranks and {workers} loader processes"
-    if workers + plan.devices.per_node > max(cores, 2):
-        fits = max(0, cores // plan.devices.per_node - 1)
+    ranks, computing = plan.devices.per_node, plan.devices.kind == "cpu"  # else a rank mostly waits for its GPU
+    workers = (2 if given is None else given) * ranks
+    text = f"{cores} cores for {ranks} ranks and {workers} loader processes"
+    if (workers + ranks if computing else max(workers, ranks)) > max(cores, 2):
+        fits = max(0, cores // ranks - computing)
         yield Finding(
             "warning", "CPU", f"{text}: ask for more cores (--cpus-per-task), or set --data.num_workers {fits}"
         )
@@ -575,7 +607,11 @@ def check_disk(plan: Plan) -> Iterator[Finding]:
     size, kept = _checkpoint_bytes(plan), _kept_checkpoints(plan)
     free, inodes = shutil.disk_usage(place).free, os.statvfs(place)
     text = f"{kept:.0f} checkpoints of {gb(size)} in {plan.checkpoint_folder}, one of them being written"
-    if free < kept * size:
+    # Those of a run that goes on are replaced; those of an earlier one are set aside and stay.
+    there = sum(file.stat().st_size for file in plan.checkpoint_folder.glob("*.ckpt")) if plan.checkpoint else 0
+    if there:
+        text += f"; {gb(there)} of them are there"
+    if free < max(size, kept * size - there):
         raise UserError(
             f"{gb(free)} free for {text}: free some space, keep fewer with --checkpoint.save_top_k, or set "
             "--trainer.default_root_dir to another disk"
@@ -606,61 +642,30 @@ def _kept_checkpoints(plan: Plan) -> float:
 
 
 def check_wandb(plan: Plan) -> Iterator[Finding]:
-    """Mode and key; a key is shown to the server, if that answers."""
-    loggers = (
-        plan.config.trainer.logger if isinstance(plan.config.trainer.logger, list) else [plan.config.trainer.logger]
-    )
-    ours = [one.init_args for one in loggers if str(getattr(one, "class_path", "")).endswith("WandbLogger")]
-    if not ours:
+    """Mode and key, as `fit` will find them; a key is shown to the server."""
+    given = plan.config.trainer.logger
+    loggers = given if isinstance(given, list) else [given]
+    ours = [one.init_args for one in loggers if str(getattr(one, "class_path", "")).endswith(".WandbLogger")]
+    if not ours or plan.config.trainer.fast_dev_run:
         yield Finding("ok", "W&B", "is no logger of this run")
         return
-    mode = ours[0].get("mode") or os.environ.get("WANDB_MODE") or "online"
-    if ours[0].get("offline") or mode in ("offline", "dryrun"):
-        yield Finding("ok", "W&B", f"offline: wandb sync {plan.run_folder}/wandb/offline-* sends it later")
-    elif mode == "disabled":
-        yield Finding("warning", "W&B", "disabled by WANDB_MODE: nothing will be kept")
+    later = f"wandb sync {plan.run_folder}/wandb/offline-* sends it later"
+    if all(args.get("offline") for args in ours):
+        yield Finding("ok", "W&B", f"offline: {later}")
+        return
+    with contextlib.redirect_stderr(io.StringIO()):  # it tells of itself
+        state, text = try_key()
+    goes_on = plan.ckpt_path is not None and (plan.run_folder / "wandb_run_id").is_file()
+    if state == "online":
+        yield Finding("ok", "W&B", f"online at {text}, which takes the key")
+    elif state == "off" and text in ("offline", "dryrun"):
+        yield Finding("ok", "W&B", f"offline: {later}")
+    elif state == "off":
+        yield Finding("warning", "W&B", f"{text} by its settings: nothing will be kept")
+    elif state == "refused" and not goes_on:
+        yield Finding("failed", "W&B", f"{text}; {REMEDY}")
     else:
-        server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
-        if (key := _wandb_key(server)) is None:
-            raise UserError(
-                f"online, but no key for {server}: run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline"
-            )
-        yield _shown_to(server, key)
-
-
-def _wandb_key(server: str) -> str | None:
-    if key := os.environ.get("WANDB_API_KEY"):
-        return key
-    file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    try:
-        known = netrc.netrc(file).authenticators(urlsplit(server).hostname or "") if file.is_file() else None
-    except (OSError, netrc.NetrcParseError) as error:
-        raise UserError(f"{file}: unreadable ({one_line(error)}); run wandb login again") from error
-    return None if known is None else known[2]
-
-
-def _shown_to(server: str, key: str) -> Finding:
-    """Whose key it is, by the server."""
-    query = json.dumps({"query": "query Viewer { viewer { username entity } }"}).encode()
-    headers = {
-        "Content-Type": "application/json",
-        "Authorization": f"Basic {b64encode(f'api:{key}'.encode()).decode()}",
-    }
-    try:
-        with urllib.request.urlopen(urllib.request.Request(f"{server}/graphql", query, headers), timeout=5) as answer:
-            viewer = (json.load(answer).get("data") or {}).get("viewer")
-    except urllib.error.HTTPError as error:
-        if error.code not in (401, 403):
-            return Finding("warning", "W&B", f"{server} answers {error.code}; the key could not be tried")
-        viewer = None
-    except (OSError, ValueError, AttributeError) as error:
-        text = f"{server} cannot be reached ({one_line(error)}) and the key was not tried"
-        return Finding("warning", "W&B", f"{text}; set WANDB_MODE=offline if it cannot from the nodes either")
-    if viewer is None:
-        return Finding(
-            "failed", "W&B", f"{server} refuses the key: run wandb login --relogin, or set WANDB_MODE=offline"
-        )
-    return Finding("ok", "W&B", f"online at {server} as {viewer.get('username')}")
+        yield Finding("warning", "W&B", f"{text}: the run will be logged offline; {later}")
 
 
 # --- estimate -----------------------------------------------------------------------------------------------------
@@ -732,11 +737,11 @@ def estimates(plan: Plan) -> Iterator[Finding | str]:
     capacities = _capacities(plan)
     fits = [f"{estimate.largest_batch(needed, data.batch_size, size)} in {gb(size)}" for size in capacities]
     yield f"largest batch of a device, with a tenth to spare: {', '.join(fits)}"
-    if len(capacities) == 1 and needed.total > capacities[0]:
+    if len(capacities) == 1 and needed.total > capacities[0] * (1 - estimate.RESERVE):
         most = estimate.largest_batch(needed, data.batch_size, capacities[0])
         remedy = f"set --data.batch_size {most}" if most else "shard the model over more devices, or use larger ones"
-        text = f"{gb(needed.total)} are needed and {gb(capacities[0])} are there (estimated); {remedy}"
-        yield Finding("warning" if most else "failed", "memory", text)
+        text = f"{gb(needed.total)} are needed, {gb(capacities[0])} are there and a tenth stays free (estimated)"
+        yield Finding("warning" if most else "failed", "memory", f"{text}; {remedy}")
     stages = network.num_codebooks
     examples = data.batch_size * plan.trainer.accumulate_grad_batches
     flop = [estimate.training_flop(network, plan.num_frames, stage) for stage in range(stages)]
@@ -763,8 +768,23 @@ def _capacities(plan: Plan) -> list[float]:
     if plan.devices.kind == "gpu":
         sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
         return [float(min(sizes))] if sizes else [24e9, 40e9, 80e9]
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return [free / plan.devices.per_node]
+    return [available_memory() / plan.devices.per_node]
+
+
+def available_memory(root: Path = Path("/")) -> float:
+    """Bytes that a process may still get: of the machine, or up to its cgroup's limit if that is less.
+
+    Args:
+        root: of the file system that has /proc and /sys.
+    """
+    found = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
+    with contextlib.suppress(OSError):  # no Linux
+        lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+        found.append(1024.0 * int(lines["MemAvailable"].split()[0]))
+    with contextlib.suppress(OSError):  # cgroups of the first version, or none
+        limit = (root / "sys/fs/cgroup/memory.max").read_text().strip()
+        found += [] if limit == "max" else [float(limit)]
+    return min(found)
 
 
 def _duration(seconds: float) -> str:

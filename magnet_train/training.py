@@ -200,8 +200,9 @@ class MagnetCLI(LightningCLI):
         facts, dim = _codec_facts, _text_dim
         if self.is_trial:  # whether they are here is for doctor to say; as published if not
             facts, dim = _or_else(_codec_facts, MagnetConfig), _or_else(_text_dim, lambda: MagnetConfig.text_dim)
-            parser.add_argument("--prefetch", action="store_true", help="Fetch what is missing.")
-            parser.add_argument("--gpu_hour_price", type=float, help="Of one GPU for an hour, for the estimate.")
+            parser.add_argument("--prefetch", action="store_true", help="Fetch the weights that are missing.")
+            price = "Price of one GPU for an hour, in any currency, for the estimate of what the run costs."
+            parser.add_argument("--gpu_hour_price", type=float, help=price)
         parser.link_arguments(codec, "model.network.num_codebooks", lambda n: facts(n).num_codebooks)
         parser.link_arguments(codec, "model.network.codebook_size", lambda n: facts(n).codebook_size)
         parser.link_arguments(text, "model.network.text_dim", dim)
@@ -299,6 +300,15 @@ class Trial(MagnetCLI):
     """Makes what `fit` makes, but a network of one number, and one process where the devices are not here."""
 
     is_trial = True
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        super().setup_parser(*args, **kwargs)
+        parser = self._subcommand_parsers[self.verb]
+        parser.prog = "python -m magnet_train doctor"
+        parser.description = (
+            "Check whether a run of `fit` with these options would start and last, and estimate its memory, time and "
+            "cost. Nothing is trained."
+        )
 
     def before_instantiate_classes(self) -> None:
         self.parsed = self.config[self.verb].clone()

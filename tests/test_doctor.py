@@ -1,35 +1,50 @@
 """`doctor` names what would keep a run from starting, with the remedy, and leaves nothing behind."""
 
-import http.server
-import json
+import copy
 import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections import namedtuple
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from helpers_data import make_data_codec, write_shards
+from helpers_wandb import server
+from jsonargparse import Namespace
 from make_components import make_t5
 
 import magnet_train.doctor
 import magnet_train.module
 from magnet_train.__main__ import main
 from magnet_train.data.pipeline import ShardSet
-from magnet_train.doctor import Devices, Plan, _duration, _shown_to, _wandb_key, devices_of, gb
+from magnet_train.doctor import (
+    CHECKS,
+    Devices,
+    Finding,
+    Plan,
+    Speed,
+    _duration,
+    available_memory,
+    devices_of,
+    estimates,
+    gb,
+)
 from magnet_train.errors import UserError
+from magnet_train.estimate import Memory
 from magnet_train.model import MagnetConfig
 from magnet_train.resume import fingerprint
+from magnet_train.training import try_fit
 
 CONF = Path(__file__).parents[1] / "conf"
 NETWORK = {"dim": 32, "num_heads": 2, "num_layers": 2}
+SUPPOSED = Speed(1e9, 1e9, 1.0, "as supposed")
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +67,41 @@ def parts(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def plan(parts) -> Plan:
+    """What the parser makes of that configuration, once for all tests of single checks."""
+    made = try_fit(["--config", str(parts / "c.yaml")], [])
+    return Plan(made.parsed, made.datamodule, made.model, made.config_init.fit.generation.decoding)
+
+
+def changed(plan: Plan, options: dict[str, object]) -> Plan:
+    """Another plan, with other options; the module keeps its own, and `data.…` are attributes of the data module."""
+    config, data = plan.config.clone(), copy.copy(plan.data)
+    for name, value in options.items():
+        if name.startswith("data."):
+            setattr(data, name.removeprefix("data."), value)
+            data._sets = {}
+        else:
+            config[name] = value
+    found = Plan(config, data, plan.module, plan.decoding, dict(plan.samples))
+    vars(found)["facts"] = plan.facts  # loaded once
+    return found
+
+
+def look(check: str, plan: Plan, **options: object) -> list[str]:
+    """Findings of one check, runs of spaces as one; `trainer__devices` is `trainer.devices`."""
+    plan = changed(plan, {name.replace("__", "."): value for name, value in options.items()})
+    try:
+        found = [str(finding) for finding in CHECKS[check](plan)]
+    except UserError as error:
+        found = [f"failed {check}: {error}"]
+    return [re.sub(" +", " ", line) for line in found]
+
+
 def ask(capsys, parts: Path, *options: str) -> tuple[int, dict[str, str], str]:
-    """Exit status, what each check says with its status first, and the error line."""
-    status = main(["doctor", "--config", str(parts / "c.yaml"), *options])
+    """Exit status, what each check says with its status first, and the error line; no speed is measured."""
+    with mock.patch.object(magnet_train.doctor, "speed", lambda _: SUPPOSED):
+        status = main(["doctor", "--config", str(parts / "c.yaml"), *options])
     printed = capsys.readouterr()
     lines = [re.match(r"(\w+) +([^:]+): (.*)", line) for line in printed.out.splitlines()]
     errors = [line for line in printed.err.splitlines() if line.startswith("error:")]
@@ -130,8 +177,6 @@ def test_the_published_medium_model_is_never_made(parts, monkeypatch, capsys):
 def test_every_check_runs_whatever_the_others_found(parts, tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**5))
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     shutil.copytree(parts / "validation", tmp_path / "validation")
     shard = tmp_path / "validation" / "shard-000000.tar"
     content = bytearray(shard.read_bytes())
@@ -140,8 +185,7 @@ def test_every_check_runs_whatever_the_others_found(parts, tmp_path, monkeypatch
     status, said, error = ask(
         capsys, parts, f"--model.codec={parts / 'other'}", f"--data.validation={tmp_path / 'validation'}",
         "--trainer.val_check_interval=0.5", "--model.optimizer.warmup_steps=9", f"--model.init_from={tmp_path}/gone",
-        "--trainer.logger=lightning.pytorch.loggers.WandbLogger", "--data.global_batch_size=4",
-        "--trainer.check_val_every_n_epoch=1", "--trainer.accumulate_grad_batches=2",
+        "--data.global_batch_size=4", "--trainer.check_val_every_n_epoch=1", "--trainer.accumulate_grad_batches=2",
         f"--trainer.default_root_dir={tmp_path / 'run'}",
     )  # fmt: skip
     assert status == 2 and re.match(r"error: \d+ of \d+ checks failed, and a run would too: start, batch, ", error)
@@ -152,14 +196,13 @@ def test_every_check_runs_whatever_the_others_found(parts, tmp_path, monkeypatch
         "validation": "val_check_interval=0.5: training data has no end",
         "train shards": "tokenize again with it, or train with theirs",
         "disk": "0 MB free for 3 checkpoints of",
-        "W&B": "online, but no key for https://api.wandb.ai: run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline",
     }.items():
         assert said[what].startswith("failed ") and sign in said[what], (what, said[what])
     assert "made with codec" in said["validation shards"] and said["metrics of codec"].startswith("ok ")
     assert not (tmp_path / "run").exists()
 
 
-def test_shards_that_are_too_few_damaged_absent_or_empty(parts, tmp_path, capsys):
+def test_shards_that_are_too_few_damaged_absent_or_empty(parts, plan, tmp_path, capsys):
     shutil.copytree(parts / "train", tmp_path / "damaged")
     shard = tmp_path / "damaged" / "shard-000003.tar"
     shard.write_bytes(shard.read_bytes()[:-2000])
@@ -173,8 +216,8 @@ def test_shards_that_are_too_few_damaged_absent_or_empty(parts, tmp_path, capsys
     assert "nowhere/index.json: not there" in said["test shards"]
     assert "4 shards for 1 ranks x 9 loader processes: set --data.num_workers 4" in said["shares"]
     write_shards(tmp_path / "empty", str(parts / "codec"), (0,))
-    status, said, _ = ask(capsys, parts, f"--data.validation={tmp_path / 'empty'}")
-    assert status == 2 and said["validation shards"].startswith("failed ")
+    said = look("shards", plan, data__folders=plan.data.folders | {"validation": str(tmp_path / "empty")})
+    assert said[1].startswith("failed validation shards: ") and "lists no shards with items" in said[1]
 
 
 def test_captions_and_lengths_are_told_with_numbers(parts, tmp_path, monkeypatch, capsys):
@@ -195,25 +238,21 @@ def test_captions_and_lengths_are_told_with_numbers(parts, tmp_path, monkeypatch
     assert said["train shards"].startswith("warning ") and "tokenize with --crop_s 4 or more" in said["train shards"]
 
 
-def test_components_that_are_missing_are_named_with_their_source(parts, tmp_path, monkeypatch, capsys):
+def test_components_that_are_missing_are_named_with_their_source(parts, plan, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path))
     options = ["--model.codec=facebook/encodec_32khz", "--model.text_encoder=t5-base", "--checkpoint.monitor=val/oops"]
     metrics = "--generation.metrics=[fad/vggish,kl/passt]"
     status, said, error = ask(capsys, parts, *options, metrics)
-    assert status == 2 and "codec facebook/encodec_32khz, text encoder t5-base, metrics of vggish" in error
-    assert (
-        said["metrics of vggish"].startswith("missing not at")
-        and "doctor --prefetch fetches" in (said["metrics of vggish"])
-    )
+    assert status == 2 and "codec facebook/encodec_32khz, text encoder t5-base" in error
+    assert said["metrics of vggish"].startswith("warning not at") and "metrics of" not in error
+    assert "doctor --prefetch fetches" in said["metrics of vggish"]
     assert "vggish-10086976.pth (289 MB, licence Apache-2.0)" in said["metrics of vggish"]
     assert said["text encoder t5-base"].startswith("missing ") and "doctor --prefetch" in said["text encoder t5-base"]
     # What does not need them is looked at all the same.
     assert said["train shards"].startswith("ok ") and said["shares"].startswith("ok ")
     assert "nothing of that name is logged; choose val/ce, val/fad/vggish" in said["validation"]
-    assert said["references of vggish"] == "warning none, so no fad/vggish; give --generation.reference"
-    status, said, _ = ask(capsys, parts, metrics, "--prefetch", f"--generation.reference={tmp_path}")
-    assert status == 2 and "HF_HUB_OFFLINE is set" in said["metrics of vggish"]
-    assert f"{tmp_path}/vggish.safetensors: not there" in said["references of vggish"]
+    (said,) = look("components", plan, prefetch=True, generation__metrics=("fad/vggish",))[2:]
+    assert "HF_HUB_OFFLINE is set" in said
 
 
 @pytest.mark.parametrize(
@@ -234,7 +273,7 @@ def test_a_configuration_that_does_not_hold_is_said_as_fit_says_it(options, sign
     assert "checks failed, and a run would too: configuration" in error and said["packages"].startswith("ok ")
 
 
-def test_a_checkpoint_must_belong_to_the_run(parts, tmp_path, capsys):
+def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch, capsys):
     network = asdict(MagnetConfig(**NETWORK, num_codebooks=4, codebook_size=64, text_dim=32))
     stamp = {"codec": ShardSet.open(parts / "train").index["codec"]["hash"]}
     stamp["train"] = fingerprint(ShardSet.open(parts / "train").index)
@@ -243,28 +282,102 @@ def test_a_checkpoint_must_belong_to_the_run(parts, tmp_path, capsys):
     def saved(name: str, **changes) -> str:
         content = {"hyper_parameters": model, "global_step": 3, "state_dict": {}, "run": stamp}
         torch.save(content | changes, tmp_path / name)
-        return f"--ckpt_path={tmp_path / name}"
+        return str(tmp_path / name)
 
-    _, said, _ = ask(capsys, parts, saved("a.ckpt"))
-    assert said["start"] == f"ok goes on after step 3 of {tmp_path}/a.ckpt"
-    _, said, _ = ask(capsys, parts, saved("b.ckpt", run=stamp | {"train": "0"}))
-    assert "failed --ckpt_path: trained on other shards" in said["start"]
-    _, said, _ = ask(capsys, parts, saved("c.ckpt"), "--model.network.num_layers=3")
-    assert "the checkpoint's model is another: network.num_layers=3 (there 2)" in said["start"]
+    assert look("start", plan, ckpt_path=saved("a.ckpt")) == [f"ok start: goes on after step 3 of {tmp_path}/a.ckpt"]
+    (said,) = look("start", plan, ckpt_path=saved("b.ckpt", run=stamp | {"train": "0"}))
+    assert "failed start: --ckpt_path: trained on other shards" in said
+    (said,) = look("start", plan, ckpt_path=saved("c.ckpt"), model__network__num_layers=3)
+    assert "the checkpoint's model is another: network.num_layers=3 (there 2)" in said
     (tmp_path / "d.ckpt").write_bytes(b"cut off")
     status, said, _ = ask(capsys, parts, f"--ckpt_path={tmp_path / 'd.ckpt'}")
     assert status == 2 and "d.ckpt: unreadable checkpoint" in said["start"] and said["disk"].startswith("ok ")
     (tmp_path / "d.ckpt").unlink()
-    _, said, _ = ask(capsys, parts, "--ckpt_path=auto", f"--checkpoint.dirpath={tmp_path}")
-    assert said["start"].startswith("ok goes on after step 3")
-    _, said, _ = ask(capsys, parts, "--model.init_from=demo", f"--model.network.dim={NETWORK['dim']}")
-    assert "it belongs to another model" in said["start"]
+    # A job that is queued again goes on, whatever its script says.
+    given = {"checkpoint__dirpath": str(tmp_path), "trainer__default_root_dir": str(tmp_path / "run")}
+    assert look("start", plan, **given) == ["ok start: with fresh weights"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert look("start", plan, **given)[0].startswith("ok start: goes on after step 3")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert look("start", plan, ckpt_path="auto", **given)[0].startswith("ok start: goes on after step 3")
+    assert "it belongs to another model" in look("start", plan, model__init_from="demo")[0]
 
 
-def test_a_run_folder_that_cannot_be_written_is_named(parts, tmp_path, capsys):
+def test_checkpoints_that_will_be_replaced_have_their_room(plan, tmp_path, monkeypatch):
+    """Three of 390 KB are kept: a run that goes on over two of them needs one more, one that begins all three."""
+    usage = namedtuple("usage", "total used free")
+    size = magnet_train.doctor._checkpoint_bytes(plan)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 1.5 * size))
+    saved = {"hyper_parameters": {}, "global_step": 3}
+    for name in ("last.ckpt", "step=0000003.ckpt"):
+        torch.save(saved | {"state_dict": {"x": torch.zeros(int(size) // 4)}}, tmp_path / name)
+    given = {"checkpoint__dirpath": str(tmp_path), "trainer__default_root_dir": str(tmp_path / "run")}
+    (said,) = look("disk", plan, ckpt_path="auto", **given)
+    assert said.startswith("ok disk: ") and "of them are there" in said
+    (said,) = look("disk", plan, **given)  # those there are set aside
+    assert said.startswith("failed disk: ") and "free for 3 checkpoints" in said
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 0.9 * size))
+    assert look("disk", plan, ckpt_path="auto", **given)[0].startswith("failed disk: ")  # one is written beside them
+
+
+def test_a_run_folder_that_cannot_be_written_is_named(plan, tmp_path):
     (tmp_path / "file").write_text("")
-    status, said, _ = ask(capsys, parts, f"--trainer.default_root_dir={tmp_path / 'file' / 'run'}")
-    assert status == 2 and said["disk"].startswith("failed ") and "set --trainer.default_root_dir" in said["disk"]
+    (said,) = look("disk", plan, trainer__default_root_dir=str(tmp_path / "file" / "run"))
+    assert said.startswith("failed disk: ") and "set --trainer.default_root_dir" in said
+
+
+# --- what fit refuses, and what it starts with ----------------------------------------------------------------------
+
+
+def test_a_validation_is_held_to_the_rules_of_the_data_module(plan):
+    share = "trainer.limit_val_batches=0.5: give a number of batches per rank, or leave it out"
+    assert look("validation", plan, trainer__limit_val_batches=0.5) == [f"failed validation: {share}"]
+    assert look("validation", plan)[0].startswith("ok validation: every 2 steps, 2 prompts")
+    (said,) = look("validation", plan, trainer__val_check_interval=5)
+    assert said.startswith("warning validation: this run does not validate: the first would come after batch 5")
+    (said,) = look("validation", plan, trainer__limit_val_batches=0)
+    assert said == "warning validation: this run does not validate: trainer.limit_val_batches=0"
+    (said,) = look("validation", plan, trainer__limit_val_batches=1)
+    assert said.startswith("warning validation: each validation sees 2 of 3 items")
+    assert look("validation", plan, trainer__fast_dev_run=True) == ["ok validation: once, at the end, 2 prompts"]
+
+
+def test_no_validation_shards_are_needed_where_nothing_is_validated(plan):
+    plan = changed(plan, {"data.folders": plan.data.folders | {"validation": None}})
+    assert "no validation shards: give --data.validation" in look("shards", plan)[1]
+    assert "ok validation shards: none given" in look("shards", plan, trainer__limit_val_batches=0)[1]
+
+
+def test_a_monitor_must_be_logged(plan):
+    for monitor in (None, "step", "epoch", "val/ce", "val/fad/codec", "train/loss"):
+        assert len(look("validation", plan, checkpoint__monitor=monitor)) == 1
+    for monitor, prompts in (("val/kl/codec", 2), ("val/fad/codec", 0), ("val/num_clips", 0)):
+        given = {"checkpoint__monitor": monitor, "generation__num_prompts": prompts}
+        said = look("validation", plan, **given)[-1]
+        assert said.startswith(f"failed validation: checkpoint.monitor={monitor}: nothing of that name is logged")
+        assert ("or set --generation.num_prompts above 0" in said) == (not prompts)
+
+
+def test_a_metric_whose_network_or_references_are_missing_matters_if_the_monitor_goes_by_it(
+    plan, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path))
+    metrics = ("fad/codec", "fad/vggish", "kl/passt")
+    said = look("components", plan, generation__metrics=metrics)[-2:]
+    assert [line.split(": ")[0] for line in said] == ["warning metrics of vggish", "warning metrics of passt"]
+    assert all(line.endswith("without it these metrics are left out") for line in said)
+    said = look("components", plan, generation__metrics=metrics, checkpoint__monitor="val/fad/vggish")[-2:]
+    assert [line.split(": ")[0] for line in said] == ["missing metrics of vggish", "warning metrics of passt"]
+
+    plan = changed(plan, {"generation.metrics": metrics})
+    plan.samples["validation"] = [{"reference": None}]  # type: ignore[typeddict-item]
+    none = "references of vggish: none, so no fad/vggish; give --generation.reference"
+    for monitor, status in ((None, "warning"), ("val/kl/passt", "failed")):
+        said = look("references", plan, checkpoint__monitor=monitor)
+        assert said[1] == f"warning {none}" and said[2].startswith(f"{status} references of passt: none")
+    assert look("references", plan, checkpoint__monitor="val/fad/vggish")[1] == f"failed {none}"
+    said = look("references", plan, generation__reference=str(tmp_path))
+    assert said[1].startswith(f"failed references of vggish: {tmp_path}/vggish.safetensors: not there")
 
 
 # --- machine --------------------------------------------------------------------------------------------------------
@@ -301,18 +414,45 @@ def test_validations_are_counted_in_optimizer_steps():
     assert not plan(strategy="ddp").is_sharded
 
 
-def test_too_few_cores_files_and_shared_memory_are_warnings(parts, monkeypatch, capsys):
+def test_too_few_cores_files_and_shared_memory_are_warnings(plan, monkeypatch):
     usage = namedtuple("usage", "total used free")
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda p: usage(1, 0, 64 << 20) if str(p) == "/dev/shm" else real(p))
     monkeypatch.setattr(magnet_train.doctor.resource, "getrlimit", lambda _: (256, 256))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    status, said, _ = ask(capsys, parts, "--trainer.devices=2", "--data.num_workers=2")
-    assert status == 0
-    assert said["CPU"].startswith("warning 2 cores for 2 ranks and 4 loader processes: ask for more cores")
-    assert said["open files"].startswith("warning 256 for each process; raise it with ulimit -n")
+    said = look("CPU", plan, trainer__devices=2)
+    assert said[0].startswith("warning CPU: 2 cores for 2 ranks and 2 loader processes: ask for more cores")
+    assert said[-1].startswith("warning open files: 256 for each process; raise it with ulimit -n")
     if Path("/dev/shm").is_dir():
-        assert said["shared memory"].startswith("warning 0.1 GB") and "--shm-size" in said["shared memory"]
+        assert said[1].startswith("warning shared memory: 0.1 GB") and "--shm-size" in said[1]
+    # Ranks wait for their GPUs: eight loader processes for each of eight have their core.
+    given = {"trainer__accelerator": "gpu", "trainer__devices": 8, "data__num_workers": 8}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert look("CPU", plan, **given)[0] == "ok CPU: 64 cores for 8 ranks and 64 loader processes"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(63)), raising=False)
+    assert look("CPU", plan, **given)[0].endswith("or set --data.num_workers 7")
+
+
+def test_memory_is_what_may_still_be_had_within_the_jobs_limit(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  4000 kB\n")
+    assert available_memory(tmp_path) == 4000 * 1024
+    for limit, bytes_ in (("max", 4000 * 1024), ("3000000", 3e6), ("9000000", 4000 * 1024)):
+        (tmp_path / "sys/fs/cgroup/memory.max").write_text(f"{limit}\n")
+        assert available_memory(tmp_path) == bytes_
+    assert available_memory(tmp_path / "nowhere") > 1e8
+
+
+def test_a_tenth_of_the_memory_stays_free(plan, monkeypatch):
+    monkeypatch.setattr(magnet_train.doctor, "speed", lambda _: SUPPOSED)
+    needed = Memory(weights=5e8, gradients=0, moments=0, average=0, copies=0, frozen=0, activations=5e8)
+    monkeypatch.setattr(magnet_train.doctor.estimate, "memory", lambda *_, **__: needed)
+    for capacity, is_told in ((1.05e9, True), (1.15e9, False)):
+        monkeypatch.setattr(magnet_train.doctor, "_capacities", lambda _, c=capacity: [c])
+        told = [x for x in estimates(plan) if isinstance(x, Finding)]
+        assert [x.what for x in told] == ["memory"] * is_told
+        assert all("and a tenth stays free" in x.detail and "set --data.batch_size 1" in x.detail for x in told)
 
 
 def test_versions_are_held_to_what_the_package_needs(parts, monkeypatch, capsys):
@@ -327,57 +467,74 @@ def test_versions_are_held_to_what_the_package_needs(parts, monkeypatch, capsys)
 
 
 @pytest.fixture
-def server():
-    """A W&B server that answers with what is put into `answer`: a status and a body."""
+def online(plan, tmp_path, monkeypatch):
+    """Of a run with W&B, and nothing else that W&B knows of."""
+    import wandb
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        answer = (200, {})
-
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(self.answer[0])
-            self.end_headers()
-            self.wfile.write(json.dumps(self.answer[1]).encode())
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
-        threading.Thread(target=found.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{found.server_port}", Handler
-        found.shutdown()
+    wandb.teardown()
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": tmp_path, "WANDB_CONFIG_DIR": tmp_path / "w", "NETRC": tmp_path / "netrc"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
+    logger = Namespace(class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(offline=False))
+    yield changed(plan, {"trainer.logger": [logger], "trainer.default_root_dir": str(tmp_path / "run")})
+    wandb.teardown()
 
 
-def test_a_key_is_shown_to_the_server(server, parts, monkeypatch, capsys):
-    url, handler = server
-    handler.answer = (200, {"data": {"viewer": {"username": "ann"}}})
-    assert str(_shown_to(url, "k" * 40)) == f"ok       W&B: online at {url} as ann"
-    handler.answer = (200, {"data": {"viewer": None}})
-    assert "refuses the key: run wandb login --relogin" in str(_shown_to(url, "k"))
-    handler.answer = (500, {})
-    assert _shown_to(url, "k").status == "warning"
-    assert "cannot be reached" in str(_shown_to("http://127.0.0.1:9", "k"))
-    handler.answer = (401, {})
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("WANDB_BASE_URL", url)
+def test_without_a_key_the_run_is_logged_offline_and_fast_dev_run_has_no_loggers(online):
+    assert look("W&B", online, trainer__fast_dev_run=True) == ["ok W&B: is no logger of this run"]
+    (said,) = look("W&B", online)
+    assert said.startswith(
+        "warning W&B: no API key (`wandb login` sets one): the run will be logged offline; wandb sync"
+    )
+    offline = online.config.trainer.logger[0].clone()
+    offline.init_args.offline = True
+    assert look("W&B", online, trainer__logger=[offline])[0].startswith("ok W&B: offline: wandb sync")
+
+
+def test_a_refused_key_ends_a_run_that_begins_and_none_that_goes_on(online, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    logger = "--trainer.logger=lightning.pytorch.loggers.WandbLogger"
-    status, said, _ = ask(capsys, parts, logger)
-    assert status == 2 and said["W&B"].startswith(f"failed {url} refuses the key")
-    status, said, _ = ask(capsys, parts, logger, "--trainer.logger.offline=true")
-    assert status == 0 and said["W&B"].startswith("ok offline: wandb sync")
+    with server(lambda _: (401, {"errors": [{"message": "permission denied"}]})) as url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        (said,) = look("W&B", online)
+        assert said.startswith("failed W&B: the key is refused, or there is no network (") and "WANDB_MODE" in said
+        assert look("W&B", online, ckpt_path="auto")[0].startswith("failed ")  # of a first submission
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "wandb_run_id").write_text("abc\n")
+        (said,) = look("W&B", online, ckpt_path="auto")
+        assert said.startswith("warning W&B: the key is refused") and "the run will be logged offline" in said
 
 
-def test_a_key_may_stand_in_netrc(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert _wandb_key("https://api.wandb.ai") is None
-    (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password abc\n")
-    (tmp_path / "netrc").chmod(0o600)
-    assert _wandb_key("https://api.wandb.ai") == "abc" and _wandb_key("https://own.server") is None
-    (tmp_path / "netrc").write_text("machine")
-    with pytest.raises(UserError, match="run wandb login again"):
-        _wandb_key("https://api.wandb.ai")
+def test_a_server_that_is_not_to_be_reached_ends_a_run_that_begins(online, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert look("W&B", online)[0].startswith("failed W&B: the key is refused, or there is no network (")
+
+
+def test_host_and_mode_may_stand_in_the_settings_file_and_a_key_in_netrc(online, tmp_path):
+    import wandb
+
+    def accept(request: dict) -> tuple[int, dict]:
+        return 200, {"data": {"viewer": {"id": "a", "username": "ann", "entity": "ann", "flags": "{}"}}}
+
+    (tmp_path / "w").mkdir()
+    with server(accept) as url:
+        (tmp_path / "w" / "settings").write_text(f"[default]\nbase_url = {url}\n")
+        (tmp_path / "netrc").write_text(f"machine {url.removeprefix('http://')}\n  login user\n  password {'k' * 40}\n")
+        (tmp_path / "netrc").chmod(0o600)
+        assert look("W&B", online) == [f"ok W&B: online at {url}, which takes the key"]
+    wandb.teardown()
+    (tmp_path / "w" / "settings").write_text("[default]\nmode = disabled\n")
+    assert look("W&B", online) == ["warning W&B: disabled by its settings: nothing will be kept"]
+
+
+def test_help_says_what_it_is(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["doctor", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("usage: python -m magnet_train doctor [-c CONFIG]") and "Nothing is trained." in said
+    assert "Price of one GPU for an hour, in any currency" in said
 
 
 def test_one_real_launch(parts, tmp_path):

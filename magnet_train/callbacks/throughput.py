@@ -1,21 +1,19 @@
 """How fast a run is, what it waits for, and how much audio it has heard."""
 
-import math
 import resource
 import sys
 import time
+from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
-from magnet_train.measure import peak_flop, useful_flop
+from magnet_train.estimate import training_flop
+from magnet_train.measure import peak_flop
+from magnet_train.model import MagnetConfig
 from magnet_train.module import MagnetModule
-
-MEAN_MASK_RATE = 2 / math.pi
-"""Of the cosine schedule at an even draw."""
 
 
 class Throughput(Callback):
@@ -92,7 +90,7 @@ class Throughput(Callback):
             "train/audio_hours": self._hours(trainer),
         }
         if (peak := peak_flop(pl_module.device, str(trainer.precision))) is not None:
-            flop = 3 * self._examples / trainer.world_size * _flop(pl_module, batch["valid"])
+            flop = self._examples / trainer.world_size * _flop(pl_module.config, batch["valid"].shape[1])
             values["speed/mfu"] = flop / spent / peak
         pl_module.log_dict(values)
         pl_module.log_dict(self._left_out, sync_dist=True, reduce_fx="sum")
@@ -105,11 +103,9 @@ class Throughput(Callback):
         return self.frames / facts["frame_rate"] / 3600
 
 
-def _flop(module: MagnetModule, valid: Tensor) -> float:
-    """Of a forward pass of one example, at the mean stage and mask rate; text, a percent of it, is left out."""
-    stages, num_frames = module.config.num_codebooks, valid.shape[1]
-    num_predicted = round(MEAN_MASK_RATE * num_frames)
-    return sum(useful_flop(module.config, num_frames, stage, num_predicted, 0) for stage in range(stages)) / stages
+def _flop(config: MagnetConfig, num_frames: int) -> float:
+    """Of training with one example, at the mean stage."""
+    return fmean(training_flop(config, num_frames, stage) for stage in range(config.num_codebooks))
 
 
 def _waited(trainer: L.Trainer) -> float:

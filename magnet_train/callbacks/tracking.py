@@ -6,7 +6,7 @@ import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import yaml
@@ -78,21 +78,34 @@ def check_key(goes_on: bool) -> None:
         UserError: if the key is refused or the server is not to be reached.
     """
     import wandb
+
+    state, why = try_key()
+    if state in ("online", "off"):
+        return
+    if state == "refused" and not goes_on:
+        raise UserError(f"W&B: {why}; {REMEDY}")
+    wandb.setup().settings.mode = "offline"
+    rank_zero_warn(f"W&B: {why}; this run is logged offline, and `wandb sync {os.environ['WANDB_DATA_DIR']}` sends it")
+
+
+def try_key() -> tuple[Literal["online", "off", "no key", "refused"], str]:
+    """Whether W&B can be online by its own settings, wherever they stand, and words for it.
+
+    `off` is a mode that needs no network, which is then the text; `refused` is a key that the server does not take, or
+    a server that is not to be reached. A key is shown to the server, which takes seconds where that does not answer.
+    """
+    import wandb
     from wandb.errors import CommError
 
     settings = wandb.setup().settings
     if settings.mode not in ("online", "run", "shared"):
-        return
+        return "off", settings.mode
     try:
         if wandb.login(verify=True, prompt=False):  # a question would wait all night for an answer
-            return
-        why = "W&B: no API key (`wandb login` sets one)"
+            return "online", settings.base_url
     except CommError as error:
-        why = f"W&B: the key is refused, or there is no network ({' '.join(str(error).split()).rstrip('.')})"
-        if not goes_on:
-            raise UserError(f"{why}; {REMEDY}") from error
-    settings.mode = "offline"
-    rank_zero_warn(f"{why}; this run is logged offline, and `wandb sync {os.environ['WANDB_DATA_DIR']}` sends it")
+        return "refused", f"the key is refused, or there is no network ({' '.join(str(error).split()).rstrip('.')})"
+    return "no key", "no API key (`wandb login` sets one)"
 
 
 # --- while it runs ------------------------------------------------------------------------------------------------
