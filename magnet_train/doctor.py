@@ -772,18 +772,22 @@ def _capacities(plan: Plan) -> list[float]:
 
 
 def available_memory(root: Path = Path("/")) -> float:
-    """Bytes that a process may still get: of the machine, or up to its cgroup's limit if that is less.
+    """Bytes that a process may still get: of the machine, or up to a limit of its cgroups if that is less.
 
     Args:
         root: of the file system that has /proc and /sys.
     """
     found = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
-    with contextlib.suppress(OSError):  # no Linux
+    with contextlib.suppress(OSError, KeyError):  # no Linux
         lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
         found.append(1024.0 * int(lines["MemAvailable"].split()[0]))
-    with contextlib.suppress(OSError):  # cgroups of the first version, or none
-        limit = (root / "sys/fs/cgroup/memory.max").read_text().strip()
-        found += [] if limit == "max" else [float(limit)]
+    with contextlib.suppress(OSError):
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        # "0::" is of cgroups' second version; the first one's limits are not looked at.
+        own = root / "sys/fs/cgroup" / next((g[3:].strip("/") for g in groups if g.startswith("0::")), "")
+        files = [folder / "memory.max" for folder in (own, *own.parents)]  # a job's, or a container's, is above its own
+        limits = [file.read_text().strip() for file in files if file.is_file()]
+        found += [float(limit) for limit in limits if limit != "max"]
     return min(found)
 
 

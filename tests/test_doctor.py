@@ -11,6 +11,7 @@ from collections import namedtuple
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -23,6 +24,7 @@ from make_components import make_t5
 import magnet_train.doctor
 import magnet_train.module
 from magnet_train.__main__ import main
+from magnet_train.callbacks import throughput
 from magnet_train.data.pipeline import ShardSet
 from magnet_train.doctor import (
     CHECKS,
@@ -37,7 +39,7 @@ from magnet_train.doctor import (
     gb,
 )
 from magnet_train.errors import UserError
-from magnet_train.estimate import Memory
+from magnet_train.estimate import Memory, training_flop
 from magnet_train.model import MagnetConfig
 from magnet_train.resume import fingerprint
 from magnet_train.training import try_fit
@@ -70,7 +72,7 @@ def parts(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def plan(parts) -> Plan:
     """What the parser makes of that configuration, once for all tests of single checks."""
-    made = try_fit(["--config", str(parts / "c.yaml")], [])
+    made: Any = try_fit(["--config", str(parts / "c.yaml")], [])
     return Plan(made.parsed, made.datamodule, made.model, made.config_init.fit.generation.decoding)
 
 
@@ -304,7 +306,7 @@ def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch,
 
 
 def test_checkpoints_that_will_be_replaced_have_their_room(plan, tmp_path, monkeypatch):
-    """Three of 390 KB are kept: a run that goes on over two of them needs one more, one that begins all three."""
+    """Three are kept: a run that goes on over two of them needs one more, one that begins all three."""
     usage = namedtuple("usage", "total used free")
     size = magnet_train.doctor._checkpoint_bytes(plan)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 1.5 * size))
@@ -438,9 +440,15 @@ def test_memory_is_what_may_still_be_had_within_the_jobs_limit(tmp_path):
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  4000 kB\n")
     assert available_memory(tmp_path) == 4000 * 1024
+    job = tmp_path / "sys/fs/cgroup/slurm/job_1/step_0"
+    job.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir()
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/elsewhere\n0::/slurm/job_1/step_0\n")
     for limit, bytes_ in (("max", 4000 * 1024), ("3000000", 3e6), ("9000000", 4000 * 1024)):
-        (tmp_path / "sys/fs/cgroup/memory.max").write_text(f"{limit}\n")
-        assert available_memory(tmp_path) == bytes_
+        for folder in (job, job.parent, tmp_path / "sys/fs/cgroup"):  # the nearest, the job's, a container's
+            (folder / "memory.max").write_text(f"{limit}\n")
+            assert available_memory(tmp_path) == bytes_
+            (folder / "memory.max").write_text("max\n")
     assert available_memory(tmp_path / "nowhere") > 1e8
 
 
@@ -548,6 +556,12 @@ def test_one_real_launch(parts, tmp_path):
 
 def test_sizes_and_times_are_readable():
     assert gb(8.4e9) == "8.4 GB" and gb(7.4e7) == "74 MB" and _duration(7200) == "2 h"
+
+
+def test_utilisation_counts_the_operations_of_the_estimate():
+    config = MagnetConfig(**NETWORK, num_codebooks=4, codebook_size=64, text_dim=32)
+    mean = sum(training_flop(config, 100, stage) for stage in range(4)) / 4
+    assert throughput._flop(config, 100) == pytest.approx(mean)
 
 
 def test_gpus_are_looked_at_as_they_are(monkeypatch):
