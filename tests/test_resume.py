@@ -168,7 +168,10 @@ def test_a_run_has_one_last_checkpoint_and_leaves_those_of_an_earlier_run(
     monkeypatch.setattr(magnet_train.callbacks.preemption, "EVERY_S", 0.0)
     options = ("--ckpt_path=null", "--checkpoint.every_n_train_steps=4", "--trainer.max_steps=5")
     assert main(arguments(data, tmp_path / "run", *options)) == 0
-    steps = {p.name: torch.load(p, weights_only=True)["global_step"] for p in (tmp_path / "run").rglob("last*")}
+    steps = {
+        p.name: torch.load(p, weights_only=True)["global_step"]
+        for p in (tmp_path / "run" / "checkpoints").glob("last*")
+    }
     assert steps == {"last.ckpt": 5}
     assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "last.ckpt"
     kept = tmp_path / "run" / "checkpoints-1"
