@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["CONTRIBUTING.md", "METRICS.md", "TROUBLESHOOTING.md"]
+DOCUMENTS = ["CONTRIBUTING.md", "METRICS.md", "TROUBLESHOOTING.md", "README.md", "EXPERIMENTS.md", "data/README.md"]
 
 
 def sentences() -> list[str]:

@@ -286,6 +286,7 @@ def test_auto_takes_the_newest_that_is_whole(tmp_path: Path):
     assert newest_whole_checkpoint([tmp_path]) is None
     best, last = write(tmp_path / "a" / "best.ckpt", 90), write(tmp_path / "a" / "last.ckpt", 100)
     os.utime(last, (0, 0))  # copied with another time: steps count
+    write(tmp_path / "a" / "within" / "last.ckpt", 200)  # another run's
     assert newest_whole_checkpoint([tmp_path, tmp_path / "a"]) == last
     whole = last.read_bytes()
     middle = whole.index(torch.arange(2500.0, 2600.0).numpy().tobytes())
@@ -294,7 +295,7 @@ def test_auto_takes_the_newest_that_is_whole(tmp_path: Path):
     for damaged in (b"", b"no zip", whole[:100], whole[: len(whole) // 2], whole[:-1], altered):
         last.write_bytes(damaged)
         with pytest.warns(UserWarning, match="passed over: .*last.ckpt"):
-            assert newest_whole_checkpoint([tmp_path]) == best
+            assert newest_whole_checkpoint([tmp_path, tmp_path / "a"]) == best
 
 
 def test_auto_executes_nothing(tmp_path: Path):
