@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -343,7 +343,8 @@ def _set_aside(folder: Path) -> None:
     """An earlier run's checkpoints are kept, and `--ckpt_path auto` does not take them for this run's."""
     if folder.is_dir() and any(folder.glob("*.ckpt")):
         free = next(p for n in itertools.count(1) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
-        folder.rename(free)
+        with suppress(FileNotFoundError):  # without a launcher the first process of each node is here
+            folder.rename(free)
         rank_zero_info(f"{folder.parent} has an earlier run; its checkpoints are in {free} now")
 
 
