@@ -182,7 +182,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
     except Exception as error:  # zip, pickle and runtime errors, by where the file is broken
-        raise UserError(f"{path}: unreadable checkpoint ({one_line(error, 120)}); use an older one") from error
+        reason = one_line(error, 200).partition(". ")[0]  # what follows is advice on torch
+        raise UserError(f"{path}: unreadable checkpoint ({reason}); use an older one") from error
 
 
 def check_weights(weights: Mapping[str, Tensor], config: MagnetConfig, source: Path) -> None:
