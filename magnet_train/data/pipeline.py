@@ -232,9 +232,8 @@ def read_shard(path: Path | str, with_references: bool = False, sha256: str | No
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing; copy it again, or run tokenize again") from error
     except (OSError, tarfile.TarError, ValueError, KeyError, EOFError) as error:
-        raise UserError(
-            f"{path}: broken ({type(error).__name__}: {error}); copy it again, or run tokenize again"
-        ) from error
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: broken ({reason}); copy it again, or run tokenize again") from error
 
 
 def tar_members(content: bytes) -> Iterator[tuple[str, bytes]]:
