@@ -1,6 +1,7 @@
 """One torch thread per test process, no network, nothing sent anywhere."""
 
 import os
+import signal
 
 os.environ.update(
     OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", TOKENIZERS_PARALLELISM="false"
@@ -63,3 +64,13 @@ def tiny():
         text_dim=text.dim,
     )  # fmt: skip
     return Generator(Magnet(config).eval(), codec, text, DecodingConfig(decoding_steps=(3, 2, 2, 2)), crop_s=1.0)
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A run that is stopped leaves its signals ignored, which a process of its own takes with it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)

@@ -143,10 +143,11 @@ def test_the_loader_counts_what_it_is_waited_for(workers: int):
 
 
 def test_the_first_signal_to_all_processes_of_a_job_costs_no_batch():
+    before = multiprocessing.active_children()  # another test's, on their way out
     loader = TimedLoader(Slow(), batch_size=None, num_workers=1)
     items = iter(loader)
     assert next(items) == 0
-    (process,) = multiprocessing.active_children()
+    (process,) = (child for child in multiprocessing.active_children() if child not in before)
     os.kill(process.pid, signal.SIGUSR1)  # type: ignore[arg-type]
     for _ in range(2):  # a scheduler's, and a launcher's
         os.kill(process.pid, signal.SIGTERM)  # type: ignore[arg-type]

@@ -88,8 +88,10 @@ class Preemption(Callback):
         if not agree(self._received is not None, all=False):
             return
         requeue = agree(self._requeue_signal is not None and self._received == self._requeue_signal, all=False)
-        for number in self._before:  # a requeue has SLURM tell all processes to end, which they do
-            signal.signal(number, signal.SIG_IGN)
+        if requeue:  # SLURM then tells all processes to end, which they do, and with a status of their own
+            for number in self._before:
+                signal.signal(number, signal.SIG_IGN)
+            self._before = {}
         if trainer.is_global_zero:
             name = signal.Signals(self._received).name if self._received else "a signal to another rank"
             after = _requeue() if requeue else "go on with --ckpt_path auto"
