@@ -88,7 +88,7 @@ class Preemption(Callback):
         if not agree(self._received is not None, all=False):
             return
         requeue = agree(self._requeue_signal is not None and self._received == self._requeue_signal, all=False)
-        if requeue:  # SLURM then tells all processes to end, which they do, and with a status of their own
+        if requeue:  # upon which SLURM tells all processes to end; until Lightning's teardown that cuts nothing short
             for number in self._before:
                 signal.signal(number, signal.SIG_IGN)
             self._before = {}
