@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import magnet_train
+from magnet_train.folders import write_json
 
 
 def environment(num_ranks: int) -> dict[str, Any]:
@@ -59,6 +60,4 @@ def note_environment(folder: Path, found: dict[str, Any]) -> None:
         before = json.loads(file.read_text())
     except (OSError, ValueError):
         before = []
-    aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps([*(before if isinstance(before, list) else []), found], indent=2) + "\n")
-    os.replace(aside, file)
+    write_json(file, [*(before if isinstance(before, list) else []), found])
