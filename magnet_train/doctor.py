@@ -42,7 +42,7 @@ from magnet_train.model import MagnetConfig
 from magnet_train.module import MagnetModule
 from magnet_train.pretrained import one_line
 from magnet_train.release import Trained, check_stamp, check_weights, read_checkpoint
-from magnet_train.resume import check_same_network, newest_whole_checkpoint
+from magnet_train.resume import check_same_model, newest_whole_checkpoint
 from magnet_train.sharding import check_shardable
 from magnet_train.weights import CLAP_MUSIC, PASST_10S, PASST_20S, VGGISH, Weights, cache_dir, find_weights
 
@@ -315,7 +315,8 @@ def check_start(plan: Plan) -> Iterator[Finding]:
         checkpoint = read_checkpoint(Path(path))
         if "network" not in checkpoint.get("hyper_parameters", {}):
             raise UserError(f"{path}: not a checkpoint of magnet_train; choose another")
-        check_same_network(checkpoint["hyper_parameters"]["network"], asdict(plan.network))
+        own = {"network": asdict(plan.network), "optimizer": {"name": config.model.optimizer.name}}
+        check_same_model(checkpoint["hyper_parameters"], own)
         if "run" in checkpoint:
             plan.shards("train")
             ExactResume.check_data(plan.data, checkpoint["run"])

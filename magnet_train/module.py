@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from magnet_train.codec import absolute_name, load_codec
@@ -19,7 +20,7 @@ from magnet_train.metrics.fixed_masks import FixedMaskMetrics, fixed_span_mask
 from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.pretrained import absolute_path
 from magnet_train.release import Trained, check_stamp, check_weights
-from magnet_train.resume import check_same_network
+from magnet_train.resume import check_same_model, differing
 from magnet_train.schedule import cosine_factor, inverse_sqrt_factor
 from magnet_train.sharding import check_shardable, is_sharded, shard, whole_copy, whole_tensor
 
@@ -239,12 +240,12 @@ class MagnetModule(L.LightningModule):
         """Stages to train in the batch that has `count` before it, with the rows of each.
 
         They are drawn alike on all ranks, so that ranks have the same work and none waits for another; one stage
-        for all that is accumulated, or one for each row.
+        for all batches of an optimizer step, or one for each row.
         """
         num_stages = self.config.num_codebooks
         if self.stage_sampling == "batch":
-            update = count // self.trainer.accumulate_grad_batches
-            return [(int(torch.randint(num_stages, (1,), generator=step_generator(self.seed, update))), [*range(size)])]
+            generator = step_generator(self.seed, self.global_step)
+            return [(int(torch.randint(num_stages, (1,), generator=generator)), [*range(size)])]
         drawn = torch.randint(num_stages, (size,), generator=step_generator(self.seed, count, -1)).tolist()
         return [(stage, [row for row in range(size) if drawn[row] == stage]) for stage in sorted(set(drawn))]
 
@@ -276,13 +277,17 @@ class MagnetModule(L.LightningModule):
         checkpoint["begun_with"] = {k: v for k, v in self.begun_with.items() if v is not None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A resumed run need not find again what it began with.
+        """A resumed run need not find again what it began with, and is told what it goes on with that is new.
 
         Raises:
-            UserError: if the checkpoint's network is another one.
+            UserError: if the checkpoint's network or optimizer is another one.
         """
         if self._trainer is not None and self._trainer.state.fn == "fit":
-            check_same_network(checkpoint["hyper_parameters"]["network"], asdict(self.config))
+            saved, own = checkpoint["hyper_parameters"], dict(self.hparams)
+            check_same_model(saved, own)
+            changed = [text for name, text in differing(saved, own) if name not in ("init_from", "start_from_codec")]
+            if changed:
+                rank_zero_info(f"goes on with other settings than the checkpoint's: {', '.join(changed)}")
         self.begun_with = dict(checkpoint.get("begun_with", {}))
         self.trained_steps = int(checkpoint.get("global_step", 0))
 
@@ -304,10 +309,21 @@ class MagnetModule(L.LightningModule):
         result = self._generator.generate(batch["captions"], self.seed, batch["keys"])
         return {"wav": result.wav, "sample_rate": result.sample_rate}
 
-    def configure_optimizers(self) -> Any:
+    def _optimizer_settings(self) -> dict[str, Any]:
         config = self.optimizer_config
-        settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
-        settings["weight_decay"] = config.weight_decay
+        return {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
+
+    def on_train_start(self) -> None:
+        """A resumed run has the optimizer's settings that it was given: Lightning restores the checkpoint's."""
+        settings, optimizer, schedule = self._optimizer_settings(), self.trainer.optimizers[0], self.lr_schedulers()
+        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        lr = settings["lr"] * schedule.lr_lambdas[0](schedule.last_epoch)
+        schedule.base_lrs, schedule._last_lr = [settings["lr"]], [lr]
+        for group in optimizer.param_groups:
+            group |= settings | {"lr": lr, "initial_lr": settings["lr"]}
+
+    def configure_optimizers(self) -> Any:
+        config, settings = self.optimizer_config, self._optimizer_settings()
         if config.name == "adamw":
             # One kernel for all tensors. Under a mixed precision Lightning refuses to clip gradients before it, and
             # fp16's scaler leaves the gradients to it, which a step that is left out does not have.

@@ -78,22 +78,34 @@ def fingerprint(index: Mapping[str, Any]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def check_same_network(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Whether a checkpoint's network is the configured one; both as plain values.
+def check_same_model(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Whether a checkpoint's network and optimizer are the configured ones; both `hyper_parameters`, as plain values.
 
     Raises:
         UserError: that names the settings that differ.
     """
-    differing = [
-        f"{name}={own[name]} (there {saved[name]})"
-        for name in sorted(saved.keys() & own.keys())  # an older version knew fewer
-        if _plain(saved[name]) != _plain(own[name])
-    ]
-    if differing:
+    changed = [text for name, text in differing(saved, own) if name == "optimizer.name" or name.startswith("network.")]
+    if changed:
         raise UserError(
-            f"--ckpt_path: the checkpoint's model is another: network.{', '.join(differing)}; give its settings, or "
-            "another --trainer.default_root_dir to begin a new run"
+            f"--ckpt_path: the checkpoint's model is another: {', '.join(changed)}; give its settings, or another "
+            "--trainer.default_root_dir to begin a new run"
         )
+
+
+def differing(saved: Mapping[str, Any], own: Mapping[str, Any], within: str = "") -> list[tuple[str, str]]:
+    """Names of the settings that both know and that differ, each with what it is here and there.
+
+    >>> differing({"seed": 1, "optimizer": {"lr": 0.1}, "older": 2}, {"seed": 1, "optimizer": {"lr": 0.2}})
+    [('optimizer.lr', 'optimizer.lr=0.2 (there 0.1)')]
+    """
+    found = []
+    for name in sorted(saved.keys() & own.keys()):
+        one, two = saved[name], own[name]
+        if isinstance(one, Mapping) and isinstance(two, Mapping):
+            found += differing(one, two, f"{within}{name}.")
+        elif _plain(one) != _plain(two):
+            found.append((f"{within}{name}", f"{within}{name}={two} (there {one})"))
+    return found
 
 
 def _plain(value: Any) -> Any:

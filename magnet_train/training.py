@@ -240,6 +240,7 @@ class MagnetCLI(LightningCLI):
             rank_zero_info(f"--ckpt_path auto: {newest or 'no checkpoint yet, training begins'}")
         if config.ckpt_path is not None:  # else each resume would begin another last-v1, last-v2 …
             config.checkpoint.enable_version_counter = False
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         elif self.verb == "fit" and not config.trainer.fast_dev_run and not _is_in(config.model.init_from, own_folder):
             _set_aside(own_folder)
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]

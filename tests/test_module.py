@@ -114,10 +114,8 @@ def drawn(module, rank, batch_index, accumulated=1):
         seen.append((stage, masked, captions))
         raise Seen
 
-    epoch = SimpleNamespace(total_batch_idx=batch_index)
-    module._trainer = SimpleNamespace(
-        global_rank=rank, accumulate_grad_batches=accumulated, fit_loop=SimpleNamespace(epoch_loop=epoch)
-    )
+    epoch, update = SimpleNamespace(total_batch_idx=batch_index), batch_index // accumulated
+    module._trainer = SimpleNamespace(global_rank=rank, global_step=update, fit_loop=SimpleNamespace(epoch_loop=epoch))
     module.stage_loss = stop
     with pytest.raises(Seen):
         module.training_step(batch(valid=(24, 24)), 0)
@@ -149,7 +147,7 @@ def test_accumulated_batches_share_the_stage(module):
 def test_each_example_may_have_a_stage_of_its_own(module):
     """Every rank has the same groups, so that none waits for another."""
     module.stage_sampling = "example"
-    module._trainer = SimpleNamespace(accumulate_grad_batches=1, global_rank=0)
+    module._trainer = SimpleNamespace(global_rank=0)
     groups = [module._drawn_stages(count, size=8) for count in range(40)]
     assert all(sorted(row for _, rows in step for row in rows) == [*range(8)] for step in groups)
     drawn = [stage for step in groups for stage, rows in step for _ in rows]
@@ -163,7 +161,6 @@ def test_stages_of_their_own_are_trained_as_each_alone(module):
     module.stage_sampling, size = "example", 6
     data = batch(valid=(24, 24, 24, 20, 24, 9))
     module._trainer = SimpleNamespace(
-        accumulate_grad_batches=1,
         global_rank=0,
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=3)),
     )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_data import make_data_codec, write_shards
+from helpers_programs import program
 from helpers_resume import arguments, differences, ledger, make_data, outcome
 
 import magnet_train.callbacks.preemption
@@ -225,8 +226,7 @@ def test_only_a_second_signal_that_comes_later_ends_at_once(later_s: float, stat
 
 def test_the_time_that_is_up_in_a_validation_queues_the_job_again(tmp_path: Path):
     called = tmp_path / "called"
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {called}\n')
-    (tmp_path / "scontrol").chmod(0o755)
+    program(tmp_path / "scontrol", f'echo "$@" > {called}')
     child = os.fork()
     if not child:
         os.environ |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
@@ -247,27 +247,39 @@ def test_under_slurm_a_job_is_queued_again_and_goes_on(
     options = ("--data.num_workers=0", "--trainer.accumulate_grad_batches=1")
     twin = twins[options]
     called = tmp_path / "called"
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {called}\n')
-    (tmp_path / "scontrol").chmod(0o755)
+    program(tmp_path / "scontrol", f'echo "$@" >> {called}')
+    numbers = signal.SIGTERM, signal.SIGUSR1
+    before = [signal.getsignal(n) for n in numbers]
+
+    def requeued() -> bool:
+        """Whether SLURM, which ends a job that it queues again, does not cut its end short; then they are as before."""
+        ignored = [signal.getsignal(n) for n in numbers] == [signal.SIG_IGN] * 2
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        return ignored
+
     with monkeypatch.context() as slurm:
         for name, value in {"JOB_ID": "7", "JOB_NAME": "fit", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}.items():
             slurm.setenv(f"SLURM_{name}", value)
         slurm.setenv("PATH", str(tmp_path), prepend=os.pathsep)
         with pytest.raises(Preempted):
             main(arguments(data, tmp_path / "run", *options, signal_at=2, signal=int(signal.SIGUSR1)))
-        assert "job 7 is queued again" in capsys.readouterr().out
+        assert "job 7 is queued again" in capsys.readouterr().out and requeued()
         slurm.setenv("SLURM_RESTART_COUNT", "1")  # from now on a start goes on without being told
         slurm.setenv("SLURM_ARRAY_JOB_ID", "5")
         slurm.setenv("SLURM_ARRAY_TASK_ID", "2")
         with pytest.raises(Preempted):
             main(arguments(data, tmp_path / "run", *options, signal_at=3, signal=int(signal.SIGUSR1)))
+        assert requeued()
         with pytest.raises(Preempted):  # SLURM itself queues again what it preempts
             main(arguments(data, tmp_path / "run", *options, signal_at=5, signal=int(signal.SIGTERM)))
+        assert [signal.getsignal(n) for n in numbers] == before
         assert called.read_text() == "requeue 7\nrequeue 5_2\n"
-        (tmp_path / "scontrol").write_text("#!/bin/sh\necho Job is gone >&2; exit 1\n")
+        program(tmp_path / "scontrol", "echo Job is gone >&2; exit 1")
         with pytest.raises(Preempted):
             main(arguments(data, tmp_path / "run", *options, signal_at=6, signal=int(signal.SIGUSR1)))
         assert "SLURM does not queue job 5_2 again (Job is gone): submit it again" in capsys.readouterr().out
+        assert requeued()
         assert not [*(tmp_path / "run").glob("hpc*")]
         assert main(arguments(data, tmp_path / "run", *options)) == 0
     assert equal(twin, tmp_path / "run")
@@ -339,7 +351,8 @@ def test_what_another_run_left_is_refused(data: Path, tmp_path: Path, capsys: An
     write_shards(tmp_path / "other" / "validation", other, (2,))
     write_shards(tmp_path / "fewer", str(data / "codec"), (5, 3))
     changed = [
-        (["--model.network.context=9"], "context=9 (there 5)"),
+        (["--model.network.context=9"], "network.context=9 (there 5)"),
+        (["--model.optimizer.name=dadapt_adam"], "optimizer.name=dadapt_adam (there adamw)"),
         ([f"--data.train={tmp_path / 'fewer'}"], "other shards"),
         (
             [f"--model.codec={other}", f"--data.train={tmp_path / 'other' / 'train'}",
@@ -352,6 +365,24 @@ def test_what_another_run_left_is_refused(data: Path, tmp_path: Path, capsys: An
         (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
         assert says in line and "--ckpt_path" in line
     assert main(arguments(data, tmp_path / "run")) == 0  # nothing was lost
+
+
+def test_a_run_goes_on_with_the_settings_that_it_is_given(data: Path, tmp_path: Path, caplog: Any):
+    """As after steps without a finite loss, where a lower learning rate is advised."""
+    stopped(data, tmp_path / "run", "--model.optimizer.schedule=constant", stop_at=5)
+    before = outcome(tmp_path / "run")
+    given = ("--model.optimizer.lr=0.001", "--model.optimizer.weight_decay=0.2", "--model.span_len=2")
+    with caplog.at_level("INFO"):
+        assert main(arguments(data, tmp_path / "run", "--model.optimizer.schedule=constant", *given)) == 0
+    (line,) = [r.getMessage() for r in caplog.records if "other settings" in r.getMessage()]
+    for text in ("optimizer.lr=0.001 (there 0.01)", "weight_decay=0.2 (there 0.1)", "span_len=2 (there 3)"):
+        assert text in line
+    after = outcome(tmp_path / "run")
+    (group,) = after["optimizer_states"][0]["param_groups"]
+    assert (group["lr"], group["initial_lr"], group["weight_decay"]) == (0.001, 0.001, 0.2)
+    assert (before["step"], after["step"]) == (4, 8)
+    moved = [(after["current_model_state"][k] - v).abs().max() for k, v in before["current_model_state"].items()]
+    assert 0.001 < float(max(moved)) < 0.008  # four steps, each at most about as long as the learning rate
 
 
 # --- on other ranks -----------------------------------------------------------------------------------------------

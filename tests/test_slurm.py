@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers_programs import program
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted((ROOT / "conf" / "slurm").glob("*.sbatch"))
@@ -25,11 +26,6 @@ def test_a_job_file_is_what_its_head_says(job: Path):
     for option in ("--requeue", "--open-mode=append", "--signal=SIGUSR1@900"):  # of the steps, not of the batch script
         assert f"#SBATCH {option}\n" in text
     assert "HF_HUB_OFFLINE" in text and "WANDB_MODE" in text and f"conf/slurm/{job.name}" in text
-
-
-def program(path: Path, script: str) -> None:
-    path.write_text(f"#!/bin/bash\n{script}\n")
-    path.chmod(0o755)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers_programs import program
 
 import magnet_train.cli
 import magnet_train.sweep
@@ -48,11 +49,6 @@ note(end=time.time())
 def write(path: Path, **content: object) -> Path:
     path.write_text(yaml.safe_dump(HEAD | content, sort_keys=False))
     return path
-
-
-def program(path: Path, script: str) -> None:
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
 
 
 def notes(folder: Path) -> list[dict]:

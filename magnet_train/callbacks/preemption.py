@@ -88,10 +88,11 @@ class Preemption(Callback):
         if not agree(self._received is not None, all=False):
             return
         requeue = agree(self._requeue_signal is not None and self._received == self._requeue_signal, all=False)
-        if requeue:  # upon which SLURM tells all processes to end; until Lightning's teardown that cuts nothing short
+        if requeue:  # upon which SLURM tells all processes to end, and that shall not cut W&B's last seconds short
             for number in self._before:
                 signal.signal(number, signal.SIG_IGN)
             self._before = {}
+            trainer._signal_connector._original_handlers = {}  # which Lightning would put back before them
         if trainer.is_global_zero:
             name = signal.Signals(self._received).name if self._received else "a signal to another rank"
             after = _requeue() if requeue else "go on with --ckpt_path auto"
