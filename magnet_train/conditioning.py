@@ -4,6 +4,7 @@ A caption that is empty or None is the null condition: a row with no token, whos
 encoder never sees it, so the null row is exact and costs nothing.
 """
 
+import hashlib
 import importlib.util
 import os
 import warnings
@@ -71,6 +72,15 @@ class TextEncoder(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are, and where the states come out."""
         return next(self.model.parameters()).device
+
+    @property
+    def stamp(self) -> str:
+        """16 hex digits of the first numbers of all its weights: wherever it lies, another encoder has others."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.state_dict().items()):
+            first = weight.flatten()[:8].cpu().numpy()
+            digest.update(f"{name} {tuple(weight.shape)} {first.tolist()}\n".encode())
+        return digest.hexdigest()[:16]
 
     def __deepcopy__(self, memo: dict) -> "TextEncoder":
         """Itself: it never changes, so a copy of what holds it needs none of its own."""

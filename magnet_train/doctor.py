@@ -319,7 +319,8 @@ def check_start(plan: Plan) -> Iterator[Finding]:
         check_same_model(checkpoint["hyper_parameters"], own)
         if "run" in checkpoint:
             plan.shards("train")
-            ExactResume.check_data(plan.data, checkpoint["run"])
+            if plan.text_encoder is not None:
+                ExactResume.check_data(plan.data, checkpoint["run"], plan.text_encoder)
         yield Finding("ok", "start", f"goes on after step {checkpoint.get('global_step')} of {path}")
     elif config.model.init_from is not None:
         start = Trained.open(config.model.init_from)
@@ -500,6 +501,11 @@ def check_devices(plan: Plan) -> Iterator[Finding]:
         raise UserError(
             f"{devices.per_node} GPUs a node asked for, {devices.visible} visible here; run doctor where the job will "
             f"run (srun --gpus-per-node {devices.per_node} …), or set --trainer.devices"
+        )
+    if devices.ranks > 1 and not torch.distributed.is_nccl_available():
+        raise UserError(
+            f"{devices.ranks} GPUs asked for, but torch {torch.__version__} is built without NCCL, by which they talk; "
+            "install the build for your CUDA, or set --trainer.devices 1"
         )
     properties = [torch.cuda.get_device_properties(i) for i in range(devices.per_node)]
     names = sorted({f"{p.name} with {p.total_memory / 1e9:.0f} GB" for p in properties})
@@ -742,7 +748,8 @@ def estimates(plan: Plan) -> Iterator[Finding | str]:
         most = estimate.largest_batch(needed, data.batch_size, capacities[0])
         remedy = f"set --data.batch_size {most}" if most else "shard the model over more devices, or use larger ones"
         text = f"{gb(needed.total)} are needed, {gb(capacities[0])} are there and a tenth stays free (estimated)"
-        yield Finding("warning" if most else "failed", "memory", f"{text}; {remedy}")
+        is_too_much = not most or needed.total > capacities[0]
+        yield Finding("failed" if is_too_much else "warning", "memory", f"{text}; {remedy}")
     stages = network.num_codebooks
     examples = data.batch_size * plan.trainer.accumulate_grad_batches
     flop = [estimate.training_flop(network, plan.num_frames, stage) for stage in range(stages)]

@@ -24,7 +24,19 @@ def user_error_of(error: BaseException) -> UserError | None:
     return UserError(lines[-1]) if lines else None
 
 
+PLAIN = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+"""What to give where a parser expects a type."""
+
+
 def message_of(text: str) -> str:
-    """A parser's message in one line, without the long way it came."""
+    """A parser's message in one line, without the long way it came.
+
+    >>> message_of("Parser key \\"model.span_len\\":\\n  - Expected a <class 'int'>. Got value: three")
+    '--model.span_len=three: give a whole number'
+    """
     lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
-    return " ".join(dict.fromkeys(lines))[:600]
+    message = " ".join(dict.fromkeys(lines))[:600]
+    if found := re.fullmatch(r"Parser key \"(\S+)\": Expected a <class '(\w+)'>\. Got value: (.*)", message):
+        name, kind, value = found.groups()
+        return f"--{name}={value}: give {PLAIN.get(kind, f'a value of type {kind}')}"
+    return message

@@ -27,6 +27,10 @@ def writable_folder(folder: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
     """Writes aside and moves into place."""
-    path.with_suffix(".tmp").write_text(json.dumps(value, indent=2) + "\n")
+    path.with_suffix(".tmp").write_text(text)
     os.replace(path.with_suffix(".tmp"), path)

@@ -102,16 +102,25 @@ LOGGED: tuple[Logged, ...] = (
     *_of("training", ("epoch", "", "Lightning's count; training data has no end of its own"), shown=False),
     *_of(
         "guards",
-        ("train/steps_left_out", "lower", "steps so far without a finite loss and gradients, left out"),
+        (
+            "train/steps_left_out",
+            "lower",
+            "steps left out so far, without a finite loss and gradients; some find the scale of 16-mixed",
+        ),
         ("data/shards_left_out", "lower", "shards that no loader process could read, each time it was its turn"),
         ("data/items_left_out", "lower", "items in them"),
     ),
     *_of(
         "speed",
-        ("speed/examples_per_s", "higher", "examples a second over all ranks, validation left out"),
-        ("speed/frames_per_s", "higher", "frames a second over all ranks, without padding"),
-        ("speed/data_share", "lower", "share of the time spent waiting for a batch, 0 to 1"),
-        ("speed/peak_memory_gb", "lower", "most memory so far of the GPU, or on a CPU of the process, in GB"),
+        ("speed/examples_per_s", "higher", "examples a second, the first rank's times the ranks, validation left out"),
+        ("speed/frames_per_s", "higher", "frames a second, the first rank's times the ranks, without padding"),
+        ("speed/audio_hours_per_s", "higher", "hours of audio heard by all ranks in a second"),
+        (
+            "speed/data_share",
+            "lower",
+            "share of the time spent waiting for a batch, 0 to 1; of the rank that waits most",
+        ),
+        ("speed/peak_memory_gb", "lower", "most memory so far of a GPU, or on a CPU of a process, in GB, of all ranks"),
         ("speed/mfu", "higher", "operations that the model needs over those that the device could do, 0 to 1"),
     ),
 )

@@ -289,6 +289,8 @@ def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch,
     assert look("start", plan, ckpt_path=saved("a.ckpt")) == [f"ok start: goes on after step 3 of {tmp_path}/a.ckpt"]
     (said,) = look("start", plan, ckpt_path=saved("b.ckpt", run=stamp | {"train": "0"}))
     assert "failed start: --ckpt_path: trained on other shards" in said
+    (said,) = look("start", plan, ckpt_path=saved("b.ckpt", run=stamp | {"text_encoder": "0"}))
+    assert "failed start: --ckpt_path: trained with another text encoder" in said
     (said,) = look("start", plan, ckpt_path=saved("c.ckpt"), model__network__num_layers=3)
     assert "the checkpoint's model is another: network.num_layers=3 (there 2)" in said
     (tmp_path / "d.ckpt").write_bytes(b"cut off")
@@ -456,10 +458,10 @@ def test_a_tenth_of_the_memory_stays_free(plan, monkeypatch):
     monkeypatch.setattr(magnet_train.doctor, "speed", lambda _: SUPPOSED)
     needed = Memory(weights=5e8, gradients=0, moments=0, average=0, copies=0, frozen=0, activations=5e8)
     monkeypatch.setattr(magnet_train.doctor.estimate, "memory", lambda *_, **__: needed)
-    for capacity, is_told in ((1.05e9, True), (1.15e9, False)):
+    for capacity, status in ((0.95e9, "failed"), (1.05e9, "warning"), (1.15e9, None)):
         monkeypatch.setattr(magnet_train.doctor, "_capacities", lambda _, c=capacity: [c])
         told = [x for x in estimates(plan) if isinstance(x, Finding)]
-        assert [x.what for x in told] == ["memory"] * is_told
+        assert [(x.status, x.what) for x in told] == [(status, "memory")] * (status is not None)
         assert all("and a tenth stays free" in x.detail and "set --data.batch_size 1" in x.detail for x in told)
 
 
@@ -572,6 +574,7 @@ def test_gpus_are_looked_at_as_they_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (16e9 if i == 3 else 32e9, 32e9))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
 
     def look(devices: int, precision: str) -> list[str]:
         given = trainer(accelerator="gpu", devices=devices, num_nodes=4, precision=precision)
@@ -589,3 +592,6 @@ def test_gpus_are_looked_at_as_they_are(monkeypatch):
         look(2, "bf16-mixed")
     with pytest.raises(UserError, match=r"16 GPUs a node asked for, 8 visible here; run doctor where the job will run"):
         look(16, "16-mixed")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(UserError, match=r"8 GPUs asked for, but torch .* is built without NCCL"):
+        look(2, "16-mixed")

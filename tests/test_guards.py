@@ -73,6 +73,31 @@ def test_too_many_in_a_row_end_the_run_and_keep_the_last_good_checkpoint(data: P
     assert saved["callbacks"]["FiniteGuard"] == {"left_out": 4, "in_a_row": 1}
 
 
+HALF = (
+    '--trainer.plugins+={"class_path": "lightning.pytorch.plugins.MixedPrecision", '
+    '"init_args": {"precision": "16-mixed", "device": "cpu"}}'
+)
+
+
+def test_a_scaler_looks_for_its_scale_and_is_not_let_look_for_ever(data: Path, tmp_path: Path, capsys: Any):
+    """With torch's own scaler, on a CPU: it halves 65536 at each step that overflows."""
+    options = (HALF, "--finite.most_in_a_row=3", "--trainer.max_steps=40", *ALL)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main(arguments(data, tmp_path / "a", *options, "--trainer.max_steps=8", bad_gradients=(1, 2, 3, 4))) == 0
+    assert not [w for w in caught if "left out" in str(w.message)]
+    before, after = (checkpoint(tmp_path / "a", step) for step in (1, 5))
+    assert after["callbacks"]["FiniteGuard"] == {"left_out": 4, "in_a_row": 4}
+    assert after["MixedPrecision"]["scale"] == 65536 / 2**4
+    for name, value in before["current_model_state"].items():
+        assert torch.equal(value, after["current_model_state"][name])
+    with pytest.warns(UserWarning, match="step 17 left out, rank 0: gradients"):
+        assert main(arguments(data, tmp_path / "b", *options, bad_gradients=tuple(range(1, 40)))) == 2
+    assert "steps in a row without a finite loss and gradients" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="step 3 left out, rank 0: loss nan"):  # no scale mends that
+        assert main(arguments(data, tmp_path / "c", *options, bad_losses=(3, 4, 5))) == 2
+
+
 @pytest.mark.parametrize(
     ("make", "word"),
     [
@@ -166,6 +191,8 @@ def test_throughput_counts_all_that_is_heard(data: Path, tmp_path: Path):
         assert float(row["train/audio_hours"]) == pytest.approx(number * 4 / 3600)
         assert 0 < float(row["speed/examples_per_s"]) < 2 / 0.05
         assert float(row["speed/frames_per_s"]) == pytest.approx(50 * float(row["speed/examples_per_s"]), rel=1e-4)
+        heard = float(row["speed/audio_hours_per_s"])
+        assert heard == pytest.approx(float(row["speed/examples_per_s"]) / 3600, rel=1e-4)
         assert 0 <= float(row["speed/data_share"]) < 1 and 0.05 < float(row["speed/peak_memory_gb"]) < 50
         assert not row.get("speed/mfu")  # no peak is known of a CPU
 

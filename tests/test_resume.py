@@ -13,6 +13,7 @@ import torch
 from helpers_data import make_data_codec, write_shards
 from helpers_programs import program
 from helpers_resume import arguments, differences, ledger, make_data, outcome
+from make_components import make_t5
 
 import magnet_train.callbacks.preemption
 from magnet_train.__main__ import main
@@ -344,13 +345,16 @@ def test_resumes_write_no_further_versions_of_the_last_checkpoint(data: Path, tm
 # --- whose checkpoint ---------------------------------------------------------------------------------------------
 
 
-def test_what_another_run_left_is_refused(data: Path, tmp_path: Path, capsys: Any):
+def test_what_another_run_left_is_refused(data: Path, tmp_path: Path, capsys: Any, caplog: Any):
     stopped(data, tmp_path / "run", stop_at=3)
     other = make_data_codec(tmp_path / "other" / "codec", seed=1)
     write_shards(tmp_path / "other" / "train", other, (5, 3, 4))
     write_shards(tmp_path / "other" / "validation", other, (2,))
     write_shards(tmp_path / "fewer", str(data / "codec"), (5, 3))
+    write_shards(tmp_path / "validation", str(data / "codec"), (3,))
+    make_t5(tmp_path / "t5", dim=384)
     changed = [
+        ([f"--model.text_encoder={tmp_path / 't5'}"], "another text encoder"),
         (["--model.network.context=9"], "network.context=9 (there 5)"),
         (["--model.optimizer.name=dadapt_adam"], "optimizer.name=dadapt_adam (there adamw)"),
         ([f"--data.train={tmp_path / 'fewer'}"], "other shards"),
@@ -364,7 +368,10 @@ def test_what_another_run_left_is_refused(data: Path, tmp_path: Path, capsys: An
         assert main(arguments(data, tmp_path / "run", *options)) == 2
         (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
         assert says in line and "--ckpt_path" in line
-    assert main(arguments(data, tmp_path / "run")) == 0  # nothing was lost
+    with caplog.at_level("INFO"):
+        assert main(arguments(data, tmp_path / "run", f"--data.validation={tmp_path / 'validation'}")) == 0
+    assert any("another validation set" in r.getMessage() for r in caplog.records)
+    assert outcome(tmp_path / "run")["step"] == 8  # nothing was lost
 
 
 def test_a_run_goes_on_with_the_settings_that_it_is_given(data: Path, tmp_path: Path, caplog: Any):

@@ -17,11 +17,10 @@ import pytest
 import soundfile
 from helpers_data import make_data_codec, write_shards
 from helpers_wandb import history, records, server
-from torch.utils.tensorboard import SummaryWriter
 
 from magnet_train import logged
 from magnet_train.__main__ import main
-from magnet_train.callbacks.tracking import Clip, Tracking, prepare_wandb, to_tensorboard
+from magnet_train.callbacks.tracking import Tracking, prepare_wandb
 from magnet_train.environment import commit_of
 from magnet_train.errors import UserError
 
@@ -314,22 +313,26 @@ def test_checkpoints_become_versions_with_aliases(run: Path, tmp_path: Path):
     assert len({a.name for a in logged_}) == 1
 
 
-def test_tensorboard_gets_audio_and_pictures(run: Path, tmp_path: Path):
-    """Read back by TensorBoard itself."""
+def test_tensorboard_gets_figures_audio_and_pictures(data: Path, tmp_path: Path):
+    """Of a `fit`, read back by TensorBoard itself."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    clips = [Clip.read(path) for path in sorted(run.glob("validation/step_0000006/*.wav"))]
-    with SummaryWriter(str(tmp_path)) as writer:
-        to_tensorboard(writer, clips, 6)
-    shown = EventAccumulator(str(tmp_path)).Reload()
-    assert shown.Tags()["audio"] == [f"gen/audio/{clip.audio.stem}" for clip in clips] and len(clips) == 2
-    for clip in clips:
-        (audio,) = shown.Audio(f"gen/audio/{clip.audio.stem}")
-        (picture,) = shown.Images(f"gen/pictures/{clip.audio.stem}")
+    run = tmp_path / "run"
+    options = ("--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=.", "--trainer.max_steps=2")
+    assert fit(data, run, *options) == 0
+    (folder,) = (run / "lightning_logs").iterdir()
+    shown = EventAccumulator(str(folder)).Reload()
+    assert {"train/loss", "train/audio_hours", "val/ce", "val/num_clips"} <= {*shown.Tags()["scalars"]}
+    summary = json.loads((run / "summary.json").read_text())
+    assert shown.Scalars("val/ce")[-1].value == pytest.approx(summary["metrics"]["val/ce"]["after"], rel=1e-6)
+    files = sorted(run.glob("validation/step_0000002/*.wav"))
+    assert shown.Tags()["audio"] == [f"gen/audio/{file.stem}" for file in files] and len(files) == 2
+    for file in files:
+        audio, picture = shown.Audio(f"gen/audio/{file.stem}")[-1], shown.Images(f"gen/pictures/{file.stem}")[-1]
         wav, rate = soundfile.read(io.BytesIO(audio.encoded_audio_string))
-        written, _ = soundfile.read(clip.audio)
-        assert (audio.step, rate) == (6, 8000) and np.abs(wav - written).max() < 2**-14
-        assert picture.step == 6 and (picture.height, picture.width) == matplotlib.image.imread(clip.picture).shape[:2]
+        assert (audio.step, rate) == (2, 8000) and np.abs(wav - soundfile.read(file)[0]).max() < 2**-14
+        drawn = matplotlib.image.imread(file.with_suffix(".png"))
+        assert picture.step == 2 and (picture.height, picture.width) == drawn.shape[:2]
 
 
 def test_a_commit_is_that_of_the_code_and_of_nobody_elses_repository(tmp_path: Path):

@@ -16,8 +16,9 @@ class FiniteGuard(Callback):
     """Leaves out optimizer steps on a loss or on gradients that are not finite, and ends the run after many in a row.
 
     A step that is left out changes neither weights nor the optimizer's state, on any rank; it counts as a step for
-    schedule and averaging. `train/steps_left_out` counts them. In 16-mixed precision infinite gradients are how the
-    scaler finds its scale, so there only the loss is looked at.
+    schedule and averaging. `train/steps_left_out` counts them. In 16-mixed precision gradients that are not finite are
+    how the scaler finds its scale, so there these steps are counted too, but named, and a reason to end, only once the
+    scale is down to 1.
     """
 
     def __init__(self, most_in_a_row: int = 10):
@@ -59,19 +60,21 @@ class FiniteGuard(Callback):
         keys, losses = self._keys, torch.stack(self._losses)
         self._keys, self._losses = [], []
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        is_finite = losses.isfinite().all()
-        if getattr(trainer.precision_plugin, "scaler", None) is None:
-            is_finite = is_finite & whole_tensor(torch.nn.utils.get_total_norm(gradients)).isfinite()
-        if trainer.strategy.reduce_boolean_decision(bool(is_finite)):
+        is_finite = losses.isfinite().all() & whole_tensor(torch.nn.utils.get_total_norm(gradients)).isfinite()
+        agree = trainer.strategy.reduce_boolean_decision
+        if agree(bool(is_finite)):
             self.in_a_row = 0
             return
         self.left_out += 1
         self.in_a_row += 1
+        pl_module.log("train/steps_left_out", float(self.left_out))
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and agree(bool(losses.isfinite().all())) and scaler.get_scale() > 1:
+            return  # it leaves the step out itself, and tries the next one at half the scale
         self._name(trainer, keys, losses.tolist())
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
-        pl_module.log("train/steps_left_out", float(self.left_out))
         if self.in_a_row >= self.most_in_a_row:
             raise UserError(
                 f"{self.in_a_row} steps in a row without a finite loss and gradients, the last step "

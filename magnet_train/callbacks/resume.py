@@ -7,7 +7,9 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from magnet_train.conditioning import TextEncoder
 from magnet_train.errors import UserError
+from magnet_train.module import MagnetModule
 from magnet_train.resume import Layout, fingerprint
 
 PROGRESS = "epoch_loop.batch_progress"
@@ -37,23 +39,31 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(pl_module, MagnetModule)
         checkpoint["run"] = {
             "layout": asdict(self._layout(trainer)),
             "open_batches": self._open,
             "train": fingerprint(data.shards("train").index),
+            "validation": _validation_fingerprint(data),
             "codec": data.shards("train").index["codec"]["hash"],
+            "text_encoder": pl_module.text_encoder.stamp,
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Sets the progress right.
 
         Raises:
-            UserError: if the checkpoint was trained on other shards or another codec.
+            UserError: if the checkpoint was trained on other shards, another codec or another text encoder.
         """
         if trainer.state.fn != "fit" or (saved := checkpoint.get("run")) is None:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self.check_data(data, saved)
+        assert isinstance(pl_module, MagnetModule)
+        self.check_data(data, saved, pl_module.text_encoder)
+        if saved.get("validation", now := _validation_fingerprint(data)) != now:
+            rank_zero_info(
+                "goes on with another validation set: earlier figures under val/ do not compare with new ones"
+            )
         loops = checkpoint["loops"]["fit_loop"]
         progress, inner = loops[PROGRESS], loops["epoch_loop.state_dict"]
         # Or a validation that was made up for once would look interrupted ever after.
@@ -90,12 +100,17 @@ class ExactResume(Callback):
         return Layout(trainer.world_size, data.batch_size, trainer.accumulate_grad_batches, data.workers)
 
     @staticmethod
-    def check_data(data: Any, saved: dict[str, Any]) -> None:
-        """Whether the shards are those that a checkpoint's `run` notes.
+    def check_data(data: Any, saved: dict[str, Any], text_encoder: TextEncoder) -> None:
+        """Whether training shards and text encoder are those that a checkpoint's `run` notes.
 
         Raises:
-            UserError: if they, or their codec, are others.
+            UserError: if they, or the shards' codec, are others.
         """
+        if saved.get("text_encoder", text_encoder.stamp) != text_encoder.stamp:  # an older version noted none
+            raise UserError(
+                f"--ckpt_path: trained with another text encoder than {text_encoder.id}; give --model.text_encoder as "
+                "the run's config.yaml has it, or begin a new run"
+            )
         found = data.shards("train")
         if saved["codec"] != found.index["codec"]["hash"]:
             raise UserError(
@@ -107,6 +122,10 @@ class ExactResume(Callback):
                 f"--ckpt_path: trained on other shards than {found.name} holds; give those it was trained on, or "
                 "train on with --model.init_from CHECKPOINT instead, which begins a new run with its weights"
             )
+
+
+def _validation_fingerprint(data: Any) -> str | None:
+    return None if data.folders["validation"] is None else fingerprint(data.shards("validation").index)
 
 
 def _is_at_batch_end(progress: dict[str, Any]) -> bool:

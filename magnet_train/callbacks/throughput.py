@@ -20,10 +20,11 @@ class Throughput(Callback):
     """Logs speed over the steps since the last logging, every `trainer.log_every_n_steps`; validation is left out.
 
     Over all ranks, the others taken to be as fast as the first and their items as long: `speed/examples_per_s`,
-    `speed/frames_per_s` (without padding), `train/audio_hours` (heard since the run began), `speed/data_share` (of the
-    time, spent waiting for a batch, on this rank), `speed/peak_memory_gb` (of the GPU's allocator, or of this process
-    on a CPU), and `speed/mfu` where the device's peak is known: floating-point operations that the model needs, not
-    those that were done, over those the device could do at best.
+    `speed/frames_per_s` (without padding), `speed/audio_hours_per_s`, and `train/audio_hours` (heard since the run
+    began). Of the rank that has most: `speed/data_share` (of the time, spent waiting for a batch) and
+    `speed/peak_memory_gb` (of the GPU's allocator, or of the process on a CPU). And `speed/mfu` where the device's peak
+    is known: floating-point operations that the model needs, not those that were done, over those the device could do
+    at best.
 
     And, since the process began, `data/shards_left_out` and `data/items_left_out`: what loader processes of all ranks
     could not read, each time it was its turn.
@@ -62,7 +63,7 @@ class Throughput(Callback):
         """Hours beside the figures of a validation, so that they can be drawn over them."""
         assert isinstance(pl_module, MagnetModule)
         if self.frames or not pl_module.trained_steps:  # else the weights came without their count
-            pl_module.log("train/audio_hours", self._hours(trainer))
+            pl_module.log("train/audio_hours", _hours(self.frames, trainer))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -85,22 +86,27 @@ class Throughput(Callback):
         values = {
             "speed/examples_per_s": self._examples / spent,
             "speed/frames_per_s": self._frames / spent,
-            "speed/data_share": (waited - self._waited) / spent,
-            "speed/peak_memory_gb": _peak_memory(pl_module.device) / 1e9,
-            "train/audio_hours": self._hours(trainer),
+            "speed/audio_hours_per_s": _hours(self._frames, trainer) / spent,
+            "train/audio_hours": _hours(self.frames, trainer),
         }
         if (peak := peak_flop(pl_module.device, str(trainer.precision))) is not None:
             flop = self._examples / trainer.world_size * _flop(pl_module.config, batch["valid"].shape[1])
             values["speed/mfu"] = flop / spent / peak
+        most = {
+            "speed/data_share": (waited - self._waited) / spent,
+            "speed/peak_memory_gb": _peak_memory(pl_module.device) / 1e9,
+        }
         pl_module.log_dict(values)
+        pl_module.log_dict(most, sync_dist=True, reduce_fx="max")
         pl_module.log_dict(self._left_out, sync_dist=True, reduce_fx="sum")
         self._logged, self._since, self._waited, self._spent = step, now, waited, 0.0
         self._examples = self._frames = 0
 
-    def _hours(self, trainer: L.Trainer) -> float:
-        split = "train" if trainer.state.fn == "fit" else "validation"  # of one codec
-        facts = trainer.datamodule.shards(split).index["codec"]  # type: ignore[attr-defined]
-        return self.frames / facts["frame_rate"] / 3600
+
+def _hours(frames: int, trainer: L.Trainer) -> float:
+    split = "train" if trainer.state.fn == "fit" else "validation"  # of one codec
+    facts = trainer.datamodule.shards(split).index["codec"]  # type: ignore[attr-defined]
+    return frames / facts["frame_rate"] / 3600
 
 
 def _flop(config: MagnetConfig, num_frames: int) -> float:

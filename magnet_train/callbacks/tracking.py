@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from magnet_train.callbacks.generation import GenerationCallback
 from magnet_train.environment import environment, note_environment
 from magnet_train.errors import UserError
+from magnet_train.folders import write_whole
 from magnet_train.logged import HOURS, LOGGED, STEP
 from magnet_train.module import MagnetModule
 from magnet_train.resume import fingerprint
@@ -63,9 +64,7 @@ def prepare_wandb(folder: Path, verb: str, goes_on: bool, online: bool) -> None:
     if online:
         check_key(known)
     if verb == "fit":
-        aside = file.with_suffix(".tmp")
-        aside.write_text(f"{os.environ.get('WANDB_RUN_ID', '')}\n")
-        os.replace(aside, file)
+        write_whole(file, f"{os.environ.get('WANDB_RUN_ID', '')}\n")
 
 
 def check_key(goes_on: bool) -> None:
@@ -131,7 +130,7 @@ def without_secrets(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Clip:
+class GeneratedClip:
     """One generated clip on the disk, with what stands in the note beside it."""
 
     audio: Path
@@ -145,7 +144,7 @@ class Clip:
         return self.audio.with_suffix(".png")
 
     @classmethod
-    def read(cls, audio: Path) -> "Clip":
+    def read(cls, audio: Path) -> "GeneratedClip":
         about = json.loads(audio.with_suffix(".json").read_text())
         return cls(audio, about["prompt"], about["item"], about.get("score"))
 
@@ -205,7 +204,7 @@ class Tracking(Callback):
         if generation is None or not generation.audio or not trainer.is_global_zero or trainer.sanity_checking:
             return
         assert isinstance(pl_module, MagnetModule)
-        step, clips = generation.step(trainer, pl_module), [Clip.read(path) for path in generation.audio]
+        step, clips = generation.step(trainer, pl_module), [GeneratedClip.read(path) for path in generation.audio]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 self._to_wandb(logger.experiment, clips, step)
@@ -214,7 +213,7 @@ class Tracking(Callback):
 
     on_test_end = on_validation_end
 
-    def _to_wandb(self, run: Any, clips: list[Clip], step: int) -> None:
+    def _to_wandb(self, run: Any, clips: list[GeneratedClip], step: int) -> None:
         """Lists under the step, and rows of a table of which only the new ones are sent."""
         import wandb
 
@@ -265,7 +264,7 @@ def upload(run: Any, checkpoint: Path, aliases: list[str]) -> None:
     run.log_artifact(artifact, aliases=[*aliases, f"step-{step}"])
 
 
-def to_tensorboard(writer: Any, clips: list[Clip], step: int) -> None:
+def to_tensorboard(writer: Any, clips: list[GeneratedClip], step: int) -> None:
     """Audio, its channels mixed, and pictures, under `gen/audio/NAME` and `gen/pictures/NAME`.
 
     Args:
