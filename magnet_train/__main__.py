@@ -1,6 +1,8 @@
 """The verbs, nothing else. Each is imported when it is called, so that --help answers at once."""
 
+import os
 import sys
+from typing import Any
 
 VERBS = {
     "fit": "train; without options the embedded demo",
@@ -48,11 +50,29 @@ def main(argv: list[str] | None = None) -> int:
         cli.run(argv[0], argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        _leave_others(2)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception:
+        _leave_others(1)
+        raise
     return 0
+
+
+def _leave_others(status: int) -> None:
+    """Ends a rank that failed at once under NCCL, whose own ending would wait for ranks that wait for this one.
+
+    Then SLURM, torchrun or Lightning ends the others too, and not half an hour later.
+    """
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() == "nccl":
+        if status == 1:  # nobody else will say why
+            sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":

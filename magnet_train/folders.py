@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ def writable_folder(folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"  # of several ranks each has its own
+        probe = folder / f".writable-{socket.gethostname()}-{os.getpid()}"  # of several ranks each has its own
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"run folder {folder}: cannot be written ({error.strerror}); set --trainer.default_root_dir to another"

@@ -7,13 +7,14 @@ Everything here holds for plain weights too: they are their own only part.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from magnet_train.errors import UserError
 from magnet_train.model import Magnet
@@ -29,13 +30,30 @@ def shard(network: Magnet, device_type: str) -> None:
     Args:
         network: the same on every rank, compiled or not.
         device_type: of the ranks' devices, "cuda" or "cpu".
+
+    Raises:
+        UserError: if the ranks' weights are not the same, which DDP would make so and shards would mix.
     """
-    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    ranks = dist.get_world_size()
+    sums = [weight.double().sum().item() for weight in network.parameters()]
+    of_all: list[Any] = [None] * ranks
+    dist.all_gather_object(of_all, sums)
+    if any(other != sums for other in of_all):
+        raise UserError(
+            "the ranks begin with different weights: did --model.init_from name the folder of a run that goes on? Give "
+            "one of its checkpoints"
+        )
+
+    def place(weight: nn.Parameter) -> Shard | None:
+        """Of stages' tables and heads, `k n d`, each rank has a slice of each: there may be fewer stages than ranks."""
+        return Shard(2) if weight.dim() == 3 and weight.shape[2] % ranks == 0 else None
+
+    mesh = init_device_mesh(device_type, (ranks,))
     # The text's keys and values of all blocks are made before the first block: their weights come and go together.
     fully_shard([block.cross_attention.kv for block in network.blocks], mesh=mesh)
     for block in network.blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    fully_shard(network, mesh=mesh, shard_placement_fn=place)
     register_fsdp_forward_method(network, "masked_logits")
 
 

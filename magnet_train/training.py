@@ -18,6 +18,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from magnet_train.callbacks.averaging import WeightEMA
@@ -67,6 +68,13 @@ def run_lightning(verb: str, args: list[str]) -> None:
     Raises:
         UserError: for every mistake in them, or in the files they name.
     """
+    name = os.environ.get("SLURM_JOB_NAME")
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and name in ("bash", "interactive"):
+        # For Lightning each of them is then a user at a shell, and each would begin the whole run.
+        raise UserError(
+            f"srun with several tasks in a job of the name {name!r}: Lightning takes no part in those; write "
+            "SLURM_JOB_NAME=magnet srun …"
+        )
     args = completed(args)
     with _as(verb, args):
         MagnetCLI(verb)
@@ -184,6 +192,7 @@ class MagnetCLI(LightningCLI):
                 "callbacks": [PredictionWriter(), ExactResume(), Throughput()] + [Preemption()] * (verb == "fit"),
                 "plugins": [{"class_path": "magnet_train.callbacks.checkpoint_io.AtomicCheckpointIO"}],
                 "use_distributed_sampler": False,  # the data module deals out items itself, each exactly once
+                "inference_mode": False,  # under which sharded weights cannot be gathered
             },
         )
 
@@ -222,6 +231,19 @@ class MagnetCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would lay the checkpoint's settings over the command line."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception:
+            launcher = self.trainer.strategy.launcher
+            if isinstance(
+                launcher, _SubprocessScriptLauncher
+            ):  # ranks of its own, which may wait for this one for long
+                for process in launcher.procs:
+                    process.kill()
+                launcher.procs.clear()  # or Lightning, which watches them, would kill this one before it has said why
+            raise
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.verb]

@@ -6,13 +6,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from helpers_wandb import history, records
 
+import magnet_train.cli
 from magnet_train.__main__ import main
+from magnet_train.errors import UserError
 from magnet_train.metrics.record import read_records
 
 TINY_FIT = [
@@ -276,3 +280,24 @@ def test_every_option_of_ours_has_a_sentence_of_help(verb, capsys):
         o.split()[0] for o in own if re.match(r"--[\w.]+(\.\w+)? [\[{A-Z][^ ]*( \.\.\.\])? \((required, )?type:", o)
     ]
     assert len(own) > 3 and not bare
+
+
+def test_a_rank_that_fails_under_nccl_waits_for_nobody(monkeypatch, capsys):
+    """Where the process group ends only with all ranks, which wait for this one."""
+    for name, value in {"is_initialized": True, "get_world_size": 2, "get_backend": "nccl"}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    for error, status, says in ((UserError("a: b; c"), 2, "error: a: b; c"), (ValueError("why"), 1, "ValueError: why")):
+        monkeypatch.setattr(magnet_train.cli, "run", Mock(side_effect=error))
+        with pytest.raises(SystemExit, match=str(status)):
+            main(["fit"])
+        assert says in capsys.readouterr().err
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    with pytest.raises(ValueError, match="why"):
+        main(["fit"])
+
+
+def test_tasks_that_would_all_be_the_first_rank_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert main(["fit"]) == 2 and "SLURM_JOB_NAME=magnet srun" in capsys.readouterr().err

@@ -211,8 +211,10 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(data: Path, tmp
     assert sorted(set(ledger(tmp_path / "run")) - set(lines)) == [(10, 0), (11, 0), (12, 0)]
 
 
-@pytest.mark.parametrize(("later_s", "status"), [(0.0, 0), (11.0, -signal.SIGTERM)])
-def test_only_a_second_signal_that_comes_later_ends_at_once(later_s: float, status: int):
+@pytest.mark.parametrize(
+    ("later_s", "is_saving", "status"), [(0.0, False, 0), (11.0, False, -signal.SIGTERM), (11.0, True, 0)]
+)
+def test_only_a_second_signal_that_comes_later_ends_at_once(later_s: float, is_saving: bool, status: int):
     """Within seconds it is the same one, from the scheduler and from a launcher."""
     child = os.fork()
     if not child:
@@ -220,6 +222,7 @@ def test_only_a_second_signal_that_comes_later_ends_at_once(later_s: float, stat
         signal.signal(signal.SIGTERM, callback._note)
         os.kill(os.getpid(), signal.SIGTERM)
         callback._received_at -= later_s
+        callback._is_saving = is_saving
         os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
@@ -277,7 +280,7 @@ def test_under_slurm_a_job_is_queued_again_and_goes_on(
         assert [signal.getsignal(n) for n in numbers] == before
         assert called.read_text() == "requeue 7\nrequeue 5_2\n"
         program(tmp_path / "scontrol", "echo Job is gone >&2; exit 1")
-        with pytest.raises(Preempted):
+        with pytest.raises(Preempted, match="1"):  # by which the job file knows
             main(arguments(data, tmp_path / "run", *options, signal_at=6, signal=int(signal.SIGUSR1)))
         assert "SLURM does not queue job 5_2 again (Job is gone): submit it again" in capsys.readouterr().out
         assert requeued()

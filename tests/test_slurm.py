@@ -76,3 +76,29 @@ def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(tmp_path: Path):
     said = start(SLURM_RESTART_COUNT="1")
     assert f"--ckpt_path auto: {run / 'checkpoints' / 'last.ckpt'}" in said
     assert (run / "summary.json").is_file() and (tmp_path / "scontrol.txt").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda p: p.stem)
+def test_a_job_that_fails_is_queued_again_a_few_times(job: Path, tmp_path: Path):
+    """Not for a mistake, and not for ever; a run that lasted an hour begins to count anew."""
+    tools, called = tmp_path / "tools", tmp_path / "scontrol.txt"
+    tools.mkdir()
+    program(tools / "scontrol", f'echo "$@" >> {called}')
+    program(tools / "python", "exit 0")
+    slurm = {"JOB_ID": "7", "JOB_NUM_NODES": "1", "NTASKS_PER_NODE": "2", "SUBMIT_DIR": str(tmp_path)}
+    slurm |= {"ARRAY_JOB_ID": "5", "ARRAY_TASK_ID": "2"} if job.stem == "sweep" else {}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {
+        "PATH": f"{tools}:{os.environ['PATH']}"
+    }
+    env |= {f"SLURM_{name}": value for name, value in slurm.items()}
+
+    def calls(status: int) -> int:
+        """Of scontrol, for a job whose srun ends so."""
+        called.write_text("")
+        program(tools / "srun", f"exit {status}")
+        assert subprocess.run(["bash", str(job)], env=env, capture_output=True).returncode == status
+        assert {*called.read_text().splitlines()} <= {"requeue 5_2" if job.stem == "sweep" else "requeue 7"}
+        return len(called.read_text().splitlines())
+
+    assert [calls(status) for status in (2, 137, 1, 137, 137, 137, 137, 2)] == [0, 1, 1, 1, 1, 1, 0, 0]
+    assert [calls(status) for status in (0, 137)] == [0, 1] and len([*tmp_path.glob(".magnet-failures-*")]) == 1

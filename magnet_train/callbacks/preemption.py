@@ -25,8 +25,9 @@ EVERY_S = 1800.0
 class Preempted(SystemExit):
     """Ends the process with status 0: what the signal asked for is done, and nothing is lost.
 
-    A launcher takes any other status for a failure, ends the other ranks in the middle of their saving, and counts it
-    as one of its retries. A run that is finished, and not only stopped, leaves `summary.json`.
+    A launcher takes any other status for a failure, ends the other ranks in the middle of their ending, and counts it
+    as one of its retries; so it is 1 only where the job should be queued again and could not be. A run that is
+    finished, and not only stopped, leaves `summary.json`.
     """
 
 
@@ -37,7 +38,7 @@ class Preemption(Callback):
     not written beside it.
 
     A signal that arrives in a validation waits for its end, since ranks have unequal numbers of validation batches and
-    cannot agree before; a second one, more than TOGETHER_S later, ends the process at once.
+    cannot agree before; a second one, more than TOGETHER_S later, ends the process at once unless it is saving.
 
     The handler only notes the signal: a checkpoint written from within it could catch a step half done (Lightning
     issue 21406). The ranks agree, whichever of them was told. Under SLURM with automatic requeue the requeue signal has
@@ -51,6 +52,7 @@ class Preemption(Callback):
         self._requeue_signal: int | None = None
         self._before: dict[int, Any] = {}
         self._is_first_rank = False
+        self._is_saving = False
         self._saved = 0.0
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -82,7 +84,9 @@ class Preemption(Callback):
         text = "nothing to save, no step was finished"
         if trainer.global_step:
             path = _last(trainer)
+            self._is_saving = True
             trainer.save_checkpoint(path, weights_only=False)
+            self._is_saving = False
             text = f"saved {path}"
         self._saved = time.monotonic()
         if not agree(self._received is not None, all=False):
@@ -95,8 +99,10 @@ class Preemption(Callback):
             trainer._signal_connector._original_handlers = {}  # which Lightning would put back before them
         if trainer.is_global_zero:
             name = signal.Signals(self._received).name if self._received else "a signal to another rank"
-            after = _requeue() if requeue else "go on with --ckpt_path auto"
+            after, is_done = _requeue() if requeue else ("go on with --ckpt_path auto", True)
             print(f"stopped at step {trainer.global_step} by {name}: {text}; {after}", flush=True)
+            if not is_done:  # the job file may be able to
+                raise Preempted(1)
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # which waits for a result for ever
             raise RuntimeError(f"ddp_fork and ddp_spawn know no exit of their ranks without a failure: {text}")
         raise Preempted(0)
@@ -111,15 +117,16 @@ class Preemption(Callback):
         now = time.monotonic()
         if self._received is None:
             self._received, self._received_at = number, now
-        elif now - self._received_at > TOGETHER_S:
+        elif now - self._received_at > TOGETHER_S and not self._is_saving:
             if self._received == self._requeue_signal and self._is_first_rank:  # the time is up in a validation
-                print(f"ended before a checkpoint could be written: {_requeue()}", flush=True)
+                print(f"ended before a checkpoint could be written: {_requeue()[0]}", flush=True)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._note:  # else Lightning has put back what was there before itself
+                signal.signal(number, handler)
         self._before = {}
 
 
@@ -139,14 +146,14 @@ def _last(trainer: L.Trainer) -> Path:
     return Path(path)
 
 
-def _requeue() -> str:
-    """Has SLURM queue this job, or this task of its array, again; what came of it."""
+def _requeue() -> tuple[str, bool]:
+    """Has SLURM queue this job, or this task of its array, again; what came of it, and whether it is done."""
     job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
     name = job if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True)
     except OSError as error:
-        return f"job {name} could not be queued again ({error}): submit it again"
+        return f"job {name} could not be queued again ({error}): submit it again", False
     if done.returncode:
-        return f"SLURM does not queue job {name} again ({' '.join(done.stderr.split())[:300]}): submit it again"
-    return f"job {name} is queued again"
+        return f"SLURM does not queue job {name} again ({' '.join(done.stderr.split())[:300]}): submit it again", False
+    return f"job {name} is queued again", True
