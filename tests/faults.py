@@ -318,6 +318,23 @@ def other_codec(place: Place) -> list[str]:
     return [f"--model.codec={folder / 'codec'}", *(f"--data.{s}={folder / s}" for s in ("train", "validation"))]
 
 
+def other_text_encoder(place: Place) -> list[str]:
+    from make_components import make_t5
+
+    make_t5(place.folder / "t5", dim=384)  # as wide as the demo's
+    return [f"--model.text_encoder={place.folder / 't5'}"]
+
+
+def sweep_value(place: Place) -> Row:
+    """a sweep value of the wrong type"""
+    file, out, log = place.folder / "sweep.yaml", place.folder / "sweep", place.folder / "sweep.log"
+    sweep = (Path(__file__).parents[1] / "conf" / "sweep" / "span_len.yaml").read_text()
+    file.write_text(sweep.replace("[1, 2, 3, 5, 7, 10]", "[1, 2, three]"))
+    status = ended(attempt(["sweep", str(file), "--out", str(out)], log), 120)
+    assert status == 2 and not [*out.rglob("*.ckpt")], log.read_text()[-2000:]
+    return f"status {status} before any run begins: {line(log.read_text(), 'error:', 'three')}", "nothing"
+
+
 FAULTS: dict[str, Callable[[Place], Row]] = {
     "kill": kill,
     "signal": signals,
@@ -344,7 +361,9 @@ FAULTS: dict[str, Callable[[Place], Row]] = {
     ),
     "data": refused("a resume on other shards", "other shards", options=other_data),
     "codec": refused("a resume with another codec", "codec", options=other_codec),
+    "text": refused("a resume with another text encoder", "text encoder", options=other_text_encoder),
     "type": refused("a value of the wrong type", "span_len", options=lambda _: ["--model.span_len=1e1"]),
+    "sweep": sweep_value,
 }  # fmt: skip
 
 

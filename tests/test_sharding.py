@@ -19,6 +19,7 @@ from helpers_resume import arguments, differences, ledger, make_data, outcome
 import magnet_train
 from magnet_train.__main__ import main
 from magnet_train.decoding import DecodingConfig
+from magnet_train.errors import UserError
 from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.sharding import is_sharded, own_part, shard, whole_copy, whole_on_first, whole_tensor
 
@@ -82,10 +83,24 @@ def on_rank(rank: int, size: int, folder: str, precision: torch.dtype, compiled:
 
 
 @pytest.mark.parametrize(
-    ("precision", "compiled"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)]
+    ("ranks", "precision", "compiled"),
+    [(2, torch.float32, False), (2, torch.bfloat16, False), (2, torch.float32, True), (8, torch.float32, False)],
 )
-def test_shards_give_the_logits_and_gradients_of_whole_weights(precision, compiled, tmp_path: Path):
-    mp.start_processes(on_rank, (2, str(tmp_path), precision, compiled), nprocs=2, start_method="fork")
+def test_shards_give_the_logits_and_gradients_of_whole_weights(ranks, precision, compiled, tmp_path: Path):
+    """On more ranks than there are stages too, each with an equal part."""
+    mp.start_processes(on_rank, (ranks, str(tmp_path), precision, compiled), nprocs=ranks, start_method="fork")
+
+
+def begins_apart(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    with pytest.raises(UserError, match="the ranks begin with different weights"):
+        shard(Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=1, codebook_size=64, text_dim=16)), "cpu")
+    dist.destroy_process_group()
+
+
+def test_weights_that_differ_are_not_mixed(tmp_path: Path):
+    mp.start_processes(begins_apart, (str(tmp_path),), nprocs=2, start_method="fork")
 
 
 # --- fit ----------------------------------------------------------------------------------------------------------

@@ -14,8 +14,7 @@ TINY = [
     "--model.network.dim=32", "--model.network.num_heads=2", "--model.network.num_layers=1", "--model.crop_s=3.2",
     "--model.optimizer.warmup_steps=1", "--data.batch_size=2", "--data.num_workers=0", "--trainer.accelerator=cpu",
     "--trainer.max_steps=6", "--trainer.limit_val_batches=1", "--generation.at_start=false",
-    "--generation.num_prompts=0", "--trainer.enable_progress_bar=false", "--trainer.logger=false",
-    "--trainer.val_check_interval=6",
+    "--generation.num_prompts=0", "--trainer.enable_progress_bar=false", "--trainer.val_check_interval=6",
 ]  # fmt: skip
 
 
@@ -73,9 +72,13 @@ def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(tmp_path: Path):
     assert "job 7 is queued again" in start()
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 7\n"
     assert (run / "checkpoints" / "last.ckpt").is_file() and not (run / "summary.json").exists()
+    run_id = (run / "wandb_run_id").read_text().strip()
     said = start(SLURM_RESTART_COUNT="1")
     assert f"--ckpt_path auto: {run / 'checkpoints' / 'last.ckpt'}" in said
     assert (run / "summary.json").is_file() and (tmp_path / "scontrol.txt").read_text() == "requeue 7\n"
+    sessions = [p.name for p in (run / "wandb").glob("offline-run-*")]
+    assert len(sessions) == 2 and all(name.endswith(f"-{run_id}") for name in sessions)  # of W&B they are one run
+    assert (run / "config.yaml").is_file() and [p.name for p in tmp_path.glob("run*")] == ["run"]
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda p: p.stem)

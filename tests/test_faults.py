@@ -1,0 +1,23 @@
+"""Faults that no other test makes happen to a whole run; `faults.py` has them all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_nothing_is_lost():
+    script = Path(__file__).with_name("faults.py")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(script.parent)])}
+    faults = ["disk", "rank_dies", "rank_hangs", "text", "sweep"]
+    done = subprocess.run(
+        [sys.executable, script, "--only", *faults], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [lost for _, _, lost in rows] == ["nothing"] * len(faults)
+    assert "the disk is full: free some space" in rows[0][1] and "--model.span_len=three: give a whole" in rows[4][1]
+    assert "rank 1, after step" in rows[2][1] and "usually" in rows[2][1]
