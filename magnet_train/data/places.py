@@ -201,10 +201,15 @@ def _status(error: BaseException) -> int | None:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether it makes sense to try again."""
-    if isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError)):
+    if isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError)) or _lacks_credentials(error):
         return False
     status = _status(error)
     return status is None or not 400 <= status < 500 or status in (408, 429)  # timeout, too many requests
+
+
+def _lacks_credentials(error: BaseException) -> bool:
+    """botocore's and google-auth's errors before anything is asked of the store."""
+    return type(error).__name__.endswith("CredentialsError")
 
 
 def _explained(address: str, error: BaseException) -> UserError:
@@ -212,7 +217,7 @@ def _explained(address: str, error: BaseException) -> UserError:
     reason = "no answer in time" if isinstance(error, TimeoutError) else one_line(error)
     if isinstance(error, FileNotFoundError) or _status(error) in (404, 410):
         return UserError(f"{address}: not there; copy the whole folder that tokenize made, or correct the address")
-    if isinstance(error, PermissionError) or _status(error) in (401, 403):
+    if isinstance(error, PermissionError) or _status(error) in (401, 403) or _lacks_credentials(error):
         return UserError(f"{address}: may not be read ({reason}); give credentials that may, or correct the address")
     if isinstance(error, ImportError):
         extra = {"s3": "'magnet-train[s3]'", "gs": "'magnet-train[gs]'"}.get(address.partition("://")[0], "it")
