@@ -75,22 +75,28 @@ class Ablation:
     """Finished runs of each setting."""
     notes: list[str]
     """What a reader must know before comparing."""
+    figures: dict[str, dict[str, float]]
+    """Finished run to metric to its last value."""
 
     def label(self, setting: Setting) -> str:
         return ", ".join(f"{p}={v}" for p, v in zip(self.parameters, setting, strict=True)) or "all"
 
     def markdown(self, title: str) -> str:
-        """A row for each setting, a column for each metric, and below which intervals overlap."""
-        head = [*self.parameters, "seeds", *self.means]
+        """A row for each setting, a column for each metric; below, which intervals overlap, and each run's figures."""
         rows = []
         for setting, count in self.num_seeds.items():
             cells = [str(self.means[m].get(setting, "")) for m in self.means]
             rows.append([*map(str, setting), str(count), *cells])
+        runs = [
+            [name, *(f"{values[m]:.4g}" if m in values else "" for m in self.means)]
+            for name, values in self.figures.items()
+        ]
         lines = [
             f"# {title}", "",
             "Last validation of each run: mean over seeds ± half of its 95 % interval (Student's t over seeds).", "",
-            *("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]), "",
+            *_table([*self.parameters, "seeds", *self.means], rows), "",
             *(f"- {sentence}" for sentence in [*self.notes, *map(self.overlaps, self.means)]), "",
+            *_table(["run", *self.means], runs), "",
         ]  # fmt: skip
         return "\n".join(lines)
 
@@ -122,10 +128,11 @@ def read_ablation(runs: Sequence[Run]) -> Ablation:
     varied = [p for p in names if p.rsplit(".", 1)[-1] not in SEEDS]
     values: dict[str, dict[Setting, list[float]]] = {}
     counts: dict[Setting, int] = {}
+    figures = {run.name: _figures(run) for run in finished}
     for run in finished:
         setting = tuple(_plain(run.values[p]) for p in varied)
         counts[setting] = counts.get(setting, 0) + 1
-        for metric, value in _figures(run).items():
+        for metric, value in figures[run.name].items():
             values.setdefault(metric, {}).setdefault(setting, []).append(value)
     notes = []
     if missing := [run.name for run in runs if not run.is_finished]:
@@ -136,7 +143,7 @@ def read_ablation(runs: Sequence[Run]) -> Ablation:
         fewer = [s for s in counts if by_setting.get(s, Mean(0, None, 0)).num_seeds < counts[s]]
         if fewer:
             notes.append(f"`{metric}`: not every run of {len(fewer)} of {len(counts)} settings has it.")
-    return Ablation([names[p] for p in varied], means, counts, notes)
+    return Ablation([names[p] for p in varied], means, counts, notes, figures)
 
 
 def write_ablation(runs: Sequence[Run], out: Path) -> tuple[Path, Path]:
@@ -184,6 +191,10 @@ def plot(ablation: Ablation, path: Path) -> None:
         if len(lines) > 1:
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=120)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
 
 
 def _plain(value: Any) -> Any:

@@ -54,7 +54,10 @@ def test_a_row_for_each_setting_and_what_overlaps_below(tmp_path):
     lines = table.read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert rows[0] == ["span_len", "seeds", "val/fad/musicnn"]
-    assert rows[2:] == [["1", "3", "31 ± 2.5"], ["3", "3", "11 ± 2.5"], ["5", "3", "13 ± 2.5"]]
+    assert rows[2:5] == [["1", "3", "31 ± 2.5"], ["3", "3", "11 ± 2.5"], ["5", "3", "13 ± 2.5"]]
+    assert rows[5] == ["run", "val/fad/musicnn"]  # one by one
+    singles = sorted(float(value) for _, value in rows[7:])
+    assert len(singles) == 9 and singles == sorted(value for values in FAD.values() for value in values)
     overlap = [line for line in lines if "overlap" in line]
     assert overlap == ["- `val/fad/musicnn`: intervals overlap, and do not tell apart, for span_len=3 and span_len=5."]
     pixels = imread(picture)

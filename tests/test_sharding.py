@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import yaml
 from helpers_data import write_shards
 from helpers_ranks import fit_on_ranks
 from helpers_resume import arguments, differences, ledger, make_data, outcome
@@ -189,12 +190,24 @@ def test_what_it_decoded_is_what_its_checkpoint_decodes_in_one_process(fsdp2: Pa
         assert np.array_equal(np.load(file)["codes"], result.codes[0].numpy())
 
 
-def test_its_checkpoint_is_validated_in_one_process(fsdp2: Path, data: Path, tmp_path: Path):
-    given = arguments(data, tmp_path / "run", f"--data.validation={data / 'uneven'}")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_its_checkpoint_is_validated_in_one_process_and_in_shards(ranks: int, fsdp2: Path, data: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    given = arguments(data, run, f"--data.validation={data / 'uneven'}", f"--trainer.devices={ranks}")
     given = ["validate", *(a for a in given[1:] if not a.startswith("--ckpt_path"))]
-    assert main([*given, f"--ckpt_path={fsdp2 / 'checkpoints' / 'last.ckpt'}"]) == 0
-    one, two = ((run / "ledger.validations").read_text().split() for run in (fsdp2, tmp_path / "run"))
+    given += [f"--ckpt_path={fsdp2 / 'checkpoints' / 'last.ckpt'}"]
+    if ranks == 1:
+        assert main(given) == 0
+    else:
+        statuses, text = fit_on_ranks(2, [*given, "--trainer.strategy=fsdp2"], tmp_path / "log")
+        assert statuses == [0, 0], text[-3000:]
+    one, two = ((folder / "ledger.validations").read_text().split() for folder in (fsdp2, run))
     assert float.fromhex(one[1]) == pytest.approx(float.fromhex(two[1]), rel=1e-6)
+
+
+def test_shards_are_gathered_outside_of_inference_mode(fsdp2: Path):
+    """Which Lightning turns on under NCCL only, and in which they cannot be."""
+    assert yaml.safe_load((fsdp2 / "config.yaml").read_text())["trainer"]["inference_mode"] is False
 
 
 def begun(run: Path, twin: Path) -> Path:
