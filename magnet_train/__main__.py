@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from typing import Any
 
 VERBS = {
@@ -69,7 +70,7 @@ def _leave_others(status: int) -> None:
     dist: Any = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() == "nccl":
         if status == 1:  # nobody else will say why
-            sys.excepthook(*sys.exc_info())
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
