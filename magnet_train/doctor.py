@@ -319,8 +319,7 @@ def check_start(plan: Plan) -> Iterator[Finding]:
         check_same_model(checkpoint["hyper_parameters"], own)
         if "run" in checkpoint:
             plan.shards("train")
-            if plan.text_encoder is not None:
-                ExactResume.check_data(plan.data, checkpoint["run"], plan.text_encoder)
+            ExactResume.check_data(plan.data, checkpoint["run"], plan.text_encoder)
         yield Finding("ok", "start", f"goes on after step {checkpoint.get('global_step')} of {path}")
     elif config.model.init_from is not None:
         start = Trained.open(config.model.init_from)

@@ -35,13 +35,14 @@ def shard(network: Magnet, device_type: str) -> None:
         UserError: if the ranks' weights are not the same, which DDP would make so and shards would mix.
     """
     ranks = dist.get_world_size()
-    sums = [weight.double().sum().item() for weight in network.parameters()]
+    # Of the bits, as integers: exact, whatever the number of threads.
+    sums = [weight.detach().view(torch.int16).sum(dtype=torch.int64).item() for weight in network.parameters()]
     of_all: list[Any] = [None] * ranks
     dist.all_gather_object(of_all, sums)
     if any(other != sums for other in of_all):
         raise UserError(
-            "the ranks begin with different weights: did --model.init_from name the folder of a run that goes on? Give "
-            "one of its checkpoints"
+            "the ranks begin with different weights: did --model.init_from name the folder of a run that goes on, or "
+            "do unlike CPUs draw them differently? Give --model.init_from a checkpoint file"
         )
 
     def place(weight: nn.Parameter) -> Shard | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -69,7 +70,8 @@ def run_lightning(verb: str, args: list[str]) -> None:
         UserError: for every mistake in them, or in the files they name.
     """
     name = os.environ.get("SLURM_JOB_NAME")
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and name in ("bash", "interactive"):
+    several = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and not TorchElasticEnvironment.detect()
+    if several and name in ("bash", "interactive"):
         # For Lightning each of them is then a user at a shell, and each would begin the whole run.
         raise UserError(
             f"srun with several tasks in a job of the name {name!r}: Lightning takes no part in those; write "

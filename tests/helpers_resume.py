@@ -19,11 +19,11 @@ class Ledger(Callback):
         self, file: str, stop_at: int = -1, stop_in_validation: int = -1, save_at: int = -1,
         bad_losses: tuple[int, ...] = (), bad_gradients: tuple[int, ...] = (),
         signal_at: int = -1, signal: int = 0, lasts_s: float = 0.0,
-        stop_rank: int = -1,
+        stop_rank: int = -1, hog_at: int = -1,
     ):  # fmt: skip
         """Batches are counted from 0 over the whole run, validations by the step before them; -1 = never.
 
-        It stops on every rank, or on `stop_rank` alone.
+        It stops on every rank, or on `stop_rank` alone; at `hog_at` the last rank takes 800 MB.
         """
         self.file, self.stop_at, self.stop_in_validation, self.save_at = (
             Path(file),
@@ -33,14 +33,17 @@ class Ledger(Callback):
         )
         self.bad_losses, self.bad_gradients = bad_losses, bad_gradients
         self.signal_at, self.signal, self.lasts_s = signal_at, signal, lasts_s
-        self.stop_rank = stop_rank
+        self.stop_rank, self.hog_at = stop_rank, hog_at
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int):
         count = trainer.fit_loop.total_batch_idx
         if count == self.stop_at and self.stop_rank in (-1, trainer.global_rank):
             raise RuntimeError("as planned")
-        if count == self.signal_at and trainer.global_rank == trainer.world_size - 1:
+        is_last = trainer.global_rank == trainer.world_size - 1
+        if count == self.signal_at and is_last:
             os.kill(os.getpid(), self.signal)
+        if count == self.hog_at and is_last:
+            self.hog = torch.ones(200_000_000)
         time.sleep(self.lasts_s)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor):

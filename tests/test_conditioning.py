@@ -1,14 +1,16 @@
 """The text encoder: what a caption gives, alone and beside others, and what a wrong folder gives."""
 
 import copy
+import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from make_components import make_t5
+from safetensors.torch import load_file, save_file
 
-from magnet_train.conditioning import TextEncoder, drop_captions, load_text_encoder
+from magnet_train.conditioning import TextEncoder, _demo_folder, drop_captions, load_text_encoder
 from magnet_train.errors import UserError
 
 CAPTIONS = ["a dog barks", "a slow chorale for string quartet in G minor, with organ and drums", "solo piano"]
@@ -185,3 +187,15 @@ def test_each_caption_is_dropped_for_itself():
     assert drop_captions(captions, 0.0) == captions and not any(drop_captions(captions, 1.0))
     with pytest.raises(ValueError, match=r"p=1\.5"):
         drop_captions(captions, 1.5)
+
+
+def test_the_stamp_is_of_what_makes_the_states(demo: TextEncoder, folder: Path, tmp_path: Path):
+    """A copy elsewhere and without the pooler has the same, whatever is drawn for that; another encoder another."""
+    elsewhere = tmp_path / "copy"
+    shutil.copytree(_demo_folder(), elsewhere)
+    weights = {k: v for k, v in load_file(elsewhere / "model.safetensors").items() if "pooler" not in k}
+    save_file(weights, elsewhere / "model.safetensors", metadata={"format": "pt"})
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        assert load_text_encoder(str(elsewhere)).stamp == demo.stamp
+    assert len({demo.stamp, load_text_encoder(str(folder)).stamp}) == 2

@@ -468,6 +468,9 @@ def test_a_run_from_a_bucket_is_that_from_a_folder(
         for name, value in {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}.items():
             nobody.setenv(name, value)
         type(bucket).clear_instance_cache()
+        with pytest.warns(UserWarning, match="cannot be reached .Unable to locate credentials.; going on with"):
+            ShardSet.open("s3://shards/train")
+        nobody.setenv("MAGNET_TRAIN_CACHE", str(tmp_path / "empty"))
         assert main(arguments(data, tmp_path / "none", "--data.train=s3://shards/train")) == 2
         assert "s3://shards/train/index.json: may not be read (Unable to locate cred" in capsys.readouterr().err
         type(bucket).clear_instance_cache()

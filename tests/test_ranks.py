@@ -1,5 +1,6 @@
 """Several ranks under every launcher: each item once, and an end for all when one of them fails."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -33,6 +34,17 @@ def test_three_ranks_of_which_one_has_nothing_to_validate(strategy: str, data: P
     assert all(len(line["keys"]) == 2 for line in lines.values())
     assert len({key for line in lines.values() for key in line["keys"]}) > 16  # ranks have shards of their own
     assert [p.name for p in tmp_path.glob("run/checkpoints/*.ckpt") if p.stem == "last"] == ["last.ckpt"]
+
+
+def test_memory_is_that_of_the_rank_that_has_most(data: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    logger = ("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={run}", "--trainer.log_every_n_steps=1")
+    statuses, text = fit_on_ranks(2, arguments(data, run, *logger, hog_at=4), tmp_path / "log")
+    assert statuses == [0, 0], text[-3000:]
+    (file,) = run.rglob("metrics.csv")
+    rows = [row for row in csv.DictReader(file.open()) if row.get("speed/peak_memory_gb")]
+    memory = [float(row["speed/peak_memory_gb"]) for row in rows]
+    assert len(memory) == 8 and memory[3] < memory[4] - 0.5 and memory[7] < memory[4] + 0.2
 
 
 @pytest.mark.parametrize(

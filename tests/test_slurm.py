@@ -95,13 +95,14 @@ def test_a_job_that_fails_is_queued_again_a_few_times(job: Path, tmp_path: Path)
     }
     env |= {f"SLURM_{name}": value for name, value in slurm.items()}
 
-    def calls(status: int) -> int:
+    def calls(status: int, **more: str) -> int:
         """Of scontrol, for a job whose srun ends so."""
         called.write_text("")
         program(tools / "srun", f"exit {status}")
-        assert subprocess.run(["bash", str(job)], env=env, capture_output=True).returncode == status
+        assert subprocess.run(["bash", str(job)], env=env | more, capture_output=True).returncode == status
         assert {*called.read_text().splitlines()} <= {"requeue 5_2" if job.stem == "sweep" else "requeue 7"}
         return len(called.read_text().splitlines())
 
     assert [calls(status) for status in (2, 137, 1, 137, 137, 137, 137, 2)] == [0, 1, 1, 1, 1, 1, 0, 0]
+    assert calls(137, SECONDS="4000") == 1 and calls(137) == 1  # as bash counts them from a job's start
     assert [calls(status) for status in (0, 137)] == [0, 1] and len([*tmp_path.glob(".magnet-failures-*")]) == 1

@@ -310,7 +310,11 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_the_runs_and_says_one_line(number, tmp_path, fake):
     file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2, 3]}, "wait": {"value": 60}})
-    process = start_sweep(file, fake)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        process = start_sweep(file, fake)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     wait_for(fake / "x=1" / "notes", fake / "x=2" / "notes")
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
@@ -368,7 +372,7 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(tmp_path, 
         f"magnet_train.sweep.FIT = {magnet_train.sweep.FIT!r}\nsys.exit(main())\n"
     )
     for task in ("0", "1", "2"):
-        env = os.environ | {"SLURM_ARRAY_TASK_ID": task, "PYTHONPATH": str(ROOT)}
+        env = os.environ | {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": task, "PYTHONPATH": str(ROOT)}
         subprocess.run(["bash", *words[4:]], env=env, check=True, cwd=tmp_path)
     assert not (fake / "x=0" / "notes").exists()
     assert [notes(fake / f"x={x}")[0]["mode"] for x in (1, 2)] == ["offline"] * 2

@@ -153,7 +153,8 @@ def _requeue() -> tuple[str, bool]:
     try:
         done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True)
     except OSError as error:
-        return f"job {name} could not be queued again ({error}): submit it again", False
+        return f"job {name} could not be queued again ({error}): submit it, unless the job file does", False
     if done.returncode:
-        return f"SLURM does not queue job {name} again ({' '.join(done.stderr.split())[:300]}): submit it again", False
+        why = " ".join(done.stderr.split())[:300]
+        return f"SLURM does not queue job {name} again ({why}): submit it, unless the job file does", False
     return f"job {name} is queued again", True

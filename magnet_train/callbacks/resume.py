@@ -100,13 +100,14 @@ class ExactResume(Callback):
         return Layout(trainer.world_size, data.batch_size, trainer.accumulate_grad_batches, data.workers)
 
     @staticmethod
-    def check_data(data: Any, saved: dict[str, Any], text_encoder: TextEncoder) -> None:
-        """Whether training shards and text encoder are those that a checkpoint's `run` notes.
+    def check_data(data: Any, saved: dict[str, Any], text_encoder: TextEncoder | None) -> None:
+        """Whether training shards and text encoder, if it could be had, are those that a checkpoint's `run` notes.
 
         Raises:
             UserError: if they, or the shards' codec, are others.
         """
-        if saved.get("text_encoder", text_encoder.stamp) != text_encoder.stamp:  # an older version noted none
+        stamp = saved.get("text_encoder")  # an older version noted none
+        if text_encoder is not None and stamp not in (None, text_encoder.stamp):
             raise UserError(
                 f"--ckpt_path: trained with another text encoder than {text_encoder.id}; give --model.text_encoder as "
                 "the run's config.yaml has it, or begin a new run"

@@ -116,7 +116,7 @@ def read_index(folder: str) -> Any:
     try:
         content = _fetched(address, INDEX_PATIENCE_S)
     except Exception as error:  # each store has errors of its own
-        if not _may_pass(error) or not kept.is_file():
+        if not (_may_pass(error) or _lacks_credentials(error)) or not kept.is_file():
             raise _explained(address, error) from error
         warnings.warn(f"{address}: cannot be reached ({one_line(error)}); going on with {kept}", stacklevel=2)
         return json.loads(kept.read_bytes())
