@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -510,12 +511,12 @@ def many_clips(folder: Path, number: int = 20) -> Path:
     return folder
 
 
-def start(*args: Any) -> Any:
+def start(*args: Any, target: Callable[..., None] | None = None) -> Any:
     """`tokenize` in a fresh process that has its imports already."""
     context = multiprocessing.get_context("forkserver")
     model = "transformers.models.encodec.modeling_encodec"
     context.set_forkserver_preload(["pytest", "webdataset", "magnet_train.data.shards", "magnet_train.codec", model])
-    process = context.Process(target=tokenize_quietly, args=args)
+    process = context.Process(target=target or tokenize_quietly, args=args)
     process.start()
     return process
 
@@ -564,6 +565,28 @@ def test_killed_at_random_moments(undisturbed: Any, tmp_path: Path):
     keys = [item["info"]["key"] for item in items(tmp_path)]
     assert len(keys) == len(set(keys)) == json.loads((tmp_path / "index.json").read_text())["num_examples"]
     assert killed >= 1 and len(seen) >= 2, (killed, seen)
+
+
+def tokenize_killed_at_a_move(move: int, source: Path, out: Path, options: TokenizeOptions) -> None:
+    """Killed when a file is whole beside its place, for the time of that number."""
+    moves = itertools.count()
+    replace = os.replace
+    os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL) if next(moves) == move else replace(*paths)
+    tokenize_quietly(source, out, options)
+
+
+@pytest.mark.parametrize("move", ["plan", "shard", "report", "index"])
+def test_killed_as_a_file_is_moved_into_place(move: str, undisturbed: Any, tmp_path: Path):
+    source, options, expected, _ = undisturbed
+    place = {"plan": 0, "shard": 1, "report": 2, "index": 2 * len(expected) - 1}[
+        move
+    ]  # of each shard two, and both ends
+    process = start(place, source, tmp_path, options, target=tokenize_killed_at_a_move)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and list(tmp_path.glob("*.tmp"))
+    process = start(source, tmp_path, options)
+    process.join()
+    assert process.exitcode == 0 and shards(tmp_path) == expected
 
 
 def test_two_processes_share_a_folder(undisturbed: Any, tmp_path: Path):

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from magnet_train.data.audio import SUFFIXES, duration_s, read_audio
 from magnet_train.errors import UserError
+from magnet_train.folders import write_whole
 
 FORMAT = 1
 T = TypeVar("T")
@@ -314,7 +315,8 @@ def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any
                 bar.update(_write_shard(job, wait=True))
     reports = [_read_json(_report_path(out, options, i)) for i in range(len(shards))]
     index = _index(plan, [r for r in reports if r is not None], skipped)
-    _write_json(out / "index.json", index)
+    with _lock(out / ".plan.lock", wait=True):
+        _write_json(out / "index.json", index)
     for entry in index["skipped"]:
         tqdm.write(f"left out: {entry['reason']}")
     tqdm.write(f"{index['num_examples']} crops, {index['hours']:.2f} h, in {len(index['shards'])} shards: {out}")
@@ -557,9 +559,8 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(value, ensure_ascii=False, indent=1))
-    os.replace(aside, path)
+    """Under a lock: what a kill leaves beside it has the same name in every process, so that the next one takes it."""
+    write_whole(path, json.dumps(value, ensure_ascii=False, indent=1))
 
 
 @contextmanager
