@@ -1,6 +1,7 @@
 """Faults that no other test makes happen to a whole run; `faults.py` has them all."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,4 +21,4 @@ def test_nothing_is_lost():
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
     assert [lost for _, _, lost in rows] == ["nothing"] * len(faults)
     assert "the disk is full: free some space" in rows[0][1] and "--model.span_len=three: give a whole" in rows[4][1]
-    assert "rank 1, after step" in rows[2][1] and "usually" in rows[2][1]
+    assert re.search(r"rank [01], after step \d+: .* usually", rows[2][1])  # the one that stands, or the one that waits
