@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from magnet_train.callbacks.tracking import try_key
 from magnet_train.errors import UserError
 from magnet_train.logged import HOURS, LOGGED, SECTIONS, STEP, Logged
 
@@ -28,7 +29,7 @@ def workspace(options: DashboardOptions) -> Any:
     Raises:
         UserError: if the package is missing.
     """
-    ws, _ = _packages()
+    ws = _workspaces()
     sections = [
         ws.Section(
             name=section,
@@ -50,11 +51,12 @@ def dashboard(options: DashboardOptions) -> str:
         UserError: if the package or a key is missing, W&B refuses the key or the project, or is not to be reached.
     """
     made = workspace(options)
-    ws, wandb = _packages()
+    ws = _workspaces()
     remedy = "`wandb login` on a machine with network sets a key, or WANDB_API_KEY"
+    state, why = try_key()
+    if state != "online":
+        raise UserError(f"W&B: {f'WANDB_MODE is {why}; unset it' if state == 'off' else why}; {remedy}")
     try:
-        if not wandb.login(verify=True):
-            raise UserError(f"W&B is offline or without a key; unset WANDB_MODE, and {remedy}")
         made._internal_name = f"nw-{ID}-v"
         try:  # W&B would make another workspace of a name without an id
             before = ws.Workspace.from_url(f"https://wandb.ai/{options.entity}/{options.project}?nw={ID}")
@@ -85,13 +87,12 @@ def _panel(entry: Logged, x: str) -> Any:
     return LinePlot(title=title, x=x, y=[entry.name])
 
 
-def _packages() -> tuple[Any, Any]:
+def _workspaces() -> Any:
     try:
-        import wandb
         import wandb_workspaces.workspaces as ws
     except ModuleNotFoundError as error:
         raise UserError(
             "dashboard: the package wandb-workspaces is missing; "
             "install it with `pip install 'magnet-train[dashboard]'`"
         ) from error
-    return ws, wandb
+    return ws

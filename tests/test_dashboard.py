@@ -27,7 +27,7 @@ def _session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "4")
     yield
     wandb.teardown()
     os.environ.clear()
@@ -97,13 +97,13 @@ def test_a_refused_key_and_no_network_are_one_line(monkeypatch, capsys):
     with server(lambda request: (401, {"errors": [{"message": "permission denied"}]})) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
         assert main(COMMAND) == 2
-    assert "permission denied; `wandb login`" in error(capsys)
+    assert "permission denied); `wandb login`" in error(capsys)
 
 
 def test_no_network_is_one_line(monkeypatch, capsys):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     assert main(COMMAND) == 2
-    assert "http://127.0.0.1:9" in error(capsys)
+    assert "dial tcp 127.0.0.1:9: connect: connection refused" in error(capsys)
 
 
 @pytest.mark.parametrize("how", ["no key", "offline"])

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,11 +102,43 @@ def try_key() -> tuple[Literal["online", "off", "no key", "refused"], str]:
     if settings.mode not in ("online", "run", "shared"):
         return "off", settings.mode
     try:
-        if wandb.login(verify=True, prompt=False):  # a question would wait all night for an answer
-            return "online", settings.base_url
+        with _answers_in_time(settings):
+            if wandb.login(verify=True, prompt=False):  # a question would wait all night for an answer
+                return "online", settings.base_url
     except CommError as error:
         return "refused", f"the key is refused, or there is no network ({' '.join(str(error).split()).rstrip('.')})"
     return "no key", "no API key (`wandb login` sets one)"
+
+
+@contextmanager
+def _answers_in_time(settings: Any) -> Iterator[None]:
+    """W&B's service process tries twice, for WANDB_HTTP_TIMEOUT seconds in all, and says why it failed.
+
+    Left to itself it tries for minutes, and `wandb.login` stops waiting after WANDB_HTTP_TIMEOUT. What it says then is
+    that the service is busy; and a process that ends soon after may wait ten minutes for the service to end (wandb
+    0.31, a third of the times).
+    """
+    from wandb.env import HTTP_TIMEOUT, get_http_timeout
+
+    attempt = max(1, get_http_timeout(10) // 2)  # the service takes whole seconds
+    quick = {
+        "x_graphql_retry_max": 1,
+        "x_graphql_timeout_seconds": attempt,
+        "x_graphql_retry_wait_min_seconds": 1,
+        "x_graphql_retry_wait_max_seconds": 1,
+    }
+    before, waits = {name: getattr(settings, name) for name in quick}, os.environ.get(HTTP_TIMEOUT)
+    try:
+        for name, value in quick.items():
+            setattr(settings, name, value)
+        os.environ[HTTP_TIMEOUT] = str(2 * attempt + 10)  # never the first to give up
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)
+        os.environ.pop(HTTP_TIMEOUT)
+        if waits is not None:
+            os.environ[HTTP_TIMEOUT] = waits
 
 
 # --- while it runs ------------------------------------------------------------------------------------------------
