@@ -71,9 +71,6 @@ def _leave_others(status: int) -> None:
     if dist is not None and dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() == "nccl":
         if status == 1:  # nobody else will say why
             traceback.print_exc()
-        wandb: Any = sys.modules.get("wandb")
-        if wandb is not None and wandb.run is not None:
-            wandb.finish(exit_code=status)  # which nothing would do any more
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

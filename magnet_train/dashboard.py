@@ -52,10 +52,12 @@ def dashboard(options: DashboardOptions) -> str:
     """
     made = workspace(options)
     ws = _workspaces()
-    remedy = "`wandb login` on a machine with network sets a key, or WANDB_API_KEY"
     state, why = try_key()
+    if state == "off":
+        raise UserError(f"W&B is {why} here, and the workspace is on its server: unset WANDB_MODE, with network")
+    remedy = "`wandb login` on a machine with network sets a key, or WANDB_API_KEY"
     if state != "online":
-        raise UserError(f"W&B: {f'WANDB_MODE is {why}; unset it' if state == 'off' else why}; {remedy}")
+        raise UserError(f"W&B: {why}; {remedy}")
     try:
         made._internal_name = f"nw-{ID}-v"
         try:  # W&B would make another workspace of a name without an id

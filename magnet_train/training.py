@@ -25,10 +25,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from magnet_train.callbacks.averaging import WeightEMA
 from magnet_train.callbacks.finite import FiniteGuard
 from magnet_train.callbacks.generation import GenerationCallback, PredictionWriter
-from magnet_train.callbacks.preemption import Preemption
+from magnet_train.callbacks.preemption import Preempted, Preemption
 from magnet_train.callbacks.resume import ExactResume, validation_is_due
 from magnet_train.callbacks.throughput import Throughput
-from magnet_train.callbacks.tracking import SaveConfig, Tracking, prepare_wandb
+from magnet_train.callbacks.tracking import SaveConfig, Tracking, finish_wandb, prepare_wandb
 from magnet_train.callbacks.watchdog import Watchdog
 from magnet_train.codec import load_codec
 from magnet_train.conditioning import load_text_encoder
@@ -77,9 +77,16 @@ def run_lightning(verb: str, args: list[str]) -> None:
             f"srun with several tasks in a job of the name {name!r}: Lightning takes no part in those; write "
             "SLURM_JOB_NAME=magnet srun …"
         )
-    args = completed(args)
-    with _as(verb, args):
-        MagnetCLI(verb)
+    args, status = completed(args), 1
+    try:
+        with _as(verb, args):
+            MagnetCLI(verb)
+        status = 0
+    except Preempted as stopped:
+        status = int(stopped.code or 0)
+        raise
+    finally:
+        finish_wandb(status)
 
 
 def try_fit(args: list[str], passed_over: list[Exception]) -> "Trial":
@@ -239,9 +246,8 @@ class MagnetCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except Exception:
             launcher = self.trainer.strategy.launcher
-            if isinstance(
-                launcher, _SubprocessScriptLauncher
-            ):  # ranks of its own, which may wait for this one for long
+            if isinstance(launcher, _SubprocessScriptLauncher):
+                # Ranks of its own, which may wait for this one for long.
                 for process in launcher.procs:
                     process.kill()
                 launcher.procs.clear()  # or Lightning, which watches them, would kill this one before it has said why

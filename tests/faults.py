@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers_resume import arguments, differences, ledger, make_data, outcome
+from helpers_wandb import recorder
 from kill_and_resume import attempt, ended, killed_often
 
 STEPS = 8
@@ -275,6 +276,35 @@ def key(place: Place) -> Row:
     return happened.replace(address, "http://…"), lost
 
 
+def outage(place: Place) -> Row:
+    """W&B's server goes away while a run trains, and is still away when it ends"""
+    run, options = place.folder / "outage", ["--trainer.logger=WandbLogger", "--trainer.log_every_n_steps=1"]
+    with recorder() as server, environment(WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL=server.url):
+        with environment(WANDB_FINISH_TIMEOUT="5"):
+            child, log = start(place, run, *options, lasts_s=0.2)
+        wait_for_batch(run, 3)
+        server.is_down = True
+        status = ended(child, 240)
+        server.is_down = False
+        sync = [sys.executable, "-m", "wandb", "sync", "--include-online", str(run / "wandb")]
+        subprocess.run(sync, check=True, timeout=120, capture_output=True)
+    assert status == 0, log.read_text()[-3000:]
+    assert {row["trainer/global_step"] for row in server.rows if "train/loss" in row} == set(range(STEPS))
+    return f"status 0: {line(log.read_text(), 'not all was sent')}, which it did", place.lost(run)
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Variables of the processes that are begun in it."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def refused(what: str, *words: str, **of: Any) -> Callable[[Place], Row]:
     """A fault that ends a start before anything is trained, and leaves what was trained as it was."""
 
@@ -283,13 +313,8 @@ def refused(what: str, *words: str, **of: Any) -> Callable[[Place], Row]:
         fit(place, run, stop_at=5)
         before = {p: p.read_bytes() for p in run.rglob("*.ckpt")}
         options = of["options"](place)
-        environment = {k: os.environ.get(k) for k in of.get("environment", {})}
-        os.environ.update(of.get("environment", {}))
-        try:
+        with environment(**of.get("environment", {})):
             status, said = fit(place, run, *options)
-        finally:
-            for name, value in environment.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
         assert status == 2, said[-3000:]
         assert before == {p: p.read_bytes() for p in run.rglob("*.ckpt")}, "a checkpoint has changed"
         return f"status {status}: {line(said, 'error:', *words)}", place.lost(run)
@@ -352,6 +377,7 @@ FAULTS: dict[str, Callable[[Place], Row]] = {
         options=lambda _: ["--data.train=http://127.0.0.1:9/train"],
     ),
     "key": key,
+    "outage": outage,
     "ranks": refused(
         "more ranks than shards", "shards for 8 ranks",
         options=lambda _: ["--trainer.devices=8", "--trainer.strategy=ddp_fork"],

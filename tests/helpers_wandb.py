@@ -6,6 +6,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,47 @@ def server(answer: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]) -> It
         threading.Thread(target=http_server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{http_server.server_address[1]}"
         http_server.shutdown()
+
+
+@dataclass
+class Recorder:
+    """What a server of W&B got of a run."""
+
+    url: str = ""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    """Of each portion of rows."""
+    is_down: bool = False
+    """May be set: every answer is 503 then."""
+
+
+@contextmanager
+def recorder() -> Iterator[Recorder]:
+    """A server that knows a user, takes any run, and keeps its rows."""
+    got = Recorder()
+    bucket = {"id": "b", "name": "abcdef1234", "displayName": "x", "summaryMetrics": "{}", "logLineCount": 0}
+    bucket |= {"eventsLineCount": 0, "eventsTail": "[]", "config": "{}", "tags": [], "wandbConfig": '{"t": 1}'}
+    project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+    viewer = {"id": "u", "entity": "e", "username": "e", "email": "", "flags": "{}", "teams": {"edges": []}}
+
+    def answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if got.is_down:
+            return 503, {}
+        content = request.get("files", {}).get("wandb-history.jsonl")
+        if content is not None:
+            got.offsets.append(content["offset"])
+            got.rows.extend(map(json.loads, content["content"]))
+        tail = json.dumps([json.dumps(got.rows[-1])] if got.rows else [])
+        known = bucket | {"historyLineCount": len(got.rows), "historyTail": tail, "project": project}
+        kind, more = request.get("operationName"), request.get("variables", {})
+        if kind == "UpsertBucket":
+            return 200, {"data": {"upsertBucket": {"bucket": known, "inserted": not got.rows}}}
+        if kind == "RunResumeStatus":
+            return 200, {"data": {"model": project | {"bucket": known if got.rows else None}}}
+        if kind == "CreateRunFiles":
+            files = [{"name": name, "uploadUrl": f"{got.url}/{name}"} for name in more["files"]]
+            return 200, {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
+        return 200, {"data": {"viewer": viewer} if "viewer" in request.get("query", "") else {}}
+
+    with server(answer) as got.url:
+        yield got

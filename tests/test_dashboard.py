@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from helpers_wandb import server
 
+import wandb
 from magnet_train.__main__ import main
 from magnet_train.dashboard import OVER_HOURS, DashboardOptions, workspace
 from magnet_train.logged import HOURS, LOGGED, SECTIONS, STEP
@@ -21,8 +22,6 @@ COMMAND = ["dashboard", "--entity", "e", "--project", "p"]
 @pytest.fixture(autouse=True)
 def _session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """W&B as in a new process, with a key."""
-    import wandb
-
     before = dict(os.environ)
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -106,15 +105,14 @@ def test_no_network_is_one_line(monkeypatch, capsys):
     assert "dial tcp 127.0.0.1:9: connect: connection refused" in error(capsys)
 
 
-@pytest.mark.parametrize("how", ["no key", "offline"])
-def test_without_a_key_or_offline_there_is_no_workspace(how, monkeypatch, capsys):
-    if how == "no key":
-        monkeypatch.delenv("WANDB_API_KEY")
-        monkeypatch.setattr(sys, "stdin", None)
-    else:
-        monkeypatch.setenv("WANDB_MODE", "offline")
+def test_without_a_key_or_offline_there_is_no_workspace(monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_API_KEY")
     assert main(COMMAND) == 2
     assert "`wandb login` on a machine with network sets a key" in error(capsys)
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert main(COMMAND) == 2
+    assert "unset WANDB_MODE, with network" in error(capsys)
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):

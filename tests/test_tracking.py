@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 from helpers_data import make_data_codec, write_shards
-from helpers_wandb import history, records, server
+from helpers_wandb import history, recorder, records, server
 
 from magnet_train import logged
 from magnet_train.__main__ import main
@@ -209,34 +209,13 @@ def test_wandb_sync_makes_one_run_of_two_sessions(tmp_path: Path):
             [sys.executable, str(script), *steps], env=os.environ | given | {"WANDB_MODE": "offline"}, check=True,
             capture_output=True, cwd=tmp_path,
         )  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    bucket = {"id": "b", "name": "abcdef1234", "displayName": "x", "summaryMetrics": "{}", "logLineCount": 0}
-    bucket |= {"eventsLineCount": 0, "eventsTail": "[]", "config": "{}", "tags": [], "wandbConfig": '{"t": 1}'}
-    project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
-
-    def answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        content = request.get("files", {}).get("wandb-history.jsonl")
-        if content is not None:
-            assert content["offset"] in (0, 3)
-            rows.extend(map(json.loads, content["content"]))
-        tail = json.dumps([json.dumps(rows[-1])] if rows else [])
-        known = bucket | {"historyLineCount": len(rows), "historyTail": tail, "project": project}
-        kind, more = request.get("operationName"), request.get("variables", {})
-        if kind == "UpsertBucket":
-            return 200, {"data": {"upsertBucket": {"bucket": known, "inserted": not rows}}}
-        if kind == "RunResumeStatus":
-            return 200, {"data": {"model": project | {"bucket": known if rows else None}}}
-        if kind == "CreateRunFiles":
-            files = [{"name": name, "uploadUrl": f"{url}/{name}"} for name in more["files"]]
-            return 200, {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
-        return 200, {"data": {}}
-
-    with server(answer) as url:
-        env = os.environ | {"WANDB_BASE_URL": url, "WANDB_API_KEY": "k" * 40, "HOME": str(tmp_path)}
+    with recorder() as got:
+        env = os.environ | {"WANDB_BASE_URL": got.url, "WANDB_API_KEY": "k" * 40, "HOME": str(tmp_path)}
         env.pop("WANDB_MODE")
         wandb = [sys.executable, "-m", "wandb", "sync", str(tmp_path / "wandb")]
         subprocess.run(wandb, env=env, check=True, timeout=60, capture_output=True, cwd=tmp_path)
-    assert [(row["_step"], row["trainer/global_step"]) for row in rows] == [(0, 0), (1, 1), (2, 2), (3, 2), (4, 3)]
+    assert set(got.offsets) == {0, 3}
+    assert [(row["_step"], row["trainer/global_step"]) for row in got.rows] == [(0, 0), (1, 1), (2, 2), (3, 2), (4, 3)]
 
 
 # --- keys and networks --------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,9 @@ def prepare_wandb(folder: Path, verb: str, goes_on: bool, online: bool) -> None:
         "WANDB_PROJECT": "magnet_train",
         "WANDB_JOB_TYPE": verb,
         "WANDB_DATA_DIR": str((folder / "wandb").absolute()),
+        "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # seconds of rows that a SIGKILL may cost; 15 by default
+        "WANDB_FINISH_TIMEOUT": "900",  # seconds: a finished job does not wait for a server that is down
+        "WANDB_FINISH_TIMEOUT_RAISES": "true",
     }
     file = folder / "wandb_run_id"
     known = verb == "fit" and goes_on and file.is_file()
@@ -139,6 +143,22 @@ def _answers_in_time(settings: Any) -> Iterator[None]:
         os.environ.pop(HTTP_TIMEOUT)
         if waits is not None:
             os.environ[HTTP_TIMEOUT] = waits
+
+
+def finish_wandb(status: int) -> None:
+    """Ends this process's W&B run, if it has one, with an exit status, and says how to send what could not be sent."""
+    wandb: Any = sys.modules.get("wandb")
+    if wandb is None or wandb.run is None:
+        return
+    waits = wandb.run.settings.finish_timeout
+    try:
+        wandb.finish(exit_code=status)
+    except TimeoutError:
+        wandb.teardown(exit_code=status)  # which writes what its service still holds
+        folder = os.environ["WANDB_DATA_DIR"]
+        rank_zero_warn(
+            f"W&B: not all was sent within {waits:g} s; it is kept, `wandb sync --include-online {folder}` sends it"
+        )
 
 
 # --- while it runs ------------------------------------------------------------------------------------------------
