@@ -9,6 +9,7 @@ it needs; the whole group is killed, loader processes and other ranks too, as wh
 import argparse
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -58,10 +59,11 @@ def ended(child: int, within_s: float) -> int | None:
         time.sleep(0.002)
 
 
-def written(run: Path) -> int:
-    """Bytes of the ledger: they grow with the first batch."""
+def batches_done(run: Path) -> list[int]:
+    """Counts of the batches, over the whole run, that the ledger has; in the order in which they were done."""
     ledger = run / "ledger.jsonl"
-    return ledger.stat().st_size if ledger.exists() else 0
+    lines = ledger.read_text().split("\n")[:-1] if ledger.exists() else []
+    return [int(re.match(r'{"batch": (\d+)', line)[1]) for line in lines if line.endswith("}")]  # else cut off
 
 
 def killed_often(folder: Path, kills: int, workers: int, ranks: int, accumulated: int, seed: int) -> list[str]:
@@ -85,29 +87,30 @@ def killed_often(folder: Path, kills: int, workers: int, ranks: int, accumulated
             first = time.monotonic() - start
     assert status == 0 and first is not None, twin.with_suffix(".log").read_text()[-3000:]
     training = time.monotonic() - start - first
+    a_batch = training / (steps * accumulated)
     print(f"undisturbed: {steps} steps, {first:.1f} s until the first batch, then {training:.1f} s", flush=True)
 
     draw = random.Random(seed)
     for number in range(1, kills + 1):
         preemption.EVERY_S = 0.05 if number % 2 else 1800.0  # checkpoints between the steps too, in half of them
-        size = written(run)
+        before = len(batches_done(run))
         child = attempt(arguments(data, run, *options, lasts_s=0.01), run.with_suffix(".log"))
         begin = time.monotonic()
         if draw.random() < 0.2:  # while it starts, reads its checkpoint, begins its processes …
             status = ended(child, draw.uniform(0, first))
-        else:
-            while (status := ended(child, 0.002)) is None and written(run) == size:
+        else:  # in, or some time after, one of its first batches
+            batches = draw.randint(1, 4 * accumulated)
+            while (status := ended(child, 0.002)) is None and len(batches_done(run)) < before + batches * ranks:
                 pass
-            status = ended(child, draw.uniform(0, training / kills)) if status is None else status
+            status = ended(child, draw.uniform(0, 2 * a_batch)) if status is None else status
         delay = time.monotonic() - begin
         assert status is None, f"ended by itself ({status}): {run.with_suffix('.log').read_text()[-3000:]}"
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        lines = ledger(run) if (run / "ledger.jsonl").exists() else {}
-        parts = len(list(run.rglob("*.part")))
+        done = batches_done(run)[before:]
         print(
-            f"kill {number:>2} after {delay:.2f} s: {max((b for b, _ in lines), default=-1) + 1} batches seen, "
-            f"{len(list(run.rglob('*.ckpt')))} checkpoints, {parts} half written",
+            f"kill {number:>2} after {delay:.2f} s: {f'batches {done[0]} to {done[-1]}' if done else 'no batch'}, "
+            f"{len(list(run.rglob('*.ckpt')))} checkpoints, {len(list(run.rglob('*.part')))} half written",
             flush=True,
         )
     child = attempt(arguments(data, run, *options, lasts_s=0.01), run.with_suffix(".log"))
