@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import traceback
 from typing import Any
 
@@ -51,29 +52,37 @@ def main(argv: list[str] | None = None) -> int:
         cli.run(argv[0], argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        _leave_others(2)
+        _end_failed(2)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception:
-        _leave_others(1)
+        _end_failed(1)
         raise
     return 0
 
 
-def _leave_others(status: int) -> None:
-    """Ends a rank that failed at once under NCCL, whose own ending would wait for ranks that wait for this one.
+def _end_failed(status: int) -> None:
+    """Ends W&B's run; and under NCCL the process, whose own ending would wait for ranks that wait for this one.
 
     Then SLURM, torchrun or Lightning ends the others too, and not half an hour later.
     """
+    tracking: Any = sys.modules.get("magnet_train.callbacks.tracking")
+    if tracking is None:
+        return
     dist: Any = sys.modules.get("torch.distributed")
-    if dist is not None and dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() == "nccl":
-        if status == 1:  # nobody else will say why
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    if dist is None or not dist.is_initialized() or dist.get_world_size() == 1 or dist.get_backend() != "nccl":
+        tracking.finish_wandb(status)
+        return
+    if status == 1:  # nobody else will say why
+        traceback.print_exc()
+    finishing = threading.Thread(target=tracking.finish_wandb, args=(status,), daemon=True)
+    finishing.start()
+    finishing.join(60)  # seconds, if its server is down
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

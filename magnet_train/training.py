@@ -77,16 +77,14 @@ def run_lightning(verb: str, args: list[str]) -> None:
             f"srun with several tasks in a job of the name {name!r}: Lightning takes no part in those; write "
             "SLURM_JOB_NAME=magnet srun …"
         )
-    args, status = completed(args), 1
+    args = completed(args)
     try:
         with _as(verb, args):
             MagnetCLI(verb)
-        status = 0
     except Preempted as stopped:
-        status = int(stopped.code or 0)
+        finish_wandb(int(stopped.code or 0))
         raise
-    finally:
-        finish_wandb(status)
+    finish_wandb(0)
 
 
 def try_fit(args: list[str], passed_over: list[Exception]) -> "Trial":
@@ -281,7 +279,7 @@ class MagnetCLI(LightningCLI):
         of_wandb = [logger for logger in loggers if logger.class_path.endswith(".WandbLogger")]
         if of_wandb and not config.trainer.fast_dev_run:
             online = not all(logger.init_args.get("offline") for logger in of_wandb)
-            prepare_wandb(self.run_folder, self.verb, goes_on, online)
+            prepare_wandb(self.run_folder, self.verb, goes_on, online, config.tracking.upload_checkpoints)
 
     def fit(self, model: Any, **kwargs: Any) -> None:
         """Validate the untrained model, train, and sum up."""

@@ -8,6 +8,7 @@ to do again, since its last checkpoint, is not counted as lost.
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import signal
@@ -77,19 +78,22 @@ def fit(place: Place, run: Path, *options: str, **where: Any) -> tuple[int, str]
 
 def line(said: str, *words: str) -> str:
     """The line with all these words, in code quotes."""
-    lines = [text.partition("Warning: ")[2] or text for text in said.splitlines() if "warnings.warn(" not in text]
+    lines = [text.partition("Warning: ")[2] or text for text in said.splitlines() if "warn(" not in text]
     found = [text for text in lines if all(word in text for word in words)]
     assert found, f"nothing with {words} in:\n{said[-3000:]}"
     return f"`{found[-1].strip()}`"
 
 
-def wait_for_batch(run: Path, batch: int) -> None:
+def wait_for(happened: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (run / "ledger.jsonl").exists() and len((run / "ledger.jsonl").read_text().splitlines()) > batch:
-            return
+    while not happened():
+        assert time.monotonic() < deadline, f"no {what}"
         time.sleep(0.01)
-    raise AssertionError(f"no batch {batch} in {run}")
+
+
+def wait_for_batch(run: Path, batch: int) -> None:
+    ledger = run / "ledger.jsonl"
+    wait_for(lambda: ledger.exists() and len(ledger.read_text().splitlines()) > batch, f"batch {batch} in {run}")
 
 
 # --- one function a fault -----------------------------------------------------------------------------------------
@@ -105,18 +109,37 @@ def kill(place: Place) -> Row:
 
 def signals(place: Place) -> Row:
     """SIGTERM to all processes, twice at once, as at preemption under a launcher"""
-    run = place.folder / "signals"
-    workers = "--data.num_workers=2"
-    child, log = start(place, run, workers, lasts_s=0.3)
+    run, workers = place.folder / "signals", "--data.num_workers=2"
+    child, log = start(place, run, workers, "--trainer.logger=WandbLogger", lasts_s=0.3)
     wait_for_batch(run, 2)
     begin = time.monotonic()
-    for _ in range(2):  # by the scheduler and by a launcher, to the loader's processes too
-        os.killpg(child, signal.SIGTERM)
+    for process in descendants(child) * 2:  # by the scheduler and by a launcher
+        os.kill(process, signal.SIGTERM)
     status = ended(child, 60)
     seconds = time.monotonic() - begin
+    assert status == 0, log.read_text()[-3000:]
     return f"status {status} after {seconds:.1f} s: {line(log.read_text(), 'stopped at step')}", place.lost(
         run, workers
     )
+
+
+def service(place: Place) -> Row:
+    """W&B's service process is killed, as by a kernel that is short of memory"""
+    run = place.folder / "service"
+    child, log = start(place, run, "--trainer.logger=WandbLogger", "--trainer.log_every_n_steps=1", lasts_s=0.3)
+    wait_for_batch(run, 2)
+    (pid,) = [p for p in descendants(child) if "wandb-core" in Path(f"/proc/{p}/cmdline").read_text()]
+    os.kill(pid, signal.SIGKILL)
+    status = ended(child, 60)
+    assert status == 1, log.read_text()[-3000:]
+    text = line(log.read_text(), "ConnectionResetError:")
+    return f"status 1, upon which a job file queues it again: {text}", place.lost(run)
+
+
+def descendants(process: int) -> list[int]:
+    """A process and all that it began."""
+    children = [p for task in Path(f"/proc/{process}/task").iterdir() for p in (task / "children").read_text().split()]
+    return [process, *itertools.chain.from_iterable(descendants(int(p)) for p in children)]
 
 
 def truncated(place: Place) -> Row:
@@ -279,18 +302,21 @@ def key(place: Place) -> Row:
 def outage(place: Place) -> Row:
     """W&B's server goes away while a run trains, and is still away when it ends"""
     run, options = place.folder / "outage", ["--trainer.logger=WandbLogger", "--trainer.log_every_n_steps=1"]
+    quick = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1", "WANDB_FINISH_TIMEOUT": "5"}
     with recorder() as server, environment(WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL=server.url):
-        with environment(WANDB_FINISH_TIMEOUT="5"):
-            child, log = start(place, run, *options, lasts_s=0.2)
-        wait_for_batch(run, 3)
-        server.is_down = True
+        with environment(**quick):
+            child, log = start(place, run, *options, lasts_s=0.5)
+        wait_for(lambda: bool(server.rows), f"row of {run}")
+        server.is_down, arrived = True, len(server.rows)
         status = ended(child, 240)
+        assert status == 0 and len(server.rows) == arrived, log.read_text()[-3000:]
         server.is_down = False
-        sync = [sys.executable, "-m", "wandb", "sync", "--include-online", str(run / "wandb")]
-        subprocess.run(sync, check=True, timeout=120, capture_output=True)
-    assert status == 0, log.read_text()[-3000:]
-    assert {row["trainer/global_step"] for row in server.rows if "train/loss" in row} == set(range(STEPS))
-    return f"status 0: {line(log.read_text(), 'not all was sent')}, which it did", place.lost(run)
+        text = line(log.read_text(), "not all was sent")
+        command = [sys.executable, "-m", *text.split("`")[2].split()]
+        subprocess.run(command, check=True, timeout=120, capture_output=True)
+    losses = [(row["trainer/global_step"], row["train/loss"]) for row in server.rows if "train/loss" in row]
+    assert arrived and {step for step, _ in losses} == set(range(STEPS)) and len(set(losses)) == STEPS
+    return f"status 0: {text}, which it did", place.lost(run)
 
 
 @contextmanager
@@ -378,6 +404,7 @@ FAULTS: dict[str, Callable[[Place], Row]] = {
     ),
     "key": key,
     "outage": outage,
+    "service": service,
     "ranks": refused(
         "more ranks than shards", "shards for 8 ranks",
         options=lambda _: ["--trainer.devices=8", "--trainer.strategy=ddp_fork"],

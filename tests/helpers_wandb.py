@@ -77,6 +77,10 @@ def server(answer: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]) -> It
         http_server.shutdown()
 
 
+VIEWER = {"id": "u", "entity": "e", "username": "e", "email": "", "flags": "{}", "teams": {"edges": []}}
+"""Whose key it is."""
+
+
 @dataclass
 class Recorder:
     """What a server of W&B got of a run."""
@@ -86,17 +90,16 @@ class Recorder:
     offsets: list[int] = field(default_factory=list)
     """Of each portion of rows."""
     is_down: bool = False
-    """May be set: every answer is 503 then."""
+    """Set it, and every answer is 503."""
 
 
 @contextmanager
 def recorder() -> Iterator[Recorder]:
     """A server that knows a user, takes any run, and keeps its rows."""
     got = Recorder()
-    bucket = {"id": "b", "name": "abcdef1234", "displayName": "x", "summaryMetrics": "{}", "logLineCount": 0}
+    bucket = {"id": "b", "displayName": "x", "summaryMetrics": "{}", "logLineCount": 0}
     bucket |= {"eventsLineCount": 0, "eventsTail": "[]", "config": "{}", "tags": [], "wandbConfig": '{"t": 1}'}
     project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
-    viewer = {"id": "u", "entity": "e", "username": "e", "email": "", "flags": "{}", "teams": {"edges": []}}
 
     def answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if got.is_down:
@@ -106,8 +109,9 @@ def recorder() -> Iterator[Recorder]:
             got.offsets.append(content["offset"])
             got.rows.extend(map(json.loads, content["content"]))
         tail = json.dumps([json.dumps(got.rows[-1])] if got.rows else [])
-        known = bucket | {"historyLineCount": len(got.rows), "historyTail": tail, "project": project}
         kind, more = request.get("operationName"), request.get("variables", {})
+        known = bucket | {"historyLineCount": len(got.rows), "historyTail": tail, "project": project}
+        known["name"] = more.get("name") or more.get("run")
         if kind == "UpsertBucket":
             return 200, {"data": {"upsertBucket": {"bucket": known, "inserted": not got.rows}}}
         if kind == "RunResumeStatus":
@@ -115,7 +119,7 @@ def recorder() -> Iterator[Recorder]:
         if kind == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{got.url}/{name}"} for name in more["files"]]
             return 200, {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
-        return 200, {"data": {"viewer": viewer} if "viewer" in request.get("query", "") else {}}
+        return 200, {"data": {"viewer": VIEWER} if "viewer" in request.get("query", "") else {}}
 
     with server(answer) as got.url:
         yield got

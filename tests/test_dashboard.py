@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_wandb import server
+from helpers_wandb import VIEWER, server
 
 import wandb
 from magnet_train.__main__ import main
@@ -76,8 +76,7 @@ def test_the_command_makes_one_workspace_however_often_it_is_called(monkeypatch,
             found = [{"id": i, **v} for i, v in views.items() if v["name"] == given["viewName"]]
             project = {"allViews": {"edges": [{"node": node} for node in found]}}
             return 200, {"data": {"project": project if given["projectName"] == "p" else None}}
-        viewer = {"id": "u", "entity": "e", "username": "e", "email": "", "flags": "{}", "teams": {"edges": []}}
-        return 200, {"data": {"viewer": viewer}}
+        return 200, {"data": {"viewer": VIEWER}}
 
     with server(answer) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)

@@ -13,12 +13,12 @@ import pytest
 def test_nothing_is_lost():
     script = Path(__file__).with_name("faults.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(script.parent)])}
-    faults = ["disk", "rank_dies", "rank_hangs", "text", "outage", "sweep"]
+    faults = ["disk", "signal", "rank_dies", "rank_hangs", "text", "outage", "sweep"]
     done = subprocess.run(
         [sys.executable, script, "--only", *faults], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
     assert [lost for _, _, lost in rows] == ["nothing"] * len(faults)
-    assert "the disk is full: free some space" in rows[0][1] and "--model.span_len=three: give a whole" in rows[5][1]
-    assert re.search(r"rank [01], after step \d+: .* usually", rows[2][1])  # the one that stands, or the one that waits
+    assert "the disk is full: free some space" in rows[0][1] and "--model.span_len=three: give a whole" in rows[6][1]
+    assert re.search(r"rank [01], after step \d+: .* usually", rows[3][1])  # the one that stands, or the one that waits

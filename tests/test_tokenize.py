@@ -578,9 +578,8 @@ def tokenize_killed_at_a_move(move: int, source: Path, out: Path, options: Token
 @pytest.mark.parametrize("move", ["plan", "shard", "report", "index"])
 def test_killed_as_a_file_is_moved_into_place(move: str, undisturbed: Any, tmp_path: Path):
     source, options, expected, _ = undisturbed
-    place = {"plan": 0, "shard": 1, "report": 2, "index": 2 * len(expected) - 1}[
-        move
-    ]  # of each shard two, and both ends
+    # Two of each shard, and one at either end.
+    place = {"plan": 0, "shard": 1, "report": 2, "index": 2 * len(expected) - 1}[move]
     process = start(place, source, tmp_path, options, target=tokenize_killed_at_a_move)
     process.join()
     assert process.exitcode == -signal.SIGKILL and list(tmp_path.glob("*.tmp"))

@@ -32,7 +32,7 @@ REMEDY = "set another WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` late
 # --- before a run begins ------------------------------------------------------------------------------------------
 
 
-def prepare_wandb(folder: Path, verb: str, goes_on: bool, online: bool) -> None:
+def prepare_wandb(folder: Path, verb: str, goes_on: bool, online: bool, uploads: bool = False) -> None:
     """Sets W&B's environment variables for this process, as far as they are not set, and tries the key.
 
     A training run has one id, kept in `wandb_run_id` in its folder, so that its sessions are one run of W&B, online
@@ -44,6 +44,7 @@ def prepare_wandb(folder: Path, verb: str, goes_on: bool, online: bool) -> None:
         verb: fit, validate …; only `fit` has an id of its own.
         goes_on: whether a checkpoint is gone on from, if there is one.
         online: whether a logger may want the network; WANDB_MODE has a say in it.
+        uploads: whether checkpoints are sent at the end, which may take an hour.
 
     Raises:
         UserError: see `check_key`.
@@ -53,7 +54,7 @@ def prepare_wandb(folder: Path, verb: str, goes_on: bool, online: bool) -> None:
         "WANDB_JOB_TYPE": verb,
         "WANDB_DATA_DIR": str((folder / "wandb").absolute()),
         "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # seconds of rows that a SIGKILL may cost; 15 by default
-        "WANDB_FINISH_TIMEOUT": "900",  # seconds: a finished job does not wait for a server that is down
+        "WANDB_FINISH_TIMEOUT": "0" if uploads else "900",  # seconds; 0 = W&B tries for as long as it likes
         "WANDB_FINISH_TIMEOUT_RAISES": "true",
     }
     file = folder / "wandb_run_id"
@@ -68,16 +69,20 @@ def prepare_wandb(folder: Path, verb: str, goes_on: bool, online: bool) -> None:
     if rank_zero_only.rank != 0:
         return
     if online:
-        check_key(known)
+        check_key(folder, known)
     if verb == "fit":
         write_whole(file, f"{os.environ.get('WANDB_RUN_ID', '')}\n")
 
 
-def check_key(goes_on: bool) -> None:
+def check_key(folder: Path, goes_on: bool) -> None:
     """Whether W&B takes the run, found out within seconds and before anything is trained.
 
     Without a key a run is logged offline. A key that is refused, or a server that is not to be reached, ends a run that
     begins; one that goes on, perhaps requeued at night, does so offline, and its W&B run loses nothing by that.
+
+    Args:
+        folder: of the run.
+        goes_on: whether it is not its first session.
 
     Raises:
         UserError: if the key is refused or the server is not to be reached.
@@ -90,7 +95,7 @@ def check_key(goes_on: bool) -> None:
     if state == "refused" and not goes_on:
         raise UserError(f"W&B: {why}; {REMEDY}")
     wandb.setup().settings.mode = "offline"
-    rank_zero_warn(f"W&B: {why}; this run is logged offline, and `wandb sync {os.environ['WANDB_DATA_DIR']}` sends it")
+    rank_zero_warn(f"W&B: {why}; this run is logged offline, and `wandb sync {folder / 'wandb'}` sends it")
 
 
 def try_key() -> tuple[Literal["online", "off", "no key", "refused"], str]:
@@ -99,8 +104,9 @@ def try_key() -> tuple[Literal["online", "off", "no key", "refused"], str]:
     `off` is a mode that needs no network, which is then the text; `refused` is a key that the server does not take, or
     a server that is not to be reached. A key is shown to the server, which takes seconds where that does not answer.
     """
-    import wandb
     from wandb.errors import CommError
+
+    import wandb
 
     settings = wandb.setup().settings
     if settings.mode not in ("online", "run", "shared"):
@@ -116,15 +122,15 @@ def try_key() -> tuple[Literal["online", "off", "no key", "refused"], str]:
 
 @contextmanager
 def _answers_in_time(settings: Any) -> Iterator[None]:
-    """W&B's service process tries twice, for WANDB_HTTP_TIMEOUT seconds in all, and says why it failed.
+    """W&B's service process tries twice, each time for WANDB_HTTP_TIMEOUT seconds, and says why it failed.
 
     Left to itself it tries for minutes, and `wandb.login` stops waiting after WANDB_HTTP_TIMEOUT. What it says then is
     that the service is busy; and a process that ends soon after may wait ten minutes for the service to end (wandb
-    0.31, a third of the times).
+    0.31, a third of the times). A server that asks for a long pause (Retry-After) still has that happen.
     """
     from wandb.env import HTTP_TIMEOUT, get_http_timeout
 
-    attempt = max(1, get_http_timeout(10) // 2)  # the service takes whole seconds
+    attempt = get_http_timeout(10)
     quick = {
         "x_graphql_retry_max": 1,
         "x_graphql_timeout_seconds": attempt,
@@ -135,7 +141,7 @@ def _answers_in_time(settings: Any) -> Iterator[None]:
     try:
         for name, value in quick.items():
             setattr(settings, name, value)
-        os.environ[HTTP_TIMEOUT] = str(2 * attempt + 10)  # never the first to give up
+        os.environ[HTTP_TIMEOUT] = str(2 * attempt + 10)  # not the first to give up
         yield
     finally:
         for name, value in before.items():
@@ -150,15 +156,15 @@ def finish_wandb(status: int) -> None:
     wandb: Any = sys.modules.get("wandb")
     if wandb is None or wandb.run is None:
         return
-    waits = wandb.run.settings.finish_timeout
+    settings = wandb.run.settings
+    again = f"it is kept, and `wandb sync --include-online {settings.sync_dir}` sends it"
     try:
         wandb.finish(exit_code=status)
     except TimeoutError:
         wandb.teardown(exit_code=status)  # which writes what its service still holds
-        folder = os.environ["WANDB_DATA_DIR"]
-        rank_zero_warn(
-            f"W&B: not all was sent within {waits:g} s; it is kept, `wandb sync --include-online {folder}` sends it"
-        )
+        rank_zero_warn(f"W&B: not all was sent within {settings.finish_timeout:g} s; {again}")
+    except Exception as error:  # its service was killed, as by a signal to all processes
+        rank_zero_warn(f"W&B: not all may have been sent ({type(error).__name__}: {error}); {again}")
 
 
 # --- while it runs ------------------------------------------------------------------------------------------------
@@ -309,7 +315,6 @@ class Tracking(Callback):
 def upload(run: Any, checkpoint: Path, aliases: list[str]) -> None:
     """Logs a checkpoint as a version of the run's artifact `checkpoint-ID`, with `step-N` among its aliases."""
     import wandb
-
     from magnet_train.release import read_checkpoint
 
     step = int(read_checkpoint(checkpoint)["global_step"])
