@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -293,7 +294,7 @@ def start_sweep(file: Path, out: Path) -> "subprocess.Popen[str]":
 
 
 def wait_for(*files: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not all(f.exists() and f.read_text() for f in files):
         assert time.monotonic() < deadline, files
         time.sleep(0.02)
@@ -323,6 +324,20 @@ def test_an_interruption_ends_the_runs_and_says_one_line(number, tmp_path, fake)
         first, *rest = notes(fake / f"x={x}")
         assert "told_to_end" in rest[-1] and not is_alive(first["pid"])
     assert not (fake / "x=3").exists()
+
+
+def test_an_interruption_as_a_run_is_started_leaves_none_behind(tmp_path, fake, monkeypatch, capsys):
+    file, started = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2]}, "wait": {"value": 60}}), []
+
+    def start_told(run: magnet_train.sweep.Run, jobs: int, start: Any = magnet_train.sweep._start) -> Any:
+        started.append(start(run, jobs))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    monkeypatch.setattr(magnet_train.sweep, "_start", start_told)
+    assert status(file, "--out", fake, "--jobs", "2") == 130
+    assert [process.returncode is not None for process in started] == [True]
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_under_nohup_a_sweep_outlives_its_terminal(tmp_path, fake):
