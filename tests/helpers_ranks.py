@@ -29,7 +29,7 @@ def torchrun_environment(ranks: int) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-def fit_on_ranks(ranks: int, arguments: list[str], log: Path, within_s: float = 120) -> tuple[list[int], str]:
+def fit_on_ranks(ranks: int, arguments: list[str], log: Path, within_s: float = 300) -> tuple[list[int], str]:
     """Runs `python -m magnet_train ARGUMENTS` on so many ranks; their exit statuses, and all that they wrote.
 
     Nobody ends a rank because another has failed, as a launcher would.

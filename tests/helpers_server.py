@@ -16,7 +16,7 @@ class FaultyServer:
     """Serves `folder`; `faults` names what goes wrong for a path, one a request, and `always` at each of them.
 
     A fault is a status ("503"), "cut" (half of the body arrives), "reset" (the connection breaks), "hang" (nothing
-    comes for a second), or "other" (as many bytes, but not these).
+    comes for some seconds), or "other" (as many bytes, but not these).
     """
 
     def __init__(self, folder: Path):
@@ -43,7 +43,7 @@ class FaultyServer:
                 elif fault.isdigit():
                     self.send_error(int(fault))
                 elif fault == "hang":
-                    time.sleep(1)
+                    time.sleep(3)
                 elif fault == "reset":
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.connection.close()

@@ -26,7 +26,7 @@ def _session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "4")
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "10")
     yield
     wandb.teardown()
     os.environ.clear()

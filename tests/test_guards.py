@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from helpers_resume import arguments, ledger, make_data
 from torch.utils.data import IterableDataset
 
+import magnet_train.callbacks.watchdog as watchdog_module
 from magnet_train.__main__ import main
 from magnet_train.callbacks.finite import FiniteGuard
 from magnet_train.callbacks.watchdog import Watchdog
@@ -114,37 +116,61 @@ def test_options_out_of_range_are_named(make: Any, word: str):
 # --- the watchdog -------------------------------------------------------------------------------------------------
 
 
-def heard(watchdog: Watchdog, trainer: Any, seconds: float) -> list[str]:
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets seconds pass for the watchdog, in no time."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(watchdog_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def passes(seconds: float) -> None:
+        clock.now += seconds
+
+    return passes
+
+
+def heard(watchdog: Watchdog, at_least: int) -> list[str]:
+    """What it says in the looks of a fifth of a second, or until it has said so much."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        time.sleep(seconds)
-    return [str(w.message) for w in caught if "usually" in str(w.message)]
+        deadline = time.monotonic() + 60
+        while True:
+            time.sleep(8 * watchdog.least_s / 4)
+            found = [str(w.message) for w in caught if "usually" in str(w.message)]
+            if len(found) >= at_least or time.monotonic() > deadline:
+                return found
 
 
-def test_the_watchdog_names_rank_and_phase_once():
+def test_the_watchdog_names_rank_and_phase_once(passes: Callable[[float], None]):
     loader = SimpleNamespace(waiting_since=None)
     trainer: Any = SimpleNamespace(global_rank=3, global_step=17, train_dataloader=loader)
-    watchdog = Watchdog(least_s=0.2)
+    watchdog = Watchdog(least_s=0.1)
     watchdog.on_train_start(trainer, None)  # type: ignore[arg-type]
     hooks = (watchdog.on_train_batch_start, watchdog.on_train_batch_end)
     for _ in range(5):
         for hook in hooks:
             hook(trainer, *[None] * (3 if hook is hooks[0] else 4))  # type: ignore[arg-type]
-            time.sleep(0.002)
-    assert heard(watchdog, trainer, 0.15) == []
-    (line,) = heard(watchdog, trainer, 0.4)
-    assert "rank 3" in line and "step 17" in line and "between steps" in line
+            passes(0.02)
+    passes(0.17)
+    assert heard(watchdog, 0) == []  # not ten times as long
+    passes(0.02)
+    (line,) = heard(watchdog, 1)
+    assert "rank 3" in line and "step 17" in line and "between steps" in line and "usually 0.02 s" in line
+    passes(100)
+    assert heard(watchdog, 0) == []  # it has been told
     hooks[0](trainer, None, None, 0)  # type: ignore[arg-type]
-    (line,) = heard(watchdog, trainer, 0.5)
+    passes(0.21)
+    (line,) = heard(watchdog, 1)
     assert "training step" in line
     hooks[1](trainer, None, None, None, 0)  # type: ignore[arg-type]
     loader.waiting_since = 0.0
-    (line,) = heard(watchdog, trainer, 0.5)
+    passes(0.21)
+    (line,) = heard(watchdog, 1)
     assert "waiting for data" in line
     watchdog.on_validation_start(trainer, None)  # type: ignore[arg-type]  # the first has nothing to compare with
-    assert heard(watchdog, trainer, 0.5) == []
+    passes(100)
+    assert heard(watchdog, 0) == []
     watchdog.on_exception(trainer, None, RuntimeError())  # type: ignore[arg-type]
-    assert watchdog._thread is None and heard(watchdog, trainer, 0.3) == []
+    assert watchdog._thread is None
 
 
 # --- throughput ---------------------------------------------------------------------------------------------------
@@ -164,7 +190,8 @@ def test_the_loader_counts_what_it_is_waited_for(workers: int):
     for number, item in enumerate(loader):
         assert item == number and loader.waiting_since is None
         time.sleep(0.02)
-    assert 0.05 * 5 - 0.02 * 5 * workers <= loader.waited_s <= time.monotonic() - begin - 0.02 * 5
+    # A process of its own makes the next one meanwhile: how much it is waited for, the machine decides.
+    assert (0 if workers else 0.05 * 5) < loader.waited_s <= time.monotonic() - begin - 0.02 * 5
 
 
 def test_the_first_signal_to_all_processes_of_a_job_costs_no_batch():

@@ -340,9 +340,9 @@ def test_the_order_begins_anywhere():
     for done in range(100):
         rest = [i for group in islice(training_order(counts, 3, 1, 2, done), 20) for i in group]
         assert rest[: len(items) - done] == items[done:]
-    begin = time.monotonic()
+    begin = time.process_time()
     next(training_order([256] * 10_000, 0, 0, 2, 10**8))
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 # --- the data module ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers_ranks import free_port
 
 from magnet_train.errors import UserError
 from magnet_train.metrics.listeners import HeardClip, Listener, load_listener
@@ -49,8 +50,8 @@ def figures(own: list[str]) -> dict[str, float]:
     return {metric: score(metric, generated, reference, captions, system="x").value for metric in METRICS}
 
 
-def _rank(rank: int, world: int, shares: list[list[str]], folder: str, fails: bool) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29_700 + os.getpid() % 200)}
+def _rank(rank: int, world: int, shares: list[list[str]], folder: str, port: int, fails: bool) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
     if fails:
@@ -68,7 +69,7 @@ def _rank(rank: int, world: int, shares: list[list[str]], folder: str, fails: bo
 
 def spread(world: int, shares: list[list[str]], folder: Path, fails: bool = False) -> None:
     folder.mkdir()
-    mp.start_processes(_rank, (world, shares, str(folder), fails), nprocs=world, start_method="fork")
+    mp.start_processes(_rank, (world, shares, str(folder), free_port(), fails), nprocs=world, start_method="fork")
 
 
 @pytest.mark.slow

@@ -42,6 +42,8 @@ if given.get("x") == "bad":
     print("epoch 0\\nerror: the shards are gone\\n\\x1b[1;34mwandb\\x1b[0m: goodbye")
     sys.exit(2)
 time.sleep(float(given.get("wait", "0")))
+while "until" in given and not os.path.exists(given["until"]):
+    time.sleep(0.02)
 (folder / "summary.json").write_text(json.dumps({"metrics": {"val/ce": {"before": None, "after": 1.0}}}))
 note(end=time.time())
 """
@@ -253,7 +255,8 @@ def test_runs_go_one_after_another_and_finished_ones_stay(tmp_path, fake, capsys
 
 
 def test_as_many_run_together_as_jobs_say(tmp_path, fake):
-    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2, 3, 4, 5]}, "wait": {"value": 0.4}})
+    second = {"value": str(fake / "x=2" / "notes")}  # none ends before the second has begun
+    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2, 3, 4, 5]}, "until": second})
     assert status(file, "--out", fake, "--jobs", 2) == 0
     spans = [(n[0]["start"], n[1]["end"]) for n in (notes(fake / f"x={x}") for x in range(1, 6))]
     together = [sum(a <= start < b for a, b in spans) for start, _ in spans]
@@ -310,7 +313,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_the_runs_and_says_one_line(number, tmp_path, fake):
-    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2, 3]}, "wait": {"value": 60}})
+    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2, 3]}, "wait": {"value": 500}})
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         process = start_sweep(file, fake)
@@ -318,7 +321,7 @@ def test_an_interruption_ends_the_runs_and_says_one_line(number, tmp_path, fake)
         signal.signal(signal.SIGINT, previous)
     wait_for(fake / "x=1" / "notes", fake / "x=2" / "notes")
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130 and err.strip().splitlines() == ["interrupted"]
     for x in (1, 2):
         first, *rest = notes(fake / f"x={x}")
@@ -327,7 +330,7 @@ def test_an_interruption_ends_the_runs_and_says_one_line(number, tmp_path, fake)
 
 
 def test_an_interruption_as_a_run_is_started_leaves_none_behind(tmp_path, fake, monkeypatch, capsys):
-    file, started = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2]}, "wait": {"value": 60}}), []
+    file, started = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2]}, "wait": {"value": 500}}), []
 
     def start_told(run: magnet_train.sweep.Run, jobs: int, start: Any = magnet_train.sweep._start) -> Any:
         started.append(start(run, jobs))
@@ -349,18 +352,25 @@ def test_under_nohup_a_sweep_outlives_its_terminal(tmp_path, fake):
         signal.signal(signal.SIGHUP, previous)
     wait_for(fake / "x=1" / "notes")
     process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=30)
+    process.communicate(timeout=300)
     assert process.returncode == 0 and (fake / "x=1" / "summary.json").is_file()
 
 
-def test_a_run_that_a_killed_sweep_left_behind_is_waited_for_not_started_twice(tmp_path, fake, capsys):
-    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1]}, "wait": {"value": 2}})
+def test_a_run_that_a_killed_sweep_left_behind_is_waited_for_not_started_twice(tmp_path, fake, monkeypatch):
+    until, said = tmp_path / "until", []
+    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1]}, "until": {"value": str(until)}})
     process = start_sweep(file, fake)
     wait_for(fake / "x=1" / "notes")
     process.kill()
     process.communicate()
-    assert status(file, "--out", fake) == 0
-    assert "another process runs it" in capsys.readouterr().out
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "another process runs it" in text:
+            until.touch()
+
+    monkeypatch.setattr(magnet_train.sweep, "_say", say)
+    assert status(file, "--out", fake) == 0 and until.exists(), said
     assert len([n for n in notes(fake / "x=1") if "start" in n]) == 1
 
 
@@ -444,7 +454,7 @@ def test_a_real_sweep_that_was_stopped_after_its_first_run_goes_on_with_the_seco
     process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(first / "summary.json", second / "log.txt")
     process.terminate()
-    said, err = process.communicate(timeout=60)
+    said, err = process.communicate(timeout=300)
     assert process.returncode == 130 and err.strip().splitlines()[-1] == "interrupted", err
     assert "seed_everything=1: finished" in said and not (second / "summary.json").exists()
     before = (first / "summary.json").stat().st_mtime_ns

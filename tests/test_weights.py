@@ -134,7 +134,7 @@ def test_two_processes_at_once_download_once(server: Server, cache: Path):
     ranks = [context.Process(target=_find, args=(published(server), results)) for _ in range(2)]
     for rank in ranks:
         rank.start()
-    assert [results.get(timeout=30) for _ in ranks] == [SHA256] * 2
+    assert [results.get(timeout=300) for _ in ranks] == [SHA256] * 2
     for rank in ranks:
         rank.join()
     assert server.requests == 1

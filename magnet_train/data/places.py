@@ -163,7 +163,7 @@ def _checked(content: bytes, sha256: str | None) -> bytes:
 
 
 def _fetched(address: str, patience_s: float, sha256: str | None = None) -> bytes:
-    """Tried again while that may help: within the patience after a failure, once after other bytes than expected."""
+    """Tried again while that may help: once, then within the patience; once after other bytes than expected."""
     start, others = time.monotonic(), 0
     for number in count():
         try:
@@ -175,7 +175,7 @@ def _fetched(address: str, patience_s: float, sha256: str | None = None) -> byte
                 raise
         except Exception as error:  # each store has errors of its own
             pause = FIRST_PAUSE_S * 2**number * _jitter.uniform(0.5, 1.5)
-            if not _may_pass(error) or time.monotonic() + pause > start + patience_s:
+            if not _may_pass(error) or (number and time.monotonic() + pause > start + patience_s):
                 raise
             time.sleep(pause)
     raise AssertionError
