@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from helpers_wandb import VIEWER, server
 
-import wandb
 from magnet_train.__main__ import main
 from magnet_train.dashboard import OVER_HOURS, DashboardOptions, workspace
 from magnet_train.logged import HOURS, LOGGED, SECTIONS, STEP

@@ -55,7 +55,7 @@ configs = st.builds(
 
 
 @given(configs, st.integers(1, 40), st.integers(0, 40), st.integers(0, 5))
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_nothing_stays_masked_and_the_prompt_survives(config, num_frames, prompt, seed):
     prompt = min(prompt, num_frames)
     given_codes, out = run(num_frames, prompt, config=config, seed=seed)
@@ -65,7 +65,7 @@ def test_nothing_stays_masked_and_the_prompt_survives(config, num_frames, prompt
 
 
 @given(configs, st.integers(6, 40))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_each_step_masks_less_and_only_what_the_last_one_filled(config, num_frames):
     steps: list[Step] = []
     run(num_frames, prompt=2, config=config, on_step=steps.append)

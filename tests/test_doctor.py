@@ -486,7 +486,7 @@ def online(plan, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": tmp_path, "WANDB_CONFIG_DIR": tmp_path / "w", "NETRC": tmp_path / "netrc"}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "10")
     logger = Namespace(class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(offline=False))
     yield changed(plan, {"trainer.logger": [logger], "trainer.default_root_dir": str(tmp_path / "run")})
     wandb.teardown()

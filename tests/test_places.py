@@ -137,7 +137,7 @@ def test_patterns_name_folders_in_order(tmp_path: Path, monkeypatch: pytest.Monk
     assert "does not list" in refusal(find_folders, "https://host/train_*")
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_joined_sets_are_one_set_of_the_same_shards(
     data: st.DataObject, codec: str, folder: Path, tmp_path_factory: pytest.TempPathFactory
@@ -159,7 +159,7 @@ def test_joined_sets_are_one_set_of_the_same_shards(
         assert fingerprint(ShardSet.open(names[::-1]).index) != fingerprint(whole.index)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     counts=st.lists(st.integers(0, 7), min_size=1, max_size=12).filter(any),
     ranks=st.integers(1, 4), workers=st.integers(1, 3), seed=st.integers(0, 9),

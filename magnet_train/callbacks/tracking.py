@@ -53,6 +53,7 @@ def prepare_wandb(folder: Path, verb: str, goes_on: bool, online: bool, uploads:
         "WANDB_PROJECT": "magnet_train",
         "WANDB_JOB_TYPE": verb,
         "WANDB_DATA_DIR": str((folder / "wandb").absolute()),
+        "WANDB_X_SERVICE_WAIT": "300",  # seconds in which its service must start; 30 by default, too few on a busy disk
         "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # seconds of rows that a SIGKILL may cost; 15 by default
         "WANDB_FINISH_TIMEOUT": "0" if uploads else "900",  # seconds; 0 = W&B tries for as long as it likes
         "WANDB_FINISH_TIMEOUT_RAISES": "true",
@@ -104,9 +105,8 @@ def try_key() -> tuple[Literal["online", "off", "no key", "refused"], str]:
     `off` is a mode that needs no network, which is then the text; `refused` is a key that the server does not take, or
     a server that is not to be reached. A key is shown to the server, which takes seconds where that does not answer.
     """
-    from wandb.errors import CommError
-
     import wandb
+    from wandb.errors import CommError
 
     settings = wandb.setup().settings
     if settings.mode not in ("online", "run", "shared"):
@@ -315,6 +315,7 @@ class Tracking(Callback):
 def upload(run: Any, checkpoint: Path, aliases: list[str]) -> None:
     """Logs a checkpoint as a version of the run's artifact `checkpoint-ID`, with `step-N` among its aliases."""
     import wandb
+
     from magnet_train.release import read_checkpoint
 
     step = int(read_checkpoint(checkpoint)["global_step"])
