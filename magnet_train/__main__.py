@@ -2,7 +2,6 @@
 
 import os
 import sys
-import threading
 import traceback
 from typing import Any
 
@@ -77,9 +76,7 @@ def _end_failed(status: int) -> None:
         return
     if status == 1:  # nobody else will say why
         traceback.print_exc()
-    finishing = threading.Thread(target=tracking.finish_wandb, args=(status,), daemon=True)
-    finishing.start()
-    finishing.join(60)  # seconds, if its server is down
+    tracking.finish_wandb(status, in_a_hurry=True)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

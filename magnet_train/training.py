@@ -82,7 +82,7 @@ def run_lightning(verb: str, args: list[str]) -> None:
         with _as(verb, args):
             MagnetCLI(verb)
     except Preempted as stopped:
-        finish_wandb(int(stopped.code or 0))
+        finish_wandb(int(stopped.code or 0), in_a_hurry=True)
         raise
     finish_wandb(0)
 

@@ -321,6 +321,25 @@ def outage(place: Place) -> Row:
     return f"status 0: {text}, which it did", place.lost(run)
 
 
+def preempted(place: Place) -> Row:
+    """W&B's server is away as a run is preempted; it gets 3 s here, and else a minute"""
+    from magnet_train.callbacks import tracking
+
+    run, options = place.folder / "preempted", ["--trainer.logger=WandbLogger", "--trainer.log_every_n_steps=1"]
+    with recorder() as server, environment(WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL=server.url):
+        usual, tracking.IN_A_HURRY_S = tracking.IN_A_HURRY_S, 3.0
+        child, log = start(place, run, *options, lasts_s=0.3)
+        tracking.IN_A_HURRY_S = usual
+        wait_for_batch(run, 2)
+        server.is_down = True
+        begin = time.monotonic()
+        os.kill(child, signal.SIGTERM)
+        status = ended(child, 240)
+        seconds = time.monotonic() - begin
+    assert status == 0 and "stopped at step" in log.read_text(), log.read_text()[-3000:]
+    return f"status 0 after {seconds:.1f} s: {line(log.read_text(), 'not all was sent')}", place.lost(run)
+
+
 @contextmanager
 def environment(**values: str) -> Iterator[None]:
     """Variables of the processes that are begun in it."""
@@ -406,6 +425,7 @@ FAULTS: dict[str, Callable[[Place], Row]] = {
     ),
     "key": key,
     "outage": outage,
+    "preempted": preempted,
     "service": service,
     "ranks": refused(
         "more ranks than shards", "shards for 8 ranks",

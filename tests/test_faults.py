@@ -10,12 +10,13 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_nothing_is_lost():
     script = Path(__file__).with_name("faults.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(script.parent)])}
-    faults = ["disk", "signal", "rank_dies", "rank_hangs", "text", "outage", "sweep"]
+    faults = ["disk", "signal", "rank_dies", "rank_hangs", "text", "outage", "sweep", "preempted"]
     done = subprocess.run(
-        [sys.executable, script, "--only", *faults], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, script, "--only", *faults], env=environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,13 +152,37 @@ def _answers_in_time(settings: Any) -> Iterator[None]:
             os.environ[HTTP_TIMEOUT] = waits
 
 
-def finish_wandb(status: int) -> None:
-    """Ends this process's W&B run, if it has one, with an exit status, and says how to send what could not be sent."""
+IN_A_HURRY_S = 60.0
+"""Seconds that W&B gets of a run that has to end: its GPUs are wanted elsewhere, or other ranks wait for it."""
+
+
+def finish_wandb(status: int, in_a_hurry: bool = False) -> None:
+    """Ends this process's W&B run, if it has one, and says how to send what could not be sent.
+
+    Args:
+        status: exit status of the process, of which W&B is told.
+        in_a_hurry: within a minute, whatever WANDB_FINISH_TIMEOUT says. If not all is sent by then this ends the
+            process, at whose exit W&B would go on trying.
+    """
     wandb: Any = sys.modules.get("wandb")
     if wandb is None or wandb.run is None:
         return
+    again = f"it is kept, and `wandb sync --include-online {wandb.run.settings.sync_dir}` sends it"
+    if not in_a_hurry:
+        _finish(wandb, status, again)
+        return
+    finishing = threading.Thread(target=_finish, args=(wandb, status, again), daemon=True)
+    finishing.start()
+    finishing.join(IN_A_HURRY_S)
+    if finishing.is_alive():
+        rank_zero_warn(f"W&B: not all was sent within {IN_A_HURRY_S:g} s; {again}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _finish(wandb: Any, status: int, again: str) -> None:
     settings = wandb.run.settings
-    again = f"it is kept, and `wandb sync --include-online {settings.sync_dir}` sends it"
     try:
         wandb.finish(exit_code=status)
     except TimeoutError:
