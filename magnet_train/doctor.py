@@ -735,7 +735,9 @@ def estimates(plan: Plan) -> Iterator[Finding | str]:
         network, data.batch_size, plan.num_frames, precision, optimizer, ranks, plan.is_sharded, frozen=frozen,
         factor=found.memory_factor,
     )  # fmt: skip
-    parts = ", ".join(f"{name} {gb(value)}" for name, value in vars(needed).items() if value)
+    parts = ", ".join(f"{name} {gb(value)}" for name, value in needed.in_training.items() if value)
+    if needed.validation:
+        parts += f"; in a validation, with all weights whole, {gb(needed.validation)}"
     parameters = estimate.num_parameters(network)
     yield f"model: {parameters / 1e6:,.1f} M parameters, {gb(_checkpoint_bytes(plan))} a checkpoint"
     how = "calculated" if found.memory_factor == 1 else f"calculated x {found.memory_factor:.2f} as measured"

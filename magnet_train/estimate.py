@@ -39,15 +39,23 @@ class Memory:
     """The text encoder's weights."""
     activations: float
     """What is kept for the backward pass, and what that takes besides."""
+    validation: float = 0.0
+    """All of a validation, if all weights are whole then beside the shards; without what decoding computes."""
+
+    @property
+    def in_training(self) -> dict[str, float]:
+        """What there is at once in a step, by name."""
+        return {name: value for name, value in vars(self).items() if name != "validation"}
 
     @property
     def state(self) -> float:
-        """All that does not depend on the batch."""
-        return self.total - self.activations
+        """All of a step that does not depend on the batch."""
+        return sum(self.in_training.values()) - self.activations
 
     @property
     def total(self) -> float:
-        return sum(vars(self).values())
+        """The most that there is at once."""
+        return max(sum(self.in_training.values()), self.validation)
 
 
 def num_parameters(config: MagnetConfig) -> int:
@@ -108,8 +116,7 @@ def memory(
         precision: Lightning's name.
         optimizer: a key of MOMENTS.
         ranks: devices of the run.
-        sharded: whether weights, gradients, moments and average are divided among the ranks (FSDP2); a validation
-            then has all weights once more, which is not counted here.
+        sharded: whether weights, gradients, moments and average are divided among the ranks (FSDP2).
         averaged: whether an average of the weights is kept.
         frozen: bytes of the text encoder.
         factor: by which measured activations exceed the calculated ones.
@@ -117,25 +124,29 @@ def memory(
     full, half = bytes_of(precision)
     parameters, block = num_parameters(config), parameters_of_block(config)
     own = parameters * full / (ranks if sharded else 1)
-    copies = parameters * half if half < full else 0.0  # autocast's, of whole weights, kept for the backward pass
-    if sharded:  # a block that is in use, and the next
+    rounded = parameters * half if half < full else 0.0  # autocast's, of whole weights, kept for the backward pass
+    copies, validation = rounded, 0.0
+    if sharded:  # a block that is in use, and the next; in a validation all of them
         copies += 2 * block * full
+        validation = own * (2 + MOMENTS[optimizer] + averaged) + frozen + parameters * full + rounded
     elif ranks > 1:  # DDP's buckets
         copies += parameters * full
     activations = factor * activation_bytes(config, batch_size, num_frames, precision)
-    return Memory(own, own, MOMENTS[optimizer] * own, own * averaged, copies, frozen, activations)
+    return Memory(own, own, MOMENTS[optimizer] * own, own * averaged, copies, frozen, activations, validation)
 
 
 def largest_batch(given: Memory, batch_size: int, capacity: float) -> int:
-    """Examples per batch that fit a device of `capacity` bytes, of which a reserve stays free; 0 = not even one.
+    """Examples per batch that fit a device of `capacity` bytes, a reserve kept free; 0 = none, or no validation.
 
     Args:
         given: memory at `batch_size`, with which activations grow.
         batch_size: of `given`.
         capacity: in bytes.
     """
-    room = capacity * (1 - RESERVE) - given.state
-    return max(0, int(room / (given.activations / batch_size)))
+    room = capacity * (1 - RESERVE)
+    if given.validation > room:
+        return 0
+    return max(0, int((room - given.state) / (given.activations / batch_size)))
 
 
 def checkpoint_bytes(config: MagnetConfig, optimizer: str, averaged: bool = True, precision: Any = None) -> float:

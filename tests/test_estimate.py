@@ -98,6 +98,18 @@ def test_sharding_divides_the_state_and_not_the_activations():
     assert shared.copies == parameters * 2 + 2 * 4 * estimate.parameters_of_block(SMALL)
 
 
+def test_a_validation_in_shards_has_all_weights_once_more():
+    """However many the ranks: it may be what does not fit."""
+    many = estimate.memory(WIDE, 1, 100, "bf16-mixed", "adamw", ranks=1000, sharded=True, frozen=1e6)
+    weights = 4 * estimate.num_parameters(WIDE)
+    assert many.validation == pytest.approx(1.5 * weights + 1e6, rel=0.01) and many.total == many.validation
+    assert many.total > sum(many.in_training.values()) > 0
+    assert (
+        estimate.largest_batch(many, 1, many.validation) == 0 < estimate.largest_batch(many, 1, 1.2 * many.validation)
+    )
+    assert estimate.memory(WIDE, 1, 100, "bf16-mixed", "adamw", ranks=1000).validation == 0
+
+
 def test_dadaptation_keeps_one_tensor_more():
     pytest.importorskip("dadaptation")
     import dadaptation
