@@ -76,10 +76,13 @@ def tiny():
 
 
 @pytest.fixture(autouse=True)
-def own_signals():
-    """A run that is stopped leaves its signals ignored, which a process of its own takes with it."""
+def own_process():
+    """Signals that a stopped run ignores, and the port of several ranks, else end with their process."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    ports = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
     yield
+    for name, value in ports.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     for number, handler in before.items():
         if signal.getsignal(number) is not handler:
             signal.signal(number, handler)
