@@ -17,8 +17,14 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-# How long an example takes says how busy the machine is.
-hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# How long an example takes says how busy the machine is; and no commit fails over an example that it has not changed.
+hypothesis.settings.register_profile(
+    "busy",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("busy")
 
 

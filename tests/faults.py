@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, Thread
 from pathlib import Path
 from typing import Any
 
+from helpers_programs import LONGEST_S
 from helpers_resume import arguments, differences, ledger, make_data, outcome
 from helpers_wandb import recorder
 from kill_and_resume import attempt, ended, killed_often
@@ -315,7 +316,7 @@ def outage(place: Place) -> Row:
         server.is_down = False
         text = line(log.read_text(), "not all was sent")
         command = [sys.executable, "-m", *text.split("`")[2].split()]
-        subprocess.run(command, check=True, timeout=240, capture_output=True)
+        subprocess.run(command, check=True, timeout=LONGEST_S, capture_output=True)
     losses = [(row["trainer/global_step"], row["train/loss"]) for row in server.rows if "train/loss" in row]
     assert arrived and {step for step, _ in losses} == set(range(STEPS)) and len(set(losses)) == STEPS
     return f"status 0: {text}, which it did", place.lost(run)

@@ -1,20 +1,28 @@
 """Several ranks on one machine: processes forked from this one, which has imported all they need."""
 
+import itertools
 import os
 import signal
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 
+from helpers_programs import LONGEST_S
 from kill_and_resume import attempt, ended
 
 import magnet_train.training  # noqa: F401
 
+_numbers = itertools.count(os.getpid())
+
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below those that the kernel deals out, of which one might be taken before the ranks are there to take it."""
+    while True:
+        port = 20_000 + next(_numbers) % 10_000
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def torchrun_environment(ranks: int) -> list[dict[str, str]]:
@@ -29,7 +37,7 @@ def torchrun_environment(ranks: int) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-def fit_on_ranks(ranks: int, arguments: list[str], log: Path, within_s: float = 300) -> tuple[list[int], str]:
+def fit_on_ranks(ranks: int, arguments: list[str], log: Path, within_s: float = LONGEST_S) -> tuple[list[int], str]:
     """Runs `python -m magnet_train ARGUMENTS` on so many ranks; their exit statuses, and all that they wrote.
 
     Nobody ends a rank because another has failed, as a launcher would.
@@ -42,7 +50,8 @@ def fit_on_ranks(ranks: int, arguments: list[str], log: Path, within_s: float = 
     environments = torchrun_environment(ranks)
     children = [attempt(arguments, file, own) for file, own in zip(logs, environments, strict=True)]
     try:
-        found = [ended(child, within_s) for child in children]
+        end = time.monotonic() + within_s
+        found = [ended(child, max(0.0, end - time.monotonic())) for child in children]
     finally:
         for child in children:
             with suppress(ProcessLookupError):

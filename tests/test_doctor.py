@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers_data import make_data_codec, write_shards
+from helpers_programs import LONGEST_S
 from helpers_wandb import server
 from jsonargparse import Namespace
 from make_components import make_t5
@@ -102,7 +103,8 @@ def look(check: str, plan: Plan, **options: object) -> list[str]:
 
 def ask(capsys, parts: Path, *options: str) -> tuple[int, dict[str, str], str]:
     """Exit status, what each check says with its status first, and the error line; no speed is measured."""
-    with mock.patch.object(magnet_train.doctor, "speed", lambda _: SUPPOSED):
+    quick = mock.patch.object(magnet_train.doctor, "speed", lambda _: SUPPOSED)
+    with quick, mock.patch.object(magnet_train.doctor, "SAMPLING_S", math.inf):
         status = main(["doctor", "--config", str(parts / "c.yaml"), *options])
     printed = capsys.readouterr()
     lines = [re.match(r"(\w+) +([^:]+): (.*)", line) for line in printed.out.splitlines()]
@@ -550,7 +552,7 @@ def test_help_says_what_it_is(capsys):
 def test_one_real_launch(parts, tmp_path):
     args = [sys.executable, "-m", "magnet_train", "doctor", "--config", str(parts / "c.yaml"), "--data.num_workers=7"]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=LONGEST_S, cwd=tmp_path)
     assert done.returncode == 2 and list(tmp_path.iterdir()) == []
     assert done.stderr.strip().splitlines()[-1].endswith("checks failed, and a run would too: shares")
     assert "set --data.num_workers 4" in done.stdout and "Traceback" not in done.stderr

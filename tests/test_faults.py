@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers_programs import LONGEST_S
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_nothing_is_lost():
     script = Path(__file__).with_name("faults.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(script.parent)])}
     faults = ["disk", "signal", "rank_dies", "rank_hangs", "text", "outage", "sweep", "preempted"]
     done = subprocess.run(
-        [sys.executable, script, "--only", *faults], env=environment, capture_output=True, text=True, timeout=1200
+        [sys.executable, script, "--only", *faults], env=environment, capture_output=True, text=True, timeout=LONGEST_S
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]

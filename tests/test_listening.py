@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_the_page_loads_nothing_and_escapes_captions(page):
 
 
 def test_the_page_is_blind(study, key):
-    html = study.page.read_text(encoding="utf-8")
+    html = re.sub(r'src="data:[^"]*"', "", study.page.read_text(encoding="utf-8"))  # in audio any word may stand
     for word in ("ours", "theirs", "anchor", "mismatch", "low-pass", "_key", "reference_0", str(study.page.parent)):
         assert word not in html, word
 

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from helpers_programs import LONGEST_S
 from helpers_ranks import fit_on_ranks, free_port
 from helpers_resume import arguments, ledger, make_data, outcome
 
@@ -86,7 +87,7 @@ LAUNCHED = ("--trainer.devices=2", "--trainer.max_steps=4", "--trainer.val_check
 def test_torchrun_launches_it(data: Path, tmp_path: Path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     command += ["-m", "magnet_train", *arguments(data, tmp_path / "run", "--trainer.strategy=fsdp2", *LAUNCHED)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LONGEST_S, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert is_one_run(tmp_path / "run")
 
@@ -106,7 +107,7 @@ def test_srun_launches_it(data: Path, tmp_path: Path):
         with (tmp_path / f"{rank}.log").open("w") as log:
             tasks.append(subprocess.Popen(command, env=own, stdout=log, stderr=log, cwd=tmp_path))
     try:
-        statuses = [task.wait(timeout=300) for task in tasks]
+        statuses = [task.wait(timeout=LONGEST_S) for task in tasks]
     finally:
         for task in tasks:
             task.kill()

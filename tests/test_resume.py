@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_data import make_data_codec, write_shards
-from helpers_programs import program
+from helpers_programs import LONGEST_S, program
 from helpers_resume import arguments, differences, ledger, make_data, outcome
 from make_components import make_t5
 
@@ -196,7 +196,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(data: Path, tmp
     done = subprocess.run(
         [sys.executable, "-m", "magnet_train", *arguments(data, tmp_path / "run", *options, **told)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
-        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        capture_output=True, text=True, timeout=LONGEST_S, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "stopped at step 5 by a signal to another rank" in done.stdout

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_programs import program
+from helpers_programs import LONGEST_S, program
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted((ROOT / "conf" / "slurm").glob("*.sbatch"))
@@ -40,17 +40,19 @@ def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(tmp_path: Path):
         [[ $1 == --* ]] && shift
         for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NODEID=0 "$@" > {tmp_path}/rank$i.txt 2>&1 & done
         if [[ -z ${{SLURM_RESTART_COUNT:-}} ]]; then
-            for _ in $(seq 1200); do [[ -f {run}/started ]] && break; sleep 0.1; done
+            until [[ -f {run}/started || -z $(jobs -pr) ]]; do sleep 0.1; done
             kill -USR1 $(jobs -p)
         fi
         status=0; for pid in $(jobs -p); do wait $pid || status=$?; done; exit $status""",
     )
     (tmp_path / "slow.py").write_text(
-        "import time\nfrom pathlib import Path\nfrom lightning.pytorch.callbacks import Callback\n\n\n"
-        "class Slow(Callback):\n"
+        "import os\nimport time\nfrom pathlib import Path\nfrom lightning.pytorch.callbacks import Callback\n\n\n"
+        "class TillTold(Callback):\n"
         "    def on_train_batch_end(self, trainer, *args):\n"
         "        (Path(trainer.default_root_dir) / 'started').touch()\n"
-        "        time.sleep(0.5)\n"
+        "        (told,) = (c for c in trainer.callbacks if type(c).__name__ == 'Preemption')\n"
+        "        while 'SLURM_RESTART_COUNT' not in os.environ and told._received is None:\n"
+        "            time.sleep(0.02)\n"
     )
     slurm = {
         "JOB_ID": "7", "JOB_NAME": "magnet", "JOB_NUM_NODES": "1", "NTASKS": "2", "NTASKS_PER_NODE": "2",
@@ -61,10 +63,10 @@ def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(tmp_path: Path):
     env |= {f"SLURM_{name}": value for name, value in slurm.items()}
     env |= {"PATH": f"{tools}:{env['PATH']}", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     job = ["bash", str(ROOT / "conf/slurm/one_node.sbatch"), "--config", "conf/demo.yaml", *TINY]
-    job += [f"--trainer.default_root_dir={run}", "--trainer.callbacks+=slow.Slow", "--trainer.strategy=ddp"]
+    job += [f"--trainer.default_root_dir={run}", "--trainer.callbacks+=slow.TillTold", "--trainer.strategy=ddp"]
 
     def start(**more: str) -> str:
-        done = subprocess.run(job, env=env | more, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(job, env=env | more, capture_output=True, text=True, timeout=LONGEST_S)
         said = (tmp_path / "rank0.txt").read_text() if (tmp_path / "rank0.txt").exists() else ""
         assert done.returncode == 0, done.stdout + done.stderr + said
         return said

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers_programs import program
+from helpers_programs import LONGEST_S, program
 
 import magnet_train.cli
 import magnet_train.sweep
@@ -297,7 +297,7 @@ def start_sweep(file: Path, out: Path) -> "subprocess.Popen[str]":
 
 
 def wait_for(*files: Path) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + LONGEST_S
     while not all(f.exists() and f.read_text() for f in files):
         assert time.monotonic() < deadline, files
         time.sleep(0.02)
@@ -321,7 +321,7 @@ def test_an_interruption_ends_the_runs_and_says_one_line(number, tmp_path, fake)
         signal.signal(signal.SIGINT, previous)
     wait_for(fake / "x=1" / "notes", fake / "x=2" / "notes")
     process.send_signal(number)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=LONGEST_S)
     assert process.returncode == 130 and err.strip().splitlines() == ["interrupted"]
     for x in (1, 2):
         first, *rest = notes(fake / f"x={x}")
@@ -352,7 +352,7 @@ def test_under_nohup_a_sweep_outlives_its_terminal(tmp_path, fake):
         signal.signal(signal.SIGHUP, previous)
     wait_for(fake / "x=1" / "notes")
     process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=300)
+    process.communicate(timeout=LONGEST_S)
     assert process.returncode == 0 and (fake / "x=1" / "summary.json").is_file()
 
 
@@ -454,7 +454,7 @@ def test_a_real_sweep_that_was_stopped_after_its_first_run_goes_on_with_the_seco
     process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(first / "summary.json", second / "log.txt")
     process.terminate()
-    said, err = process.communicate(timeout=300)
+    said, err = process.communicate(timeout=LONGEST_S)
     assert process.returncode == 130 and err.strip().splitlines()[-1] == "interrupted", err
     assert "seed_everything=1: finished" in said and not (second / "summary.json").exists()
     before = (first / "summary.json").stat().st_mtime_ns

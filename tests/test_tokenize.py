@@ -22,6 +22,7 @@ import pytest
 import soundfile
 import torch
 from helpers_data import RATE, make_data_codec, tone, write_clip
+from helpers_programs import LONGEST_S
 
 from magnet_train.assets import demo_path
 from magnet_train.codec import Codec, load_codec
@@ -429,7 +430,7 @@ def readers() -> list[threading.Thread]:
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + LONGEST_S
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -469,7 +470,7 @@ def test_a_process_ends_though_items_are_being_made():
     code = "from itertools import count; from magnet_train.data.shards import ahead; items = ahead(count(), 3)"
     code += "; next(items); raise SystemExit(7)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=300).returncode == 7
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=LONGEST_S).returncode == 7
 
 
 def test_a_failure_of_the_codec_ends_the_reading(run: Callable[..., dict], tmp_path: Path, monkeypatch: Any):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 from helpers_data import make_data_codec, write_shards
+from helpers_programs import LONGEST_S
 from helpers_wandb import history, recorder, records, server
 
 from magnet_train import logged
@@ -213,7 +214,7 @@ def test_wandb_sync_makes_one_run_of_two_sessions(tmp_path: Path):
         env = os.environ | {"WANDB_BASE_URL": got.url, "WANDB_API_KEY": "k" * 40, "HOME": str(tmp_path)}
         env.pop("WANDB_MODE")
         wandb = [sys.executable, "-m", "wandb", "sync", str(tmp_path / "wandb")]
-        subprocess.run(wandb, env=env, check=True, timeout=300, capture_output=True, cwd=tmp_path)
+        subprocess.run(wandb, env=env, check=True, timeout=LONGEST_S, capture_output=True, cwd=tmp_path)
     assert got.offsets[0] == 0 and 3 in got.offsets  # the second session begins where the first one ended
     assert [(row["_step"], row["trainer/global_step"]) for row in got.rows] == [(0, 0), (1, 1), (2, 2), (3, 2), (4, 3)]
 

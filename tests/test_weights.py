@@ -12,6 +12,7 @@ from time import sleep
 import numpy as np
 import pytest
 import torch
+from helpers_programs import LONGEST_S
 
 from magnet_train import weights as weights_module
 from magnet_train.errors import UserError
@@ -134,7 +135,7 @@ def test_two_processes_at_once_download_once(server: Server, cache: Path):
     ranks = [context.Process(target=_find, args=(published(server), results)) for _ in range(2)]
     for rank in ranks:
         rank.start()
-    assert [results.get(timeout=300) for _ in ranks] == [SHA256] * 2
+    assert [results.get(timeout=LONGEST_S) for _ in ranks] == [SHA256] * 2
     for rank in ranks:
         rank.join()
     assert server.requests == 1

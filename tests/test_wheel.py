@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers_programs import LONGEST_S
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
@@ -24,13 +25,13 @@ def test_fit_without_arguments_runs_from_a_wheel_in_an_empty_folder(tmp_path):
     wheels, site, empty = tmp_path / "wheels", tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(wheels), str(ROOT)]
-    subprocess.run(build, check=True, timeout=300)
+    subprocess.run(build, check=True, timeout=LONGEST_S)
     (wheel,) = wheels.glob("*.whl")
     install = [*pip, "install", "--no-deps", "--no-index", "--no-compile", "--target", str(site), str(wheel)]
-    subprocess.run(install, check=True, timeout=300)
+    subprocess.run(install, check=True, timeout=LONGEST_S)
     done = subprocess.run(
         [sys.executable, "-m", "magnet_train", "fit", *SHORT],
-        cwd=empty, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=500,
+        cwd=empty, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=LONGEST_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert str(site) in done.stdout, "it must have used the wheel's own demo.yaml"
