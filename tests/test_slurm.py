@@ -28,8 +28,9 @@ def test_a_job_file_is_what_its_head_says(job: Path):
 
 
 @pytest.mark.slow
-def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(tmp_path: Path):
-    """srun starts both tasks with what SLURM sets, and sends SIGUSR1 to both once the first step is saved."""
+@pytest.mark.parametrize(("job", "nodes"), [("one_node", 1), ("several_nodes", 2)])
+def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(job: str, nodes: int, tmp_path: Path):
+    """srun starts both tasks with what SLURM sets, and sends SIGUSR1 to both once the first step is done."""
     tools, run = tmp_path / "tools", tmp_path / "run"
     tools.mkdir()
     program(tools / "python", f'exec {sys.executable} "$@"')
@@ -38,7 +39,10 @@ def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(tmp_path: Path):
         tools / "srun",
         f"""
         [[ $1 == --* ]] && shift
-        for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NODEID=0 "$@" > {tmp_path}/rank$i.txt 2>&1 & done
+        for i in 0 1; do
+            node=$((i * {nodes - 1}))
+            SLURM_PROCID=$i SLURM_NODEID=$node SLURM_LOCALID=$((i - node)) "$@" > {tmp_path}/rank$i.txt 2>&1 &
+        done
         if [[ -z ${{SLURM_RESTART_COUNT:-}} ]]; then
             until [[ -f {run}/started || -z $(jobs -pr) ]]; do sleep 0.1; done
             kill -USR1 $(jobs -p)
@@ -55,18 +59,19 @@ def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(tmp_path: Path):
         "            time.sleep(0.02)\n"
     )
     slurm = {
-        "JOB_ID": "7", "JOB_NAME": "magnet", "JOB_NUM_NODES": "1", "NTASKS": "2", "NTASKS_PER_NODE": "2",
-        "NODELIST": "localhost", "SUBMIT_DIR": str(ROOT), "CPUS_PER_TASK": "1",
+        "JOB_ID": "7", "JOB_NAME": "magnet", "JOB_NUM_NODES": str(nodes), "NNODES": str(nodes), "NTASKS": "2",
+        "NTASKS_PER_NODE": str(2 // nodes), "NODELIST": ",".join(["localhost"] * nodes), "SUBMIT_DIR": str(ROOT),
+        "CPUS_PER_TASK": "1",
         "NODEID": "0", "LOCALID": "0", "PROCID": "0",  # of the script itself
     }  # fmt: skip
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     env |= {f"SLURM_{name}": value for name, value in slurm.items()}
     env |= {"PATH": f"{tools}:{env['PATH']}", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    job = ["bash", str(ROOT / "conf/slurm/one_node.sbatch"), "--config", "conf/demo.yaml", *TINY]
-    job += [f"--trainer.default_root_dir={run}", "--trainer.callbacks+=slow.TillTold", "--trainer.strategy=ddp"]
+    command = ["bash", str(ROOT / f"conf/slurm/{job}.sbatch"), "--config", "conf/demo.yaml", *TINY]
+    command += [f"--trainer.default_root_dir={run}", "--trainer.callbacks+=slow.TillTold", "--trainer.strategy=ddp"]
 
     def start(**more: str) -> str:
-        done = subprocess.run(job, env=env | more, capture_output=True, text=True, timeout=LONGEST_S)
+        done = subprocess.run(command, env=env | more, capture_output=True, text=True, timeout=LONGEST_S)
         said = (tmp_path / "rank0.txt").read_text() if (tmp_path / "rank0.txt").exists() else ""
         assert done.returncode == 0, done.stdout + done.stderr + said
         return said

@@ -42,7 +42,7 @@ if given.get("x") == "bad":
     print("epoch 0\\nerror: the shards are gone\\n\\x1b[1;34mwandb\\x1b[0m: goodbye")
     sys.exit(2)
 time.sleep(float(given.get("wait", "0")))
-while "until" in given and not os.path.exists(given["until"]):
+while not all(map(os.path.exists, filter(None, given.get("until", "").split(":")))):
     time.sleep(0.02)
 (folder / "summary.json").write_text(json.dumps({"metrics": {"val/ce": {"before": None, "after": 1.0}}}))
 note(end=time.time())
@@ -255,8 +255,8 @@ def test_runs_go_one_after_another_and_finished_ones_stay(tmp_path, fake, capsys
 
 
 def test_as_many_run_together_as_jobs_say(tmp_path, fake):
-    second = {"value": str(fake / "x=2" / "notes")}  # none ends before the second has begun
-    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2, 3, 4, 5]}, "until": second})
+    until = ":".join(str(fake / f"x={x}" / "notes") for x in (1, 2))  # neither of these ends before both have begun
+    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2, 3, 4, 5]}, "until": {"value": until}})
     assert status(file, "--out", fake, "--jobs", 2) == 0
     spans = [(n[0]["start"], n[1]["end"]) for n in (notes(fake / f"x={x}") for x in range(1, 6))]
     together = [sum(a <= start < b for a, b in spans) for start, _ in spans]
