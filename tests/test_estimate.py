@@ -104,9 +104,8 @@ def test_a_validation_in_shards_has_all_weights_once_more():
     weights = 4 * estimate.num_parameters(WIDE)
     assert many.validation == pytest.approx(1.5 * weights + 1e6, rel=0.01) and many.total == many.validation
     assert many.total > sum(many.in_training.values()) > 0
-    assert (
-        estimate.largest_batch(many, 1, many.validation) == 0 < estimate.largest_batch(many, 1, 1.2 * many.validation)
-    )
+    assert estimate.largest_batch(many, 1, many.validation) == 0
+    assert estimate.largest_batch(many, 1, 1.2 * many.validation) > 0
     assert estimate.memory(WIDE, 1, 100, "bf16-mixed", "adamw", ranks=1000).validation == 0
 
 

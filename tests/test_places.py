@@ -298,7 +298,8 @@ def test_what_does_not_pass_is_named(
     text = refusal(list, EveryItemOnce(found, 50, 4))
     assert f"{server.address}/{shard(1)}" in text and says in text and time.monotonic() - begin < 300
     requests = server.requests[shard(1)]
-    assert requests == tries or (tries is None and 2 <= requests < 30)
+    # 0.6 s hold six pauses at most; and a connection that breaks aiohttp itself tries twice.
+    assert requests == tries or (tries is None and 2 <= requests <= 7 * 2)
     with pytest.warns(UserWarning, match=r"left out: .*shard-000001"):
         assert set(keys(islice(TrainingStream(found, 50, 4, 0), 8))) == set(all_keys()) - set(all_keys(7)[4:])
     assert len(cached()) == 3
@@ -423,16 +424,17 @@ def test_a_reader_without_any_shard_ends_the_run(codec: str, tmp_path: Path, mon
         warnings.simplefilter("always")
         assert "no readable shard among the last 100" in refusal(next, iter(TrainingStream(found, 50, 2, 0, 1, 2)))
     assert len([w for w in caught if w.category is UserWarning]) == 3  # each named once
-    monkeypatch.setattr(pipeline, "MOST_WAIT_S", 0.2)
-    monkeypatch.setattr(ShardSet, "read", lambda *_: time.sleep(0.05) or refuse())
-    begin = time.monotonic()
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def refuse(*_: Any) -> Any:
+        clock.now += pipeline.MOST_WAIT_S / 4
+        raise UserError("a shard: cannot be reached")
+
+    monkeypatch.setattr(ShardSet, "read", refuse)
     with pytest.warns(UserWarning):
-        assert "s; the last: a shard" in refusal(next, iter(TrainingStream(found, 50, 2, 0, 1, 2)))
-    assert time.monotonic() - begin > 0.2
-
-
-def refuse() -> Any:
-    raise UserError("a shard: cannot be reached")
+        text = refusal(next, iter(TrainingStream(found, 50, 2, 0, 1, 2)))
+    assert "among the last 5, tried for 1125 s; the last: a shard" in text
 
 
 @pytest.fixture

@@ -8,13 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from helpers_programs import LONGEST_S, program
+from helpers_programs import LONGEST_S, program, wait_for
 
 import magnet_train.cli
 import magnet_train.sweep
@@ -296,11 +295,8 @@ def start_sweep(file: Path, out: Path) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def wait_for(*files: Path) -> None:
-    deadline = time.monotonic() + LONGEST_S
-    while not all(f.exists() and f.read_text() for f in files):
-        assert time.monotonic() < deadline, files
-        time.sleep(0.02)
+def wait_for_files(*files: Path) -> None:
+    wait_for(lambda: all(f.exists() and f.read_text() for f in files), f"{files}")
 
 
 def is_alive(pid: int) -> bool:
@@ -319,7 +315,7 @@ def test_an_interruption_ends_the_runs_and_says_one_line(number, tmp_path, fake)
         process = start_sweep(file, fake)
     finally:
         signal.signal(signal.SIGINT, previous)
-    wait_for(fake / "x=1" / "notes", fake / "x=2" / "notes")
+    wait_for_files(fake / "x=1" / "notes", fake / "x=2" / "notes")
     process.send_signal(number)
     _, err = process.communicate(timeout=LONGEST_S)
     assert process.returncode == 130 and err.strip().splitlines() == ["interrupted"]
@@ -350,7 +346,7 @@ def test_under_nohup_a_sweep_outlives_its_terminal(tmp_path, fake):
         process = start_sweep(file, fake)
     finally:
         signal.signal(signal.SIGHUP, previous)
-    wait_for(fake / "x=1" / "notes")
+    wait_for_files(fake / "x=1" / "notes")
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=LONGEST_S)
     assert process.returncode == 0 and (fake / "x=1" / "summary.json").is_file()
@@ -360,7 +356,7 @@ def test_a_run_that_a_killed_sweep_left_behind_is_waited_for_not_started_twice(t
     until, said = tmp_path / "until", []
     file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1]}, "until": {"value": str(until)}})
     process = start_sweep(file, fake)
-    wait_for(fake / "x=1" / "notes")
+    wait_for_files(fake / "x=1" / "notes")
     process.kill()
     process.communicate()
 
@@ -452,7 +448,7 @@ def test_a_real_sweep_that_was_stopped_after_its_first_run_goes_on_with_the_seco
     words = [sys.executable, "-m", "magnet_train", "sweep", str(file), "--out", str(out)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(first / "summary.json", second / "log.txt")
+    wait_for_files(first / "summary.json", second / "log.txt")
     process.terminate()
     said, err = process.communicate(timeout=LONGEST_S)
     assert process.returncode == 130 and err.strip().splitlines()[-1] == "interrupted", err

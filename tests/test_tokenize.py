@@ -22,7 +22,7 @@ import pytest
 import soundfile
 import torch
 from helpers_data import RATE, make_data_codec, tone, write_clip
-from helpers_programs import LONGEST_S
+from helpers_programs import LONGEST_S, wait_for
 
 from magnet_train.assets import demo_path
 from magnet_train.codec import Codec, load_codec
@@ -429,18 +429,11 @@ def readers() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("ahead")]
 
 
-def wait_for(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LONGEST_S
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_items_made_ahead_come_in_order_and_not_too_many():
     begun, threads = [], set()
     items = ahead(counted(begun, threads), 3)
     assert next(items) == 0
-    wait_for(lambda: len(begun) >= 4)  # one in use and three ahead
+    wait_for(lambda: len(begun) >= 4, "items")  # one in use and three ahead
     time.sleep(0.1)
     assert len(begun) == 4
     assert list(items) == list(range(1, 20)) and begun == list(range(20))
@@ -462,7 +455,7 @@ def test_a_consumer_that_stops_or_fails_leaves_no_thread():
         next(items)
         with contextlib.suppress(OSError):
             stop(items)
-        wait_for(lambda: not readers())
+        wait_for(lambda: not readers(), "the end of the thread")
         assert len(begun) <= 4
 
 
@@ -701,7 +694,7 @@ def test_killed_on_the_command_line(codec: str, tmp_path: Path):
     process = subprocess.Popen(
         command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    wait_for(lambda: list((tmp_path / "out").glob("*.tar")) != [] or process.poll() is not None)
+    wait_for(lambda: list((tmp_path / "out").glob("*.tar")) != [] or process.poll() is not None, "a shard")
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "out/index.json").exists()
     options = TokenizeOptions(codec=codec, crop_s=2.0, shard_size=4)
@@ -830,7 +823,7 @@ def test_overlapping_crops_end_with_the_clip(run: Callable[..., dict], tmp_path:
 def test_who_waits_for_another_finishes_its_shards(undisturbed: Any, tmp_path: Path):
     source, options, expected, _ = undisturbed
     first = start(source, tmp_path, options, target=tokenize_stopped_in_a_shard)
-    wait_for(lambda: Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+    wait_for(lambda: Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "its stop")
     second = start(source, tmp_path, options)
     second.join(5)
     assert second.exitcode is None and not (tmp_path / "index.json").exists()
