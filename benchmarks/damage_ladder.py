@@ -17,10 +17,10 @@ import soundfile
 import torch
 from scipy.signal import butter, sosfiltfilt
 
-from magnet_train.assets import demo_path
-from magnet_train.codec import load_codec
+from magnet_train.codec.base import load_codec
+from magnet_train.common.assets import demo_path
 from magnet_train.data.audio import read_audio
-from magnet_train.evaluate import EMBEDDED, EvaluateOptions, clips_of, evaluate
+from magnet_train.evaluation.evaluate import EMBEDDED, EvaluateOptions, clips_of, evaluate
 
 RATE = 16_000
 

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from magnet_train.assets import demo_path
+from magnet_train.common.assets import demo_path
 from magnet_train.data.pipeline import EveryItemOnce, ShardSet
 from magnet_train.generator import load
-from magnet_train.metrics.listeners import load_listener
+from magnet_train.metrics.embedders import load_listener
 from magnet_train.metrics.scoring import KINDS, HeardSet, score
 
 NUM_PROMPTS, SECONDS = 14, 3.2

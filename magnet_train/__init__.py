@@ -18,7 +18,7 @@ def load(path: str = "demo", device: str = "cpu") -> "Generator":
     Its `generate(prompts, seed=…, duration_s=…)` gives codes, audio and the order of unmasking.
 
     Raises:
-        magnet_train.errors.UserError: if nothing usable is there; the message names the file and the remedy.
+        magnet_train.common.errors.UserError: if nothing usable is there; the message names the file and the remedy.
     """
     from magnet_train.generator import load  # deferred: `--help` must not wait for torch
 

@@ -43,10 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: no verb {argv[0]!r}; choose one of {', '.join(VERBS)}", file=sys.stderr)
         return 2
 
-    from magnet_train.errors import UserError
+    from magnet_train.common.errors import UserError
 
     try:
-        from magnet_train import cli
+        from magnet_train.cli import commands as cli
 
         cli.run(argv[0], argv[1:])
     except UserError as error:
@@ -67,7 +67,7 @@ def _end_failed(status: int) -> None:
 
     Then SLURM, torchrun or Lightning ends the others too, and not half an hour later.
     """
-    tracking: Any = sys.modules.get("magnet_train.callbacks.tracking")
+    tracking: Any = sys.modules.get("magnet_train.tracking.wandb_session")
     if tracking is None:
         return
     dist: Any = sys.modules.get("torch.distributed")

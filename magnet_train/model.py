@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from magnet_train.attention import text_attention, window_bias, windowed_attention
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 
 
 @dataclass(frozen=True)

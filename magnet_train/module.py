@@ -10,18 +10,18 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from magnet_train.codec import absolute_name, load_codec
+from magnet_train.codec.base import absolute_name, load_codec
+from magnet_train.common.errors import UserError
+from magnet_train.common.pretrained import absolute_path
+from magnet_train.common.schedule import cosine_factor, inverse_sqrt_factor
 from magnet_train.conditioning import TextEncoder, drop_captions, load_text_encoder
 from magnet_train.data.pipeline import Batch
-from magnet_train.errors import UserError
 from magnet_train.loss import MaskedLoss, masked_cross_entropy
 from magnet_train.masking import cosine_mask_rate, span_mask
 from magnet_train.metrics.fixed_masks import FixedMaskMetrics, fixed_span_mask
 from magnet_train.model import Magnet, MagnetConfig
-from magnet_train.pretrained import absolute_path
 from magnet_train.release import Trained, check_stamp, check_weights
 from magnet_train.resume import check_same_model, differing
-from magnet_train.schedule import cosine_factor, inverse_sqrt_factor
 from magnet_train.sharding import check_shardable, is_sharded, shard, whole_copy, whole_tensor
 
 
@@ -299,7 +299,7 @@ class MagnetModule(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Any:
         """Audio for every caption of a batch, each item with noise of its own."""
-        from magnet_train.decoding import DecodingConfig
+        from magnet_train.decoding.decode import DecodingConfig
         from magnet_train.generator import Generator
 
         if self._generator is None:

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magnet_train.assets import demo_path
-from magnet_train.codec import CodecFacts, load_codec, split_name
-from magnet_train.decoding import DecodingConfig
-from magnet_train.errors import UserError
+from magnet_train.codec.base import CodecFacts, load_codec, split_name
+from magnet_train.common.assets import demo_path
+from magnet_train.common.errors import UserError
+from magnet_train.common.pretrained import one_line
+from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.model import Magnet, MagnetConfig
-from magnet_train.pretrained import one_line
 
 RELEASE_FORMAT = 1
 IN_RELEASE = "./"  # a codec's id that begins so lies in the release's own folder

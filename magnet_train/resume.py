@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 from magnet_train.release import read_checkpoint
 
 

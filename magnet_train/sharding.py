@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 from magnet_train.model import Magnet
 
 

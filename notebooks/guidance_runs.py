@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 import magnet_train
-from magnet_train.assets import demo_path
-from magnet_train.audio_files import normalize_loudness
-from magnet_train.evaluate import captions_of, clips_of
-from magnet_train.metrics.listeners import load_listener
+from magnet_train.common.assets import demo_path
+from magnet_train.common.audio_files import normalize_loudness
+from magnet_train.evaluation.evaluate import captions_of, clips_of
+from magnet_train.metrics.embedders import load_listener
 from magnet_train.metrics.scoring import HeardSet, score
-from magnet_train.page import read_sound
+from magnet_train.evaluation.page import read_sound
 
 OUT = Path(__file__).with_suffix(".csv")
 METRICS = ("fad", "kl", "text")

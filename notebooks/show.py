@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from magnet_train.audio_files import normalize_loudness
-from magnet_train.page import audio_uri, text
+from magnet_train.common.audio_files import normalize_loudness
+from magnet_train.evaluation.page import audio_uri, text
 
 plt.rcParams.update(
     {"figure.dpi": 72, "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}

@@ -65,9 +65,9 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(scope="session")
 def tiny():
     """A random network between the real codec and the real text encoder, as a Generator."""
-    from magnet_train.codec import load_codec
+    from magnet_train.codec.base import load_codec
     from magnet_train.conditioning import load_text_encoder
-    from magnet_train.decoding import DecodingConfig
+    from magnet_train.decoding.decode import DecodingConfig
     from magnet_train.generator import Generator
     from magnet_train.model import Magnet, MagnetConfig
 

@@ -318,7 +318,7 @@ def outage(place: Place) -> Row:
 
 def preempted(place: Place) -> Row:
     """W&B's server is away as a run is preempted; it gets 3 s here, and else a minute"""
-    from magnet_train.callbacks import tracking
+    from magnet_train.tracking import wandb_session as tracking
 
     run, options = place.folder / "preempted", ["--trainer.logger=WandbLogger", "--trainer.log_every_n_steps=1"]
     with recorder() as server, environment(WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL=server.url):
@@ -446,7 +446,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     # Imported before the first fork, so that a run begins with its work.
-    import magnet_train.training  # noqa: F401
+    import magnet_train.cli.fit  # noqa: F401
 
     rows = []
     with tempfile.TemporaryDirectory() as name:

@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 from make_components import make_codec
 
-from magnet_train.codec import load_codec
+from magnet_train.codec.base import load_codec
 
 RATE = 8_000  # of the codec, in Hz
 FRAME_RATE = 50.0

@@ -11,7 +11,7 @@ from pathlib import Path
 from helpers_programs import LONGEST_S
 from kill_and_resume import attempt, ended
 
-import magnet_train.training  # noqa: F401
+import magnet_train.cli.fit  # noqa: F401
 
 _numbers = itertools.count(os.getpid())
 

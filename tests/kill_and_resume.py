@@ -151,7 +151,7 @@ def main() -> int:
 
     torch.set_num_threads(1)
     # Imported before the first fork, so that an attempt begins with its work.
-    import magnet_train.training  # noqa: F401
+    import magnet_train.cli.fit  # noqa: F401
 
     with tempfile.TemporaryDirectory() as folder:
         found = killed_often(Path(folder), given.kills, given.workers, given.ranks, given.accumulated, given.seed)

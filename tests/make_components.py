@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from magnet_train.compat import mend_torchaudio
+from magnet_train.common.torchaudio_import import mend_torchaudio
 
 mend_torchaudio()  # before anything imports transformers
 

@@ -9,9 +9,9 @@ import yaml
 from matplotlib.image import imread
 
 from magnet_train.__main__ import main
-from magnet_train.ablation import Mean, read_ablation, write_ablation
-from magnet_train.errors import UserError
-from magnet_train.sweep import Run, read_sweep
+from magnet_train.common.errors import UserError
+from magnet_train.sweeps.ablation import Mean, read_ablation, write_ablation
+from magnet_train.sweeps.sweep import Run, read_sweep
 
 FAD = {1: [30.0, 31.0, 32.0], 3: [10.0, 11.0, 12.0], 5: [12.0, 13.0, 14.0]}
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers_data import make_data_codec
 
-from magnet_train import bench_data
+from magnet_train.checks import bench_data
+from magnet_train.checks.measure import BenchOptions, row
 from magnet_train.data.pipeline import ShardSet
-from magnet_train.measure import BenchOptions, row
 
 OPTIONS = BenchOptions(repeats=1)
 

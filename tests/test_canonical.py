@@ -9,7 +9,7 @@ from make_components import make_codec, make_t5
 from test_cli import fit
 
 from magnet_train.__main__ import main
-from magnet_train.assets import demo_path
+from magnet_train.common.assets import demo_path
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from magnet_train.common.errors import UserError
 from magnet_train.data.captions import CaptionAugmentation, augmented
-from magnet_train.errors import UserError
 
 INFO = {"caption": "A slow waltz.", "bpm": 90, "moods": ["calm", "warm"], "music_key": "G minor", "genre": None, "x": 1}
 

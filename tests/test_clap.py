@@ -12,9 +12,10 @@ from helpers_networks import TOKENS, named_weights, wave
 from make_components import make_roberta_tokenizer
 from torch import Tensor
 
-from magnet_train.errors import UserError
-from magnet_train.metrics import clap as clap_module
-from magnet_train.metrics.clap import (
+from magnet_train.common.downloads import CLAP_MUSIC, Weights, WeightsFile
+from magnet_train.common.errors import UserError
+from magnet_train.metrics.networks import clap as clap_module
+from magnet_train.metrics.networks.clap import (
     CONFIG,
     FEATURES,
     WINDOW,
@@ -25,7 +26,6 @@ from magnet_train.metrics.clap import (
     ten_seconds,
     to_transformers,
 )
-from magnet_train.weights import CLAP_MUSIC, Weights, WeightsFile
 
 FIXTURES = Path(__file__).parent / "fixtures" / "metrics"
 FRONTENDS = json.loads((FIXTURES / "frontends.json").read_text())

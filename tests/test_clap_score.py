@@ -7,7 +7,7 @@ import torch
 from helpers_metrics import arrays, facts, near
 from torch import Tensor
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 from magnet_train.metrics.clap_score import ClapScore, clap_summary, cosines, retrieval
 
 CLAP = facts("clap.json")

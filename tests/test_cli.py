@@ -15,9 +15,9 @@ import torch
 from helpers_programs import LONGEST_S
 from helpers_wandb import history, records
 
-import magnet_train.cli
+import magnet_train.cli.commands
 from magnet_train.__main__ import main
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 from magnet_train.metrics.record import read_records
 
 TINY_FIT = [
@@ -290,7 +290,7 @@ def test_a_rank_that_fails_under_nccl_waits_for_nobody(monkeypatch, capsys):
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     monkeypatch.setattr(os, "_exit", sys.exit)
     for error, status, says in ((UserError("a: b; c"), 2, "error: a: b; c"), (ValueError("why"), 1, "ValueError: why")):
-        monkeypatch.setattr(magnet_train.cli, "run", Mock(side_effect=error))
+        monkeypatch.setattr(magnet_train.cli.commands, "run", Mock(side_effect=error))
         with pytest.raises(SystemExit, match=str(status)):
             main(["fit"])
         assert says in capsys.readouterr().err

@@ -10,9 +10,9 @@ import pytest
 import torch
 from make_components import make_codec
 
-from magnet_train.assets import demo_path
-from magnet_train.codec import Codec, CodecFacts, load_codec
-from magnet_train.errors import UserError
+from magnet_train.codec.base import Codec, CodecFacts, load_codec
+from magnet_train.common.assets import demo_path
+from magnet_train.common.errors import UserError
 
 HOP = 640
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from magnet_train.compat import import_torchaudio, mend_torchaudio
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
+from magnet_train.common.torchaudio_import import import_torchaudio, mend_torchaudio
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from magnet_train.decoding import DecodingConfig, decode
+from magnet_train.decoding.decode import DecodingConfig, decode
 from magnet_train.generator import Generator
 from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.module import MagnetModule

@@ -10,8 +10,8 @@ import torch
 from make_components import make_t5
 from safetensors.torch import load_file, save_file
 
+from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder, _demo_folder, drop_captions, load_text_encoder
-from magnet_train.errors import UserError
 
 CAPTIONS = ["a dog barks", "a slow chorale for string quartet in G minor, with organ and drums", "solo piano"]
 

@@ -8,7 +8,7 @@ from helpers_data import write_shards
 from make_components import make_codec, make_t5
 
 from magnet_train.__main__ import main
-from magnet_train.convert import ConvertOptions, convert
+from magnet_train.audiocraft.convert import ConvertOptions, convert
 
 CONF = Path(__file__).parents[1] / "conf"
 MODELS = sorted(p.name for p in CONF.glob("*.yaml"))

@@ -13,11 +13,11 @@ from make_components import make_codec, make_t5
 from safetensors.torch import load_file
 
 import magnet_train
-from magnet_train import convert as converter
 from magnet_train.__main__ import main
-from magnet_train.codec import load_codec
-from magnet_train.convert import ConvertOptions, convert, correspondence, to_theirs, write_codec
-from magnet_train.errors import UserError
+from magnet_train.audiocraft import convert as converter
+from magnet_train.audiocraft.convert import ConvertOptions, convert, correspondence, to_theirs, write_codec
+from magnet_train.codec.base import load_codec
+from magnet_train.common.errors import UserError
 from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.module import MagnetModule
 from magnet_train.release import Trained
@@ -75,7 +75,7 @@ def test_the_padding_mode_comes_with_the_weights_and_is_stamped(tmp_path):
 def test_published_codecs_keep_all_their_tensors():
     from transformers import EncodecConfig, EncodecModel
 
-    from magnet_train.codec_weights import audiocraft_config, to_audiocraft, to_transformers, transformers_config
+    from magnet_train.codec.encodec_names import audiocraft_config, to_audiocraft, to_transformers, transformers_config
 
     published = json.loads((FIXTURES / "full_size" / "encodec_keys.json").read_text())
     for name, ratios in (("encodec_32khz", [8, 5, 4, 4]), ("encodec_audiogen_16khz", [8, 5, 4, 2])):
@@ -125,7 +125,7 @@ def test_the_references_own_files_go_there_and_back(tmp_path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the reference's own files are not beside this checkout")
 def test_the_references_own_configurations_and_pointer_are_read(tmp_path):
-    from magnet_train.codec_weights import transformers_config
+    from magnet_train.codec.encodec_names import transformers_config
 
     for name in CODECS:
         texts = (SHARED / "encodec_tiny" / f"{name}_xp_cfg.yaml").read_text(), codec_package(name)["xp.cfg"]
@@ -175,7 +175,7 @@ def test_what_was_trained_here_becomes_a_folder_of_audiocraft(t5, tmp_path):
     facts = load_codec(str(tmp_path / "codec")).facts
     network = Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=2, text_dim=768))
     from magnet_train.conditioning import load_text_encoder
-    from magnet_train.decoding import DecodingConfig
+    from magnet_train.decoding.decode import DecodingConfig
     from magnet_train.generator import Generator
 
     decoding = DecodingConfig(decoding_steps=(3, 2, 2, 2), span_scoring="prod", top_p=0.8)

@@ -13,8 +13,8 @@ import wandb
 from helpers_wandb import VIEWER, server
 
 from magnet_train.__main__ import main
-from magnet_train.dashboard import OVER_HOURS, DashboardOptions, workspace
-from magnet_train.logged import HOURS, LOGGED, SECTIONS, STEP
+from magnet_train.tracking.dashboard import OVER_HOURS, DashboardOptions, workspace
+from magnet_train.tracking.logged import HOURS, LOGGED, SECTIONS, STEP
 
 COMMAND = ["dashboard", "--entity", "e", "--project", "p"]
 

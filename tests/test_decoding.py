@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from magnet_train.decoding import (
+from magnet_train.common.errors import UserError
+from magnet_train.decoding.decode import (
     DecodingConfig,
     Step,
     decode,
@@ -19,7 +20,6 @@ from magnet_train.decoding import (
     top_k_filter,
     top_p_filter,
 )
-from magnet_train.errors import UserError
 
 FILTERS = Path(__file__).parent / "fixtures" / "reference" / "decode_only" / "filters.safetensors"
 SIZE = 8

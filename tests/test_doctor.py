@@ -22,12 +22,11 @@ from helpers_wandb import server
 from jsonargparse import Namespace
 from make_components import make_t5
 
-import magnet_train.doctor
+import magnet_train.checks.doctor
 import magnet_train.module
 from magnet_train.__main__ import main
 from magnet_train.callbacks import throughput
-from magnet_train.data.pipeline import ShardSet
-from magnet_train.doctor import (
+from magnet_train.checks.doctor import (
     CHECKS,
     Devices,
     Finding,
@@ -39,11 +38,12 @@ from magnet_train.doctor import (
     estimates,
     gb,
 )
-from magnet_train.errors import UserError
-from magnet_train.estimate import Memory, training_flop
+from magnet_train.cli.fit import try_fit
+from magnet_train.common.errors import UserError
+from magnet_train.cost import Memory, training_flop
+from magnet_train.data.pipeline import ShardSet
 from magnet_train.model import MagnetConfig
 from magnet_train.resume import fingerprint
-from magnet_train.training import try_fit
 
 CONF = Path(__file__).parents[1] / "conf"
 NETWORK = {"dim": 32, "num_heads": 2, "num_layers": 2}
@@ -103,8 +103,8 @@ def look(check: str, plan: Plan, **options: object) -> list[str]:
 
 def ask(capsys, parts: Path, *options: str) -> tuple[int, dict[str, str], str]:
     """Exit status, what each check says with its status first, and the error line; no speed is measured."""
-    quick = mock.patch.object(magnet_train.doctor, "speed", lambda _: SUPPOSED)
-    with quick, mock.patch.object(magnet_train.doctor, "SAMPLING_S", math.inf):
+    quick = mock.patch.object(magnet_train.checks.doctor, "speed", lambda _: SUPPOSED)
+    with quick, mock.patch.object(magnet_train.checks.doctor, "SAMPLING_S", math.inf):
         status = main(["doctor", "--config", str(parts / "c.yaml"), *options])
     printed = capsys.readouterr()
     lines = [re.match(r"(\w+) +([^:]+): (.*)", line) for line in printed.out.splitlines()]
@@ -152,7 +152,7 @@ def test_the_published_medium_model_is_never_made(parts, monkeypatch, capsys):
 
     monkeypatch.setattr(magnet_train.module, "Magnet", spied)
     monkeypatch.setattr(
-        magnet_train.doctor, "training_pass", lambda *_: pytest.fail("a network was made to be measured")
+        magnet_train.checks.doctor, "training_pass", lambda *_: pytest.fail("a network was made to be measured")
     )
     args = [
         "doctor",
@@ -312,7 +312,7 @@ def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch,
 def test_checkpoints_that_will_be_replaced_have_their_room(plan, tmp_path, monkeypatch):
     """Three are kept: a run that goes on over two of them needs one more, one that begins all three."""
     usage = namedtuple("usage", "total used free")
-    size = magnet_train.doctor._checkpoint_bytes(plan)
+    size = magnet_train.checks.doctor._checkpoint_bytes(plan)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 1.5 * size))
     saved = {"hyper_parameters": {}, "global_step": 3}
     for name in ("last.ckpt", "step=0000003.ckpt"):
@@ -424,7 +424,7 @@ def test_too_few_cores_files_and_shared_memory_are_warnings(plan, monkeypatch):
     usage = namedtuple("usage", "total used free")
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda p: usage(1, 0, 64 << 20) if str(p) == "/dev/shm" else real(p))
-    monkeypatch.setattr(magnet_train.doctor.resource, "getrlimit", lambda _: (256, 256))
+    monkeypatch.setattr(magnet_train.checks.doctor.resource, "getrlimit", lambda _: (256, 256))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     said = look("CPU", plan, trainer__devices=2)
     assert said[0].startswith("warning CPU: 2 cores for 2 ranks and 2 loader processes: ask for more cores")
@@ -457,11 +457,11 @@ def test_memory_is_what_may_still_be_had_within_the_jobs_limit(tmp_path):
 
 
 def test_a_tenth_of_the_memory_stays_free(plan, monkeypatch):
-    monkeypatch.setattr(magnet_train.doctor, "speed", lambda _: SUPPOSED)
+    monkeypatch.setattr(magnet_train.checks.doctor, "speed", lambda _: SUPPOSED)
     needed = Memory(weights=5e8, gradients=0, moments=0, average=0, copies=0, frozen=0, activations=5e8)
-    monkeypatch.setattr(magnet_train.doctor.estimate, "memory", lambda *_, **__: needed)
+    monkeypatch.setattr(magnet_train.checks.doctor.estimate, "memory", lambda *_, **__: needed)
     for capacity, status in ((0.95e9, "failed"), (1.05e9, "warning"), (1.15e9, None)):
-        monkeypatch.setattr(magnet_train.doctor, "_capacities", lambda _, c=capacity: [c])
+        monkeypatch.setattr(magnet_train.checks.doctor, "_capacities", lambda _, c=capacity: [c])
         told = [x for x in estimates(plan) if isinstance(x, Finding)]
         assert [(x.status, x.what) for x in told] == [(status, "memory")] * (status is not None)
         assert all("and a tenth stays free" in x.detail and "set --data.batch_size 1" in x.detail for x in told)
@@ -469,8 +469,8 @@ def test_a_tenth_of_the_memory_stays_free(plan, monkeypatch):
 
 def test_versions_are_held_to_what_the_package_needs(parts, monkeypatch, capsys):
     needs = ["lightning>=99", "nowhere-to-be-had", "laion-clap; extra == 'laion-clap'", "numpy>=1"]
-    monkeypatch.setattr(magnet_train.doctor, "_requirements", lambda: needs)
-    found = [str(finding) for finding in magnet_train.doctor.check_packages()]
+    monkeypatch.setattr(magnet_train.checks.doctor, "_requirements", lambda: needs)
+    found = [str(finding) for finding in magnet_train.checks.doctor.check_packages()]
     assert re.match(
         r"failed   packages: lightning 2\.\S+ is installed, >=99 is needed: pip install 'lightning>=99'", found[0]
     )
@@ -581,7 +581,7 @@ def test_gpus_are_looked_at_as_they_are(monkeypatch):
     def look(devices: int, precision: str) -> list[str]:
         given = trainer(accelerator="gpu", devices=devices, num_nodes=4, precision=precision)
         plan = SimpleNamespace(devices=devices_of(given), config=SimpleNamespace(trainer=given))
-        return [str(finding) for finding in magnet_train.doctor.check_devices(plan)]  # type: ignore[arg-type]
+        return [str(finding) for finding in magnet_train.checks.doctor.check_devices(plan)]  # type: ignore[arg-type]
 
     first, second = look(8, "16-mixed")
     assert first.startswith(

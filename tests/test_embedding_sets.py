@@ -7,7 +7,7 @@ import torch
 from helpers_metrics import arrays, facts
 from torch import Tensor
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 from magnet_train.metrics import embedding_sets
 from magnet_train.metrics.embedding_sets import (
     draws_of_clips,

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from magnet_train.codec import NORMALISED_LEVEL, load_codec
-from magnet_train.codec_weights import PACKAGE_MODELS
-from magnet_train.compat import mend_torchaudio
-from magnet_train.errors import UserError
+from magnet_train.codec.base import NORMALISED_LEVEL, load_codec
+from magnet_train.codec.encodec_names import PACKAGE_MODELS
+from magnet_train.common.errors import UserError
+from magnet_train.common.torchaudio_import import mend_torchaudio
 
 mend_torchaudio()
 encodec = pytest.importorskip("encodec")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from magnet_train import estimate
+from magnet_train import cost as estimate
+from magnet_train.checks.measure import count_flop, peak_mb, training_pass
 from magnet_train.loss import masked_cross_entropy
-from magnet_train.measure import count_flop, peak_mb, training_pass
 from magnet_train.model import Magnet, MagnetConfig
 
 SMALL = MagnetConfig(dim=96, num_heads=4, num_layers=3, codebook_size=512, text_dim=64)

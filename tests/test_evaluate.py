@@ -15,9 +15,9 @@ import torch
 from helpers_programs import LONGEST_S
 
 from magnet_train.__main__ import main
-from magnet_train.assets import demo_path
-from magnet_train.errors import UserError
-from magnet_train.evaluate import EvaluateOptions, captions_of, clips_of, evaluate, prompts_of, systems_of
+from magnet_train.common.assets import demo_path
+from magnet_train.common.errors import UserError
+from magnet_train.evaluation.evaluate import EvaluateOptions, captions_of, clips_of, evaluate, prompts_of, systems_of
 from magnet_train.metrics.record import compare, read_records
 
 SECONDS = 4

@@ -7,7 +7,7 @@ import torch
 from helpers_metrics import arrays, facts, near
 from torch import Tensor
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 from magnet_train.metrics.fad import FrechetAudioDistance, Moments, frechet_distance
 
 FRECHET, STREAMING = facts("frechet.json"), facts("streaming.json")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from magnet_train.audio_files import normalize_loudness, recognisable_name, write_audio
-from magnet_train.errors import UserError
+from magnet_train.common.audio_files import normalize_loudness, recognisable_name, write_audio
+from magnet_train.common.errors import UserError
 from magnet_train.generator import Generator, load
 from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.release import read_checkpoint

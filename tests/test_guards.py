@@ -18,11 +18,11 @@ from torch.utils.data import IterableDataset
 
 import magnet_train.callbacks.watchdog as watchdog_module
 from magnet_train.__main__ import main
-from magnet_train.callbacks.finite import FiniteGuard
+from magnet_train.callbacks.nan_guard import FiniteGuard
 from magnet_train.callbacks.watchdog import Watchdog
+from magnet_train.common.errors import UserError
+from magnet_train.cost import peak_flop
 from magnet_train.data.timed_loader import TimedLoader
-from magnet_train.errors import UserError
-from magnet_train.measure import peak_flop
 
 
 @pytest.fixture(scope="module")

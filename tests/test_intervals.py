@@ -6,7 +6,7 @@ import torch
 from helpers_metrics import arrays, facts
 from torch import Tensor
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 from magnet_train.metrics.fad import Moments
 from magnet_train.metrics.intervals import bootstrap_interval, frechet_interval, frechet_of_samples
 

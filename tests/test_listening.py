@@ -11,8 +11,8 @@ import pytest
 import soundfile
 from helpers_html import Page, sound
 
-from magnet_train.errors import UserError
-from magnet_train.listening import COLUMNS, LOWPASS, MISMATCH, analyse_study, export_study, low_passed
+from magnet_train.common.errors import UserError
+from magnet_train.evaluation.listening_test import COLUMNS, LOWPASS, MISMATCH, analyse_study, export_study, low_passed
 
 RATE = 16_000
 CAPTIONS = ("a slow air for flute", "a fast reel for fiddle </script><b>bold</b>", "a waltz for two harps")

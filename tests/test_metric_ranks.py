@@ -10,8 +10,8 @@ from helpers_metrics import arrays, facts, near
 from torch import Tensor
 
 from magnet_train.metrics.clap_score import ClapScore
+from magnet_train.metrics.distributed import gather_by_id
 from magnet_train.metrics.fad import FrechetAudioDistance
-from magnet_train.metrics.items import gather_by_id
 from magnet_train.metrics.kl import KLDivergence, TagKL
 
 STREAMING, KL, CLAP = facts("streaming.json"), facts("kl.json"), facts("clap.json")

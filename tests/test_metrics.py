@@ -11,11 +11,11 @@ import soundfile
 import torch
 from torch import Tensor
 
-from magnet_train.errors import UserError
-from magnet_train.metrics import embedders
+from magnet_train.common.errors import UserError
 from magnet_train.metrics.chroma import chroma
-from magnet_train.metrics.embedders import TAGS, load_musicnn, slaney_mel_filters
 from magnet_train.metrics.fad import FrechetAudioDistance
+from magnet_train.metrics.networks import musicnn as embedders
+from magnet_train.metrics.networks.musicnn import TAGS, load_musicnn, slaney_mel_filters
 
 FIXTURES = Path(__file__).parent / "fixtures" / "metrics"
 DEMO = Path(__file__).parents[1] / "data" / "demo"

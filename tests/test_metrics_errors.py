@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 from magnet_train.metrics.chroma import chroma, chroma_agreement
-from magnet_train.metrics.embedders import load_musicnn, reference_of
 from magnet_train.metrics.fad import FrechetAudioDistance
 from magnet_train.metrics.kl import TagKL
-from magnet_train.metrics.text_audio import TextAudioScore, true_minus_shuffled
+from magnet_train.metrics.networks.musicnn import load_musicnn, reference_of
+from magnet_train.metrics.networks.text_audio import TextAudioScore, true_minus_shuffled
 
 TAGS, NAN = torch.rand(3, 50), torch.full((3, 50), math.nan)
 

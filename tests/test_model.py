@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 from magnet_train.model import Magnet, MagnetConfig, sinusoidal_positions
 
 TINY = MagnetConfig(dim=32, num_heads=2, num_layers=3, codebook_size=16, text_dim=8, context=2)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from magnet_train.common.errors import UserError
 from magnet_train.data.datamodule import share_batch
-from magnet_train.errors import UserError
 from magnet_train.model import MagnetConfig
 from magnet_train.module import MagnetModule, OptimizerConfig, step_generator
 

@@ -9,9 +9,9 @@ import torch
 from helpers_networks import named_weights, wave
 from torch import Tensor
 
-from magnet_train.errors import UserError
-from magnet_train.metrics.frontend import htk_mel_filters
-from magnet_train.metrics.passt import Passt, load_passt
+from magnet_train.common.errors import UserError
+from magnet_train.metrics.networks.frontend import htk_mel_filters
+from magnet_train.metrics.networks.passt import Passt, load_passt
 
 FIXTURES = Path(__file__).parent / "fixtures" / "metrics"
 GOLD = json.loads((FIXTURES / "networks.json").read_text())
@@ -109,7 +109,7 @@ def test_bad_clips_are_named(wav: Tensor, message: str):
 
 def test_weights_load_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """PaSST's files have no published hash, so any file can be tried; one of the other length is named."""
-    monkeypatch.setattr("magnet_train.metrics.passt.Passt", lambda segment_s: Passt(segment_s, 24, 2, 3))
+    monkeypatch.setattr("magnet_train.metrics.networks.passt.Passt", lambda segment_s: Passt(segment_s, 24, 2, 3))
     path = tmp_path / "passt.pt"
     torch.save(small(20).state_dict(), path)
     network = load_passt(str(path))

@@ -16,6 +16,7 @@ import torch
 from helpers_data import FRAME_RATE, make_data_codec, write_shards
 from torch.utils.data import DataLoader
 
+from magnet_train.common.errors import UserError
 from magnet_train.data.pipeline import (
     Batch,
     EveryItemOnce,
@@ -26,7 +27,6 @@ from magnet_train.data.pipeline import (
     tar_members,
     training_order,
 )
-from magnet_train.errors import UserError
 
 COUNTS = (5, 3, 4, 5, 3, 4)  # 24 items in six shards
 

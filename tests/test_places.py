@@ -30,11 +30,12 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from magnet_train.__main__ import main
-from magnet_train.data import pipeline, places
+from magnet_train.common.errors import UserError
+from magnet_train.data import pipeline
+from magnet_train.data import remote as places
 from magnet_train.data.datamodule import MagnetDataModule, never_validates
 from magnet_train.data.pipeline import EveryItemOnce, ShardSet, TrainingStream, packed, training_order
-from magnet_train.data.places import find_folders
-from magnet_train.errors import UserError
+from magnet_train.data.remote import find_folders
 from magnet_train.resume import fingerprint
 
 COUNTS = (4, 3, 5, 4)

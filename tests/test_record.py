@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import magnet_train
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 from magnet_train.metrics.published import PUBLISHED
 from magnet_train.metrics.record import Record, compare, markdown_table, read_records, write_records
 

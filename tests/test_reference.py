@@ -8,9 +8,9 @@ import torch
 from helpers_audiocraft import FIXTURES, as_the_reference_sees, reference_model
 from safetensors.torch import load_file
 
-from magnet_train.decoding import DecodingConfig, decode, item_noise
+from magnet_train.decoding.audiocraft_compat import least_probable_spans
+from magnet_train.decoding.decode import DecodingConfig, decode, item_noise
 from magnet_train.model import Magnet
-from magnet_train.reference_compat import least_probable_spans
 
 SCRIPTED = json.loads((FIXTURES / "decode_only" / "scripted.json").read_text())
 DECODES = json.loads((FIXTURES / "lm_tiny" / "decode.json").read_text())

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from magnet_train.errors import UserError
-from magnet_train.metrics.reference_statistics import ReferenceStatistics, hash_of_ids
+from magnet_train.common.errors import UserError
+from magnet_train.metrics.reference import ReferenceStatistics, hash_of_ids
 
 HEARD = {"embedder": "vggish", "embedder_hash": "0123", "resampler": "julius 32000 to 16000 Hz", "windowing": "1 s"}
 

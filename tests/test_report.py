@@ -12,9 +12,9 @@ import pytest
 import soundfile
 from helpers_html import Page, sound
 
-from magnet_train.errors import UserError
-from magnet_train.page import audio_uri
-from magnet_train.report import LONGEST_CURVE, Clip, Report, report_of_run, write_report
+from magnet_train.common.errors import UserError
+from magnet_train.evaluation.page import audio_uri
+from magnet_train.evaluation.report import LONGEST_CURVE, Clip, Report, report_of_run, write_report
 
 HOSTILE = """</script><b onclick="x">bold</b><img src="http://example.org/x.png"> & 'q' "q" \u2028"""
 RATE = 16_000

@@ -2,9 +2,9 @@
 
 import torch
 
-from magnet_train.decoding import DecodingConfig
+from magnet_train.decoding.decode import DecodingConfig
+from magnet_train.decoding.frame_cache import ReusingPass
 from magnet_train.model import Magnet, MagnetConfig
-from magnet_train.reuse import ReusingPass
 
 T, SIZE = 60, 32
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers_ranks import free_port
 
-from magnet_train.errors import UserError
-from magnet_train.metrics.listeners import HeardClip, Listener, load_listener
+from magnet_train.common.errors import UserError
+from magnet_train.metrics.embedders import HeardClip, Listener, load_listener
 from magnet_train.metrics.scoring import KINDS, HeardSet, parse_metric, score, together
 
 METRICS = [f"{kind}/musicnn" for kind in KINDS]

@@ -19,8 +19,8 @@ from helpers_resume import arguments, differences, ledger, make_data, outcome
 
 import magnet_train
 from magnet_train.__main__ import main
-from magnet_train.decoding import DecodingConfig
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
+from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.sharding import is_sharded, own_part, shard, whole_copy, whole_on_first, whole_tensor
 

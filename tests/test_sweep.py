@@ -15,10 +15,10 @@ import pytest
 import yaml
 from helpers_programs import LONGEST_S, program, wait_for
 
-import magnet_train.cli
-import magnet_train.sweep
+import magnet_train.cli.commands
+import magnet_train.sweeps.sweep
 from magnet_train.__main__ import main
-from magnet_train.sweep import read_sweep
+from magnet_train.sweeps.sweep import read_sweep
 
 ROOT = Path(__file__).parents[1]
 SBATCH = ROOT / "conf" / "slurm"
@@ -62,8 +62,8 @@ def fake(tmp_path, monkeypatch) -> Path:
     """`fit` is FAKE_FIT, whose options nobody parses; a folder for the runs comes back."""
     script = tmp_path / "fake_fit.py"
     script.write_text(FAKE_FIT)
-    monkeypatch.setattr(magnet_train.sweep, "FIT", (sys.executable, "-S", "-E", str(script)))
-    monkeypatch.setattr(magnet_train.cli, "_parse_fit", lambda args: None)
+    monkeypatch.setattr(magnet_train.sweeps.sweep, "FIT", (sys.executable, "-S", "-E", str(script)))
+    monkeypatch.setattr(magnet_train.cli.commands, "_parse_fit", lambda args: None)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return tmp_path / "runs"
 
@@ -227,7 +227,7 @@ def test_a_bad_file_gets_one_line(case, tmp_path, capsys, fake):
 
 
 def test_a_value_of_the_wrong_type_is_found_before_anything_starts(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(magnet_train.sweep, "FIT", ("false",))
+    monkeypatch.setattr(magnet_train.sweeps.sweep, "FIT", ("false",))
     file = write(tmp_path / "s.yaml", parameters={"model.span_len": {"values": [3, "three"]}})
     assert status(file, "--out", tmp_path / "runs") == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -285,8 +285,8 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, fake, capsys):
 def start_sweep(file: Path, out: Path) -> "subprocess.Popen[str]":
     """The command in a process of its own, with FAKE_FIT."""
     code = (
-        "import sys, magnet_train.cli, magnet_train.sweep\nfrom magnet_train.__main__ import main\n"
-        f"magnet_train.sweep.FIT = {magnet_train.sweep.FIT!r}\nmagnet_train.cli._parse_fit = lambda args: None\n"
+        "import sys, magnet_train.cli.commands, magnet_train.sweeps.sweep\nfrom magnet_train.__main__ import main\n"
+        f"magnet_train.sweeps.sweep.FIT = {magnet_train.sweeps.sweep.FIT!r}\nmagnet_train.cli.commands._parse_fit = lambda args: None\n"
         f"sys.exit(main(['sweep', {str(file)!r}, '--out', {str(out)!r}, '--jobs', '2']))"
     )
     return subprocess.Popen(
@@ -328,12 +328,12 @@ def test_an_interruption_ends_the_runs_and_says_one_line(number, tmp_path, fake)
 def test_an_interruption_as_a_run_is_started_leaves_none_behind(tmp_path, fake, monkeypatch, capsys):
     file, started = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2]}, "wait": {"value": 500}}), []
 
-    def start_told(run: magnet_train.sweep.Run, jobs: int, start: Any = magnet_train.sweep._start) -> Any:
+    def start_told(run: magnet_train.sweeps.sweep.Run, jobs: int, start: Any = magnet_train.sweeps.sweep._start) -> Any:
         started.append(start(run, jobs))
         os.kill(os.getpid(), signal.SIGTERM)
         return started[-1]
 
-    monkeypatch.setattr(magnet_train.sweep, "_start", start_told)
+    monkeypatch.setattr(magnet_train.sweeps.sweep, "_start", start_told)
     assert status(file, "--out", fake, "--jobs", "2") == 130
     assert [process.returncode is not None for process in started] == [True]
     assert "interrupted" in capsys.readouterr().err
@@ -365,7 +365,7 @@ def test_a_run_that_a_killed_sweep_left_behind_is_waited_for_not_started_twice(t
         if "another process runs it" in text:
             until.touch()
 
-    monkeypatch.setattr(magnet_train.sweep, "_say", say)
+    monkeypatch.setattr(magnet_train.sweeps.sweep, "_say", say)
     assert status(file, "--out", fake) == 0 and until.exists(), said
     assert len([n for n in notes(fake / "x=1") if "start" in n]) == 1
 
@@ -389,8 +389,8 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(tmp_path, 
     program(tools / "srun", 'shift; exec "$@"')
     program(tools / "python", f'shift 2\nexec {sys.executable} {tmp_path / "with_fake.py"} "$@"')
     (tmp_path / "with_fake.py").write_text(
-        "import sys, magnet_train.sweep\nfrom magnet_train.__main__ import main\n"
-        f"magnet_train.sweep.FIT = {magnet_train.sweep.FIT!r}\nsys.exit(main())\n"
+        "import sys, magnet_train.sweeps.sweep\nfrom magnet_train.__main__ import main\n"
+        f"magnet_train.sweeps.sweep.FIT = {magnet_train.sweeps.sweep.FIT!r}\nsys.exit(main())\n"
     )
     for task in ("0", "1", "2"):
         env = os.environ | {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": task, "PYTHONPATH": str(ROOT)}
@@ -408,7 +408,7 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(tmp_path, 
 def test_a_task_leaves_a_run_alone_that_another_process_has(tmp_path, fake, capsys):
     file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1]}})
     run = read_sweep(file, fake)[0]
-    lock = magnet_train.sweep._lock(run)
+    lock = magnet_train.sweeps.sweep._lock(run)
     assert status(file, "--out", fake, "--run", 0) == 2
     assert "another process has this run" in capsys.readouterr().err
     os.close(lock)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magnet_train.errors import UserError
-from magnet_train.metrics import text_audio
-from magnet_train.metrics.embedders import Heard
-from magnet_train.metrics.text_audio import (
+from magnet_train.common.errors import UserError
+from magnet_train.metrics.networks import text_audio
+from magnet_train.metrics.networks.musicnn import Heard
+from magnet_train.metrics.networks.text_audio import (
     TextAudioHead,
     TextAudioScore,
     TextAudioScorer,

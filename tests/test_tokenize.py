@@ -24,12 +24,12 @@ import torch
 from helpers_data import RATE, make_data_codec, tone, write_clip
 from helpers_programs import LONGEST_S, wait_for
 
-from magnet_train.assets import demo_path
-from magnet_train.codec import Codec, load_codec
+from magnet_train.codec.base import Codec, load_codec
+from magnet_train.common.assets import demo_path
+from magnet_train.common.errors import UserError
 from magnet_train.data.audio import read_audio
 from magnet_train.data.pipeline import ShardSet, read_shard
-from magnet_train.data.shards import TokenizeOptions, ahead, tokenize
-from magnet_train.errors import UserError
+from magnet_train.data.tokenize import TokenizeOptions, ahead, tokenize
 
 
 @pytest.fixture(scope="session")
@@ -372,9 +372,11 @@ def test_webdataset_reads_our_shards(run: Callable[..., dict], tmp_path: Path):
         assert np.array_equal(sample["codes.npy"], item["codes"]) and sample["json"] == item["info"]
 
 
-@pytest.mark.skipif("not __import__('magnet_train.assets').assets.demo_path('').joinpath('musicnn').exists()")
+@pytest.mark.skipif(
+    "not __import__('magnet_train.common.assets').common.assets.demo_path('').joinpath('musicnn').exists()"
+)
 def test_references_of_the_original_audio(run: Callable[..., dict], tmp_path: Path):
-    from magnet_train.metrics.embedders import load_musicnn
+    from magnet_train.metrics.networks.musicnn import load_musicnn
 
     path = write_clip(tmp_path / "in/a.wav", 8, rate=16_000, seed=3, subtype="FLOAT")
     run(crop_s=4.0, embedder="musicnn")
@@ -391,7 +393,9 @@ def items_with_references(out: Path) -> list[Any]:
     return [item for path in ShardSet.open(out).paths for item in read_shard(path, with_references=True)]
 
 
-@pytest.mark.skipif("not __import__('magnet_train.assets').assets.demo_path('').joinpath('musicnn').exists()")
+@pytest.mark.skipif(
+    "not __import__('magnet_train.common.assets').common.assets.demo_path('').joinpath('musicnn').exists()"
+)
 def test_references_where_a_crop_is_too_short_for_them(run: Callable[..., dict], tmp_path: Path):
     write_clip(tmp_path / "in/a.wav", 6, rate=16_000)
     run(crop_s=4.0, embedder="musicnn")
@@ -460,7 +464,7 @@ def test_a_consumer_that_stops_or_fails_leaves_no_thread():
 
 
 def test_a_process_ends_though_items_are_being_made():
-    code = "from itertools import count; from magnet_train.data.shards import ahead; items = ahead(count(), 3)"
+    code = "from itertools import count; from magnet_train.data.tokenize import ahead; items = ahead(count(), 3)"
     code += "; next(items); raise SystemExit(7)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=LONGEST_S).returncode == 7
@@ -508,7 +512,9 @@ def start(*args: Any, target: Callable[..., None] | None = None) -> Any:
     """`tokenize` in a fresh process that has its imports already."""
     context = multiprocessing.get_context("forkserver")
     model = "transformers.models.encodec.modeling_encodec"
-    context.set_forkserver_preload(["pytest", "webdataset", "magnet_train.data.shards", "magnet_train.codec", model])
+    context.set_forkserver_preload(
+        ["pytest", "webdataset", "magnet_train.data.tokenize", "magnet_train.codec.base", model]
+    )
     process = context.Process(target=target or tokenize_quietly, args=args)
     process.start()
     return process

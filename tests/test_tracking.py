@@ -19,11 +19,12 @@ from helpers_data import make_data_codec, write_shards
 from helpers_programs import LONGEST_S
 from helpers_wandb import history, recorder, records, server
 
-from magnet_train import logged
 from magnet_train.__main__ import main
-from magnet_train.callbacks.tracking import Tracking, prepare_wandb
-from magnet_train.environment import commit_of
-from magnet_train.errors import UserError
+from magnet_train.callbacks.tracking import Tracking
+from magnet_train.common.errors import UserError
+from magnet_train.tracking import logged
+from magnet_train.tracking.environment import commit_of
+from magnet_train.tracking.wandb_session import prepare_wandb
 
 ROOT = Path(__file__).parents[1]
 # Scores of single clips need 6 seconds; everything else is as small as it gets.

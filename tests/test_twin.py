@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from magnet_train.__main__ import main
-from magnet_train.decoding import DecodingConfig, decode, item_noise
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
+from magnet_train.decoding.decode import DecodingConfig, decode, item_noise
+from magnet_train.dense import dense_logits, dense_networks
 from magnet_train.loss import masked_cross_entropy
 from magnet_train.model import Magnet, MagnetConfig
-from magnet_train.twin import dense_logits, dense_networks
 
 SIZE, T = 64, 77
 
@@ -71,8 +71,8 @@ def test_bench_prints_a_table_and_writes_its_lines(tmp_path, capsys):
 
 
 def test_mistakes_of_bench_are_named():
-    from magnet_train.bench import bench
-    from magnet_train.measure import BenchOptions
+    from magnet_train.checks.bench import bench
+    from magnet_train.checks.measure import BenchOptions
 
     with pytest.raises(UserError, match="--only dancing: on cpu choose of start"):
         bench(BenchOptions(only=["dancing"]))
@@ -85,8 +85,8 @@ def test_mistakes_of_bench_are_named():
 
 def test_the_lines_of_a_gpu_come_out_on_a_cpu_too(monkeypatch):
     """The part that measures a GPU, with a tiny model and the compiler's front half."""
-    from magnet_train.bench import gpu
-    from magnet_train.measure import BenchOptions
+    from magnet_train.checks.bench import gpu
+    from magnet_train.checks.measure import BenchOptions
 
     forward = lambda function, **_: torch._dynamo.optimize("aot_eager", nopython=True)(function)  # noqa: E731
     monkeypatch.setattr(torch, "compile", forward)
@@ -100,8 +100,8 @@ def test_the_lines_of_a_gpu_come_out_on_a_cpu_too(monkeypatch):
 
 def test_flop_that_count_are_those_of_the_products(model):
     """Beside torch's own count of a forward pass, where no mask hides anything: stage 0."""
-    from magnet_train.bench import useful_flop
-    from magnet_train.measure import count_flop
+    from magnet_train.checks.measure import count_flop
+    from magnet_train.cost import useful_flop
 
     states, tokens = torch.randn(1, 6, 16), torch.ones(1, 6, dtype=torch.bool)
     codes = torch.zeros(1, 4, T, dtype=torch.long)

@@ -9,11 +9,11 @@ import torch
 from helpers_networks import named_weights, wave
 from torch import Tensor
 
-from magnet_train.errors import UserError
+from magnet_train.common.downloads import VGGISH, cache_dir
+from magnet_train.common.errors import UserError
 from magnet_train.metrics.fad import FrechetAudioDistance
-from magnet_train.metrics.frontend import htk_mel_filters, resample
-from magnet_train.metrics.vggish import TorchVggish, Vggish, load_vggish
-from magnet_train.weights import VGGISH, cache_dir
+from magnet_train.metrics.networks.frontend import htk_mel_filters, resample
+from magnet_train.metrics.networks.vggish import TorchVggish, Vggish, load_vggish
 
 FIXTURES = Path(__file__).parent / "fixtures" / "metrics"
 FRONTEND = json.loads((FIXTURES / "vggish_frontend.json").read_text())

@@ -14,9 +14,9 @@ import pytest
 import torch
 from helpers_programs import LONGEST_S
 
-from magnet_train import weights as weights_module
-from magnet_train.errors import UserError
-from magnet_train.weights import PUBLISHED, Weights, WeightsFile, find_weights, load_network, load_tensors
+from magnet_train.common import downloads as weights_module
+from magnet_train.common.downloads import PUBLISHED, Weights, WeightsFile, find_weights, load_network, load_tensors
+from magnet_train.common.errors import UserError
 
 CONTENT = bytes(range(256)) * 3000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -16,10 +16,10 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from magnet_train.codec import load_codec
+from magnet_train.codec.base import load_codec
 from magnet_train.metrics.chroma import chroma, chroma_agreement
-from magnet_train.metrics.embedders import load_musicnn
 from magnet_train.metrics.fad import FrechetAudioDistance
+from magnet_train.metrics.networks.musicnn import load_musicnn
 
 
 def main() -> None:

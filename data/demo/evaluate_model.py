@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from magnet_train.assets import demo_path
-from magnet_train.audio_files import write_picture
+from magnet_train.common.assets import demo_path
+from magnet_train.common.audio_files import write_picture
 from magnet_train.data.pipeline import EveryItemOnce, ShardSet
-from magnet_train.decoding import DecodingConfig
+from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.generator import load
-from magnet_train.metrics.embedders import Heard, load_musicnn
 from magnet_train.metrics.fad import FrechetAudioDistance
 from magnet_train.metrics.kl import TagKL
-from magnet_train.metrics.text_audio import load_text_audio, true_minus_shuffled
+from magnet_train.metrics.networks.musicnn import Heard, load_musicnn
+from magnet_train.metrics.networks.text_audio import load_text_audio, true_minus_shuffled
 
 
 def hear(wav: torch.Tensor, sample_rate: int) -> Heard:

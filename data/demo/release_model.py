@@ -8,7 +8,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from magnet_train.decoding import DecodingConfig
+from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.generator import load
 
 CARD = """---

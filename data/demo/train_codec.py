@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import EncodecConfig, EncodecModel
 
-from magnet_train.spectral_codec import (
+from magnet_train.codec.spectral import (
     SpectralCodecConfig,
     SpectralDecoder,
     SpectralEncoder,

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from magnet_train.conditioning import load_text_encoder
-from magnet_train.metrics.embedders import load_musicnn
-from magnet_train.metrics.text_audio import TextAudioHead, clip_features, sentence_features
+from magnet_train.metrics.networks.musicnn import load_musicnn
+from magnet_train.metrics.networks.text_audio import TextAudioHead, clip_features, sentence_features
 
 
 def features_of(folder: Path, cache: Path, limit: int | None) -> tuple[Tensor, list[dict]]:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 from magnet_train.sharding import own_part, whole_on_first
 
 

@@ -15,17 +15,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from tqdm import tqdm
 
-from magnet_train.audio_files import recognisable_name, write_audio, write_picture
-from magnet_train.codec import Codec, load_codec
+from magnet_train.codec.base import Codec, load_codec
+from magnet_train.common.audio_files import recognisable_name, write_audio, write_picture
+from magnet_train.common.errors import UserError
 from magnet_train.data.pipeline import Batch, ShardSet
-from magnet_train.decoding import DecodingConfig
-from magnet_train.errors import UserError
+from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.generator import Generated, Generator
+from magnet_train.metrics.distributed import gather_by_id, gathered
+from magnet_train.metrics.embedders import Listener, load_listener
 from magnet_train.metrics.embedding_sets import fad_per_clip
-from magnet_train.metrics.items import gather_by_id, gathered
-from magnet_train.metrics.listeners import Listener, load_listener
 from magnet_train.metrics.record import Record, write_records
-from magnet_train.metrics.reference_statistics import ReferenceStatistics
+from magnet_train.metrics.reference import ReferenceStatistics
 from magnet_train.metrics.scoring import NEEDS_REFERENCE, HeardSet, parse_metric, score, together
 from magnet_train.module import MagnetModule
 

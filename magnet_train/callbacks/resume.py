@@ -7,8 +7,8 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder
-from magnet_train.errors import UserError
 from magnet_train.module import MagnetModule
 from magnet_train.resume import Layout, fingerprint
 

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import Callback
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 
 DATA, STEP, BETWEEN, VALIDATION = (
     "waiting for data", "training step", "between steps (saving, averaging, logging)", "validation",

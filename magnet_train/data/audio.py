@@ -7,7 +7,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif")
 

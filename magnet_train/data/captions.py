@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 
 FIELDS = ("music_key", "bpm", "genre", "moods", "instrument", "keywords")
 """Fields of a shard's KEY.json that may be merged into a caption, as audiocraft's music manifests name them; `key` of

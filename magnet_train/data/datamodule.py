@@ -7,12 +7,12 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from magnet_train.assets import demo_path
-from magnet_train.codec import CodecFacts, load_codec
+from magnet_train.codec.base import CodecFacts, load_codec
+from magnet_train.common.assets import demo_path
+from magnet_train.common.errors import UserError
 from magnet_train.data.captions import CaptionAugmentation
 from magnet_train.data.pipeline import EveryItemOnce, ShardSet, TrainingStream, packed
 from magnet_train.data.timed_loader import TimedLoader
-from magnet_train.errors import UserError
 from magnet_train.resume import fingerprint
 
 

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from magnet_train.common.errors import UserError
 from magnet_train.data.captions import CaptionAugmentation, augmented
-from magnet_train.data.places import find_folders, is_address, read_bytes, read_index
-from magnet_train.errors import UserError
+from magnet_train.data.remote import find_folders, is_address, read_bytes, read_index
 
 SHARDS_MIXED = 4  # shards that a worker reads and shuffles together: 1000 crops of 30 s are 14 MB
 MOST_UNREAD, MOST_WAIT_S = 100, 900.0

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
+from magnet_train.metrics.distributed import ItemMean
 from magnet_train.metrics.intervals import bootstrap_interval
-from magnet_train.metrics.items import ItemMean
 
 
 def cosines(audio: Tensor, text: Tensor) -> Tensor:

@@ -1,203 +1,181 @@
-"""Networks that metrics look through: waveform in, embeddings and tags per window out.
+"""Networks behind one interface: a clip at any rate in, what the metrics compare out, with what must be said of it.
 
-musicnn (Pons and Serra, "musicnn: pre-trained convolutional neural networks for music audio tagging", 2019; ISC) in
-its MagnaTagATune version: 50 tags, small enough to ship.
-
-Shapes: n windows, t samples or spectrogram frames, f mel bands.
+Shapes: n windows or segments, d dimensions, c classes, b captions.
 """
 
-import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
-import numpy as np
-import soxr
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from magnet_train.assets import demo_path
-from magnet_train.errors import UserError
-
-TAGS = (
-    "guitar", "classical", "slow", "techno", "strings", "drums", "electronic", "rock", "fast", "piano", "ambient",
-    "beat", "violin", "vocal", "synth", "female", "indian", "opera", "male", "singing", "vocals", "no vocals",
-    "harpsichord", "loud", "quiet", "flute", "woman", "male vocal", "no vocal", "pop", "soft", "sitar", "solo", "man",
-    "classic", "choir", "voice", "new age", "dance", "male voice", "female vocal", "beats", "harp", "cello", "no voice",
-    "weird", "country", "metal", "female voice", "choral",
-)  # fmt: skip
+from magnet_train.common.errors import UserError
+from magnet_train.metrics.networks.frontend import check_clip, resample
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What a network heard in each window of a clip."""
+class HeardClip:
+    """What a network made of one clip."""
 
     embeddings: Tensor
-    """`n 200`, the penultimate layer."""
-    tags: Tensor
-    """`n 50`, probabilities of independent tags (sigmoids, in the order of TAGS)."""
-    features: Tensor
-    """`n 1506`, pooled features of all layers."""
+    """`n d`."""
+    outputs: Tensor | None = None
+    """`n c`, what KL compares: logits, or musicnn's tag probabilities."""
+    vector: Tensor | None = None
+    """`d`, the clip in the space that it shares with captions."""
 
 
-class ScaleShift(nn.Module):
-    """A batch normalisation in inference: one scale and shift per channel, channels on axis 1."""
+@dataclass(frozen=True)
+class Listener:
+    """A network with its protocol; call it with a clip to have it heard."""
 
-    def __init__(self, channels: int):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(channels))
-        self.shift = nn.Parameter(torch.zeros(channels))
+    name: str
+    """In names of metrics: musicnn, vggish …"""
+    id: str
+    """Of the network, in records."""
+    hash: str
+    """Of its weights."""
+    sample_rate: int
+    """That the network hears, in Hz."""
+    shortest_s: float
+    """Length of the shortest clip that it hears, in seconds."""
+    resampler: str
+    """Name of the one in use."""
+    windowing: str
+    """Length and hop of what it hears at once."""
+    hear: Callable[[Tensor, int, str], HeardClip]
+    """Clip `channels t`, its rate and its id -> what was heard."""
+    embed_text: Callable[[Sequence[str]], Tensor] | None = None
+    """Captions -> unit vectors `b d` of the shared space."""
+    convention: str | None = None
+    """Of `kl.CONVENTIONS`, by which its outputs are compared."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        return x * self.scale.view(shape) + self.shift.view(shape)
+    def __call__(self, wav: Tensor, sample_rate: int, key: str) -> HeardClip:
+        """What is heard in a clip.
 
-
-class Layer(nn.Module):
-    """A convolution or linear layer, then ReLU, then the normalisation."""
-
-    def __init__(self, layer: nn.Module, channels: int):
-        super().__init__()
-        self.layer, self.norm = layer, ScaleShift(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(F.relu(self.layer(x)))
-
-
-class Musicnn(nn.Module):
-    """musicnn's network behind its own front end.
-
-    96 mel bands of 16 kHz audio, log10(1 + 10000 power), windows of 187 spectrogram frames (2.99 s) every
-    `window_hop_s` seconds; what is left at the end is not heard.
-    """
-
-    id = "musicnn-mtt"
-    sample_rate = 16_000
-    dim = 200
-    window_frames = 187
-    hop_samples = 256
-    shortest_s = 187 * 256 / 16_000
-
-    def __init__(self, window_hop_s: float = 1.5):
-        super().__init__()
-        self.hash = ""
-        self.window_hop = round(window_hop_s * self.sample_rate / self.hop_samples)
-        self.hann: Tensor
-        self.mel: Tensor
-        self.register_buffer("hann", torch.hann_window(512), persistent=False)
-        self.register_buffer("mel", slaney_mel_filters(self.sample_rate, 512, 96), persistent=False)
-        self.input_norm, self.pool_norm = ScaleShift(1), ScaleShift(1506)
-        # Tall filters hear timbre, long ones rhythm; both are pooled over all frequencies.
-        self.timbral = nn.ModuleList(Layer(nn.Conv2d(1, 204, (7, w), padding=(3, 0)), 204) for w in (38, 67))
-        self.temporal = nn.ModuleList(Layer(nn.Conv2d(1, 51, (length, 1)), 51) for length in (128, 64, 32))
-        self.middle = nn.ModuleList(Layer(nn.Conv2d(1, 64, (7, w)), 64) for w in (561, 64, 64))
-        self.penultimate = Layer(nn.Linear(1506, 200), 200)
-        self.tags = nn.Linear(200, 50)
-
-    @staticmethod
-    def resample(wav: Tensor, sample_rate: int) -> Tensor:
-        """`t` at any rate -> `t` at 16 kHz, by soxr (very high quality)."""
-        if sample_rate == Musicnn.sample_rate:
-            return wav
-        return torch.from_numpy(soxr.resample(wav.numpy(), sample_rate, Musicnn.sample_rate, "VHQ").astype(np.float32))
-
-    def spectrogram(self, wav: Tensor) -> Tensor:
-        """`t` -> `frames f`, as librosa's melspectrogram with its defaults (zeros beyond the ends)."""
-        power = torch.stft(wav, 512, 256, window=self.hann, pad_mode="constant", return_complex=True).abs().square()
-        # The network was trained on half-precision spectrograms; rounding here keeps what it expects.
-        return torch.log10(10_000 * (self.mel @ power).clamp(max=65_504).half().float().T + 1)
-
-    @torch.no_grad()
-    def forward(self, wav: Tensor) -> Heard:
-        """A mono clip at 16 kHz, `t`, at least 3 s. Silence is heard like anything else: a model may produce it.
+        Args:
+            wav: `channels t`, any rate.
+            sample_rate: in Hz.
+            key: its id, named in errors.
 
         Raises:
             UserError: if it is too short, or holds NaN or infinite samples.
         """
-        if wav.dim() != 1 or len(wav) < self.window_frames * self.hop_samples:
-            seconds = wav.numel() / self.sample_rate
-            raise UserError(f"a clip of {seconds:.2f} s is too short for musicnn, which hears windows of 2.99 s")
-        if not torch.isfinite(wav).all():
-            raise UserError("a clip holds NaN or infinite samples; it cannot be scored")
-        windows = self.spectrogram(wav.float()).unfold(0, self.window_frames, self.window_hop).transpose(1, 2)
-        # Few at a time: the first layer makes 200 MB of eight windows.
-        heard = [self._windows(w) for w in windows.split(8)]
-        embeddings, tags, features = (torch.cat(parts) for parts in zip(*heard, strict=True))
-        return Heard(embeddings, tags, features)
-
-    def _windows(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self.input_norm(x[:, None])  # n 1 t f
-        maps = [layer(x).amax(3) for layer in self.timbral]
-        for layer in self.temporal:
-            length: int = layer.layer.weight.shape[2]  # type: ignore[union-attr,assignment]
-            maps.append(layer(F.pad(x, (0, 0, (length - 1) // 2, length // 2))).amax(3))
-        front = torch.cat(maps, 1)  # n 561 t
-        levels, y = [front], front
-        for i, layer in enumerate(self.middle):
-            z = layer(F.pad(y.transpose(1, 2)[:, None], (0, 0, 3, 3)))[..., 0]  # n 64 t
-            y = z if i == 0 else z + y
-            levels.append(y)
-        everything = torch.cat(levels, 1)  # n 753 t
-        pooled = torch.stack([everything.amax(2), everything.mean(2)], dim=2).flatten(1)
-        features = self.pool_norm(pooled)
-        embeddings = self.penultimate(features)
-        return embeddings, torch.sigmoid(self.tags(embeddings)), pooled
+        try:
+            return self.hear(wav.cpu().float(), sample_rate, key)
+        except UserError as error:
+            raise UserError(f"{key}: {error}; remove or replace it") from error
 
 
-def slaney_mel_filters(sample_rate: int, fft_size: int, bands: int) -> Tensor:
-    """Triangular filters of equal area on Slaney's scale (linear below 1 kHz, then logarithmic): `f bins`.
-
-    What librosa calls its default; Slaney, "Auditory Toolbox", 1998.
-    """
-    linear, start, step = 200 / 3, 1000.0, np.log(6.4) / 27
-
-    def to_mel(hz: np.ndarray) -> np.ndarray:
-        return np.where(hz < start, hz / linear, start / linear + np.log(np.maximum(hz, 1) / start) / step)
-
-    def to_hz(mel: np.ndarray) -> np.ndarray:
-        return np.where(mel < start / linear, mel * linear, start * np.exp(step * (mel - start / linear)))
-
-    edges = to_hz(np.linspace(to_mel(np.array(0.0)), to_mel(np.array(sample_rate / 2)), bands + 2))
-    freqs = np.fft.rfftfreq(fft_size, 1 / sample_rate)
-    up = (freqs - edges[:-2, None]) / np.diff(edges)[:-1, None]
-    down = (edges[2:, None] - freqs) / np.diff(edges)[1:, None]
-    triangles = np.maximum(0, np.minimum(up, down)) * (2 / (edges[2:] - edges[:-2]))[:, None]
-    return torch.from_numpy(triangles).float()
+LISTENERS = ("musicnn", "codec", "vggish", "torchvggish", "passt", "passt-10s", "clap", "laion-clap")
+"""Names that `load_listener` knows; musicnn ships, the others' weights are downloaded once (weights.py)."""
 
 
-def reference_of(wav: Tensor, sample_rate: int, network: Musicnn | None = None) -> dict[str, np.ndarray] | None:
-    """What a shard keeps of an original: float32 `embeddings` (`n 200`) and `tags` (`n 50`); None below 2.99 s.
+def load_listener(
+    name: str, weights: str | None = None, device: str = "cpu", tokenizer: str = "roberta-base"
+) -> Listener:
+    """The network of that name.
 
     Args:
-        wav: mono, `t`.
-        sample_rate: in Hz.
-        network: the shipped one if not given.
-    """
-    network = network or load_musicnn()
-    wav = network.resample(wav, sample_rate)
-    if len(wav) < network.window_frames * network.hop_samples:
-        return None
-    heard = network(wav)
-    return {"embeddings": heard.embeddings.numpy(), "tags": heard.tags.numpy()}
-
-
-@lru_cache
-def load_musicnn() -> Musicnn:
-    """The shipped network, in evaluation mode.
+        name: one of LISTENERS.
+        weights: file of its weights, the cached or downloaded one if not given; of the codec its name, "demo" if not
+            given.
+        device: where it runs.
+        tokenizer: CLAP's, a folder or hub id.
 
     Raises:
-        UserError: if its weights are missing or broken.
+        UserError: if there is none of that name, or its weights are not to be had.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    if name == "musicnn":
+        return _musicnn()
+    if name == "codec":
+        return _codec(weights or "demo", device)
+    if name in ("vggish", "torchvggish"):
+        from magnet_train.metrics.networks.vggish import TorchVggish, Vggish, load_vggish
 
-    path = demo_path("musicnn") / "model.safetensors"
+        vggish = load_vggish(weights, Vggish if name == "vggish" else TorchVggish).to(device)
+        windowing = "1 s every 0.5 s" if name == "vggish" else "0.96 s every 0.96 s"
+        return _julius(name, vggish, windowing, lambda x, key: HeardClip(vggish(x.to(device)).cpu()))
+    if name in ("passt", "passt-10s"):
+        from magnet_train.metrics.networks.passt import load_passt
+
+        passt = load_passt(weights, 20 if name == "passt" else 10).to(device)
+
+        def classify(wav: Tensor, key: str) -> HeardClip:
+            heard = passt(wav.to(device))
+            return HeardClip(heard.features.cpu(), heard.logits.cpu())
+
+        windowing = f"segments of {passt.segment_s} s, the last as it is"
+        return _julius(name, passt, windowing, classify, convention="audiocraft")
+    if name in ("clap", "laion-clap"):
+        from magnet_train.metrics.networks.clap import load_clap
+
+        clap = load_clap(weights, tokenizer, package=name == "laion-clap", device=device)
+
+        def embed(wav: Tensor, key: str) -> HeardClip:
+            vector = clap.embed_audio(wav, key)
+            return HeardClip(vector[None], vector=vector)
+
+        return _julius(name, clap, "10 s, one crop by id, or repeated", embed, embed_text=clap.embed_text)
+    raise UserError(f"listener {name!r}: choose one of {', '.join(LISTENERS)}")
+
+
+def _julius(name: str, network: Any, windowing: str, hear: Callable[[Tensor, str], HeardClip], **more: Any) -> Listener:
+    def whole(wav: Tensor, sample_rate: int, key: str) -> HeardClip:
+        return hear(network.resample(wav, sample_rate), key)
+
+    return Listener(
+        name, network.id, network.hash, network.sample_rate, network.shortest_s, "julius", windowing, whole, **more
+    )
+
+
+def _codec(name: str, device: str) -> Listener:
+    """A codec's quantised latents, averaged over each second: nearly free where one is loaded anyway."""
+    from magnet_train.codec.base import load_codec
+
+    codec = load_codec(name).to(device)
+    facts, codebooks = codec.facts, codec.codebooks.cpu()
+    per_second = round(facts.frame_rate)
+
+    class Latents:
+        id, hash, sample_rate, shortest_s = f"codec {facts.id}", facts.hash, facts.sample_rate, 1.0
+        resample = staticmethod(lambda wav, sample_rate: resample(wav, sample_rate, facts.sample_rate))
+
+    @torch.no_grad()
+    def hear(wav: Tensor, key: str) -> HeardClip:
+        check_clip(wav, facts.sample_rate, Latents.shortest_s, Latents.id)
+        codes = codec.encode(wav.expand(facts.channels, -1)[None].to(device))[0].cpu()
+        latents = torch.stack([book[row] for book, row in zip(codebooks, codes, strict=True)]).sum(0)  # t e
+        return HeardClip(latents.unfold(0, per_second, per_second).mean(-1))
+
+    return _julius("codec", Latents, "1 s every 1 s", hear)
+
+
+def _musicnn() -> Listener:
+    """The shipped network, and where its text-audio head can be had, captions too."""
+    from magnet_train.metrics.networks.musicnn import load_musicnn
+    from magnet_train.metrics.networks.text_audio import clip_features, load_text_audio, sentence_features
+
+    network = load_musicnn()
     try:
-        content = path.read_bytes()
-        weights = {k: v.float() for k, v in load(content).items()}
-        network = Musicnn()
-        network.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path}: missing or broken ({error}); reinstall magnet-train") from error
-    network.hash = hashlib.sha256(content).hexdigest()[:16]
-    return network.eval().requires_grad_(False)
+        scorer = load_text_audio()
+    except UserError:  # the demo's text encoder is an extra
+        scorer = None
+
+    @torch.no_grad()
+    def hear(wav: Tensor, sample_rate: int, key: str) -> HeardClip:
+        heard = network(network.resample(wav.mean(0), sample_rate))
+        vector = None if scorer is None else scorer.head.embed_audio(clip_features(heard)[None])[0]
+        return HeardClip(heard.embeddings, heard.tags, vector)
+
+    @torch.no_grad()
+    def embed_text(captions: Sequence[str]) -> Tensor:
+        assert scorer is not None
+        return F.normalize(scorer.head.embed_text(sentence_features(scorer.encoder, captions).cpu()), dim=-1)
+
+    return Listener(
+        "musicnn", network.id, network.hash, network.sample_rate, network.shortest_s, "soxr VHQ", "2.99 s every 1.5 s",
+        hear, None if scorer is None else embed_text, "musicnn-tags",
+    )  # fmt: skip

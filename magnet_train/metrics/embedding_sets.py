@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 from magnet_train.metrics.fad import Moments
 
 MOST_WINDOWS = 10_000  # 0.8 GB for a matrix of distances

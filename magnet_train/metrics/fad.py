@@ -11,8 +11,8 @@ from operator import add
 import torch
 from torch import Tensor
 
-from magnet_train.errors import UserError
-from magnet_train.metrics.items import ItemMetric
+from magnet_train.common.errors import UserError
+from magnet_train.metrics.distributed import ItemMetric
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 from magnet_train.metrics.fad import Moments, square_root
 
 _MOST_NUMBERS = 2**25  # 256 MB of float64: what covariances held at once may take

@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from magnet_train.errors import UserError
-from magnet_train.metrics.items import ItemMean
+from magnet_train.common.errors import UserError
+from magnet_train.metrics.distributed import ItemMean
 
 EPSILON = 1e-6
 

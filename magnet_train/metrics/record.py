@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import magnet_train
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 from magnet_train.metrics.published import Published
 
 FEWEST_CLIPS = 250

@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from magnet_train.errors import UserError
+from magnet_train.common.errors import UserError
 from magnet_train.metrics import embedding_sets as sets
 from magnet_train.metrics.clap_score import clap_summary
+from magnet_train.metrics.distributed import gather_by_id
+from magnet_train.metrics.embedders import LISTENERS, HeardClip, Listener
 from magnet_train.metrics.intervals import bootstrap_interval, frechet_interval
-from magnet_train.metrics.items import gather_by_id
 from magnet_train.metrics.kl import clip_divergences
-from magnet_train.metrics.listeners import LISTENERS, HeardClip, Listener
 from magnet_train.metrics.record import Record
-from magnet_train.metrics.reference_statistics import ReferenceStatistics
+from magnet_train.metrics.reference import ReferenceStatistics
 
 KINDS = {
     "fad": "Fréchet audio distance",

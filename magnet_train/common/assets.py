@@ -1,0 +1,35 @@
+"""Finds the data that ships with the package, wherever it was installed and whatever the current folder."""
+
+from pathlib import Path
+
+from magnet_train.common.errors import UserError
+
+
+def demo_path(name: str = "") -> Path:
+    """The embedded demo's folder, or the file or folder `name` in it.
+
+    A wheel carries it inside the package; a checkout has it under `data/demo`.
+
+    Raises:
+        UserError: if neither is there.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for root in (package / "_demo", package.parent / "data" / "demo"):
+        if (root / name).exists():
+            return root / name
+    raise UserError(
+        f"the embedded demo has no {name or 'folder'!r}: reinstall magnet-train, or run from a full checkout"
+    )
+
+
+def conf_path(name: str) -> Path:
+    """A file of the shipped configurations, `conf/` in a checkout.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for root in (package / "_conf", package.parent / "conf"):
+        if (root / name).is_file():
+            return root / name
+    raise UserError(f"no shipped configuration {name!r}: reinstall magnet-train, or run from a full checkout")

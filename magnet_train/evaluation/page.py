@@ -1,0 +1,120 @@
+"""One HTML file that opens anywhere: audio, pictures, style and script lie inside, and nothing is loaded.
+
+The report and the listening test are built from these few functions. Style and scripts are files of their own in
+`pages/`, so that editors and linters know them for what they are.
+"""
+
+import base64
+import hashlib
+import html
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from magnet_train.common.errors import UserError
+from magnet_train.data.audio import duration_s, read_audio
+
+Audio = Path | tuple[np.ndarray, int]
+"""A file, or a waveform `t` or `t channels` in [-1, 1] and its rate in Hz."""
+
+MP3_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
+_PAGES = Path(__file__).parent / "pages"
+
+
+def read_sound(audio: Audio, name: str = "audio") -> tuple[np.ndarray, int]:
+    """Samples `t channels` (one or two channels, float32) at their own rate, and that rate in Hz.
+
+    Args:
+        audio: file or waveform.
+        name: what an error calls a waveform.
+
+    Raises:
+        UserError: if the file is unreadable, empty or truncated, or samples are NaN or infinite.
+    """
+    if isinstance(audio, Path):
+        duration_s(audio)  # says what is wrong with a file that cannot be opened
+        info = soundfile.info(os.fsencode(audio))  # type: ignore[arg-type]
+        return read_audio(audio, info.samplerate, min(info.channels, 2)).T, info.samplerate
+    wav, sample_rate = audio
+    wav = np.asarray(wav, dtype=np.float32)
+    wav = wav[:, None] if wav.ndim == 1 else wav
+    if wav.ndim != 2 or not 1 <= wav.shape[1] <= 2 or len(wav) == 0:
+        raise UserError(f"{name}: samples of shape {wav.shape}; give `t` or `t channels`, one or two channels")
+    if not np.isfinite(wav).all():
+        raise UserError(f"{name}: holds NaN or infinite samples; leave the clip out")
+    return wav, int(sample_rate)
+
+
+def audio_uri(wav: np.ndarray, sample_rate: int, lossless: bool = False) -> str:
+    """Samples `t channels` as a data URI that every current browser plays: MP3, or 16-bit FLAC.
+
+    Ten seconds of music at 16 kHz mono take 52 kB as MP3 (libsndfile's own variable bit rate), 250 kB as FLAC and
+    320 kB as WAV; at 44.1 kHz 92, 400 and 882 kB. Ogg Vorbis is as small as MP3, but older Safaris do not play it.
+    MP3 keeps the number of samples. FLAC is taken where MP3 has no such rate, or libsndfile was built without it.
+
+    Args:
+        wav: in [-1, 1]; what lies beyond is clipped.
+        sample_rate: in Hz.
+        lossless: whether it must be FLAC, for listening tests.
+    """
+    buffer = io.BytesIO()
+    is_mp3 = not lossless and "MP3" in soundfile.available_formats() and sample_rate in MP3_RATES
+    form, subtype = ("MP3", "MPEG_LAYER_III") if is_mp3 else ("FLAC", "PCM_16")
+    soundfile.write(buffer, np.clip(wav, -1, 1), sample_rate, subtype, format=form)
+    return data_uri("audio/mpeg" if is_mp3 else "audio/flac", buffer.getvalue())
+
+
+def data_uri(media_type: str, content: bytes) -> str:
+    """`content` as the value of a `src` attribute."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+
+
+def text(value: Any) -> str:
+    """`value` as HTML text or attribute value, whatever it holds.
+
+    >>> text('</script><b>"bold"</b>')
+    '&lt;/script&gt;&lt;b&gt;&quot;bold&quot;&lt;/b&gt;'
+    """
+    return html.escape(str(value), quote=True)
+
+
+def write_page(path: Path, title: str, body: str, script: str) -> int:
+    """Write the page; its size in bytes comes back. Aside first, then moved.
+
+    The page's own policy allows no connection and no script but this one, so that nothing in a caption or a name
+    could run even if it were not escaped.
+
+    Args:
+        path: of the HTML file; its folder is made if need be.
+        title: of the window; escaped here.
+        body: HTML, its text escaped by the caller.
+        script: name of a file in `pages/`.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    code, style = ((_PAGES / name).read_text(encoding="utf-8") for name in (script, "style.css"))
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    policy = (
+        "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+        f"form-action 'none'; script-src 'sha256-{digest}'"
+    )
+    content = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}\n"
+        f"<script>{code}</script>\n</body>\n</html>\n"
+    ).encode("utf-8", errors="replace")  # a file name may hold what is no Unicode
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}")
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); choose another place or free some space") from error
+    return len(content)

@@ -1,0 +1,333 @@
+"""LAION's CLAP: audio and captions as unit vectors of one space, whose cosine is the published CLAP score.
+
+Wu et al., "Large-scale contrastive language-audio pretraining", ICASSP 2023. The figures are of the checkpoint
+`music_audioset_epoch_15_esc_90.14.pt`; it runs here in transformers' ClapModel, its tensors renamed. The models that
+the hub holds under transformers' names are others and give other figures.
+
+Shapes: t samples, n captions.
+"""
+
+import hashlib
+import re
+from collections.abc import Container, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from magnet_train.common.downloads import CLAP_MUSIC, WeightsFile, find_weights, load_tensors
+from magnet_train.common.errors import UserError
+from magnet_train.common.pretrained import load_pretrained, one_line
+from magnet_train.common.torchaudio_import import mend_torchaudio
+from magnet_train.metrics.networks.frontend import check_clip, resample
+
+SAMPLE_RATE = 48_000
+WINDOW = 10 * SAMPLE_RATE
+"""Samples that the network hears."""
+MAX_TOKENS = 77
+"""Of a caption, its two marks of beginning and end included; the rest is cut."""
+
+CONFIG: dict[str, Any] = {
+    # RoBERTa's own epsilon; ClapTextConfig's default is another.
+    "text_config": {"layer_norm_eps": 1e-5},
+    "audio_config": {
+        "depths": [2, 2, 12, 2], "num_attention_heads": [4, 8, 16, 32],
+        "patch_embeds_hidden_size": 128, "hidden_size": 1024, "enable_fusion": False,
+    },
+    "projection_dim": 512,
+}  # fmt: skip
+"""ClapConfig of LAION's HTSAT-base with RoBERTa-base, no fusion; all else is transformers' default."""
+
+FEATURES: dict[str, Any] = {
+    "sampling_rate": SAMPLE_RATE, "feature_size": 64, "fft_window_size": 1024, "hop_length": 480,
+    "frequency_min": 50, "frequency_max": 14_000, "truncation": "rand_trunc", "padding": "repeatpad",
+}  # fmt: skip
+"""ClapFeatureExtractor as LAION computes; its defaults differ by up to 67 dB."""
+
+_RENAMED = {
+    "text_branch.": [(r"^text_branch\.", "text_model.")],
+    "audio_branch.": [
+        (r"^audio_branch\.", "audio_model.audio_encoder."),
+        (r"\.bn0\.", ".batch_norm."),
+        (r"\.norm1\.", ".layernorm_before."),
+        (r"\.norm2\.", ".layernorm_after."),
+        (r"\.attn\.proj\.", ".attention.output.dense."),
+        (r"\.attn\.", ".attention.self."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+    ],
+    "": [(r"^(audio|text)_projection\.0\.", r"\1_projection.linear1."),
+         (r"^(audio|text)_projection\.2\.", r"\1_projection.linear2.")],
+}  # fmt: skip
+_COMPUTED = ("position_ids", "token_type_ids", "relative_position_index")
+"""Buffers of ClapModel that follow from its configuration."""
+_UNRELATED = ("a slow waltz for solo piano", "a dog barks at a passing train")
+
+
+class AudioTextModel(Protocol):
+    """What embeds audio and captions into one space."""
+
+    id: str
+    sample_rate: int
+    dim: int
+    hash: str
+    shortest_s: float
+
+    def resample(self, wav: Tensor, sample_rate: int) -> Tensor:
+        """`t` or `c t` at any rate -> mono `t` at 48 kHz."""
+        ...
+
+    def embed_audio(self, wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
+        """A mono clip at 48 kHz, `t` -> its unit vector, `512`."""
+        ...
+
+    def embed_text(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> unit vectors, `n 512`."""
+        ...
+
+
+def ten_seconds(wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
+    """The 480 000 samples of a clip, `t`, that the network hears.
+
+    A shorter clip is repeated as often as it fits in whole, then zeros follow; of a longer one a crop is taken, which
+    LAION draws anew at every call and which here is a function of (seed, key).
+
+    Args:
+        wav: mono at 48 kHz, not empty.
+        key: Names the clip.
+        seed: Another seed crops elsewhere.
+    """
+    if len(wav) > WINDOW:
+        digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+        start = int.from_bytes(digest[:8], "little") % (len(wav) - WINDOW + 1)
+        return wav[start : start + WINDOW]
+    repeated = wav.repeat(WINDOW // len(wav))
+    return torch.nn.functional.pad(repeated, (0, WINDOW - len(repeated)))
+
+
+def transformers_name(name: str) -> str:
+    """A name of LAION's in transformers' ClapModel, whose query, key and value LAION keeps in one, `qkv`.
+
+    >>> transformers_name("audio_branch.layers.2.blocks.0.attn.proj.weight")
+    'audio_model.audio_encoder.layers.2.blocks.0.attention.output.dense.weight'
+    """
+    branch = next(branch for branch in _RENAMED if name.startswith(branch))
+    for pattern, replacement in _RENAMED[branch]:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def to_transformers(state: Mapping[str, Tensor], needed: Container[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """LAION's tensors under transformers' names, and the names of those that are not `needed`.
+
+    Of the published checkpoint not needed are: the STFT and mel filters as layers, the classifier's heads, two
+    transforms of the training, masks of attention and indices that ClapModel computes.
+    """
+    renamed: dict[str, Tensor] = {}
+    unused = []
+    for laion_name, tensor in state.items():
+        name = transformers_name(laion_name)
+        pieces = {name: tensor}
+        if name.endswith((".attention.self.qkv.weight", ".attention.self.qkv.bias")):
+            thirds = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+            pieces = {name.replace(".qkv.", f".{part}."): third for part, third in thirds}
+        if all(piece in needed for piece in pieces):
+            renamed |= pieces
+        else:
+            unused.append(laion_name)
+    return renamed, unused
+
+
+class Clap:
+    """LAION's checkpoint in transformers' ClapModel."""
+
+    id = "clap-music"
+    sample_rate = SAMPLE_RATE
+    shortest_s = 1 / SAMPLE_RATE
+
+    def __init__(self, model: Any, tokenizer: Any, hash: str = "", unused: Sequence[str] = ()):
+        """
+        Args:
+            model: A ClapModel.
+            tokenizer: RoBERTa's.
+            hash: Of the weights.
+            unused: Names of the checkpoint's tensors that the model has no use for.
+        """
+        from transformers import ClapFeatureExtractor
+
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.hash = hash
+        self.unused = list(unused)
+        self.dim: int = model.config.projection_dim
+        self.features = ClapFeatureExtractor(**FEATURES)
+
+    def resample(self, wav: Tensor, sample_rate: int) -> Tensor:
+        """`t` or `c t` at any rate -> mono `t` at 48 kHz, by julius."""
+        return resample(wav, sample_rate, SAMPLE_RATE)
+
+    @torch.no_grad()
+    def embed_audio(self, wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
+        """A mono clip at 48 kHz, `t` -> its unit vector, `512`. Of more than 10 s one crop is heard.
+
+        Args:
+            wav: Not empty; silence is heard like anything else.
+            key: Names the clip, so that its crop is always the same.
+            seed: Of the crop.
+
+        Raises:
+            UserError: if the clip is empty, or holds NaN or infinite samples.
+        """
+        check_clip(wav, SAMPLE_RATE, self.shortest_s, self.id)
+        heard = ten_seconds(wav.float().cpu(), key, seed).numpy()
+        features = self.features(heard, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"]
+        return self.model.get_audio_features(features.to(self.model.device)).pooler_output[0].cpu()
+
+    @torch.no_grad()
+    def embed_text(self, captions: Sequence[str]) -> Tensor:
+        """Captions, as they are, without a template -> unit vectors, `n 512`."""
+        # Always filled up to 77 tokens, so that a caption's vector depends on no other caption.
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        ).to(self.model.device)
+        return self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output.cpu()
+
+
+class LaionClap:
+    """The package `laion-clap` behind the same interface; unproven here, where it could not be imported."""
+
+    id = "laion-clap-music"
+    sample_rate = SAMPLE_RATE
+    dim = 512
+    shortest_s = 1 / SAMPLE_RATE
+
+    def __init__(self, file: WeightsFile, device: str = "cpu"):
+        """
+        Raises:
+            UserError: if the package cannot be imported.
+        """
+        try:
+            from laion_clap import CLAP_Module  # type: ignore[import-not-found]
+        except Exception as error:  # OSError and RuntimeError too, from a torchvision built for another torch
+            raise UserError(
+                f"laion-clap cannot be imported ({one_line(error)}): pip install 'magnet-train[laion-clap]', "
+                "or leave it: transformers computes the same from the same weights"
+            ) from error
+        self.hash = file.hash
+        self.model = CLAP_Module(enable_fusion=False, amodel="HTSAT-base", device=device)
+        state = _state(file)
+        state.pop("text_branch.embeddings.position_ids", None)  # transformers has computed it since 4.31
+        self.model.model.load_state_dict(state)
+        self.model.eval()
+
+    def resample(self, wav: Tensor, sample_rate: int) -> Tensor:
+        """`t` or `c t` at any rate -> mono `t` at 48 kHz, by julius."""
+        return resample(wav, sample_rate, SAMPLE_RATE)
+
+    @torch.no_grad()
+    def embed_audio(self, wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
+        """As Clap's."""
+        check_clip(wav, SAMPLE_RATE, self.shortest_s, self.id)
+        heard = ten_seconds(wav.float(), key, seed)
+        return self.model.get_audio_embedding_from_data([heard], use_tensor=True)[0].cpu()
+
+    @torch.no_grad()
+    def embed_text(self, captions: Sequence[str]) -> Tensor:
+        """As Clap's."""
+        return self.model.get_text_embedding(list(captions), use_tensor=True).cpu()
+
+
+@lru_cache
+def load_clap(
+    path: str | None = None, tokenizer: str = "roberta-base", package: bool = False, device: str = "cpu"
+) -> AudioTextModel:
+    """The published CLAP, in evaluation mode.
+
+    Args:
+        path: `music_audioset_epoch_15_esc_90.14.pt`; the cached or downloaded one if not given.
+        tokenizer: A folder or hub id with RoBERTa's tokenizer.
+        package: Let the package `laion-clap` compute, in place of transformers.
+        device: Where.
+
+    Raises:
+        UserError: if the weights or the tokenizer are not to be had, or are not these.
+    """
+    file = find_weights(CLAP_MUSIC, path)
+    clap = LaionClap(file, device) if package else make_clap(file, CONFIG, tokenizer, device)
+    check_captions(clap)
+    return clap
+
+
+def make_clap(file: WeightsFile, config: Mapping[str, Any], tokenizer: str, device: str = "cpu") -> Clap:
+    """A checkpoint of LAION's in a ClapModel of that configuration.
+
+    Raises:
+        UserError: if a tensor is missing, left over or of another shape, or the tokenizer does not fit.
+    """
+    mend_torchaudio()  # before anything imports transformers
+    from transformers import ClapConfig, ClapModel
+
+    model: Any = ClapModel(ClapConfig(**config))
+    needed = [name for name in model.state_dict() if not name.endswith(_COMPUTED)]
+    renamed, unused = to_transformers(_state(file), set(needed))
+    if missing := [name for name in needed if name not in renamed]:
+        raise UserError(
+            f"{file.path}: not CLAP of the expected kind (HTSAT-base with RoBERTa, no fusion); "
+            f"missing tensors: {len(missing)}, such as {missing[0]}"
+        )
+    try:
+        model.load_state_dict(renamed, strict=False)  # not strict for what is computed
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{file.path}: not CLAP of the expected kind: {' '.join(str(error).split())[:300]}") from error
+    return Clap(model.to(device), load_tokenizer(tokenizer, model.config.text_config.vocab_size), file.hash, unused)
+
+
+def load_tokenizer(name: str, vocab_size: int) -> Any:
+    """RoBERTa's tokenizer from a folder or a hub id, with exactly the tokens that the network knows.
+
+    Raises:
+        UserError: if it cannot be loaded or has another vocabulary.
+    """
+    mend_torchaudio()
+    from transformers import AutoTokenizer
+
+    def load(source: str, local: bool) -> Any:
+        return AutoTokenizer.from_pretrained(source, local_files_only=local)
+
+    tokenizer = load_pretrained("CLAP tokenizer", name, load, ("config.json", "tokenizer_config.json"))
+    # transformers may answer a missing vocabulary with an empty tokenizer, and no error.
+    if len(tokenizer) != vocab_size:
+        raise UserError(
+            f"CLAP tokenizer {name!r}: {len(tokenizer)} tokens where CLAP knows {vocab_size}; "
+            "give roberta-base, complete with its vocabulary"
+        )
+    return tokenizer
+
+
+def check_captions(clap: AudioTextModel) -> None:
+    """Nothing, if two unrelated captions lie apart, as broken text weights or tokenizers would not place them.
+
+    Raises:
+        UserError: if their cosine is 0.9 or more, or not a number.
+    """
+    first, second = clap.embed_text(_UNRELATED)
+    cosine = float(first @ second)
+    if not cosine < 0.9:
+        raise UserError(
+            f"{clap.id}: two unrelated captions have cosine {cosine:.3f}, which should be far below 0.9; "
+            "the text weights or the tokenizer are broken"
+        )
+
+
+def _state(file: WeightsFile) -> dict[str, Tensor]:
+    """The network's tensors in a checkpoint of LAION's training.
+
+    Raises:
+        UserError: if there are none.
+    """
+    content = load_tensors(file)
+    state = content.get("state_dict", content)
+    if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise UserError(f"{file.path}: not a checkpoint of LAION's training, it holds other things than named tensors")
+    return {name.removeprefix("module."): x for name, x in state.items()}  # what several GPUs left

@@ -1,0 +1,160 @@
+"""PaSST, the classifier of the published KL divergences: logits of AudioSet's 527 classes for each segment of a clip.
+
+Koutini et al., "Efficient training of audio transformers with patchout", Interspeech 2022; front end and names of the
+weights as in the package hear21passt, segments as in audiocraft/metrics/kld.py.
+
+Shapes: s segments, t samples, f mel bands, p patches, d width.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from magnet_train.common.downloads import PASST_10S, PASST_20S, find_weights, load_network
+from magnet_train.common.errors import UserError
+from magnet_train.metrics.networks.frontend import check_clip, htk_mel_filters, resample
+
+
+@dataclass(frozen=True)
+class Classified:
+    """What the network says of each segment of a clip."""
+
+    logits: Tensor
+    """`s 527`, before the softmax."""
+    features: Tensor
+    """`s 768`, what the logits are computed from."""
+
+
+class Attention(nn.Module):
+    """Every patch attends to every patch."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Four times as wide inside."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind its normalisation and added to its input."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn, self.mlp = Attention(width, heads), Mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Passt(nn.Module):
+    """PaSST behind its front end, over segments of `segment_s` seconds.
+
+    The last segment is as long as it happens to be, without padding; what is 0.15 s or shorter is not heard.
+    """
+
+    sample_rate = 32_000
+    shortest_s = 4801 / 32_000
+    patch, stride = 16, 10
+
+    def __init__(self, segment_s: int = 20, width: int = 768, layers: int = 12, heads: int = 12, classes: int = 527):
+        """`segment_s` is 20 for music, 10 for sound, in the published figures; the other values are the networks'."""
+        super().__init__()
+        self.hash = ""
+        self.id = f"passt-{segment_s}s"
+        self.dim = width
+        self.segment_s = segment_s
+        self.hann: Tensor
+        self.mel: Tensor
+        self.register_buffer("hann", torch.hann_window(800, periodic=False), persistent=False)
+        self.register_buffer("mel", htk_mel_filters(self.sample_rate, 1024, 128, 0, 15_000), persistent=False)
+        # The models were made for 998 spectrogram frames and for 2000.
+        frames = {10: 998, 20: 2000}[segment_s]
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, width, self.patch, self.stride)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.new_pos_embed = nn.Parameter(torch.zeros(1, 2, width))  # of the two tokens
+        self.freq_new_pos_embed = nn.Parameter(torch.zeros(1, width, 128 // self.stride, 1))
+        self.time_new_pos_embed = nn.Parameter(torch.zeros(1, width, 1, frames // self.stride))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
+        self.head_dist = nn.Linear(width, classes)  # of the training; not in use since
+
+    @classmethod
+    def resample(cls, wav: Tensor, sample_rate: int) -> Tensor:
+        """`t` or `c t` at any rate -> mono `t` at 32 kHz, by julius."""
+        return resample(wav, sample_rate, cls.sample_rate)
+
+    def segments(self, wav: Tensor) -> list[Tensor]:
+        """`t` -> pieces of `segment_s` seconds and what is left, if longer than 0.15 s."""
+        pieces = wav.split(self.segment_s * self.sample_rate)
+        return [piece for piece in pieces if len(piece) >= round(self.shortest_s * self.sample_rate)]
+
+    def log_mel(self, wav: Tensor) -> Tensor:
+        """`t` -> `f frames`: log power of the pre-emphasised clip, mirrored at its ends, moved to about [-1, 1]."""
+        emphasised = wav[1:] - 0.97 * wav[:-1]
+        power = torch.stft(emphasised, 1024, 320, 800, self.hann, return_complex=True).abs().square()
+        return (torch.log(self.mel @ power + 1e-5) + 4.5) / 5
+
+    @torch.no_grad()
+    def forward(self, wav: Tensor) -> Classified:
+        """A mono clip at 32 kHz, `t`, longer than 0.15 s. Silence is heard like anything else.
+
+        Raises:
+            UserError: if it is too short, or holds NaN or infinite samples.
+        """
+        check_clip(wav, self.sample_rate, self.shortest_s, self.id)
+        heard = [self.classify(self.log_mel(segment)[None]) for segment in self.segments(wav.to(self.hann))]
+        logits, features = (torch.cat(parts) for parts in zip(*heard, strict=True))
+        return Classified(logits, features)
+
+    def classify(self, log_mel: Tensor) -> tuple[Tensor, Tensor]:
+        """`s f frames` -> logits `s 527` and features `s d`."""
+        x = self.patch_embed["proj"](log_mel[:, None])  # s d 12 time
+        x = x + self.time_new_pos_embed[..., : x.shape[-1]] + self.freq_new_pos_embed
+        tokens = torch.cat([self.cls_token, self.dist_token], 1) + self.new_pos_embed
+        x = torch.cat([tokens.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)  # s 2+p d
+        features = self.norm(self.blocks(x))[:, :2].mean(1)
+        return self.head(features), features
+
+
+@lru_cache
+def load_passt(path: str | None = None, segment_s: int = 20) -> Passt:
+    """The published network, in evaluation mode.
+
+    Args:
+        path: The package's file of weights; the cached or downloaded one if not given.
+        segment_s: 20 for music, 10 for sound; each has weights of its own.
+
+    Raises:
+        UserError: if the weights are not to be had, or are not these, or there are none for that length.
+    """
+    published = {10: PASST_10S, 20: PASST_20S}
+    if segment_s not in published:
+        raise UserError(
+            f"segment_s={segment_s}: PaSST is published for segments of 10 s and of 20 s; choose one of them"
+        )
+    file = find_weights(published[segment_s], path)
+    network = Passt(segment_s)
+    load_network(network, file)
+    network.hash = file.hash
+    return network

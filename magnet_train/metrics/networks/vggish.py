@@ -1,0 +1,125 @@
+"""VGGish, the network of the published Fréchet audio distances: one embedding for each second of a clip.
+
+Hershey et al., "CNN architectures for large-scale audio classification", ICASSP 2017; front end and windows as in
+google-research/frechet_audio_distance; weights and their names as torchvggish publishes them.
+
+Shapes: n windows, t samples, f mel bands.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from magnet_train.common.downloads import VGGISH, find_weights, load_network
+from magnet_train.metrics.networks.frontend import check_clip, htk_mel_filters, resample
+
+
+class Vggish(nn.Module):
+    """VGGish behind the front end of the published figures: 1 s every 0.5 s, each clip at its own peak.
+
+    No principal components, no 8-bit codes, and no activation after the last layer.
+    """
+
+    id = "vggish"
+    sample_rate = 16_000
+    dim = 128
+    shortest_s = 1.0
+    window_frames = 96
+    frame_samples, hop_samples = 400, 160
+
+    def __init__(self):
+        super().__init__()
+        self.hash = ""
+        self.hann: Tensor
+        self.mel: Tensor
+        self.register_buffer("hann", torch.hann_window(self.frame_samples), persistent=False)
+        self.register_buffer("mel", htk_mel_filters(self.sample_rate, 512, 64, 125, 7500), persistent=False)
+        layers: list[nn.Module] = []
+        channels = 1
+        for widths in ((64,), (128,), (256, 256), (512, 512)):
+            for width in widths:
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.embeddings = nn.Sequential(
+            nn.Linear(6 * 4 * 512, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, self.dim)
+        )
+
+    @classmethod
+    def resample(cls, wav: Tensor, sample_rate: int) -> Tensor:
+        """`t` or `c t` at any rate -> mono `t` at 16 kHz, by julius."""
+        return resample(wav, sample_rate, cls.sample_rate)
+
+    def log_mel(self, wav: Tensor) -> Tensor:
+        """`t` -> `frames f`: the logarithm of magnitudes; a frame that the clip does not fill is dropped."""
+        frames = wav.unfold(0, self.frame_samples, self.hop_samples) * self.hann
+        return torch.log(torch.fft.rfft(frames, 512).abs() @ self.mel.T + 0.01)
+
+    def level(self, wav: Tensor) -> Tensor:
+        """The clip as audiocraft's FAD writes it for Google's: its peak at -1 dBFS, in 16 bits; values of int16."""
+        peak = wav.abs().max().clamp(min=torch.finfo(torch.float32).tiny)  # silence stays silence
+        return (wav * (10 ** (-1 / 20) / peak) * 32768).round()
+
+    def examples(self, wav: Tensor) -> Tensor:
+        """`t` -> `n 96 f`: of each second the first 96 of its 98 frames.
+
+        The clip is divided by its largest positive sample, as Google's code does it.
+        """
+        frames = self.log_mel(wav / wav.max().clamp(min=0.1))
+        seconds = 1 + (len(wav) - self.sample_rate) // 8000
+        return frames.unfold(0, self.window_frames, 8000 // self.hop_samples)[:seconds].transpose(1, 2)
+
+    @torch.no_grad()
+    def forward(self, wav: Tensor) -> Tensor:
+        """A mono clip at 16 kHz, `t`, at least `shortest_s` long -> embeddings `n 128`. Silence is heard too.
+
+        Raises:
+            UserError: if it is too short, or holds NaN or infinite samples.
+        """
+        check_clip(wav, self.sample_rate, self.shortest_s, self.id)
+        windows = self.examples(self.level(wav.to(self.hann)))
+        # Few at a time: the first layer makes 25 MB of sixteen windows.
+        return torch.cat([self.embed(w) for w in windows.split(16)])
+
+    def embed(self, examples: Tensor) -> Tensor:
+        """`n 96 f` -> `n 128`."""
+        maps = self.features(examples[:, None])  # n 512 6 4
+        return self.embeddings(maps.permute(0, 2, 3, 1).flatten(1))  # channels last, as TensorFlow flattens
+
+
+class TorchVggish(Vggish):
+    """The same network behind torchvggish's front end: 0.96 s every 0.96 s, the clip's level as it is.
+
+    What frechet-audio-distance and others compute, less their resampler; its figures are not the published ones'.
+    """
+
+    id = "torchvggish"
+    shortest_s = (400 + 95 * 160) / 16_000
+
+    def level(self, wav: Tensor) -> Tensor:
+        """The clip as it is."""
+        return wav
+
+    def examples(self, wav: Tensor) -> Tensor:
+        """`t` -> `n 96 f`: the clip's frames in blocks of 96; what is left at the end is dropped."""
+        return self.log_mel(wav).unfold(0, self.window_frames, self.window_frames).transpose(1, 2)
+
+
+@lru_cache
+def load_vggish(path: str | None = None, front: type[Vggish] = Vggish) -> Vggish:
+    """The published network, in evaluation mode.
+
+    Args:
+        path: torchvggish's `vggish-10086976.pth`; the cached or downloaded one if not given.
+        front: `Vggish` for the papers' front end, `TorchVggish` for the other in use.
+
+    Raises:
+        UserError: if the weights are not to be had, or are not these.
+    """
+    file = find_weights(VGGISH, path)
+    network = front()
+    load_network(network, file)
+    network.hash = file.hash
+    return network

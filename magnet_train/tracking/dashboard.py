@@ -1,0 +1,100 @@
+"""`dashboard`: a W&B workspace of what runs log, laid out by section, made or made anew by one command."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from magnet_train.common.errors import UserError
+from magnet_train.tracking.logged import HOURS, LOGGED, SECTIONS, STEP, Logged
+from magnet_train.tracking.wandb_session import try_key
+
+NAME, ID = "magnet_train", "magnettrain"
+"""Of the workspace, as people see it and in its address."""
+OVER_HOURS = ("val/ce", "val/fad/{listener}", "val/kl/{listener}", "val/text/{listener}", "train/loss")
+"""What is drawn over hours of audio too, on which runs of other batch sizes meet."""
+
+
+@dataclass(frozen=True)
+class DashboardOptions:
+    """Whose workspace."""
+
+    entity: str
+    """User or team of W&B."""
+    project: str = "magnet_train"
+    """Of W&B; it must have a run."""
+
+
+def workspace(options: DashboardOptions) -> Any:
+    """The workspace, not saved: a section for each of `SECTIONS`, and one over hours of audio.
+
+    Raises:
+        UserError: if the package is missing.
+    """
+    ws = _workspaces()
+    sections = [
+        ws.Section(
+            name=section,
+            panels=[_panel(entry, STEP) for entry in LOGGED if entry.section == section and entry.shown],
+            is_open=section in SECTIONS[:2],
+        )
+        for section in SECTIONS
+    ]
+    over_hours = [_panel(entry, HOURS) for entry in LOGGED if entry.name in OVER_HOURS]
+    sections.insert(3, ws.Section(name="over hours of audio", panels=over_hours))
+    settings = ws.WorkspaceSettings(x_axis=STEP)
+    return ws.Workspace(entity=options.entity, project=options.project, name=NAME, sections=sections, settings=settings)
+
+
+def dashboard(options: DashboardOptions) -> str:
+    """Saves the workspace, over the one that an earlier call has made; its address.
+
+    Raises:
+        UserError: if the package or a key is missing, W&B refuses the key or the project, or is not to be reached.
+    """
+    made = workspace(options)
+    ws = _workspaces()
+    state, why = try_key()
+    if state == "off":
+        raise UserError(f"W&B is {why} here, and the workspace is on its server: unset WANDB_MODE, with network")
+    remedy = "`wandb login` on a machine with network sets a key, or WANDB_API_KEY"
+    if state != "online":
+        raise UserError(f"W&B: {why}; {remedy}")
+    try:
+        made._internal_name = f"nw-{ID}-v"
+        try:  # W&B would make another workspace of a name without an id
+            before = ws.Workspace.from_url(f"https://wandb.ai/{options.entity}/{options.project}?nw={ID}")
+            made._internal_id = before._internal_id
+        except ValueError as error:
+            if not str(error).startswith("Workspace"):
+                raise UserError(
+                    f"--entity {options.entity} --project {options.project}: W&B has no such project, or not for this "
+                    "key; log a run into it first"
+                ) from error
+        return made.save().url
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb."):
+            raise
+        raise UserError(f"W&B: {' '.join(str(error).split())[:300]}; {remedy}") from error
+
+
+def _panel(entry: Logged, x: str) -> Any:
+    from wandb_workspaces.reports.v2 import LinePlot, MediaBrowser, WeavePanelSummaryTable
+
+    if entry.name == "gen/clips":
+        return WeavePanelSummaryTable(table_name=entry.name)
+    if entry.is_media:
+        return MediaBrowser(title=entry.name, media_keys=[entry.name], gallery_axis="step")
+    title = f"{entry.name} {dict(lower='↓', higher='↑').get(entry.better, '')}".strip()
+    if "{" in entry.name:
+        return LinePlot(title=title, x=x, metric_regex=f"^{entry.pattern}$")
+    return LinePlot(title=title, x=x, y=[entry.name])
+
+
+def _workspaces() -> Any:
+    try:
+        import wandb_workspaces.workspaces as ws
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "dashboard: the package wandb-workspaces is missing; "
+            "install it with `pip install 'magnet-train[dashboard]'`"
+        ) from error
+    return ws

@@ -1,0 +1,63 @@
+"""What a run was made with: the code's commit, versions, hardware, and the data."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import magnet_train
+from magnet_train.common.folders import write_json
+
+
+def environment(num_ranks: int) -> dict[str, Any]:
+    """Plain values for a note beside a run; no paths and no names of machines or people.
+
+    Args:
+        num_ranks: processes that train together.
+    """
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "magnet_train": magnet_train.__version__,
+        "commit": commit_of(Path(magnet_train.__file__).parent),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": importlib.metadata.version("lightning"),
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "num_ranks": num_ranks,
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder's code is of, with `-dirty` where tracked files were changed since; None outside of git.
+
+    A package that is installed inside somebody's repository, in `.venv` for one, is not of its commits.
+    """
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def note_environment(folder: Path, found: dict[str, Any]) -> None:
+    """Adds an entry to `environment.json`: a run that was resumed has one for each start."""
+    file = folder / "environment.json"
+    try:
+        before = json.loads(file.read_text())
+    except (OSError, ValueError):
+        before = []
+    write_json(file, [*(before if isinstance(before, list) else []), found])

@@ -1,0 +1,65 @@
+"""Imports point down only: the layers of the drawing in CONTRIBUTING.md, read from the import lines."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "magnet_train"
+LAYERS = [
+    {"__main__"},
+    {"cli"},
+    {"app", "checks"},
+    {"callbacks"},
+    {"module", "evaluation"},
+    {"tracking", "data"},
+    {"metrics"},
+    {"generator", "audiocraft", "resume"},
+    {"release", "adapters", "sharding"},
+    {"decoding", "dense", "cost"},
+    {"model", "conditioning", "codec", "sweeps"},
+    {"attention", "masking", "loss", "optimizer", "common"},
+]
+"""From the top down: a file imports from its own layer and from those below."""
+LIGHTNING = {"cli", "module", "data.datamodule", "callbacks", "evaluation", "tracking.wandb_session"}
+WANDB = {"tracking", "callbacks"}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def modules() -> dict[str, Path]:
+    paths = (p for p in PACKAGE.rglob("*.py") if "_demo" not in p.parts)
+    named = {p.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): p for p in paths}
+    return {name: path for name, path in named.items() if name != "__init__"}
+
+
+def test_imports_point_down():
+    layer = {name: i for i, names in enumerate(LAYERS) for name in names}
+    wrong = []
+    for name, path in modules().items():
+        for other in imports(path):
+            target = other.removeprefix("magnet_train.").split(".")[0]
+            if other.startswith("magnet_train.") and layer.get(target, 99) < layer[name.split(".")[0]]:
+                wrong.append(f"{name} imports {other}")
+    assert not wrong
+
+
+def test_lightning_and_wandb_stay_in_their_folders():
+    wrong = []
+    for name, path in modules().items():
+        used = {module.split(".")[0] for module in imports(path)}
+        places = {name, name.split(".")[0]}
+        if "lightning" in used and not places & LIGHTNING:
+            wrong.append(f"{name} imports lightning")
+        if used & {"wandb", "wandb_workspaces"} and not places & WANDB:
+            wrong.append(f"{name} imports wandb")
+        if used & {"audiocraft", "xformers", "pytorch_lightning"}:
+            wrong.append(f"{name} imports a package that the project does not use")
+    assert not wrong
