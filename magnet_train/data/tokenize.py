@@ -6,10 +6,8 @@ machine or several, claim a shard by locking a file; the lock dies with its hold
 `index.json`, and only that makes the folder readable. While a batch is encoded, a thread reads the next.
 """
 
-import csv
 import errno
 import fcntl
-import gzip
 import hashlib
 import io
 import json
@@ -30,7 +28,8 @@ from tqdm import tqdm
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import write_whole
-from magnet_train.data.audio import SUFFIXES, duration_s, read_audio
+from magnet_train.data.audio import duration_s, read_audio
+from magnet_train.data.manifest import Clip, find_clips
 
 FORMAT = 1
 T = TypeVar("T")
@@ -69,7 +68,11 @@ class TokenizeOptions:
         for name, ok, want in (
             ("crop_s", self.crop_s > 0, "a length in seconds above 0"),
             ("hop_s", self.hop_s is None or self.hop_s > 0, "a distance in seconds above 0"),
-            ("min_s", 0 < self.min_s <= self.crop_s, "a length in seconds above 0 and up to --crop_s"),
+            (
+                "min_s",
+                0 < self.min_s <= self.crop_s,
+                "a length in seconds above 0 and up to --crop_s",
+            ),
             ("mixtures", self.mixtures >= 0, "0 or more"),
             ("mixture_snr_db", self.mixture_snr_db >= 0, "0 dB or more"),
             ("shard_size", self.shard_size >= 1, "at least 1 crop"),
@@ -81,120 +84,11 @@ class TokenizeOptions:
                 raise UserError(f"--{name} {getattr(self, name)}: give {want}")
 
 
-# --- list ---------------------------------------------------------------------------------------------------------
-
-
-def find_clips(source: Path) -> list[dict[str, Any]]:
-    """The audio files of a folder or a manifest, sorted, each `{"path", "name", "caption", …}`.
-
-    A folder is searched to its depth; a caption stands in a `.txt` or `.json` of the same name beside the file. A
-    manifest is JSONL or CSV with `path` (or `audio_filepath`) and `caption` (or `text`, `description`); relative
-    paths count from its own folder.
-
-    Raises:
-        UserError: if there is no audio, or none of it has a caption.
-    """
-    if source.is_dir():
-        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        clips = [_clip(p, str(p.relative_to(source)), {}) for p in files]
-    elif source.name.lower().endswith((".jsonl", ".json", ".csv", ".jsonl.gz")):
-        clips = [_from_manifest(row, source, line) for line, row in _rows(source)]
-    elif source.exists():
-        raise UserError(f"{source}: give a folder of audio, or a .jsonl or .csv manifest")
-    else:
-        raise UserError(f"{source}: no such folder or manifest")
-    if not clips:
-        raise UserError(f"{source}: no audio files ({', '.join(SUFFIXES)}) in it")
-    if not any(c["caption"] for c in clips):
-        if fault := next((c["fault"] for c in clips if c["fault"]), ""):
-            raise UserError(fault)
-        raise UserError(
-            f"{source}: no captions: put a .txt with one line beside each of the {len(clips)} audio files, e.g. "
-            f'{Path(clips[0]["name"]).with_suffix(".txt")}, or a .json with a "caption"'
-        )
-    return clips
-
-
-def _clip(path: Path, name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """One file with its caption and further fields: those given, else those beside it; or what is wrong with these."""
-    clip = {"path": str(path), "name": os.fsencode(name).decode(errors="replace"), "caption": "", "fields": {}}
-    try:
-        caption, fields = _caption_of(given, name)
-        if not caption:
-            beside = _sidecar(path)
-            caption, fields = beside[0], fields | beside[1]
-    except UserError as error:
-        return clip | {"fault": str(error)}
-    return clip | {"caption": caption, "fields": fields, "fault": ""}
-
-
-def _sidecar(path: Path) -> tuple[str, dict[str, Any]]:
-    """Caption and fields of the `.json` and `.txt` beside an audio file; the caption of either, the `.json`'s first."""
-    caption, fields = "", {}
-    text, note = path.with_suffix(".txt"), path.with_suffix(".json")
-    for file in (note, text):
-        try:
-            if file is note and note.is_file():
-                caption, fields = _caption_of(json.loads(note.read_text(encoding="utf-8-sig")), str(note))
-            elif file is text and not caption and text.is_file():
-                caption = " ".join(text.read_text(encoding="utf-8-sig").split())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: unreadable caption ({error}); write UTF-8") from error
-    return caption, fields
-
-
-def _caption_of(fields: Any, where: str) -> tuple[str, dict[str, Any]]:
-    if not isinstance(fields, dict):
-        raise UserError(f'{where}: holds a {type(fields).__name__}; give an object with a "caption"')
-    fields = dict(fields)
-    caption = next((fields.pop(n) for n in ("caption", "description", "text") if fields.get(n)), "")
-    if not isinstance(caption, str):
-        raise UserError(f"{where}: the caption is a {type(caption).__name__}; give a text")
-    fields.pop("path", None)
-    if "key" in fields:  # of the music; in a shard the key is the item's id
-        fields["music_key"] = fields.pop("key")
-    return " ".join(caption.split()), fields
-
-
-def _rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        content = manifest.read_bytes()
-        text = (gzip.decompress(content) if manifest.suffix == ".gz" else content).decode("utf-8-sig")
-    except (UnicodeDecodeError, OSError, EOFError) as error:
-        raise UserError(f"{manifest}: unreadable, or not UTF-8 ({error})") from error
-    if manifest.suffix.lower() == ".csv":
-        for number, row in enumerate(csv.DictReader(io.StringIO(text)), 2):
-            if None in row:
-                raise UserError(
-                    f"{manifest}, line {number}: more columns than the first line; quote what holds a comma"
-                )
-            yield number, row
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{manifest}, line {number}: no JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{manifest}, line {number}: no object; write one JSON object a line")
-            yield number, row
-
-
-def _from_manifest(row: dict[str, Any], manifest: Path, line: int) -> dict[str, Any]:
-    name = row.get("path") or row.get("audio_filepath")
-    if not isinstance(name, str):
-        raise UserError(f"{manifest}, line {line}: no path; name the column `path` or `audio_filepath`")
-    path = manifest.parent / name  # an absolute name stays as it is
-    given = {k: v for k, v in row.items() if k not in ("path", "audio_filepath") and v not in (None, "")}
-    return _clip(path, name, given)
-
-
 # --- plan ---------------------------------------------------------------------------------------------------------
 
 
 def plan_shards(
-    clips: list[dict[str, Any]], options: TokenizeOptions
+    clips: list[Clip], options: TokenizeOptions
 ) -> tuple[list[list[dict[str, Any]]], list[dict[str, str]]]:
     """Crops by shard, `{"clip", "key", "offset_s"}` each, and the files that are left out with the reason."""
     hop = options.hop_s or options.crop_s
@@ -204,26 +98,44 @@ def plan_shards(
     times: dict[str, int] = {}
     for number, clip in enumerate(tqdm(clips, desc="reading headers", unit="file", leave=False)):
         try:
-            if clip["fault"]:
-                raise UserError(clip["fault"])
-            length = duration_s(Path(clip["path"]))
-            if not clip["caption"]:
-                raise UserError(f"{clip['name']}: no caption")
+            if clip.error:
+                raise UserError(clip.error)
+            first, length = clip.segment(duration_s(clip.path))
+            if not clip.caption:
+                raise UserError(f"{clip.name}: no caption")
             if length < options.min_s:
-                raise UserError(f"{clip['name']}: {length:.2f} s, shorter than --min_s {options.min_s}")
+                raise UserError(
+                    f"{clip.name}: {length:.2f} s, shorter than --min_s {options.min_s}"
+                )
         except UserError as error:
-            skipped.append({"file": clip["name"], "reason": str(error)})
+            skipped.append({"file": clip.name, "reason": str(error)})
             continue
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", str(Path(clip["name"]).with_suffix(""))).strip("-") or "clip"
-        if stems.setdefault(stem, clip["name"]) != clip["name"]:  # a/b.wav and a-b.wav, or b.wav and b.flac
-            stem = f"{stem}-{hashlib.sha256(clip['name'].encode()).hexdigest()[:8]}"
+        stem = (
+            re.sub(r"[^A-Za-z0-9_-]+", "-", str(Path(clip.name).with_suffix(""))).strip("-")
+            or "clip"
+        )
+        if (
+            stems.setdefault(stem, clip.name) != clip.name
+        ):  # a/b.wav and a-b.wav, or b.wav and b.flac
+            stem = f"{stem}-{hashlib.sha256(clip.name.encode()).hexdigest()[:8]}"
         times[stem] = times.get(stem, 0) + 1
         if times[stem] > 1:  # a manifest may give one file several captions
             stem = f"{stem}-again{times[stem]}"
         start = 0
         # Until the clip is over: a crop within the one before would bring nothing new.
-        while start == 0 or (length - start * hop >= options.min_s and (start - 1) * hop + options.crop_s < length):
-            crops.append({"clip": number, "key": f"{stem}_{round(start * hop * 1000):08d}", "offset_s": start * hop})
+        while start == 0 or (
+            length - start * hop >= options.min_s and (start - 1) * hop + options.crop_s < length
+        ):
+            offset = first + start * hop
+            duration = min(options.crop_s, length - start * hop)
+            crops.append(
+                {
+                    "clip": number,
+                    "key": f"{stem}_{round(offset * 1000):08d}",
+                    "offset_s": offset,
+                    "duration_s": duration,
+                }
+            )
             start += 1
     if options.mixtures:
         crops = with_mixtures(crops, clips, options)
@@ -232,7 +144,7 @@ def plan_shards(
 
 
 def with_mixtures(
-    crops: list[dict[str, Any]], clips: list[dict[str, Any]], options: TokenizeOptions
+    crops: list[dict[str, Any]], clips: list[Clip], options: TokenizeOptions
 ) -> list[dict[str, Any]]:
     """The crops, each followed by its mixtures: crops that name a second one, and by how much it is louder.
 
@@ -250,8 +162,10 @@ def with_mixtures(
             other = one
             while other["clip"] == one["clip"]:
                 other = crops[rng.integers(len(crops))]
-            part = {"clip": other["clip"], "offset_s": other["offset_s"], "key": other["key"]}
-            part["snr_db"] = round(float(rng.uniform(-options.mixture_snr_db, options.mixture_snr_db)), 2)
+            part = {name: other[name] for name in ("clip", "offset_s", "duration_s", "key")}
+            part["snr_db"] = round(
+                float(rng.uniform(-options.mixture_snr_db, options.mixture_snr_db)), 2
+            )
             with_all.append(one | {"key": f"{one['key']}_mix{n}", "mixed_with": part})
     return with_all
 
@@ -279,31 +193,46 @@ def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any
             is full.
     """
     clips = find_clips(source)
+    _check_captions(source, clips)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from error
+        raise UserError(
+            f"{out}: cannot be made a folder ({error.strerror}); choose another --out"
+        ) from error
     facts = _load_parts(options)[0].facts.to_dict()
     shards, skipped = plan_shards(clips, options)
     if not shards:
         reasons = "; ".join(s["reason"] for s in skipped[:3])
         raise UserError(f"{source}: none of {len(clips)} files can be used: {reasons}")
-    settings = {k: v for k, v in asdict(options).items() if k not in ("processes", "batch_size", "codec")}
+    settings = {
+        k: v for k, v in asdict(options).items() if k not in ("processes", "batch_size", "codec")
+    }
     # Wherever the files lie, it is their names, sizes and captions that must be the same when this goes on.
-    inputs = [[c["name"], _size(Path(c["path"])), c["caption"], c["fields"]] for c in clips]
+    inputs = [[c.name, _size(c.path), c.caption, c.fields] for c in clips]
     listing = hashlib.sha256(json.dumps([inputs, shards], sort_keys=True).encode()).hexdigest()
     plan = {"format": FORMAT, "codec": facts, "settings": settings, "input": listing}
     with _lock(out / ".plan.lock", wait=True):
         known = _read_json(out / ".plan.json")
         if known is None:
             if (out / "index.json").exists() or any(out.glob(f"{options.split}-*.tar")):
-                raise UserError(f"{out}: holds shards already; choose an empty folder, or remove this one")
+                raise UserError(
+                    f"{out}: holds shards already; choose an empty folder, or remove this one"
+                )
             _write_json(out / ".plan.json", plan)
-        elif known.get("codec", {}).get("hash") == facts["hash"] and known | {"codec": 0} == plan | {"codec": 0}:
+        elif known.get("codec", {}).get("hash") == facts["hash"] and known | {
+            "codec": 0
+        } == plan | {"codec": 0}:
             plan = known  # the same codec may be known by another path
         elif differs := next((k for k in plan if known.get(k) != plan[k]), None):
-            what = {"codec": "codec", "settings": "options", "input": "input files or captions"}.get(differs, differs)
-            raise UserError(f"{out}: begun with other {what}; choose an empty folder, or remove this one")
+            what = {
+                "codec": "codec",
+                "settings": "options",
+                "input": "input files or captions",
+            }.get(differs, differs)
+            raise UserError(
+                f"{out}: begun with other {what}; choose an empty folder, or remove this one"
+            )
     todo = [i for i in range(len(shards)) if not _is_done(out, options, i)]
     jobs = [(i, shards[i], clips, out, options, facts) for i in todo]
     with tqdm(total=sum(map(len, shards)), unit="crop", desc="encoding") as bar:
@@ -319,10 +248,23 @@ def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any
         _write_json(out / "index.json", index)
     for entry in index["skipped"]:
         tqdm.write(f"left out: {entry['reason']}")
-    tqdm.write(f"{index['num_examples']} crops, {index['hours']:.2f} h, in {len(index['shards'])} shards: {out}")
+    tqdm.write(
+        f"{index['num_examples']} crops, {index['hours']:.2f} h, in {len(index['shards'])} shards: {out}"
+    )
     if index["num_examples"] == 0:
         raise UserError(f"{source}: every crop was left out; see {out / 'index.json'}")
     return index
+
+
+def _check_captions(source: Path, clips: list[Clip]) -> None:
+    if any(clip.caption for clip in clips):
+        return
+    if error := next((clip.error for clip in clips if clip.error), ""):
+        raise UserError(error)
+    raise UserError(
+        f"{source}: no captions: put a .txt with one line beside each of the {len(clips)} audio files, e.g. "
+        f'{Path(clips[0].name).with_suffix(".txt")}, or a .json with a "caption"'
+    )
 
 
 def _run(jobs: list[tuple], processes: int) -> Iterator[int]:
@@ -371,12 +313,18 @@ def _write_shard(job: tuple, wait: bool = False) -> int:
         try:
             with open(aside, "wb") as file:
                 with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                    for key, codes, info, reference in _encode(crops, clips, options, facts, skipped):
+                    for key, codes, info, reference in _encode(
+                        crops, clips, options, facts, skipped
+                    ):
                         _add(tar, f"{key}.codes.npy", _npy(codes))
                         _add(tar, f"{key}.json", json.dumps(info, ensure_ascii=False).encode())
                         if reference is not None:
                             _add(tar, f"{key}.reference.npz", _npz(reference))
-                        count, frames, seconds = count + 1, frames + codes.shape[1], seconds + info["duration_s"]
+                        count, frames, seconds = (
+                            count + 1,
+                            frames + codes.shape[1],
+                            seconds + info["duration_s"],
+                        )
                 file.flush()
                 os.fsync(file.fileno())
             with open(aside, "rb") as file:
@@ -389,14 +337,20 @@ def _write_shard(job: tuple, wait: bool = False) -> int:
                     f"{path}: the disk is full; finished shards are whole: free some space and run this again"
                 ) from error
             raise
-        report = {"name": path.name, "num_examples": count, "num_frames": frames, "seconds": seconds, "sha256": digest}
+        report = {
+            "name": path.name,
+            "num_examples": count,
+            "num_frames": frames,
+            "seconds": seconds,
+            "sha256": digest,
+        }
         _write_json(_report_path(out, options, number), report | {"skipped": skipped})
     return len(crops)
 
 
 def _encode(
     crops: list[dict[str, Any]],
-    clips: list[dict[str, Any]],
+    clips: list[Clip],
     options: TokenizeOptions,
     facts: dict[str, Any],
     skipped: list,
@@ -415,43 +369,67 @@ def _encode(
             if crop["clip"] != current:
                 current = crop["clip"]
                 try:
-                    wav = read_audio(Path(clip["path"]), rate, facts["channels"])
+                    wav = read_audio(clip.path, rate, facts["channels"])
                 except UserError as error:
                     wav = np.zeros((facts["channels"], 0), np.float32)
-                    skipped.append({"file": clip["name"], "reason": str(error)})
+                    skipped.append({"file": clip.name, "reason": str(error)})
             first = round(crop["offset_s"] * rate)
-            piece = wav[:, first : first + full]
+            piece = wav[:, first : first + min(full, round(crop["duration_s"] * rate))]
             if piece.shape[1] == 0:
                 continue
             level = 10 * np.log10(float(np.mean(np.square(piece, dtype=np.float64))) + 1e-20)
             if level < options.silence_db:
-                reason = f"{clip['name']} at {crop['offset_s']:g} s: silent ({level:.0f} dB, below --silence_db)"
-                skipped.append({"file": clip["name"], "reason": reason})
+                reason = f"{clip.name} at {crop['offset_s']:g} s: silent ({level:.0f} dB, below --silence_db)"
+                skipped.append({"file": clip.name, "reason": reason})
                 continue
             if (part := crop.get("mixed_with")) is not None:
                 try:
-                    other = read_audio(Path(clips[part["clip"]]["path"]), rate, facts["channels"])
+                    other = read_audio(clips[part["clip"]].path, rate, facts["channels"])
                 except UserError:
                     continue  # it is listed where it stands for itself
                 begin = round(part["offset_s"] * rate)
-                piece = mix(piece, other[:, begin : begin + full], part["snr_db"])
+                piece = mix(
+                    piece,
+                    other[:, begin : begin + min(full, round(part["duration_s"] * rate))],
+                    part["snr_db"],
+                )
             yield crop, piece, hashlib.sha256(piece.tobytes()).hexdigest()
 
     def encoded(group: list[tuple[dict[str, Any], np.ndarray, str]]) -> Iterator[tuple]:
         if not group:
             return
-        codes = codec.encode(torch.from_numpy(np.stack([w for _, w, _ in group]))).cpu().numpy().astype(np.uint16)
+        codes = (
+            codec.encode(torch.from_numpy(np.stack([w for _, w, _ in group])))
+            .cpu()
+            .numpy()
+            .astype(np.uint16)
+        )
         for (crop, wav, digest), row in zip(group, codes, strict=True):
             clip = clips[crop["clip"]]
-            info = {"key": crop["key"], "caption": clip["caption"]} | clip["fields"]
-            licences = {clip["fields"].get("licence", "")}
+            info = {"key": crop["key"]} | clip.fields | {"caption": clip.caption}
+            licences = {clip.fields.get("licence", "")}
             if (part := crop.get("mixed_with")) is not None:  # what was true of one is not of both
                 other = clips[part["clip"]]
-                info = {"key": crop["key"], "caption": f"{clip['caption'].rstrip('.')}, {other['caption']}"}
-                licences.add(other["fields"].get("licence", ""))
-                info["mixed_with"] = {"source": other["name"], "offset_s": part["offset_s"], "snr_db": part["snr_db"]}
-            info |= {"source": clip["name"], "offset_s": crop["offset_s"], "duration_s": wav.shape[1] / rate}
-            info |= {"codec": facts["id"], "codec_hash": facts["hash"], "licence": ", ".join(sorted(licences))}
+                info = {
+                    "key": crop["key"],
+                    "caption": f"{clip.caption.rstrip('.')}, {other.caption}",
+                }
+                licences.add(other.fields.get("licence", ""))
+                info["mixed_with"] = {
+                    "source": other.name,
+                    "offset_s": part["offset_s"],
+                    "snr_db": part["snr_db"],
+                }
+            info |= {
+                "source": clip.name,
+                "offset_s": crop["offset_s"],
+                "duration_s": wav.shape[1] / rate,
+            }
+            info |= {
+                "codec": facts["id"],
+                "codec_hash": facts["hash"],
+                "licence": ", ".join(sorted(licences)),
+            }
             info["audio_sha256"] = digest
             reference = None
             if embedder is not None:
@@ -492,7 +470,9 @@ def ahead(items: Iterator[T], number: int) -> Iterator[T]:
         thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _index(plan: dict[str, Any], reports: list[dict[str, Any]], skipped: list[dict[str, str]]) -> dict[str, Any]:
+def _index(
+    plan: dict[str, Any], reports: list[dict[str, Any]], skipped: list[dict[str, str]]
+) -> dict[str, Any]:
     every = skipped + [s for r in reports for s in r["skipped"]]
     return {
         "format": FORMAT,
@@ -504,7 +484,9 @@ def _index(plan: dict[str, Any], reports: list[dict[str, Any]], skipped: list[di
         "num_frames": sum(r["num_frames"] for r in reports),
         "hours": sum(r["seconds"] for r in reports) / 3600,
         "shards": [
-            {k: r[k] for k in ("name", "num_examples", "num_frames", "sha256")} for r in reports if r["num_examples"]
+            {k: r[k] for k in ("name", "num_examples", "num_frames", "sha256")}
+            for r in reports
+            if r["num_examples"]
         ],
         # A file that several shards wanted a part of is listed once.
         "skipped": [dict(s) for s in dict.fromkeys(tuple(s.items()) for s in every)],

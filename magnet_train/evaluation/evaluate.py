@@ -24,7 +24,7 @@ from magnet_train.codec.base import Codec, load_codec
 from magnet_train.common.audio_files import normalize_loudness, recognisable_name, write_audio
 from magnet_train.common.errors import UserError
 from magnet_train.data.audio import SUFFIXES, duration_s
-from magnet_train.data.tokenize import find_clips
+from magnet_train.data.manifest import find_clips
 from magnet_train.evaluation.listening_test import analyse_study, export_study
 from magnet_train.evaluation.page import read_sound
 from magnet_train.evaluation.report import Clip, Report, write_report
@@ -221,15 +221,15 @@ def _of_manifest(file: Path) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for clip in find_clips(file):
-        path = Path(clip["name"])
+        path = Path(clip.name)
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"{file}: {path} leads out of the folder; give paths relative to it")
-        key = (path.with_suffix("") if path.suffix.lower() in SUFFIXES else path).as_posix()
-        if not clip["caption"]:
+        key = clip.id
+        if not clip.caption:
             raise UserError(f"{file}: {path} has no caption; write one, or remove the row")
         if key in found:
             raise UserError(f"{file}: {key} comes twice; keep one caption of a clip")
-        found[key] = clip["caption"]
+        found[key] = clip.caption
     return found
 
 

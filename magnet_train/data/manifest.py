@@ -1,0 +1,454 @@
+"""Audio files and their captions: the only reader of folders, sidecar files and manifests.
+
+A folder is searched to its depth; the caption of `a/b.wav` stands in `a/b.txt` or `a/b.json`. A
+manifest is JSONL, CSV or TSV with one row per clip. Whatever is read here was made by other
+programs, so its size is bounded, and a fault in one file or row is kept with that clip
+(`Clip.error`) while a fault of the whole source is raised.
+"""
+
+import csv
+import gzip
+import io
+import json
+import math
+import os
+import stat
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from magnet_train.common.errors import UserError
+from magnet_train.data.audio import SUFFIXES
+
+CAPTION_FIELDS = ("caption", "description", "prompt", "text")
+"""Fields that may hold the caption; the first one that is not empty does."""
+PATH_FIELDS = ("path", "audio_filepath", "file_name")
+"""Fields of a manifest that may hold the audio file's path."""
+KNOWN_FIELDS = (*PATH_FIELDS, *CAPTION_FIELDS, "offset", "duration")
+"""Fields whose names are taken in any case of letters."""
+MANIFEST_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+MISSING_WORDS = ("", "nan", "none", "null", "<na>")
+"""Texts, in lower case, that programs write where they have no value."""
+MAX_SIDECAR_BYTES = 1 << 20
+MAX_MANIFEST_BYTES = 1 << 30
+MAX_DEPTH = 20
+"""Lists and objects within one another in a JSON."""
+MAX_GZIP_RATIO = 100
+"""Uncompressed over compressed size of a manifest; text reaches about 20, a gzip bomb 1,000."""
+SEGMENT_TOLERANCE_S = 0.05
+"""A segment that ends this near to the end of its file, in seconds, ends with the file."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One recording, or a segment of it, with what is known about it."""
+
+    path: Path
+    name: str
+    """Path as the folder or manifest names it, in printable characters."""
+    caption: str = ""
+    """Empty if there is none."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Everything else that stands beside the file or in its row; the key of the music is called
+    `music_key`."""
+    offset_s: float = 0.0
+    """Start of the segment in the file, in seconds."""
+    duration_s: float | None = None
+    """Length of the segment, in seconds; None = up to the end of the file."""
+    error: str = ""
+    """Why the clip cannot be used, in one line; empty if nothing is known against it."""
+
+    @property
+    def id(self) -> str:
+        """The name without the suffix of an audio file."""
+        name = Path(self.name)
+        return (name.with_suffix("") if name.suffix.lower() in SUFFIXES else name).as_posix()
+
+    def segment(self, file_s: float) -> tuple[float, float]:
+        """Start and length of the clip in a file of `file_s` seconds, in seconds.
+
+        Raises:
+            UserError: if it starts at or after the end of the file.
+        """
+        if self.offset_s >= file_s:
+            raise UserError(
+                f"{self.name}: offset {self.offset_s:g} s is beyond its {file_s:.2f} s; correct it"
+            )
+        rest = file_s - self.offset_s
+        if self.duration_s is None or self.duration_s > rest - SEGMENT_TOLERANCE_S:
+            return self.offset_s, rest
+        return self.offset_s, self.duration_s
+
+
+def find_clips(source: Path) -> list[Clip]:
+    """The clips of a folder, sorted by path, or of a manifest, in its order.
+
+    Links to folders are followed, each folder is listed once, and hidden files and folders are
+    ignored. A manifest has columns `path` (or `audio_filepath`, `file_name`; relative to its own
+    folder) and one of `CAPTION_FIELDS`; a row without a caption takes the one beside its audio
+    file. `offset` and `duration` of a row, in seconds, name a segment, as in NeMo's manifests.
+    Captions may be missing: `Clip.caption` is empty then.
+
+    Raises:
+        UserError: if there is no such folder or manifest, it cannot be read, or it has no audio.
+    """
+    source = source.expanduser()
+    if source.is_dir():
+        clips = _clips_in_folder(source)
+    elif is_manifest(source):
+        clips = _clips_in_manifest(source)
+    elif source.exists():
+        raise UserError(
+            f"{source}: give a folder of audio, or a manifest ({', '.join(MANIFEST_SUFFIXES)})"
+        )
+    else:
+        raise UserError(f"{source}: no such folder or manifest")
+    if not clips:
+        raise UserError(f"{source}: no audio files ({', '.join(SUFFIXES)}) in it")
+    return clips
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether the name of a file is that of a manifest; `.gz` may follow.
+
+    >>> is_manifest(Path("data.jsonl.gz")), is_manifest(Path("prompts.txt"))
+    (True, False)
+    """
+    return path.name.lower().removesuffix(".gz").endswith(MANIFEST_SUFFIXES)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Captions of a text file with one a line, or of a manifest, whose rows need no path then.
+
+    Raises:
+        UserError: if the file cannot be read, has no caption, or a row has none.
+    """
+    if is_manifest(file):
+        captions = []
+        for line, row in read_rows(file):
+            caption = _split_caption(row, f"{file}, line {line}")[0]
+            if not caption:
+                raise UserError(
+                    f"{file}, line {line}: no caption; give one of {', '.join(CAPTION_FIELDS)}"
+                )
+            captions.append(caption)
+    else:
+        captions = [
+            _one_line(line)
+            for line in _read_text(file, MAX_MANIFEST_BYTES).split("\n")
+            if line.strip()
+        ]
+    if not captions:
+        raise UserError(f"{file}: no prompt in it; write one a line")
+    return captions
+
+
+# --- captions -------------------------------------------------------------------------------------
+
+
+def read_sidecar(path: Path) -> tuple[str, dict[str, Any]]:
+    """Caption and further fields of the `.json` and `.txt` beside an audio file; the caption of the
+    `.json` wins.
+
+    Raises:
+        UserError: if one of them is unreadable, no UTF-8, too large, or the `.json` holds no
+            object.
+    """
+    return _Sidecars().read(path)
+
+
+class _Sidecars:
+    """Reads the files beside audio files, whatever the case of their suffix; lists each folder
+    once."""
+
+    def __init__(self) -> None:
+        self._listed: dict[Path, dict[str, str]] = {}
+
+    def add(self, folder: Path, names: list[str]) -> None:
+        """Remembers the `.json` and `.txt` among the names of a folder's files."""
+        stems = ((name, Path(name)) for name in names)
+        self._listed[folder] = {
+            path.stem + path.suffix.lower(): name
+            for name, path in stems
+            if path.suffix.lower() in (".json", ".txt")
+        }
+
+    def read(self, path: Path) -> tuple[str, dict[str, Any]]:
+        """As `read_sidecar`."""
+        if path.parent not in self._listed:
+            try:
+                self.add(path.parent, os.listdir(path.parent))
+            except OSError:
+                self.add(path.parent, [])
+        there = self._listed[path.parent]
+        caption, fields = "", {}
+        if (name := there.get(path.stem + ".json")) is not None:
+            caption, fields = _read_json_sidecar(path.with_name(name))
+        if not caption and (name := there.get(path.stem + ".txt")) is not None:
+            caption = _one_line(_read_text(path.with_name(name), MAX_SIDECAR_BYTES))
+        return caption, fields
+
+
+def _read_json_sidecar(file: Path) -> tuple[str, dict[str, Any]]:
+    return _split_caption(_parse_json(_read_text(file, MAX_SIDECAR_BYTES), str(file)), str(file))
+
+
+def _split_caption(row: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """Caption and all other fields that have a value.
+
+    >>> _split_caption({"caption": None, "text": "a slow\\n waltz", "key": "A", "bpm": "nan"}, "")
+    ('a slow waltz', {'music_key': 'A'})
+    """
+    try:
+        fields = _drop_missing(dict(row))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    name = next((name for name in CAPTION_FIELDS if name in fields), None)
+    caption = "" if name is None else fields.pop(name)
+    if not isinstance(caption, str):
+        raise UserError(f"{where}: {name} is a {type(caption).__name__}; give a text")
+    fields.pop("path", None)
+    if "key" in fields:  # of the music; in a shard the key is the item's id
+        fields["music_key"] = fields.pop("key")
+    return _one_line(caption), fields
+
+
+def _drop_missing(value: Any, depth: int = 0) -> Any:
+    """A copy of a JSON value in which no list or object has entries without a value."""
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    if isinstance(value, dict):
+        return {k: _drop_missing(v, depth + 1) for k, v in value.items() if not _is_missing(v)}
+    if isinstance(value, list):
+        return [_drop_missing(v, depth + 1) for v in value if not _is_missing(v)]
+    return _printable(value) if isinstance(value, str) else value
+
+
+def _is_missing(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower() in MISSING_WORDS
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+def _printable(text: str) -> str:
+    """The text with ? for what UTF-8 cannot write: half of a pair of code units, or bytes of a
+    path."""
+    return text.encode(errors="replace").decode()
+
+
+def _one_line(text: str) -> str:
+    """The text with single spaces; empty if it stands for a missing value."""
+    return "" if _is_missing(text) else " ".join(text.split())
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def _clips_in_folder(source: Path) -> list[Clip]:
+    sidecars = _Sidecars()
+    audio: list[Path] = []
+    clips: list[Clip] = []
+    for folder, names, error in _walk(source):
+        if error is not None:
+            reason = f"{folder}: cannot be listed ({error.strerror})"
+            clips.append(Clip(folder, _name(folder, source), error=reason))
+        sidecars.add(folder, names)
+        audio += [folder / name for name in names if Path(name).suffix.lower() in SUFFIXES]
+    clips += [_with_sidecar(path, _name(path, source), sidecars) for path in audio]
+    return sorted(clips, key=lambda clip: clip.path)
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str], OSError | None]]:
+    """Each folder once with the names of its files, folders before links to folders; hidden ones
+    are left out."""
+    seen: set[tuple[int, int]] = set()
+    queue = deque([root])
+    while queue:
+        folder = queue.popleft()
+        try:
+            about = folder.stat()
+            if (about.st_dev, about.st_ino) in seen:
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            entries = sorted(
+                (e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name
+            )
+        except OSError as error:
+            yield folder, [], error
+            continue
+        folders = [entry for entry in entries if entry.is_dir()]
+        queue.extendleft(
+            folder / entry.name for entry in reversed(folders) if not entry.is_symlink()
+        )
+        queue.extend(folder / entry.name for entry in folders if entry.is_symlink())
+        yield folder, [entry.name for entry in entries if not entry.is_dir()], None
+
+
+def _name(path: Path, source: Path) -> str:
+    return _printable(str(path.relative_to(source)))
+
+
+def _with_sidecar(path: Path, name: str, sidecars: _Sidecars) -> Clip:
+    try:
+        caption, fields = sidecars.read(path)
+    except UserError as error:
+        return Clip(path, name, error=str(error))
+    return Clip(path, name, caption, fields)
+
+
+# --- manifests ------------------------------------------------------------------------------------
+
+
+def read_rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a JSONL, CSV or TSV file, `.gz` or not, each with the number of its line.
+
+    Raises:
+        UserError: if the file or a row is unreadable; the message names the line.
+    """
+    text = _read_text(manifest, MAX_MANIFEST_BYTES)
+    kind = Path(manifest.name.lower().removesuffix(".gz")).suffix
+    if kind in (".csv", ".tsv"):
+        yield from _read_table(text, manifest, "\t" if kind == ".tsv" else ",")
+        return
+    lines = text.split("\n")  # and not at U+2028, which JSON allows within a text
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield number, _parse_json(line, f"{manifest}, line {number}")
+
+
+def _read_table(text: str, manifest: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
+    )
+    columns: list[str] = []
+    while True:
+        number = reader.line_num + 1  # where the row begins
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(
+                f"{manifest}, line {number}: {error}; close each quote, double those within a text"
+            ) from error
+        if not row:
+            continue
+        if not columns:
+            columns = [_known_name(name) for name in row]
+            if len(set(columns)) < len(columns):
+                raise UserError(
+                    f"{manifest}, line {number}: two columns of one name; rename one of them"
+                )
+        elif len(row) > len(columns):
+            raise UserError(
+                f"{manifest}, line {number}: more columns than line 1; quote what holds a comma"
+            )
+        else:
+            yield number, dict(zip(columns, row, strict=False))
+
+
+def _clips_in_manifest(manifest: Path) -> list[Clip]:
+    sidecars = _Sidecars()
+    return [_clip_from_row(row, manifest, line, sidecars) for line, row in read_rows(manifest)]
+
+
+def _clip_from_row(row: dict[str, Any], manifest: Path, line: int, sidecars: _Sidecars) -> Clip:
+    where = f"{manifest}, line {line}"
+    column = next(
+        (name for name in PATH_FIELDS if isinstance(row.get(name), str) and row[name].strip()), None
+    )
+    if column is None:
+        raise UserError(f"{where}: no path; name the column {' or '.join(PATH_FIELDS)}")
+    name = row.pop(column)
+    printable = _printable(name)
+    path = manifest.parent / name  # an absolute name stays as it is
+    try:
+        if not _can_be_a_path(name):
+            raise UserError(f"{where}: {printable!r} holds characters that no path can have")
+        caption, fields = _split_caption(row, where)
+        offset_s, duration_s = _pop_segment(fields, where)
+        if not caption:
+            caption, beside = sidecars.read(path)
+            fields |= beside
+    except UserError as error:
+        return Clip(path, printable, error=str(error))
+    return Clip(path, printable, caption, fields, offset_s, duration_s)
+
+
+def _can_be_a_path(name: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+
+
+def _known_name(column: str) -> str:
+    """The column's name; one that we know is taken in any case of letters."""
+    name = column.strip()
+    return name.lower() if name.lower() in KNOWN_FIELDS else name
+
+
+def _pop_segment(fields: dict[str, Any], where: str) -> tuple[float, float | None]:
+    """Takes `offset` and `duration` out of the fields of a row, in seconds."""
+    offset, duration = fields.pop("offset", 0.0), fields.pop("duration", None)
+    try:
+        offset_s = float(offset)
+        duration_s = None if duration is None else float(duration)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{where}: offset={offset!r}, duration={duration!r}: give seconds"
+        ) from error
+    if not (0 <= offset_s < math.inf and (duration_s is None or 0 < duration_s < math.inf)):
+        raise UserError(
+            f"{where}: offset={offset_s:g} must be at least 0 s and duration={duration_s} above 0 s"
+        )
+    return offset_s, duration_s
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _read_text(file: Path, max_bytes: int) -> str:
+    """UTF-8 with or without a byte order mark; a `.gz` is uncompressed.
+
+    Raises:
+        UserError: if it is no regular file, unreadable, no UTF-8, or larger than `max_bytes`.
+    """
+    try:
+        about = file.stat()
+        if not stat.S_ISREG(about.st_mode):  # opening a named pipe would wait for its writer
+            raise UserError(f"{file}: not a regular file")
+        is_gzip = file.suffix.lower() == ".gz"
+        limit = (
+            min(max_bytes, MAX_SIDECAR_BYTES + MAX_GZIP_RATIO * about.st_size)
+            if is_gzip
+            else max_bytes
+        )
+        with gzip.open(file) if is_gzip else file.open("rb") as stream:
+            content = stream.read(limit + 1)
+        if len(content) > limit:
+            raise UserError(f"{file}: holds more than {limit:,} bytes; split it")
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{file}: unreadable ({getattr(error, 'strerror', None) or error})"
+        ) from error
+
+
+def _parse_json(text: str, where: str) -> dict[str, Any]:
+    """An object in which NaN and infinities are None."""
+    try:
+        value = json.loads(text, parse_constant=lambda name: None)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{where}: no JSON ({reason}); repair it") from error
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: holds a {type(value).__name__}; give an object with a "caption"')
+    return {_known_name(name): entry for name, entry in value.items()}
