@@ -67,8 +67,8 @@ def num_parameters(config: MagnetConfig) -> int:
 
 
 def parameters_of_block(config: MagnetConfig) -> int:
-    """Of self-attention (4 d²), cross-attention (4 d²), the feed-forward layer and three norms."""
-    return (8 + 2 * config.ffn_ratio) * config.dim**2 + 6 * config.dim
+    """Of self-attention (4 d²), cross-attention (4 d²), the feed-forward layer, three norms and the convolution."""
+    return (8 + 2 * config.ffn_ratio) * config.dim**2 + (6 + config.convolution) * config.dim
 
 
 def bytes_of(precision: Any) -> tuple[int, int]:
@@ -170,8 +170,9 @@ def decoding_flop(config: MagnetConfig, num_frames: int, decoding_steps: tuple[i
 
 def useful_flop(config: MagnetConfig, num_frames: int, stage: int, num_predicted: int, num_text: int) -> float:
     """Multiplications and additions that one example needs in a forward pass: what a mask hides is not counted."""
-    d, keys = config.dim, num_frames if stage == 0 or config.context < 0 else 2 * config.context + 1
-    weights = config.num_layers * (4 + 2 + 2 * config.ffn_ratio) * d * d
+    d, context = config.dim, config.context_of(stage)
+    keys = num_frames if context < 0 else min(num_frames, 2 * context + 1)
+    weights = config.num_layers * ((4 + 2 + 2 * config.ffn_ratio) * d * d + config.convolution * d)
     pairs = config.num_layers * 2 * d * (keys + num_text)
     text = (config.text_dim + config.num_layers * 2 * d) * d * num_text
     return 2.0 * (num_frames * (weights + pairs) + text + num_predicted * d * config.codebook_size)

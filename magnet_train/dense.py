@@ -28,20 +28,42 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, context: int, valid: Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
+def dense_rotation(x: Tensor) -> Tensor:
+    """Rotary positions as a product with complex numbers: `b h t d` -> `b h t d`."""
+    t, d = x.shape[2:]
+    frequency = 10_000 ** -(torch.arange(0, d, 2, device=x.device) / d)
+    angle = torch.arange(t, device=x.device)[:, None] * frequency
+    turned = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def dense_convolution(x: Tensor, weight: Tensor, valid: Tensor | None) -> Tensor:
+    """The depthwise convolution by torch's own: `b t d`, `kernel d` -> `b t d`."""
+    if valid is not None:
+        x = x * valid[..., None]
+    kernel, dim = weight.shape
+    return F.conv1d(x.transpose(1, 2), weight.T[:, None], padding=kernel // 2, groups=dim).transpose(1, 2)
+
+
 def dense_logits(
     model: Magnet, codes: Tensor, stage: int, states: Tensor, tokens: Tensor, valid: Tensor | None = None
 ) -> Tensor:
     """Logits of all codebooks at all frames: `b k t`, states `b s e` and tokens `b s` -> `b k t c`."""
     config = model.config
     x = sum((model.embedding[k][codes[:, k]] for k in range(config.num_codebooks)), torch.zeros(()))
-    x = x + sinusoidal_positions(codes.shape[2], config.dim, codes.device)
+    if config.positions == "sinusoidal":
+        x = x + sinusoidal_positions(codes.shape[2], config.dim, codes.device)
     text = model.text_projection(states) * tokens[..., None]
     some = tokens.any(1)
-    context = -1 if stage == 0 else config.context
+    context = config.context_of(stage)
     for block in model.blocks:
+        if block.convolution is not None:
+            x = x + dense_convolution(x, block.convolution.weight, valid)
         attention = block.self_attention
         q, k, v = attention.qkv(block.self_norm(x)).chunk(3, dim=-1)
         q, k, v = (part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        if config.positions == "rotary":
+            q, k = (dense_rotation(part) for part in (q, k))
         x = x + attention.out(dense_attention(q, k, v, context, valid).transpose(1, 2).flatten(2))
         cross = block.cross_attention
         q, (k, v) = cross.q(block.cross_norm(x)), cross.kv(text).chunk(2, dim=-1)

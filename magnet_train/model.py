@@ -3,9 +3,10 @@
 - one network for all stages; embeddings and heads are stacked over the K codebooks, and a stage is an index
 - the codes of a frame are embedded and summed; codebooks above the stage hold the mask id
 - stage 0 attends to all frames, the others to `context` frames on each side (MAGNeT, Sec. 3.3)
-- every block attends to the text; an example without text gets nothing from it, exactly
-- pre-norm, GELU, no biases but in the norms and the text projection; sinusoidal positions, added once in float32
-- no dropout
+- every block attends to the text; an example without text gets exactly zero from it
+- pre-norm, GELU, no biases but in the norms and the text projection; no dropout
+- positions: sinusoids added to the input (published), or rotary queries and keys; float32 either way
+- optional: a depthwise convolution at the start of each block, a short path to the neighbouring frames
 
 Shapes: b examples, k codebooks, t frames, c entries of a codebook, d width, s text tokens, h heads.
 """
@@ -13,14 +14,14 @@ Shapes: b examples, k codebooks, t frames, c entries of a codebook, d width, s t
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from magnet_train.attention import text_attention, window_bias, windowed_attention
+from magnet_train.attention import full_attention, text_attention, window_bias, windowed_attention
 from magnet_train.common.errors import UserError
 
 
@@ -40,26 +41,51 @@ class MagnetConfig:
     """Entries of one codebook; the mask id is one more."""
     text_dim: int = 768
     """Width of the text encoder's states, in channels."""
-    context: int = 5
-    """Frames visible on each side in stages 1 and up; -1 = all frames."""
+    context: int | tuple[int, ...] = 5
+    """Frames visible on each side, -1 = all frames. One number holds for stages 1 and up, and stage 0 sees all
+    frames, as published; a list gives one number per stage, stage 0 first."""
     ffn_ratio: int = 4
     """Width of the feed-forward layer, in multiples of `dim`."""
+    positions: Literal["sinusoidal", "rotary"] = "sinusoidal"
+    """How frames know their place: sinusoids added to the input (published) or rotated queries and keys."""
+    convolution: int = 0
+    """Width of the depthwise convolution at the start of each block, in frames (odd); 0 = none, as published."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.context, int):
+            object.__setattr__(self, "context", tuple(self.context))  # JSON and YAML give a list
         for name in ("dim", "num_heads", "num_layers", "num_codebooks", "codebook_size", "text_dim", "ffn_ratio"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.dim % self.num_heads or self.dim % 2:
             raise UserError(f"dim={self.dim} must be even and divisible by num_heads={self.num_heads}")
-        if self.context < -1:
-            raise UserError(f"context={self.context}: give frames on each side (0 or more), or -1 for all frames")
+        numbers = self.context if isinstance(self.context, tuple) else (self.context,)
+        if min(numbers, default=-2) < -1:
+            raise UserError(f"context={self.context} must be 0 or more frames on each side, or -1 for all frames")
+        if isinstance(self.context, tuple) and len(numbers) != self.num_codebooks:
+            raise UserError(
+                f"context={list(numbers)} has {len(numbers)} numbers for {self.num_codebooks} codebooks: give one for "
+                "each stage, or one number for stages 1 and up"
+            )
+        if self.positions not in ("sinusoidal", "rotary"):
+            raise UserError(f"positions={self.positions}: choose sinusoidal or rotary")
+        if self.positions == "rotary" and self.dim // self.num_heads % 2:
+            raise UserError(f"positions=rotary needs an even width per head; dim={self.dim}, num_heads={self.num_heads}")
+        if self.convolution < 0 or (self.convolution and self.convolution % 2 == 0):
+            raise UserError(f"convolution={self.convolution} must be an odd number of frames, or 0 for none")
 
     @property
     def mask_id(self) -> int:
         """The extra id that stands for "to be predicted"."""
         return self.codebook_size
 
-    def to_dict(self) -> dict[str, int]:
+    def context_of(self, stage: int) -> int:
+        """Frames visible on each side in `stage`; -1 = all frames."""
+        if isinstance(self.context, tuple):
+            return self.context[stage]
+        return -1 if stage == 0 else self.context
+
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -87,6 +113,36 @@ def sinusoidal_positions(num_frames: int, dim: int, device=None) -> Tensor:
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
+def rotary_angles(num_frames: int, head_dim: int, device=None) -> Tensor:
+    """`t d/2` in float32: the angle by which each pair of channels turns at each frame (RoFormer, Su et al., 2021)."""
+    frame = torch.arange(num_frames, dtype=torch.float32, device=device)[:, None]
+    pair = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
+    return frame / 10_000 ** (2 * pair / head_dim)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys turned by their frame's angles: `b h t d` -> `b h t d`; channel i pairs with channel i + d/2.
+
+    The scores of two rotated frames depend on their distance alone. Computed in float32.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class FrameInputs:
+    """What all blocks of one pass share."""
+
+    context: int
+    """Frames visible on each side; -1 = all."""
+    bias: Tensor | None
+    """Added to the attention scores, 0 or -inf; None = nothing is hidden."""
+    valid: Tensor | None
+    """`b t`, False = padding; None = no padding."""
+    rotation: tuple[Tensor, Tensor] | None
+    """Cosines and sines, `t d/2` each; None = positions are sinusoidal."""
+
+
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """`function(*inputs)`, of which only the inputs are kept: the backward pass makes the rest anew.
 
@@ -105,13 +161,16 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm, context: int, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.LayerNorm, frames: FrameInputs) -> Tensor:
         qkv = recomputed(lambda x: self.qkv(norm(x)), x)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each b h t d
-        if context >= 0:
-            y = windowed_attention(q, k, v, context, bias=bias)
+        if frames.rotation is not None:
+            q = rotate(q, *frames.rotation)
+            k = rotate(k, *frames.rotation)
+        if frames.context >= 0:
+            y = windowed_attention(q, k, v, frames.context, bias=frames.bias)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            y = full_attention(q, k, v, frames.bias)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -133,9 +192,26 @@ class CrossAttention(nn.Module):
         return self.out(text_attention(q, k, v, allowed).transpose(1, 2).flatten(2))
 
 
+class Convolution(nn.Module):
+    """Each channel mixed over neighbouring frames: `b t d` -> `b t d`; padding counts as zero."""
+
+    def __init__(self, dim: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(kernel, dim))
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        if valid is not None:
+            x = x.masked_fill(~valid[..., None], 0)
+        side = len(self.weight) // 2
+        padded = F.pad(x, (0, 0, side, side))
+        # A sum of shifted copies: on a CPU torch's grouped convolution takes several times as long.
+        return sum(padded[:, i : i + x.shape[1]] * w for i, w in enumerate(self.weight))  # type: ignore[return-value]
+
+
 class Block(nn.Module):
     def __init__(self, config: MagnetConfig):
         super().__init__()
+        self.convolution = Convolution(config.dim, config.convolution) if config.convolution else None
         self.self_norm = nn.LayerNorm(config.dim)
         self.self_attention = SelfAttention(config.dim, config.num_heads)
         self.cross_norm = nn.LayerNorm(config.dim)
@@ -144,10 +220,10 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(config.dim, config.ffn_ratio * config.dim, bias=False)
         self.ffn_out = nn.Linear(config.ffn_ratio * config.dim, config.dim, bias=False)
 
-    def forward(
-        self, x: Tensor, context: int, bias: Tensor | None, text: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Tensor:
-        x = x + self.self_attention(x, self.self_norm, context, bias)
+    def forward(self, x: Tensor, frames: FrameInputs, text: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+        if self.convolution is not None:
+            x = x + self.convolution(x, frames.valid)
+        x = x + self.self_attention(x, self.self_norm, frames)
         if text is not None:
             x = x + self.cross_attention(x, self.cross_norm, *text)
         hidden = recomputed(lambda x: self.ffn_in(self.ffn_norm(x)), x)
@@ -204,6 +280,8 @@ class Magnet(nn.Module):
         gaussian(self.embedding, self.config.dim)
         gaussian(self.head, self.config.dim)
         for depth, block in enumerate(self.blocks):
+            if block.convolution is not None:
+                nn.init.normal_(block.convolution.weight, std=0.5 / self.config.convolution)
             for packed in (block.self_attention.qkv, block.cross_attention.q, block.cross_attention.kv):
                 nn.init.uniform_(packed.weight, -bound, bound)
             for linear in (block.self_attention.out, block.cross_attention.out, block.ffn_in, block.ffn_out):
@@ -247,11 +325,9 @@ class Magnet(nn.Module):
             valid: `b t`, False = padding; None = no padding.
         """
         x = self.embedded(codes)
-        # A window as long as the sequence hides nothing.
-        context = -1 if stage == 0 or self.config.context >= codes.shape[2] - 1 else self.config.context
-        bias = self._bias(x, context, valid)  # once for all layers
+        frames = self.frame_inputs(x, stage, valid)
         for i, block in enumerate(self.blocks):
-            x = block(x, context, bias, None if text is None else (text.keys[i], text.values[i], text.allowed))
+            x = block(x, frames, None if text is None else (text.keys[i], text.values[i], text.allowed))
         return self.out_norm(x)
 
     def embedded(self, codes: Tensor) -> Tensor:
@@ -259,7 +335,21 @@ class Magnet(nn.Module):
         k, size = self.config.num_codebooks, self.config.codebook_size + 1
         offset = torch.arange(k, device=codes.device)[:, None] * size
         x = F.embedding(codes + offset, self.embedding.flatten(0, 1)).sum(1)
+        if self.config.positions == "rotary":
+            return x
         return (x.float() + sinusoidal_positions(codes.shape[2], self.config.dim, codes.device)).to(x.dtype)
+
+    def frame_inputs(self, x: Tensor, stage: int, valid: Tensor | None) -> FrameInputs:
+        """Made once for all blocks, from the input `b t d` of the first."""
+        num_frames = x.shape[1]
+        context = self.config.context_of(stage)
+        if context >= num_frames - 1:  # a window as long as the sequence hides nothing
+            context = -1
+        rotation = None
+        if self.config.positions == "rotary":
+            angles = rotary_angles(num_frames, self.config.dim // self.config.num_heads, x.device)
+            rotation = angles.cos(), angles.sin()
+        return FrameInputs(context, self._bias(x, context, valid), valid, rotation)
 
     def _bias(self, x: Tensor, context: int, valid: Tensor | None) -> Tensor | None:
         """What is added to the scores of attention between frames, 0 or -inf; None = nothing."""

@@ -80,6 +80,7 @@ class MagnetModule(L.LightningModule):
         span_len: int = 3,
         guidance_dropout: float = 0.3,
         stage_sampling: Literal["batch", "example"] = "batch",
+        stage_weights: tuple[float, ...] | None = None,
         start_from_codec: bool = False,
         init_from: str | None = None,
         compiled: bool = False,
@@ -97,6 +98,8 @@ class MagnetModule(L.LightningModule):
             guidance_dropout: Share of examples trained without their caption, for classifier-free guidance, 0 to 1.
             stage_sampling: Whether an optimizer step trains one stage, as published, or each example one of its own,
                 which takes a pass of the network for each stage that was drawn.
+            stage_weights: How often each stage is trained, one number per codebook, relative to their sum; equally
+                often if not given, as published.
             start_from_codec: Whether embeddings and heads begin as the codec's codebooks instead of as published; of
                 help where training is short.
             init_from: Release folder, hub id, checkpoint or run folder whose weights are trained on; what it says of
@@ -112,6 +115,12 @@ class MagnetModule(L.LightningModule):
             raise UserError(f"span_len={span_len}: give at least 1 frame")
         if stage_sampling not in ("batch", "example"):
             raise UserError(f"stage_sampling={stage_sampling}: choose batch or example")
+        if stage_weights is not None:
+            stage_weights = tuple(float(weight) for weight in stage_weights)
+            if len(stage_weights) != network.num_codebooks or min(stage_weights) < 0 or not sum(stage_weights) > 0:
+                raise UserError(
+                    f"stage_weights={list(stage_weights)}: give {network.num_codebooks} numbers of at least 0, not all 0"
+                )
         if crop_s <= 0:
             raise UserError(f"crop_s={crop_s}: give a length in seconds above 0")
         if init_from is not None and start_from_codec:
@@ -129,6 +138,7 @@ class MagnetModule(L.LightningModule):
                 "span_len": span_len,
                 "guidance_dropout": guidance_dropout,
                 "stage_sampling": stage_sampling,
+                "stage_weights": stage_weights,
                 "start_from_codec": start_from_codec,
                 "init_from": init_from,
                 "seed": seed,
@@ -140,6 +150,7 @@ class MagnetModule(L.LightningModule):
         self.trained_steps = 0
         """Optimizer steps of the checkpoint that was loaded, where the trainer does not know them."""
         self.span_len, self.guidance_dropout, self.seed, self.crop_s = span_len, guidance_dropout, seed, crop_s
+        self.stage_weights = None if stage_weights is None else torch.tensor(stage_weights)
         self.stage_sampling, self.codec_name, self.text_encoder_name = stage_sampling, codec, text_encoder
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -242,12 +253,16 @@ class MagnetModule(L.LightningModule):
         They are drawn alike on all ranks, so that ranks have the same work and none waits for another; one stage
         for all batches of an optimizer step, or one for each row.
         """
-        num_stages = self.config.num_codebooks
         if self.stage_sampling == "batch":
-            generator = step_generator(self.seed, self.global_step)
-            return [(int(torch.randint(num_stages, (1,), generator=generator)), [*range(size)])]
-        drawn = torch.randint(num_stages, (size,), generator=step_generator(self.seed, count, -1)).tolist()
+            drawn = self._draw_stages(1, step_generator(self.seed, self.global_step)) * size
+        else:
+            drawn = self._draw_stages(size, step_generator(self.seed, count, -1))
         return [(stage, [row for row in range(size) if drawn[row] == stage]) for stage in sorted(set(drawn))]
+
+    def _draw_stages(self, number: int, generator: torch.Generator) -> list[int]:
+        if self.stage_weights is None:
+            return torch.randint(self.config.num_codebooks, (number,), generator=generator).tolist()
+        return torch.multinomial(self.stage_weights, number, replacement=True, generator=generator).tolist()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         num_frames = batch["valid"].shape[1]

@@ -445,6 +445,7 @@ def test_options_out_of_range(options: dict[str, Any], codec: str, folder: Path)
 
 
 class Ranks:
+    accumulate_grad_batches = 1
     """As much of a Trainer as the data module asks for."""
 
     def __init__(self, world_size: int):

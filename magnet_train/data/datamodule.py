@@ -11,7 +11,7 @@ from magnet_train.codec.base import CodecFacts, load_codec
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.data.captions import CaptionAugmentation
-from magnet_train.data.pipeline import EveryItemOnce, ShardSet, TrainingStream, packed
+from magnet_train.data.pipeline import CropPhase, EveryItemOnce, ShardSet, TrainingStream, packed
 from magnet_train.data.timed_loader import TimedLoader
 from magnet_train.resume import fingerprint
 
@@ -75,6 +75,7 @@ class MagnetDataModule(L.LightningDataModule):
         augmentation: CaptionAugmentation = CaptionAugmentation(),  # noqa: B008  frozen
         num_workers: int | None = None,
         crop_s: float = 10.0,
+        crop_schedule: list[tuple[float, int]] | None = None,
         codec: str = "demo",
         seed: int = 2036,
         predict_split: str = "test",
@@ -93,6 +94,9 @@ class MagnetDataModule(L.LightningDataModule):
             augmentation: how training captions vary.
             num_workers: loader processes per device; none given = 2, or as many as there are shards for.
             crop_s: length of an example, in seconds; linked to the model's.
+            crop_schedule: Pairs of a crop length in seconds and a number of optimizer steps: training begins with these
+                crops, in order, and goes on with crop_s. Batches are larger as crops are shorter, so that a batch
+                holds the same number of seconds. Validation always sees crop_s.
             codec: codec that the shards must have been made with; linked to the model's.
             seed: of order and crops.
             predict_split: whose captions `predict` takes: train, validation or test.
@@ -111,6 +115,13 @@ class MagnetDataModule(L.LightningDataModule):
             raise UserError(f"data: global_batch_size={global_batch_size} must be at least 1")
         self.batch_size, self.num_workers, self.crop_s = batch_size, num_workers, crop_s
         self.global_batch_size, self.augmentation = global_batch_size, augmentation
+        self.crop_schedule = [(float(length), int(steps)) for length, steps in crop_schedule or []]
+        for length, steps in self.crop_schedule:
+            if not 0 < length <= crop_s or steps < 1:
+                raise UserError(
+                    f"data: crop_schedule=[{length}, {steps}]: give a length above 0 and at most crop_s={crop_s} "
+                    "seconds, and at least 1 step"
+                )
         self._is_shared_out = False
         self.codec_name, self.seed, self.predict_split = codec, seed, predict_split
         self.resumes_from: str | None = None
@@ -221,6 +232,14 @@ class MagnetDataModule(L.LightningDataModule):
             if seen < number:
                 rank_zero_warn(f"each validation sees {seen} of {number} items: trainer.limit_val_batches={limit}")
 
+    def crop_phases(self, accumulated: int) -> list[CropPhase]:
+        """The crop schedule in batches, of which `accumulated` make an optimizer step."""
+        frame_rate = self.num_frames / self.crop_s
+        return [
+            CropPhase(steps * accumulated, round(length * frame_rate), round(self.batch_size * self.crop_s / length))
+            for length, steps in self.crop_schedule
+        ]
+
     @property
     def workers(self) -> int:
         """Loader processes of each rank in training."""
@@ -246,7 +265,7 @@ class MagnetDataModule(L.LightningDataModule):
         start = trainer.fit_loop.epoch_loop.batch_progress.total.processed
         stream = TrainingStream(
             found, self.num_frames, self.batch_size, self.seed, trainer.global_rank, trainer.world_size, start,
-            self.augmentation,
+            self.augmentation, self.crop_phases(trainer.accumulate_grad_batches),
         )  # fmt: skip
         return TimedLoader(
             stream, batch_size=None, num_workers=workers, collate_fn=packed, persistent_workers=workers > 0

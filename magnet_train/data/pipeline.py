@@ -280,6 +280,49 @@ def _arrays(content: bytes) -> dict[str, Tensor]:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
+# --- crop lengths -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CropPhase:
+    """A part of training in which all crops have one length."""
+
+    num_batches: int | None
+    """Batches of this phase; None = all that follow."""
+    num_frames: int
+    """Length of a crop, in frames."""
+    batch_size: int
+    """Crops in a batch."""
+
+
+def phase_of(phases: Sequence[CropPhase], batch: int) -> CropPhase:
+    """The phase of the batch with this number, from 0.
+
+    >>> phase_of([CropPhase(2, 50, 8), CropPhase(None, 100, 4)], 2).num_frames
+    100
+    """
+    for phase in phases:
+        if phase.num_batches is None or batch < phase.num_batches:
+            return phase
+        batch -= phase.num_batches
+    return phases[-1]
+
+
+def items_before(phases: Sequence[CropPhase], batch: int, role: int, workers: int) -> int:
+    """Items in the batches role, role + workers, … below `batch`: what one loader process has yielded by then.
+
+    >>> items_before([CropPhase(2, 50, 8), CropPhase(None, 100, 4)], batch=5, role=1, workers=2)
+    12
+    """
+    items, first = 0, 0
+    for phase in phases:
+        end = batch if phase.num_batches is None else min(batch, first + phase.num_batches)
+        num_batches = len(range(role, end, workers)) - len(range(role, first, workers))
+        items += max(0, num_batches) * phase.batch_size
+        first = end
+    return items
+
+
 # --- crop and collate ---------------------------------------------------------------------------------------------
 
 
@@ -356,9 +399,15 @@ class TrainingStream(IterableDataset):
         self, shards: ShardSet, num_frames: int, batch_size: int, seed: int,
         rank: int = 0, world_size: int = 1, start_batch: int = 0,
         augmentation: CaptionAugmentation = CaptionAugmentation(),  # noqa: B008  frozen
+        shorter: Sequence[CropPhase] = (),
     ):  # fmt: skip
-        """Args as of the data module; `start_batch` counts the batches of this rank that are already done."""
-        self.shards, self.num_frames, self.batch_size, self.seed = shards, num_frames, batch_size, seed
+        """Args as of the data module.
+
+        `start_batch` counts the batches of this rank that are already done; `shorter` are phases that come before the
+        crops of `num_frames`.
+        """
+        self.shards, self.seed = shards, seed
+        self.phases = (*shorter, CropPhase(None, num_frames, batch_size))
         self.rank, self.world_size, self.start_batch = rank, world_size, start_batch
         self.augmentation = augmentation
 
@@ -367,19 +416,25 @@ class TrainingStream(IterableDataset):
         workers, worker = (info.num_workers, info.id) if info is not None else (1, 0)
         # The loader asks its workers in turn, the first for the first batch after a resume.
         role = (worker + self.start_batch) % workers
-        done = len(range(role, self.start_batch, workers))
+        done = items_before(self.phases, self.start_batch, role, workers)
         part, parts = self.rank * workers + role, self.world_size * workers
         left_out: Counter[str] = Counter()
-        groups = training_order(self.shards.counts, self.seed, part, parts, done * self.batch_size)
+        groups = training_order(self.shards.counts, self.seed, part, parts, done)
         items = self._items(groups, left_out)
-        while batch := list(islice(items, self.batch_size)):
-            yield collate(batch, self.num_frames, left_out["shards"], left_out["items"])
+        frame_rate = self.shards.index["codec"]["frame_rate"]
+        for number in count(self.start_batch + worker, workers):
+            phase = phase_of(self.phases, number)
+            batch = []
+            for item, index, rng in islice(items, phase.batch_size):
+                cropped = crop(item, phase.num_frames, frame_rate, rng)
+                info = item["info"] | {"caption": augmented(item["info"], self.augmentation, rng)}
+                batch.append(({"codes": item["codes"], "info": info, "reference": None}, index, cropped))
+            yield collate(batch, phase.num_frames, left_out["shards"], left_out["items"])
             left_out.clear()
 
     def _items(
         self, groups: Iterator[list[tuple[int, int, int]]], left_out: Counter[str]
-    ) -> Iterator[tuple[Item, int, np.ndarray]]:
-        frame_rate = self.shards.index["codec"]["frame_rate"]
+    ) -> Iterator[tuple[Item, int, np.random.Generator]]:
         before = np.cumsum([0, *self.shards.counts])
         broken: set[int] = set()
         unread, start = 0, time.monotonic()
@@ -405,10 +460,7 @@ class TrainingStream(IterableDataset):
                 if shard in content:
                     item = content[shard][place]
                     rng = np.random.default_rng([self.seed, epoch, shard, place])
-                    cropped = crop(item, self.num_frames, frame_rate, rng)
-                    info = item["info"] | {"caption": augmented(item["info"], self.augmentation, rng)}
-                    varied: Item = {"codes": item["codes"], "info": info, "reference": None}
-                    yield varied, int(before[shard]) + place, cropped
+                    yield item, int(before[shard]) + place, rng
             if content:
                 unread, start = 0, time.monotonic()
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from magnet_train.attention import text_attention, window_bias, windowed_attention
-from magnet_train.model import Magnet, TextMemory
+from magnet_train.attention import text_attention, windowed_attention
+from magnet_train.model import Magnet, TextMemory, rotate
 
 
 class ReusingPass:
@@ -34,16 +34,18 @@ class ReusingPass:
         if stage != self.stage:
             self.stage, active = stage, torch.ones(b, t, dtype=torch.bool, device=codes.device)
             self.qkv = [x.new_empty(b * t, 3 * x.shape[1]) for _ in model.blocks]
+            self.inputs = [x.new_empty(b * t, x.shape[1]) for _ in model.blocks]
             self.logits = x.new_empty(b * t, model.config.codebook_size)
-            self.bias = None
-            if stage > 0 and 0 <= model.config.context < t - 1:
-                self.bias = window_bias(x.new_empty(b, 1, t, 0), model.config.context)
+            self.frames = model.frame_inputs(x.view(b, t, -1), stage, None)
         else:
             active = (codes != self.codes).any(1) | (codes[:, stage] == model.config.mask_id)
         self.codes = codes
         rows = active.flatten().nonzero()[:, 0]
         x = x[rows]  # m d
         for i, block in enumerate(model.blocks):
+            if block.convolution is not None:
+                self.inputs[i][rows] = x
+                x = x + block.convolution(self.inputs[i].view(b, t, -1), None)[active]
             self.qkv[i][rows] = block.self_attention.qkv(block.self_norm(x))
             x = x + block.self_attention.out(self._frames(self.qkv[i].view(b, t, -1), active))
             if self.text is not None:
@@ -59,8 +61,11 @@ class ReusingPass:
     def _frames(self, qkv: Tensor, active: Tensor) -> Tensor:
         """What the active frames (`b t`) get from all frames: `b t 3d` -> `m d`."""
         q, k, v = qkv.unflatten(2, (3, self.model.config.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each b h t d
-        if self.bias is not None:  # the window is cheap enough to be computed for all
-            y = windowed_attention(q, k, v, self.model.config.context, bias=self.bias)
+        if self.frames.rotation is not None:
+            q = rotate(q, *self.frames.rotation)
+            k = rotate(k, *self.frames.rotation)
+        if self.frames.context >= 0:  # the window is cheap enough to be computed for all
+            y = windowed_attention(q, k, v, self.frames.context, bias=self.frames.bias)
             return y.transpose(1, 2).flatten(2)[active]
         examples = zip(q, k, v, active, strict=True)
         parts = [F.scaled_dot_product_attention(q[None, :, a], k[None], v[None])[0] for q, k, v, a in examples]
