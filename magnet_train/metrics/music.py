@@ -1,0 +1,536 @@
+"""Figures that know music: definite notes, a key, a beat, and whether they are the caption's.
+
+No network hears anything here. `hear_music` measures one clip; `score_music` turns many measured
+clips, their captions and real clips into means with intervals. All figures are the same at any
+level of the audio. None is enough alone: a drone fits a scale perfectly, so read `scale_fit` beside
+`chroma_change`.
+
+Shapes: t samples, n spectra, m notes.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import scipy.fft
+import scipy.stats
+import torch
+from torch import Tensor
+
+from magnet_train.common.errors import UserError
+from magnet_train.metrics.chroma import chroma
+from magnet_train.metrics.frontend import htk_mel_filters
+from magnet_train.metrics.intervals import bootstrap_interval
+
+CHROMA_HOP_S = 0.064
+HOP_S = 0.016
+"""Between two values of onset strength, or two pitches, in seconds: the unit of note lengths."""
+SHORTEST_S = 1.0
+"""Length of the shortest clip that can be measured, in seconds."""
+LONGEST_LAG_S = 2.4
+"""Of the autocorrelation that a clip keeps: two beats at 50 beats a minute."""
+PERIODS_S = (0.2, 1.2)
+"""Lags at which a period is looked for, in seconds: 50 to 300 beats a minute."""
+SILENT_PEAK = 1e-6
+"""Highest sample of a clip that counts as silent: -120 dB of full scale."""
+CHANCE_RANK = 6.5
+"""Mean rank of a tonic among 12 that has nothing to do with the clip."""
+
+MAJOR_SCALE = (0, 2, 4, 5, 7, 9, 11)
+"""In semitones above the tonic; that of natural minor is one of its transpositions."""
+# Krumhansl and Kessler (1982), Psychological Review 89: how well each pitch class fits a key,
+# tonic first.
+PROFILES = {
+    "major": np.array([6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88]),
+    "minor": np.array([6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17]),
+}
+
+# --- captions ------------------------------------------------------------------------------------
+
+_NATURALS = {"c": 0, "d": 2, "e": 4, "f": 5, "g": 7, "a": 9, "b": 11}
+_ACCIDENTALS = {"flat": -1, "♭": -1, "b": -1, "sharp": 1, "♯": 1, "#": 1}
+_KEY = re.compile(
+    r"\b(?:in|key(?:\s+of)?:?)\s+(?:the\s+key\s+of\s+)?"
+    r"(?!a\s+(?:minor|major)\s+(?:key|mode|scale|chord|third)\b)"
+    r"(?P<note>[A-Ga-g])(?:[\s-]*(?P<accidental>flat|sharp|♭|♯|b|#))?"
+    r"[\s-]+(?P<mode>[Mm]ajor|[Mm]inor)\b"
+)
+_TEMPO = re.compile(
+    r"\b(?P<first>\d{2,3}(?:\.\d+)?)\s*(?:bpm|beats\s+(?:per|a)\s+minute)\b"
+    r"|\bbpm\s*(?:of|:)?\s*(?P<second>\d{2,3}(?:\.\d+)?)\b",
+    re.IGNORECASE,
+)
+
+
+def parse_key(caption: str) -> tuple[int, str] | None:
+    """Tonic (0 = C … 11 = B) and mode ("major" or "minor") that a caption names, or None.
+
+    The key must follow "in" or "key of"; "in a minor key" names none.
+
+    >>> parse_key("a slow air for flute, in E flat major, 92 bpm")
+    (3, 'major')
+    >>> parse_key("in a minor key") is None
+    True
+    """
+    found = _KEY.search(caption)
+    if found is None:
+        return None
+    tonic = _NATURALS[found["note"].lower()] + _ACCIDENTALS.get(found["accidental"] or "", 0)
+    return tonic % 12, found["mode"].lower()
+
+
+def parse_tempo(caption: str) -> float | None:
+    """Beats a minute that a caption names, or None; below 20 and above 400 they are no tempo.
+
+    >>> parse_tempo("a slow air, at 92 beats per minute")
+    92.0
+    """
+    found = _TEMPO.search(caption)
+    if found is None:
+        return None
+    bpm = float(found["first"] or found["second"])
+    return bpm if 20 <= bpm <= 400 else None
+
+
+# --- pitch classes -------------------------------------------------------------------------------
+
+
+def chroma_change(classes: np.ndarray) -> float:
+    """1 - mean cosine of chroma half a second apart: about 0.3 for tunes, 0 for a drone and
+    silence.
+
+    Args:
+        classes: unit vectors of `chroma`, `n 12`, one each 0.064 s; moments of silence are left
+            out.
+    """
+    distance = round(0.5 / CHROMA_HOP_S)
+    before, after = classes[:-distance], classes[distance:]
+    sounds = before.any(1) & after.any(1)
+    if not sounds.any():
+        return 0.0
+    return float(1 - (before * after).sum(1)[sounds].mean())
+
+
+def scale_fit(classes: np.ndarray) -> float:
+    """Share of chroma energy in the best of 12 transpositions of the scale, less their mean, 7/12.
+
+    0 for noise and silence, 5/12 where every note is in one scale.
+
+    Args:
+        classes: unit vectors of `chroma`, `n 12`.
+    """
+    energy = np.square(classes).sum(0)
+    if not energy.any():
+        return 0.0
+    inside = np.zeros(12)
+    inside[list(MAJOR_SCALE)] = 1
+    shares = [energy @ np.roll(inside, tonic) / energy.sum() for tonic in range(12)]
+    return float(max(shares) - np.mean(shares))
+
+
+def key_rank(classes: np.ndarray, tonic: int, mode: str) -> float:
+    """Rank of a tonic among the 12 of its mode, by correlation with Krumhansl's profiles.
+
+    1 is best, 6.5 is chance. Equal correlations share their mean rank, so that silence has 6.5.
+
+    Args:
+        classes: chroma, `n 12`, or its sum over time, `12`.
+        tonic: 0 = C … 11 = B.
+        mode: "major" or "minor".
+
+    Raises:
+        KeyError: for another mode.
+    """
+    total = classes.reshape(-1, 12).sum(0)
+    spread = total - total.mean()
+    profile = PROFILES[mode] - PROFILES[mode].mean()
+    fits = np.array([spread @ np.roll(profile, t) for t in range(12)])
+    fits = np.round(fits / max(np.linalg.norm(spread) * np.linalg.norm(profile), 1e-12), 9)
+    return float(scipy.stats.rankdata(-fits)[tonic])
+
+
+# --- rhythm --------------------------------------------------------------------------------------
+
+
+def onset_strength(wav: np.ndarray, sample_rate: int) -> np.ndarray:
+    """How much begins at each moment: `t` -> `n`, one value each HOP_S; all zero for silence.
+
+    Rises of the log level in 40 mel bands from 30 Hz to 8 kHz, summed over bands (spectral flux);
+    levels more than 60 dB below the clip's highest count as silence. Windows of 0.064 s.
+
+    Args:
+        wav: mono, `t`.
+        sample_rate: in Hz.
+    """
+    magnitude, size = _spectra(wav, sample_rate, 0.064)
+    bands = magnitude @ _mel_filters(sample_rate, size)
+    highest = bands.max(initial=0)
+    if highest <= 0:
+        return np.zeros(len(bands))
+    level = np.log(np.maximum(bands / highest, 1e-3))
+    rise = np.maximum(np.diff(level, axis=0, prepend=level[:1]), 0)
+    return rise.sum(1).astype(np.float64)
+
+
+def autocorrelation(strength: np.ndarray, most: int | None = None) -> np.ndarray:
+    """Normalised autocorrelation of onset strength at lags 0 … most; all zero for a constant.
+
+    At each lag the correlation of the two overlapping parts, each with its own energy, so that a
+    long lag is not at a disadvantage. Values are centred by the mean of the whole.
+
+    Args:
+        strength: `n`.
+        most: longest lag, in hops; LONGEST_LAG_S if not given. At most half of the clip is used:
+            beyond that, 0.
+    """
+    most = round(LONGEST_LAG_S / HOP_S) if most is None else most
+    n = len(strength)
+    centred = strength - strength.mean()
+    result = np.zeros(most + 1)
+    energy = np.concatenate([[0.0], np.cumsum(centred**2)])
+    if energy[-1] <= 1e-12 * n:
+        return result
+    size = int(scipy.fft.next_fast_len(2 * n, real=True) or 2 * n)
+    products = np.fft.irfft(np.abs(np.fft.rfft(centred, size)) ** 2, size)
+    lags = np.arange(min(most, n // 2) + 1)
+    heads, tails = energy[n - lags], energy[n] - energy[lags]
+    result[lags] = products[lags] / np.sqrt(np.maximum(heads * tails, 1e-24))
+    return result
+
+
+def periodicity(correlation: np.ndarray) -> float:
+    """Highest autocorrelation of onset strength at lags of 0.2 to 1.2 s.
+
+    1 for a metronome, about 0.1 for noise.
+
+    Args:
+        correlation: of `autocorrelation`.
+    """
+    return float(_periods(correlation).max())
+
+
+def beat_strength(correlation: np.ndarray, bpm: float) -> float:
+    """Highest autocorrelation at the beat, its half and its double, less the upper quartile.
+
+    The quartile is that of lags of 0.2 to 1.2 s. About 0.5 for music at that tempo, 0 for any other
+    and for noise.
+
+    Args:
+        correlation: of `autocorrelation`.
+        bpm: beats a minute; where a lag is longer than what `correlation` holds, it is left out.
+
+    Raises:
+        ValueError: if bpm is so slow that no lag is left.
+    """
+    lags = np.array([0.5, 1, 2]) * 60 / bpm / HOP_S
+    lags = lags[lags <= len(correlation) - 1]
+    if not len(lags):
+        raise ValueError(
+            f"bpm={bpm}: its half beat is longer than {(len(correlation) - 1) * HOP_S:.1f} s"
+        )
+    at_beat = np.interp(lags, np.arange(len(correlation)), correlation).max()
+    return float(at_beat - np.quantile(_periods(correlation), 0.75))
+
+
+def _periods(correlation: np.ndarray) -> np.ndarray:
+    first, last = (round(s / HOP_S) for s in PERIODS_S)
+    return correlation[first : last + 1]
+
+
+# --- notes ---------------------------------------------------------------------------------------
+
+LOWEST_NOTE, HIGHEST_NOTE = 45, 96
+"""MIDI numbers between which the salient pitch is looked for: A2, 110 Hz, to C7, 2.1 kHz."""
+_HARMONICS = 6
+_SHORTEST_NOTE = 3
+"""In hops: 48 ms."""
+
+
+def notes(wav: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Notes of the most salient voice: `t` -> onset (s), length (s) and MIDI number, `m 3`.
+
+    The salient pitch of each moment is the semitone whose harmonics hold most (harmonic summation;
+    Hermes, 1988); a note is a run of one pitch, cut where it is struck anew. Moments 40 dB below
+    the loudest are rests; runs under 48 ms join their longer neighbour. In a texture of several
+    voices notes are cut by whatever is loudest: compare with real clips of the same kind, and not
+    with a score.
+
+    Args:
+        wav: mono, `t`.
+        sample_rate: in Hz.
+    """
+    magnitude, size = _spectra(wav, sample_rate, 0.096)
+    salience = np.sqrt(magnitude) @ _harmonic_sums(sample_rate, size)
+    level = salience.max(1, initial=0)
+    sounds = level > 0.1 * level.max(initial=0)  # of roots: 0.1 is -40 dB
+    pitch = np.where(sounds, salience.argmax(1), -1)
+    pitch = _without_short_runs(pitch)
+    own = np.take_along_axis(salience, np.maximum(pitch, 0)[:, None], 1)[:, 0]
+    return _cut(pitch, _struck(own))
+
+
+def _without_short_runs(pitch: np.ndarray) -> np.ndarray:
+    """With runs under the shortest note given to the longer of their neighbours."""
+    pitch = pitch.copy()
+    while True:
+        edges = np.flatnonzero(np.diff(pitch)) + 1
+        starts = np.concatenate([[0], edges])
+        lengths = np.diff(np.concatenate([starts, [len(pitch)]]))
+        if len(starts) == 1 or lengths.min() >= _SHORTEST_NOTE:
+            return pitch
+        i = int(lengths.argmin())
+        before = lengths[i - 1] if i > 0 else -1
+        after = lengths[i + 1] if i + 1 < len(starts) else -1
+        value = pitch[starts[i] - 1] if before >= after else pitch[starts[i] + lengths[i]]
+        pitch[starts[i] : starts[i] + lengths[i]] = value
+
+
+def _struck(own: np.ndarray) -> np.ndarray:
+    """Hops at which a held pitch is struck anew: its salience rises by a third within 3 hops."""
+    rise = np.zeros(len(own))
+    rise[3:] = own[3:] / np.maximum(own[:-3], 1e-9 + 1e-3 * own.max(initial=0))
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(rise, 4), 9).max(1)
+    # A spectrum is half a window wide: the rise is greatest 2 hops after the strike.
+    return np.flatnonzero((rise > 4 / 3) & (rise == around)) - 2
+
+
+def _cut(pitch: np.ndarray, struck: np.ndarray) -> np.ndarray:
+    """Runs of a pitch as notes, `m 3`; a strike near the ends of a run does not cut it."""
+    edges = [0, *(np.flatnonzero(np.diff(pitch)) + 1), len(pitch)]
+    found = []
+    for start, end in pairwise(edges):
+        if end == start or pitch[start] < 0:
+            continue
+        inner = struck[(struck >= start + 2 * _SHORTEST_NOTE) & (struck <= end - _SHORTEST_NOTE)]
+        bounds = [start, *inner, end]
+        for first, last in pairwise(bounds):
+            found.append((first * HOP_S, (last - first) * HOP_S, LOWEST_NOTE + int(pitch[start])))
+    return np.array(found, dtype=np.float64).reshape(-1, 3)
+
+
+# --- clips ---------------------------------------------------------------------------------------
+
+FIGURES = {
+    "chroma_change": "1 - cosine of pitch classes half a second apart: 0 for a drone",
+    "scale_fit": "chroma energy in the best of 12 transpositions of the scale, less their mean",
+    "key_rank": "rank of the caption's tonic among 12 by Krumhansl's profiles; 6.5 is chance",
+    "beat": "autocorrelation of onsets at the caption's beat, less the upper quartile of all lags",
+    "periodicity": "highest autocorrelation of onsets at lags of 0.2 to 1.2 s",
+    "note_lengths": "distance of note lengths to those of real clips: Wasserstein-1 in log seconds",
+    "note_intervals": "the same of the times between note onsets",
+}
+"""What `score_music` gives and what it tells."""
+OF_CAPTIONS = ("key_rank", "beat")
+OF_REFERENCE = ("note_lengths", "note_intervals")
+
+
+@dataclass(frozen=True)
+class ClipMusic:
+    """What was measured in one clip, before it is known what its caption says."""
+
+    chroma_change: float
+    scale_fit: float
+    classes: np.ndarray
+    """Chroma summed over time, `12`; all zero for silence."""
+    correlation: np.ndarray
+    """Autocorrelation of onset strength at lags 0 … LONGEST_LAG_S, in hops."""
+    notes: np.ndarray
+    """Onset (s), length (s) and MIDI number, `m 3`."""
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """As float64 tensors, to be gathered and saved: all but notes as `1 d`, and notes `m 3`."""
+        row = [[self.chroma_change, self.scale_fit], self.classes, self.correlation]
+        return torch.from_numpy(np.concatenate(row))[None], torch.from_numpy(self.notes)
+
+    @classmethod
+    def unpacked(cls, row: Tensor, notes: Tensor) -> "ClipMusic":
+        """What `packed` made."""
+        values = row[0].double().numpy()
+        return cls(
+            float(values[0]), float(values[1]), values[2:14], values[14:], notes.double().numpy()
+        )
+
+    def lengths(self) -> np.ndarray:
+        """Of the notes, in seconds, without the first and the last, which the clip cuts off."""
+        return self.notes[1:-1, 1]
+
+    def intervals(self) -> np.ndarray:
+        """Between the onsets of consecutive notes, in seconds, without the first, cut-off note."""
+        return np.diff(self.notes[1:, 0])
+
+
+def hear_music(wav: np.ndarray | Tensor, sample_rate: int) -> ClipMusic:
+    """Measures one clip; 10 s at 16 kHz take about 30 ms on one core.
+
+    Args:
+        wav: mono `t` or `channels t`, which are averaged.
+        sample_rate: in Hz.
+
+    Raises:
+        UserError: if it is shorter than SHORTEST_S, or holds NaN or infinite samples.
+    """
+    mono = torch.as_tensor(wav).detach().cpu().float().numpy()
+    if mono.ndim == 2:
+        mono = mono.mean(0)
+    if mono.ndim != 1 or len(mono) < SHORTEST_S * sample_rate:
+        raise UserError(
+            f"a clip of shape {mono.shape} at {sample_rate} Hz: give {SHORTEST_S} s or more"
+        )
+    if not np.isfinite(mono).all():
+        raise UserError("a clip holds NaN or infinite samples")
+    peak = float(np.abs(mono).max())
+    # So that no figure depends on the level.
+    mono = mono / peak if peak > SILENT_PEAK else np.zeros_like(mono)
+    classes = chroma(mono, sample_rate, hop_s=CHROMA_HOP_S)
+    return ClipMusic(
+        chroma_change=chroma_change(classes),
+        scale_fit=scale_fit(classes),
+        classes=classes.sum(0),
+        correlation=autocorrelation(onset_strength(mono, sample_rate)),
+        notes=notes(mono, sample_rate),
+    )
+
+
+@dataclass(frozen=True)
+class MusicFigure:
+    """One figure of a set of clips."""
+
+    value: float
+    interval: tuple[float, float] | None
+    """95 % over clips (bootstrap); None for a single clip."""
+    num_clips: int
+    """That count."""
+    num_left_out: int = 0
+    """Clips whose caption names no key or no tempo, or that have no notes."""
+
+
+def score_music(
+    clips: Mapping[str, ClipMusic],
+    captions: Mapping[str, str] | None = None,
+    reference: Mapping[str, ClipMusic] | None = None,
+) -> dict[str, MusicFigure]:
+    """Means over clips with intervals, and distances of note lengths and intervals to real clips.
+
+    A silent clip counts as what has no music: change, fit, periodicity and beat 0, key at chance.
+
+    Args:
+        clips: by id.
+        captions: by id; clips whose caption names no key (no tempo) do not count for "key_rank"
+            ("beat").
+        reference: real clips, of any ids and number.
+
+    Returns:
+        Those of FIGURES that can be computed: one that needs captions or a reference is absent
+        where none is given, where no caption says what it needs, or where no clip has a note.
+    """
+    texts = captions or {}
+    keys = {key: parse_key(texts.get(key, "")) for key in clips}
+    tempos = {key: parse_tempo(texts.get(key, "")) for key in clips}
+    values: dict[str, list[float]] = {
+        "chroma_change": [clip.chroma_change for clip in clips.values()],
+        "scale_fit": [clip.scale_fit for clip in clips.values()],
+        "key_rank": [
+            key_rank(clip.classes, *named) for k, clip in clips.items() if (named := keys[k])
+        ],
+        "beat": [
+            beat_strength(clip.correlation, bpm) for k, clip in clips.items() if (bpm := tempos[k])
+        ],
+        "periodicity": [periodicity(clip.correlation) for clip in clips.values()],
+    }
+    figures = {}
+    for name, some in values.items():
+        if some:
+            interval = bootstrap_interval(torch.tensor(some).double()) if len(some) > 1 else None
+            figures[name] = MusicFigure(
+                float(np.mean(some)), interval, len(some), len(clips) - len(some)
+            )
+    for name in OF_REFERENCE:
+        durations = [_durations(clip, name) for clip in clips.values()]
+        real = [_durations(clip, name) for clip in (reference or {}).values()]
+        if (figure := _distance_figure(durations, real)) is not None:
+            figures[name] = figure
+    return {name: figures[name] for name in FIGURES if name in figures}
+
+
+def _durations(clip: ClipMusic, name: str) -> np.ndarray:
+    return clip.lengths() if name == "note_lengths" else clip.intervals()
+
+
+def duration_distance(some: np.ndarray, others: np.ndarray) -> float:
+    """Wasserstein-1 distance of two sets of durations (s) on their logarithms.
+
+    ln 2 where all are doubled.
+
+    Raises:
+        ValueError: if a set is empty.
+    """
+    return float(scipy.stats.wasserstein_distance(np.log(some), np.log(others)))
+
+
+def _distance_figure(
+    clips: Sequence[np.ndarray], real: Sequence[np.ndarray], draws: int = 1000
+) -> MusicFigure | None:
+    """Distance of all clips' durations to the real ones; its interval by the bootstrap over clips.
+
+    Like any distance it is a little larger in a draw than in the whole: the interval leans upwards.
+    """
+    some = [x for x in clips if len(x)]
+    others = np.concatenate([np.zeros(0), *real])
+    if not some or not len(others):
+        return None
+    joined = np.concatenate(some)
+    value = duration_distance(joined, others)
+    left_out = len(clips) - len(some)
+    if len(some) < 2:
+        return MusicFigure(value, None, len(some), left_out)
+    # Durations are multiples of a hop: counts of each value hold them all.
+    hops = np.round(np.concatenate([joined, others]) / HOP_S)
+    grid, places = np.unique(hops, return_inverse=True)
+    owner = np.repeat(np.arange(len(some)), [len(x) for x in some])
+    counts = np.zeros((len(some), len(grid)))
+    np.add.at(counts, (owner, places[: len(joined)]), 1)
+    shares = np.full(len(some), 1 / len(some))
+    picks = np.random.default_rng(0).multinomial(len(some), shares, size=draws)
+    drawn = np.cumsum(picks @ counts, axis=1)
+    theirs = np.cumsum(np.bincount(places[len(joined) :], minlength=len(grid))) / len(others)
+    apart = np.abs(drawn / drawn[:, -1:] - theirs)[:, :-1] @ np.diff(np.log(grid))
+    low, high = np.quantile(apart, [0.025, 0.975])
+    return MusicFigure(value, (float(low), float(high)), len(some), left_out)
+
+
+# --- spectra -------------------------------------------------------------------------------------
+
+
+def _spectra(wav: np.ndarray, sample_rate: int, window_s: float) -> tuple[np.ndarray, int]:
+    """Magnitudes about each multiple of HOP_S, float32 `n bins`, and the size of the transform."""
+    width = round(window_s * sample_rate)
+    size = int(scipy.fft.next_fast_len(width, real=True) or width)
+    padded = torch.from_numpy(np.pad(wav.astype(np.float32), (width // 2, width)))
+    centres = np.round(np.arange(0, len(wav) / sample_rate, HOP_S) * sample_rate).astype(int)
+    frames = padded.unfold(0, width, 1)[torch.from_numpy(centres)] * torch.hann_window(width)
+    return torch.fft.rfft(frames, size).abs().numpy(), size
+
+
+@lru_cache(maxsize=8)
+def _mel_filters(sample_rate: int, size: int) -> np.ndarray:
+    """`bins 40`."""
+    highest = min(8000.0, sample_rate / 2)
+    return htk_mel_filters(sample_rate, size, 40, 30.0, highest).numpy().T.copy()
+
+
+@lru_cache(maxsize=8)
+def _harmonic_sums(sample_rate: int, size: int) -> np.ndarray:
+    """Weights of bins in each semitone's salience, `bins p`: 0.84^h about its h-th harmonic."""
+    midi = np.arange(LOWEST_NOTE, HIGHEST_NOTE + 1)
+    weights = np.zeros((size // 2 + 1, len(midi)), dtype=np.float32)
+    for harmonic in range(_HARMONICS):
+        place = 440 * 2 ** ((midi - 69) / 12) * (harmonic + 1) * size / sample_rate
+        low = place.astype(int)
+        inside = low + 1 < len(weights)
+        columns, low, share = np.flatnonzero(inside), low[inside], (place - low)[inside]
+        weights[low, columns] += 0.84**harmonic * (1 - share)
+        weights[low + 1, columns] += 0.84**harmonic * share
+    return weights
