@@ -22,8 +22,8 @@ from torch import Tensor
 
 from magnet_train.common.errors import UserError
 from magnet_train.metrics.chroma import chroma
-from magnet_train.metrics.frontend import htk_mel_filters
 from magnet_train.metrics.intervals import bootstrap_interval
+from magnet_train.metrics.networks.frontend import htk_mel_filters
 
 CHROMA_HOP_S = 0.064
 HOP_S = 0.016
