@@ -4,6 +4,7 @@
 The command line, the validation callback and a notebook all go through it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import Tensor
 from magnet_train.codec.base import Codec, load_codec
 from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder, load_text_encoder
-from magnet_train.decoding.decode import DecodingConfig, Network, Step, decode, item_noise
-from magnet_train.decoding.frame_cache import ReusingPass
+from magnet_train.decoding.decode import DecodingConfig, DecodingStep, Networks, decode, item_noise
+from magnet_train.decoding.frame_cache import CachedForward
 from magnet_train.model import Magnet, TextMemory
 from magnet_train.release import Trained, check_stamp, write_release
 
@@ -98,14 +99,15 @@ class Generator:
         duration_s: float | None = None,
         decoding: DecodingConfig | None = None,
         prompt_codes: Tensor | None = None,
-        on_step: Callable[[Step], None] | None = None,
+        on_step: Callable[[DecodingStep], None] | None = None,
     ) -> Generated:
         """One piece of audio for each caption; "" generates without text.
 
         Args:
-            prompts: captions.
+            prompts: captions; a single string is one caption.
             seed: of the noise; each item's depends on (seed, its id) alone, not on its neighbours.
-            items: ids, as many as prompts; the captions themselves if None.
+            items: ids, as many as prompts. If None, each caption is its own id, and a caption that occurs again gets a
+                number, so that equal captions give different audio.
             duration_s: length in seconds; the trained length if None.
             decoding: instead of the model's own.
             prompt_codes: `b k t`, beginning that is continued and stays as it is.
@@ -114,6 +116,8 @@ class Generator:
         Raises:
             UserError: if the length is not positive or shorter than the prompt, or the prompt does not fit.
         """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        items = numbered(prompts) if items is None else items
         config, facts = decoding or self.decoding, self.codec.facts
         duration_s = self.crop_s if duration_s is None else duration_s
         num_frames = round(duration_s * facts.frame_rate)
@@ -131,13 +135,13 @@ class Generator:
             codes[:, :, :given], fixed[:, :given] = prompt_codes.to(self.device), True
         order = torch.full(codes.shape, -1, dtype=torch.int16, device=self.device)
 
-        def record(step: Step) -> None:
-            order[:, step.stage].masked_fill_(step.masked, step.step)
+        def record(step: DecodingStep) -> None:
+            order[:, step.stage, : step.masked.shape[1]].masked_fill_(step.masked, step.index)
             if on_step is not None:
                 on_step(step)
 
-        steps = config.steps_of(facts.num_codebooks)
-        noise = item_noise(seed, items if items is not None else prompts, sum(steps), num_frames).to(self.device)
+        steps = config.steps_per_stage(facts.num_codebooks)
+        noise = item_noise(seed, items, sum(steps), num_frames)
         text = None
         if any(p.strip() for p in prompts):
             # Keys and values of the text once per generation, not once per pass.
@@ -145,18 +149,18 @@ class Generator:
             text = self.network.remember(states.to(self.network.head.dtype), tokens)
             if config.reference_compat:  # there, a caption's padding takes its share of the attention
                 text = replace(text, allowed=text.allowed.any(1)[:, None].expand_as(text.allowed))
-        conditional, null = self._passes(text, config.reuse)
-        codes = decode(
-            conditional, null if text is not None else None, codes, fixed, facts.codebook_size, config, noise, record
-        )
+        networks = self._networks(text, config.cache_frames)
+        codes = decode(networks, codes, fixed, facts.codebook_size, config, noise, record)
+        order = order[..., : codes.shape[2]]  # reference_compat drops the frames behind the last whole span
         # One by one: the codec's rounding may depend on the batch, and a listener's file should not.
         wav = torch.cat([self.codec.decode(row[None]) for row in codes])
         return Generated(codes, wav, facts.sample_rate, order)
 
-    def _passes(self, text: TextMemory | None, reuse: bool) -> tuple[Network, Network]:
+    def _networks(self, text: TextMemory | None, cache_frames: bool) -> Networks:
         """The pass with text and that of the null condition, whose cross-attention is exactly zero and not computed."""
-        if reuse:
-            return ReusingPass(self.network, text), ReusingPass(self.network, None)
+        if cache_frames:
+            null = None if text is None else CachedForward(self.network, None)
+            return Networks(CachedForward(self.network, text), null)
 
         def with_text(codes: Tensor, stage: int) -> Tensor:
             if self._is_compiled:  # what an earlier step's graph returned may be overwritten
@@ -166,7 +170,7 @@ class Generator:
         def without_text(codes: Tensor, stage: int) -> Tensor:
             return self._pass(codes, stage, None)
 
-        return with_text, without_text
+        return Networks(with_text, None if text is None else without_text)
 
     def save(self, out: str | Path, card: str | None = None) -> None:
         """Write a release: `config.json`, `model.safetensors`, `README.md`, and the codec if it lies in a folder.
@@ -184,6 +188,20 @@ class Generator:
         )  # fmt: skip
         weights = self.network.state_dict()
         write_release(Path(out), trained, {k: lambda v=v: v.cpu() for k, v in weights.items()}, card)
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Names made unique by a number behind each repetition.
+
+    >>> numbered(["a", "b", "a"])
+    ['a', 'b', 'a#2']
+    """
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        seen[name] += 1
+        unique.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return unique
 
 
 def load(

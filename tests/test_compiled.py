@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from magnet_train.decoding.decode import DecodingConfig, decode
+from magnet_train.decoding.decode import DecodingConfig, ItemNoise, Networks, decode
 from magnet_train.generator import Generator
 from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.module import MagnetModule
@@ -106,7 +106,14 @@ def test_decoding_never_waits_for_the_device(arrangement, sampling):
     on = partial(torch.empty, device="meta")
     pass_of = lambda codes, stage: on(codes.shape[0], codes.shape[2], SIZE)  # noqa: E731
     fixed = on(2, T, dtype=torch.bool)
-    codes = decode(pass_of, pass_of, on(2, 4, T, dtype=torch.long), fixed, SIZE, config, on(2, 10, T))
+    codes = decode(
+        Networks(pass_of, pass_of),
+        on(2, 4, T, dtype=torch.long),
+        fixed,
+        SIZE,
+        config,
+        ItemNoise(on(2, 10, T), on(2, 10, T)),
+    )
     assert codes.shape == (2, 4, T) and codes.device.type == "meta"
 
 

@@ -12,14 +12,12 @@ from safetensors.torch import load_file
 from magnet_train.common.errors import UserError
 from magnet_train.decoding.decode import (
     DecodingConfig,
-    Step,
+    DecodingStep,
+    Networks,
     decode,
-    exponential,
     item_noise,
-    sample,
-    top_k_filter,
-    top_p_filter,
 )
+from magnet_train.decoding.sampling import exponential, sample, top_k_filter, top_p_filter
 
 FILTERS = Path(__file__).parent / "fixtures" / "reference" / "decode_only" / "filters.safetensors"
 SIZE = 8
@@ -36,8 +34,8 @@ def run(num_frames=30, prompt=0, items=("a", "b"), config=None, on_step=None, se
     codes = torch.arange(num_frames).remainder(SIZE).expand(len(items), 4, -1).clone()
     fixed = torch.zeros(len(items), num_frames, dtype=torch.bool)
     fixed[:, :prompt] = True
-    noise = item_noise(seed, items, sum(config.steps_of(4)), num_frames)
-    return codes, decode(scripted(1), scripted(2), codes, fixed, SIZE, config, noise, on_step)
+    noise = item_noise(seed, items, sum(config.steps_per_stage(4)), num_frames)
+    return codes, decode(Networks(scripted(1), scripted(2)), codes, fixed, SIZE, config, noise, on_step)
 
 
 configs = st.builds(
@@ -50,7 +48,9 @@ configs = st.builds(
     greedy=st.booleans(),
     span_len=st.integers(1, 5),
     span_arrangement=st.sampled_from(["nonoverlap", "stride1"]),
-    span_scoring=st.sampled_from(["max", "prod"]),
+    span_scoring=st.sampled_from(["max", "prod", "random"]),
+    order_temperature=st.sampled_from([0.0, 2.0]),
+    shared_noise=st.sampled_from([1, 3, 25]),
 )
 
 
@@ -67,7 +67,7 @@ def test_nothing_stays_masked_and_the_prompt_survives(config, num_frames, prompt
 @given(configs, st.integers(6, 40))
 @settings(max_examples=40)
 def test_each_step_masks_less_and_only_what_the_last_one_filled(config, num_frames):
-    steps: list[Step] = []
+    steps: list[DecodingStep] = []
     run(num_frames, prompt=2, config=config, on_step=steps.append)
     assert len(steps) == sum(config.decoding_steps)
     for before, after in itertools.pairwise(steps):
@@ -94,17 +94,17 @@ def test_seeds_and_items_differ():
 
 @pytest.mark.parametrize("num_frames", [24, 25])
 def test_stride1_masks_as_near_the_schedule_as_spans_allow(num_frames):
-    steps: list[Step] = []
+    steps: list[DecodingStep] = []
     config = DecodingConfig(decoding_steps=(6,), span_len=3, span_arrangement="stride1")
     run(num_frames, config=config, on_step=steps.append)
     for step in steps[1:6]:
-        share = torch.cos(torch.tensor(step.step / 5 * torch.pi / 2)).item()
+        share = torch.cos(torch.tensor(step.index / 5 * torch.pi / 2)).item()
         wanted = max(1, int(share * num_frames))
         assert (step.masked.sum(1) - wanted).abs().max() <= config.span_len
 
 
 def test_the_whole_clip_is_decoded_when_its_length_is_no_multiple_of_the_span():
-    steps: list[Step] = []
+    steps: list[DecodingStep] = []
     run(32, config=DecodingConfig(decoding_steps=(4,), span_len=5), on_step=steps.append)
     assert steps[0].masked[:, 30:].all()
 
@@ -118,7 +118,7 @@ def test_no_unconditional_pass_where_guidance_vanishes():
 
     codes, fixed = torch.zeros(1, 4, 9, dtype=torch.long), torch.zeros(1, 9, dtype=torch.bool)
     config = DecodingConfig(decoding_steps=(2,), max_cfg_coef=1.0, min_cfg_coef=1.0)
-    decode(scripted(0), unconditional, codes, fixed, SIZE, config, item_noise(0, ["x"], 8, 9))
+    decode(Networks(scripted(0), unconditional), codes, fixed, SIZE, config, item_noise(0, ["x"], 8, 9))
     assert not calls
 
 
@@ -192,5 +192,5 @@ def test_the_null_condition_is_not_asked_where_guidance_has_ended():
         asked.append(stage)
         return torch.zeros(1, 12, 8)
 
-    decode(lambda c, s: torch.zeros(1, 12, 8), null, codes, fixed, 8, config, item_noise(0, ["a"], 7, 12))
+    decode(Networks(lambda c, s: torch.zeros(1, 12, 8), null), codes, fixed, 8, config, item_noise(0, ["a"], 7, 12))
     assert asked == [0, 0, 1, 2, 3]  # a single step begins with everything masked

@@ -9,7 +9,7 @@ from helpers_audiocraft import FIXTURES, as_the_reference_sees, reference_model
 from safetensors.torch import load_file
 
 from magnet_train.decoding.audiocraft_compat import least_probable_spans
-from magnet_train.decoding.decode import DecodingConfig, decode, item_noise
+from magnet_train.decoding.decode import DecodingConfig, Networks, decode, item_noise
 from magnet_train.model import Magnet
 
 SCRIPTED = json.loads((FIXTURES / "decode_only" / "scripted.json").read_text())
@@ -38,8 +38,8 @@ def run(network, unconditional, case: dict, data: dict, batch: int, num_frames: 
         rows.append(codes[:, stage].clone())
         return network(codes, stage)
 
-    noise = item_noise(0, [str(i) for i in range(batch)], sum(config.steps_of(4)), num_frames)
-    return decode(watched, unconditional, codes, fixed, size, config, noise), rows
+    noise = item_noise(0, [str(i) for i in range(batch)], sum(config.steps_per_stage(4)), num_frames)
+    return decode(Networks(watched, unconditional), codes, fixed, size, config, noise), rows
 
 
 def assert_rows(rows, data, name):
@@ -123,7 +123,7 @@ def test_as_many_frames_are_masked_at_every_step(parity):
         counts: list[int] = []
         config = DecodingConfig(decoding_steps=(steps,), span_len=span_len, reference_compat=True)
         decode(
-            lambda codes, stage: torch.randn(1, codes.shape[2], 8), None,
+            Networks(lambda codes, stage: torch.randn(1, codes.shape[2], 8)),
             torch.zeros(1, 1, num_frames, dtype=torch.long), torch.zeros(1, num_frames, dtype=torch.bool), 8, config,
             item_noise(0, ["a"], steps, num_frames), lambda step, counts=counts: counts.append(int(step.masked.sum())),
         )  # fmt: skip

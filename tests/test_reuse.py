@@ -3,7 +3,7 @@
 import torch
 
 from magnet_train.decoding.decode import DecodingConfig
-from magnet_train.decoding.frame_cache import ReusingPass
+from magnet_train.decoding.frame_cache import CachedForward
 from magnet_train.model import Magnet, MagnetConfig
 
 T, SIZE = 60, 32
@@ -26,7 +26,7 @@ def test_the_first_pass_of_every_stage_is_exact():
     network = model()
     text = network.remember(torch.randn(2, 5, 16), torch.tensor([[True] * 5, [True, True, False, False, False]]))
     for memory in (text, None):
-        passes = ReusingPass(network, memory)
+        passes = CachedForward(network, memory)
         for stage in range(4):
             assert torch.allclose(passes(asked(stage), stage), network(asked(stage), stage, memory), atol=1e-5)
 
@@ -34,7 +34,7 @@ def test_the_first_pass_of_every_stage_is_exact():
 def test_frames_whose_surroundings_did_not_change_stay_exact():
     """Two layers of context 3 see 6 frames: what lies further from the change is as a full pass has it."""
     network = model()
-    passes, codes = ReusingPass(network, None), asked(1)
+    passes, codes = CachedForward(network, None), asked(1)
     passes(codes, 1)
     after = codes.clone()
     after[:, 1, :30] = 7
@@ -46,7 +46,7 @@ def test_frames_whose_surroundings_did_not_change_stay_exact():
 def test_without_context_nothing_is_lost():
     """At a context of 0 a frame depends on its own codes alone, so reuse is exact; with one layer everywhere too."""
     network = model(context=0)
-    passes, codes = ReusingPass(network, None), asked(2)
+    passes, codes = CachedForward(network, None), asked(2)
     for step in range(4):
         codes = codes.clone()
         codes[:, 2, step * 10 : step * 10 + 10] = step
@@ -55,7 +55,7 @@ def test_without_context_nothing_is_lost():
 
 def test_with_all_frames_visible_old_keys_are_used_and_only_there_it_differs():
     network = model(num_layers=1)
-    passes, codes = ReusingPass(network, None), asked(0)
+    passes, codes = CachedForward(network, None), asked(0)
     passes(codes, 0)
     after = codes.clone()
     after[:, 0, :20] = 3
@@ -66,7 +66,7 @@ def test_with_all_frames_visible_old_keys_are_used_and_only_there_it_differs():
 def test_the_option_changes_codes_but_leaves_no_mask(tiny):
     decoding = DecodingConfig(decoding_steps=(4, 3, 3, 3))
     exact = tiny.generate(["a waltz", "two flutes"], decoding=decoding)
-    reused = tiny.generate(["a waltz", "two flutes"], decoding=DecodingConfig(decoding_steps=(4, 3, 3, 3), reuse=True))
+    reused = tiny.generate(["a waltz", "two flutes"], decoding=DecodingConfig(decoding_steps=(4, 3, 3, 3), cache_frames=True))
     assert reused.codes.shape == exact.codes.shape
     assert reused.codes.max() < tiny.network.config.codebook_size
     first = exact.order == 0  # decided by the exact first pass of stage 0

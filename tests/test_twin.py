@@ -7,7 +7,7 @@ import torch
 
 from magnet_train.__main__ import main
 from magnet_train.common.errors import UserError
-from magnet_train.decoding.decode import DecodingConfig, decode, item_noise
+from magnet_train.decoding.decode import DecodingConfig, Networks, decode, item_noise
 from magnet_train.dense import dense_logits, dense_networks
 from magnet_train.loss import masked_cross_entropy
 from magnet_train.model import Magnet, MagnetConfig
@@ -52,8 +52,12 @@ def test_decoded_codes(model, arrangement):
     noise = item_noise(0, ["a", "b", "c"], 11, T)
     codes, fixed = torch.zeros(3, 4, T, dtype=torch.long), torch.zeros(3, T, dtype=torch.bool)
     memory = model.remember(states, tokens)
-    fast = decode(lambda c, s: model(c, s, memory), lambda c, s: model(c, s, None), codes, fixed, SIZE, config, noise)
-    assert torch.equal(fast, decode(*dense_networks(model, states, tokens), codes, fixed, SIZE, config, noise))
+    fast = decode(
+        Networks(lambda c, s: model(c, s, memory), lambda c, s: model(c, s, None)), codes, fixed, SIZE, config, noise
+    )
+    assert torch.equal(
+        fast, decode(Networks(*dense_networks(model, states, tokens)), codes, fixed, SIZE, config, noise)
+    )
 
 
 def test_bench_prints_a_table_and_writes_its_lines(tmp_path, capsys):

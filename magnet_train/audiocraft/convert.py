@@ -457,7 +457,7 @@ def _decoding_of(config: Mapping[str, Any], num_codebooks: int, where: Path) -> 
     values["greedy"] = config.get("generate.lm.use_sampling") is False
     try:
         decoding = DecodingConfig.from_dict(values)
-        decoding.steps_of(num_codebooks)
+        decoding.steps_per_stage(num_codebooks)
     except (UserError, TypeError, ValueError) as error:
         raise UserError(f"{where}: its configuration's generate.lm: {error}") from error
     return decoding
@@ -687,7 +687,7 @@ def _config_for(trained: Trained, text_encoder: str) -> dict[str, Any]:
     facts = codec_facts(trained.codec)
     if facts is None:
         raise UserError(f"codec {trained.codec['id']!r}: its facts are unknown; give it with --codec")
-    steps = list(decoding.steps_of(network.num_codebooks))
+    steps = list(decoding.steps_per_stage(network.num_codebooks))
     crop_s = int(trained.crop_s) if trained.crop_s.is_integer() else trained.crop_s
     return {
         "solver": "magnet",

@@ -34,8 +34,8 @@ from magnet_train.checks.measure import (
 )  # fmt: skip
 from magnet_train.common.errors import UserError
 from magnet_train.cost import useful_flop
-from magnet_train.decoding.decode import DecodingConfig, Network, decode, item_noise
-from magnet_train.decoding.frame_cache import ReusingPass
+from magnet_train.decoding.decode import DecodingConfig, Networks, decode, item_noise
+from magnet_train.decoding.frame_cache import CachedForward
 from magnet_train.dense import dense_logits, dense_networks
 from magnet_train.loss import masked_cross_entropy
 from magnet_train.masking import span_mask
@@ -138,19 +138,19 @@ def decoding(options: BenchOptions, limit: float) -> Iterator[Measured]:
         settle(options.device)
         return time.perf_counter()
 
-    def run(conditional: Network, null: Network, config: DecodingConfig) -> None:
+    def run(networks: Networks, config: DecodingConfig) -> None:
         ends.clear()
-        results.append(decode(conditional, null, codes, fixed, 2048, config, noise, lambda step: ends.append(now())))
+        results.append(decode(networks, codes, fixed, 2048, config, noise, lambda step: ends.append(now())))
 
     def ours(config: DecodingConfig = config) -> None:
         text = model.remember(states, tokens)
-        run(lambda c, s: model(c, s, text), lambda c, s: model(c, s, None), config)
+        run(Networks(lambda c, s: model(c, s, text), lambda c, s: model(c, s, None)), config)
 
     def reusing(config: DecodingConfig = config) -> None:
-        run(ReusingPass(model, model.remember(states, tokens)), ReusingPass(model, None), config)
+        run(Networks(CachedForward(model, model.remember(states, tokens)), CachedForward(model, None)), config)
 
     def twin(config: DecodingConfig = config) -> None:
-        run(*dense_networks(model, states, tokens), config)
+        run(Networks(*dense_networks(model, states, tokens)), config)
 
     # A decoding takes half a minute and more, so none is run for nothing, and memory is that of a few steps.
     calls = (ours, twin, reusing)
@@ -225,7 +225,7 @@ def gpu(options: BenchOptions, limit: float, config: MagnetConfig | None = None)
     )
     once = torch.compile(half.forward, mode="reduce-overhead", fullgraph=True)
     decoding, t = DecodingConfig(), options.num_frames // 3
-    noise = item_noise(0, ["one"], 50, t).to(device)
+    noise = item_noise(0, ["one"], 50, t)
     codes = torch.zeros(1, config.num_codebooks, t, dtype=torch.long, device=device)
     fixed = torch.zeros(1, t, dtype=torch.bool, device=device)
 
@@ -234,10 +234,10 @@ def gpu(options: BenchOptions, limit: float, config: MagnetConfig | None = None)
         return once(codes, stage, text)
 
     def generate() -> Tensor:
-        null = lambda codes, stage: once(codes, stage, None)  # noqa: E731
-        return decode(conditional, null, codes, fixed, config.codebook_size, decoding, noise)
+        networks = Networks(conditional, lambda codes, stage: once(codes, stage, None))
+        return decode(networks, codes, fixed, config.codebook_size, decoding, noise)
 
-    steps = decoding.steps_of(config.num_codebooks)
+    steps = decoding.steps_per_stage(config.num_codebooks)
     flop = sum(n * useful_flop(config, t, stage, t, text) for stage, n in enumerate(steps) for text in (20, 0))
     own = timed([torch.no_grad()(generate)], options.repeats, options.device)[0]
     yield Measured(

@@ -294,7 +294,7 @@ def check_validation(plan: Plan) -> Iterator[Finding]:
         yield Finding("ok", "validation", f"every {interval}, {prompts}")
     else:
         yield Finding("ok", "validation", f"every {every:,.0f} steps, {prompts}")
-    plan.decoding.steps_of(plan.network.num_codebooks)
+    plan.decoding.steps_per_stage(plan.network.num_codebooks)
     monitor = plan.config.checkpoint.monitor
     generated = [f"val/{metric}" for metric in generation.metrics] if generation.num_prompts else []
     if monitor in (None, "step", "epoch"):
@@ -762,7 +762,7 @@ def estimates(plan: Plan) -> Iterator[Finding | str]:
         return
     validations = plan.num_steps // plan.steps_between_validations + plan.config.generation.at_start
     clips = math.ceil(plan.config.generation.num_prompts / ranks)
-    steps = plan.decoding.steps_of(stages)
+    steps = plan.decoding.steps_per_stage(stages)
     decoding = validations * clips * estimate.decoding_flop(network, plan.num_frames, steps) / found.first
     hours = (plan.num_steps * seconds + decoding) / 3600
     text = f"run: {_duration(3600 * hours)} for {plan.num_steps:,.0f} steps"

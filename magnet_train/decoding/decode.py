@@ -1,26 +1,38 @@
 """Iterative decoding: from masked frames to codes, stage by stage, a few parallel steps each (MAGNeT, Sec. 3).
 
-One step: mask the least certain spans, ask the network, fill them in, score what was filled in. The network
-arrives as a callable, so a lambda tests the loop; nothing here waits for the device between steps.
+One step: mask the worst spans of the last one, run the network, fill them in, score what was filled in. The networks
+are callables, so a lambda tests the loop; nothing here waits for the device between steps.
 
-Shapes: b examples, k codebooks, t frames, c entries, s spans. Masks are bool, True = to be predicted.
+In each stage the network sees what training showed it: the codebooks above the stage are hidden everywhere, given
+codes included, and the given codes of a codebook come back when its stage begins.
+
+Shapes: b examples, k codebooks, t frames, c entries, n steps. Masks are bool, True = to be predicted.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from magnet_train.common.errors import UserError
-from magnet_train.decoding import audiocraft_compat as reference_compat
+from magnet_train.decoding import audiocraft_compat
+from magnet_train.decoding.remask import remask_grid, remask_sliding
+from magnet_train.decoding.sampling import sample, share_noise
 
 Network = Callable[[Tensor, int], Tensor]
 """Codes `b k t` and a stage -> logits `b t c` of that stage's codebook."""
+
+
+class Networks(NamedTuple):
+    """The passes that decoding runs in each step."""
+
+    conditional: Network
+    null: Network | None = None
+    """Without text, for guidance; None = no guidance, whatever the coefficients."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +42,11 @@ class DecodingConfig:
     decoding_steps: tuple[int, ...] = (20, 10, 10, 10)
     """Passes through the network for each stage; as many numbers as codebooks, or one for all."""
     temperature: float = 3.0
-    """Softmax temperature at the beginning of a stage; falls to zero at its last step unless told otherwise."""
+    """Softmax temperature at the first step of a stage; annealed to 0 unless anneal_temperature is false."""
     anneal_temperature: bool = True
     """Whether the temperature falls linearly over the steps of a stage."""
     top_p: float = 0.9
-    """Share of probability mass that is sampled from, in (0, 1]; 0 = all. Wins over top_k."""
+    """Nucleus (top-p) threshold in (0, 1]; 0 disables it. Takes precedence over top_k."""
     top_k: int = 0
     """Number of most likely entries that are sampled from; 0 = all."""
     greedy: bool = False
@@ -47,12 +59,18 @@ class DecodingConfig:
     """Length of the spans that are masked together, in frames; best as in training."""
     span_arrangement: Literal["nonoverlap", "stride1"] = "nonoverlap"
     """Whether spans lie on a fixed grid, or may begin at every frame (always scored by prod)."""
-    span_scoring: Literal["max", "prod"] = "max"
-    """Whether a span is as certain as its most likely code, or as the product over its codes."""
-    reuse: bool = False
-    """Whether a step computes only the frames that it predicts and those just decided: faster, not exact (reuse.py)."""
+    span_scoring: Literal["max", "prod", "random"] = "max"
+    """Which spans are kept: those whose most likely code is likeliest (max), those whose codes are likeliest together
+    (prod), or a random choice."""
+    order_temperature: float = 0.0
+    """Scale of the Gumbel noise on the spans' scores, annealed to 0 within a stage; 0 = none."""
+    shared_noise: int = 1
+    """Neighbouring frames that share the noise they are sampled with, in frames; 1 = each has its own. Borders between
+    the groups move from step to step."""
+    cache_frames: bool = False
+    """Recompute only masked and just-decided frames in each step: faster, approximate (frame_cache.py)."""
     reference_compat: bool = False
-    """Whether audiocraft's faults are reproduced too, for comparisons: see reference_compat.py."""
+    """Reproduce audiocraft's decoding exactly, including its bugs (audiocraft_compat.py)."""
 
     def __post_init__(self) -> None:
         for name, ok, want in (
@@ -68,10 +86,18 @@ class DecodingConfig:
             ("min_cfg_coef", self.min_cfg_coef >= 0, "0 or more"),
             ("span_len", self.span_len >= 1, "at least 1 frame"),
             ("span_arrangement", self.span_arrangement in ("nonoverlap", "stride1"), "nonoverlap or stride1"),
-            ("span_scoring", self.span_scoring in ("max", "prod"), "max or prod"),
+            ("span_scoring", self.span_scoring in ("max", "prod", "random"), "max, prod or random"),
+            ("order_temperature", 0 <= self.order_temperature < math.inf, "0 or more"),
+            ("shared_noise", self.shared_noise >= 1, "at least 1 frame"),
+            ("reference_compat", not (self.reference_compat and self._is_unpublished), "false with the settings above"),
         ):
             if not ok:
                 raise UserError(f"{name}={getattr(self, name)}: give {want}")
+
+    @property
+    def _is_unpublished(self) -> bool:
+        """Whether a setting is used that audiocraft does not have."""
+        return self.span_scoring == "random" or self.order_temperature > 0 or self.shared_noise > 1
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DecodingConfig":
@@ -79,7 +105,7 @@ class DecodingConfig:
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**settings)
 
-    def steps_of(self, num_codebooks: int) -> tuple[int, ...]:
+    def steps_per_stage(self, num_codebooks: int) -> tuple[int, ...]:
         """`decoding_steps`, one for each of `num_codebooks` stages.
 
         Raises:
@@ -97,239 +123,140 @@ class DecodingConfig:
 
 
 @dataclass(frozen=True)
-class Step:
-    """What `on_step` is told after every pass: the stage, the step in it, what was masked and what it became."""
+class DecodingStep:
+    """What `on_step` is called with after every step."""
 
     stage: int
-    step: int
+    index: int
+    """Of the step in its stage, from 0."""
     masked: Tensor
     """`b t`, frames that this step predicted."""
     codes: Tensor
     """`b k t`, after the step."""
 
 
-def item_noise(seed: int, items: Sequence[str], num_steps: int, num_frames: int) -> Tensor:
-    """Uniform numbers in [0, 1) that belong to the item: `b n t`, n passes in all.
+class ItemNoise(NamedTuple):
+    """Uniform numbers in [0, 1) that belong to the items: `b n t` each, n steps of all stages."""
 
-    Each item's are drawn from a generator seeded by (seed, item) alone, so that its result is the same in
-    any batch, on any rank, on any number of GPUs.
+    codes: Tensor
+    """With which codes are sampled."""
+    order: Tensor
+    """With which spans are ordered."""
+
+
+def item_noise(seed: int, items: Sequence[str], num_steps: int, num_frames: int) -> ItemNoise:
+    """The noise of each item, from a generator seeded by (seed, item) alone.
+
+    So an item gets the same codes in any batch, on any rank, on any number of GPUs.
     """
-    rows = []
+    codes, order = [], []
     for item in items:
         digest = hashlib.sha256(f"{seed}/{item}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        rows.append(torch.rand(num_steps, num_frames, generator=generator))
-    return torch.stack(rows)
+        codes.append(torch.rand(num_steps, num_frames, generator=generator))
+        order.append(torch.rand(num_steps, num_frames, generator=generator))
+    return ItemNoise(torch.stack(codes), torch.stack(order))
 
 
 @torch.no_grad()
 def decode(
-    network: Network,
-    unconditional: Network | None,
+    networks: Networks,
     codes: Tensor,
-    fixed: Tensor,
+    given: Tensor,
     codebook_size: int,
     config: DecodingConfig,
-    noise: Tensor,
-    on_step: Callable[[Step], None] | None = None,
+    noise: ItemNoise,
+    on_step: Callable[[DecodingStep], None] | None = None,
 ) -> Tensor:
     """All stages, lowest codebook first: `b k t` -> `b k t` without a mask id.
 
     Args:
-        network: the conditional pass.
-        unconditional: the pass of the null condition, for guidance; None = no guidance whatever the coefficients.
-        codes: the prompt where `fixed`, anything elsewhere.
-        fixed: `b t`, frames of the prompt; they keep their codes in every codebook.
+        networks: the passes to run.
+        codes: the codes to keep where `given`; anything elsewhere.
+        given: `b k t` or `b t` (the same for all codebooks), True = kept as it is.
         codebook_size: c; the mask id is c.
         config: see there.
-        noise: from `item_noise`, `b n t` with n the sum of all stages' steps.
-        on_step: told of every pass.
+        noise: from `item_noise`, n the sum of all stages' steps.
+        on_step: called after every step.
 
     Raises:
         UserError: if the steps do not fit the codebooks.
     """
-    steps = config.steps_of(codes.shape[1])
+    steps = config.steps_per_stage(codes.shape[1])
+    given = given[:, None].expand_as(codes) if given.dim() == 2 else given
+    noise = ItemNoise(noise.codes.to(codes.device), noise.order.to(codes.device))
     if config.reference_compat and config.span_arrangement == "nonoverlap":
-        whole = codes.shape[2] // config.span_len * config.span_len
-        codes, fixed, noise = codes[..., :whole], fixed[:, :whole], noise[..., :whole]
-    codes = torch.where(fixed[:, None], codes, codebook_size)
+        end = codes.shape[2] // config.span_len * config.span_len
+        codes, given, noise = codes[..., :end], given[..., :end], ItemNoise(*(x[..., :end] for x in noise))
+    known = torch.where(given, codes, codebook_size)
+    shown = known.clone() if config.reference_compat else torch.full_like(codes, codebook_size)
     done = 0
     for stage, num_steps in enumerate(steps):
-        stage_noise = noise[:, done : done + num_steps]
-        codes = _decode_stage(network, unconditional, codes, fixed, codebook_size, stage, config, stage_noise, on_step)
+        shown[:, stage] = known[:, stage]
+        stage_noise = ItemNoise(*(x[:, done : done + num_steps] for x in noise))
+        shown = _decode_stage(networks, shown, given[:, stage], codebook_size, stage, config, stage_noise, on_step)
         done += num_steps
-    return codes
+    return shown
 
 
 def _decode_stage(
-    network: Network,
-    unconditional: Network | None,
+    networks: Networks,
     codes: Tensor,
-    fixed: Tensor,
+    given: Tensor,
     mask_id: int,
     stage: int,
     config: DecodingConfig,
-    noise: Tensor,
-    on_step: Callable[[Step], None] | None,
+    noise: ItemNoise,
+    on_step: Callable[[DecodingStep], None] | None,
 ) -> Tensor:
-    """Fills codebook `stage` where not `fixed`; one step for each of `noise` (`b n t`)."""
-    num_steps = noise.shape[1]
-    masked, certainty = ~fixed, torch.empty(())
+    """Fills codebook `stage` where not `given` (`b t`); one step for each of the noise's n."""
+    num_steps = noise.codes.shape[1]
+    masked, certainty = ~given, torch.empty(())
     # Rounded as in the reference: the number of spans is this share of them, rounded down.
     shares = torch.cos(torch.linspace(0, 1, num_steps) * math.pi * 0.5)
     if not config.reference_compat:
         shares = shares.clamp(min=0)  # the last is -4e-8, and would keep guidance from ending at exactly its minimum
     for step, share in enumerate(shares):
         if step > 0:
-            masked = _remask(certainty, masked, fixed, share, config)
+            masked = _remask(certainty, masked, given, share, config, noise.order[:, step])
         row = codes[:, stage]
-        asked = codes.clone()
-        asked[:, stage] = torch.where(masked, mask_id, row)
-        logits = _guided(network, unconditional, asked, stage, config, float(share)).float()
+        masked_codes = codes.clone()
+        masked_codes[:, stage] = torch.where(masked, mask_id, row)
+        logits = guided_logits(networks, masked_codes, stage, config, float(share)).float()
         temperature = config.temperature * ((num_steps - step - 1) / num_steps if config.anneal_temperature else 1.0)
         probs = torch.softmax(logits / max(temperature, 1e-2), dim=-1)
-        chosen = logits.argmax(-1) if config.greedy else sample(probs, config.top_p, config.top_k, noise[:, step])
+        if config.greedy:
+            chosen = logits.argmax(-1)
+        else:
+            own_noise = share_noise(noise.codes[:, step], config.shared_noise, noise.order[:, step, -1])
+            chosen = sample(probs, config.top_p, config.top_k, own_noise)
         certainty = probs.gather(2, chosen[..., None])[..., 0]
-        codes = asked.clone()
+        codes = masked_codes.clone()
         codes[:, stage] = torch.where(masked, chosen, row)
         if on_step is not None:
-            on_step(Step(stage, step, masked, codes))
+            on_step(DecodingStep(stage, step, masked, codes))
     return codes
 
 
-def _guided(
-    network: Network, unconditional: Network | None, codes: Tensor, stage: int, config: DecodingConfig, share: float
-) -> Tensor:
-    """Logits under classifier-free guidance whose coefficient follows the share still masked (MAGNeT, Sec. 3.4)."""
+def guided_logits(networks: Networks, codes: Tensor, stage: int, config: DecodingConfig, share: float) -> Tensor:
+    """Logits `b t c` under classifier-free guidance, whose coefficient follows the share still masked (Sec. 3.4)."""
     coef = share * config.max_cfg_coef + (1 - share) * config.min_cfg_coef
-    logits = network(codes, stage)
-    if unconditional is None or coef == 1:
+    logits = networks.conditional(codes, stage)
+    if networks.null is None or coef == 1:
         return logits
-    base = unconditional(codes, stage)
-    return base + (logits - base) * coef
+    null = networks.null(codes, stage)
+    return null + (logits - null) * coef
 
 
-def top_p_filter(probs: Tensor, top_p: float) -> Tensor:
-    """Probabilities `… c` with all entries set to zero before which more than `top_p` is already covered."""
-    ordered, index = probs.sort(-1, descending=True)
-    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0)
-    return torch.zeros_like(probs).scatter(-1, index, ordered)
-
-
-def top_k_filter(probs: Tensor, top_k: int) -> Tensor:
-    """Probabilities `… c` with all but the `top_k` largest set to zero."""
-    if top_k >= probs.shape[-1]:
-        return probs
-    return probs.masked_fill(probs < probs.topk(top_k, dim=-1).values[..., -1:], 0)
-
-
-def sample(probs: Tensor, top_p: float, top_k: int, noise: Tensor) -> Tensor:
-    """One entry per distribution, the winner of a race of exponentials: `… c`, `…` in [0, 1) -> `…`.
-
-    Inverting the cumulative sum would be simpler, but where it has a thousand steps a rounding in the seventh digit
-    tips one draw in ten thousand, and an item would not get in a batch what it gets alone.
-    """
-    if top_p > 0 and probs.device.type == "cpu":
-        return _race_in_nucleus(probs, top_p, noise)
-    if top_p > 0:
-        probs = top_p_filter(probs, top_p)
-    elif top_k > 0:
-        probs = top_k_filter(probs, top_k)
-    return (probs / exponential(noise, probs.shape[-1])).argmax(-1)
-
-
-def _race_in_nucleus(probs: Tensor, top_p: float, noise: Tensor) -> Tensor:
-    """The winner among the entries that `top_p_filter` keeps, without sorting them all.
-
-    All entries race; whether a winner is kept shows in the mass of the likelier ones. If it is not, it and all that
-    are no likelier leave, and the rest race again with the same noise: the winner among the kept is the same, and one
-    draw in ten needs a second race. A sort takes five times as long on a CPU; on a GPU it costs less than waiting for
-    the answer would.
-    """
-    rows, exponentials = probs.flatten(0, -2), exponential(noise, probs.shape[-1]).flatten(0, -2)
-    winners = (rows / exponentials).argmax(-1)
-    unsure = torch.arange(len(rows))
-    candidates = rows
-    while len(unsure):
-        chance = candidates.gather(1, winners[unsure, None])
-        likelier = torch.where(candidates > chance, candidates, 0)
-        outside = likelier.sum(1) > top_p
-        unsure, candidates = unsure[outside], likelier[outside]
-        winners[unsure] = (candidates / exponentials[unsure]).argmax(-1)
-    return winners.unflatten(0, probs.shape[:-1])
-
-
-def exponential(noise: Tensor, size: int) -> Tensor:
-    """Exponential noise for every entry, hashed from one uniform number per distribution: `…` in [0, 1) -> `… size`.
-
-    A hash (Wellons' "lowbias32") gives every device the same without drawing, or moving, `size` times as many numbers.
-    """
-    seeds = ((noise.double() - 0.5) * 2**32).to(torch.int32)[..., None]
-    entries = torch.arange(size, dtype=torch.int32, device=noise.device)
-    x = seeds * -0x61C88647 + entries * -0x7A143589  # int32 wraps, and its constants are signed
-    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ (x >> 15 & 0x1FFFF)) * -0x7B935975
-    x = x ^ (x >> 16 & 0xFFFF)
-    uniform = ((x >> 9 & 0x7FFFFF) + 0.5) / 2**23  # 23 bits, so that float32 reaches neither 0 nor 1
-    return uniform.log_().neg_()
-
-
-def _remask(certainty: Tensor, masked: Tensor, fixed: Tensor, share: Tensor, config: DecodingConfig) -> Tensor:
+def _remask(
+    certainty: Tensor, masked: Tensor, given: Tensor, share: Tensor, config: DecodingConfig, order_noise: Tensor
+) -> Tensor:
     """Which frames to predict again: `certainty` and `masked` of the last step, `b t` -> bool `b t`."""
     on_grid = config.span_arrangement == "nonoverlap"
-    if not config.reference_compat:
-        return (_remask_grid if on_grid else _remask_sliding)(certainty, masked, fixed, share, config)
-    if on_grid:
-        return reference_compat.remask_grid(certainty, masked, fixed, share, config.span_len, config.span_scoring)
-    return reference_compat.remask_sliding(certainty, masked, fixed, share, config.span_len)
-
-
-def _count(share: Tensor, units: Tensor) -> Tensor:
-    """How many of `units` (`b`) to mask: the share rounded down, but at least one."""
-    return (float(share) * units).floor().clamp(min=1)  # a share on the CPU: no wait for the device
-
-
-def _remask_grid(certainty: Tensor, masked: Tensor, fixed: Tensor, share: Tensor, config: DecodingConfig) -> Tensor:
-    """The least certain spans of a fixed grid, among those just predicted: `b t` -> bool `b t`.
-
-    The last span of a sequence that is no multiple of the span is shorter; its score is a mean like the
-    others', so it competes on equal terms.
-    """
-    t, length = certainty.shape[1], config.span_len
-    tail = -t % length
-
-    def spans(x: Tensor) -> Tensor:  # b t -> b s length, nothing behind the end
-        return F.pad(x, (0, tail)).unflatten(1, (-1, length))
-
-    open_frames = spans(masked)
-    if config.span_scoring == "max":
-        score = 1 - spans(certainty).masked_fill(~open_frames, 0).amax(-1)
-    else:
-        surprise = -spans(certainty.clamp(min=1e-30).log()).masked_fill(~open_frames, 0)
-        score = surprise.sum(-1) / open_frames.sum(-1).clamp(min=1)
-    score = score.masked_fill(~open_frames.any(-1), -math.inf)
-    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    chosen = rank < _count(share, spans(~fixed).any(-1).sum(1))[:, None]
-    return chosen.repeat_interleave(length, 1)[:, :t] & masked
-
-
-def _remask_sliding(certainty: Tensor, masked: Tensor, fixed: Tensor, share: Tensor, config: DecodingConfig) -> Tensor:
-    """The least certain spans that may begin at every frame, as many as come closest to the share: `b t` -> bool `b t`.
-
-    Spans are taken in the order of their summed surprise. A frame is covered once the first span over it is
-    taken, so the number of frames that n spans cover is known for all n at once, without a search.
-    """
-    t, length = certainty.shape[1], min(config.span_len, certainty.shape[1])
-    surprise = -certainty.clamp(min=1e-30).log()
-    # Frames that stay as they are count as certain beyond doubt, so spans over them come last.
-    surprise = surprise.masked_fill(~masked, -1e4)
-    score = surprise.unfold(1, length, 1).sum(-1)  # b s
-    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    never = t + 1
-    over = F.pad(rank, (length - 1, length - 1), value=never).unfold(1, length, 1)  # b t length, spans over a frame
-    first = over.amin(-1).masked_fill(~masked, never)
-    covered = torch.zeros(len(first), t + 2, device=first.device).scatter_add_(1, first, masked.float()).cumsum(1)
-    target = _count(share, (~fixed).sum(1))[:, None]
-    # Entry n of `covered` counts the frames of the first n + 1 spans; of equally close ones take the fewest.
-    last = (covered[:, : rank.shape[1]] - target).abs().argmin(1, keepdim=True)
-    return (first <= last) & masked
+    if config.reference_compat:
+        if on_grid:
+            return audiocraft_compat.remask_grid(certainty, masked, given, share, config.span_len, config.span_scoring)
+        return audiocraft_compat.remask_sliding(certainty, masked, given, share, config.span_len)
+    remask = remask_grid if on_grid else remask_sliding
+    noise_scale = config.order_temperature * float(share)
+    return remask(certainty, masked, given, share, config.span_len, config.span_scoring, order_noise, noise_scale)

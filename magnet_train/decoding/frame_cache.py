@@ -16,7 +16,7 @@ from magnet_train.attention import text_attention, windowed_attention
 from magnet_train.model import Magnet, TextMemory, rotate
 
 
-class ReusingPass:
+class CachedForward:
     """A stand-in for `Magnet.forward` in one decoding: codes `b k t` and a stage -> logits `b t c`.
 
     To be called with the codes of one step after the other. Waits for the device at each pass, since the number of

@@ -1,0 +1,105 @@
+"""Which of the frames that a step filled in are masked again for the next one (MAGNeT, Sec. 3.2 and App. B).
+
+Shapes: b examples, t frames, s spans. Masks are bool, True = to be predicted.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _count(share: Tensor, units: Tensor) -> Tensor:
+    """How many of `units` (`b`) to mask: the share rounded down, but at least one."""
+    return (float(share) * units).floor().clamp(min=1)  # a share on the CPU: no wait for the device
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Gumbel noise from numbers in [0, 1)."""
+    return -(-uniform.clamp(1e-6, 1 - 1e-6).log()).log()
+
+
+def remask_grid(
+    certainty: Tensor,
+    masked: Tensor,
+    given: Tensor,
+    share: Tensor,
+    span_len: int,
+    scoring: str,
+    order_noise: Tensor,
+    order_temperature: float = 0.0,
+) -> Tensor:
+    """The worst spans of a fixed grid, among those just predicted: `b t` -> bool `b t`.
+
+    The last span of a sequence that is no multiple of the span is shorter. Scores are means or maxima over frames, so
+    it competes on equal terms.
+
+    Args:
+        certainty: `b t`, probability of the chosen code.
+        masked: `b t`, frames that the last step predicted.
+        given: `b t`, frames that are never masked.
+        share: share of the spans to mask, 0 to 1.
+        span_len: length of a span, in frames.
+        scoring: "max" (a span is as certain as its most likely code), "prod" (the mean of its log probabilities) or
+            "random" (spans in random order).
+        order_noise: `b t` uniform in [0, 1); each span uses the number of its first frame.
+        order_temperature: scale of the noise that is added to the scores; 0 = none.
+    """
+    t = certainty.shape[1]
+    tail = -t % span_len
+
+    def spans(x: Tensor) -> Tensor:  # b t -> b s span_len, nothing behind the end
+        return F.pad(x, (0, tail)).unflatten(1, (-1, span_len))
+
+    noise = order_noise[:, ::span_len]
+    open_frames = spans(masked)
+    if scoring == "random":
+        score = noise
+    elif scoring == "max":
+        best = spans(certainty).masked_fill(~open_frames, 0).amax(-1)
+        score = 1 - best if order_temperature == 0 else -best.clamp(min=1e-30).log()
+    else:
+        surprise = -spans(certainty.clamp(min=1e-30).log()).masked_fill(~open_frames, 0)
+        score = surprise.sum(-1) / open_frames.sum(-1).clamp(min=1)
+    if order_temperature > 0:
+        score = score + order_temperature * gumbel(noise)
+    score = score.masked_fill(~open_frames.any(-1), -math.inf)
+    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    chosen = rank < _count(share, spans(~given).any(-1).sum(1))[:, None]
+    return chosen.repeat_interleave(span_len, 1)[:, :t] & masked
+
+
+def remask_sliding(
+    certainty: Tensor,
+    masked: Tensor,
+    given: Tensor,
+    share: Tensor,
+    span_len: int,
+    scoring: str,
+    order_noise: Tensor,
+    order_temperature: float = 0.0,
+) -> Tensor:
+    """The worst spans that may begin at every frame, as many as come closest to the share: `b t` -> bool `b t`.
+
+    Spans are taken in the order of their summed surprise. A frame is covered once the first span over it is taken, so
+    the number of frames that n spans cover is known for all n at once, without a search. Arguments as of `remask_grid`;
+    any scoring but "random" is "prod".
+    """
+    t = certainty.shape[1]
+    length = min(span_len, t)
+    surprise = -certainty.clamp(min=1e-30).log() if scoring != "random" else order_noise
+    if order_temperature > 0:
+        surprise = surprise + order_temperature * gumbel(order_noise)
+    # Frames that stay as they are count as certain beyond doubt, so spans over them come last.
+    surprise = surprise.masked_fill(~masked, -1e4)
+    score = surprise.unfold(1, length, 1).sum(-1)  # b s
+    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    never = t + 1
+    over = F.pad(rank, (length - 1, length - 1), value=never).unfold(1, length, 1)  # b t length, spans over a frame
+    first = over.amin(-1).masked_fill(~masked, never)
+    covered = torch.zeros(len(first), t + 2, device=first.device).scatter_add_(1, first, masked.float()).cumsum(1)
+    target = _count(share, (~given).sum(1))[:, None]
+    # Entry n of `covered` counts the frames of the first n + 1 spans; of equally close ones take the fewest.
+    last = (covered[:, : rank.shape[1]] - target).abs().argmin(1, keepdim=True)
+    return (first <= last) & masked
