@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from magnet_train.common.private_api import softmax_backward
+
 QUERIES_PER_BLOCK = 32
 FRAMES_PER_PIECE = 6000  # of all heads together: 1.5 MB of queries at 64 channels, about a core's cache
 
@@ -107,7 +109,7 @@ class _Blocks:
         of_values = torch.bmm(self.weights.to(gradient.dtype).transpose(1, 2), gradient)
         of_weights = torch.bmm(gradient, self.values.transpose(1, 2))
         # Through the softmax, as torch's own backward pass does it.
-        of_scores = torch.ops.aten._softmax_backward_data(of_weights.float(), self.weights, -1, torch.float32)
+        of_scores = softmax_backward(of_weights, self.weights)
         of_scores = of_scores.mul_(self.shape[3] ** -0.5).to(gradient.dtype)
         of_queries, of_keys = torch.bmm(of_scores, self.keys), torch.bmm(of_scores.transpose(1, 2), self.queries)
         return self._frames(of_queries), self._sum_of_neighbours(of_keys), self._sum_of_neighbours(of_values)

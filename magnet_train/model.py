@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from magnet_train.attention import full_attention, text_attention, window_bias, windowed_attention
+from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 
 
@@ -261,7 +262,7 @@ class Magnet(nn.Module):
         Stages, gradients, padding and captions make more variants than the 8 after which it falls back silently.
         """
         self.text_multiple = 64
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        private_api.allow_recompiles(64)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

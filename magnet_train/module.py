@@ -8,9 +8,10 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from magnet_train.codec.base import absolute_name, load_codec
+from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import absolute_path
 from magnet_train.common.schedule import cosine_factor, inverse_sqrt_factor
@@ -22,7 +23,7 @@ from magnet_train.metrics.fixed_masks import FixedMaskMetrics, fixed_span_mask
 from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.release import Trained, check_stamp, check_weights
 from magnet_train.resume import check_same_model, differing
-from magnet_train.sharding import check_shardable, is_sharded, shard, whole_copy, whole_tensor
+from magnet_train.sharding import check_shardable, full_tensor, is_sharded, shard, unsharded_copy
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class MagnetModule(L.LightningModule):
         if self.device_mesh is None or is_sharded(self.network):
             return
         check_shardable(str(self.trainer.precision), self.optimizer_config.name)
-        if self.trainer.strategy._save_distributed_checkpoint:  # type: ignore[attr-defined]
+        if private_api.saves_distributed_checkpoints(self.trainer):
             raise UserError(
                 "ModelParallelStrategy: save_distributed_checkpoint=true writes folders that nothing else here reads; "
                 "set it to false, or give --trainer.strategy fsdp2, which is the same without"
@@ -276,7 +277,7 @@ class MagnetModule(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """After the callbacks, so that the copy is of averaged weights."""
         if is_sharded(self.network):
-            self._whole = (whole_copy(self.network),)
+            self._whole = (unsharded_copy(self.network),)
 
     def on_validation_epoch_end(self) -> None:
         self._whole = ()
@@ -297,7 +298,8 @@ class MagnetModule(L.LightningModule):
         Raises:
             UserError: if the checkpoint's network or optimizer is another one.
         """
-        if self._trainer is not None and self._trainer.state.fn == "fit":
+        trainer = private_api.attached_trainer(self)
+        if trainer is not None and trainer.state.fn == "fit":
             saved, own = checkpoint["hyper_parameters"], dict(self.hparams)
             check_same_model(saved, own)
             changed = [text for name, text in differing(saved, own) if name not in ("init_from", "start_from_codec")]
@@ -308,9 +310,10 @@ class MagnetModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.log("train/lr", optimizer.param_groups[0]["lr"])
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            norms = [p.grad.norm() for p in self.network.parameters() if p.grad is not None] or [torch.tensor(0.0)]
-            self.log("train/grad_norm", whole_tensor(torch.linalg.vector_norm(torch.stack(norms))))
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            gradients = [p.grad for p in trainable_parameters(self).values() if p.grad is not None]
+            norms = [gradient.norm() for gradient in gradients] or [torch.tensor(0.0)]
+            self.log("train/grad_norm", full_tensor(torch.linalg.vector_norm(torch.stack(norms))))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Any:
         """Audio for every caption of a batch, each item with noise of its own."""
@@ -333,7 +336,8 @@ class MagnetModule(L.LightningModule):
         settings, optimizer, schedule = self._optimizer_settings(), self.trainer.optimizers[0], self.lr_schedulers()
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
         lr = settings["lr"] * schedule.lr_lambdas[0](schedule.last_epoch)
-        schedule.base_lrs, schedule._last_lr = [settings["lr"]], [lr]
+        schedule.base_lrs = [settings["lr"]]
+        private_api.set_last_lr(schedule, lr)
         for group in optimizer.param_groups:
             group |= settings | {"lr": lr, "initial_lr": settings["lr"]}
 
@@ -345,9 +349,9 @@ class MagnetModule(L.LightningModule):
             trainer: Any = self.trainer
             clips, precision = bool(trainer.gradient_clip_val), str(trainer.precision)
             fused = not precision.startswith("16") and not (clips and precision.endswith("-mixed"))
-            optimizer = torch.optim.AdamW(self.network.parameters(), fused=fused, **settings)
+            optimizer = torch.optim.AdamW(trainable_parameters(self).values(), fused=fused, **settings)
         else:
-            optimizer = _dadaptation().DAdaptAdam(self.network.parameters(), decouple=True, **settings)
+            optimizer = _dadaptation().DAdaptAdam(list(trainable_parameters(self).values()), decouple=True, **settings)
         total = self.trainer.estimated_stepping_batches
 
         def factor(step: int) -> float:
@@ -376,3 +380,8 @@ def _dadaptation() -> Any:
             "install it with `pip install 'magnet-train[dadaptation]'`"
         ) from error
     return dadaptation
+
+
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """By name: what the optimizer updates, and what is averaged, guarded and measured."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

@@ -1,7 +1,7 @@
 """FSDP2: each rank holds a part of every weight, and the whole of a block only while it computes with it.
 
 A pass through sharded weights is a collective: all ranks must make it, as often as each other. Training does;
-validation, whose batches are not as many on every rank, and decoding run on a whole copy (`whole_copy`).
+validation, whose batches are not as many on every rank, and decoding run on a whole copy (`unsharded_copy`).
 
 Everything here holds for plain weights too: they are their own only part.
 """
@@ -81,17 +81,17 @@ def is_sharded(network: nn.Module) -> bool:
     return isinstance(network, FSDPModule)
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """What of a tensor lies on this rank, as a plain tensor that shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, on every rank; a collective if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_on_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_to_rank0(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as a checkpoint holds them: sharded ones whole, on the CPU, and on the first rank alone; a collective.
 
     One after another, so that a device never has more than one of them.
@@ -108,10 +108,10 @@ def whole_on_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def whole_copy(network: Magnet) -> Magnet:
+def unsharded_copy(network: Magnet) -> Magnet:
     """A plain network of the same weights, whole on every rank and beside the shards; a collective."""
     with torch.device("meta"):
         copy = Magnet(network.config)
     copy.text_multiple = network.text_multiple
-    copy.load_state_dict({name: whole_tensor(weight) for name, weight in network.state_dict().items()}, assign=True)
+    copy.load_state_dict({name: full_tensor(weight) for name, weight in network.state_dict().items()}, assign=True)
     return copy.train(network.training)

@@ -105,7 +105,7 @@ def arguments(data: Path, run: Path, *options: str, **ledger: Any) -> list[str]:
         "--model.optimizer.warmup_steps=1", "--model.optimizer.lr=0.01", "--data.batch_size=2", "--data.num_workers=0",
         "--averaging.every_n_steps=2", "--averaging.decay=0.9", "--checkpoint.every_n_train_steps=2",
         "--trainer.accelerator=cpu", "--trainer.max_steps=8", "--trainer.val_check_interval=1000",
-        "--trainer.check_val_every_n_epoch=null", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
+        "--trainer.logger=false", "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false", "--trainer.num_sanity_val_steps=0", "--trainer.gradient_clip_val=1.0",
         "--generation.num_prompts=0", "--generation.at_start=false", *options,
     ]  # fmt: skip
@@ -131,7 +131,7 @@ def outcome(run: Path) -> dict[str, Any]:
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     loops = saved["loops"]["fit_loop"]
     names = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
-    callbacks = {k.split("{")[0]: v for k, v in saved["callbacks"].items() if not k.startswith("ModelCheckpoint")}
+    callbacks = {k.split("{")[0]: v for k, v in saved["callbacks"].items() if not k.startswith("RunCheckpoint")}
     return {name: saved[name] for name in names} | {
         "step": saved["global_step"],
         "batches": {k: loops["epoch_loop.batch_progress"]["total"][k] for k in ("ready", "processed")},

@@ -104,7 +104,6 @@ def test_settings_that_differ_beside_the_varied_ones_are_named(tmp_path, monkeyp
     make(Path("."), FAD)
     runs = read_sweep(Path("spans.yaml"), Path("spans"))
     resumed = {"ckpt_path": str(runs[1].folder / "checkpoints" / "last.ckpt")}
-    resumed["checkpoint.enable_version_counter"] = "false"
     finish(runs[1], resumed, **{"val/fad/musicnn": 10.0})
     csv = {"trainer": {"max_steps": 800, "default_root_dir": str(runs[2].folder.absolute())}}
     finish(runs[2], csv, **{"val/fad/musicnn": 12.0})

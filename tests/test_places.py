@@ -33,7 +33,7 @@ from magnet_train.__main__ import main
 from magnet_train.common.errors import UserError
 from magnet_train.data import pipeline
 from magnet_train.data import remote as places
-from magnet_train.data.datamodule import MagnetDataModule, never_validates
+from magnet_train.data.datamodule import MagnetDataModule
 from magnet_train.data.pipeline import EveryItemOnce, ShardSet, TrainingStream, packed, training_order
 from magnet_train.data.remote import find_folders
 from magnet_train.resume import fingerprint
@@ -603,50 +603,6 @@ def test_two_ranks_train_on_from_a_server_that_misses_a_shard(data: Path, tmp_pa
 def test_mistakes_by_the_command(option: str, says: str, data: Path, tmp_path: Path, capfd: Any, monkeypatch: Any):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     assert says in mistake(capfd, arguments(data, tmp_path / "run", option))
-
-
-# --- a validation that does not happen ------------------------------------------------------------------------------
-
-
-def test_a_run_without_validation_says_so(data: Path, tmp_path: Path):
-    """Also what it needs no validation shards for; and one that leaves out items says how many."""
-    args = arguments(data, tmp_path / "run", "--trainer.max_steps=2", "--ckpt_path=null")
-    with pytest.warns(UserWarning, match=r"this run does not validate: .* after batch 1000, the run ends after 2 "):
-        assert main(args) == 0
-    none = [a for a in args if not a.startswith("--data.validation")]
-    with pytest.warns(UserWarning, match="does not validate: trainer.limit_val_batches=0"):
-        assert main([*none, "--trainer.limit_val_batches=0"]) == 0
-    few = ["--trainer.limit_val_batches=1", "--data.batch_size=1", "--trainer.val_check_interval=1"]
-    with pytest.warns(UserWarning, match="each validation sees 1 of 2 items"):
-        assert main([*args, *few]) == 0
-    assert "--data.validation" in refusal(
-        MagnetDataModule(train=str(data / "train"), codec=str(data / "codec")).setup, "fit"
-    )
-
-
-@pytest.mark.parametrize(
-    ("changed", "validates"),
-    [
-        ({}, True), ({"val_check_interval": 11}, False),
-        ({"val_check_interval": 11, "accumulate_grad_batches": 2}, True),
-        ({"max_steps": -1, "val_check_interval": 10**6}, True), ({"limit_val_batches": 0}, False),
-        # Epochs: the stream has no end of its own.
-        ({"check_val_every_n_epoch": 1, "val_check_interval": 1.0}, False),
-        ({"check_val_every_n_epoch": 1, "val_check_interval": 1.0, "max_steps": -1}, False),
-        ({"check_val_every_n_epoch": 1, "val_check_interval": 1.0, "limit_train_batches": 10}, True),
-        ({"check_val_every_n_epoch": 2, "val_check_interval": 1.0, "limit_train_batches": 6}, False),
-        ({"check_val_every_n_epoch": 2, "val_check_interval": 1.0, "limit_train_batches": 5}, True),
-        ({"check_val_every_n_epoch": 2, "val_check_interval": 3, "limit_train_batches": 6}, True),
-        ({"check_val_every_n_epoch": 1, "val_check_interval": 1.0, "limit_train_batches": 5, "max_epochs": 0}, False),
-        ({"val_check_interval": "00:00:10:00"}, True),
-    ],
-)  # fmt: skip
-def test_whether_a_run_will_validate(changed: dict[str, Any], validates: bool):
-    trainer = {
-        "limit_val_batches": 1.0, "val_check_interval": 10, "check_val_every_n_epoch": None, "max_steps": 10,
-        "max_epochs": -1, "accumulate_grad_batches": 1, "limit_train_batches": 1.0,
-    }  # fmt: skip
-    assert (never_validates(SimpleNamespace(**(trainer | changed))) is None) == validates
 
 
 def test_ranks_that_found_other_checkpoints_are_told(codec: str, folder: Path):

@@ -15,7 +15,7 @@ from helpers_programs import LONGEST_S, program
 from helpers_resume import arguments, differences, ledger, make_data, outcome
 from make_components import make_t5
 
-import magnet_train.callbacks.preemption
+import magnet_train.callbacks.checkpoint
 from magnet_train.__main__ import main
 from magnet_train.callbacks.preemption import Preempted, Preemption
 from magnet_train.release import newest_checkpoint
@@ -82,7 +82,7 @@ def validations(run: Path) -> list[str]:
 
 def test_no_validation_is_skipped(data: Path, twins: Any, tmp_path: Path):
     """Also one that a run was killed in, right after the checkpoint of the step before it."""
-    options = ("--trainer.val_check_interval=8", "--trainer.accumulate_grad_batches=2")
+    options = ("--trainer.val_check_interval=4", "--trainer.accumulate_grad_batches=2")
     stopped(data, tmp_path / "run", *options, stop_in_validation=4)
     # Resumed, it saves step 4 once more, one batch later; the validation before it is done and counts once.
     stopped(data, tmp_path / "run", *options, stop_at=9)
@@ -93,13 +93,11 @@ def test_no_validation_is_skipped(data: Path, twins: Any, tmp_path: Path):
 
 
 def test_a_signal_in_the_last_batch_of_an_epoch_skips_no_validation(data: Path, twins: Any, tmp_path: Path):
-    """Where validations come at the end of epochs, of 5 batches and 3 steps."""
-    options = (
-        "--trainer.limit_train_batches=5", "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=1.0",
-        "--trainer.accumulate_grad_batches=2",
-    )  # fmt: skip
+    """An epoch of 6 batches and 3 steps, as many as lie between validations."""
+    options = ("--trainer.limit_train_batches=6", "--trainer.val_check_interval=3")
+    options = (*options, "--trainer.accumulate_grad_batches=2")
     with pytest.raises(Preempted):
-        main(arguments(data, tmp_path / "run", *options, signal_at=4, signal=int(signal.SIGTERM)))
+        main(arguments(data, tmp_path / "run", *options, signal_at=5, signal=int(signal.SIGTERM)))
     assert main(arguments(data, tmp_path / "run", *options)) == 0
     assert validations(tmp_path / "run") == validations(twins[options])
     assert equal(twins[options], tmp_path / "run")
@@ -152,7 +150,7 @@ def test_checkpoints_are_written_between_validations_too(
     options = ("--data.num_workers=0", "--trainer.accumulate_grad_batches=1")
     twin = twins[options]
     with monkeypatch.context() as often:
-        often.setattr(magnet_train.callbacks.preemption, "EVERY_S", 0.0)
+        often.setattr(magnet_train.callbacks.checkpoint, "SAVE_EVERY_S", 0.0)
         stopped(data, tmp_path / "run", *options, stop_at=2)
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 2
@@ -167,7 +165,7 @@ def test_a_run_has_one_last_checkpoint_and_leaves_those_of_an_earlier_run(
     """However it comes to be written, and with it `generate` finds the newest weights."""
     if earlier:
         stopped(data, tmp_path / "run", "--ckpt_path=null", stop_at=7)
-    monkeypatch.setattr(magnet_train.callbacks.preemption, "EVERY_S", 0.0)
+    monkeypatch.setattr(magnet_train.callbacks.checkpoint, "SAVE_EVERY_S", 0.0)
     options = ("--ckpt_path=null", "--checkpoint.every_n_train_steps=4", "--trainer.max_steps=5")
     assert main(arguments(data, tmp_path / "run", *options)) == 0
     steps = {

@@ -22,7 +22,7 @@ from magnet_train.__main__ import main
 from magnet_train.common.errors import UserError
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.model import Magnet, MagnetConfig
-from magnet_train.sharding import is_sharded, own_part, shard, whole_copy, whole_on_first, whole_tensor
+from magnet_train.sharding import full_tensor, gather_to_rank0, is_sharded, local_shard, shard, unsharded_copy
 
 STEPS = (3, 2, 1, 1)
 OPTIONS = (
@@ -49,7 +49,7 @@ def on_rank(rank: int, size: int, folder: str, precision: torch.dtype, compiled:
         network.compile_blocks(backend="aot_eager")
     shard(network, "cpu")
     assert is_sharded(network) and not is_sharded(plain) and list(network.state_dict()) == names
-    held = sum(own_part(p.detach()).numel() for p in network.parameters())
+    held = sum(local_shard(p.detach()).numel() for p in network.parameters())
     assert held == sum(p.numel() for p in plain.parameters()) // size
     generators = [torch.Generator().manual_seed(r) for r in range(size)]
     for stage in range(1 if compiled else 4):
@@ -73,10 +73,10 @@ def on_rank(rank: int, size: int, folder: str, precision: torch.dtype, compiled:
         loss.backward()
         for (name, one), two in zip(plain.named_parameters(), network.parameters(), strict=True):
             assert two.grad is not None and one.grad is not None, name
-            assert torch.allclose(whole_tensor(two.grad), one.grad, rtol=1e-4, atol=1e-7), (name, stage)
-    gathered = whole_on_first(dict(network.named_parameters()))
+            assert torch.allclose(full_tensor(two.grad), one.grad, rtol=1e-4, atol=1e-7), (name, stage)
+    gathered = gather_to_rank0(dict(network.named_parameters()))
     assert list(gathered) == (list(dict(plain.named_parameters())) if rank == 0 else [])
-    for model in (whole_copy(network), whole_copy(plain)):
+    for model in (unsharded_copy(network), unsharded_copy(plain)):
         assert not is_sharded(model)
         for name, weight in plain.state_dict().items():
             assert torch.equal(model.state_dict()[name], weight)

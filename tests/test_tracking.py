@@ -32,7 +32,7 @@ TINY = [
     "--model.network.dim=16", "--model.network.num_heads=2", "--model.network.num_layers=1", "--model.crop_s=6.4",
     "--model.optimizer.warmup_steps=1", "--model.optimizer.lr=0.01", "--data.batch_size=2", "--data.num_workers=0",
     "--trainer.accelerator=cpu", "--trainer.max_steps=6", "--trainer.val_check_interval=2",
-    "--trainer.check_val_every_n_epoch=null", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1",
+    "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1",
     "--trainer.enable_model_summary=false", "--trainer.num_sanity_val_steps=0", "--generation.num_prompts=2",
     "--generation.batch_size=2", "--generation.num_media=2", "--generation.decoding.decoding_steps=[2,1,1,1]",
     "--checkpoint.every_n_train_steps=4", "--ckpt_path=auto",

@@ -1,6 +1,7 @@
 """Averaged weights: what validation sees and checkpoints hold, with the reference's bias correction."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as L
@@ -11,33 +12,39 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from magnet_train.common.errors import UserError
-from magnet_train.sharding import own_part, whole_on_first
+from magnet_train.module import trainable_parameters
+from magnet_train.sharding import gather_to_rank0, local_shard
 
 
 class WeightEMA(Callback):
-    """Exponential average of the weights, on which validation runs and which checkpoints hold as `state_dict`.
+    """Exponential average of the trained weights, on which validation runs and which checkpoints hold.
 
-    The raw weights stand beside it as `current_model_state`, the number of updates as `averaging_state`. The average
-    is corrected for its start (audiocraft `optim/ema.py`): the n-th update weighs 1 / (1 + d + … + d^n), so that the
-    random initial weights are gone at once instead of lingering for a thousand steps.
+    A checkpoint's `state_dict` has the average, `current_model_state` the raw weights, and `averaging_state` the number
+    of updates. The average is corrected for its start (audiocraft `optim/ema.py`): the n-th update weighs
+    1 / (1 + d + … + d^n), so that the random initial weights are gone at once instead of lingering for a thousand
+    steps.
 
-    It lies where the weights lie, and as they are sharded: each rank averages its own part. Lightning's own callback,
-    whose names in checkpoints these are, refuses shards, and averages on the CPU what is trained on a GPU.
+    The average is on the weights' device and sharded as they are: each rank averages its own part. Lightning's own
+    callback, whose names in checkpoints these are, refuses shards, and averages on the CPU what is trained on a GPU.
     """
 
     def __init__(self, decay: float = 0.99, every_n_steps: int = 10):
         """Sets how far the average looks back.
 
         Args:
-            decay: weight of the past at each update, 0 to 1; 0.99 every 10 steps looks back a thousand steps.
-            every_n_steps: optimizer steps between updates.
+            decay: EMA decay, 0 to 1; 0.99 every 10 steps averages over about 1,000 steps.
+            every_n_steps: Optimizer steps between updates of the average.
         """
         if not 0 <= decay < 1 or every_n_steps < 1:
             raise UserError(f"averaging: decay={decay} must be in [0, 1), every_n_steps={every_n_steps} at least 1")
-        self.decay, self.every_n_steps = decay, every_n_steps
+        self.decay = decay
+        self.every_n_steps = every_n_steps
         self._average: dict[str, Tensor] = {}
+        """By name; the raw weights instead while the module has the averaged ones."""
         self._num_updates = torch.tensor(0)
         self._latest_update_step = 0
+        self._is_swapped = False
+        self._validation = ExitStack()
 
     def updated(self, average: Tensor, current: Tensor, num_updates: Tensor | int) -> Tensor:
         """The average after one more update; `num_updates` came before."""
@@ -47,46 +54,52 @@ class WeightEMA(Callback):
         """Whether the average is updated after that many optimizer steps."""
         return step % self.every_n_steps == 0
 
+    @contextmanager
+    def averaged(self, module: L.LightningModule) -> Iterator[None]:
+        """Gives the module the averaged weights for a while; those it has if there is no average yet."""
+        self._swap(module)
+        self._is_swapped = True
+        try:
+            yield
+        finally:
+            self._swap(module)
+            self._is_swapped = False
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._average:
             self._average = _copies(pl_module)
-        for name, parameter in pl_module.named_parameters():  # a checkpoint may have been loaded before the device
+        for name, parameter in trainable_parameters(pl_module).items():  # loaded before the module had its device
             self._average[name] = self._average[name].to(parameter.device)
 
-    @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self._latest_update_step or not self.is_due(trainer.global_step):
-            return
-        for average, current in self._pairs(pl_module):
-            average.copy_(self.updated(average, current, self._num_updates) if self._num_updates else current)
-        self._num_updates += 1
-        self._latest_update_step = trainer.global_step
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._update_if_due(trainer, pl_module)
 
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._swap(pl_module)
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before any hook of the validation's epoch, which may use the weights."""
+        self._validation.enter_context(self.averaged(pl_module))
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._swap(pl_module)
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validation.close()
 
     @torch.no_grad()
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The module goes on with the average."""
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The module keeps the average; by now the last checkpoint has been saved."""
         for average, current in self._pairs(pl_module):
             current.copy_(average)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"latest_update_step": self._latest_update_step}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._latest_update_step = state_dict["latest_update_step"]
-
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._average:
-            checkpoint["current_model_state"] = checkpoint["state_dict"]
-            checkpoint["state_dict"] = whole_on_first(self._average)
-            checkpoint["averaging_state"] = {"n_averaged": self._num_updates}
+        if not self._average:
+            return
+        self._update_if_due(trainer, pl_module)  # whichever callback saves, and whenever
+        own = checkpoint["state_dict"]
+        other = own | gather_to_rank0(self._average)
+        raw, average = (other, own) if self._is_swapped else (own, other)
+        checkpoint["current_model_state"] = raw
+        checkpoint["state_dict"] = average
+        checkpoint["averaging_state"] = {
+            "n_averaged": self._num_updates,
+            "latest_update_step": self._latest_update_step,
+        }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """By now the module has the average, as `state_dict`."""
@@ -94,18 +107,30 @@ class WeightEMA(Callback):
             return
         self._average = _copies(pl_module)
         if "current_model_state" not in checkpoint:
-            rank_zero_warn("the checkpoint holds no average: it begins with the checkpoint's weights")
+            rank_zero_warn("the checkpoint has no averaged weights: the average starts with the checkpoint's weights")
             return
-        self._num_updates = checkpoint["averaging_state"]["n_averaged"].clone()
+        state = checkpoint["averaging_state"]
+        self._num_updates = state["n_averaged"].clone()
+        self._latest_update_step = state["latest_update_step"]
         set_model_state_dict(
             pl_module, checkpoint["current_model_state"], options=StateDictOptions(full_state_dict=True)
         )
 
+    @torch.no_grad()
+    def _update_if_due(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if self._is_swapped or step == self._latest_update_step or not self.is_due(step):
+            return
+        for average, current in self._pairs(module):
+            average.copy_(self.updated(average, current, self._num_updates) if self._num_updates else current)
+        self._num_updates += 1
+        self._latest_update_step = step
+
     def _pairs(self, module: L.LightningModule) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's part of each average and of its weight, in the weights' own memory."""
         if self._average:
-            for name, parameter in module.named_parameters():
-                yield own_part(self._average[name]), own_part(parameter.detach())
+            for name, parameter in trainable_parameters(module).items():
+                yield local_shard(self._average[name]), local_shard(parameter.detach())
 
     @torch.no_grad()
     def _swap(self, module: L.LightningModule) -> None:
@@ -116,4 +141,4 @@ class WeightEMA(Callback):
 
 
 def _copies(module: L.LightningModule) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in trainable_parameters(module).items()}

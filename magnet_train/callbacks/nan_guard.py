@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
-from magnet_train.sharding import whole_tensor
+from magnet_train.sharding import full_tensor
 
 
 class FiniteGuard(Callback):
@@ -60,7 +60,7 @@ class FiniteGuard(Callback):
         keys, losses = self._keys, torch.stack(self._losses)
         self._keys, self._losses = [], []
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        is_finite = losses.isfinite().all() & whole_tensor(torch.nn.utils.get_total_norm(gradients)).isfinite()
+        is_finite = losses.isfinite().all() & full_tensor(torch.nn.utils.get_total_norm(gradients)).isfinite()
         agree = trainer.strategy.reduce_boolean_decision
         if agree(bool(is_finite)):
             self.in_a_row = 0

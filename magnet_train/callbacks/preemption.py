@@ -1,25 +1,21 @@
-"""SIGTERM and SIGUSR1 end a run within a batch, with a checkpoint; without any signal one is written twice an hour."""
+"""SIGTERM and SIGUSR1 end a run within a batch, with a checkpoint."""
 
-import itertools
 import os
 import signal
 import subprocess
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from magnet_train.common import private_api
 from magnet_train.data.timed_loader import TOGETHER_S
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-EVERY_S = 1800.0
-"""Seconds between checkpoints: validations may be hours apart, and no signal announces that a node fails."""
 
 
 class Preempted(SystemExit):
@@ -33,9 +29,6 @@ class Preempted(SystemExit):
 
 class Preemption(Callback):
     """Saves `last.ckpt` at the end of the batch in which a signal arrives, then stops.
-
-    It saves every EVERY_S seconds too, and goes on. A checkpoint that was due at the very batch at which a run stops is
-    not written beside it.
 
     A signal that arrives in a validation waits for its end, since ranks have unequal numbers of validation batches and
     cannot agree before; a second one, more than TOGETHER_S later, ends the process at once unless it is saving.
@@ -53,7 +46,6 @@ class Preemption(Callback):
         self._before: dict[int, Any] = {}
         self._is_first_rank = False
         self._is_saving = False
-        self._saved = 0.0
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Of the untrained model, or the sanity check: they may be long."""
@@ -61,14 +53,13 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._take_signals(trainer)
-        self._saved = time.monotonic()
 
     def _take_signals(self, trainer: L.Trainer) -> None:
         """Over from Lightning, whose handler of SIGTERM calls a collective from within itself."""
         if self._before or threading.current_thread() is not threading.main_thread():  # Python takes no handlers there
             return
         self._is_first_rank = trainer.is_global_zero
-        environment = trainer._accelerator_connector.cluster_environment  # type: ignore[attr-defined]
+        environment = private_api.cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = environment.requeue_signal
         for number in {*SIGNALS, self._requeue_signal} - {None}:
@@ -77,33 +68,29 @@ class Preemption(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        is_due = trainer.is_global_zero and time.monotonic() - self._saved > EVERY_S
         agree = trainer.strategy.reduce_boolean_decision
-        if not agree(is_due or self._received is not None, all=False):
+        if not agree(self._received is not None, all=False):
             return
         text = "nothing to save, no step was finished"
         if trainer.global_step:
-            path = _last(trainer)
+            saver: Any = trainer.checkpoint_callback
             self._is_saving = True
-            trainer.save_checkpoint(path, weights_only=False)
+            saver.save_last(trainer)
             self._is_saving = False
-            text = f"saved {path}"
-        self._saved = time.monotonic()
-        if not agree(self._received is not None, all=False):
-            return
+            text = f"saved {saver.last_model_path}"
         requeue = agree(self._requeue_signal is not None and self._received == self._requeue_signal, all=False)
         if requeue:  # upon which SLURM tells all processes to end, and that shall not cut W&B's last seconds short
             for number in self._before:
                 signal.signal(number, signal.SIG_IGN)
             self._before = {}
-            trainer._signal_connector._original_handlers = {}  # which Lightning would put back before them
+            private_api.keep_signal_handlers(trainer)
         if trainer.is_global_zero:
             name = signal.Signals(self._received).name if self._received else "a signal to another rank"
             after, is_done = _requeue() if requeue else ("go on with --ckpt_path auto", True)
             print(f"stopped at step {trainer.global_step} by {name}: {text}; {after}", flush=True)
             if not is_done:  # the job file may be able to
                 raise Preempted(1)
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # which waits for a result for ever
+        if private_api.waits_for_results(trainer):
             raise RuntimeError(f"ddp_fork and ddp_spawn know no exit of their ranks without a failure: {text}")
         raise Preempted(0)
 
@@ -128,22 +115,6 @@ class Preemption(Callback):
             if signal.getsignal(number) == self._note:  # else Lightning has put back what was there before itself
                 signal.signal(number, handler)
         self._before = {}
-
-
-def _last(trainer: L.Trainer) -> Path:
-    """The file that the checkpoint callback will write next as its last; not one of an earlier run."""
-    callback: Any = trainer.checkpoint_callback
-    if callback is None or not callback.save_last:
-        return Path(getattr(callback, "dirpath", None) or trainer.default_root_dir) / "last.ckpt"
-    path = callback.last_model_path
-    if not path:
-        path = Path(callback.dirpath) / "last.ckpt"
-        versions = (path.with_name(f"last-v{n}.ckpt") for n in itertools.count(1))
-        if callback._enable_version_counter and path.exists():
-            path = next(version for version in versions if not version.exists())
-        path = trainer.strategy.broadcast(str(path))
-    callback.last_model_path = path
-    return Path(path)
 
 
 def _requeue() -> tuple[str, bool]:

@@ -7,12 +7,11 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder
 from magnet_train.module import MagnetModule
 from magnet_train.resume import Layout, fingerprint
-
-PROGRESS = "epoch_loop.batch_progress"
 
 
 class ExactResume(Callback):
@@ -30,6 +29,10 @@ class ExactResume(Callback):
     def __init__(self) -> None:
         self._open = 0
         """Batches since the last optimizer step."""
+        self._has_skipped = False
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *args: Any) -> None:
+        self._has_skipped |= bool(batch["shards_left_out"] or batch["items_left_out"])
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
         self._open += 1
@@ -43,6 +46,7 @@ class ExactResume(Callback):
         checkpoint["run"] = {
             "layout": asdict(self._layout(trainer)),
             "open_batches": self._open,
+            "has_skipped": trainer.strategy.reduce_boolean_decision(self._has_skipped, all=False),
             "train": fingerprint(data.shards("train").index),
             "validation": _validation_fingerprint(data),
             "codec": data.shards("train").index["codec"]["hash"],
@@ -64,16 +68,22 @@ class ExactResume(Callback):
             rank_zero_info(
                 "goes on with another validation set: earlier figures under val/ do not compare with new ones"
             )
-        loops = checkpoint["loops"]["fit_loop"]
-        progress, inner = loops[PROGRESS], loops["epoch_loop.state_dict"]
+        self._has_skipped = saved.get("has_skipped", False)
+        if self._has_skipped:
+            rank_zero_info(
+                "shards or items were skipped before this checkpoint was saved: what follows comes in another order "
+                "than without the interruption, so results will not be bit-identical"
+            )
+        saved_progress = private_api.Progress(checkpoint)
+        progress = saved_progress.training
         # Or a validation that was made up for once would look interrupted ever after.
-        of_validation = loops["epoch_loop.val_loop.batch_progress"]
+        of_validation = saved_progress.validation
         for counts in (of_validation["total"], of_validation["current"]):
             counts |= dict.fromkeys(("ready", "started", "processed", "completed"), 0)
         was_at_end = not saved["open_batches"] and _is_at_batch_end(progress)
         if saved["open_batches"]:
             _end_batch(progress, -saved["open_batches"])
-            inner["_batches_that_stepped"] -= 1
+            saved_progress.take_back_logged_step()
         before, now = Layout(**saved["layout"]), self._layout(trainer)
         if before != now:
             done = progress["total"]["processed"]
@@ -85,9 +95,7 @@ class ExactResume(Callback):
                 "the data, masks and rounding are no longer bit-equal to a run without the change"
             )
         # By the counts of this layout, in whose batches the interval is.
-        if was_at_end and validation_is_due(
-            trainer, progress["total"]["processed"], progress["current"]["processed"], checkpoint["epoch"]
-        ):
+        if was_at_end and self._validation_is_due(trainer, progress["total"]["processed"]):
             for counts in (progress["total"], progress["current"]):
                 counts["completed"] = counts["processed"]
             # As if saved while the first batch of that validation was under way.
@@ -98,6 +106,10 @@ class ExactResume(Callback):
     def _layout(trainer: L.Trainer) -> Layout:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         return Layout(trainer.world_size, data.batch_size, trainer.accumulate_grad_batches, data.workers)
+
+    @staticmethod
+    def _validation_is_due(trainer: Any, num_batches: int) -> bool:
+        return trainer.limit_val_batches != 0 and num_batches % trainer.val_check_interval == 0
 
     @staticmethod
     def check_data(data: Any, saved: dict[str, Any], text_encoder: TextEncoder | None) -> None:
@@ -140,21 +152,3 @@ def _end_batch(progress: dict[str, Any], more: int) -> None:
         done = max(0, counts["processed"] + more)
         counts |= {"ready": done, "started": done, "processed": done, "completed": max(0, done - 1)}
     progress["is_last_batch"] = False
-
-
-def validation_is_due(trainer: L.Trainer, total: int, current: int, epoch: int) -> bool:
-    """Whether a validation follows on a batch.
-
-    Args:
-        trainer: with its intervals; those in seconds say nothing of batches.
-        total: batches done in the run.
-        current: batches done in the epoch.
-        epoch: number of the epoch, from 0.
-    """
-    interval, every_epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch  # type: ignore[attr-defined]
-    if trainer.limit_val_batches == 0:
-        return False
-    if every_epochs is None:
-        return isinstance(interval, int) and total % interval == 0
-    batches = interval if isinstance(interval, int) else trainer.limit_train_batches  # the stream has no end of its own
-    return (epoch + 1) % every_epochs == 0 and isinstance(batches, int) and current % batches == 0

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from magnet_train.callbacks.generation import GenerationCallback
+from magnet_train.common import private_api
 from magnet_train.module import MagnetModule
 from magnet_train.resume import fingerprint
 from magnet_train.tracking.environment import environment, note_environment
@@ -79,6 +80,7 @@ class Tracking(Callback):
         self.upload_checkpoints = upload_checkpoints
         self._is_set_up = False
         self._table: Any = None
+        self._unwritten_row: dict[str, Any] | None = None
         self._logged: dict[str, Any] = {}
         """Parts of the table that were logged, and in which W&B run."""
 
@@ -108,6 +110,24 @@ class Tracking(Callback):
                     glob = name if any(entry.name == name for entry in LOGGED) else f"{name}*"
                     run.define_metric(glob, step_metric=STEP, step_sync=True)
 
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """A logged row has what was measured at its step, and nothing of an earlier one."""
+        private_api.forget_logged(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Loggers get the row of a step after its checkpoint is written; a kill in between would lose it."""
+        checkpoint["unwritten_row"] = private_api.unwritten_row(trainer)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._unwritten_row = checkpoint.get("unwritten_row")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._unwritten_row:
+            return
+        values = self._unwritten_row["values"] | {"epoch": trainer.current_epoch}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, self._unwritten_row["step"])
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         generation = next((c for c in trainer.callbacks if isinstance(c, GenerationCallback)), None)  # type: ignore[attr-defined]
         if generation is None or not generation.audio or not trainer.is_global_zero or trainer.sanity_checking:
@@ -130,8 +150,7 @@ class Tracking(Callback):
             self._table = wandb.Table(columns=list(self.COLUMNS), log_mode="INCREMENTAL")
             if self._logged.get("run") == run.id:
                 # W&B does this of itself where a server tells it so; it then has rows of steps that are done again too.
-                self._table._increment_num = self._logged["count"]
-                self._table._previous_increments_paths = list(self._logged["parts"])
+                private_api.continue_table(self._table, self._logged["count"], self._logged["parts"])
         for clip in clips:
             audio, picture = wandb.Audio(str(clip.audio)), wandb.Image(str(clip.picture))
             self._table.add_data(step, clip.item, clip.caption, audio, picture, clip.score)

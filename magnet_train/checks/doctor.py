@@ -15,7 +15,6 @@ import resource
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -26,6 +25,7 @@ from typing import Any, Literal
 import torch
 
 from magnet_train import cost as estimate
+from magnet_train.callbacks import validation
 from magnet_train.callbacks.resume import ExactResume
 from magnet_train.checks.measure import matmul_limit, peak_mb, timed, training_pass
 from magnet_train.codec.base import CodecFacts, load_codec
@@ -163,7 +163,7 @@ class Plan:
         """What data module and optimizer ask of a trainer: its settings, and its answers as on all devices."""
         given = self.config.trainer
         progress = SimpleNamespace(total=SimpleNamespace(processed=0))
-        limits = ("limit_train_batches", "limit_val_batches", "val_check_interval")
+        limits = ("limit_train_batches", "limit_val_batches")
         filled = {name: 1.0 if (value := getattr(given, name)) is None else value for name in limits}
         more = filled | {
             "world_size": self.devices.ranks,
@@ -186,13 +186,8 @@ class Plan:
     @property
     def steps_between_validations(self) -> float:
         """Infinite if none happens."""
-        given, interval = self.config.trainer, self.trainer.val_check_interval
-        if given.limit_val_batches == 0:
-            return math.inf
-        batches = interval
-        if not isinstance(interval, int) and isinstance(given.limit_train_batches, int):
-            batches = given.limit_train_batches * (given.check_val_every_n_epoch or 1)
-        return batches / self.trainer.accumulate_grad_batches if isinstance(batches, int) else math.inf
+        given = self.config.trainer
+        return math.inf if given.limit_val_batches == 0 else given.val_check_interval
 
     @property
     def ckpt_path(self) -> str | None:
@@ -266,32 +261,15 @@ def check_schedule(plan: Plan) -> Iterator[Finding]:
 
 
 def check_validation(plan: Plan) -> Iterator[Finding]:
-    given, interval = plan.config.trainer, plan.trainer.val_check_interval
-    if isinstance(interval, float) and interval != 1.0:
-        raise UserError(
-            f"trainer.val_check_interval={interval}: training data has no end of which this could be a share; give a "
-            "number of steps"
-        )
-    epoch = given.limit_train_batches
-    are_batches = isinstance(interval, int) and isinstance(epoch, int)
-    if given.check_val_every_n_epoch is not None and are_batches and interval > epoch:
-        raise UserError(
-            f"trainer.val_check_interval={interval} is beyond the epoch of limit_train_batches={epoch}: set "
-            "--trainer.check_val_every_n_epoch null"
-        )
-    _or_none(lambda: plan.shards("validation"))  # so that they are held to a codec, if there is none
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        plan.data._check_validation(plan.trainer, "fit")
-    told = [w for w in caught if issubclass(w.category, UserWarning)]  # not one of a file that nobody has closed
+    given = plan.config.trainer
+    if not given.fast_dev_run:
+        validation.check_validation(given.val_check_interval, given.check_val_every_n_epoch, given.limit_val_batches)
     every, generation = plan.steps_between_validations, plan.config.generation
     prompts = f"{generation.num_prompts} prompts"
-    if told:
-        yield Finding("warning", "validation", str(told[0].message))
-    elif plan.config.trainer.fast_dev_run:
+    if given.limit_val_batches == 0:
+        yield Finding("warning", "validation", "this run does not validate: trainer.limit_val_batches=0")
+    elif given.fast_dev_run:
         yield Finding("ok", "validation", f"once, at the end, {prompts}")
-    elif not isinstance(interval, int | float):
-        yield Finding("ok", "validation", f"every {interval}, {prompts}")
     else:
         yield Finding("ok", "validation", f"every {every:,.0f} steps, {prompts}")
     plan.decoding.steps_per_stage(plan.network.num_codebooks)
@@ -646,7 +624,7 @@ def _kept_checkpoints(plan: Plan) -> float:
     if best == -1:  # all
         every = given.every_n_train_steps or plan.steps_between_validations
         best = plan.num_steps // every if math.isfinite(plan.num_steps / every) else 1
-    return best + bool(given.save_last) + 1
+    return best + 2
 
 
 def check_wandb(plan: Plan) -> Iterator[Finding]:

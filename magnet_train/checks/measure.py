@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from magnet_train.common import private_api
 from magnet_train.loss import masked_cross_entropy
 from magnet_train.model import Magnet, MagnetConfig
 
@@ -95,28 +96,18 @@ def peak_mb(call: Callable[[], Any], device: str) -> float:
     # The process's own memory would tell more about malloc, which keeps and gives back pages as it likes.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    every: list[Any] = profile.profiler.kineto_results.events()
-    events = [e for e in every if e.name() == "[memory]"]
     now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
+    for change in private_api.memory_changes(profile):
+        now += change
         peak = max(peak, now)
     return peak / 1e6
 
 
 def count_flop(call: Callable[[], Any]) -> float:
     """Multiplications and additions in matrix products and attention of a call."""
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+    from torch.utils.flop_counter import FlopCounterMode
 
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch does not count by itself
-    mapping: dict[Any, Callable[..., int]] = {
-        fused: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda of_output, q, k, v, *_, **__: sdpa_backward_flop_count(of_output, q, k, v)
-        ),
-    }
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with FlopCounterMode(display=False, custom_mapping=private_api.cpu_attention_flop()) as counter:
         call()
     return float(counter.get_total_flops())
 

@@ -16,23 +16,25 @@ from typing import Any, TypeVar
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from magnet_train.callbacks.averaging import WeightEMA
+from magnet_train.callbacks.checkpoint import RunCheckpoint
+from magnet_train.callbacks.checkpoint_io import AtomicCheckpointIO
 from magnet_train.callbacks.generation import GenerationCallback, PredictionWriter
 from magnet_train.callbacks.nan_guard import FiniteGuard
 from magnet_train.callbacks.preemption import Preempted, Preemption
-from magnet_train.callbacks.resume import ExactResume, validation_is_due
+from magnet_train.callbacks.resume import ExactResume
 from magnet_train.callbacks.throughput import Throughput
 from magnet_train.callbacks.tracking import SaveConfig, Tracking
+from magnet_train.callbacks.validation import ValidationSchedule
 from magnet_train.callbacks.watchdog import Watchdog
 from magnet_train.checks.doctor import devices_of
 from magnet_train.cli.options import completed, from_nothing, given_checkpoints
 from magnet_train.codec.base import load_codec
+from magnet_train.common import private_api
 from magnet_train.common.errors import UserError, message_of, user_error_of
 from magnet_train.common.folders import writable_folder, write_json
 from magnet_train.conditioning import load_text_encoder
@@ -174,7 +176,7 @@ class Parser(LightningArgumentParser):
         raise UserError(message_of(message)) from ex
 
 
-class MagnetCLI(LightningCLI):
+class MagnetCLI(private_api.lightning_cli()):
     """Does a verb, from the command line to its end, when it is made."""
 
     is_trial = False
@@ -185,6 +187,9 @@ class MagnetCLI(LightningCLI):
         warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
         # What is logged has been summed over ranks already.
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+        callbacks = [PredictionWriter(), ExactResume(), Throughput(), ValidationSchedule()]
+        if verb == "fit":
+            callbacks.append(Preemption())
         super().__init__(
             MagnetModule,
             MagnetDataModule,
@@ -196,9 +201,9 @@ class MagnetCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "logger": LOGGERS if verb == "fit" else None,
-                # After averaging, whose update belongs to the step that is saved.
-                "callbacks": [PredictionWriter(), ExactResume(), Throughput()] + [Preemption()] * (verb == "fit"),
-                "plugins": [{"class_path": "magnet_train.callbacks.checkpoint_io.AtomicCheckpointIO"}],
+                "callbacks": callbacks,
+                "val_check_interval": 1000,  # optimizer steps, see ValidationSchedule
+                "check_val_every_n_epoch": None,
                 "use_distributed_sampler": False,  # the data module deals out items itself, each exactly once
                 "inference_mode": False,  # under which sharded weights cannot be gathered
             },
@@ -228,28 +233,18 @@ class MagnetCLI(LightningCLI):
         parser.add_lightning_class_args(FiniteGuard, "finite")
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(Tracking, "tracking")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.save_last": True,
-                "checkpoint.filename": "{step:07d}",
-                "checkpoint.save_on_exception": False,
-            }
-        )
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
 
-    def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning would lay the checkpoint's settings over the command line."""
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        given = kwargs.pop("plugins", None) or self.config_init[self.verb].trainer.plugins or []
+        plugins = [*given] if isinstance(given, list) else [given]
+        return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_verb(self, run: Callable[[], None]) -> None:
         try:
-            super()._run_subcommand(subcommand)
+            run()
         except Exception:
-            launcher = self.trainer.strategy.launcher
-            if isinstance(launcher, _SubprocessScriptLauncher):
-                # Ranks of its own, which may wait for this one for long.
-                for process in launcher.procs:
-                    process.kill()
-                launcher.procs.clear()  # or Lightning, which watches them, would kill this one before it has said why
+            private_api.kill_launched_ranks(self.trainer)
             raise
 
     def before_instantiate_classes(self) -> None:
@@ -267,11 +262,19 @@ class MagnetCLI(LightningCLI):
             newest = newest_whole_checkpoint([self.run_folder, Path(config.checkpoint.dirpath)])
             config.ckpt_path = None if newest is None else str(newest)
             rank_zero_info(f"--ckpt_path auto: {newest or 'no checkpoint yet, training begins'}")
-        if config.ckpt_path is not None:  # else each resume would begin another last-v1, last-v2 …
-            config.checkpoint.enable_version_counter = False
-            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-        elif self.verb == "fit" and not config.trainer.fast_dev_run and not _is_in(config.model.init_from, own_folder):
-            _set_aside(own_folder)
+        if config.ckpt_path is None and self.verb == "fit" and not config.trainer.fast_dev_run:
+            if _is_in(config.model.init_from, own_folder):
+                raise UserError(
+                    f"--model.init_from {config.model.init_from}: is in the run folder {self.run_folder}, which a new "
+                    "run would overwrite; set --trainer.default_root_dir to another folder"
+                )
+            if Path(config.checkpoint.dirpath) == own_folder:
+                _set_aside(own_folder)
+            elif any(Path(config.checkpoint.dirpath).glob("*.ckpt")):
+                raise UserError(
+                    f"checkpoint.dirpath={config.checkpoint.dirpath}: has checkpoints of an earlier run; give another "
+                    "folder, or --ckpt_path auto to resume that run"
+                )
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         loggers = [logger for logger in loggers if hasattr(logger, "class_path")]
         for logger in loggers:
@@ -297,9 +300,7 @@ class MagnetCLI(LightningCLI):
             seconds["validation before training"] = time.monotonic() - start
         start = time.monotonic()
         self.trainer.fit(model, **kwargs)
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
-        done = progress.total.processed, progress.current.processed, self.trainer.current_epoch
-        if not self.trainer.callback_metrics and validation_is_due(self.trainer, *done):
+        if not self.trainer.callback_metrics and validates:
             # Resumed after the last step, as killed in its validation: Lightning has nothing left to do.
             self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)
         spent = generation.seconds
@@ -311,11 +312,11 @@ class MagnetCLI(LightningCLI):
     def _sum_up(self, before: dict[str, float], seconds: dict[str, float]) -> None:
         generation = self.config_init[self.verb].generation
         after = {k: v.item() for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
-        best = self.trainer.checkpoint_callback
+        saved: Any = self.trainer.checkpoint_callback
         summary = {
             "metrics": {k: {"before": before.get(k), "after": after[k]} for k in sorted(after)},
             "audio": [str(p) for p in generation.audio],
-            "checkpoint": str(getattr(best, "last_model_path", "") or getattr(best, "best_model_path", "")),
+            "checkpoint": saved.last_model_path,
             "pictures": [str(p) for p in generation.pictures],
             "seconds": {k: round(v, 1) for k, v in seconds.items()},
         }
@@ -333,7 +334,7 @@ class Trial(MagnetCLI):
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         super().setup_parser(*args, **kwargs)
-        parser = self._subcommand_parsers[self.verb]
+        parser = self.parser_of(self.verb)
         parser.prog = "python -m magnet_train doctor"
         parser.description = (
             "Check whether a run of `fit` with these options would start and last, and estimate its memory, time and "
@@ -356,7 +357,7 @@ class Trial(MagnetCLI):
             kwargs["plugins"] = [LightningEnvironment()]
         return super().instantiate_trainer(**kwargs)
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_verb(self, run: Callable[[], None]) -> None:
         """Nothing: all is made, which is what was asked."""
 
 

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from magnet_train.codec.base import CodecFacts, load_codec
@@ -36,32 +35,6 @@ def share_batch(global_batch_size: int, world_size: int, most: int) -> tuple[int
     return share // accumulated, accumulated
 
 
-def never_validates(trainer: Any) -> str | None:
-    """Why a fit on an endless stream will come to its end without a validation; None if it will have one.
-
-    A validation that is due after some time is taken to come.
-    """
-    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
-    if trainer.limit_val_batches == 0:
-        return "trainer.limit_val_batches=0"
-    if not isinstance(interval, (int, float)) or getattr(trainer, "_val_check_time_interval", None) is not None:
-        return None
-    limit = trainer.limit_train_batches
-    epoch = limit if isinstance(limit, int) else math.inf
-    first = interval if isinstance(interval, int) else epoch
-    if every is not None and every > 1:
-        first += (every - 1) * epoch
-    last = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps >= 0 else math.inf
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        last = min(last, trainer.max_epochs * epoch)
-    if first <= last and first < math.inf:
-        return None
-    return (
-        f"the first would come after batch {first}, the run ends after {last} (inf: never); set "
-        "--trainer.check_val_every_n_epoch null and --trainer.val_check_interval to a number of batches below that"
-    )
-
-
 class MagnetDataModule(L.LightningDataModule):
     """Train, validation and test shards as loaders that deal out items to ranks themselves."""
 
@@ -90,7 +63,7 @@ class MagnetDataModule(L.LightningDataModule):
             test: the same of the test shards.
             batch_size: examples per batch on each device; with global_batch_size, the most that a device can hold.
             global_batch_size: examples per optimizer step over all devices. The batch per device and the number of
-                batches accumulated follow from it, and trainer.val_check_interval then counts optimizer steps.
+                batches accumulated follow from it.
             augmentation: how training captions vary.
             num_workers: loader processes per device; none given = 2, or as many as there are shards for.
             crop_s: length of an example, in seconds; linked to the model's.
@@ -161,10 +134,7 @@ class MagnetDataModule(L.LightningDataModule):
         return round(self.crop_s * facts.frame_rate)
 
     def setup(self, stage: str) -> None:
-        """Opens the shards that the stage needs, so that mistakes show before any weight is loaded.
-
-        A fit that will never validate, or not on all items, says so.
-        """
+        """Opens the shards that the stage needs, so that mistakes show before any weight is loaded."""
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}
         if self.trainer is not None:
             rank, first = self.trainer.global_rank, self.trainer.strategy.broadcast(self.resumes_from)
@@ -186,8 +156,6 @@ class MagnetDataModule(L.LightningDataModule):
                     )
         if stage == "fit" and self.global_batch_size is not None and not self._is_shared_out:
             self.share_out(self.global_batch_size, self.trainer)
-        if stage in ("fit", "validate") and self.trainer is not None:
-            self._check_validation(self.trainer, stage)
         # Under limit_train_batches an epoch begins with a loader of its own, which goes on where the last one stopped.
         if self.trainer is not None:
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
@@ -205,32 +173,12 @@ class MagnetDataModule(L.LightningDataModule):
             )
         self.batch_size, accumulated = share_batch(global_batch_size, trainer.world_size, self.batch_size)
         trainer.accumulate_grad_batches = accumulated
-        if isinstance(trainer.val_check_interval, int):  # Lightning counts batches there
-            trainer.val_check_interval *= accumulated
         self._is_shared_out = True
         if trainer.is_global_zero:
             print(
                 f"global batch of {global_batch_size} = {trainer.world_size} devices x {self.batch_size} examples "
                 f"x {accumulated} accumulated batches"
             )
-
-    def _check_validation(self, trainer: Any, stage: str) -> None:
-        """Warns if a fit will not validate, or a validation will leave out items: nobody should believe otherwise.
-
-        Raises:
-            UserError: if it is to see a share of the batches, whose number is not known.
-        """
-        limit = trainer.limit_val_batches
-        if isinstance(limit, float) and 0 < limit < 1:
-            raise UserError(f"trainer.limit_val_batches={limit}: give a number of batches per rank, or leave it out")
-        if trainer.fast_dev_run:
-            return
-        if stage == "fit" and (reason := never_validates(trainer)):
-            rank_zero_warn(f"this run does not validate: {reason}")
-        elif isinstance(limit, int):
-            seen, number = limit * self.batch_size * trainer.world_size, self.num_items("validation")
-            if seen < number:
-                rank_zero_warn(f"each validation sees {seen} of {number} items: trainer.limit_val_batches={limit}")
 
     def crop_phases(self, accumulated: int) -> list[CropPhase]:
         """The crop schedule in batches, of which `accumulated` make an optimizer step."""

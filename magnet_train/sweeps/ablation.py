@@ -24,7 +24,6 @@ ITS_OWN = (
     "config",
     "ckpt_path",
     "model.init_from",
-    "checkpoint.enable_version_counter",
 )  # settings in which a resumed run differs from an undisturbed one
 Setting = tuple[Any, ...]
 """A value for each parameter that is no seed."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.tracking.logged import HOURS, LOGGED, SECTIONS, STEP, Logged
 from magnet_train.tracking.wandb_session import try_key
@@ -59,10 +60,10 @@ def dashboard(options: DashboardOptions) -> str:
     if state != "online":
         raise UserError(f"W&B: {why}; {remedy}")
     try:
-        made._internal_name = f"nw-{ID}-v"
+        private_api.name_workspace(made, f"nw-{ID}-v")
         try:  # W&B would make another workspace of a name without an id
             before = ws.Workspace.from_url(f"https://wandb.ai/{options.entity}/{options.project}?nw={ID}")
-            made._internal_id = before._internal_id
+            private_api.replace_workspace(made, before)
         except ValueError as error:
             if not str(error).startswith("Workspace"):
                 raise UserError(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import write_whole
 
@@ -119,13 +120,9 @@ def _answers_in_time(settings: Any) -> Iterator[None]:
     from wandb.env import HTTP_TIMEOUT, get_http_timeout
 
     attempt = get_http_timeout(10)
-    quick = {
-        "x_graphql_retry_max": 1,
-        "x_graphql_timeout_seconds": attempt,
-        "x_graphql_retry_wait_min_seconds": 1,
-        "x_graphql_retry_wait_max_seconds": 1,
-    }
-    before, waits = {name: getattr(settings, name) for name in quick}, os.environ.get(HTTP_TIMEOUT)
+    quick = private_api.quick_requests(attempt)
+    before = {name: getattr(settings, name) for name in quick}
+    waits = os.environ.get(HTTP_TIMEOUT)
     try:
         for name, value in quick.items():
             setattr(settings, name, value)

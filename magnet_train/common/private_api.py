@@ -1,0 +1,187 @@
+"""Private parts of Lightning, wandb and torch: every one that this package uses, and no other file uses any.
+
+Each function is named after what it is for, and says in which version the part was seen. tests/test_private_api.py
+calls them all, so that an update which removes one is noticed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
+    from lightning.pytorch.cli import LightningCLI
+
+# --- Lightning 2.6.6: trainer ---------------------------------------------------------------------------------------
+
+
+def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
+    """The module's trainer; None without one, where the public property raises."""
+    return module._trainer
+
+
+def cluster_environment(trainer: L.Trainer) -> Any:
+    """SLURM's, torchrun's … as Lightning has found it."""
+    return trainer._accelerator_connector.cluster_environment
+
+
+def keep_signal_handlers(trainer: L.Trainer) -> None:
+    """Lightning will not put back the handlers that it has replaced."""
+    trainer._signal_connector._original_handlers = {}
+
+
+def waits_for_results(trainer: L.Trainer) -> bool:
+    """Whether ranks are forked or spawned by a launcher that waits for a result of each, for ever."""
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def kill_launched_ranks(trainer: L.Trainer) -> None:
+    """Kills the ranks that this process has started as scripts, if it has; they might wait for this one for long."""
+    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        for process in launcher.procs:
+            process.kill()
+        launcher.procs.clear()  # or Lightning, which watches them, would kill this one before it has said why
+
+
+def saves_distributed_checkpoints(trainer: L.Trainer) -> bool:
+    """Whether ModelParallelStrategy writes a checkpoint as a folder of shards."""
+    return bool(getattr(trainer.strategy, "_save_distributed_checkpoint", False))
+
+
+# --- Lightning 2.6.6: what is logged --------------------------------------------------------------------------------
+
+
+def forget_logged(trainer: L.Trainer) -> None:
+    """Drops the values that `self.log` has kept of earlier training batches, which else are logged again and again."""
+    trainer.fit_loop.epoch_loop._results.reset()
+
+
+def unwritten_row(trainer: L.Trainer) -> dict[str, Any] | None:
+    """`values` that loggers will get for the batch that is ending, and their `step`; None if nothing is due."""
+    loop = trainer.fit_loop.epoch_loop
+    counts = loop.batch_progress.current
+    is_batch_ending = trainer.training and counts.completed < counts.processed
+    if not is_batch_ending or loop._should_accumulate() or not trainer._logger_connector.should_update_logs:
+        return None
+    values = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
+    return {"values": values, "step": loop._batches_that_stepped}
+
+
+# --- Lightning 2.6.6: progress in a checkpoint ----------------------------------------------------------------------
+
+
+class Progress:
+    """Counters of batches in a checkpoint of `fit`, which Lightning restores."""
+
+    def __init__(self, checkpoint: Mapping[str, Any]):
+        loops = checkpoint["loops"]["fit_loop"]
+        self.training: dict[str, Any] = loops["epoch_loop.batch_progress"]
+        self.validation: dict[str, Any] = loops["epoch_loop.val_loop.batch_progress"]
+        self._loop: dict[str, Any] = loops["epoch_loop.state_dict"]
+
+    def take_back_logged_step(self) -> None:
+        """A step that was open when the checkpoint was saved will be logged again."""
+        self._loop["_batches_that_stepped"] -= 1
+
+
+# --- Lightning 2.6.6: command line ----------------------------------------------------------------------------------
+
+
+@lru_cache
+def lightning_cli() -> type[LightningCLI]:
+    """LightningCLI with its private hooks under public names."""
+    from lightning.pytorch.cli import LightningCLI
+
+    class Base(LightningCLI):
+        def run_verb(self, run: Callable[[], None]) -> None:
+            """Runs the verb; may be overridden."""
+            run()
+
+        def parser_of(self, verb: str) -> Any:
+            return self._subcommand_parsers[verb]
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            self.run_verb(lambda: super(Base, self)._run_subcommand(subcommand))
+
+        def _parse_ckpt_path(self) -> None:
+            """Nothing: Lightning would lay the checkpoint's settings over the command line."""
+
+    return Base
+
+
+# --- torch 2.11 to 2.13 ---------------------------------------------------------------------------------------------
+
+
+def softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of scores from that of `weights`, their softmax over the last axis; in float32."""
+    return torch.ops.aten._softmax_backward_data(grad.float(), weights, -1, torch.float32)
+
+
+def allow_recompiles(number: int) -> None:
+    """At least so many compiled variants of a function."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, number)
+
+
+def set_last_lr(schedule: torch.optim.lr_scheduler.LRScheduler, lr: float) -> None:
+    """What `get_last_lr` returns until the next step."""
+    schedule._last_lr = [lr]
+
+
+def memory_changes(profile: torch.profiler.profile) -> list[int]:
+    """Bytes that tensors took (> 0) and gave back (< 0) under `profile_memory=True`, in order of time."""
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events: list[Any] = profile.profiler.kineto_results.events()
+    memory = [event for event in events if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
+
+
+def cpu_attention_flop() -> dict[Any, Callable[..., int]]:
+    """For FlopCounterMode's `custom_mapping`: the CPU's fused attention, which torch does not count by itself."""
+    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+
+
+# --- wandb 0.31, wandb-workspaces 0.4 -------------------------------------------------------------------------------
+
+
+def continue_table(table: Any, num_parts: int, parts: list[str]) -> None:
+    """An incremental `wandb.Table` follows on parts that an earlier session has logged."""
+    table._increment_num = num_parts
+    table._previous_increments_paths = list(parts)
+
+
+def quick_requests(timeout_s: int) -> dict[str, int]:
+    """Settings of wandb under which its service tries a request twice, each time for so long."""
+    return {
+        "x_graphql_retry_max": 1,
+        "x_graphql_timeout_seconds": timeout_s,
+        "x_graphql_retry_wait_min_seconds": 1,
+        "x_graphql_retry_wait_max_seconds": 1,
+    }
+
+
+def name_workspace(workspace: Any, name: str) -> None:
+    """The name in its address."""
+    workspace._internal_name = name
+
+
+def replace_workspace(workspace: Any, saved: Any) -> None:
+    """Saving `workspace` will overwrite `saved`."""
+    workspace._internal_id = saved._internal_id

@@ -1,0 +1,115 @@
+"""Private parts of other packages are still where `common/private_api.py` looks for them."""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.utils.flop_counter import FlopCounterMode
+
+from magnet_train.common import private_api
+
+
+class Probe(L.Callback):
+    """Calls in a running fit what needs one."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert private_api.attached_trainer(pl_module) is trainer
+        assert private_api.cluster_environment(trainer) is not None
+        assert not private_api.waits_for_results(trainer)
+        assert not private_api.saves_distributed_checkpoints(trainer)
+        private_api.kill_launched_ranks(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        private_api.forget_logged(trainer)
+        if trainer.global_step != 1:
+            pl_module.log("seldom", float(trainer.global_step))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        row = private_api.unwritten_row(trainer)
+        self.rows.append(row and (row["step"], "seldom" in row["values"]))
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        progress = private_api.Progress(copy.deepcopy(checkpoint))
+        assert progress.training["total"]["processed"] == 4 and progress.validation["total"]["ready"] == 0
+        progress.take_back_logged_step()
+        private_api.keep_signal_handlers(trainer)
+
+
+def test_lightnings_trainer(tmp_path):
+    probe = Probe()
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=4, limit_val_batches=0, callbacks=[probe], logger=False, log_every_n_steps=2,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    module = BoringModel()
+    assert private_api.attached_trainer(module) is None
+    trainer.fit(module)
+    assert probe.rows == [None, (1, False), None, (3, True)]  # what was not logged at a step is not in its row
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    sharded: Any = SimpleNamespace(strategy=ModelParallelStrategy(save_distributed_checkpoint=True))
+    assert private_api.saves_distributed_checkpoints(sharded)
+
+
+def test_lightnings_command_line():
+    base = private_api.lightning_cli()
+    for name in ("_run_subcommand", "_parse_ckpt_path"):
+        assert any(name in vars(parent) for parent in base.__mro__[1:])
+    assert "_subcommand_parsers" in base.__mro__[1].setup_parser.__code__.co_names + (
+        base.__mro__[1]._add_subcommands.__code__.co_names
+    )
+
+
+def test_torch():
+    scores = torch.randn(2, 5, requires_grad=True)
+    weights = scores.softmax(-1)
+    grad = torch.randn(2, 5)
+    (expected,) = torch.autograd.grad(weights, scores, grad)
+    assert torch.allclose(private_api.softmax_backward(grad, weights.detach()), expected, atol=1e-7)
+
+    limit = torch._dynamo.config.recompile_limit
+    private_api.allow_recompiles(limit + 1)
+    assert torch._dynamo.config.recompile_limit == limit + 1
+    torch._dynamo.config.recompile_limit = limit
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    private_api.set_last_lr(schedule, 0.25)
+    assert schedule.get_last_lr() == [0.25]
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.ones(1000)
+    changes = private_api.memory_changes(profile)
+    assert max(changes) >= 4000 and min(changes) <= -4000
+
+    q, k, v = torch.randn(3, 1, 2, 8, 4)
+    with FlopCounterMode(display=False, custom_mapping=private_api.cpu_attention_flop()) as counter:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert counter.get_total_flops() == 2 * 2 * 2 * 8 * 8 * 4
+
+
+def test_wandb():
+    wandb = pytest.importorskip("wandb")
+    table = wandb.Table(columns=["a"], log_mode="INCREMENTAL")
+    for name in ("_increment_num", "_previous_increments_paths"):
+        assert hasattr(table, name)
+    private_api.continue_table(table, 2, ["a", "b"])
+    settings = wandb.Settings()
+    for name, value in private_api.quick_requests(10).items():
+        setattr(settings, name, value)
+
+
+def test_wandb_workspaces():
+    workspaces = pytest.importorskip("wandb_workspaces.workspaces")
+    first, second = (workspaces.Workspace(entity="e", project="p", name=name) for name in "ab")
+    assert {"_internal_name", "_internal_id"} <= set(dir(first))
+    private_api.name_workspace(first, "nw-x-v")
+    private_api.replace_workspace(first, second)
+    assert first._internal_name == "nw-x-v" and first._internal_id == second._internal_id
