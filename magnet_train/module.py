@@ -44,7 +44,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
     """Course of the learning rate after warm-up; cosine ends at zero with the trainer's last step."""
     warmup_steps: int = 4000
-    """Length of the linear warm-up, in optimizer steps."""
+    """Length of the linear warm-up, in optimizer steps; a tenth of a run that is no longer than that."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.warmup_steps < 0 or self.weight_decay < 0:
@@ -56,6 +56,22 @@ class OptimizerConfig:
             raise UserError(f"optimizer name={self.name}: choose adamw or dadapt_adam")
         if self.schedule not in ("cosine", "inverse_sqrt", "constant"):
             raise UserError(f"schedule={self.schedule}: choose cosine, inverse_sqrt or constant")
+
+    def warmup_within(self, total_steps: float) -> int:
+        """Steps of warm-up in a run of `total_steps`, infinite if it has no end.
+
+        >>> [OptimizerConfig(warmup_steps=50).warmup_within(total) for total in (800, 51, 50, 5)]
+        [50, 50, 5, 0]
+
+        Raises:
+            UserError: if the schedule is a cosine, which has to know its end, and the run has none.
+        """
+        if self.schedule == "cosine" and not math.isfinite(total_steps):
+            raise UserError(
+                "schedule=cosine: the run has no end; set --trainer.max_steps, or choose --model.optimizer.schedule "
+                "inverse_sqrt"
+            )
+        return self.warmup_steps if self.warmup_steps < total_steps else int(total_steps) // 10
 
 
 def step_generator(seed: int, *place: int) -> torch.Generator:
@@ -353,20 +369,15 @@ class MagnetModule(L.LightningModule):
         else:
             optimizer = _dadaptation().DAdaptAdam(list(trainable_parameters(self).values()), decouple=True, **settings)
         total = self.trainer.estimated_stepping_batches
+        warmup_steps = config.warmup_within(total)
 
         def factor(step: int) -> float:
             if config.schedule == "cosine":
-                return cosine_factor(step, config.warmup_steps, int(total))
+                return cosine_factor(step, warmup_steps, int(total))
             if config.schedule == "inverse_sqrt":
-                return inverse_sqrt_factor(step, config.warmup_steps)
-            return min(1.0, (step + 1) / max(config.warmup_steps, 1))
+                return inverse_sqrt_factor(step, warmup_steps)
+            return min(1.0, (step + 1) / max(warmup_steps, 1))
 
-        is_trial = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # ends before any warm-up does
-        if config.schedule == "cosine" and not is_trial and not (math.isfinite(total) and total > config.warmup_steps):
-            raise UserError(
-                f"schedule=cosine with warmup_steps={config.warmup_steps} over {total} steps: "
-                "set --trainer.max_steps above the warm-up, or choose --model.optimizer.schedule inverse_sqrt"
-            )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 

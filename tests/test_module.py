@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from magnet_train.common.errors import UserError
-from magnet_train.data.datamodule import share_batch
+from magnet_train.data.datamodule import split_global_batch
 from magnet_train.model import MagnetConfig
 from magnet_train.module import MagnetModule, OptimizerConfig, step_generator
 
@@ -213,10 +213,10 @@ def test_d_adaptation_finds_a_step_size(module):
     [((192, 32, 6), (6, 1)), ((192, 8, 16), (12, 2)), ((192, 1, 7), (6, 32)), ((7, 7, 9), (1, 1))],
 )
 def test_the_global_batch_is_shared_out(given, expected):
-    per_device, accumulated = share_batch(*given)
+    per_device, accumulated = split_global_batch(*given)
     assert (per_device, accumulated) == expected and per_device * accumulated * given[1] == given[0]
 
 
 def test_a_global_batch_that_cannot_be_shared_out_is_named():
     with pytest.raises(UserError, match=r"global_batch_size=100 .* 8 devices; give 96 or 104"):
-        share_batch(100, 8, 4)
+        split_global_batch(100, 8, 4)

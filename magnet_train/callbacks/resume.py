@@ -105,7 +105,8 @@ class ExactResume(Callback):
     @staticmethod
     def _layout(trainer: L.Trainer) -> Layout:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        return Layout(trainer.world_size, data.batch_size, trainer.accumulate_grad_batches, data.workers)
+        workers = data.workers_per_rank(trainer.world_size)
+        return Layout(trainer.world_size, data.batch_size, trainer.accumulate_grad_batches, workers)
 
     @staticmethod
     def _validation_is_due(trainer: Any, num_batches: int) -> bool:

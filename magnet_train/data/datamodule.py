@@ -15,10 +15,10 @@ from magnet_train.data.timed_loader import TimedLoader
 from magnet_train.resume import fingerprint
 
 
-def share_batch(global_batch_size: int, world_size: int, most: int) -> tuple[int, int]:
-    """Examples per batch on each device, at most `most`, and batches to accumulate, for one optimizer step.
+def split_global_batch(global_batch_size: int, world_size: int, max_batch_size: int) -> tuple[int, int]:
+    """Examples per batch on each device, and batches to accumulate, for one optimizer step.
 
-    >>> share_batch(192, world_size=8, most=16)
+    >>> split_global_batch(192, world_size=8, max_batch_size=16)
     (12, 2)
 
     Raises:
@@ -28,11 +28,49 @@ def share_batch(global_batch_size: int, world_size: int, most: int) -> tuple[int
     if rest:
         below = share * world_size
         raise UserError(
-            f"data: global_batch_size={global_batch_size} cannot be shared out equally to {world_size} devices; "
+            f"data: global_batch_size={global_batch_size} cannot be divided equally among {world_size} devices; "
             f"give {below or world_size} or {below + world_size}, or use other devices"
         )
-    accumulated = next(n for n in range(math.ceil(share / most), share + 1) if share % n == 0)
+    accumulated = next(n for n in range(math.ceil(share / max_batch_size), share + 1) if share % n == 0)
     return share // accumulated, accumulated
+
+
+def check_shards_per_worker(found: ShardSet, world_size: int, num_workers: int) -> None:
+    """Checks that every loader process of every rank gets a shard.
+
+    Args:
+        found: training shards.
+        world_size: ranks.
+        num_workers: loader processes of each rank; 0 = the rank reads for itself.
+
+    Raises:
+        UserError: if there are too few shards.
+    """
+    available = len(found.counts) // world_size
+    if available == 0:
+        raise UserError(
+            f"{found.name}: {len(found.counts)} shards for {world_size} ranks: use fewer devices, or tokenize with a "
+            "smaller --shard_size"
+        )
+    if max(1, num_workers) > available:
+        raise UserError(
+            f"{found.name}: {len(found.counts)} shards for {world_size} ranks x {max(1, num_workers)} loader "
+            f"processes: set --data.num_workers {available}, use fewer devices, or tokenize with a smaller --shard_size"
+        )
+
+
+def check_codec(found: ShardSet, codec: CodecFacts) -> None:
+    """Checks that shards were made with the model's codec.
+
+    Raises:
+        UserError: if they were not.
+    """
+    made = found.index["codec"]
+    if made["hash"] != codec.hash:
+        raise UserError(
+            f"{found.name}: made with codec {made['id']!r} ({made['hash']}), but --model.codec {codec.id!r} is "
+            f"{codec.hash}: tokenize again with it, or train with theirs"
+        )
 
 
 class MagnetDataModule(L.LightningDataModule):
@@ -95,7 +133,7 @@ class MagnetDataModule(L.LightningDataModule):
                     f"data: crop_schedule=[{length}, {steps}]: give a length above 0 and at most crop_s={crop_s} "
                     "seconds, and at least 1 step"
                 )
-        self._is_shared_out = False
+        self._is_batch_split = False
         self.codec_name, self.seed, self.predict_split = codec, seed, predict_split
         self.resumes_from: str | None = None
         """Checkpoint that a fit goes on from; each rank has looked for it."""
@@ -113,13 +151,8 @@ class MagnetDataModule(L.LightningDataModule):
             if folder is None:
                 raise UserError(f"no {split} shards: give --data.{split} FOLDER (made with tokenize)")
             found = ShardSet.open(folder)
-            facts = self._facts = self._facts or load_codec(self.codec_name).facts
-            made = found.index["codec"]
-            if made["hash"] != facts.hash:
-                raise UserError(
-                    f"{found.name}: made with codec {made['id']!r} ({made['hash']}), but --model.codec {facts.id!r} is "
-                    f"{facts.hash}: tokenize again with it, or train with theirs"
-                )
+            self._facts = self._facts or load_codec(self.codec_name).facts
+            check_codec(found, self._facts)
             self._sets[split] = found
         return self._sets[split]
 
@@ -154,30 +187,43 @@ class MagnetDataModule(L.LightningDataModule):
                         f"{found.name}: rank {self.trainer.global_rank} finds other shards there than rank 0; make the "
                         "copies on all nodes alike"
                     )
-        if stage == "fit" and self.global_batch_size is not None and not self._is_shared_out:
-            self.share_out(self.global_batch_size, self.trainer)
+        if stage == "fit" and self.trainer is not None:
+            self._apply_batch_split(self.trainer)
         # Under limit_train_batches an epoch begins with a loader of its own, which goes on where the last one stopped.
         if self.trainer is not None:
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
-    def share_out(self, global_batch_size: int, trainer: Any) -> None:
-        """Batch per device and accumulation from the global batch; the trainer is told before it counts batches.
+    def batch_split(self, world_size: int, accumulated: int) -> tuple[int, int]:
+        """Examples per batch on each device, and batches to accumulate, for one optimizer step.
+
+        Args:
+            world_size: devices.
+            accumulated: trainer.accumulate_grad_batches as given.
 
         Raises:
-            UserError: if the devices cannot have equal shares, or accumulation is given too.
+            UserError: if the devices cannot have equal shares, or accumulation is given beside the global batch.
         """
-        if trainer.accumulate_grad_batches != 1:
+        if self.global_batch_size is None:
+            return self.batch_size, accumulated
+        if accumulated != 1:
             raise UserError(
-                f"data.global_batch_size={global_batch_size} and trainer.accumulate_grad_batches="
-                f"{trainer.accumulate_grad_batches}: give one of them, the other follows"
+                f"data.global_batch_size={self.global_batch_size} and trainer.accumulate_grad_batches={accumulated}: "
+                "give one of them, the other follows"
             )
-        self.batch_size, accumulated = share_batch(global_batch_size, trainer.world_size, self.batch_size)
-        trainer.accumulate_grad_batches = accumulated
-        self._is_shared_out = True
+        return split_global_batch(self.global_batch_size, world_size, self.batch_size)
+
+    def _apply_batch_split(self, trainer: Any) -> None:
+        """Sets batch size and accumulation, once, before the trainer counts batches."""
+        if self.global_batch_size is None or self._is_batch_split:
+            return
+        self.batch_size, trainer.accumulate_grad_batches = self.batch_split(
+            trainer.world_size, trainer.accumulate_grad_batches
+        )
+        self._is_batch_split = True
         if trainer.is_global_zero:
             print(
-                f"global batch of {global_batch_size} = {trainer.world_size} devices x {self.batch_size} examples "
-                f"x {accumulated} accumulated batches"
+                f"global batch of {self.global_batch_size} = {trainer.world_size} devices x {self.batch_size} examples "
+                f"x {trainer.accumulate_grad_batches} accumulated batches"
             )
 
     def crop_phases(self, accumulated: int) -> list[CropPhase]:
@@ -188,27 +234,17 @@ class MagnetDataModule(L.LightningDataModule):
             for length, steps in self.crop_schedule
         ]
 
-    @property
-    def workers(self) -> int:
+    def workers_per_rank(self, world_size: int) -> int:
         """Loader processes of each rank in training."""
-        available = len(self.shards("train").counts) // self.trainer.world_size  # type: ignore[union-attr]
-        return min(2, available) if self.num_workers is None else self.num_workers
+        if self.num_workers is not None:
+            return self.num_workers
+        return min(2, len(self.shards("train").counts) // world_size)
 
     def train_dataloader(self) -> DataLoader:
         found = self.shards("train")
         trainer: Any = self.trainer
-        available, workers = len(found.counts) // trainer.world_size, self.workers
-        if available == 0:
-            raise UserError(
-                f"{found.name}: {len(found.counts)} shards for {trainer.world_size} ranks: use fewer devices, or "
-                "tokenize with a smaller --shard_size"
-            )
-        if max(1, workers) > available:
-            raise UserError(
-                f"{found.name}: {len(found.counts)} shards for {trainer.world_size} ranks x {max(1, workers)} loader "
-                f"processes: set --data.num_workers {available}, use fewer devices, or tokenize "
-                "with a smaller --shard_size"
-            )
+        workers = self.workers_per_rank(trainer.world_size)
+        check_shards_per_worker(found, trainer.world_size, workers)
         # Batches that are done, so that a resumed run goes on with the next.
         start = trainer.fit_loop.epoch_loop.batch_progress.total.processed
         stream = TrainingStream(

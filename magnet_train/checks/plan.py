@@ -1,0 +1,354 @@
+"""What a run of `fit` will do, from its options and the number of its ranks alone.
+
+`fit` calls `check_settings` before it makes anything. `doctor` reports the same, and builds on `Plan` what it checks
+and estimates beyond.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from magnet_train.callbacks.validation import check_epoch, check_validation
+from magnet_train.checks.estimate import available_memory, gigabytes
+from magnet_train.codec.base import CodecFacts, load_codec
+from magnet_train.common.errors import UserError
+from magnet_train.conditioning import TextEncoder, load_text_encoder
+from magnet_train.cost import num_parameters
+from magnet_train.data.datamodule import MagnetDataModule, check_codec
+from magnet_train.data.pipeline import Item, ShardSet
+from magnet_train.decoding.decode import DecodingConfig
+from magnet_train.model import MagnetConfig
+from magnet_train.module import OptimizerConfig
+from magnet_train.resume import newest_whole_checkpoint, requeue_count
+from magnet_train.sharding import check_shardable
+
+T = TypeVar("T")
+
+PRECISIONS = (None, "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
+"""Lightning's names that work here; None is 32-true."""
+MAX_SEED = 2**32 - 1
+"""The largest that NumPy takes."""
+
+
+# --- devices --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices that a trainer is configured for."""
+
+    kind: str
+    """cpu or gpu; or another of Lightning's accelerators, which is not checked."""
+    per_node: int
+    nodes: int
+
+    @property
+    def ranks(self) -> int:
+        return self.per_node * self.nodes
+
+    @property
+    def visible(self) -> int:
+        """How many of them this machine has."""
+        return torch.cuda.device_count() if self.kind == "gpu" else self.per_node
+
+    @property
+    def available(self) -> bool:
+        return self.visible >= self.per_node
+
+
+def parse_devices(trainer: Any) -> Devices:
+    """From `accelerator`, `devices` and `num_nodes` as Lightning takes them.
+
+    Raises:
+        UserError: if `devices` names none.
+    """
+    kind = str(trainer.accelerator)
+    given = trainer.devices
+    if kind in ("auto", "cuda"):
+        kind = "gpu" if kind == "cuda" or torch.cuda.is_available() else "cpu"
+    try:
+        if given in ("auto", -1, "-1"):
+            number = max(1, torch.cuda.device_count()) if kind == "gpu" else 1
+        elif isinstance(given, str) and "," in given:
+            number = len([part for part in given.split(",") if part.strip()])
+        else:
+            number = len(given) if isinstance(given, list) else int(given)
+    except ValueError as error:
+        raise UserError(f"trainer.devices={given}: give a number of devices, or auto") from error
+    if number < 1 or int(trainer.num_nodes) < 1:
+        raise UserError(
+            f"trainer.devices={given}, trainer.num_nodes={trainer.num_nodes}: both must be at least 1; give a number, "
+            "or --trainer.devices auto"
+        )
+    return Devices(kind, number, int(trainer.num_nodes))
+
+
+def is_sharded(strategy: Any) -> bool:
+    """Whether a strategy, by name or as a class with options, divides the weights among the ranks."""
+    name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
+    return any(part in name.lower() for part in ("fsdp", "modelparallel"))
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def check_seed(config: Any) -> None:
+    seed = config.seed_everything
+    if type(seed) is int and not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed_everything={seed}: must be from 0 to {MAX_SEED}")
+
+
+def check_trainer(config: Any) -> None:
+    """Settings of the trainer that Lightning takes and that do not work here, or that it refuses with a traceback."""
+    trainer = config.trainer
+    if trainer.precision not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision={trainer.precision}: weights stay in float32; choose 32-true, bf16-mixed or 16-mixed"
+        )
+    if trainer.overfit_batches:
+        raise UserError(
+            f"trainer.overfit_batches={trainer.overfit_batches}: training data has no end, so each epoch would have "
+            "other batches; to learn a few items by heart, give --data.train a set of that many"
+        )
+    at_least = {"accumulate_grad_batches": 1, "log_every_n_steps": 1, "max_steps": -1, "max_epochs": -1}
+    at_least |= {"limit_train_batches": 0, "limit_val_batches": 0, "num_sanity_val_steps": -1, "gradient_clip_val": 0}
+    for name, lowest in at_least.items():
+        value = getattr(trainer, name)
+        if isinstance(value, int | float) and not lowest <= value < math.inf:
+            raise UserError(f"trainer.{name}={value}: must be a number of at least {lowest}")
+
+
+def check_schedule_of_validation(config: Any) -> None:
+    trainer = config.trainer
+    if not trainer.fast_dev_run:
+        check_validation(trainer.val_check_interval, trainer.check_val_every_n_epoch, trainer.limit_val_batches)
+        check_epoch(trainer.limit_train_batches, trainer.accumulate_grad_batches)
+
+
+def check_monitor(config: Any) -> None:
+    """Whether the metric that chooses the best checkpoint will be logged by a validation."""
+    monitor = config.checkpoint.monitor
+    generation = config.generation
+    generated = [f"val/{metric}" for metric in generation.metrics] if generation.num_prompts else []
+    logged = ("val/ce", "val/accuracy/", "train/", *generated)
+    if monitor is None or monitor.startswith(logged) or (generated and monitor == "val/num_clips"):
+        return
+    more = "" if generation.num_prompts else ", or set --generation.num_prompts above 0"
+    raise UserError(
+        f"checkpoint.monitor={monitor}: nothing of that name is logged; choose {', '.join(('val/ce', *generated))}{more}"
+    )
+
+
+def check_network_size(config: Any) -> None:
+    """Whether the weights alone fit into this machine's memory."""
+    size = 4.0 * num_parameters(MagnetConfig(**vars(config.model.network)))
+    memory = available_memory()
+    if size > memory:
+        raise UserError(
+            f"model.network: its weights take {gigabytes(size)}, this machine has {gigabytes(memory)}; set a smaller "
+            "--model.network.dim or num_layers"
+        )
+
+
+def check_span(config: Any) -> None:
+    """Whether a masked span fits into an example."""
+    frame_rate = load_codec(config.model.codec).facts.frame_rate
+    num_frames = round(config.model.crop_s * frame_rate)
+    if config.model.span_len > num_frames:
+        raise UserError(
+            f"model.span_len={config.model.span_len}: longer than an example, crop_s={config.model.crop_s:g} s are "
+            f"{num_frames} frames; set a smaller --model.span_len or a larger --model.crop_s"
+        )
+
+
+def check_sharding(config: Any) -> None:
+    if is_sharded(config.trainer.strategy):
+        check_shardable(str(config.trainer.precision or 32), config.model.optimizer.name)
+
+
+def check_accelerator(config: Any) -> None:
+    """Whether the GPUs that are asked for are here."""
+    devices = parse_devices(config.trainer)
+    if devices.kind != "gpu":
+        return
+    if not torch.backends.cuda.is_built():
+        raise UserError(
+            f"{devices.per_node} GPUs per node requested, but torch {torch.__version__} is built without CUDA; install "
+            "the build for your CUDA version, or set --trainer.accelerator cpu"
+        )
+    if not devices.available:
+        raise UserError(
+            f"{devices.per_node} GPUs per node requested, {devices.visible} visible here; run this where the job will "
+            f"run (srun --gpus-per-node {devices.per_node} …), or set --trainer.devices"
+        )
+
+
+SETTINGS_CHECKS: tuple[Callable[[Any], None], ...] = (
+    check_seed,
+    check_trainer,
+    check_schedule_of_validation,
+    check_monitor,
+    check_network_size,
+    check_sharding,
+    check_accelerator,
+    check_span,
+)
+
+
+def check_settings(config: Any) -> None:
+    """Checks all that can be checked before anything is loaded or made.
+
+    Args:
+        config: options of `fit`, as parsed.
+
+    Raises:
+        UserError: for the first setting that does not work.
+    """
+    for check in SETTINGS_CHECKS:
+        check(config)
+
+
+def settings_errors(config: Any) -> Iterator[UserError]:
+    """All that `check_settings` could raise."""
+    for check in SETTINGS_CHECKS:
+        try:
+            check(config)
+        except UserError as error:
+            yield error
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+def none_if_missing(load: Callable[[], T]) -> T | None:
+    try:
+        return load()
+    except UserError:
+        return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run of `fit` as configured."""
+
+    config: Any
+    """All options, by name."""
+    data: MagnetDataModule
+    """Without a trainer."""
+    decoding: DecodingConfig
+    samples: dict[str, list[Item]] = field(default_factory=dict)
+    """Items that were read, by split."""
+
+    @cached_property
+    def network(self) -> MagnetConfig:
+        return MagnetConfig(**vars(self.config.model.network))
+
+    @cached_property
+    def optimizer(self) -> OptimizerConfig:
+        return OptimizerConfig(**vars(self.config.model.optimizer))
+
+    @cached_property
+    def devices(self) -> Devices:
+        return parse_devices(self.config.trainer)
+
+    @property
+    def is_sharded(self) -> bool:
+        return is_sharded(self.config.trainer.strategy)
+
+    @cached_property
+    def batch(self) -> tuple[int, int]:
+        """Examples per batch on each device, and batches accumulated for an optimizer step.
+
+        Raises:
+            UserError: if the devices cannot have equal shares of the global batch.
+        """
+        return self.data.batch_split(self.devices.ranks, self.config.trainer.accumulate_grad_batches)
+
+    @cached_property
+    def codec(self) -> CodecFacts | None:
+        """None if the codec is not available."""
+        return none_if_missing(lambda: load_codec(self.config.model.codec).facts)
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder | None:
+        """None if it is not available."""
+        return none_if_missing(lambda: load_text_encoder(self.config.model.text_encoder))
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of an example; at the published 50 Hz if the codec is not available."""
+        return round(self.config.model.crop_s * (50.0 if self.codec is None else self.codec.frame_rate))
+
+    @property
+    def num_steps(self) -> float:
+        """Optimizer steps of the run; infinite if nothing but time limits them."""
+        trainer = self.config.trainer
+        if trainer.fast_dev_run:
+            return float(trainer.fast_dev_run)
+        limits = [math.inf]
+        if trainer.max_steps >= 0:
+            limits.append(trainer.max_steps)
+        if isinstance(trainer.limit_train_batches, int) and (trainer.max_epochs or -1) >= 0:
+            limits.append(trainer.max_epochs * trainer.limit_train_batches / self.batch[1])
+        return min(limits)
+
+    @property
+    def steps_between_validations(self) -> float:
+        """Optimizer steps; infinite if the run does not validate."""
+        trainer = self.config.trainer
+        return math.inf if trainer.limit_val_batches == 0 else trainer.val_check_interval
+
+    @property
+    def num_validations(self) -> int:
+        """Validations of a run that ends, the one before training and the one at the end included."""
+        if math.isinf(self.steps_between_validations):
+            return 0
+        return math.ceil(self.num_steps / self.steps_between_validations) + self.config.generation.at_start
+
+    @property
+    def ckpt_path(self) -> str | None:
+        """As given; a job that was requeued resumes."""
+        return "auto" if self.config.ckpt_path is None and requeue_count() else self.config.ckpt_path
+
+    @cached_property
+    def checkpoint(self) -> str | None:
+        """Checkpoint from which the run resumes; None if it starts."""
+        if self.ckpt_path != "auto":
+            return self.ckpt_path
+        found = newest_whole_checkpoint([self.run_folder, self.checkpoint_folder])
+        return None if found is None else str(found)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.config.trainer.default_root_dir or "runs/run").expanduser()
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return Path(self.config.checkpoint.dirpath or self.run_folder / "checkpoints").expanduser()
+
+    def monitors(self, embedder: str) -> bool:
+        """Whether the best checkpoint is chosen by a metric of this embedder."""
+        monitor = self.config.checkpoint.monitor or ""
+        return monitor.startswith("val/") and f"/{embedder}" in monitor
+
+    def shards(self, split: str) -> ShardSet:
+        """Shards of a split, compared with the codec; with that of the training shards if the codec is missing.
+
+        Raises:
+            UserError: if they are missing, or were made with another codec.
+        """
+        if self.codec is not None:
+            return self.data.shards(split)
+        folder = self.data.folders[split]
+        if folder is None:
+            raise UserError(f"no {split} shards: give --data.{split} FOLDER (made with tokenize)")
+        found = ShardSet.open(folder)
+        train = self.data.folders["train"]
+        if train is not None and split != "train":
+            check_codec(found, CodecFacts.from_dict(ShardSet.open(train).index["codec"]))
+        return found
