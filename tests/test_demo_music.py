@@ -1,83 +1,132 @@
-"""The demo's music: melodies recognised in any key, chords that fit, captions that say nothing but what is played."""
+"""The demo's music: bars, beats on whole frames, chords that fit, captions that are true."""
 
 import itertools
 import json
 import re
 import sys
 import tarfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+import soxr
 
 DEMO = Path(__file__).parents[1] / "data/demo"
-sys.path.insert(0, str(DEMO))  # the scripts that made the data stand beside it, in no package
+sys.path.insert(0, str(DEMO))  # the scripts are in no package
 
-from arrange import CHORDS, INSTRUMENTS, MELODY, QUARTETS, arrange, diatonic_triads, fit, harmonise, tempo_word  # noqa: E402
+from arrange import (  # noqa: E402
+    FRAME_S,
+    INSTRUMENTS,
+    LEADS,
+    LOWEST_LEAD,
+    MUSIC_S,
+    Arrangement,
+    arrange,
+    diatonic_triads,
+    drum_bar,
+    fit,
+    harmonise,
+    tempo_word,
+)
 from captions import SHARPS, TEMPO_PHRASES, caption, key_name  # noqa: E402
-from scores import families, fingerprint, split_of  # noqa: E402
+from scores import (  # noqa: E402
+    bar_grid,
+    estimate_key,
+    families,
+    fingerprint,
+    key_is_clear,
+    split_of,
+    style_of,
+)
 
-# A jig's worth of bars in G major, in quarter lengths: chord tones on the beats, passing notes between.
+# Eight bars of a jig in G major, in quarter notes: chord tones on the beats, passing notes between.
 STEPS = (7, 11, 14, 12, 11, 9, 7, 9, 11, 9, 7, 6, 4, 7, 11, 12, 14, 12, 11, 9, 6, 9, 6, 7) * 2
 TUNE = [[i * 0.5, 0.5, 60 + step] for i, step in enumerate(STEPS)]
 
 
-def score(parts: int = 1, style: str = "jig", metre: str = "6/8", bar_ql: float = 3.0) -> dict[str, Any]:
-    """What scores.py writes for a tune, or for the same tune in four parts."""
-    lines = [[[t, d, p - 7 * part] for t, d, p in TUNE] for part in range(parts)]
-    return {"id": "x", "style": style, "metre": metre, "bar_ql": bar_ql, "tonic": 7, "mode": "major", "parts": lines}
+def make_score(parts: int = 1, style: str = "jig", pickup_ql: float = 0.0) -> dict[str, Any]:
+    """What scores.py writes for TUNE in some parts, after an upbeat of repeated notes."""
+    upbeat = [[i * 0.5, 0.5, 62] for i in range(round(pickup_ql / 0.5))]
+    lines = [
+        [[t, d, p - 7 * k] for t, d, p in upbeat + [[t + pickup_ql, d, p] for t, d, p in TUNE]]
+        for k in range(parts)
+    ]
+    about = {"id": "x", "style": style, "metre": "6/8", "bar_ql": 3.0, "pickup_ql": pickup_ql}
+    return {**about, "tonic": 7, "mode": "major", "parts": lines}
 
 
-# --- The same tune in another book --------------------------------------------------------------------------------
+SOURCE = {"title": "x", "composer": "traditional", "collection": "x", "source": "x.abc"}
 
 
-def test_a_fingerprint_knows_neither_key_nor_tempo() -> None:
-    moved = [[2 * t, 2 * d, p - 5] for t, d, p in TUNE]
-    assert fingerprint(moved) == fingerprint(TUNE) != set()
+def find(form: str, drums: bool = False, **score: Any) -> Arrangement:
+    """The first arrangement of a form, with or without drums."""
+    pieces = (arrange(make_score(**score), seed) for seed in range(200))
+    return next(piece for piece in pieces if piece.form == form and (piece.drums or not drums))
 
 
-def test_a_fingerprint_reads_the_top_line() -> None:
-    under = [[t, d, p - 12] for t, d, p in TUNE]
-    assert fingerprint(TUNE + under) == fingerprint(TUNE)
+# --- Scores: upbeats, keys, families --------------------------------------------------------------
 
 
-def test_another_melody_shares_nothing() -> None:
-    assert not fingerprint(TUNE) & fingerprint([[t, d, 60 + (7 * i * i) % 13] for i, (t, d, _) in enumerate(TUNE)])
+def test_a_short_first_bar_is_an_upbeat_and_a_short_last_one_is_not() -> None:
+    bars = [(0, 0.5), (0.5, 3), (3.5, 3), (6.5, 2.5)]
+    assert bar_grid(bars, 3) == (0.5, np.inf)
+    assert bar_grid([(t - 0.5, d) for t, d in bars[1:]], 3) == (0.0, np.inf)
 
 
-def test_families_join_in_chains_and_leave_strangers_alone() -> None:
+@pytest.mark.parametrize("mode", ["major", "minor"])
+@pytest.mark.parametrize("tonic", range(12))
+def test_the_key_of_a_cadence_is_found(tonic: int, mode: str) -> None:
+    first, fourth, fifth = diatonic_triads(tonic, mode)[:3]
+    notes = [
+        [0, d, 60 + p]
+        for triad, d in ((first, 2), (fourth, 1), (fifth, 1), (first, 2))
+        for p in triad
+    ]
+    assert estimate_key(notes)[0] == (tonic, mode)
+
+
+def test_a_key_is_clear_if_the_notes_or_the_end_say_so() -> None:
+    score = {"tonic": 7, "parts": [[[0, 1, 67]]]}
+    assert key_is_clear({**score, "key_rank": 1})
+    assert key_is_clear({**score, "key_rank": 2})
+    assert not key_is_clear({**score, "key_rank": 2, "tonic": 0})
+    assert not key_is_clear({**score, "key_rank": 3})
+
+
+def test_a_style_is_a_word_and_not_part_of_one() -> None:
+    assert style_of("The Fairy Queen", "", "tune") == "tune"
+    assert style_of("", "DevilsDreamReel.abc", "tune") == "reel"
+    assert style_of("Jigsaw", "", "air") == "air"
+
+
+def test_a_fingerprint_is_of_the_top_line_in_any_key_and_tempo() -> None:
+    assert fingerprint([[2 * t, 2 * d, p - 5] for t, d, p in TUNE]) == fingerprint(TUNE) != set()
+    assert fingerprint(TUNE + [[t, d, p - 12] for t, d, p in TUNE]) == fingerprint(TUNE)
+    assert not fingerprint(TUNE) & fingerprint(
+        [[t, d, 60 + (7 * i * i) % 13] for i, (t, d, _) in enumerate(TUNE)]
+    )
+
+
+def test_families_join_in_chains_and_leave_others_alone() -> None:
     runs = [{(i,)} for i in range(40)]
     first, second, third = (set().union(*runs[a:b]) for a, b in ((0, 10), (5, 20), (15, 30)))
     found = families({"c": third, "a": first, "b": second, "d": set().union(*runs[31:40])})
     assert found == {"a": "a", "b": "a", "c": "a", "d": "d"}
-
-
-def test_what_every_tune_has_makes_no_family() -> None:
     cadence = {(i,) for i in range(5)}
     assert len(set(families({f"tune {i}": cadence for i in range(13)}, common=12).values())) == 13
 
 
-def test_a_split_hangs_on_the_family_alone_and_has_its_share() -> None:
+def test_a_split_depends_on_the_family_alone_and_has_its_share() -> None:
     splits = [split_of(f"family {i}", heldout_permille=100) for i in range(4000)]
     assert splits == [split_of(f"family {i}", heldout_permille=100) for i in range(4000)]
     for name in ("validation", "test"):
         assert splits.count(name) == pytest.approx(400, abs=80)
 
 
-# --- Harmony ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["major", "minor"])
-@pytest.mark.parametrize("tonic", [0, 7, 10])
-def test_triads_are_triads_of_the_key(tonic: int, mode: str) -> None:
-    triads = diatonic_triads(tonic, mode)
-    assert triads[0] == (tonic, (tonic + (4 if mode == "major" else 3)) % 12, (tonic + 7) % 12)
-    for root, third, fifth in triads:
-        assert (third - root) % 12 in (3, 4)
-        assert (fifth - root) % 12 == 7
+# --- Harmony --------------------------------------------------------------------------------------
 
 
 def test_a_melody_made_of_chords_gets_those_chords() -> None:
@@ -87,115 +136,234 @@ def test_a_melody_made_of_chords_gets_those_chords() -> None:
         for bar, chord in enumerate(wanted)
         for i, pitch in enumerate((*chord, chord[0]))
     ]
-    assert harmonise(melody, tonic=0, mode="major", window_ql=2.0, end_ql=8.0) == wanted
+    assert harmonise(melody, tonic=0, mode="major", window_ql=2.0, windows=4) == wanted
+    upbeat = [[-0.5, 0.5, 66]]
+    assert harmonise(upbeat + melody, tonic=0, mode="major", window_ql=2.0, windows=4) == wanted
 
 
-def test_harmony_moves_with_the_key() -> None:
-    here = harmonise(TUNE, 7, "major", 1.5, 24.0)
-    there = harmonise([[t, d, p + 2] for t, d, p in TUNE], 9, "major", 1.5, 24.0)
-    assert there == [tuple((pitch + 2) % 12 for pitch in chord) for chord in here]
-
-
-def test_harmony_fits_better_than_any_one_chord() -> None:
+def test_harmony_moves_with_the_key_and_fits_better_than_any_one_chord() -> None:
     def share(chords: list[tuple[int, ...]]) -> float:
         return float(np.mean([p % 12 in chords[int(t // 1.5)] for t, _, p in TUNE]))
 
-    chosen = harmonise(TUNE, 7, "major", 1.5, 24.0)
-    assert share(chosen) > max(share([triad] * 16) for triad in diatonic_triads(7, "major"))
-    assert chosen[-1] == (7, 11, 2)
+    here = harmonise(TUNE, 7, "major", 1.5, 16)
+    there = harmonise([[t, d, p + 2] for t, d, p in TUNE], 9, "major", 1.5, 16)
+    assert there == [tuple((pitch + 2) % 12 for pitch in chord) for chord in here]
+    assert share(here) > max(share([triad] * 16) for triad in diatonic_triads(7, "major"))
 
 
-# --- Arrangements -------------------------------------------------------------------------------------------------
+# --- Arrangements ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-@pytest.mark.parametrize("seed", range(12))
-def test_an_arrangement_stays_in_range_and_in_time(parts: int, seed: int) -> None:
-    piece = arrange(score(parts, style="chorale" if parts == 4 else "jig"), seed)
-    assert piece == arrange(score(parts, style="chorale" if parts == 4 else "jig"), seed)
-    for instrument, notes in piece.voices:
-        _, low, high = INSTRUMENTS[instrument]
-        for onset, duration, pitch, velocity in notes:
-            assert low <= pitch <= high
-            assert 0 <= onset < piece.length_s
-            assert duration > 0
-            assert 0 < velocity < 128
-    assert piece.distinct_s == pytest.approx(24 * 60 / piece.tempo_bpm / 1.5 if parts == 1 else piece.distinct_s)
-    assert piece.length_s >= 26.0 - 1
+def test_notes_stay_in_range_in_time_and_on_frames(parts: int) -> None:
+    style = "chorale" if parts == 4 else "jig"
+    for seed in range(40):
+        piece = arrange(make_score(parts, style, pickup_ql=0.5), seed)
+        assert piece == arrange(make_score(parts, style, pickup_ql=0.5), seed)
+        assert 60 <= piece.tempo_bpm <= 168
+        for voice in piece.voices:
+            _, low, high, _ = INSTRUMENTS[voice.instrument]
+            assert all(
+                low <= pitch <= high and 0 < velocity < 128 for _, _, pitch, velocity in voice.notes
+            )
+            assert all(
+                0 <= onset < MUSIC_S and duration > 0 for onset, duration, _, _ in voice.notes
+            )
+            frames = np.array([onset for onset, *_ in voice.notes]) / FRAME_S
+            # Eighths of a compound beat are thirds of it, and its frames a multiple of three.
+            assert np.abs(frames - frames.round()).max() < 1e-6
+        if parts == 1:
+            assert piece.voices[0].instrument in LEADS
+            assert min(pitch for _, _, pitch, _ in piece.voices[0].notes) >= LOWEST_LEAD
 
 
-def test_every_instrument_a_player_may_draw_is_known_and_an_octave_wide() -> None:
-    for name in {*MELODY, *CHORDS, *itertools.chain(*QUARTETS.values())}:
-        _, low, high = INSTRUMENTS[name]
-        assert high - low >= 12
-        assert all(low <= fit(pitch, name) <= high and (fit(pitch, name) - pitch) % 12 == 0 for pitch in range(21, 109))
+def test_chords_bass_and_drums_start_on_the_first_bar_line_after_the_upbeat() -> None:
+    for pickup_ql in (0.0, 0.5, 1.0):
+        piece = find("melody with accompaniment", drums=True, pickup_ql=pickup_ql)
+        lead, *others = piece.voices
+        assert lead.notes[0][0] == 0
+        assert piece.first_bar_s == pytest.approx(pickup_ql / 1.5 * piece.beat_s)
+        # In the first bar: the drums and one of the others begin with it, and nobody before it.
+        assert piece.drums[0][0] == pytest.approx(piece.first_bar_s)
+        assert min(voice.notes[0][0] for voice in others) == pytest.approx(piece.first_bar_s)
+        kicks = [t for t, _, drum, _ in piece.drums if drum == 36]
+        assert np.allclose(np.diff(kicks), piece.bar_s)
 
 
-# --- Captions -----------------------------------------------------------------------------------------------------
+def test_a_repeated_tune_keeps_its_bars() -> None:
+    piece = find("solo", pickup_ql=0.5)
+    loop_s = 8 * piece.bar_s
+    notes = piece.voices[0].notes
+    pitches = {round(t, 3): p for t, _, p, _ in notes if t >= piece.first_bar_s}
+    assert len(pitches) == len(notes) - 1  # the last bar is full: the upbeat is played once
+    later = {t: p for t, p in pitches.items() if t + loop_s < MUSIC_S - 0.1}
+    assert later
+    assert all(pitches[round(t + loop_s, 3)] == p for t, p in later.items())
+
+
+def test_keys_are_drawn_evenly_whatever_the_score() -> None:
+    tonics = Counter(arrange(make_score(), seed).tonic for seed in range(600))
+    assert len(tonics) == 12
+    assert max(tonics.values()) < 85
+    piece = find("solo")
+    shift = {
+        (p - q) % 12 for (_, _, p, _), (_, _, q) in zip(piece.voices[0].notes, TUNE, strict=False)
+    }
+    assert shift == {(piece.tonic - 7) % 12}
+
+
+def test_drums_mark_every_beat() -> None:
+    for bar_ql, beat_ql in ((4.0, 1.0), (3.0, 1.0), (3.0, 1.5), (4.5, 1.5), (2.0, 1.0)):
+        for busy in (False, True):
+            hits = drum_bar(bar_ql, beat_ql, busy)
+            beats = np.arange(0, bar_ql - 1e-6, beat_ql)
+            assert {t for t, drum, _ in hits if drum != 42} == set(beats)
+            assert {t for t, drum, _ in hits if drum == 42} >= set(beats)
+            assert (0.0, 36, 112) in hits
+
+
+def test_every_range_is_an_octave_wide() -> None:
+    for _, low, high, _ in INSTRUMENTS.values():
+        assert all(
+            low <= fit(p, low, high) <= high and (fit(p, low, high) - p) % 12 == 0
+            for p in range(21, 109)
+        )
+
+
+# --- Sound ----------------------------------------------------------------------------------------
+
+
+def spectrum(wav: np.ndarray) -> np.ndarray:
+    """Magnitudes of windows of 128 ms at 16 kHz."""
+    windows = np.lib.stride_tricks.sliding_window_view(wav, 2048)[::512]
+    return np.abs(np.fft.rfft(windows * np.hanning(2048), axis=1))
+
+
+def test_notes_added_up_sound_like_the_whole_arrangement(tmp_path: Path) -> None:
+    pytest.importorskip("midirenderer")
+    from synth import SYNTH_RATE, mix, synthesise
+
+    piece = find("melody with accompaniment", drums=True, pickup_ql=0.5)
+    whole = soxr.resample(synthesise(piece).mean(1), SYNTH_RATE, 16_000)[: 28 * 16_000]
+    added = mix(piece, 16_000, 28.0, tmp_path)
+    difference = np.linalg.norm(spectrum(whole) - spectrum(added)) / np.linalg.norm(spectrum(whole))
+    assert difference < 0.25
+    assert np.array_equal(mix(piece, 16_000, 28.0, tmp_path), added)
+
+
+def test_a_rendered_take_is_level_free_of_offset_and_says_what_it_plays(tmp_path: Path) -> None:
+    pytest.importorskip("midirenderer")
+    from render import render
+
+    (tmp_path / "x.json").write_text(json.dumps({**make_score(pickup_ql=0.5), **SOURCE}))
+    job = (tmp_path / "x.json", tmp_path, "test", "x", 0)
+    assert render(job) == MUSIC_S
+    wav, rate = soundfile.read(tmp_path / "test/x_take0.flac")
+    assert (len(wav) / rate, rate) == (MUSIC_S, 16_000)
+    rms = float(np.sqrt(np.mean(wav**2)))
+    assert rms == pytest.approx(0.1, rel=0.01)
+    assert abs(wav.mean()) < 0.01 * rms
+    about = json.loads((tmp_path / "test/x_take0.json").read_text())
+    assert not untruths(about["caption"], about)
+    assert about["beat_s"] == pytest.approx(60 / about["tempo_bpm"], abs=1e-3)
+    notes = json.loads((tmp_path / "test/x_take0.notes.json").read_text())
+    assert {tuple(map(type, note)) for note in notes} == {(float, float, int, int, bool)}
+    scale = {(about["tonic"] + step) % 12 for step in (0, 2, 4, 5, 7, 9, 11)}
+    assert {pitch % 12 for _, _, pitch, _, lead in notes if lead} <= scale
+    written = (tmp_path / "test/x_take0.flac").stat().st_mtime_ns
+    render(job)
+    assert (tmp_path / "test/x_take0.flac").stat().st_mtime_ns == written
+
+
+# --- Captions -------------------------------------------------------------------------------------
 
 ANY_KEY = re.compile(rf"\b({'|'.join(sorted(SHARPS, key=len, reverse=True))}) (major|minor)\b")
 
 
+def tempo_lies(text: str, facts: dict[str, Any]) -> list[str]:
+    """Tempo words of a caption that are not the tempo's."""
+    words = {phrase: word for word, phrases in TEMPO_PHRASES.items() for phrase in phrases}
+    for phrase in sorted(words, key=len, reverse=True):
+        if re.search(rf"\b{phrase}\b", text.lower()):
+            return [phrase] if words[phrase] != facts["tempo"] else []
+    return []
+
+
 def untruths(text: str, facts: dict[str, Any]) -> list[str]:
-    """What a caption says that the facts do not: key, tempo, metre, instruments, drums, composer."""
-    lower, found = text.lower(), []
-    for key in ANY_KEY.finditer(text):
-        if key[0] != facts["key"]:
-            found.append(f"key {key[0]}")
-    for bpm in re.findall(r"(\d+) (?:bpm|beats per minute)", text):
-        if int(bpm) != facts["tempo_bpm"]:
-            found.append(f"{bpm} bpm")
-    for metre in re.findall(r"\b(\d+/\d+)\b", text):
-        if metre != facts["metre"]:
-            found.append(f"metre {metre}")
-    named = facts["instruments"] + facts["ensemble"].split()
+    """What a caption says that the facts do not: key, tempo, metre, instruments, drums."""
+    lower = text.lower()
+    found = [f"key {key[0]}" for key in ANY_KEY.finditer(text) if key[0] != facts["key"]]
+    tempi = re.findall(r"(\d+) (?:bpm|beats per minute)", text)
+    found += [f"{bpm} bpm" for bpm in tempi if int(bpm) != round(facts["tempo_bpm"])]
+    found += [
+        f"metre {metre}" for metre in re.findall(r"\b(\d+/\d+)\b", text) if metre != facts["metre"]
+    ]
+    players = " ".join(str(facts.get(name, "")) for name in ("instruments", "ensemble", "lead"))
     for name in INSTRUMENTS:
-        part_of_longer = any(name in other for other in (*facts["instruments"], facts["ensemble"]))
-        if re.search(rf"\b{re.escape(name.lower())}\b", lower) and name not in named and not part_of_longer:
+        if re.search(rf"\b{re.escape(name.lower())}\b", lower) and name not in players:
             found.append(name)
     if bool(re.search("drum|percussion", lower)) != facts["drums"]:
         found.append("drums")
-    words = {phrase: word for word, phrases in TEMPO_PHRASES.items() for phrase in phrases}
-    for phrase in sorted(words, key=len, reverse=True):
-        if re.search(rf"\b{phrase}\b", lower):
-            found += [phrase] if words[phrase] != facts["tempo"] else []
-            break
-    return found
+    return found + tempo_lies(text, facts)
 
 
 FACTS = {
-    "style": "reel", "ensemble": "flute, harp and double bass", "instruments": ["double bass", "flute", "harp"],
-    "form": "melody with accompaniment", "drums": True, "key": "B flat minor", "tempo": "fast", "tempo_bpm": 141,
-    "metre": "2/2", "composer": "Turlough O'Carolan",
-}  # fmt: skip
+    "style": "reel",
+    "lead": "flute",
+    "accompaniment": ["piano", "double bass"],
+    "drums": True,
+    "instruments": ["double bass", "flute", "piano", "drums"],
+    "form": "melody with accompaniment",
+    "key": "B flat minor",
+    "tempo": "lively",
+    "tempo_bpm": 107.143 + 17.857,
+    "metre": "2/2",
+    "composer": "traditional",
+}
+SOLO = {**FACTS, "form": "solo", "instruments": ["flute"], "accompaniment": [], "drums": False}
+QUARTET = {
+    **SOLO,
+    "lead": "string quartet",
+    "form": "parts",
+    "instruments": ["cello", "viola", "violin"],
+}
 
 
-def test_captions_say_nothing_but_the_facts_and_vary() -> None:
-    texts = [caption(FACTS, np.random.default_rng(seed)) for seed in range(400)]
-    assert not [(text, untruths(text, FACTS)) for text in texts if untruths(text, FACTS)]
-    assert all("flute, harp and double bass" in text.lower() and "reel" in text.lower() for text in texts)
+@pytest.mark.parametrize("facts", [FACTS, SOLO, QUARTET], ids=["accompanied", "solo", "parts"])
+def test_captions_are_true_name_most_facts_and_vary(facts: dict[str, Any]) -> None:
+    texts = [caption(facts, np.random.default_rng(seed)) for seed in range(600)]
+    assert not [(text, untruths(text, facts)) for text in texts if untruths(text, facts)]
+    lower = [text.lower() for text in texts]
+
+    def share(pattern: str) -> float:
+        return sum(bool(re.search(pattern, text)) for text in lower) / len(lower)
+
+    assert share(facts["lead"]) == 1
+    assert share("b flat minor") >= 0.85
+    assert share(r"\d+ (bpm|beats)") >= 0.6
+    assert share(r"\d+ (bpm|beats)|lively|brisk|cheerful") >= 0.85
+    assert share("reel") >= 0.7
+    if facts["drums"]:
+        assert share("piano and double bass|piano, double bass") >= 0.7
     assert len(set(texts)) > 300
-    # No opening is the opening.
-    openings = [" ".join(text.lower().split()[:2]) for text in texts]
-    assert max(openings.count(opening) for opening in openings) < 200
+    openings = Counter(" ".join(text.split()[:2]) for text in lower)
+    assert max(openings.values()) < 0.4 * len(texts)
 
 
-def test_the_check_itself_sees_untruths() -> None:
-    assert untruths("A slow reel for trumpet in D major, 90 bpm, in 3/4 time", FACTS)
-    for wrong in ("in B flat major", "90 bpm", "in 3/4 time", "for trumpet"):
+def test_the_check_itself_finds_untruths() -> None:
+    assert not untruths("reel with drums", FACTS)
+    for wrong in ("in B flat major", "90 bpm", "in 3/4 time", "for trumpet", "slow"):
         assert untruths(f"reel with drums {wrong}", FACTS), wrong
+    assert untruths("reel", FACTS) == ["drums"]
 
 
-def test_tempo_words_rise_with_the_tempo() -> None:
+def test_tempo_words_rise_with_the_tempo_and_keys_have_one_name() -> None:
     words = [tempo_word(bpm) for bpm in range(40, 200)]
     assert [word for word, _ in itertools.groupby(words)] == list(TEMPO_PHRASES)
-
-
-def test_keys_are_named_once() -> None:
     assert len({key_name(tonic, mode) for tonic in range(12) for mode in ("major", "minor")}) == 24
 
 
-# --- What ships ---------------------------------------------------------------------------------------------------
+# --- What ships -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -205,21 +373,25 @@ def shipped() -> dict[str, list[dict[str, Any]]]:
     for split in ("train", "validation", "test"):
         for path in sorted((DEMO / "shards" / split).glob("*.tar")):
             with tarfile.open(path) as tar:
-                members = (tar.extractfile(member) for member in tar if member.name.endswith(".json"))
+                members = (
+                    tar.extractfile(member) for member in tar if member.name.endswith(".json")
+                )
                 found[split] += [json.load(member) for member in members if member]
     return found
 
 
-def test_no_tune_stands_in_two_splits(shipped: dict[str, list[dict[str, Any]]]) -> None:
+def test_no_tune_is_in_two_splits(shipped: dict[str, list[dict[str, Any]]]) -> None:
     families_of = {split: {item["family"] for item in items} for split, items in shipped.items()}
     for one, other in itertools.combinations(families_of.values(), 2):
-        assert one and other and not one & other
+        assert one
+        assert other
+        assert not one & other
 
 
 def test_the_shipped_music_is_long_and_varied(shipped: dict[str, list[dict[str, Any]]]) -> None:
     items = list(itertools.chain(*shipped.values()))
-    assert sum(item["duration_s"] for item in items) > 8 * 3600
-    assert len({name for item in items for name in item["instruments"]}) >= 20
+    assert sum(item["duration_s"] for item in items) > 4 * 3600
+    assert len({name for item in items for name in item["instruments"]}) >= 15
     assert len({item["tempo"] for item in items}) >= 5
     assert len({item["caption"] for item in shipped["test"]}) >= 100
 
@@ -232,7 +404,7 @@ def test_shipped_captions_are_true(shipped: dict[str, list[dict[str, Any]]]) -> 
     assert not wrong, wrong[:5]
 
 
-def test_clips_are_real_audio_with_captions_in_many_forms() -> None:
+def test_clips_are_real_audio_with_captions_in_many_formats() -> None:
     clips = [path for path in sorted((DEMO / "clips").iterdir()) if path.suffix != ".txt"]
     infos = [soundfile.info(path) for path in clips]
     assert 12 <= len(clips) <= 20

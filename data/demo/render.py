@@ -1,137 +1,153 @@
-"""Scores become audio files of about 30 seconds with captions, one folder a split, ready for `tokenize`.
+"""Render scores as 30-second audio files with captions, one folder per split, ready for `tokenize`.
 
     python data/demo/render.py --scores AUDIO/scores --out AUDIO
 
-Each piece is arranged (arrange.py), played by midirenderer on the soundfont that pretty_midi carries, brought to
-16 kHz mono at -20 dB RMS, and cut into files with a wording of their own (captions.py). Finished pieces are kept.
+Each take of a score is arranged (arrange.py), played by midirenderer on the soundfont that
+pretty_midi carries, mixed to 16 kHz mono, high-passed at 25 Hz, set to -20 dB RMS and given a
+caption (captions.py). NAME.json beside NAME.flac holds the caption and the facts; NAME.notes.json
+holds [onset_s, duration_s, pitch, velocity, is_lead] of every note. Finished takes are kept. The
+order is shuffled: whatever has been rendered so far is a fair sample.
 """
 
 import argparse
 import hashlib
-import io
 import json
 import multiprocessing
 import os
-from functools import cache
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 
-import midirenderer
 import numpy as np
-import pretty_midi
 import soundfile
-import soxr
-from arrange import INSTRUMENTS, Arrangement, arrange, tempo_word
+from arrange import MUSIC_S, Arrangement, arrange, tempo_word
 from captions import caption, key_name
+from scipy.signal import butter, sosfiltfilt
+from synth import mix
 from tqdm import tqdm
 
-SAMPLE_RATE, SYNTH_RATE = 16_000, 48_000
-EXCERPT_S, SHORTEST_S = 30.0, 12.0
+SAMPLE_RATE = 16_000
+HIGH_PASS_HZ = 25
+MIN_SCORE_QL = 24
+TAKES = {"train": 2, "validation": 1, "test": 1}
 LICENCE = "score: public domain; encoding and audio: see data/demo/README.md"
 
 
-@cache
-def _soundfont() -> bytes:
-    return (Path(find_spec("pretty_midi").origin).parent / "TimGM6mb.sf2").read_bytes()
-
-
-def synthesise(piece: Arrangement) -> np.ndarray:
-    """48 kHz stereo `t 2`, as the synthesiser gives it."""
-    midi = pretty_midi.PrettyMIDI()
-    for name, notes in piece.voices:
-        player = pretty_midi.Instrument(program=INSTRUMENTS[name][0])
-        player.notes = [pretty_midi.Note(v, p, t, t + d) for t, d, p, v in notes]
-        midi.instruments.append(player)
-    if piece.drums:
-        kit = pretty_midi.Instrument(program=0, is_drum=True)
-        kit.notes = [pretty_midi.Note(v, p, t, t + d) for t, d, p, v in piece.drums]
-        midi.instruments.append(kit)
-    file = io.BytesIO()
-    midi.write(file)
-    return soundfile.read(io.BytesIO(bytes(midirenderer.render_wave_from(_soundfont(), file.getvalue()))))[0]
-
-
-def level(wav: np.ndarray) -> np.ndarray:
-    """At -20 dB RMS, peaks at most 0.97."""
+def level(wav: np.ndarray, rate: int) -> np.ndarray:
+    """High-pass at HIGH_PASS_HZ, and set `t` or `t c` to -20 dB RMS, peaks at most 0.97."""
+    wav = sosfiltfilt(butter(2, HIGH_PASS_HZ, "highpass", fs=rate, output="sos"), wav, axis=0)
     wav = wav * (0.1 / max(float(np.sqrt(np.mean(wav**2))), 1e-4))
     return wav * min(1.0, 0.97 / max(float(np.abs(wav).max()), 1e-4))
 
 
 def facts_of(score: dict, piece: Arrangement) -> dict:
-    """What a caption may say."""
+    """Collect what a caption may say."""
+    players = list(dict.fromkeys(voice.instrument for voice in piece.voices))
     return {
-        "instruments": sorted({name for name, _ in piece.voices}) + (["drums"] if piece.drums else []),
-        "ensemble": piece.ensemble,
+        "instruments": sorted(players) + (["drums"] if piece.drums else []),
+        "lead": piece.ensemble,
+        "accompaniment": [
+            voice.instrument for voice in piece.voices if voice.role in ("chords", "bass")
+        ],
         "form": piece.form,
         "drums": bool(piece.drums),
         "key": key_name(piece.tonic, score["mode"]),
-        "tempo_bpm": piece.tempo_bpm,
+        "tonic": piece.tonic,
+        "mode": score["mode"],
+        "tempo_bpm": round(piece.tempo_bpm, 3),
         "tempo": tempo_word(piece.tempo_bpm),
+        "beat_s": round(piece.beat_s, 3),
+        "bar_s": round(piece.bar_s, 3),
+        "first_bar_s": round(piece.first_bar_s, 3),
         "metre": score["metre"],
         **{k: score[k] for k in ("style", "title", "composer", "collection", "source")},
     }
 
 
-def render(job: tuple[Path, Path, str, str]) -> tuple[float, float]:
-    """One score to files; seconds written, and of these seconds that are no repetition."""
-    path, out, split, family = job
-    note = out / "pieces" / f"{path.stem}.json"
-    if note.exists():
-        done = json.loads(note.read_text())
-        return done["seconds"], done["distinct_s"]
+def seed_of(score_id: str, take: int) -> int:
+    """Return the seed of one arrangement of a score."""
+    return int(hashlib.sha256(f"{score_id} take {take}".encode()).hexdigest()[:8], 16)
+
+
+def render(job: tuple[Path, Path, str, str, int]) -> float:
+    """Render one take of a score, unless it exists, and return its length in seconds."""
+    path, out, split, family, take = job
+    name = f"{path.stem}_take{take}"
+    about_path = out / split / f"{name}.json"
+    if about_path.exists():
+        return MUSIC_S
     score = json.loads(path.read_text())
-    seed = int(hashlib.sha256(score["id"].encode()).hexdigest()[:8], 16)
+    seed = seed_of(score["id"], take)
     piece = arrange(score, seed)
-    wav = soxr.resample(synthesise(piece).mean(1), SYNTH_RATE, SAMPLE_RATE)
-    wav = level(wav[: round((piece.length_s + 0.5) * SAMPLE_RATE)])
-    facts, seconds = facts_of(score, piece), 0.0
-    for number, start in enumerate(range(0, len(wav), round(EXCERPT_S * SAMPLE_RATE))):
-        excerpt = wav[start : start + round(EXCERPT_S * SAMPLE_RATE)]
-        if len(excerpt) < SHORTEST_S * SAMPLE_RATE or np.sqrt(np.mean(excerpt**2)) < 0.01:
-            continue
-        name = f"{score['id']}_{facts['ensemble'].split(',')[0].replace(' ', '-').lower()}_{number:02d}"
-        about = {"caption": caption(facts, np.random.default_rng([seed, number])), **facts}
-        about |= {"piece": score["id"], "family": family, "licence": LICENCE}
-        _write(out / split / f"{name}.json", lambda p, about=about: p.write_text(json.dumps(about)))
-        _write(
-            out / split / f"{name}.flac",
-            lambda p, w=excerpt: soundfile.write(p, w, SAMPLE_RATE, "PCM_16", format="FLAC"),
-        )
-        seconds += len(excerpt) / SAMPLE_RATE
-    done = {"seconds": seconds, "distinct_s": min(seconds, piece.distinct_s), "instruments": facts["instruments"]}
-    done |= {k: facts[k] for k in ("collection", "tempo", "style", "form")} | {"split": split}
-    _write(note, lambda p: p.write_text(json.dumps(done)))
-    return seconds, done["distinct_s"]
+    wav = level(mix(piece, SAMPLE_RATE, MUSIC_S, out / "notes"), SAMPLE_RATE)
+    facts = facts_of(score, piece)
+    about = {"caption": caption(facts, np.random.default_rng([seed, 1])), **facts}
+    about |= {"piece": score["id"], "take": take, "family": family, "licence": LICENCE}
+    notes = sorted(
+        [round(t, 4), round(d, 4), pitch, velocity, voice.role == "lead"]
+        for voice in piece.voices
+        for t, d, pitch, velocity in voice.notes
+    )
+    _write(out / split / f"{name}.notes.json", lambda p: p.write_text(json.dumps(notes)))
+    _write(
+        out / split / f"{name}.flac",
+        lambda p: soundfile.write(p, wav, SAMPLE_RATE, "PCM_16", format="FLAC"),
+    )
+    _write(about_path, lambda p: p.write_text(json.dumps(about)))
+    return MUSIC_S
 
 
-def _write(path: Path, write) -> None:
-    """Aside, then moved, so that a reader meets whole files only."""
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write aside and move, so that a reader meets complete files only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}")
     write(aside)
     os.replace(aside, path)
 
 
+def plan(scores: Path, out: Path, splits: list[str]) -> list[tuple[Path, Path, str, str, int]]:
+    """List the takes to render: first takes of all scores in a shuffled order, then second ones."""
+    table = json.loads((scores / "families.json").read_text())
+    names = [
+        n
+        for n, about in table.items()
+        if about["length_ql"] >= MIN_SCORE_QL and about["key_is_clear"]
+    ]
+    names.sort(key=lambda n: hashlib.sha256(n.encode()).digest())
+    jobs = []
+    for take in range(max(TAKES.values())):
+        for n in names:
+            split = table[n]["split"]
+            if split in splits and take < TAKES[split]:
+                jobs.append((scores / f"{n}.json", out, split, table[n]["family"], take))
+    return jobs
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scores", type=Path, required=True, help="Folder that scores.py wrote.")
     parser.add_argument("--out", type=Path, required=True, help="Folder for the split folders.")
-    parser.add_argument("--processes", type=int, default=1, help="Pieces rendered at the same time.")
-    parser.add_argument("--least_ql", type=float, default=32, help="Shortest score rendered, in quarter notes.")
-    parser.add_argument("--limit", type=int, help="Render only so many pieces, spread over all.")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="Number of takes rendered at the same time."
+    )
+    parser.add_argument(
+        "--splits", nargs="+", choices=TAKES, default=list(TAKES), help="Splits to render."
+    )
+    parser.add_argument(
+        "--hours", type=float, help="Stop after so many hours of audio, those found included."
+    )
     args = parser.parse_args()
-    table = json.loads((args.scores / "families.json").read_text())
-    # Shuffled by name, so that the first hour is a fair sample of all.
-    names = sorted(table, key=lambda n: hashlib.sha256(n.encode()).digest())
-    names = [n for n in names if table[n]["length_ql"] >= args.least_ql][: args.limit]
-    jobs = [(args.scores / f"{n}.json", args.out, table[n]["split"], table[n]["family"]) for n in names]
-    total = distinct = 0.0
-    with multiprocessing.Pool(args.processes) as pool, tqdm(total=len(jobs), unit="piece") as bar:
-        for seconds, new in pool.imap_unordered(render, jobs):
-            total, distinct = total + seconds, distinct + new
-            bar.set_postfix_str(f"{total / 3600:.2f} h, {distinct / 3600:.2f} h distinct")
+    jobs = plan(args.scores, args.out, args.splits)
+    if args.hours is not None:
+        jobs = jobs[: round(args.hours * 3600 / MUSIC_S)]
+    total = 0.0
+    with multiprocessing.Pool(args.processes) as pool, tqdm(total=len(jobs), unit="take") as bar:
+        for seconds in pool.imap_unordered(render, jobs):
+            total += seconds
+            bar.set_postfix_str(f"{total / 3600:.2f} h")
             bar.update()
-    print(f"{total / 3600:.2f} hours, of these {distinct / 3600:.2f} h without repetitions, in {args.out}")
+    print(f"{total / 3600:.2f} hours in {args.out}")
 
 
 if __name__ == "__main__":
