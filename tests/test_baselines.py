@@ -1,0 +1,164 @@
+"""Tables of counts and copying, against slow and obvious versions of themselves."""
+
+import math
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+
+from magnet_train.common.errors import UserError
+from magnet_train.masking import span_mask
+from magnet_train.metrics.baselines import (
+    STRENGTHS,
+    CountTables,
+    copy_nearest,
+    sample_bigram,
+    sample_unigram,
+)
+
+SIZE = 7
+
+
+def chains(num_items: int = 6, num_frames: int = 80, seed: int = 0) -> list[torch.Tensor]:
+    """Codes `2 t`: the first codebook repeats three times in four, the second is independent."""
+    generator = torch.Generator().manual_seed(seed)
+    items = []
+    for _ in range(num_items):
+        drawn = torch.randint(SIZE, (2, num_frames), generator=generator)
+        stays = torch.rand(num_frames, generator=generator) < 0.75
+        for t in range(1, num_frames):
+            if stays[t]:
+                drawn[0, t] = drawn[0, t - 1]
+        items.append(drawn)
+    return items
+
+
+def slow_unigram(items: list[torch.Tensor], k: int, code: int) -> float:
+    counts = Counter(c for item in items for c in item[k].tolist())
+    return (counts[code] + 1) / (counts.total() + SIZE)
+
+
+def slow_bigram(items: list[torch.Tensor], k: int, before: int, code: int, s: float) -> float:
+    pairs = Counter(p for item in items for p in pairwise(item[k].tolist()))
+    followed = sum(n for (a, _), n in pairs.items() if a == before)
+    return (pairs[before, code] + s * slow_unigram(items, k, code)) / (followed + s)
+
+
+def test_counts_are_those_of_a_plain_count():
+    items = chains()
+    tables = CountTables.count(items, SIZE)
+    for k in range(2):
+        codes = Counter(c for item in items for c in item[k].tolist())
+        pairs = Counter(p for item in items for p in pairwise(item[k].tolist()))
+        assert {
+            (a, c): n
+            for a in range(SIZE)
+            for c in range(SIZE)
+            if (n := int(tables.bigram[k, a, c]))
+        } == pairs
+        assert {c: n for c in range(SIZE) if (n := int(tables.unigram[k, c]))} == codes
+
+
+def test_losses_are_those_of_the_plain_tables():
+    items, others = chains(), torch.stack(chains(3, 20, seed=5))
+    tables = CountTables.count(items, SIZE)
+    unigram, bigram = tables.unigram_losses(others), tables.bigram_losses(others)
+    for b in range(3):
+        for k in range(2):
+            row, s = others[b, k].tolist(), tables.strengths[k].item()
+            for t, code in enumerate(row):
+                single = -math.log(slow_unigram(items, k, code))
+                assert unigram[b, k, t].item() == pytest.approx(single)
+                given = -math.log(slow_bigram(items, k, row[t - 1], code, s)) if t else single
+                assert bigram[b, k, t].item() == pytest.approx(given)
+
+
+def test_the_strength_is_the_best_with_each_pair_left_out():
+    items = chains(2, 30)
+    tables = CountTables.count(items, SIZE)
+    for k in range(2):
+        pairs = [p for item in items for p in pairwise(item[k].tolist())]
+        losses = {}
+        for s in STRENGTHS:
+            losses[s] = 0.0
+            for i, (a, c) in enumerate(pairs):
+                rest = pairs[:i] + pairs[i + 1 :]
+                same = sum(p == (a, c) for p in rest)
+                followed = sum(p[0] == a for p in rest)
+                losses[s] -= math.log((same + s * slow_unigram(items, k, c)) / (followed + s))
+        assert tables.strengths[k].item() == min(losses, key=lambda s: losses[s])
+
+
+def test_probabilities_sum_to_one():
+    tables = CountTables.count(chains(), SIZE)
+    everything = torch.cartesian_prod(torch.arange(SIZE), torch.arange(SIZE))[:, None].repeat(
+        1, 2, 1
+    )
+    bigram = (-tables.bigram_losses(everything)[:, :, 1]).exp().view(SIZE, SIZE, 2)
+    torch.testing.assert_close(bigram.sum(1), torch.ones(SIZE, 2, dtype=torch.float64))
+    torch.testing.assert_close(tables.frequencies.sum(1), torch.ones(2, dtype=torch.float64))
+
+
+def test_a_chain_is_known_to_its_entropy_and_noise_is_not_better_known_than_by_frequency():
+    """A code stays with 3/4 + 1/28, and becomes each other one with 1/28."""
+    train, held_out = chains(40, 500), torch.stack(chains(20, 500, seed=1))
+    tables = CountTables.count(train, SIZE)
+    bigram = tables.bigram_losses(held_out)[:, :, 1:].mean((0, 2))
+    stays, goes = 0.75 + 0.25 / SIZE, 0.25 / SIZE
+    entropy = -stays * math.log(stays) - (SIZE - 1) * goes * math.log(goes)
+    assert bigram[0].item() == pytest.approx(entropy, abs=0.02)
+    assert bigram[1].item() == pytest.approx(math.log(SIZE), abs=0.01)
+    assert tables.strengths[1] == STRENGTHS[-1]  # the code before tells nothing
+    assert tables.unigram_losses(held_out).mean((0, 2))[0].item() == pytest.approx(
+        math.log(SIZE), abs=0.01
+    )
+
+
+def test_the_count_ends_after_the_item_that_reaches_most_frames():
+    items = chains(6, 80)
+    some, two = CountTables.count(items, SIZE, 100), CountTables.count(items[:2], SIZE, None)
+    assert torch.equal(some.unigram, two.unigram)
+    assert torch.equal(some.bigram, two.bigram)
+    with pytest.raises(UserError, match="no codes"):
+        CountTables.count([], SIZE)
+
+
+def test_chains_that_are_drawn_have_the_tables_frequencies():
+    tables = CountTables.count(chains(40, 500), SIZE)
+    drawn = sample_bigram(tables, 20_000, torch.Generator().manual_seed(3))
+    again = CountTables.count([drawn], SIZE)
+    rows = again.bigram / again.followed[:, :, None]
+    wanted = tables.bigram + tables.strengths[:, None, None] * tables.frequencies[:, None]
+    wanted /= wanted.sum(2, keepdim=True)
+    torch.testing.assert_close(rows, wanted, atol=0.03, rtol=0)
+    assert drawn.shape == (2, 20_000)
+    assert torch.equal(drawn, sample_bigram(tables, 20_000, torch.Generator().manual_seed(3)))
+    single = sample_unigram(tables, 20_000, torch.Generator().manual_seed(3))
+    shares = torch.stack([row.bincount(minlength=SIZE) for row in single]) / 20_000
+    torch.testing.assert_close(shares.double(), tables.frequencies, atol=0.015, rtol=0)
+    assert (single[0, 1:] == single[0, :-1]).double().mean().item() == pytest.approx(
+        1 / SIZE, abs=0.02
+    )
+
+
+def slow_copy(codes: list[int], masked: list[bool]) -> list[int]:
+    visible = [t for t, hidden in enumerate(masked) if not hidden]
+    copied = []
+    for t in range(len(codes)):
+        nearest = min(visible, key=lambda v: (abs(v - t), v), default=None)
+        copied.append(-1 if nearest is None else codes[nearest])
+    return copied
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("span_len", [1, 3])
+def test_copying_is_the_slow_search(rate, span_len):
+    generator = torch.Generator().manual_seed(int(10 * rate) + span_len)
+    codes = torch.randint(50, (20, 60), generator=generator)
+    masked = span_mask(torch.full((20,), rate), 60, span_len, generator)
+    masked[0] = True
+    found = copy_nearest(codes, masked)
+    for b in range(20):
+        assert found[b].tolist() == slow_copy(codes[b].tolist(), masked[b].tolist())
+    assert torch.equal(found[~masked], codes[~masked])
