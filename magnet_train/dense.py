@@ -31,18 +31,19 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, context: int, valid: Tensor
 def dense_rotation(x: Tensor) -> Tensor:
     """Rotary positions as a product with complex numbers: `b h t d` -> `b h t d`."""
     t, d = x.shape[2:]
-    frequency = 10_000 ** -(torch.arange(0, d, 2, device=x.device) / d)
-    angle = torch.arange(t, device=x.device)[:, None] * frequency
+    angle = torch.arange(t, device=x.device)[:, None] / 10_000 ** (torch.arange(0, d, 2, device=x.device) / d)
     turned = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 
 def dense_convolution(x: Tensor, weight: Tensor, valid: Tensor | None) -> Tensor:
-    """The depthwise convolution by torch's own: `b t d`, `kernel d` -> `b t d`."""
+    """The depthwise convolution as a sum of shifted copies: `b t d`, `kernel d` -> `b t d`."""
     if valid is not None:
         x = x * valid[..., None]
-    kernel, dim = weight.shape
-    return F.conv1d(x.transpose(1, 2), weight.T[:, None], padding=kernel // 2, groups=dim).transpose(1, 2)
+    side = len(weight) // 2
+    padded = F.pad(x, (0, 0, side, side))
+    shifted = [padded[:, i : i + x.shape[1]] * row for i, row in enumerate(weight)]
+    return torch.stack(shifted).sum(0)
 
 
 def dense_logits(
