@@ -19,7 +19,7 @@ from magnet_train.conditioning import TextEncoder, load_text_encoder
 from magnet_train.decoding.decode import DecodingConfig, DecodingStep, Networks, decode, item_noise
 from magnet_train.decoding.frame_cache import CachedForward
 from magnet_train.model import Magnet, TextMemory
-from magnet_train.release import Trained, check_stamp, write_release
+from magnet_train.release import SavedModel, check_codec, write_release
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Generator:
         Raises:
             UserError: if `out` holds anything already.
         """
-        trained = Trained(
+        trained = SavedModel(
             Path(out), self.network.config, self.codec.facts.to_dict(), self.text_encoder.id, self.crop_s,
             self.decoding, self.guidance_dropout, self.about,
         )  # fmt: skip
@@ -221,9 +221,9 @@ def load(
     Raises:
         UserError: if nothing usable is there; the message names the file.
     """
-    trained = Trained.open(path)
+    trained = SavedModel.open(path)
     network, codec = trained.build(), load_codec(trained.codec["id"])
-    check_stamp(trained.codec, codec.facts, trained.file.parent)
+    check_codec(trained.codec, codec.facts, trained.file.parent)
     text_encoder = load_text_encoder(trained.text_encoder)
     network.to(device, dtype).eval()
     codec.to(device)
@@ -234,7 +234,7 @@ def load(
         text_encoder,
         trained.decoding,
         trained.crop_s,
-        trained.about,
+        trained.provenance,
         trained.guidance_dropout,
         compiled,
     )

@@ -21,7 +21,7 @@ from magnet_train.loss import MaskedLoss, masked_cross_entropy
 from magnet_train.masking import cosine_mask_rate, span_mask
 from magnet_train.metrics.fixed_masks import FixedMaskMetrics, fixed_span_mask
 from magnet_train.model import Magnet, MagnetConfig
-from magnet_train.release import Trained, check_stamp, check_weights
+from magnet_train.release import SavedModel, check_codec, check_weights
 from magnet_train.resume import check_same_model, differing
 from magnet_train.sharding import check_shardable, full_tensor, is_sharded, shard, unsharded_copy
 
@@ -142,7 +142,7 @@ class MagnetModule(L.LightningModule):
             raise UserError(f"crop_s={crop_s}: give a length in seconds above 0")
         if init_from is not None and start_from_codec:
             raise UserError(f"init_from={init_from} and start_from_codec=true: choose one to start from")
-        start = None if init_from is None else Trained.open(init_from)
+        start = None if init_from is None else SavedModel.open(init_from)
         codec, text_encoder = absolute_name(codec), absolute_path(text_encoder)  # a run may go on from elsewhere
         # Plain values, so that a checkpoint loads without unpickling classes of ours.
         self.save_hyperparameters(
@@ -162,7 +162,7 @@ class MagnetModule(L.LightningModule):
             }
         )
         # Whose licence holds for what comes of them.
-        self.begun_with = {} if start is None else {k: start.about.get(k) for k in ("licence", "base_model", "source")}
+        self.init_provenance = {} if start is None else {k: start.provenance.get(k) for k in ("licence", "base_model", "source")}
         self.config, self.optimizer_config = network, optimizer
         self.trained_steps = 0
         """Optimizer steps of the checkpoint that was loaded, where the trainer does not know them."""
@@ -175,7 +175,7 @@ class MagnetModule(L.LightningModule):
         if start is not None:
             weights = start.weights()
             check_weights(weights, network, start.file)
-            check_stamp(start.codec, load_codec(codec).facts, start.file)
+            check_codec(start.codec, load_codec(codec).facts, start.file)
             self.network.load_state_dict(weights)
         elif start_from_codec:
             self.network.start_from_codebooks(load_codec(codec).codebooks, step_generator(seed))
@@ -306,7 +306,7 @@ class MagnetModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The licence of the weights that training began with goes where they go."""
-        checkpoint["begun_with"] = {k: v for k, v in self.begun_with.items() if v is not None}
+        checkpoint["init_provenance"] = {k: v for k, v in self.init_provenance.items() if v is not None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed run need not find again what it began with, and is told what it goes on with that is new.
@@ -321,7 +321,7 @@ class MagnetModule(L.LightningModule):
             changed = [text for name, text in differing(saved, own) if name not in ("init_from", "start_from_codec")]
             if changed:
                 rank_zero_info(f"goes on with other settings than the checkpoint's: {', '.join(changed)}")
-        self.begun_with = dict(checkpoint.get("begun_with", {}))
+        self.init_provenance = dict(checkpoint.get("init_provenance", {}))
         self.trained_steps = int(checkpoint.get("global_step", 0))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -1,18 +1,17 @@
-"""What was trained, as it lies on disk: releases, checkpoints and run folders are read here, and releases written.
+"""Trained models on disk: reads releases, checkpoints and run folders; writes releases.
 
-A release is `config.json`, `model.safetensors` and `README.md`, and `codec/` where the codec came with the model. It
-is read in two steps, settings before weights, so that a mistake shows before gigabytes are loaded.
+A release is a folder with `config.json`, `model.safetensors` and `README.md`, and with `codec/` and
+`text_encoder/` where these came from a folder. Settings are read and checked before weights, and
+weights are verified before use: SHA-256 of a release, CRCs of a checkpoint, names, shapes, data
+types, and that all numbers are finite.
 """
 
-import errno
 import json
-import os
+import math
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,35 @@ from torch import Tensor
 from magnet_train.codec.base import CodecFacts, load_codec, split_name
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
+from magnet_train.common.folders import new_folder
 from magnet_train.common.pretrained import one_line
+from magnet_train.common.tensor_files import (
+    Shapes,
+    check_numbers,
+    read_pickle,
+    read_safetensors,
+    safetensors_shapes,
+    sha256_of,
+    write_safetensors,
+)
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.model import Magnet, MagnetConfig
 
 RELEASE_FORMAT = 1
-IN_RELEASE = "./"  # a codec's id that begins so lies in the release's own folder
-DTYPES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+MAX_CONFIG_BYTES = 1_000_000
+MAX_CROP_S = 3600.0
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
+CODEC_ID = re.compile(rf"demo|encodec_\w+|\./codec|{HUB_ID}")
+TEXT_ENCODER_ID = re.compile(rf"demo|\./text_encoder|\w[\w.-]*|{HUB_ID}")
+CODEC_FILES = ("config.json", "audiocraft.yaml", "README.md", "*.safetensors")
+TEXT_ENCODER_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md")
+DAMAGED_RELEASE = "copy or download the release again"
+DAMAGED_CHECKPOINT = "use another checkpoint"
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A trained model's settings, and where its weights are."""
+class SavedModel:
+    """Settings of a trained model, and the file of its weights."""
 
     file: Path
     """`model.safetensors` or a Lightning checkpoint."""
@@ -44,19 +57,23 @@ class Trained:
     codec: dict[str, Any]
     """`id`, which `load_codec` takes, and all of `CodecFacts` where they are known."""
     text_encoder: str
-    """What `load_text_encoder` takes."""
+    """Name for `load_text_encoder`."""
     crop_s: float
-    """Length that it was trained on, in seconds."""
+    """Length of the training crops, in seconds."""
     decoding: DecodingConfig
-    """Used unless a call brings its own; holds the span length of the training."""
+    """Default decoding settings; `span_len` is that of the training."""
     guidance_dropout: float = 0.3
-    """Share of examples that were trained without their caption."""
-    about: dict[str, Any] = field(default_factory=dict)
-    """Provenance: `licence`, `source`, `step`, `metrics` … as far as known."""
+    """Share of examples trained without their caption, 0 to 1."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """`licence`, `source`, `step`, `metrics` and the like, as far as known."""
+    sha256: str | None = None
+    """Of the weights' file; None for a checkpoint."""
 
     @classmethod
-    def open(cls, path: str | Path) -> "Trained":
-        """From a release folder, a hub id, a Lightning checkpoint, a run folder (its newest checkpoint), or "demo".
+    def open(cls, path: str | Path) -> "SavedModel":
+        """Opens a release folder, a hub id, a Lightning checkpoint, a run folder, or "demo".
+
+        Of a run folder it takes the newest checkpoint.
 
         Raises:
             UserError: if nothing usable is there; the message names the file.
@@ -68,33 +85,40 @@ class Trained:
             return _open_checkpoint(source)
         if source.is_dir():
             if (source / "state_dict.bin").is_file():
-                raise UserError(f"{source}: a model of audiocraft; first: magnet_train convert {source} --out FOLDER")
+                raise UserError(
+                    f"{source}: an audiocraft model; convert it first: "
+                    f"magnet_train convert {source} --out FOLDER"
+                )
             return _open_checkpoint(newest_checkpoint(source))
-        return _open_release(_from_hub(str(path)))
+        return _open_release(_download_release(str(path)))
 
     def weights(self) -> dict[str, Tensor]:
-        """By the network's names, in the precision in which they are stored, checked against its shapes.
+        """Verified weights by the network's names, in the precision in which they are stored.
 
         Raises:
-            UserError: if the file is broken, or its weights belong to another model.
+            UserError: if the file is damaged, or its weights belong to another model.
         """
-        if self.file.suffix == ".safetensors":
-            weights = _read_safetensors(self.file)
-        else:  # with weight averaging on, `state_dict` holds the averaged weights, the ones that validation saw
-            state = read_checkpoint(self.file)["state_dict"]
-            weights = {k[8:]: v for k, v in state.items() if k.startswith("network.")}
+        if self.sha256 is None:
+            weights = _network_weights(read_checkpoint(self.file), self.file)
+        else:
+            if (found := sha256_of(self.file)) != self.sha256:
+                raise UserError(
+                    f"{self.file}: SHA-256 is {found[:16]}…, config.json says "
+                    f"{self.sha256[:16]}…; {DAMAGED_RELEASE}"
+                )
+            weights = read_safetensors(self.file, DAMAGED_RELEASE)
         check_weights(weights, self.network, self.file)
         return weights
 
     def build(self) -> Magnet:
-        """The network with its weights, in float32; takes no more memory than these."""
+        """The network with its weights, in float32; needs no more memory than these."""
         with torch.device("meta"):
             network = Magnet(self.network)
         network.load_state_dict({k: v.float() for k, v in self.weights().items()}, assign=True)
         return network
 
     def to_dict(self) -> dict[str, Any]:
-        """`config.json` of a release."""
+        """Content of a release's `config.json`."""
         return {
             "format": RELEASE_FORMAT,
             "network": self.network.to_dict(),
@@ -103,299 +127,361 @@ class Trained:
             "decoding": asdict(self.decoding),
             "crop_s": self.crop_s,
             "guidance_dropout": self.guidance_dropout,
-            "about": self.about,
+            "provenance": self.provenance,
+            "sha256": self.sha256,
         }
 
 
-# --- read ---------------------------------------------------------------------------------------------------------
+# --- read -----------------------------------------------------------------------------------------
 
 
-def _open_release(folder: Path) -> Trained:
+def _open_release(folder: Path) -> SavedModel:
     file = folder / "config.json"
+    weights = folder / "model.safetensors"
     try:
-        config = json.loads(file.read_text())
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
+        config = json.loads(file.read_text(encoding="utf-8"))
         if config["format"] != RELEASE_FORMAT:
-            raise UserError(f"{file}: format {config['format']}, this version reads {RELEASE_FORMAT}; update it")
-        network, codec = MagnetConfig(**config["network"]), dict(config["codec"])
-        if not re.fullmatch(r"demo|encodec_\w+|\./codec|\w[\w.-]*/\w[\w.-]*", re.sub(r"@\d+$", "", codec["id"])):
             raise UserError(
-                f"{file}: names codec {codec['id']!r}, which is neither its own ./codec nor a hub id; refused"
+                f"format {config['format']}, this version reads {RELEASE_FORMAT}; update it"
             )
-        if codec["id"].startswith(IN_RELEASE):
-            codec["id"] = str(folder.resolve() / codec["id"].removeprefix(IN_RELEASE))
-        if config["text_encoder"]["dim"] != network.text_dim:
-            raise UserError(
-                f"{file}: text encoder {config['text_encoder']['id']!r} is {config['text_encoder']['dim']} wide, the "
-                f"network expects {network.text_dim}; copy the release again"
+        network = _read_network(config["network"])
+        codec = dict(config["codec"])
+        codec["id"] = _component(folder, codec["id"], CODEC_ID, "codec")
+        for name in ("num_codebooks", "codebook_size"):
+            if codec.get(name, getattr(network, name)) != getattr(network, name):
+                raise ValueError(
+                    f"codec has {name}={codec[name]}, network {getattr(network, name)}"
+                )
+        text_encoder = dict(config["text_encoder"])
+        if text_encoder["dim"] != network.text_dim:
+            raise ValueError(
+                f"text encoder has dim={text_encoder['dim']}, network text_dim={network.text_dim}"
             )
-        about = config.get("about", {})
-        if not isinstance(about, dict):
-            raise TypeError("about is no object")
-        return Trained(
-            folder / "model.safetensors", network, codec, config["text_encoder"]["id"], float(config["crop_s"]),
-            DecodingConfig.from_dict(config["decoding"]), config.get("guidance_dropout", 0.3), about,
-        )  # fmt: skip
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{file}: not a release of magnet_train ({type(error).__name__}: {error})") from error
+        provenance = config.get("provenance", {})
+        if not isinstance(provenance, dict):
+            raise TypeError("provenance is not an object")
+        saved = SavedModel(
+            file=weights,
+            network=network,
+            codec=codec,
+            text_encoder=_component(folder, text_encoder["id"], TEXT_ENCODER_ID, "text encoder"),
+            crop_s=_number(config, "crop_s", MAX_CROP_S),
+            decoding=DecodingConfig.from_dict(config["decoding"]),
+            guidance_dropout=_number(config, "guidance_dropout", 1.0),
+            provenance=provenance,
+            sha256=str(config["sha256"]),
+        )
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file}: not a release of magnet_train ({type(error).__name__}: {one_line(error)})"
+        ) from error
+    check_shapes(safetensors_shapes(weights, DAMAGED_RELEASE), network, weights)
+    return saved
 
 
-def _open_checkpoint(path: Path) -> Trained:
+def _read_network(values: Any) -> MagnetConfig:
+    config = MagnetConfig(**values)
+    for each in fields(config):
+        value = getattr(config, each.name)
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(type(part) is not type(each.default) for part in parts):
+            raise ValueError(f"network.{each.name}={value!r} is a {type(value).__name__}")
+    return config
+
+
+def _number(config: Mapping[str, Any], name: str, largest: float) -> float:
+    value = config[name]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= largest:
+        raise ValueError(f"{name}={value!r} is not a number from 0 to {largest:g}")
+    return float(value)
+
+
+def _component(folder: Path, name: Any, allowed: re.Pattern[str], what: str) -> str:
+    """Name of a component for its loader; a release must not name folders of this machine."""
+    if not isinstance(name, str) or not allowed.fullmatch(re.sub(r"@\d+$", "", name)):
+        raise ValueError(f"{what} {name!r} is neither in the release's own folder nor a hub id")
+    return str(folder.resolve() / name.removeprefix("./")) if name.startswith("./") else name
+
+
+def _open_checkpoint(path: Path) -> SavedModel:
     checkpoint = read_checkpoint(path)
     try:
-        given = checkpoint["hyper_parameters"]
-        about = {"checkpoint": path.name, "step": checkpoint.get("global_step")} | checkpoint.get("begun_with", {})
-        # As the last validation decoded.
-        kept = [v for k, v in checkpoint.get("callbacks", {}).items() if k.startswith("GenerationCallback")]
-        decoding = (kept[0]["decoding"] if kept else {}) | {"span_len": given["span_len"]}
-        return Trained(
-            path, MagnetConfig(**given["network"]), {"id": given["codec"]}, given["text_encoder"], given["crop_s"],
-            DecodingConfig.from_dict(decoding), given["guidance_dropout"],
-            {k: v for k, v in about.items() if v is not None},
-        )  # fmt: skip
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a checkpoint of magnet_train (no {error})") from error
+        settings = checkpoint["hyper_parameters"]
+        provenance = {"checkpoint": path.name, "step": checkpoint.get("global_step")}
+        provenance |= checkpoint.get("init_provenance", {})
+        callbacks = checkpoint.get("callbacks", {}).values()
+        decoding = next(
+            (c["decoding"] for c in callbacks if isinstance(c, dict) and "decoding" in c), {}
+        )
+        saved = SavedModel(
+            file=path,
+            network=_read_network(settings["network"]),
+            codec={"id": settings["codec"]},
+            text_encoder=settings["text_encoder"],
+            crop_s=_number(settings, "crop_s", MAX_CROP_S),
+            decoding=DecodingConfig.from_dict(decoding | {"span_len": settings["span_len"]}),
+            guidance_dropout=_number(settings, "guidance_dropout", 1.0),
+            provenance={k: v for k, v in provenance.items() if v is not None},
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a checkpoint of magnet_train ({type(error).__name__}: {error})"
+        ) from error
+    check_shapes(_shapes(_network_weights(checkpoint, path)), saved.network, path)
+    return saved
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The run's `last.ckpt`, else its newest .ckpt, else the newest below its folder.
+    """The run's `last.ckpt`, else its newest .ckpt, else the newest in a folder below.
 
     Raises:
         UserError: if there is none.
     """
-    own = [*run.glob("*.ckpt"), *(run / "checkpoints").glob("*.ckpt")]  # not those of a run in a folder within
-    found = sorted(own or run.rglob("*.ckpt"), key=lambda p: (p.stem.startswith("last"), p.stat().st_mtime))
+    found = [*run.glob("*.ckpt"), *(run / "checkpoints").glob("*.ckpt")] or [*run.rglob("*.ckpt")]
     if not found:
         raise UserError(
-            f"{run}: no config.json and no .ckpt in it; give a release folder, a checkpoint or a run folder"
+            f"{run}: no config.json and no .ckpt in it; "
+            "give a release folder, a checkpoint or a run folder"
         )
-    return found[-1]
+    return max(found, key=lambda path: (path.stem.startswith("last"), path.stat().st_mtime))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint's content; nothing in it is executed, and tensors stay in the file until they are used.
+    """A Lightning checkpoint, verified; nothing in it is executed.
+
+    Tensors stay in the file until they are used.
 
     Raises:
-        UserError: if it is missing, truncated, or holds more than plain data.
+        UserError: if it is missing, damaged, or holds more than plain data.
     """
+    checkpoint = read_pickle(path, DAMAGED_CHECKPOINT)
+    if not isinstance(checkpoint, dict):
+        raise UserError(
+            f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint; {DAMAGED_CHECKPOINT}"
+        )
+    return checkpoint
+
+
+def _network_weights(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The network's part of a checkpoint; with averaging, the averaged weights."""
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, Mapping):
+        raise UserError(
+            f"{path}: not a checkpoint of magnet_train (no state_dict); {DAMAGED_CHECKPOINT}"
+        )
+    prefix = "network."
+    return {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
+
+
+def _shapes(weights: Mapping[str, Any]) -> Shapes:
+    return {name: tuple(getattr(tensor, "shape", ())) for name, tensor in weights.items()}
+
+
+def check_shapes(shapes: Shapes, config: MagnetConfig, source: Path) -> None:
+    """Checks names and shapes against the configuration, before anything of its size is allocated.
+
+    Raises:
+        UserError: that names the first difference.
+    """
+    if config.num_layers > len(shapes):
+        raise UserError(
+            f"{source}: {len(shapes)} tensors for num_layers={config.num_layers}; "
+            "the file does not match the model configuration"
+        )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such checkpoint") from error
-    except Exception as error:  # zip, pickle and runtime errors, by where the file is broken
-        reason = one_line(error, 200).partition(". ")[0]  # what follows is advice on torch
-        raise UserError(f"{path}: unreadable checkpoint ({reason}); use an older one") from error
-
-
-def check_weights(weights: Mapping[str, Tensor], config: MagnetConfig, source: Path) -> None:
-    """Whether names and shapes are those of a network of that configuration.
-
-    Raises:
-        UserError: that names the first that is not.
-    """
-    with torch.device("meta"):
-        own = Magnet(config).state_dict()
-    for problem, keys in (("lacks", own.keys() - weights.keys()), ("has the unknown", weights.keys() - own.keys())):
-        if keys:
-            raise UserError(f"{source}: {problem} {min(keys)} and {len(keys) - 1} more; it belongs to another model")
-    for key, value in weights.items():
-        if value.shape != own[key].shape:
+        with torch.device("meta"):
+            expected = _shapes(Magnet(config).state_dict())
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
+        raise UserError(
+            f"{source}: {config}: not a possible network ({one_line(error)})"
+        ) from error
+    differences = {
+        "lacks": expected.keys() - shapes.keys(),
+        "has the unknown": shapes.keys() - expected.keys(),
+    }
+    for problem, names in differences.items():
+        if names:
             raise UserError(
-                f"{source}: {key} is {tuple(value.shape)}, the configuration asks for {tuple(own[key].shape)}; "
-                "it belongs to another model"
+                f"{source}: {problem} {min(names)} and {len(names) - 1} more; "
+                "the file does not match the model configuration"
+            )
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise UserError(
+                f"{source}: {name} is {shapes[name]}, expected {shape}; "
+                "the file does not match the model configuration"
             )
 
 
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: missing or broken ({error}); copy or download it again") from error
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"checkpoint {name!r}: no such file or folder")
-    patterns = ["config.json", "model.safetensors", "README.md", "codec/*"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # a dozen kinds, from no network to no such repository
-        reason = one_line(error)
-        raise UserError(f"checkpoint {name!r}: no local path, and not to be had from the hub ({reason})") from error
-
-
-# --- write --------------------------------------------------------------------------------------------------------
-
-
-def check_new(out: Path) -> Path:
-    """`out` as a whole path, before work begins that it would lose.
+def check_weights(weights: Mapping[str, Tensor], config: MagnetConfig, source: Path) -> None:
+    """Checks names, shapes, data types and numbers of a network's weights.
 
     Raises:
-        UserError: if it holds anything already, or cannot be made.
+        UserError: that names the first that is wrong.
     """
-    out = out.expanduser().resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; choose another --out")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)
-        os.rmdir(probe)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror}); choose another --out") from error
-    return out
+    check_shapes(_shapes(weights), config, source)
+    check_numbers(weights, source)
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write in that becomes `out` once all is written; if anything fails, nothing stays behind.
-
-    Raises:
-        UserError: if `out` holds anything already, or cannot be made.
-        OSError: if the disk is full.
-    """
-    out = check_new(out)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield aside
-        aside.chmod(0o755)  # mkdtemp keeps others out
-        os.replace(aside, out)
-    except (shutil.Error, RuntimeError) as error:  # what copies and torch.save make of it
-        if shutil.disk_usage(aside).free < 2**20:
-            raise OSError(errno.ENOSPC, "no space left", str(out)) from error
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def write_release(
-    out: Path, trained: Trained, tensors: Mapping[str, Callable[[], Tensor]], text: str | None = None
-) -> Trained:
-    """Write a release folder, whole or not at all, one tensor after another; returns it as it lies there.
-
-    A codec that lies in a folder goes along, so that the release is complete wherever it is copied to; it must be the
-    one that `trained` is stamped with.
-
-    Args:
-        out: must not exist, or be empty.
-        trained: its settings; `file` is not read.
-        tensors: by the network's names, each made when it is written.
-        text: README.md; `card` makes it if None.
-
-    Raises:
-        UserError: if `out` holds anything, or the codec is another than the stamp says.
-    """
-    with new_folder(out) as folder:
-        name, first = split_name(trained.codec["id"])
-        source = Path(name)
-        if source.is_absolute() and source.is_dir():  # as `load_codec` names folders
-            check_stamp(trained.codec, load_codec(trained.codec["id"]).facts, trained.file)
-            (folder / "codec").mkdir()
-            for file in sorted(source.iterdir()):  # what a codec consists of, and nothing that lies beside it
-                if file.suffix == ".safetensors" or file.name in ("config.json", "audiocraft.yaml", "README.md"):
-                    shutil.copy(file, folder / "codec" / file.name)
-            at = "" if first is None else f"@{first}"
-            trained = replace(trained, codec=trained.codec | {"id": f"{IN_RELEASE}codec{at}"})
-        write_safetensors(folder / "model.safetensors", tensors)
-        (folder / "config.json").write_text(json.dumps(trained.to_dict(), indent=2) + "\n")
-        written = replace(trained, file=folder / "model.safetensors")
-        (folder / "README.md").write_text(card(written, out.name) if text is None else text)
-    return _open_release(out)
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> None:
-    """A safetensors file that never has more than one tensor in memory; the library's own writer needs them all."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, make in tensors.items():
-        tensor = make()
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for make in tensors.values():
-            file.write(make().detach().contiguous().flatten().view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def card(trained: Trained, name: str) -> str:
-    """README.md of a release: what it is, where it comes from, under which licence, and how to use it."""
-    about, network = trained.about, trained.network
-    licence = about.get("licence")
-    head = {"license": licence or "unknown", "library_name": "magnet_train", "pipeline_tag": "text-to-audio"}
-    if about.get("base_model"):
-        head["base_model"] = about["base_model"]
-    lines = [
-        "---",
-        *(f"{k}: {v}" for k, v in head.items()),
-        "tags: [magnet, text-to-audio]",
-        "---",
-        "",
-        f"# {name}",
-        "",
-    ]
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Magnet(network).parameters()) / 1e6
-    lines += [
-        f"A MAGNeT ([arXiv 2401.04577](https://arxiv.org/abs/2401.04577)) of {parameters:.3g} M parameters: "
-        f"{network.num_layers} layers of width {network.dim}, for {trained.crop_s:g} s of audio in "
-        f"{network.num_codebooks} codebooks of {network.codebook_size} entries.",
-        "",
-        "```python",
-        "import magnet_train",
-        "",
-        f'audio = magnet_train.load("{name}").generate(["a slow waltz for piano"], seed=0).wav  # b channels samples',
-        "```",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| licence | {licence or 'not stated'} |",
-        *(f"| codec's licence | {v} |" for v in [_licence_of(trained.file.parent / "codec")] if v),
-        *(
-            f"| {k} | {about[k]} |"
-            for k in ("base_model", "source", "checkpoint", "step", "trained_on")
-            if about.get(k) is not None
-        ),
-        f"| codec | {trained.codec['id']}, padding {trained.codec.get('pad_mode', 'as it says')} |",
-        f"| text encoder | {trained.text_encoder} |",
-        *(f"| {k} | {v} |" for k, v in (about.get("metrics") or {}).items()),
-        "",
-    ]
-    if licence and "nc" in str(licence).lower().split("-"):
-        lines += [f"What is derived from these weights stays under {licence}: no commercial use.", ""]
-    return "\n".join(lines)
-
-
-def check_stamp(stamped: dict[str, Any], facts: CodecFacts, where: Path) -> None:
-    """Whether a codec is the one that a model was trained with, as far as that was known.
+def check_codec(expected: Mapping[str, Any], facts: CodecFacts, where: Path) -> None:
+    """Checks that a codec is the one that a model was trained with, as far as that is known.
 
     Raises:
         UserError: if it is another.
     """
-    if facts.hash != stamped.get("hash", facts.hash):
+    if facts.hash != expected.get("hash", facts.hash):
         raise UserError(
-            f"{where}: trained on codec {stamped['hash']}, but {facts.id!r} is {facts.hash}; "
-            "its codes would mean something else"
+            f"{where}: codec mismatch: the model was trained on codec {expected['hash']}, "
+            f"but {facts.id!r} is {facts.hash}; use the codec that it was trained with"
         )
 
 
 def codec_facts(codec: dict[str, Any]) -> CodecFacts | None:
-    """All facts about the codec, where a release or a converter knew them."""
+    """All facts about the codec, if a release or a converter knew them."""
     try:
         return CodecFacts.from_dict(codec)
     except ValueError:
         return None
 
 
-def _licence_of(folder: Path) -> str | None:
-    """What the front matter of a README.md says."""
+def _download_release(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"checkpoint {name!r}: no such file or folder")
+    patterns = ["config.json", "model.safetensors", "README.md", "codec/*", "text_encoder/*"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # a dozen kinds, from no network to no such repository
+        raise UserError(
+            f"checkpoint {name!r}: not found locally or on the Hugging Face Hub ({one_line(error)})"
+        ) from error
+
+
+# --- write ----------------------------------------------------------------------------------------
+
+
+def write_release(
+    out: Path,
+    saved: SavedModel,
+    tensors: Mapping[str, Callable[[], Tensor]],
+    card: str | None = None,
+) -> SavedModel:
+    """Writes a release folder, whole or not at all, and opens it.
+
+    A codec or text encoder from a folder is copied into it, so that the release is complete.
+
+    Args:
+        out: must not exist, or be empty.
+        saved: the settings; `file` and `sha256` are not read.
+        tensors: by the network's names, each made when it is written.
+        card: content of README.md; `model_card` if None.
+
+    Raises:
+        UserError: if `out` holds anything, or the codec is not the one of the training.
+    """
+    with new_folder(out) as folder:
+        codec, first = split_name(saved.codec["id"])
+        if _is_folder(codec):
+            check_codec(saved.codec, load_codec(saved.codec["id"]).facts, saved.file)
+            _copy(Path(codec), folder / "codec", CODEC_FILES)
+            name = "./codec" if first is None else f"./codec@{first}"
+            saved = replace(saved, codec=saved.codec | {"id": name})
+        if _is_folder(saved.text_encoder):
+            _copy(Path(saved.text_encoder), folder / "text_encoder", TEXT_ENCODER_FILES)
+            saved = replace(saved, text_encoder="./text_encoder")
+        file = folder / "model.safetensors"
+        saved = replace(saved, file=file, sha256=write_safetensors(file, tensors))
+        (folder / "config.json").write_text(json.dumps(saved.to_dict(), indent=2) + "\n")
+        (folder / "README.md").write_text(model_card(saved, out.name) if card is None else card)
+    return _open_release(out)
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a component's name is a folder, which loaders name by its absolute path."""
+    return Path(name).is_absolute() and Path(name).is_dir()
+
+
+def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    """Copies a component's own files, and nothing else in its folder."""
+    target.mkdir()
+    for file in sorted({file for pattern in patterns for file in source.glob(pattern)}):
+        shutil.copy(file, target / file.name)
+
+
+def model_card(saved: SavedModel, name: str) -> str:
+    """README.md of a release: what it is, its origin and licence, and how to use it."""
+    provenance = saved.provenance
+    licence = provenance.get("licence")
+    shapes = safetensors_shapes(saved.file, DAMAGED_RELEASE)
+    size = sum(math.prod(shape) for shape in shapes.values()) / 1e6
+    rows = {
+        "licence": licence or "not stated",
+        "licence of the codec": _read_licence(saved.file.parent / "codec"),
+        **{
+            k: provenance.get(k)
+            for k in ("base_model", "source", "checkpoint", "step", "trained_on")
+        },
+        "codec": f"{saved.codec['id']}, padding {saved.codec.get('pad_mode', 'unknown')}",
+        "text encoder": saved.text_encoder,
+        **(provenance.get("metrics") or {}),
+    }
+    head = {
+        "license": licence or "unknown",
+        "library_name": "magnet_train",
+        "pipeline_tag": "text-to-audio",
+        "base_model": provenance.get("base_model"),
+        "tags": "[magnet, text-to-audio]",
+    }
+    front_matter = "\n".join(f"{k}: {v}" for k, v in head.items() if v)
+    table = "\n".join(f"| {k} | {v} |" for k, v in rows.items() if v is not None)
+    text = CARD.format(
+        front_matter=front_matter,
+        name=name,
+        size=size,
+        crop_s=saved.crop_s,
+        table=table,
+        **saved.network.to_dict(),
+    )
+    if "nc" in str(licence).lower().split("-"):
+        text += f"\nModels derived from these weights stay under {licence}: no commercial use.\n"
+    return text
+
+
+CARD = """---
+{front_matter}
+---
+
+# {name}
+
+A MAGNeT ([arXiv 2401.04577](https://arxiv.org/abs/2401.04577)) of {size:.3g} M parameters:
+{num_layers} layers of width {dim}, for {crop_s:g} s of audio in {num_codebooks} codebooks of
+{codebook_size} entries.
+
+```python
+import magnet_train
+
+model = magnet_train.load("{name}")
+audio = model.generate(["a slow waltz for piano"], seed=0).wav  # b channels samples
+```
+
+| | |
+|---|---|
+{table}
+"""
+
+
+def _read_licence(folder: Path) -> str | None:
+    """The licence in the front matter of a README.md."""
     if not (folder / "README.md").is_file():
         return None
-    found = re.search(r"^license: *(\S+)", (folder / "README.md").read_text(errors="replace"), re.MULTILINE)
+    text = (folder / "README.md").read_text(errors="replace")
+    found = re.search(r"^license: *(\S+)", text, re.MULTILINE)
     return found[1] if found else None

@@ -7,7 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from magnet_train.audiocraft.convert import correspondence, to_ours
+from magnet_train.audiocraft.names import correspondence, to_ours
 from magnet_train.model import Magnet, MagnetConfig, TextMemory
 
 FIXTURES = Path(__file__).parent / "fixtures" / "reference"

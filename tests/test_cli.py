@@ -197,7 +197,7 @@ def test_mistakes_of_fit(capsys, tmp_path, shards, clips):
     assert "guidance_dropout=2" in mistake(capsys, *base, *data, "--model.guidance_dropout=2")
     assert "num_heads" in mistake(capsys, *base, *data, "--model.network.num_heads=3")
     assert "nonsense" in mistake(capsys, *base, *data, "--model.nonsense=2")
-    assert "no such checkpoint" in mistake(capsys, *base, *data, f"--ckpt_path={tmp_path / 'x.ckpt'}")
+    assert "no such file" in mistake(capsys, *base, *data, f"--ckpt_path={tmp_path / 'x.ckpt'}")
     (tmp_path / "x.ckpt").write_bytes(b"broken")
     assert "x.ckpt" in mistake(capsys, *base, *data, f"--ckpt_path={tmp_path / 'x.ckpt'}")
     assert "num_workers" in mistake(capsys, *base, *data, "--data.num_workers=9")

@@ -7,7 +7,7 @@ import torch
 from helpers_audiocraft import FIXTURES, as_the_reference_sees, reference_model
 from safetensors.torch import load_file
 
-from magnet_train.audiocraft.convert import correspondence, to_theirs
+from magnet_train.audiocraft.names import correspondence, to_theirs
 from magnet_train.model import Magnet, MagnetConfig, sinusoidal_positions
 
 TOLERANCE = 2e-5

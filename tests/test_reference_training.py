@@ -8,7 +8,7 @@ import torch
 from helpers_audiocraft import FIXTURES, as_the_reference_sees, reference_model
 from safetensors.torch import load_file
 
-from magnet_train.audiocraft.convert import correspondence, to_theirs
+from magnet_train.audiocraft.names import correspondence, to_theirs
 from magnet_train.callbacks.averaging import WeightEMA
 from magnet_train.common.schedule import cosine_factor
 from magnet_train.loss import masked_cross_entropy

@@ -468,14 +468,14 @@ def test_a_real_sweep_that_was_stopped_after_its_first_run_goes_on_with_the_seco
 def test_the_base_of_decoding_ablations_validates_the_model_as_it_was_loaded(tmp_path, monkeypatch):
     import torch
 
-    from magnet_train.release import Trained
+    from magnet_train.release import SavedModel
 
     monkeypatch.chdir(ROOT)
     quick = ["--trainer.logger=false", "--trainer.limit_val_batches=1", "--generation.num_prompts=0"]
     folder = f"--trainer.default_root_dir={tmp_path}"
     assert main(["fit", "--config=conf/ablation/decoding.yaml", "--data.num_workers=0", *quick, folder]) == 0
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    loaded = Trained.open("demo").weights()
+    loaded = SavedModel.open("demo").weights()
     assert all(torch.equal(checkpoint["state_dict"][f"network.{k}"], v.float()) for k, v in loaded.items())
     assert any(  # and it is the average that does it: the raw weights have moved
         not torch.equal(checkpoint["current_model_state"][f"network.{k}"], v.float()) for k, v in loaded.items()

@@ -42,7 +42,7 @@ from magnet_train.metrics.embedders import load_listener
 from magnet_train.metrics.scoring import NEEDS_REFERENCE, parse_metric
 from magnet_train.model import MagnetConfig
 from magnet_train.module import MagnetModule
-from magnet_train.release import Trained, check_stamp, check_weights, read_checkpoint
+from magnet_train.release import SavedModel, check_codec, check_weights, read_checkpoint
 from magnet_train.resume import check_same_model, newest_whole_checkpoint
 from magnet_train.sharding import check_shardable
 from magnet_train.tracking.wandb_session import REMEDY, try_key
@@ -302,10 +302,10 @@ def check_start(plan: Plan) -> Iterator[Finding]:
             ExactResume.check_data(plan.data, checkpoint["run"], plan.text_encoder)
         yield Finding("ok", "start", f"goes on after step {checkpoint.get('global_step')} of {path}")
     elif config.model.init_from is not None:
-        start = Trained.open(config.model.init_from)
+        start = SavedModel.open(config.model.init_from)
         check_weights(start.weights(), plan.network, start.file)
         if plan.facts is not None:
-            check_stamp(start.codec, plan.facts, start.file)
+            check_codec(start.codec, plan.facts, start.file)
         yield Finding("ok", "start", f"weights of {start.file}, which fit the network")
     else:
         yield Finding("ok", "start", "with fresh weights" + (", no checkpoint yet" if plan.ckpt_path else ""))

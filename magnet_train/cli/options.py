@@ -8,7 +8,7 @@ from typing import Any
 
 from magnet_train.common.assets import conf_path
 from magnet_train.common.errors import UserError
-from magnet_train.release import Trained, read_checkpoint
+from magnet_train.release import SavedModel, read_checkpoint
 
 LINKED = ("num_codebooks", "codebook_size", "text_dim")
 """Of the network: these follow from codec and text encoder."""
@@ -75,7 +75,7 @@ def _in_configs(setting: str, args: list[str]) -> str | None:
 
 def _inherited(init_from: str) -> dict[str, Any]:
     """What a model that training starts from says of itself, as a configuration."""
-    trained = Trained.open(init_from)
+    trained = SavedModel.open(init_from)
     return {
         "model": {
             "init_from": init_from,

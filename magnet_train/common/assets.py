@@ -32,4 +32,6 @@ def conf_path(name: str) -> Path:
     for root in (package / "_conf", package.parent / "conf"):
         if (root / name).is_file():
             return root / name
-    raise UserError(f"no shipped configuration {name!r}: reinstall magnet-train, or run from a full checkout")
+    raise UserError(
+        f"no shipped configuration {name!r}: reinstall magnet-train, or run from a full checkout"
+    )

@@ -108,12 +108,18 @@ def find_weights(weights: Weights, path: str | Path | None = None) -> WeightsFil
     if path is not None:
         given = Path(path).expanduser()
         if not given.is_file():
-            raise UserError(f"{weights.name} weights {str(given)!r}: no such file; {_where(weights, given)}")
-        return _checked(weights, given, "give the published file, or no path at all to have it downloaded")
+            raise UserError(
+                f"{weights.name} weights {str(given)!r}: no such file; {_where(weights, given)}"
+            )
+        return _checked(
+            weights, given, "give the published file, or no path at all to have it downloaded"
+        )
     target = cache_dir() / weights.file
     if not target.is_file():
         if switch := offline_switch():
-            raise UserError(f"{weights.name} weights: not at {target}, and {switch} is set; {_where(weights, target)}")
+            raise UserError(
+                f"{weights.name} weights: not at {target}, and {switch} is set; {_where(weights, target)}"
+            )
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{target}.lock"):
@@ -140,7 +146,9 @@ def load_tensors(file: WeightsFile) -> dict[str, Any]:
             except RuntimeError:  # torch's format of before 2020
                 content = torch.load(file.path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever broken bytes lead to
-            raise UserError(f"{file.path}: not a file of weights that torch can read ({one_line(error)})") from error
+            raise UserError(
+                f"{file.path}: not a file of weights that torch can read ({one_line(error)})"
+            ) from error
     if not isinstance(content, Mapping):
         raise UserError(f"{file.path}: holds a {type(content).__name__}, not named tensors")
     return dict(content)
@@ -161,7 +169,11 @@ def load_network(network: torch.nn.Module, file: WeightsFile) -> None:
 
 
 def _where(weights: Weights, target: Path) -> str:
-    known = f"its SHA-256 begins with {weights.sha256}" if weights.sha256 else "no SHA-256 of it is published"
+    known = (
+        f"its SHA-256 begins with {weights.sha256}"
+        if weights.sha256
+        else "no SHA-256 of it is published"
+    )
     return f"fetch {weights.url} ({known}) and put it at {target}"
 
 
@@ -172,7 +184,9 @@ def _checked(weights: Weights, path: Path, remedy: str) -> WeightsFile:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         wrong = _mismatch(weights, path, found)
     except OSError as error:
-        raise UserError(f"{weights.name} weights {path}: cannot be read ({one_line(error)}); {remedy}") from error
+        raise UserError(
+            f"{weights.name} weights {path}: cannot be read ({one_line(error)}); {remedy}"
+        ) from error
     if wrong:
         raise UserError(f"{weights.name} weights {path}: {wrong}; {remedy}")
     return WeightsFile(path, found)
@@ -185,7 +199,9 @@ def _mismatch(weights: Weights, path: Path, found: str) -> str | None:
         return f"SHA-256 is {found}, not {expected} as published"
     note = _note(path)
     recorded = note.read_text(errors="replace").partition(" ")[0] if note.is_file() else found
-    return None if found == recorded else f"SHA-256 is {found}, not {recorded} as {note} has recorded"
+    return (
+        None if found == recorded else f"SHA-256 is {found}, not {recorded} as {note} has recorded"
+    )
 
 
 def _note(path: Path) -> Path:
@@ -222,7 +238,9 @@ def _fetch(weights: Weights, file: IO[bytes]) -> str:
     digest = hashlib.sha256()
     with urllib.request.urlopen(weights.url, timeout=60) as answer:
         announced = int(answer.headers.get("Content-Length") or 0)
-        bar = tqdm(desc=weights.file, total=announced or None, unit="B", unit_scale=True, disable=None)
+        bar = tqdm(
+            desc=weights.file, total=announced or None, unit="B", unit_scale=True, disable=None
+        )
         with bar:
             while piece := answer.read(1 << 20):
                 file.write(piece)

@@ -1,37 +1,142 @@
-"""Folders that can be written to, and small files that are whole or not there."""
+"""Files and folders that appear whole or not at all, and names that are safe to write."""
 
+import errno
+import hashlib
 import json
 import os
+import re
+import shutil
 import socket
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from magnet_train.common.errors import UserError
 
+MAX_NAME_BYTES = 120
+"""Length of a name made by `safe_name`, before its hash; file systems allow 255 with suffixes."""
+MIN_FREE_BYTES = 2**20
+"""Free space below which a failed write is reported as a full disk."""
+
+
+@contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
+    """A path to write to that becomes `path` when the block ends; an exception leaves nothing.
+
+    Readers see the previous file or the new one, never a part. The temporary file lies in the same
+    folder and has the same suffix, hidden, with ".part" before the suffix.
+
+    Args:
+        path: the file to write; its folder must exist.
+        durable: whether the content is on the disk, not only in its cache, before `path` changes.
+    """
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
+    try:
+        yield temporary
+        if durable:
+            _sync(temporary)
+        os.replace(temporary, path)
+        if durable:
+            with suppress(OSError):  # some file systems cannot sync folders
+                _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file through `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON through `replacing`."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
 
 def writable_folder(folder: Path) -> Path:
-    """The folder, made where it is missing.
+    """The folder, created if it is missing.
 
     Raises:
         UserError: if nothing can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{socket.gethostname()}-{os.getpid()}"  # of several ranks each has its own
+        probe = folder / f".writable-{socket.gethostname()}-{os.getpid()}"  # one for each rank
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"run folder {folder}: cannot be written ({error.strerror}); set --trainer.default_root_dir to another"
+            f"run folder {folder}: cannot be written ({error.strerror}); "
+            "set --trainer.default_root_dir to another"
         ) from error
     return folder
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=2) + "\n")
+def check_new(out: Path) -> Path:
+    """The absolute path of a folder that can be created, checked before long work begins.
+
+    Raises:
+        UserError: if it holds anything, or cannot be created.
+    """
+    out = out.expanduser().resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not an empty folder; choose another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)
+        os.rmdir(probe)
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be created ({error.strerror}); choose another --out"
+        ) from error
+    return out
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes aside and moves into place."""
-    path.with_suffix(".tmp").write_text(text)
-    os.replace(path.with_suffix(".tmp"), path)
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write in that becomes `out` when the block ends; an exception leaves nothing.
+
+    Raises:
+        UserError: if `out` holds anything, or cannot be created.
+        OSError: if the disk is full.
+    """
+    out = check_new(out)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp gives 0o700
+        os.replace(temporary, out)
+    except (shutil.Error, RuntimeError) as error:  # what shutil and torch.save raise on a full disk
+        if shutil.disk_usage(temporary).free < MIN_FREE_BYTES:
+            raise OSError(errno.ENOSPC, "no space left", str(out)) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def safe_name(text: str) -> str:
+    """A file name for a text from outside, such as an item's key; names of distinct texts differ.
+
+    A text that is a plain file name stays as it is. Any other keeps its letters and digits and gets
+    the beginning of its SHA-256.
+
+    >>> safe_name("clip_07.a"), safe_name("../../x")
+    ('clip_07.a', 'x_9cdf6a50100a')
+    """
+    name = re.sub(r"[^\w.+=,@-]+", "-", text).lstrip(".-")
+    name = name.encode(errors="replace")[:MAX_NAME_BYTES].decode(errors="ignore")
+    if name == text and not re.search(r"_[0-9a-f]{12}$", name):  # or it could be another's name
+        return name
+    return f"{name or 'unnamed'}_{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:12]}"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -17,7 +17,9 @@ T = TypeVar("T")
 OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
-def load_pretrained(what: str, name: str, load: Callable[[str, bool], T], marks: Sequence[str] = ("config.json",)) -> T:
+def load_pretrained(
+    what: str, name: str, load: Callable[[str, bool], T], marks: Sequence[str] = ("config.json",)
+) -> T:
     """`load(source, local_files_only)` for the folder or hub id `name`.
 
     Args:
@@ -33,7 +35,9 @@ def load_pretrained(what: str, name: str, load: Callable[[str, bool], T], marks:
     if path.exists():
         return _load_folder(what, path, load, marks)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
-        raise UserError(f"{what} {name!r}: no such folder; give a folder that transformers wrote, or a hub id")
+        raise UserError(
+            f"{what} {name!r}: no such folder; give a folder that transformers wrote, or a hub id"
+        )
     try:
         with quiet():
             return load(name, True)
@@ -42,7 +46,9 @@ def load_pretrained(what: str, name: str, load: Callable[[str, bool], T], marks:
     except OSError:  # transformers' way to say that something is not in the cache
         pass
     except Exception as error:
-        raise UserError(f"{what} {name!r} in the local cache cannot be loaded: {one_line(error)}") from error
+        raise UserError(
+            f"{what} {name!r} in the local cache cannot be loaded: {one_line(error)}"
+        ) from error
     _require_hub(what, name)
     try:
         with quiet():
@@ -50,7 +56,9 @@ def load_pretrained(what: str, name: str, load: Callable[[str, bool], T], marks:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{what} {name!r} cannot be loaded from the hub: {one_line(error)}") from error
+        raise UserError(
+            f"{what} {name!r} cannot be loaded from the hub: {one_line(error)}"
+        ) from error
 
 
 def absolute_path(name: str) -> str:
@@ -67,7 +75,14 @@ def one_line(error: BaseException, limit: int = 240) -> str:
 
 def offline_switch() -> str | None:
     """The environment variable that forbids the network, if one is set."""
-    return next((s for s in OFFLINE_SWITCHES if os.environ.get(s, "").upper() in ("1", "ON", "YES", "TRUE")), None)
+    return next(
+        (
+            s
+            for s in OFFLINE_SWITCHES
+            if os.environ.get(s, "").upper() in ("1", "ON", "YES", "TRUE")
+        ),
+        None,
+    )
 
 
 @contextmanager
@@ -100,7 +115,9 @@ def _load_folder(what: str, path: Path, load: Callable[[str, bool], T], marks: S
     except Exception as error:
         broken = _broken_weights(path)
         if broken:
-            raise UserError(f"{what}: {broken} is broken or cut short; copy or download it again") from error
+            raise UserError(
+                f"{what}: {broken} is broken or cut short; copy or download it again"
+            ) from error
         raise UserError(f"{what} {str(path)!r} cannot be loaded: {one_line(error)}") from error
 
 
@@ -124,7 +141,9 @@ def _require_hub(what: str, name: str) -> None:
 
     remedy = "give a local folder, or run once where there is network"
     if switch := offline_switch():
-        raise UserError(f"{what} {name!r}: no such folder, not in the local cache, and {switch} is set: {remedy}")
+        raise UserError(
+            f"{what} {name!r}: no such folder, not in the local cache, and {switch} is set: {remedy}"
+        )
     try:
         HfApi().model_info(name, timeout=10)
     except OfflineModeIsEnabled as error:
@@ -132,9 +151,13 @@ def _require_hub(what: str, name: str) -> None:
             f"{what} {name!r}: no such folder, not in the local cache, and the hub is off: {remedy}"
         ) from error
     except HFValidationError as error:
-        raise UserError(f"{what} {name!r}: neither a folder nor a hub id: {one_line(error)}") from error
+        raise UserError(
+            f"{what} {name!r}: neither a folder nor a hub id: {one_line(error)}"
+        ) from error
     except HfHubHTTPError as error:
-        raise UserError(f"{what} {name!r}: no such folder, and the hub refuses it: {one_line(error)}") from error
+        raise UserError(
+            f"{what} {name!r}: no such folder, and the hub refuses it: {one_line(error)}"
+        ) from error
     except Exception as error:
         raise UserError(
             f"{what} {name!r}: no such folder, not in the local cache, and no network ({one_line(error)}): {remedy}"

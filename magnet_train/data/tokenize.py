@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.folders import write_whole
+from magnet_train.common.folders import write_text
 from magnet_train.data.audio import duration_s, read_audio
 from magnet_train.data.manifest import Clip, find_clips
 
@@ -542,7 +542,7 @@ def _read_json(path: Path) -> Any:
 
 def _write_json(path: Path, value: Any) -> None:
     """Under a lock: what a kill leaves beside it has the same name in every process, so that the next one takes it."""
-    write_whole(path, json.dumps(value, ensure_ascii=False, indent=1))
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1))
 
 
 @contextmanager

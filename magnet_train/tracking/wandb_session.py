@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
-from magnet_train.common.folders import write_whole
+from magnet_train.common.folders import write_text
 
 REMEDY = "set another WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` later, or --trainer.logger false"
 
@@ -61,7 +61,7 @@ def prepare_wandb(folder: Path, verb: str, goes_on: bool, online: bool, uploads:
     if online:
         check_key(folder, known)
     if verb == "fit":
-        write_whole(file, f"{os.environ.get('WANDB_RUN_ID', '')}\n")
+        write_text(file, f"{os.environ.get('WANDB_RUN_ID', '')}\n")
 
 
 def check_key(folder: Path, goes_on: bool) -> None:

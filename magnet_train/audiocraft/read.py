@@ -1,0 +1,370 @@
+"""Reads exported models of audiocraft: `state_dict.bin` and `compression_state_dict.bin`.
+
+Both are pickles of strangers: only tensors and plain values are read from them. The configuration
+in them is a YAML text, read as data, of which named keys are looked up. Tensors stay in the file
+until they are used, so that a model of any size needs little memory.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from magnet_train.audiocraft.names import (
+    DECODING_KEYS,
+    MODEL_FILE,
+    NETWORK_KEYS,
+    PUBLISHED_LICENCE,
+    REQUIRED,
+    SETTINGS_FILE,
+    Pair,
+    correspondence,
+    text_projection,
+    to_theirs,
+)
+from magnet_train.codec.encodec_names import to_transformers, transformers_config
+from magnet_train.common.errors import UserError
+from magnet_train.common.nested import flatten
+from magnet_train.common.pretrained import one_line, quiet
+from magnet_train.common.tensor_files import check_numbers, read_pickle
+from magnet_train.decoding.decode import DecodingConfig
+from magnet_train.model import Magnet, MagnetConfig
+
+MAX_KEYS = 10_000
+"""Of a configuration; published ones have 300. YAML aliases can make a small text endless."""
+DOWNLOAD_AGAIN = "download it again"
+NOT_EXPORTED = "take a file that audiocraft exported (export_lm, export_encodec)"
+
+Config = Mapping[str, Any]
+"""Their configuration under flat keys, such as `transformer_lm.dim`."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a model's configuration says, in our terms."""
+
+    network: MagnetConfig
+    conditioner: str
+    """Their name of the text condition."""
+    text_encoder: str
+    """Name of a T5."""
+    decoding: DecodingConfig
+    crop_s: float
+    guidance_dropout: float
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """Content of `state_dict.bin`."""
+
+    file: Path
+    settings: Settings
+    weights: Mapping[str, Tensor]
+    """By their names."""
+    config: Config
+    config_text: str
+    version: str
+    """Of audiocraft."""
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Our names of the weights and theirs."""
+        return _pairs(self.settings)
+
+
+def read_model(folder: Path) -> ExportedModel:
+    """The model in a folder, with everything checked but the codec.
+
+    Raises:
+        UserError: that names the file, the key and the remedy.
+    """
+    file = folder / MODEL_FILE
+    package = read_package(file)
+    text = package.get("xp.cfg")
+    weights = package.get("best_state")
+    if not isinstance(text, str) or not isinstance(weights, Mapping):
+        raise UserError(f"{file}: no exported model (best_state, xp.cfg) in it; {NOT_EXPORTED}")
+    if unnamed := next((key for key in weights if not isinstance(key, str)), None):
+        raise UserError(
+            f"{file}: holds a tensor under {unnamed!r}, which is no name; {DOWNLOAD_AGAIN}"
+        )
+    config = read_config(text, file)
+    _refuse_hybrids(weights, config, file)
+    conditioner = _text_condition(config, file)
+    projection = weights.get(f"{text_projection(conditioner)}.weight")
+    if not isinstance(projection, Tensor) or projection.dim() != 2:
+        raise UserError(
+            f"{file}: no {text_projection(conditioner)}.weight of two axes; {DOWNLOAD_AGAIN}"
+        )
+    settings = read_settings(config, projection.shape[1], file)
+    _check_weights(weights, settings, file)
+    version = str(package.get("version", ""))
+    return ExportedModel(file, settings, weights, config, text, version)
+
+
+def read_package(path: Path) -> dict[str, Any]:
+    """An exported file; tensors stay in it until they are used, and nothing in it is executed.
+
+    Raises:
+        UserError: if it is missing, damaged, or holds anything but tensors and plain values.
+    """
+    package = read_pickle(path, f"{DOWNLOAD_AGAIN}, or {NOT_EXPORTED}")
+    if not isinstance(package, dict):
+        raise UserError(
+            f"{path}: holds a {type(package).__name__}, not an exported model; {NOT_EXPORTED}"
+        )
+    return package
+
+
+def read_config(text: str, where: Path) -> dict[str, Any]:
+    """Their YAML under flat keys; references to other keys are followed, no other references.
+
+    Raises:
+        UserError: if it is not a YAML mapping.
+    """
+    try:
+        nested = yaml.safe_load(text)
+        if not isinstance(nested, dict):
+            raise ValueError(f"a {type(nested).__name__}, not a mapping")
+        flat = dict(islice(flatten(nested), MAX_KEYS + 1))
+        if len(flat) > MAX_KEYS:
+            raise ValueError(f"more than {MAX_KEYS} keys")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: its xp.cfg is not a YAML configuration ({one_line(error)}); {DOWNLOAD_AGAIN}"
+        ) from error
+    return {key: _resolve(value, flat) for key, value in flat.items()}
+
+
+def _resolve(value: Any, config: Config) -> Any:
+    """The value at the end of a chain of `${key}`; one that leads back to itself stays as it is."""
+    seen = set()
+    while isinstance(value, str) and (link := re.fullmatch(r"\$\{([\w.]+)\}", value)):
+        if link[1] in seen:
+            break
+        seen.add(link[1])
+        value = config.get(link[1])
+    return value
+
+
+def _refuse_hybrids(weights: Mapping[str, Any], config: Config, where: Path) -> None:
+    """Refuses Hybrid-MAGNeT, which generates the beginning autoregressively in a delay pattern."""
+    prefixes = ("attn_mask_per_stage", "ar_", "prompt_")
+    signs = [key for key in weights if "hybrid" in key or key.startswith(prefixes)]
+    if "hybrid" in str(config.get("lm_model", "")):
+        signs.append(f"lm_model={config['lm_model']}")
+    pattern = config.get("codebooks_pattern.modeling", "parallel")
+    if pattern != "parallel":
+        signs.append(f"codebooks_pattern.modeling={pattern}")
+    if signs:
+        kind = "a hybrid MAGNeT" if pattern in ("parallel", "delay") else "another model"
+        raise UserError(
+            f"{where}: {kind} ({signs[0]}), which is not supported; "
+            "take a magnet-… without `hybrid` in its name"
+        )
+
+
+def _text_condition(config: Config, where: Path) -> str:
+    """Their name of the text, which must be the only condition."""
+    names = _required(config, "fuser.cross", where)
+    keys = ("fuser.sum", "fuser.prepend", "fuser.input_interpolate")
+    others = [key for key in keys if config.get(key)]
+    if not isinstance(names, list) or len(names) != 1 or others:
+        raise UserError(
+            f"{where}: conditions {names} {others}; only one text, by cross-attention, is supported"
+        )
+    kind = config.get(f"conditioners.{names[0]}.model")
+    if kind != "t5" or f"conditioners.{names[0]}.t5.name" not in config:
+        raise UserError(f"{where}: conditioners.{names[0]}.model={kind!r}; only t5 is supported")
+    return str(names[0])
+
+
+def read_settings(config: Config, text_dim: int, where: Path) -> Settings:
+    """A configuration in our terms; `text_dim` is the width of the text states.
+
+    Raises:
+        UserError: for what this package cannot compute.
+    """
+    own = dict(flatten(yaml.safe_load(SETTINGS_FILE.read_text())))
+    for key in REQUIRED:
+        if config.get(key, own[key]) != own[key]:
+            raise UserError(f"{where}: {key}={config[key]!r}; only {key}={own[key]!r} is supported")
+    conditioner = _text_condition(config, where)
+    sizes = {
+        ours: int(
+            _number(config, f"transformer_lm.{theirs}", where, -1 if ours == "context" else 1)
+        )
+        for ours, theirs in NETWORK_KEYS.items()
+    }
+    try:
+        network = MagnetConfig(**sizes, text_dim=text_dim)
+    except UserError as error:
+        raise UserError(f"{where}: its configuration's transformer_lm: {error}") from error
+    return Settings(
+        network=network,
+        conditioner=conditioner,
+        text_encoder=str(config[f"conditioners.{conditioner}.t5.name"]),
+        decoding=_read_decoding(config, network.num_codebooks, where),
+        crop_s=_number(config, "dataset.segment_duration", where, 0.01),
+        guidance_dropout=_number(
+            config, "classifier_free_guidance.training_dropout", where, 0, default=0.3
+        ),
+    )
+
+
+def _read_decoding(config: Config, num_codebooks: int, where: Path) -> DecodingConfig:
+    values = {ours: config.get(f"generate.lm.{key}") for ours, key in DECODING_KEYS.items()}
+    values = {name: value for name, value in values.items() if value is not None}
+    values["span_len"] = _required(config, "masking.span_len", where)
+    values["greedy"] = config.get("generate.lm.use_sampling") is False
+    try:
+        decoding = DecodingConfig.from_dict(values)
+        decoding.steps_per_stage(num_codebooks)
+    except (UserError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: its configuration's generate.lm: {error}") from error
+    return decoding
+
+
+def _required(config: Config, key: str, where: Path) -> Any:
+    if config.get(key) is None:
+        raise UserError(f"{where}: its configuration has no {key}; {DOWNLOAD_AGAIN}")
+    return config[key]
+
+
+def _number(
+    config: Config, key: str, where: Path, smallest: float, default: float | None = None
+) -> float:
+    """A finite number of at least `smallest`."""
+    value = config.get(key)
+    if value is None:
+        value = default
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not smallest <= value < math.inf:
+        raise UserError(
+            f"{where}: its configuration has {key}={value!r}, not a number of at least "
+            f"{smallest:g}; {DOWNLOAD_AGAIN}"
+        )
+    return float(value)
+
+
+def _pairs(settings: Settings) -> list[Pair]:
+    network = settings.network
+    return correspondence(network.num_layers, network.num_codebooks, settings.conditioner)
+
+
+def _check_weights(weights: Mapping[str, Any], settings: Settings, where: Path) -> None:
+    """Checks counts before anything of their size is built, then names, shapes and numbers."""
+    network = settings.network
+    for name in ("num_layers", "num_codebooks"):
+        if getattr(network, name) > len(weights):
+            raise UserError(
+                f"{where}: {len(weights)} tensors for {name}={getattr(network, name)}; "
+                "the file does not match its configuration"
+            )
+    with torch.device("meta"):
+        expected = to_theirs(Magnet(network).state_dict(), _pairs(settings))
+    if missing := expected.keys() - weights.keys():
+        raise UserError(
+            f"{where}: lacks {min(missing)} and {len(missing) - 1} more tensors of its "
+            f"configuration; {DOWNLOAD_AGAIN}"
+        )
+    if unknown := weights.keys() - expected.keys():
+        raise UserError(
+            f"{where}: has the unknown {min(unknown)} and {len(unknown) - 1} more; "
+            "it is another model than its configuration says"
+        )
+    check_numbers(weights, where)
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            raise UserError(
+                f"{where}: {name} is {tuple(weights[name].shape)}, expected {tuple(tensor.shape)} "
+                f"(codebook size {network.codebook_size}); "
+                "the file does not match its configuration"
+            )
+    for pair in _pairs(settings):
+        if len({weights[name].dtype for name in pair.theirs}) > 1:
+            raise UserError(
+                f"{where}: tensors like {pair.theirs[0]} have different precisions; export it again"
+            )
+
+
+# --- the codec ------------------------------------------------------------------------------------
+
+
+def read_codec(
+    package: Mapping[str, Any], out: Path, where: Path, licence: str = PUBLISHED_LICENCE
+) -> None:
+    """Writes a compression model as a folder of transformers' EncodecModel, padding mode included.
+
+    Args:
+        package: from `read_package`.
+        out: folder.
+        where: file, for messages.
+        licence: of the weights, for the folder's README.md.
+
+    Raises:
+        UserError: if weights and configuration do not belong together.
+    """
+    from magnet_train.common.torchaudio_import import mend_torchaudio
+
+    mend_torchaudio()
+    from transformers import EncodecConfig, EncodecModel
+
+    text = package.get("xp.cfg")
+    weights = package.get("best_state")
+    if not isinstance(text, str) or not isinstance(weights, Mapping):
+        raise UserError(
+            f"{where}: neither an exported codec (best_state, xp.cfg) nor a pointer to one; "
+            f"{NOT_EXPORTED}"
+        )
+    settings = transformers_config(read_config(text, where), str(where))
+    try:
+        with torch.device("meta"):
+            model = EncodecModel(EncodecConfig(**settings))
+    except Exception as error:  # depends on which setting is impossible
+        raise UserError(
+            f"{where}: its configuration describes no codec ({one_line(error)}); {DOWNLOAD_AGAIN}"
+        ) from error
+    state = _codec_weights(weights, model.state_dict(), where)
+    model.load_state_dict(state, assign=True)
+    with quiet():
+        model.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # releases are shared
+    (out / "audiocraft.yaml").write_text(text)  # for the way back
+    card = f"---\nlicense: {licence}\n---\n\nThe codec of {where.name}, for transformers.\n"
+    (out / "README.md").write_text(card)
+
+
+def _codec_weights(
+    weights: Mapping[str, Any], expected: Mapping[str, Tensor], where: Path
+) -> dict[str, Tensor]:
+    """A codec's weights under transformers' names, checked."""
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(f"{where}: {name!r} is not a named tensor; {DOWNLOAD_AGAIN}")
+    names = {to_transformers(name): name for name in weights}
+    if missing := expected.keys() - names.keys():
+        raise UserError(
+            f"{where}: lacks {min(missing)} and {len(missing) - 1} more; {DOWNLOAD_AGAIN}"
+        )
+    if unknown := names.keys() - expected.keys():
+        raise UserError(
+            f"{where}: has the unknown {names[min(unknown)]} and {len(unknown) - 1} more; "
+            f"{DOWNLOAD_AGAIN}"
+        )
+    state = {name: weights[names[name]] for name in expected}
+    check_numbers(state, where)
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"{where}: {names[name]} is {tuple(tensor.shape)}, expected "
+                f"{tuple(expected[name].shape)}; the file does not match its configuration"
+            )
+    return state

@@ -1,0 +1,173 @@
+"""Files of tensors, verified: torch.save's and safetensors, without executing anything in them."""
+
+import hashlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magnet_train.common.errors import UserError
+from magnet_train.common.pretrained import one_line
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shape of each tensor by name."""
+
+SAFETENSORS_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+}
+
+
+def read_pickle(path: Path, remedy: str) -> Any:
+    """What torch.save wrote: tensors, which stay in the file until they are used, and plain values.
+
+    The checksums of the zip archive are verified, which torch.load does not do.
+
+    Args:
+        path: the file.
+        remedy: end of the error message.
+
+    Raises:
+        UserError: if the file is missing, damaged, or asks for code.
+    """
+    try:
+        stat = path.stat()
+        if zipfile.is_zipfile(path):
+            _verify_zip(path, stat.st_size, stat.st_mtime_ns)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # The format of torch before 1.6 has no checksums and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; {remedy}") from error
+    except (
+        Exception
+    ) as error:  # zip, pickle and runtime errors, depending on where the file is damaged
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(
+                f"{path}: asks for {code[1]}, which could run code; {remedy}"
+            ) from error
+        reason = one_line(error, 200).partition(". ")[0]  # the rest is advice about torch
+        reason = reason.replace("Weights only load failed", "not tensors and plain values only")
+        raise UserError(f"{path}: damaged or truncated ({reason}); {remedy}") from error
+
+
+@lru_cache(maxsize=64)
+def _verify_zip(path: Path, size: int, mtime_ns: int) -> None:
+    """Compares all CRCs of an archive, once for each state of the file."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise zipfile.BadZipFile("compressed entries, which torch.save does not write")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+
+
+def safetensors_shapes(path: Path, remedy: str) -> Shapes:
+    """Shapes of the tensors in a safetensors file, from its header alone.
+
+    Raises:
+        UserError: if the file is missing or damaged, or a tensor is not floating-point.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, it is no mapping
+                part = file.get_slice(name)
+                if part.get_dtype() not in SAFETENSORS_DTYPES.values():
+                    raise UserError(
+                        f"{path}: {name} is {part.get_dtype()}, not floating-point; {remedy}"
+                    )
+                shapes[name] = tuple(part.get_shape())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: missing or damaged ({one_line(error)}); {remedy}") from error
+    return shapes
+
+
+def read_safetensors(path: Path, remedy: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: missing or damaged ({one_line(error)}); {remedy}") from error
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> str:
+    """Writes a safetensors file one tensor at a time, and returns its SHA-256.
+
+    safetensors' own writer holds all tensors as bytes: 3.5 GB more for the largest published model.
+
+    Args:
+        path: the file.
+        tensors: each is made when it is needed, twice: for the header, then for its bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, make in tensors.items():
+        tensor = make()
+        begin = end
+        end = begin + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            file.write(piece)
+            digest.update(piece)
+        for make in tensors.values():
+            data = make().detach().contiguous().flatten().view(torch.uint8).numpy().data
+            file.write(data)
+            digest.update(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_numbers(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Checks that tensors are floating-point and finite.
+
+    Raises:
+        UserError: that names the first that is not.
+    """
+    for name, tensor in tensors.items():
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.layout != torch.strided
+            or tensor.dtype not in SAFETENSORS_DTYPES
+        ):
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise UserError(
+                f"{source}: {name} is {kind}, not a dense floating-point tensor; take another file"
+            )
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{source}: {name} holds NaN or infinite values: the run diverged or the file is "
+                "damaged; take an earlier checkpoint"
+            )
