@@ -197,8 +197,7 @@ def accompany(
         window_ql: length of a window, in quarter notes.
         beat_ql: length of a beat.
         pattern: block (one chord a window), march (bass and chord in turn, on the beats), offbeat
-        (bass on the beats,
-            chords between them) or broken (one chord tone after another).
+            (bass on the beats, chords between them) or broken (one chord tone after another).
     """
     upper: Line = []
     lower: Line = []

@@ -72,16 +72,13 @@ def _who(facts: dict[str, Any], draw: _Draw) -> tuple[str, str]:
         return draw.one(
             f"for solo {lead}", f"for {lead} alone", f"on {lead}", f"played on {lead}"
         ), f"solo {lead}"
-    others = [*facts["accompaniment"], *(["drums"] if facts["drums"] else [])]
-    if not draw.maybe(ACCOMPANIMENT_SHARE):
-        others = ["accompaniment", *(["drums"] if facts["drums"] else [])]
-    band = listed(others)
-    after = draw.one(
-        f"for {lead} with {band}", f"for {lead} and {band}", f"played on {lead} with {band}"
-    )
-    subject = draw.one(
-        f"{lead} with {band}", f"{lead} accompanied by {band}", f"{lead} over {band}"
-    )
+    drums = ["drums"] if facts["drums"] else []
+    others = facts["accompaniment"] if draw.maybe(ACCOMPANIMENT_SHARE) else []
+    band = listed([*(others or ["accompaniment"]), *drums])
+    together = listed([lead, *others, *drums]) if others else f"{lead} with {band}"
+    after = draw.one(f"for {lead} with {band}", f"for {together}", f"played on {lead} with {band}")
+    led = f"{lead} accompanied by {band}" if others else f"{lead} with {band}"
+    subject = draw.one(f"{lead} with {band}", led, f"{lead} over {band}")
     return after, subject
 
 
@@ -90,7 +87,8 @@ def caption(facts: dict[str, Any], rng: np.random.Generator) -> str:
 
     Args:
         facts: lead, accompaniment (names), drums, form, style, key, tempo (a word), tempo_bpm,
-        metre and composer. rng: decides what is said and how.
+            metre and composer.
+        rng: decides what is said and how.
     """
     draw = _Draw(rng)
     style = facts["style"] if facts["style"] != "tune" and draw.maybe(STYLE_SHARE) else ""
