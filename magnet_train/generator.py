@@ -18,7 +18,7 @@ from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder, load_text_encoder
 from magnet_train.decoding.decode import DecodingConfig, DecodingStep, Networks, decode, item_noise
 from magnet_train.decoding.frame_cache import CachedForward
-from magnet_train.model import Magnet, TextMemory
+from magnet_train.model import Magnet, TextKeyValues
 from magnet_train.release import SavedModel, check_codec, write_release
 
 
@@ -82,7 +82,7 @@ class Generator:
         # One graph for a whole pass: replayed, it leaves nothing to Python between the kernels.
         self._is_compiled, self._pass = compiled, network.forward
         if compiled:
-            network.expect_compiled()
+            network.prepare_for_compile()
             self._pass = torch.compile(network.forward, mode="reduce-overhead", fullgraph=True)
 
     @property
@@ -146,7 +146,7 @@ class Generator:
         if any(p.strip() for p in prompts):
             # Keys and values of the text once per generation, not once per pass.
             states, tokens = (x.to(self.device) for x in self.text_encoder(list(prompts)))
-            text = self.network.remember(states.to(self.network.head.dtype), tokens)
+            text = self.network.encode_text(states.to(self.network.head.dtype), tokens)
             if config.reference_compat:  # there, a caption's padding takes its share of the attention
                 text = replace(text, allowed=text.allowed.any(1)[:, None].expand_as(text.allowed))
         networks = self._networks(text, config.cache_frames)
@@ -156,7 +156,7 @@ class Generator:
         wav = torch.cat([self.codec.decode(row[None]) for row in codes])
         return Generated(codes, wav, facts.sample_rate, order)
 
-    def _networks(self, text: TextMemory | None, cache_frames: bool) -> Networks:
+    def _networks(self, text: TextKeyValues | None, cache_frames: bool) -> Networks:
         """The pass with text and that of the null condition, whose cross-attention is exactly zero and not computed."""
         if cache_frames:
             null = None if text is None else CachedForward(self.network, None)

@@ -19,7 +19,7 @@ class MaskedLoss:
     """Masked frames."""
 
     @classmethod
-    def joined(cls, parts: "list[MaskedLoss]") -> "MaskedLoss":
+    def concatenate(cls, parts: "list[MaskedLoss]") -> "MaskedLoss":
         """Of several batches as of one; their examples one after another."""
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ce", "correct", "count")))
 

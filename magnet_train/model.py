@@ -91,7 +91,7 @@ class MagnetConfig:
 
 
 @dataclass(frozen=True)
-class TextMemory:
+class TextKeyValues:
     """Keys and values of the text in every block, so that decoding computes them once.
 
     keys, values: a list of `b h s d`, one a block. allowed: `b s` bool, True = a token of this caption.
@@ -183,7 +183,7 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def memory(self, text: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Projected text `b s d` -> keys and values, `b h s d` each."""
         k, v = self.kv(text).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return k, v
@@ -251,11 +251,11 @@ class Magnet(nn.Module):
 
         `options` go to `torch.compile`. Names of weights and copies of the network stay as they are.
         """
-        self.expect_compiled()
+        self.prepare_for_compile()
         for block in self.blocks:
             block.compile(**options)
 
-    def expect_compiled(self) -> None:
+    def prepare_for_compile(self) -> None:
         """Captions come in few lengths from now on, and the compiler keeps a variant for every case that there is.
 
         Stages, gradients, padding and captions make more variants than the 8 after which it falls back silently.
@@ -307,15 +307,15 @@ class Magnet(nn.Module):
         self.embedding[:, :-1] = 0.5 * turned  # the mask's own stays
         self.head.copy_(turned * self.config.dim**-0.5)
 
-    def remember(self, states: Tensor, allowed: Tensor) -> TextMemory:
+    def encode_text(self, states: Tensor, allowed: Tensor) -> TextKeyValues:
         """States `b s text_dim` and mask `b s` (True = token) of a text encoder -> keys and values of every block."""
         if missing := -states.shape[1] % self.text_multiple:
             states, allowed = F.pad(states, (0, 0, 0, missing)), F.pad(allowed, (0, missing))
         text = self.text_projection(states) * allowed[..., None].to(states.dtype)
-        pairs = [block.cross_attention.memory(text) for block in self.blocks]
-        return TextMemory([k for k, _ in pairs], [v for _, v in pairs], allowed)
+        pairs = [block.cross_attention.keys_values(text) for block in self.blocks]
+        return TextKeyValues([k for k, _ in pairs], [v for _, v in pairs], allowed)
 
-    def trunk(self, codes: Tensor, stage: int, text: TextMemory | None, valid: Tensor | None = None) -> Tensor:
+    def trunk(self, codes: Tensor, stage: int, text: TextKeyValues | None, valid: Tensor | None = None) -> Tensor:
         """Features of every frame: `b k t` -> `b t d`.
 
         Args:
@@ -377,9 +377,9 @@ class Magnet(nn.Module):
             masked: `b t` bool.
             valid: as of `trunk`.
         """
-        features = self.trunk(codes, stage, self.remember(states, allowed), valid)
+        features = self.trunk(codes, stage, self.encode_text(states, allowed), valid)
         return self.logits(features[masked], stage)
 
-    def forward(self, codes: Tensor, stage: int, text: TextMemory | None, valid: Tensor | None = None) -> Tensor:
+    def forward(self, codes: Tensor, stage: int, text: TextKeyValues | None, valid: Tensor | None = None) -> Tensor:
         """Logits of codebook `stage` at every frame: `b k t` -> `b t c`. Arguments as of `trunk`."""
         return self.logits(self.trunk(codes, stage, text, valid), stage)

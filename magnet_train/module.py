@@ -1,8 +1,7 @@
 """The LightningModule: mask, predict, log; nothing that another file already says."""
 
 import hashlib
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -14,64 +13,16 @@ from magnet_train.codec.base import absolute_name, load_codec
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import absolute_path
-from magnet_train.common.schedule import cosine_factor, inverse_sqrt_factor
 from magnet_train.conditioning import TextEncoder, drop_captions, load_text_encoder
 from magnet_train.data.pipeline import Batch
 from magnet_train.loss import MaskedLoss, masked_cross_entropy
 from magnet_train.masking import cosine_mask_rate, span_mask
 from magnet_train.metrics.fixed_masks import FixedMaskMetrics, fixed_span_mask
 from magnet_train.model import Magnet, MagnetConfig
+from magnet_train.optimizer import OptimizerConfig, allows_fused, make_optimizer, schedule_factor
 from magnet_train.release import SavedModel, check_codec, check_weights
 from magnet_train.resume import check_same_model, differing
 from magnet_train.sharding import check_shardable, full_tensor, is_sharded, shard, unsharded_copy
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its schedule; the defaults are those published for the medium 30-second model."""
-
-    name: Literal["adamw", "dadapt_adam"] = "adamw"
-    """AdamW, or D-Adaptation's Adam, which finds the step size itself and takes lr as a factor: 1 (package
-    `dadaptation`)."""
-    lr: float = 1e-4
-    """Highest learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of AdamW's two running means, per update."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, on every parameter."""
-    schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
-    """Course of the learning rate after warm-up; cosine ends at zero with the trainer's last step."""
-    warmup_steps: int = 4000
-    """Length of the linear warm-up, in optimizer steps; a tenth of a run that is no longer than that."""
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0 or self.warmup_steps < 0 or self.weight_decay < 0:
-            raise UserError(
-                f"lr={self.lr}, warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}: "
-                "lr must be above 0, the others at least 0"
-            )
-        if self.name not in ("adamw", "dadapt_adam"):
-            raise UserError(f"optimizer name={self.name}: choose adamw or dadapt_adam")
-        if self.schedule not in ("cosine", "inverse_sqrt", "constant"):
-            raise UserError(f"schedule={self.schedule}: choose cosine, inverse_sqrt or constant")
-
-    def warmup_within(self, total_steps: float) -> int:
-        """Steps of warm-up in a run of `total_steps`, infinite if it has no end.
-
-        >>> [OptimizerConfig(warmup_steps=50).warmup_within(total) for total in (800, 51, 50, 5)]
-        [50, 50, 5, 0]
-
-        Raises:
-            UserError: if the schedule is a cosine, which has to know its end, and the run has none.
-        """
-        if self.schedule == "cosine" and not math.isfinite(total_steps):
-            raise UserError(
-                "schedule=cosine: the run has no end; set --trainer.max_steps, or choose --model.optimizer.schedule "
-                "inverse_sqrt"
-            )
-        return self.warmup_steps if self.warmup_steps < total_steps else int(total_steps) // 10
 
 
 def step_generator(seed: int, *place: int) -> torch.Generator:
@@ -162,7 +113,9 @@ class MagnetModule(L.LightningModule):
             }
         )
         # Whose licence holds for what comes of them.
-        self.init_provenance = {} if start is None else {k: start.provenance.get(k) for k in ("licence", "base_model", "source")}
+        self.init_provenance = (
+            {} if start is None else {k: start.provenance.get(k) for k in ("licence", "base_model", "source")}
+        )
         self.config, self.optimizer_config = network, optimizer
         self.trained_steps = 0
         """Optimizer steps of the checkpoint that was loaded, where the trainer does not know them."""
@@ -185,7 +138,7 @@ class MagnetModule(L.LightningModule):
         # In a tuple, so that the frozen encoder enters neither checkpoints nor the optimizer.
         self._frozen: tuple[TextEncoder, ...] = ()
         self._generator: Any = None
-        self._whole: tuple[Magnet, ...] = ()
+        self._unsharded: tuple[Magnet, ...] = ()
 
     def configure_model(self) -> None:
         """Shards the weights under Lightning's ModelParallelStrategy (FSDP2), over all ranks whatever its sizes say.
@@ -219,9 +172,9 @@ class MagnetModule(L.LightningModule):
         return self._frozen[0]
 
     @property
-    def whole(self) -> Magnet:
+    def unsharded(self) -> Magnet:
         """The network, which under FSDP2 is a copy with all weights while the module is evaluated."""
-        return self._whole[0] if self._whole else self.network
+        return self._unsharded[0] if self._unsharded else self.network
 
     def stage_loss(self, batch: Batch, captions: list[str], stage: int, masked: Tensor) -> MaskedLoss:
         """Loss of one stage under given masks.
@@ -234,16 +187,16 @@ class MagnetModule(L.LightningModule):
         """
         codes, valid = batch["codes"], batch["valid"]
         mask_id = self.config.mask_id
-        asked = codes.clone()
-        asked[:, stage] = asked[:, stage].masked_fill(masked, mask_id)
-        asked[:, stage + 1 :] = mask_id
+        masked_codes = codes.clone()
+        masked_codes[:, stage] = masked_codes[:, stage].masked_fill(masked, mask_id)
+        masked_codes[:, stage + 1 :] = mask_id
         padded = not bool(valid.all())
         if padded:
-            asked = asked.masked_fill(~valid[:, None], mask_id)
+            masked_codes = masked_codes.masked_fill(~valid[:, None], mask_id)
         masked = masked & valid
         # Even with all captions dropped the text takes part, so that DDP finds a gradient for every parameter.
-        states, tokens = self.text_encoder(captions)
-        logits = self.whole.masked_logits(asked, stage, states, tokens, masked, valid if padded else None)
+        states, text_mask = self.text_encoder(captions)
+        logits = self.unsharded.masked_logits(masked_codes, stage, states, text_mask, masked, valid if padded else None)
         return masked_cross_entropy(logits, codes[:, stage], masked)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -260,7 +213,7 @@ class MagnetModule(L.LightningModule):
             self.log(f"train/ce/stage{stage}", loss.mean().detach(), batch_size=len(rows))
             self.log(f"train/accuracy/stage{stage}", loss.accuracy(), batch_size=len(rows))
             losses.append(loss)
-        mean = MaskedLoss.joined(losses).mean()
+        mean = MaskedLoss.concatenate(losses).mean()
         self.log("train/loss", mean, prog_bar=True, batch_size=size)
         return mean
 
@@ -293,10 +246,10 @@ class MagnetModule(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """After the callbacks, so that the copy is of averaged weights."""
         if is_sharded(self.network):
-            self._whole = (unsharded_copy(self.network),)
+            self._unsharded = (unsharded_copy(self.network),)
 
     def on_validation_epoch_end(self) -> None:
-        self._whole = ()
+        self._unsharded = ()
         self.log_dict(self.fixed_masks.compute())
         self.fixed_masks.reset()
 
@@ -339,17 +292,15 @@ class MagnetModule(L.LightningModule):
         if self._generator is None:
             codec = load_codec(self.codec_name).to(self.device)
             decoding = DecodingConfig(span_len=self.span_len)
-            self._generator = Generator(self.whole, codec, self.text_encoder, decoding, self.crop_s)
+            self._generator = Generator(self.unsharded, codec, self.text_encoder, decoding, self.crop_s)
         result = self._generator.generate(batch["captions"], self.seed, batch["keys"])
         return {"wav": result.wav, "sample_rate": result.sample_rate}
 
-    def _optimizer_settings(self) -> dict[str, Any]:
-        config = self.optimizer_config
-        return {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
-
     def on_train_start(self) -> None:
         """A resumed run has the optimizer's settings that it was given: Lightning restores the checkpoint's."""
-        settings, optimizer, schedule = self._optimizer_settings(), self.trainer.optimizers[0], self.lr_schedulers()
+        settings = self.optimizer_config.settings()
+        optimizer = self.trainer.optimizers[0]
+        schedule = self.lr_schedulers()
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
         lr = settings["lr"] * schedule.lr_lambdas[0](schedule.last_epoch)
         schedule.base_lrs = [settings["lr"]]
@@ -358,39 +309,12 @@ class MagnetModule(L.LightningModule):
             group |= settings | {"lr": lr, "initial_lr": settings["lr"]}
 
     def configure_optimizers(self) -> Any:
-        config, settings = self.optimizer_config, self._optimizer_settings()
-        if config.name == "adamw":
-            # One kernel for all tensors. Under a mixed precision Lightning refuses to clip gradients before it, and
-            # fp16's scaler leaves the gradients to it, which a step that is left out does not have.
-            trainer: Any = self.trainer
-            clips, precision = bool(trainer.gradient_clip_val), str(trainer.precision)
-            fused = not precision.startswith("16") and not (clips and precision.endswith("-mixed"))
-            optimizer = torch.optim.AdamW(trainable_parameters(self).values(), fused=fused, **settings)
-        else:
-            optimizer = _dadaptation().DAdaptAdam(list(trainable_parameters(self).values()), decouple=True, **settings)
-        total = self.trainer.estimated_stepping_batches
-        warmup_steps = config.warmup_within(total)
-
-        def factor(step: int) -> float:
-            if config.schedule == "cosine":
-                return cosine_factor(step, warmup_steps, int(total))
-            if config.schedule == "inverse_sqrt":
-                return inverse_sqrt_factor(step, warmup_steps)
-            return min(1.0, (step + 1) / max(warmup_steps, 1))
-
+        config, trainer = self.optimizer_config, self.trainer
+        fused = allows_fused(str(trainer.precision), bool(trainer.gradient_clip_val))
+        optimizer = make_optimizer(config, list(trainable_parameters(self).values()), fused)
+        factor = schedule_factor(config, trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
-
-
-def _dadaptation() -> Any:
-    try:
-        import dadaptation
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "optimizer name=dadapt_adam: the package dadaptation is missing; "
-            "install it with `pip install 'magnet-train[dadaptation]'`"
-        ) from error
-    return dadaptation
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

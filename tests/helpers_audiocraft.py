@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import load_file
 
 from magnet_train.audiocraft.names import correspondence, to_ours
-from magnet_train.model import Magnet, MagnetConfig, TextMemory
+from magnet_train.model import Magnet, MagnetConfig, TextKeyValues
 
 FIXTURES = Path(__file__).parent / "fixtures" / "reference"
 
@@ -99,8 +99,8 @@ def reference_model(context: int = 5) -> Magnet:
     return model.eval()
 
 
-def as_the_reference_sees(model: Magnet, hidden: torch.Tensor, mask: torch.Tensor) -> TextMemory:
+def as_the_reference_sees(model: Magnet, hidden: torch.Tensor, mask: torch.Tensor) -> TextKeyValues:
     """Text with its padding attended to: zero keys that take their share of the softmax."""
     tokens = mask.bool()
-    memory = model.remember(hidden, tokens)
-    return TextMemory(memory.keys, memory.values, tokens.any(1)[:, None].expand_as(tokens))
+    memory = model.encode_text(hidden, tokens)
+    return TextKeyValues(memory.keys, memory.values, tokens.any(1)[:, None].expand_as(tokens))

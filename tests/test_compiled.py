@@ -31,7 +31,7 @@ def outputs(model: Magnet, stage: int, valid: torch.Tensor | None) -> tuple[torc
     generator = torch.Generator().manual_seed(1)
     codes = torch.randint(SIZE + 1, (2, 4, T), generator=generator)
     tokens = torch.tensor([[True] * 6, [False] * 6])
-    text = model.remember(torch.randn(2, 6, 16, generator=generator), tokens)
+    text = model.encode_text(torch.randn(2, 6, 16, generator=generator), tokens)
     logits = model.logits(model.trunk(codes, stage, text, valid), stage)
     return logits, *torch.autograd.grad(logits.square().mean(), list(model.parameters()), materialize_grads=True)
 
@@ -83,7 +83,7 @@ def test_the_compiler_never_gives_up_over_what_a_fit_asks_of_it(monkeypatch):
         codes = torch.randint(SIZE + 1, (2, 4, T))
         valid = torch.arange(T)[None] < torch.tensor([[T], [20]]) if padded else None
         allowed = torch.ones(2, tokens, dtype=torch.bool)
-        text = model.remember(torch.randn(2, tokens, 16), allowed) if has_text else None
+        text = model.encode_text(torch.randn(2, tokens, 16), allowed) if has_text else None
         return model.trunk(codes, stage, text, valid).sum()
 
     for _ in range(2):

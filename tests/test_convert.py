@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import magnet_train
 from magnet_train.__main__ import main
-
 from magnet_train.audiocraft.convert import ConvertOptions, convert
 from magnet_train.audiocraft.names import correspondence, to_theirs
 from magnet_train.audiocraft.read import read_codec, read_config, read_package
@@ -150,7 +149,7 @@ def test_a_converted_model_computes_the_references_logits(tmp_path, parity):
     tokens = data["cond.mask"].bool()
     for row in range(len(tokens)):  # each alone, so that no padding is attended to
         count = max(int(tokens[row].sum()), 1)
-        text = network.remember(data["cond.t5_hidden"][row : row + 1, :count], tokens[row : row + 1, :count])
+        text = network.encode_text(data["cond.t5_hidden"][row : row + 1, :count], tokens[row : row + 1, :count])
         padded = not bool(tokens[row].all()) and bool(tokens[row].any())
         if padded:
             continue  # the reference attends to its padding: test_model compares that

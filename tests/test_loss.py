@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from magnet_train.common.schedule import cosine_factor, inverse_sqrt_factor
 from magnet_train.loss import masked_cross_entropy
+from magnet_train.optimizer import cosine_factor, inverse_sqrt_factor
 
 
 def test_it_is_the_mean_cross_entropy_over_masked_frames():

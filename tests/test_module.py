@@ -9,7 +9,8 @@ import torch
 from magnet_train.common.errors import UserError
 from magnet_train.data.datamodule import split_global_batch
 from magnet_train.model import MagnetConfig
-from magnet_train.module import MagnetModule, OptimizerConfig, step_generator
+from magnet_train.module import MagnetModule, step_generator
+from magnet_train.optimizer import OptimizerConfig
 
 SIZE = 16
 
@@ -193,7 +194,9 @@ def test_d_adaptation_finds_a_step_size(module):
     """Its estimate grows from a millionth; at lr 1 it is the step size."""
     pytest.importorskip("dadaptation")
     module.optimizer_config = OptimizerConfig(name="dadapt_adam", lr=1.0, warmup_steps=2)
-    module._trainer = SimpleNamespace(estimated_stepping_batches=200, fast_dev_run=False)
+    module._trainer = SimpleNamespace(
+        estimated_stepping_batches=200, fast_dev_run=False, precision="32-true", gradient_clip_val=None
+    )
     made = module.configure_optimizers()
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
     data, masked, losses = batch(valid=(24, 24)), torch.rand(2, 24) < 0.5, []

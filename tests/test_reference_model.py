@@ -60,10 +60,10 @@ def test_each_caption_gets_what_the_reference_gives_it_alone(data, parity):
     model, tokens = reference_model(), data["pad.tokens"]
 
     def logits(projected: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-        from magnet_train.model import TextMemory
+        from magnet_train.model import TextKeyValues
 
-        pairs = [block.cross_attention.memory(projected) for block in model.blocks]
-        return model(tokens, 0, TextMemory([k for k, _ in pairs], [v for _, v in pairs], allowed))
+        pairs = [block.cross_attention.keys_values(projected) for block in model.blocks]
+        return model(tokens, 0, TextKeyValues([k for k, _ in pairs], [v for _, v in pairs], allowed))
 
     alone, beside = data["pad.cond_alone"], data["pad.cond_beside"]
     count, everything = alone.shape[1], torch.ones(1, beside.shape[1], dtype=torch.bool)

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from magnet_train.audiocraft.names import correspondence, to_theirs
 from magnet_train.callbacks.averaging import WeightEMA
-from magnet_train.common.schedule import cosine_factor
 from magnet_train.loss import masked_cross_entropy
 from magnet_train.masking import span_mask
 from magnet_train.model import Magnet
-from magnet_train.module import MagnetModule, OptimizerConfig
+from magnet_train.module import MagnetModule
+from magnet_train.optimizer import OptimizerConfig, cosine_factor
 
 STEPS = json.loads((FIXTURES / "train" / "step.json").read_text())
 PAIRS = correspondence(2, 4)

@@ -24,7 +24,7 @@ def asked(stage: int) -> torch.Tensor:
 
 def test_the_first_pass_of_every_stage_is_exact():
     network = model()
-    text = network.remember(torch.randn(2, 5, 16), torch.tensor([[True] * 5, [True, True, False, False, False]]))
+    text = network.encode_text(torch.randn(2, 5, 16), torch.tensor([[True] * 5, [True, True, False, False, False]]))
     for memory in (text, None):
         passes = CachedForward(network, memory)
         for stage in range(4):

@@ -104,7 +104,7 @@ def training(options: BenchOptions, limit: float) -> Iterator[Measured]:
     def logits_of(asked: Tensor, stage: int, dense: bool) -> Tensor:
         if dense:
             return dense_logits(model, asked, stage, states, tokens)[:, stage][masked]
-        return model.logits(model.trunk(asked, stage, model.remember(states, tokens))[masked], stage)
+        return model.logits(model.trunk(asked, stage, model.encode_text(states, tokens))[masked], stage)
 
     def step(stage: int, dense: bool) -> None:
         asked = codes.clone()
@@ -143,11 +143,11 @@ def decoding(options: BenchOptions, limit: float) -> Iterator[Measured]:
         results.append(decode(networks, codes, fixed, 2048, config, noise, lambda step: ends.append(now())))
 
     def ours(config: DecodingConfig = config) -> None:
-        text = model.remember(states, tokens)
+        text = model.encode_text(states, tokens)
         run(Networks(lambda c, s: model(c, s, text), lambda c, s: model(c, s, None)), config)
 
     def reusing(config: DecodingConfig = config) -> None:
-        run(Networks(CachedForward(model, model.remember(states, tokens)), CachedForward(model, None)), config)
+        run(Networks(CachedForward(model, model.encode_text(states, tokens)), CachedForward(model, None)), config)
 
     def twin(config: DecodingConfig = config) -> None:
         run(Networks(*dense_networks(model, states, tokens)), config)
@@ -165,7 +165,7 @@ def decoding(options: BenchOptions, limit: float) -> Iterator[Measured]:
     same = {c: (results[0] == r).float().mean().item() for c, r in zip(calls, results, strict=False)}
     short = DecodingConfig(decoding_steps=(1,))
     peaks = {call: peak_mb(partial(call, short), options.device) for call in (ours, twin)}
-    text, flop = model.remember(states, tokens), 0.0
+    text, flop = model.encode_text(states, tokens), 0.0
     for stage, steps in enumerate(config.decoding_steps):
         both = lambda stage=stage: (model(codes, stage, text), model(codes, stage, None))  # noqa: E731
         flop += steps * count_flop(both)
@@ -219,7 +219,7 @@ def gpu(options: BenchOptions, limit: float, config: MagnetConfig | None = None)
     device = torch.device(options.device)
     model = Magnet(config).to(device)
     half = copy.deepcopy(model).to(torch.bfloat16).eval()
-    text = half.remember(
+    text = half.encode_text(
         torch.randn(1, 20, config.text_dim, device=device, dtype=torch.bfloat16),
         torch.ones(1, 20, dtype=torch.bool, device=device),
     )
@@ -258,7 +258,7 @@ def gpu(options: BenchOptions, limit: float, config: MagnetConfig | None = None)
         asked[:, stage + 1 :] = config.mask_id
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16):
-            features = model.trunk(asked, stage, model.remember(states, tokens))
+            features = model.trunk(asked, stage, model.encode_text(states, tokens))
             logits = model.logits(features[masked], stage)
         masked_cross_entropy(logits, codes[:, stage], masked).mean().backward()
         optimizer.step()

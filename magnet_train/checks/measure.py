@@ -139,7 +139,7 @@ def training_pass(
 
     def step(stage: int) -> None:
         with torch.autocast(device, torch.bfloat16, enabled=half):
-            features = network.trunk(codes, stage, network.remember(states, allowed))
+            features = network.trunk(codes, stage, network.encode_text(states, allowed))
             loss = masked_cross_entropy(network.logits(features[masked], stage), codes[:, stage], masked).mean()
         loss.backward()
 

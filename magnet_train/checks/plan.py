@@ -23,7 +23,7 @@ from magnet_train.data.datamodule import MagnetDataModule, check_codec
 from magnet_train.data.pipeline import Item, ShardSet
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.model import MagnetConfig
-from magnet_train.module import OptimizerConfig
+from magnet_train.optimizer import OptimizerConfig
 from magnet_train.resume import newest_whole_checkpoint, requeue_count
 from magnet_train.sharding import check_shardable
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from magnet_train.attention import text_attention, windowed_attention
-from magnet_train.model import Magnet, TextMemory, rotate
+from magnet_train.model import Magnet, TextKeyValues, rotate
 
 
 class CachedForward:
@@ -23,7 +23,7 @@ class CachedForward:
     frames to compute decides the shapes.
     """
 
-    def __init__(self, model: Magnet, text: TextMemory | None):
+    def __init__(self, model: Magnet, text: TextKeyValues | None):
         """`text` as of `Magnet.trunk`; a pass with text and one without need an object each."""
         self.model, self.text, self.stage = model, text, -1
 
