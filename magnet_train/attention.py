@@ -11,16 +11,19 @@ backward pass. `twin.dense_attention` is the slow, obvious form.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from magnet_train.common.private_api import softmax_backward
 
 QUERIES_PER_BLOCK = 32
 FRAMES_PER_PIECE = 6000  # of all heads together: 1.5 MB of queries at 64 channels, about a core's cache
+SCORES_PER_PIECE = 2**20
 
 
 def dense_window(num_frames: int, context: int, valid: Tensor | None = None, device=None) -> Tensor:
@@ -88,15 +91,16 @@ class _Blocks:
         self.context = (width - self.size) // 2
         self.queries = self._blocks(q).flatten(0, 2)  # m q d
         self.keys, self.values = self._with_neighbours(k), self._with_neighbours(v)  # m w d
-        bias = bias[:, None].expand(*q.shape[:2], -1, -1, -1).flatten(0, 2)
         # Plain products: so small, they beat torch's fused attention on a CPU (9 against 7 times a dense mask's speed).
         scale = q.shape[3] ** -0.5
         if _is_low_precision_on_cpu(q):
             # CPUs with bfloat16 products are several times faster at them; only the scores are rounded by it.
-            scores = torch.bmm(self.queries, self.keys.transpose(1, 2)).float().mul_(scale).add_(bias)
+            scores = torch.bmm(self.queries, self.keys.transpose(1, 2)).float().mul_(scale)
+            scores.view(*q.shape[:2], *bias.shape[1:]).add_(bias[:, None])
         else:
             # Scores in float32 whatever the precision, as fused attention keeps them.
             queries, keys = self.queries.float(), self.keys.float()
+            bias = bias[:, None].expand(*q.shape[:2], -1, -1, -1).flatten(0, 2)
             scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scale)
         self.weights = scores.softmax(-1)
 
@@ -153,7 +157,7 @@ class _InPieces(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v, bias)
         out = torch.empty_like(q)
-        for piece in _pieces(q):
+        for piece in _pieces(q, bias.shape[3]):
             out[piece] = _Blocks(q[piece], k[piece], v[piece], _of_piece(bias, piece)).output()
         return out
 
@@ -161,20 +165,21 @@ class _InPieces(torch.autograd.Function):
     def backward(ctx: Any, *of_output: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias = ctx.saved_tensors
         gradients = tuple(torch.empty_like(x) for x in (q, k, v))
-        for piece in _pieces(q):
+        for piece in _pieces(q, bias.shape[3]):
             blocks = _Blocks(q[piece], k[piece], v[piece], _of_piece(bias, piece))
             for whole, part in zip(gradients, blocks.gradients(of_output[0][piece]), strict=True):
                 whole[piece] = part
         return *gradients, None
 
 
-def _pieces(q: Tensor) -> list[tuple[slice, slice]]:
-    """Which examples and heads are computed together; on a GPU all."""
+def _pieces(q: Tensor, num_keys: int) -> list[tuple[slice, slice]]:
+    """Which examples and heads are computed together, with `num_keys` scores for each query; on a GPU all."""
     b, h, t, _ = q.shape
     if q.device.type != "cpu":
         return [(slice(None), slice(None))]
-    heads = min(h, max(1, FRAMES_PER_PIECE // t))
-    examples = max(1, FRAMES_PER_PIECE // (heads * t))
+    frames = min(FRAMES_PER_PIECE, SCORES_PER_PIECE // num_keys)
+    heads = min(h, max(1, frames // t))
+    examples = max(1, frames // (heads * t))
     return [(slice(i, i + examples), slice(j, j + heads)) for i in range(0, b, examples) for j in range(0, h, heads)]
 
 
@@ -208,6 +213,17 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
         return _InPieces.apply(q, k, v, one_block)  # type: ignore[no-any-return]
 
 
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """`function(*inputs)`, of which only the inputs are kept: the backward pass makes the rest anew.
+
+    Used around what is cheap to make and large to keep: norms and GELU. A linear
+    layer at the end of `function` is not computed twice: the second run stops when it has that layer's input.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler decides for itself
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 def text_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     """Attention of frames to text: `b h t d`, `b h s d`, `b h s d`, `b s` -> `b h t d`.
 
@@ -218,8 +234,11 @@ def text_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     mask = (allowed | ~some[:, None])[:, None, None, :]
     if _is_low_precision_on_cpu(q) and not torch.compiler.is_compiling():
         # Over a few tokens plain products take a third of the time of torch's fused attention there.
-        scores = (q @ k.transpose(2, 3)).float() * q.shape[3] ** -0.5
-        out = scores.masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype) @ v
+        def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            scores = (q @ k.transpose(2, 3)).float() * q.shape[3] ** -0.5
+            return scores.masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype) @ v
+
+        out = recomputed(products, q, k, v)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out * some[:, None, None, None].to(out.dtype)

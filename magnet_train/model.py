@@ -12,16 +12,14 @@ Shapes: b examples, k codebooks, t frames, c entries of a codebook, d width, s t
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from magnet_train.attention import full_attention, text_attention, window_bias, windowed_attention
+from magnet_train.attention import full_attention, recomputed, text_attention, window_bias, windowed_attention
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 
@@ -71,7 +69,9 @@ class MagnetConfig:
         if self.positions not in ("sinusoidal", "rotary"):
             raise UserError(f"positions={self.positions}: choose sinusoidal or rotary")
         if self.positions == "rotary" and self.dim // self.num_heads % 2:
-            raise UserError(f"positions=rotary needs an even width per head; dim={self.dim}, num_heads={self.num_heads}")
+            raise UserError(
+                f"positions=rotary needs an even width per head; dim={self.dim}, num_heads={self.num_heads}"
+            )
         if self.convolution < 0 or (self.convolution and self.convolution % 2 == 0):
             raise UserError(f"convolution={self.convolution} must be an odd number of frames, or 0 for none")
 
@@ -142,17 +142,6 @@ class FrameInputs:
     """`b t`, False = padding; None = no padding."""
     rotation: tuple[Tensor, Tensor] | None
     """Cosines and sines, `t d/2` each; None = positions are sinusoidal."""
-
-
-def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """`function(*inputs)`, of which only the inputs are kept: the backward pass makes the rest anew.
-
-    Used around what is cheap to make and large to keep: norms and GELU. A linear
-    layer at the end of `function` is not computed twice: the second run stops when it has that layer's input.
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler decides for itself
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class SelfAttention(nn.Module):
