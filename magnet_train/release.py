@@ -201,6 +201,12 @@ def _number(config: Mapping[str, Any], name: str, largest: float) -> float:
     return float(value)
 
 
+def _text(config: Mapping[str, Any], name: str) -> str:
+    if not isinstance(config[name], str):
+        raise ValueError(f"{name}={config[name]!r} is not a text")
+    return config[name]
+
+
 def _component(folder: Path, name: Any, allowed: re.Pattern[str], what: str) -> str:
     """Name of a component for its loader; a release must not name folders of this machine."""
     if not isinstance(name, str) or not allowed.fullmatch(re.sub(r"@\d+$", "", name)):
@@ -221,8 +227,8 @@ def _open_checkpoint(path: Path) -> SavedModel:
         saved = SavedModel(
             file=path,
             network=_read_network(settings["network"]),
-            codec={"id": settings["codec"]},
-            text_encoder=settings["text_encoder"],
+            codec={"id": _text(settings, "codec")},
+            text_encoder=_text(settings, "text_encoder"),
             crop_s=_number(settings, "crop_s", MAX_CROP_S),
             decoding=DecodingConfig.from_dict(decoding | {"span_len": settings["span_len"]}),
             guidance_dropout=_number(settings, "guidance_dropout", 1.0),

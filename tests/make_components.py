@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from magnet_train.common.torchaudio_import import mend_torchaudio
+from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
-mend_torchaudio()  # before anything imports transformers
+ensure_torchaudio_imports()  # before anything imports transformers
 
 CORPUS = [
     "a slow chorale for string quartet in G minor",

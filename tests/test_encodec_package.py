@@ -8,9 +8,9 @@ import torch
 from magnet_train.codec.base import NORMALISED_LEVEL, load_codec
 from magnet_train.codec.encodec_names import PACKAGE_MODELS
 from magnet_train.common.errors import UserError
-from magnet_train.common.torchaudio_import import mend_torchaudio
+from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
-mend_torchaudio()
+ensure_torchaudio_imports()
 encodec = pytest.importorskip("encodec")
 
 

@@ -312,9 +312,9 @@ def read_codec(
     Raises:
         UserError: if weights and configuration do not belong together.
     """
-    from magnet_train.common.torchaudio_import import mend_torchaudio
+    from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
-    mend_torchaudio()
+    ensure_torchaudio_imports()
     from transformers import EncodecConfig, EncodecModel
 
     text = package.get("xp.cfg")

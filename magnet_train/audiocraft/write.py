@@ -109,9 +109,9 @@ def codec_package(name: str) -> dict[str, Any]:
                 "or folders"
             )
         return {"pretrained": base}
-    from magnet_train.common.torchaudio_import import mend_torchaudio
+    from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
-    mend_torchaudio()
+    ensure_torchaudio_imports()
     from transformers import EncodecConfig, EncodecModel
 
     kind = EncodecConfig.get_config_dict(base)[0].get("model_type")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from magnet_train.codec.base import Codec, load_codec
 from magnet_train.common.audio_files import recognisable_name, write_audio, write_picture
 from magnet_train.common.errors import UserError
+from magnet_train.common.folders import safe_name
 from magnet_train.data.pipeline import Batch, ShardSet
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.generator import Generated, Generator
@@ -397,4 +398,4 @@ class PredictionWriter(Callback):
         folder = Path(trainer.default_root_dir) / "predictions"
         for i, (key, caption) in enumerate(zip(batch["keys"], batch["captions"], strict=True)):
             about = {"prompt": caption, "item": key, "step": trainer.global_step}
-            write_audio(folder / f"{key}.wav", outputs["wav"][i].T.cpu().numpy(), outputs["sample_rate"], about)
+            write_audio(folder / f"{safe_name(key)}.wav", outputs["wav"][i].T.cpu().numpy(), outputs["sample_rate"], about)

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from magnet_train.checks.measure import BenchOptions, Measured, timed
 from magnet_train.codec.base import load_codec
-from magnet_train.common.torchaudio_import import mend_torchaudio
+from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 from magnet_train.data.audio import read_audio
 from magnet_train.data.pipeline import ShardSet, TrainingStream, packed
 from magnet_train.data.tokenize import TokenizeOptions, tokenize
@@ -231,7 +231,7 @@ def _write_index(folder: Path, entries: list[dict[str, Any]]) -> Path:
 
 def _encodec(folder: Path) -> str:
     """The published 32 kHz model at half its width, with random weights; returns its folder."""
-    mend_torchaudio()
+    ensure_torchaudio_imports()
     from transformers import EncodecConfig, EncodecModel
 
     with torch.random.fork_rng(devices=[]):

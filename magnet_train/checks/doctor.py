@@ -29,7 +29,7 @@ from magnet_train.callbacks import validation
 from magnet_train.callbacks.resume import ExactResume
 from magnet_train.checks.measure import matmul_limit, peak_mb, timed, training_pass
 from magnet_train.codec.base import CodecFacts, load_codec
-from magnet_train.common.downloads import CLAP_MUSIC, PASST_10S, PASST_20S, VGGISH, Weights, cache_dir, find_weights
+from magnet_train.common.downloads import CLAP_MUSIC, PASST_10S, PASST_20S, VGGISH, Weights, cached, find_weights
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import one_line
 from magnet_train.common.torchaudio_import import import_torchaudio
@@ -342,10 +342,9 @@ def _listener(name: str, prefetch: bool) -> str:
     weights = WEIGHTS.get(name)
     if weights is None:
         return f"ships ({load_listener(name).hash})"
-    target = cache_dir() / weights.file
-    if not prefetch and not target.is_file():
+    if not prefetch and cached(weights) is None:
         size = f"{weights.size / 1e6:,.0f} MB, licence {weights.licence}"
-        raise UserError(f"not at {target}; doctor --prefetch fetches {weights.url} ({size})")
+        raise UserError(f"not in the cache; doctor --prefetch downloads {weights.url} ({size})")
     file = find_weights(weights)
     if name == "clap":  # its tokenizer comes from the hub
         load_listener(name)

@@ -19,7 +19,7 @@ from magnet_train.codec.encodec_names import PACKAGE_MODELS, PACKAGE_URL, to_tra
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import load_pretrained, one_line
-from magnet_train.common.torchaudio_import import mend_torchaudio
+from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
 # Running averages that only a training of the codec reads.
 TRAINING_BUFFERS = ("embed_avg", "cluster_size", "inited")
@@ -252,7 +252,7 @@ def load_codec(name: str = "demo") -> Codec:
 
 
 def _load(source: str, local_files_only: bool, name: str) -> Any:
-    mend_torchaudio()
+    ensure_torchaudio_imports()
     from transformers import EncodecConfig, EncodecModel
 
     kind = EncodecConfig.get_config_dict(source, local_files_only=local_files_only)[0].get("model_type")
@@ -276,7 +276,7 @@ def _load(source: str, local_files_only: bool, name: str) -> Any:
 
 def _package_model(name: str) -> Any:
     """A model of the `encodec` package in transformers' class; downloaded once, and checked by its hash."""
-    mend_torchaudio()
+    ensure_torchaudio_imports()
     from transformers import EncodecConfig, EncodecModel
 
     file, settings = PACKAGE_MODELS[name]

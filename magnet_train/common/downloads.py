@@ -1,22 +1,29 @@
-"""Where the weights of the published metrics' networks come from: a path, else the cache, else one download.
+"""Weights of the published metrics' networks: from a path, else the cache, else one download.
 
-The cache is `MAGNET_TRAIN_CACHE`, or `~/.cache/magnet_train`. Beside each downloaded file stands `FILE.sha256`, as
-`sha256sum --check` reads it; a file is held to that and to the hash that its publisher gave.
+CLAP comes through huggingface_hub, which resumes and has its own cache; the others are kept in
+`MAGNET_TRAIN_CACHE`, or `~/.cache/magnet_train`. Every use compares the file with its published
+SHA-256. Where none is published, the size is compared at the download, and later the SHA-256 that
+was recorded then, in `FILE.sha256` as `sha256sum --check` reads it.
 """
 
-import hashlib
 import os
-import urllib.request
-from collections.abc import Mapping
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from filelock import FileLock
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.pretrained import offline_switch, one_line
+from magnet_train.common.pretrained import offline_variable, one_line
+from magnet_train.common.tensor_files import read_pickle, sha256_of
+
+TIMEOUT_S = 60.0
+"""Time that a server may be silent during a download."""
 
 
 @dataclass(frozen=True)
@@ -24,27 +31,29 @@ class Weights:
     """A published file of weights."""
 
     name: str
-    """What messages call it."""
+    """For messages."""
     url: str
-    """Where it is published; the last part is the name of the file."""
+    """Address; its last part is the name of the file."""
     size: int
-    """Bytes, about: known from its number of parameters. For showing, not for checking."""
+    """Bytes; approximate where a SHA-256 is published."""
     licence: str
     """As its publisher states it."""
     sha256: str
-    """Hex digits that its SHA-256 begins with: all 64, those in the file's name, or none where none are published."""
+    """Beginning of its SHA-256: all 64 hex digits, those in the file's name, or none."""
     used_for: str
     """The metrics that need it."""
+    hub_id: str | None = None
+    """Repository on the Hugging Face Hub, where it is published there."""
 
     @property
     def file(self) -> str:
-        """The file's name, in the cache as at its publisher."""
+        """Name of the file."""
         return self.url.rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A file of weights that is there and is the right one."""
+    """A verified file of weights."""
 
     path: Path
     sha256: str
@@ -52,7 +61,7 @@ class WeightsFile:
 
     @property
     def hash(self) -> str:
-        """The first 16 hex digits, as figures carry it."""
+        """The first 16 hex digits, as records of metrics carry it."""
         return self.sha256[:16]
 
 
@@ -66,16 +75,19 @@ VGGISH = Weights(
 )
 PASST_10S = Weights(
     name="PaSST for 10 s",
-    url="https://github.com/kkoutini/PaSST/releases/download/v0.0.1-audioset/passt-s-f128-p16-s10-ap.476-swa.pt",
-    size=344_600_000,
+    url="https://github.com/kkoutini/PaSST/releases/download/v0.0.1-audioset/"
+    "passt-s-f128-p16-s10-ap.476-swa.pt",
+    size=344_665_734,
     licence="not stated (code Apache-2.0)",
-    sha256="",
+    # Not from its publisher: several public evaluations state this one.
+    sha256="302903fa8c4aee817b11dc982da0b29aaf8d11a3e722420476d0a12c9db70c2c",
     used_for="KL of sound",
 )
 PASST_20S = Weights(
     name="PaSST for 20 s",
-    url="https://github.com/kkoutini/PaSST/releases/download/v0.0.5/passt-s-f128-20sec-p16-s10-ap.474-swa.pt",
-    size=344_900_000,
+    url="https://github.com/kkoutini/PaSST/releases/download/v0.0.5/"
+    "passt-s-f128-20sec-p16-s10-ap.474-swa.pt",
+    size=344_975_942,
     licence="not stated (code Apache-2.0)",
     sha256="",
     used_for="KL of music",
@@ -87,78 +99,157 @@ CLAP_MUSIC = Weights(
     licence="CC0-1.0",
     sha256="fae3e9c087f2909c28a09dc31c8dfcdacbc42ba44c70e972b58c1bd1caf6dedd",
     used_for="CLAP score",
+    hub_id="lukewys/laion_clap",
 )
 PUBLISHED = (VGGISH, PASST_10S, PASST_20S, CLAP_MUSIC)
-"""All of them."""
 
 
 def cache_dir() -> Path:
-    """Where what was downloaded lies, weights and shards: `MAGNET_TRAIN_CACHE`, or `~/.cache/magnet_train`."""
+    """Folder of downloads: `MAGNET_TRAIN_CACHE`, or `~/.cache/magnet_train`."""
     return Path(os.environ.get("MAGNET_TRAIN_CACHE") or "~/.cache/magnet_train").expanduser()
 
 
-def find_weights(weights: Weights, path: str | Path | None = None) -> WeightsFile:
-    """The file at `path` if one is given, else the one in the cache, downloaded if it is not yet there.
+def cached(weights: Weights) -> Path | None:
+    """Where the file is, if it was downloaded before."""
+    if weights.hub_id is None:
+        path = cache_dir() / weights.file
+        return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
 
-    Any number of processes may ask at once: one downloads, under a file lock, and the others wait for it.
+    found = try_to_load_from_cache(weights.hub_id, weights.file)
+    return Path(found) if isinstance(found, str) else None
+
+
+def find_weights(weights: Weights, path: str | Path | None = None) -> WeightsFile:
+    """The file at `path` if one is given, else the cached one, else a download; verified.
+
+    Any number of processes may call it at once: one downloads, and the others wait for it.
 
     Raises:
-        UserError: if the file is missing and cannot be fetched, or its SHA-256 is not the expected one.
+        UserError: if the file is missing and cannot be downloaded, or has another SHA-256.
     """
     if path is not None:
         given = Path(path).expanduser()
         if not given.is_file():
             raise UserError(
-                f"{weights.name} weights {str(given)!r}: no such file; {_where(weights, given)}"
+                f"{weights.name} weights {str(given)!r}: no such file; {_by_hand(weights)}"
             )
-        return _checked(
-            weights, given, "give the published file, or no path at all to have it downloaded"
-        )
-    target = cache_dir() / weights.file
-    if not target.is_file():
-        if switch := offline_switch():
+        return _verified(weights, given, "give the published file, or none to download it")
+    file = cached(weights)
+    if file is None:
+        if variable := offline_variable():
             raise UserError(
-                f"{weights.name} weights: not at {target}, and {switch} is set; {_where(weights, target)}"
+                f"{weights.name} weights: not in the cache, and {variable} is set; "
+                f"{_by_hand(weights)}"
             )
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{target}.lock"):
-                if not target.is_file():  # another process may have been faster
-                    _download(weights, target)
-        except OSError as error:  # what urllib raises included
+        file = _download(weights)
+    return _verified(weights, file, "delete it to download it again")
+
+
+def _by_hand(weights: Weights) -> str:
+    known = "no SHA-256 of it is published"
+    if weights.sha256:
+        known = f"its SHA-256 begins with {weights.sha256}"
+    place = "and give its path"
+    if weights.hub_id is None:
+        place = f"to {cache_dir() / weights.file}"
+    return f"download {weights.url} ({known}) {place}"
+
+
+def _verified(weights: Weights, path: Path, remedy: str) -> WeightsFile:
+    """The file with its SHA-256, if that is the published and the recorded one."""
+    try:
+        sha256 = sha256_of(path)
+        note = _note(path)
+        recorded = note.read_text(errors="replace").partition(" ")[0] if note.is_file() else sha256
+    except OSError as error:
+        raise UserError(
+            f"{weights.name} weights {path}: cannot be read ({one_line(error)}); {remedy}"
+        ) from error
+    expected = {"as published": weights.sha256, f"as recorded in {note}": recorded}
+    for origin, digits in expected.items():
+        if not sha256.startswith(digits):
             raise UserError(
-                f"{weights.name} weights: not at {target}, and the download fails ({one_line(error)}); "
-                f"{_where(weights, target)}"
-            ) from error
-    return _checked(weights, target, "delete it to have it downloaded again")
+                f"{weights.name} weights {path}: SHA-256 is {sha256}, not {digits} {origin}; "
+                f"{remedy}"
+            )
+    return WeightsFile(path, sha256)
+
+
+def _note(path: Path) -> Path:
+    """The file that keeps the SHA-256 of `path` since its first download."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _download(weights: Weights) -> Path:
+    """Downloads the file into its cache: it appears there whole and verified, or not at all."""
+    try:
+        if weights.hub_id is not None:
+            from huggingface_hub import hf_hub_download
+
+            return Path(hf_hub_download(weights.hub_id, weights.file))
+        target = cache_dir() / weights.file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.is_file():  # another process may have been faster
+                _download_from_url(weights, target)
+        return target
+    except Exception as error:  # OSError, RuntimeError of torch.hub, a dozen kinds of the hub's
+        raise UserError(
+            f"{weights.name} weights: not in the cache, and the download failed "
+            f"({one_line(error)}); {_by_hand(weights)}"
+        ) from error
+
+
+def _download_from_url(weights: Weights, target: Path) -> None:
+    note = _note(target)
+    expected = weights.sha256
+    if not expected and note.is_file():
+        expected = note.read_text(errors="replace").partition(" ")[0]
+    arrived = target.with_name(f"{target.name}.new")
+    try:
+        with _socket_timeout(TIMEOUT_S):
+            torch.hub.download_url_to_file(
+                weights.url, str(arrived), expected or None, progress=sys.stderr.isatty()
+            )
+        size = arrived.stat().st_size
+        if not expected and size != weights.size:
+            raise ConnectionError(f"{size} of {weights.size} bytes arrived")
+        note.write_text(f"{sha256_of(arrived)}  {target.name}\n")
+        arrived.replace(target)
+    finally:
+        arrived.unlink(missing_ok=True)
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """torch.hub would wait for a silent server for ever."""
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(previous)
 
 
 def load_tensors(file: WeightsFile) -> dict[str, Any]:
-    """What the file holds, on the CPU: tensors and plain numbers only, no code of the file's is run.
+    """Content of the file, on the CPU: tensors and plain numbers; nothing in it is executed.
 
     Raises:
-        UserError: if it is broken, cut short, or holds anything else.
+        UserError: if it is damaged, or holds anything else.
     """
     with torch.serialization.safe_globals(_numpy_scalars()):
-        try:
-            try:  # mapped where the format can be: a checkpoint may be mostly its optimizer's state
-                content = torch.load(file.path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # torch's format of before 2020
-                content = torch.load(file.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever broken bytes lead to
-            raise UserError(
-                f"{file.path}: not a file of weights that torch can read ({one_line(error)})"
-            ) from error
+        content = read_pickle(file.path, "give the published file of weights")
     if not isinstance(content, Mapping):
         raise UserError(f"{file.path}: holds a {type(content).__name__}, not named tensors")
     return dict(content)
 
 
 def load_network(network: torch.nn.Module, file: WeightsFile) -> None:
-    """Fills `network` with the file's tensors, every name and shape as expected; evaluation only from here on.
+    """Fills `network` with the file's tensors and freezes it, in evaluation mode.
 
     Raises:
-        UserError: if a name or a shape differs, or the file is broken.
+        UserError: if a name or a shape differs, or the file is damaged.
     """
     try:
         network.load_state_dict(load_tensors(file))
@@ -168,91 +259,8 @@ def load_network(network: torch.nn.Module, file: WeightsFile) -> None:
     network.eval().requires_grad_(False)
 
 
-def _where(weights: Weights, target: Path) -> str:
-    known = (
-        f"its SHA-256 begins with {weights.sha256}"
-        if weights.sha256
-        else "no SHA-256 of it is published"
-    )
-    return f"fetch {weights.url} ({known}) and put it at {target}"
-
-
-def _checked(weights: Weights, path: Path, remedy: str) -> WeightsFile:
-    """The file with its hash, if that is what is known of it."""
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        wrong = _mismatch(weights, path, found)
-    except OSError as error:
-        raise UserError(
-            f"{weights.name} weights {path}: cannot be read ({one_line(error)}); {remedy}"
-        ) from error
-    if wrong:
-        raise UserError(f"{weights.name} weights {path}: {wrong}; {remedy}")
-    return WeightsFile(path, found)
-
-
-def _mismatch(weights: Weights, path: Path, found: str) -> str | None:
-    """What is wrong with a file of hash `found` at `path`: it is not what was published, or not what once was here."""
-    if not found.startswith(weights.sha256):
-        expected = weights.sha256 if len(weights.sha256) == 64 else f"{weights.sha256}…"
-        return f"SHA-256 is {found}, not {expected} as published"
-    note = _note(path)
-    recorded = note.read_text(errors="replace").partition(" ")[0] if note.is_file() else found
-    return (
-        None if found == recorded else f"SHA-256 is {found}, not {recorded} as {note} has recorded"
-    )
-
-
-def _note(path: Path) -> Path:
-    """The file that keeps the hash of `path` since its first download."""
-    return path.with_name(f"{path.name}.sha256")
-
-
-def _download(weights: Weights, target: Path) -> None:
-    """Writes aside, checks, moves into place: what stands at `target` is whole at every moment.
-
-    Raises:
-        OSError: if the server or the disk fails.
-        UserError: if what arrives is not the published file.
-    """
-    aside = target.with_name(f"{target.name}.part")
-    try:
-        with aside.open("wb") as file:
-            digest = _fetch(weights, file)
-        if wrong := _mismatch(weights, target, digest):
-            raise UserError(
-                f"{weights.name} weights from {weights.url}: {wrong}; nothing is kept: "
-                f"fetch the file by other means and put it at {target}"
-            )
-        _note(target).write_text(f"{digest}  {target.name}\n")
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _fetch(weights: Weights, file: IO[bytes]) -> str:
-    """Copies the file at the URL into `file` and returns its SHA-256."""
-    from tqdm import tqdm
-
-    digest = hashlib.sha256()
-    with urllib.request.urlopen(weights.url, timeout=60) as answer:
-        announced = int(answer.headers.get("Content-Length") or 0)
-        bar = tqdm(
-            desc=weights.file, total=announced or None, unit="B", unit_scale=True, disable=None
-        )
-        with bar:
-            while piece := answer.read(1 << 20):
-                file.write(piece)
-                digest.update(piece)
-                bar.update(len(piece))
-    if announced and file.tell() != announced:
-        raise ConnectionError(f"{file.tell()} of {announced} bytes arrived")
-    return digest.hexdigest()
-
-
 def _numpy_scalars() -> list[Any]:
-    """What plain numbers of numpy's are pickled with, under the names of numpy 1 and 2: LAION's files hold some."""
+    """Classes of numpy's numbers, under the names of numpy 1 and 2: LAION's files hold some."""
     import numpy as np
 
     scalar = np.float64(0).__reduce__()[0]

@@ -129,7 +129,7 @@ def safe_name(text: str) -> str:
     """
     name = re.sub(r"[^\w.+=,@-]+", "-", text).lstrip(".-")
     name = name.encode(errors="replace")[:MAX_NAME_BYTES].decode(errors="ignore")
-    if name == text and not re.search(r"_[0-9a-f]{12}$", name):  # or it could be another's name
+    if name and name == text and not re.search(r"_[0-9a-f]{12}$", name):  # or it could be another's name
         return name
     return f"{name or 'unnamed'}_{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:12]}"
 

@@ -1,9 +1,11 @@
-"""Finds a pretrained component by name, a local folder or a hub id, and says in one line why it cannot.
+"""Loads pretrained components by folder or hub id, and says in one line why it cannot.
 
-A folder that exists wins. A hub id is looked up in the local cache first, so that a cached component needs no
-network and does not change under a run; only then is the hub asked, and only if it can be reached.
+A folder that exists wins. A hub id is looked up in the local cache first, so that a cached
+component needs no network and does not change during a run; then the hub is asked.
+Code that comes with a model is never run.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,28 +15,32 @@ from typing import TypeVar
 from magnet_train.common.errors import UserError
 
 T = TypeVar("T")
+Load = Callable[[str, bool], T]
 
-OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+MAX_CONFIG_BYTES = 10_000_000
 
 
 def load_pretrained(
-    what: str, name: str, load: Callable[[str, bool], T], marks: Sequence[str] = ("config.json",)
+    what: str, name: str, load: Load[T], required: Sequence[str] = ("config.json",)
 ) -> T:
     """`load(source, local_files_only)` for the folder or hub id `name`.
 
     Args:
-        what: The option's meaning, for messages, such as "codec".
-        name: A folder that exists, or a hub id such as `facebook/encodec_32khz`.
-        load: Called with the folder or id and whether the network is off limits; it may be called twice.
-        marks: Files one of which a folder must hold.
+        what: kind of component, for messages, such as "codec".
+        name: an existing folder, or a hub id such as `facebook/encodec_32khz`.
+        load: called with the folder or id, and whether the network is off limits; it may be called
+            twice.
+        required: files of which a folder must hold one.
 
     Raises:
-        UserError: if the folder is missing or broken, the hub has no such id, or there is no network.
+        UserError: if the folder is missing or damaged or comes with code, the hub has no such id,
+            or there is no network.
     """
     path = Path(name).expanduser()
-    if path.exists():
-        return _load_folder(what, path, load, marks)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
+    if name and path.exists():
+        return _load_folder(what, path, load, required)
+    if path.is_absolute() or name.startswith((".", "~")) or not name or name.count("/") > 1:
         raise UserError(
             f"{what} {name!r}: no such folder; give a folder that transformers wrote, or a hub id"
         )
@@ -43,7 +49,7 @@ def load_pretrained(
             return load(name, True)
     except UserError:
         raise
-    except OSError:  # transformers' way to say that something is not in the cache
+    except OSError:  # raised by transformers for what is not in the cache
         pass
     except Exception as error:
         raise UserError(
@@ -62,66 +68,84 @@ def load_pretrained(
 
 
 def absolute_path(name: str) -> str:
-    """A component's name that holds in every working directory: a folder by its whole path, all else as it is."""
+    """A component's name that holds in every working directory: folders become absolute paths."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name != "demo" and path.exists() else name
 
 
 def one_line(error: BaseException, limit: int = 240) -> str:
-    """The first line of an error's message, or its type where it has none."""
+    """The first line of an error's message, or its type if it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:limit] if lines else type(error).__name__
 
 
-def offline_switch() -> str | None:
+def offline_variable() -> str | None:
     """The environment variable that forbids the network, if one is set."""
-    return next(
-        (
-            s
-            for s in OFFLINE_SWITCHES
-            if os.environ.get(s, "").upper() in ("1", "ON", "YES", "TRUE")
-        ),
-        None,
-    )
+    for name in OFFLINE_VARIABLES:
+        if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
+            return name
+    return None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences transformers' progress bars and load reports: what they warn of is checked here and raised."""
+    """Silences transformers' progress bars and load reports; the callers check for errors."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
+    had_bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
+        if had_bars:
             logging.enable_progress_bar()
 
 
-def _load_folder(what: str, path: Path, load: Callable[[str, bool], T], marks: Sequence[str]) -> T:
-    if not any((path / mark).is_file() for mark in marks):
+def _load_folder(what: str, path: Path, load: Load[T], required: Sequence[str]) -> T:
+    if not any((path / name).is_file() for name in required):
         raise UserError(
-            f"{what} {str(path)!r}: no {' or '.join(marks)} there; "
+            f"{what} {str(path)!r}: no {' or '.join(required)} there; "
             "give a folder that transformers' save_pretrained wrote"
         )
+    _refuse_code(what, path)
     try:
         with quiet():
             return load(str(path), True)
     except UserError:
         raise
     except Exception as error:
-        broken = _broken_weights(path)
-        if broken:
+        if damaged := _damaged_weights(path):
             raise UserError(
-                f"{what}: {broken} is broken or cut short; copy or download it again"
+                f"{what}: {damaged} is damaged or truncated; copy or download it again"
             ) from error
         raise UserError(f"{what} {str(path)!r} cannot be loaded: {one_line(error)}") from error
 
 
-def _broken_weights(folder: Path) -> Path | None:
+def _refuse_code(what: str, folder: Path) -> None:
+    """Refuses a configuration that names classes in the folder, which transformers would import."""
+    for name in ("config.json", "tokenizer_config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            if file.stat().st_size > MAX_CONFIG_BYTES:
+                raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{what}: {file} is damaged ({one_line(error)}); copy or download it again"
+            ) from error
+        if not isinstance(config, dict) or "auto_map" in config:
+            raise UserError(
+                f"{what} {str(folder)!r}: {name} asks for code that comes with the model "
+                "(auto_map), which is never run; choose a model that transformers itself has"
+            )
+
+
+def _damaged_weights(folder: Path) -> Path | None:
     """The first safetensors file in `folder` whose header or length is wrong."""
     from safetensors import safe_open
 
@@ -135,30 +159,23 @@ def _broken_weights(folder: Path) -> Path | None:
 
 
 def _require_hub(what: str, name: str) -> None:
-    """Asks the hub for `name` once and briefly: transformers itself retries an unreachable hub for minutes."""
+    """Asks the hub for `name` once: transformers itself retries an unreachable hub for minutes."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     remedy = "give a local folder, or run once where there is network"
-    if switch := offline_switch():
-        raise UserError(
-            f"{what} {name!r}: no such folder, not in the local cache, and {switch} is set: {remedy}"
-        )
+    absent = f"{what} {name!r}: no such folder, not in the local cache, and"
+    if variable := offline_variable():
+        raise UserError(f"{absent} {variable} is set: {remedy}")
     try:
         HfApi().model_info(name, timeout=10)
     except OfflineModeIsEnabled as error:
-        raise UserError(
-            f"{what} {name!r}: no such folder, not in the local cache, and the hub is off: {remedy}"
-        ) from error
+        raise UserError(f"{absent} the hub is off: {remedy}") from error
     except HFValidationError as error:
         raise UserError(
             f"{what} {name!r}: neither a folder nor a hub id: {one_line(error)}"
         ) from error
     except HfHubHTTPError as error:
-        raise UserError(
-            f"{what} {name!r}: no such folder, and the hub refuses it: {one_line(error)}"
-        ) from error
+        raise UserError(f"{absent} the hub refuses it: {one_line(error)}") from error
     except Exception as error:
-        raise UserError(
-            f"{what} {name!r}: no such folder, not in the local cache, and no network ({one_line(error)}): {remedy}"
-        ) from error
+        raise UserError(f"{absent} no network ({one_line(error)}): {remedy}") from error

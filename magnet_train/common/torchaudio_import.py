@@ -1,9 +1,9 @@
-"""The one door to torchaudio, which survives a build made for another torch.
+"""Imports torchaudio even where its compiled extension was built for another torch.
 
-torchaudio's wheels carry a compiled extension that fails to load beside a CPU-only or a newer CUDA torch.
-Its resampling, filters and spectrograms are plain Python and need none of it; torchaudio itself runs without
-the extension where the library file is absent. And a torchaudio that is installed but cannot be imported breaks
-transformers too, which imports whatever is installed.
+torchaudio's wheels carry an extension that fails to load beside a CPU-only or newer CUDA build of
+torch. Its resampling, filters and spectrograms are plain Python and need none of it, and torchaudio
+runs without the extension if the library file is absent. A torchaudio that is installed but cannot
+be imported also breaks transformers, which imports whatever is installed.
 """
 
 import importlib
@@ -29,32 +29,31 @@ def import_torchaudio() -> ModuleType:
         reason: Exception = error
     except (ImportError, OSError, RuntimeError) as error:
         reason = error
-    _forget_torchaudio()
+    _remove_torchaudio()
     sys.modules["torchaudio._extension"] = _absent_extension(reason)
     try:
         return importlib.import_module("torchaudio")
     except Exception as error:
-        _forget_torchaudio()
+        _remove_torchaudio()
         raise UserError(
-            f"torchaudio is installed but broken ({type(error).__name__}: {error}): install one made for this torch, "
-            "or remove it with `pip uninstall torchaudio`"
+            f"torchaudio is installed but cannot be imported ({type(error).__name__}: {error}): "
+            "install one made for this torch, or remove it with `pip uninstall torchaudio`"
         ) from error
 
 
-def mend_torchaudio() -> None:
-    """To be called before transformers is imported: loads torchaudio, if installed, through the door above."""
+def ensure_torchaudio_imports() -> None:
+    """Imports torchaudio, if it is installed; to be called before transformers is imported."""
     if "torchaudio" not in sys.modules and importlib.util.find_spec("torchaudio") is not None:
         import_torchaudio()
 
 
 def _absent_extension(reason: Exception) -> ModuleType:
-    """What `torchaudio._extension` is where torchaudio was installed without its libraries."""
+    """The module `torchaudio._extension` as it is where torchaudio has no compiled libraries."""
 
     def fail_if_no_align(function: object) -> object:
         def missing(*args: object, **kwargs: object) -> None:
-            raise RuntimeError(
-                f"{getattr(function, '__name__', 'this function')} needs torchaudio's extension"
-            ) from reason
+            name = getattr(function, "__name__", "this function")
+            raise RuntimeError(f"{name} needs torchaudio's extension") from reason
 
         return missing
 
@@ -68,7 +67,7 @@ def _absent_extension(reason: Exception) -> ModuleType:
     return extension
 
 
-def _forget_torchaudio() -> None:
-    """Removes what a failed import left behind, or the next attempt would find half a package."""
+def _remove_torchaudio() -> None:
+    """Removes the modules of a failed import, so that the next attempt starts anew."""
     for name in [n for n in sys.modules if n.partition(".")[0] == "torchaudio"]:
         del sys.modules[name]

@@ -19,7 +19,7 @@ from torch import Tensor
 from magnet_train.common.downloads import CLAP_MUSIC, WeightsFile, find_weights, load_tensors
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import load_pretrained, one_line
-from magnet_train.common.torchaudio_import import mend_torchaudio
+from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 from magnet_train.metrics.networks.frontend import check_clip, resample
 
 SAMPLE_RATE = 48_000
@@ -265,7 +265,7 @@ def make_clap(file: WeightsFile, config: Mapping[str, Any], tokenizer: str, devi
     Raises:
         UserError: if a tensor is missing, left over or of another shape, or the tokenizer does not fit.
     """
-    mend_torchaudio()  # before anything imports transformers
+    ensure_torchaudio_imports()  # before anything imports transformers
     from transformers import ClapConfig, ClapModel
 
     model: Any = ClapModel(ClapConfig(**config))
@@ -289,11 +289,13 @@ def load_tokenizer(name: str, vocab_size: int) -> Any:
     Raises:
         UserError: if it cannot be loaded or has another vocabulary.
     """
-    mend_torchaudio()
+    ensure_torchaudio_imports()
     from transformers import AutoTokenizer
 
     def load(source: str, local: bool) -> Any:
-        return AutoTokenizer.from_pretrained(source, local_files_only=local)
+        return AutoTokenizer.from_pretrained(
+            source, local_files_only=local, trust_remote_code=False
+        )
 
     tokenizer = load_pretrained("CLAP tokenizer", name, load, ("config.json", "tokenizer_config.json"))
     # transformers may answer a missing vocabulary with an empty tokenizer, and no error.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.torchaudio_import import import_torchaudio, mend_torchaudio
+from magnet_train.common.torchaudio_import import import_torchaudio, ensure_torchaudio_imports
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def forced_align(): ...
 @pytest.mark.parametrize("failure", ["OSError('libcudart')", "RuntimeError('CUDA mismatch')", "ImportError('lib')"])
 def test_a_broken_extension_is_left_out(install, failure: str):
     install(PACKAGE, f"raise {failure}")
-    mend_torchaudio()
+    ensure_torchaudio_imports()
     torchaudio = import_torchaudio()
     assert torchaudio.compiled is False and sys.modules["torchaudio"] is torchaudio
     with pytest.raises(RuntimeError, match="forced_align needs torchaudio's extension"):
@@ -61,6 +61,6 @@ def test_a_package_beyond_mending_is_named(install):
 
 def test_an_absent_package_is_said_to_be_absent(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "torchaudio", None)
-    mend_torchaudio()
+    ensure_torchaudio_imports()
     with pytest.raises(ModuleNotFoundError):
         import_torchaudio()

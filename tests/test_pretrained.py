@@ -1,0 +1,58 @@
+"""Components by folder or hub id: what cannot be loaded is named, and no code of a model is run."""
+
+import builtins
+import json
+
+import pytest
+from make_components import make_t5
+
+from magnet_train.common.errors import UserError
+from magnet_train.common.pretrained import absolute_path, load_pretrained, one_line
+from magnet_train.conditioning import load_text_encoder
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_text_encoder(name)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_that_comes_with_a_model_is_refused_without_a_question(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a question was asked"))
+    folder = tmp_path / "t5"
+    make_t5(folder, dim=32)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = json.loads((folder / file).read_text())
+    config["auto_map"] = {"AutoConfig": "evil.C", "AutoTokenizer": ["evil.C", None]}
+    (folder / file).write_text(json.dumps(config))
+    assert "never run" in refusal(str(folder))
+    (folder / file).write_text("[" * 100_000)
+    assert f"{file} is damaged" in refusal(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_that_lead_nowhere_are_named(tmp_path):
+    for name in ("", "./nowhere", "/nowhere", "a/b/c", "~/nowhere"):
+        assert "no such folder" in refusal(name)
+    (tmp_path / "empty").mkdir()
+    assert "no config.json there" in refusal(str(tmp_path / "empty"))
+    assert "HF_HUB_OFFLINE is set" in refusal("nobody/nothing")
+
+
+def test_a_truncated_file_of_weights_is_named(tmp_path):
+    make_t5(tmp_path, dim=32)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "model.safetensors is damaged or truncated" in refusal(str(tmp_path))
+
+
+def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t5-base").mkdir()
+    (tmp_path / "t5-base" / "config.json").write_text("{}")
+    assert load_pretrained("model", "t5-base", lambda *given: given) == ("t5-base", True)
+    assert absolute_path("t5-base") == str(tmp_path / "t5-base")
+    assert absolute_path("t5-large") == "t5-large"
+    assert one_line(ValueError("\n a \n b")) == "a" and one_line(ValueError()) == "ValueError"
