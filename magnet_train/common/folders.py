@@ -129,7 +129,8 @@ def safe_name(text: str) -> str:
     """
     name = re.sub(r"[^\w.+=,@-]+", "-", text).lstrip(".-")
     name = name.encode(errors="replace")[:MAX_NAME_BYTES].decode(errors="ignore")
-    if name and name == text and not re.search(r"_[0-9a-f]{12}$", name):  # or it could be another's name
+    could_be_hashed = re.search(r"_[0-9a-f]{12}$", name)
+    if name and name == text and not could_be_hashed:
         return name
     return f"{name or 'unnamed'}_{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:12]}"
 
