@@ -273,7 +273,7 @@ class MagnetModule(L.LightningModule):
             check_same_model(saved, own)
             changed = [text for name, text in differing(saved, own) if name not in ("init_from", "start_from_codec")]
             if changed:
-                rank_zero_info(f"goes on with other settings than the checkpoint's: {', '.join(changed)}")
+                rank_zero_info(f"resuming with settings that differ from the checkpoint: {', '.join(changed)}")
         self.init_provenance = dict(checkpoint.get("init_provenance", {}))
         self.trained_steps = int(checkpoint.get("global_step", 0))
 

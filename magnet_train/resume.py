@@ -1,14 +1,16 @@
-"""Going on where a run stopped: which checkpoint, whether it belongs to this run, and at which batch.
+"""Resuming a run: which checkpoint, whether it belongs to this run, and at which batch.
 
-A run is a function of its configuration and of how many batches are done: order, crops, masks and dropouts belong to
-their place. So weights, optimizer and one number are all that a resume needs.
+A run is a function of its configuration and of the number of batches done: order, crops, masks and dropout depend on
+the position in the run only. So weights, optimizer and one number are all that a resume needs.
 """
 
 import hashlib
 import json
+import os
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,20 @@ from typing import Any
 from magnet_train.common.errors import UserError
 from magnet_train.release import read_checkpoint
 
+PARTS = {
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "callbacks": dict,
+    "hyper_parameters": dict,
+}
+"""Entries of a checkpoint without which training cannot resume, and their types."""
+
 
 @dataclass(frozen=True)
 class Layout:
-    """How the work of an optimizer step is dealt out; on another one the data comes in another order."""
+    """How an optimizer step is divided among ranks; with another layout the data comes in another order."""
 
     ranks: int
     batch_size: int
@@ -36,7 +48,7 @@ class Layout:
         )
 
     def batches(self, done: int, before: "Layout") -> int:
-        """Batches of each rank that are done here, where `before` had done `done`: as many examples, or a few less.
+        """Batches of each rank that equal `done` batches of layout `before`: as many examples, or a few less.
 
         >>> Layout(3, 4, 1, 0).batches(100, before=Layout(2, 4, 1, 0))
         66
@@ -46,65 +58,123 @@ class Layout:
         return examples // step * self.accumulated
 
 
-def newest_whole_checkpoint(folders: Iterable[Path]) -> Path | None:
-    """The checkpoint in the folders with the most optimizer steps that is whole; None if there is none.
+def requeue_count() -> int:
+    """How often SLURM has requeued this job; 0 outside SLURM.
 
-    Whole means that it holds nothing but plain data and tensors, and that every byte of its zip has the checksum noted
-    there. Each that is not is passed over with a warning that names it. Of two with as many steps the later one wins.
+    Raises:
+        UserError: if the environment variable is not a number.
+    """
+    text = os.environ.get("SLURM_RESTART_COUNT", "0")
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"SLURM_RESTART_COUNT={text}: must be a whole number; unset it") from None
+
+
+def newest_whole_checkpoint(folders: Iterable[Path]) -> Path | None:
+    """The intact checkpoint in the folders with the most optimizer steps; None if there is none.
+
+    A damaged one, whatever the damage, is skipped with a warning that names it. Of two with as many steps the later one
+    is taken.
     """
     found: dict[Path, tuple[int, float]] = {}
     for path in {path.resolve(): path for folder in folders for path in folder.glob("*.ckpt")}.values():
-        try:
-            found[path] = int(read_checkpoint(path)["global_step"]), path.stat().st_mtime
-        except (UserError, OSError, KeyError, TypeError, ValueError) as error:
-            reason = str(error) if isinstance(error, UserError) else f"{path}: no checkpoint of a run"
-            warnings.warn(f"passed over: {reason}", stacklevel=2)
+        with _skipping_damaged(path):
+            found[path] = _checked_step(path, read_checkpoint(path)), path.stat().st_mtime
     for path in sorted(found, key=found.__getitem__, reverse=True):
-        try:
-            with zipfile.ZipFile(path) as file:
-                damaged = file.testzip()
-        except (OSError, zipfile.BadZipFile, EOFError) as error:
-            damaged = str(error)
-        if damaged is None:
+        with _skipping_damaged(path):
+            read_training_checkpoint(path)
             return path
-        warnings.warn(f"passed over: {path}: damaged ({damaged})", stacklevel=2)
     return None
 
 
+@contextmanager
+def _skipping_damaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a flipped bit may raise anything in the readers of zip and pickle
+        reason = str(error) if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}"
+        warnings.warn(f"skipping checkpoint {reason}", stacklevel=4)
+
+
+def read_training_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint from which `fit` can resume, with every byte verified.
+
+    Raises:
+        UserError: if the file is missing or damaged, holds more than plain data, or is no checkpoint of a run.
+    """
+    checkpoint = read_checkpoint(path)
+    verify_checksums(path)
+    _checked_step(path, checkpoint)
+    for name, kind in PARTS.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise UserError(f"{path}: not a checkpoint of a training run ({name} is missing); choose another")
+    if not isinstance(checkpoint["hyper_parameters"].get("network"), dict):
+        raise UserError(f"{path}: not a checkpoint of magnet_train; choose another")
+    return checkpoint
+
+
+def verify_checksums(path: Path) -> None:
+    """Compares every member of a checkpoint, which is a zip file, with its CRC.
+
+    Raises:
+        UserError: if one differs.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except Exception as error:  # by where the file is damaged: zip, zlib, struct, unicode … errors
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); use another checkpoint") from error
+    if damaged is not None:
+        raise UserError(f"{path}: damaged ({damaged} does not match its checksum); use another checkpoint")
+
+
+def _checked_step(path: Path, checkpoint: Mapping[str, Any]) -> int:
+    step = checkpoint.get("global_step") if isinstance(checkpoint, Mapping) else None
+    if type(step) is not int or step < 0:
+        raise UserError(f"{path}: not a checkpoint of a training run (global_step={step!r}); choose another")
+    return step
+
+
 def fingerprint(index: Mapping[str, Any]) -> str:
-    """16 hex digits of what a set of shards holds: its codec, and name, length and checksum of each shard."""
+    """16 hex digits that identify a set of shards: from its codec, and name, length and checksum of each shard."""
     shards = [[shard["name"], shard["num_examples"], shard.get("sha256")] for shard in index["shards"]]
     content = json.dumps([index["codec"]["hash"], shards])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def check_same_model(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Whether a checkpoint's network and optimizer are the configured ones; both `hyper_parameters`, as plain values.
+def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Checks that a checkpoint's network and optimizer are the configured ones.
+
+    Args:
+        saved: `hyper_parameters` of the checkpoint, as plain values.
+        current: the same of the configuration.
 
     Raises:
-        UserError: that names the settings that differ.
+        UserError: if they differ; names the settings.
     """
-    changed = [text for name, text in differing(saved, own) if name == "optimizer.name" or name.startswith("network.")]
+    changed = [text for name, text in differing(saved, current) if name == "optimizer.name" or name.startswith("network.")]
     if changed:
         raise UserError(
-            f"--ckpt_path: the checkpoint's model is another: {', '.join(changed)}; give its settings, or another "
-            "--trainer.default_root_dir to begin a new run"
+            f"--ckpt_path: the checkpoint has another model: {', '.join(changed)}; use its settings, or another "
+            "--trainer.default_root_dir to start a new run"
         )
 
 
-def differing(saved: Mapping[str, Any], own: Mapping[str, Any], within: str = "") -> list[tuple[str, str]]:
-    """Names of the settings that both know and that differ, each with what it is here and there.
+def differing(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Names of settings that both have and that differ, each with a text that shows both values.
 
     >>> differing({"seed": 1, "optimizer": {"lr": 0.1}, "older": 2}, {"seed": 1, "optimizer": {"lr": 0.2}})
-    [('optimizer.lr', 'optimizer.lr=0.2 (there 0.1)')]
+    [('optimizer.lr', 'optimizer.lr=0.2 (checkpoint: 0.1)')]
     """
     found = []
-    for name in sorted(saved.keys() & own.keys()):
-        one, two = saved[name], own[name]
-        if isinstance(one, Mapping) and isinstance(two, Mapping):
-            found += differing(one, two, f"{within}{name}.")
-        elif _plain(one) != _plain(two):
-            found.append((f"{within}{name}", f"{within}{name}={two} (there {one})"))
+    for name in sorted(saved.keys() & current.keys()):
+        before = saved[name]
+        now = current[name]
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            found += differing(before, now, f"{prefix}{name}.")
+        elif _plain(before) != _plain(now):
+            found.append((f"{prefix}{name}", f"{prefix}{name}={now} (checkpoint: {before})"))
     return found
 
 

@@ -143,7 +143,7 @@ def truncated(place: Place) -> Row:
     last = run / "checkpoints" / "last.ckpt"
     os.truncate(last, last.stat().st_size // 2)
     lost = place.lost(run)
-    return line(run.with_suffix(".log").read_text(), "passed over", "last.ckpt"), lost
+    return line(run.with_suffix(".log").read_text(), "skipping checkpoint", "last.ckpt"), lost
 
 
 def disk(place: Place) -> Row:
@@ -168,7 +168,7 @@ def not_finite(place: Place) -> Row:
     run = place.folder / "not_finite"
     status, said = fit(place, run, bad_gradients=[3])
     assert status == 0 and len(ledger(run)) == STEPS
-    return line(said, "left out"), "that step, for the weights; it is counted in `train/steps_left_out`"
+    return line(said, "left out"), "that step, for the weights; it is counted in `train/steps_skipped`"
 
 
 def training_shard(place: Place) -> Row:
@@ -226,7 +226,7 @@ def rank_dies(place: Place) -> Row:
 def rank_hangs(place: Place) -> Row:
     """one of two ranks stands still for a while"""
     two = ("--trainer.devices=2", "--trainer.strategy=ddp_fork")
-    quick = ("--watchdog.least_s=1", "--watchdog.factor=3")
+    quick = ("--watchdog.min_seconds=1", "--watchdog.factor=3")
     run = place.folder / "rank_hangs"
     child, log = start(place, run, *two, *quick, lasts_s=0.1)
     wait_for_batch(run, 8)
@@ -308,7 +308,7 @@ def outage(place: Place) -> Row:
         status = ended(child, 240)
         assert status == 0 and len(server.rows) == arrived, log.read_text()[-3000:]
         server.is_down = False
-        text = line(log.read_text(), "not all was sent")
+        text = line(log.read_text(), "not all was uploaded")
         command = [sys.executable, "-m", *text.split("`")[2].split()]
         subprocess.run(command, check=True, timeout=LONGEST_S, capture_output=True)
     losses = [(row["trainer/global_step"], row["train/loss"]) for row in server.rows if "train/loss" in row]
@@ -322,9 +322,9 @@ def preempted(place: Place) -> Row:
 
     run, options = place.folder / "preempted", ["--trainer.logger=WandbLogger", "--trainer.log_every_n_steps=1"]
     with recorder() as server, environment(WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL=server.url):
-        usual, tracking.IN_A_HURRY_S = tracking.IN_A_HURRY_S, 3.0
+        usual, tracking.FINISH_TIMEOUT_S = tracking.FINISH_TIMEOUT_S, 3.0
         child, log = start(place, run, *options, lasts_s=0.3)
-        tracking.IN_A_HURRY_S = usual
+        tracking.FINISH_TIMEOUT_S = usual
         wait_for_batch(run, 2)
         server.is_down = True
         begin = time.monotonic()

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 
 import magnet_train.callbacks.watchdog as watchdog_module
 from magnet_train.__main__ import main
-from magnet_train.callbacks.nan_guard import FiniteGuard
+from magnet_train.callbacks.nan_guard import NanGuard
 from magnet_train.callbacks.watchdog import Watchdog
 from magnet_train.common.errors import UserError
 from magnet_train.cost import peak_flop
@@ -39,9 +39,9 @@ ALL = ("--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=-1")
 
 @pytest.mark.parametrize("kind", ["bad_losses", "bad_gradients"])
 def test_a_bad_step_changes_nothing_and_is_named(kind: str, data: Path, tmp_path: Path):
-    with pytest.warns(UserWarning, match="left out") as caught:
+    with pytest.warns(UserWarning, match="skipped") as caught:
         assert main(arguments(data, tmp_path / "run", *ALL, **{kind: (3,)})) == 0
-    named = [str(w.message) for w in caught if "left out" in str(w.message)]
+    named = [str(w.message) for w in caught if "skipped" in str(w.message)]
     keys = ledger(tmp_path / "run")[3, 0]["keys"]
     assert len(named) == 1 and all(key in named[0] for key in keys) and "step 3" in named[0] and "rank 0" in named[0]
     before, after, later = (checkpoint(tmp_path / "run", step) for step in (3, 4, 5))
@@ -55,15 +55,15 @@ def test_a_bad_step_changes_nothing_and_is_named(kind: str, data: Path, tmp_path
 
 def test_with_accumulation_the_batch_that_was_bad_is_named(data: Path, tmp_path: Path):
     options = ("--trainer.accumulate_grad_batches=3", "--trainer.max_steps=3")
-    with pytest.warns(UserWarning, match="left out") as caught:
+    with pytest.warns(UserWarning, match="skipped") as caught:
         assert main(arguments(data, tmp_path / "run", *options, bad_losses=(4,))) == 0
-    (named,) = [str(w.message) for w in caught if "left out" in str(w.message)]
+    (named,) = [str(w.message) for w in caught if "skipped" in str(w.message)]
     lines = ledger(tmp_path / "run")
     assert ", ".join(lines[4, 0]["keys"]) in named and ", ".join(lines[3, 0]["keys"]) not in named
 
 
 def test_too_many_in_a_row_end_the_run_and_keep_the_last_good_checkpoint(data: Path, tmp_path: Path, capsys: Any):
-    options = ("--finite.most_in_a_row=3",)
+    options = ("--nan_guard.max_consecutive=3",)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Two in a row are no three; the counter goes on in a resumed run.
@@ -72,7 +72,7 @@ def test_too_many_in_a_row_end_the_run_and_keep_the_last_good_checkpoint(data: P
     assert "3 steps in a row" in line and "lr" in line
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 6 and all(v.isfinite().all() for v in saved["current_model_state"].values())
-    assert saved["callbacks"]["FiniteGuard"] == {"left_out": 4, "in_a_row": 1}
+    assert saved["callbacks"]["NanGuard"] == {"skipped": 4, "consecutive": 1}
 
 
 HALF = (
@@ -83,29 +83,29 @@ HALF = (
 
 def test_a_scaler_looks_for_its_scale_and_is_not_let_look_for_ever(data: Path, tmp_path: Path, capsys: Any):
     """With torch's own scaler, on a CPU: it halves 65536 at each step that overflows."""
-    options = (HALF, "--finite.most_in_a_row=3", "--trainer.max_steps=40", *ALL)
+    options = (HALF, "--nan_guard.max_consecutive=3", "--trainer.max_steps=40", *ALL)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert main(arguments(data, tmp_path / "a", *options, "--trainer.max_steps=8", bad_gradients=(1, 2, 3, 4))) == 0
-    assert not [w for w in caught if "left out" in str(w.message)]
+    assert not [w for w in caught if "skipped" in str(w.message)]
     before, after = (checkpoint(tmp_path / "a", step) for step in (1, 5))
-    assert after["callbacks"]["FiniteGuard"] == {"left_out": 4, "in_a_row": 4}
+    assert after["callbacks"]["NanGuard"] == {"skipped": 4, "consecutive": 4}
     assert after["MixedPrecision"]["scale"] == 65536 / 2**4
     for name, value in before["current_model_state"].items():
         assert torch.equal(value, after["current_model_state"][name])
-    with pytest.warns(UserWarning, match="step 17 left out, rank 0: gradients"):
+    with pytest.warns(UserWarning, match="step 17 skipped, rank 0: gradients"):
         assert main(arguments(data, tmp_path / "b", *options, bad_gradients=tuple(range(1, 40)))) == 2
     assert "steps in a row without a finite loss and gradients" in capsys.readouterr().err
-    with pytest.warns(UserWarning, match="step 3 left out, rank 0: loss nan"):  # no scale mends that
+    with pytest.warns(UserWarning, match="step 3 skipped, rank 0: loss nan"):  # no scale mends that
         assert main(arguments(data, tmp_path / "c", *options, bad_losses=(3, 4, 5))) == 2
 
 
 @pytest.mark.parametrize(
     ("make", "word"),
     [
-        (lambda: FiniteGuard(0), "most_in_a_row=0"),
+        (lambda: NanGuard(0), "max_consecutive=0"),
         (lambda: Watchdog(1.0), "factor=1.0"),
-        (lambda: Watchdog(least_s=0), "least_s=0"),
+        (lambda: Watchdog(min_seconds=0), "min_seconds=0"),
     ],
 )
 def test_options_out_of_range_are_named(make: Any, word: str):
@@ -134,7 +134,7 @@ def heard(watchdog: Watchdog, at_least: int) -> list[str]:
         warnings.simplefilter("always")
         deadline = time.monotonic() + 60
         while True:
-            time.sleep(8 * watchdog.least_s / 4)
+            time.sleep(8 * watchdog.min_seconds / 4)
             found = [str(w.message) for w in caught if "usually" in str(w.message)]
             if len(found) >= at_least or time.monotonic() > deadline:
                 return found
@@ -143,7 +143,7 @@ def heard(watchdog: Watchdog, at_least: int) -> list[str]:
 def test_the_watchdog_names_rank_and_phase_once(passes: Callable[[float], None]):
     loader = SimpleNamespace(waiting_since=None)
     trainer: Any = SimpleNamespace(global_rank=3, global_step=17, train_dataloader=loader)
-    watchdog = Watchdog(least_s=0.1)
+    watchdog = Watchdog(min_seconds=0.1)
     watchdog.on_train_start(trainer, None)  # type: ignore[arg-type]
     hooks = (watchdog.on_train_batch_start, watchdog.on_train_batch_end)
     for _ in range(5):

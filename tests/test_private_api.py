@@ -38,8 +38,13 @@ class Probe(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         progress = private_api.Progress(copy.deepcopy(checkpoint))
-        assert progress.training["total"]["processed"] == 4 and progress.validation["total"]["ready"] == 0
+        assert progress.num_batches == 4 and not progress.is_at_batch_end()
+        progress.move_to_batch_end(3)
+        assert progress.num_batches == 3 and progress.is_at_batch_end()
+        progress.complete_batch()
+        progress.set_validation(1)
         progress.take_back_logged_step()
+        assert not progress.is_at_batch_end()
         private_api.keep_signal_handlers(trainer)
 
 

@@ -198,14 +198,14 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(data: Path, tmp
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "stopped at step 5 by a signal to another rank" in done.stdout
-    assert "step 2 left out, rank 0: loss nan" in done.stderr
-    assert "step 2 left out, rank 1: gradients" in done.stderr
+    assert "step 2 skipped, rank 0: loss nan" in done.stderr
+    assert "step 2 skipped, rank 1: gradients" in done.stderr
     lines = ledger(tmp_path / "run")
     assert sorted(lines) == [(batch, rank) for batch in range(5) for rank in range(2)]
     with caplog.at_level("INFO"):
         assert main(arguments(data, tmp_path / "run")) == 0
-    (line,) = [r.getMessage() for r in caplog.records if "bit-equal" in r.getMessage()]
-    assert "saved on 2 ranks" in line and "example 20 of 20" in line
+    (line,) = [r.getMessage() for r in caplog.records if "bit-identical" in r.getMessage()]
+    assert "changed from 2 ranks" in line and "example 20 of 20" in line
     assert sorted(set(ledger(tmp_path / "run")) - set(lines)) == [(10, 0), (11, 0), (12, 0)]
 
 
@@ -266,7 +266,7 @@ def test_under_slurm_a_job_is_queued_again_and_goes_on(
         slurm.setenv("PATH", str(tmp_path), prepend=os.pathsep)
         with pytest.raises(Preempted):
             main(arguments(data, tmp_path / "run", *options, signal_at=2, signal=int(signal.SIGUSR1)))
-        assert "job 7 is queued again" in capsys.readouterr().out and requeued()
+        assert "job 7 is requeued" in capsys.readouterr().out and requeued()
         slurm.setenv("SLURM_RESTART_COUNT", "1")  # from now on a start goes on without being told
         slurm.setenv("SLURM_ARRAY_JOB_ID", "5")
         slurm.setenv("SLURM_ARRAY_TASK_ID", "2")
@@ -280,7 +280,7 @@ def test_under_slurm_a_job_is_queued_again_and_goes_on(
         program(tmp_path / "scontrol", "echo Job is gone >&2; exit 1")
         with pytest.raises(Preempted, match="1"):  # by which the job file knows
             main(arguments(data, tmp_path / "run", *options, signal_at=6, signal=int(signal.SIGUSR1)))
-        assert "SLURM does not queue job 5_2 again (Job is gone): submit it, unless" in capsys.readouterr().out
+        assert "SLURM does not requeue job 5_2 (Job is gone): submit it again, unless" in capsys.readouterr().out
         assert requeued()
         assert not [*(tmp_path / "run").glob("hpc*")]
         assert main(arguments(data, tmp_path / "run", *options)) == 0
@@ -308,7 +308,7 @@ def test_auto_takes_the_newest_that_is_whole(tmp_path: Path):
     assert torch.load(last, weights_only=True)
     for damaged in (b"", b"no zip", whole[:100], whole[: len(whole) // 2], whole[:-1], altered):
         last.write_bytes(damaged)
-        with pytest.warns(UserWarning, match="passed over: .*last.ckpt"):
+        with pytest.warns(UserWarning, match="skipping checkpoint .*last.ckpt"):
             assert newest_whole_checkpoint([tmp_path, tmp_path / "a"]) == best
 
 
@@ -318,7 +318,7 @@ def test_auto_executes_nothing(tmp_path: Path):
             return os.mkdir, (str(tmp_path / "harm"),)
 
     torch.save({"global_step": 1, "x": Harm()}, tmp_path / "last.ckpt")
-    with pytest.warns(UserWarning, match="passed over: .*last.ckpt"):
+    with pytest.warns(UserWarning, match="skipping checkpoint .*last.ckpt"):
         assert newest_whole_checkpoint([tmp_path]) is None
     assert not (tmp_path / "harm").exists()
 
@@ -329,9 +329,9 @@ def test_a_truncated_checkpoint_costs_only_what_came_after_the_one_before(data: 
     for name in ("last.ckpt", "step=0000004.ckpt"):
         path = tmp_path / "run" / "checkpoints" / name
         path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.warns(UserWarning, match="passed over") as caught:
+    with pytest.warns(UserWarning, match="skipping checkpoint") as caught:
         assert main(arguments(data, tmp_path / "run", *options)) == 0
-    named = [str(w.message) for w in caught if "passed over" in str(w.message)]
+    named = [str(w.message) for w in caught if "skipping checkpoint" in str(w.message)]
     assert sum("last.ckpt" in n for n in named) == sum("0000004" in n for n in named) == 1
     assert equal(twins[options], tmp_path / "run")
 
@@ -356,8 +356,8 @@ def test_what_another_run_left_is_refused(data: Path, tmp_path: Path, capsys: An
     make_t5(tmp_path / "t5", dim=384)
     changed = [
         ([f"--model.text_encoder={tmp_path / 't5'}"], "another text encoder"),
-        (["--model.network.context=9"], "network.context=9 (there 5)"),
-        (["--model.optimizer.name=dadapt_adam"], "optimizer.name=dadapt_adam (there adamw)"),
+        (["--model.network.context=9"], "network.context=9 (checkpoint: 5)"),
+        (["--model.optimizer.name=dadapt_adam"], "optimizer.name=dadapt_adam (checkpoint: adamw)"),
         ([f"--data.train={tmp_path / 'fewer'}"], "other shards"),
         (
             [f"--model.codec={other}", f"--data.train={tmp_path / 'other' / 'train'}",
@@ -382,8 +382,8 @@ def test_a_run_goes_on_with_the_settings_that_it_is_given(data: Path, tmp_path: 
     given = ("--model.optimizer.lr=0.001", "--model.optimizer.weight_decay=0.2", "--model.span_len=2")
     with caplog.at_level("INFO"):
         assert main(arguments(data, tmp_path / "run", "--model.optimizer.schedule=constant", *given)) == 0
-    (line,) = [r.getMessage() for r in caplog.records if "other settings" in r.getMessage()]
-    for text in ("optimizer.lr=0.001 (there 0.01)", "weight_decay=0.2 (there 0.1)", "span_len=2 (there 3)"):
+    (line,) = [r.getMessage() for r in caplog.records if "settings that differ" in r.getMessage()]
+    for text in ("optimizer.lr=0.001 (checkpoint: 0.01)", "weight_decay=0.2 (checkpoint: 0.1)", "span_len=2 (checkpoint: 3)"):
         assert text in line
     after = outcome(tmp_path / "run")
     (group,) = after["optimizer_states"][0]["param_groups"]
@@ -411,7 +411,7 @@ def test_another_layout_goes_on_at_the_same_example_and_says_so(data: Path, tmp_
     stopped(data, tmp_path / "run", stop_at=5)  # saved after 4 batches of 2
     with caplog.at_level("INFO"):
         assert main(arguments(data, tmp_path / "run", "--data.batch_size=1")) == 0
-    (line,) = [r.getMessage() for r in caplog.records if "bit-equal" in r.getMessage()]
+    (line,) = [r.getMessage() for r in caplog.records if "bit-identical" in r.getMessage()]
     assert "example 8 of 8" in line and "1 ranks x 1 examples" in line and "1 ranks x 2 examples" in line
     lines = (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
     assert [json.loads(x)["batch"] for x in lines] == [0, 1, 2, 3, 4, 8, 9, 10, 11]

@@ -76,7 +76,7 @@ def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(job: str, nodes:
         assert done.returncode == 0, done.stdout + done.stderr + said
         return said
 
-    assert "job 7 is queued again" in start()
+    assert "job 7 is requeued" in start()
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 7\n"
     assert (run / "checkpoints" / "last.ckpt").is_file() and not (run / "summary.json").exists()
     run_id = (run / "wandb_run_id").read_text().strip()

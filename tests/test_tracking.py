@@ -109,7 +109,7 @@ def test_everything_logged_is_defined_and_everything_defined_is_logged(run: Path
     rows = history(records(run))
     of_wandb = {key.split(".")[0] if key.startswith("gen/") else key for row in rows for key in row}
     assert {key for key in of_wandb if key[0] != "_"} == keys | media | {logged.STEP}
-    never = {"speed/mfu", "train/steps_left_out"}  # without a known device, without a bad step
+    never = {"speed/mfu", "train/steps_skipped"}  # without a known device, without a bad step
     others = {entry.name for entry in logged.LOGGED if entry.section == "more of validation"}  # nobody asked for them
     found = {entry.name for key in keys | media if (entry := logged.find(key)) is not None}
     assert found == {entry.name for entry in logged.LOGGED} - never - others
@@ -189,10 +189,10 @@ def test_steps_done_again_have_the_same_values_in_both_versions_of_the_csv(run: 
 
 def test_a_run_begun_anew_in_a_folder_is_another_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ids = []
-    for goes_on in (False, True, False):
+    for resumes in (False, True, False):
         for name in ("WANDB_RUN_ID", "WANDB_NAME"):
             monkeypatch.delenv(name, raising=False)
-        prepare_wandb(tmp_path, "fit", goes_on, online=False)
+        prepare_wandb(tmp_path, "fit", resumes, online=False)
         ids.append(os.environ["WANDB_RUN_ID"])
     assert ids[0] == ids[1] != ids[2]
     monkeypatch.setenv("WANDB_RUN_ID", "mine")  # an agent's, or one's own
@@ -259,12 +259,12 @@ def test_a_server_that_is_not_to_be_reached_ends_a_run_that_begins_but_none_that
     online.mkdir()
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"there is no network .*WANDB_MODE=offline"):
-        prepare_wandb(online, "fit", goes_on=True, online=True)  # a first submission says --ckpt_path auto too
+        prepare_wandb(online, "fit", resumes=True, online=True)  # a first submission says --ckpt_path auto too
     assert not (online / "wandb_run_id").exists()
     (online / "wandb_run_id").write_text("abcdef1234\n")
     monkeypatch.delenv("WANDB_RUN_ID")
-    with pytest.warns(UserWarning, match="logged offline, and `wandb sync .*run/wandb` sends it"):
-        prepare_wandb(online, "fit", goes_on=True, online=True)
+    with pytest.warns(UserWarning, match="logged offline, and `wandb sync .*run/wandb` uploads it"):
+        prepare_wandb(online, "fit", resumes=True, online=True)
     assert wandb.setup().settings.mode == "offline" and os.environ["WANDB_RUN_ID"] == "abcdef1234"
 
 
@@ -274,7 +274,7 @@ def test_without_a_key_a_run_is_logged_offline(online: Path, monkeypatch):
     online.mkdir()
     monkeypatch.delenv("WANDB_API_KEY")
     with pytest.warns(UserWarning, match="no API key .* logged offline"):
-        prepare_wandb(online, "fit", goes_on=False, online=True)
+        prepare_wandb(online, "fit", resumes=False, online=True)
     assert wandb.setup().settings.mode == "offline"
 
 
@@ -287,7 +287,7 @@ def test_checkpoints_become_versions_with_aliases(run: Path, tmp_path: Path):
 
     os.environ["WANDB_DATA_DIR"] = str(tmp_path)
     logger = WandbLogger(project="p", save_dir=str(tmp_path))
-    best, last = run / "checkpoints" / "step=0000004.ckpt", run / "checkpoints" / "last.ckpt"
+    best, last = run / "checkpoints" / "step=0000006.ckpt", run / "checkpoints" / "last.ckpt"
     saved = SimpleNamespace(best_model_path=str(best), last_model_path=str(last))
     trainer: Any = SimpleNamespace(is_global_zero=True, checkpoint_callback=saved, loggers=[logger])
     Tracking().on_fit_end(trainer, None)  # type: ignore[arg-type]  # off unless asked for
@@ -295,7 +295,7 @@ def test_checkpoints_become_versions_with_aliases(run: Path, tmp_path: Path):
     wandb.finish()
     wandb.teardown()
     logged_ = [r.artifact for r in records(tmp_path) if r.WhichOneof("record_type") == "artifact"]
-    assert [sorted(a.aliases) for a in logged_] == [["best", "latest", "step-4"], ["latest", "step-6"]]
+    assert [sorted(a.aliases) for a in logged_] == [["best", "latest", "step-6"], ["latest", "step-6"]]
     assert {(a.type, len(a.manifest.contents)) for a in logged_} == {("model", 1)}
     assert len({a.name for a in logged_}) == 1
 

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite are left out, counted, and named by their items."""
+"""Steps whose loss or gradients are not finite are skipped, counted, and named by their items."""
 
 import warnings
 from typing import Any
@@ -9,41 +9,40 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
+from magnet_train.module import trainable_parameters
 from magnet_train.sharding import full_tensor
 
 
-class FiniteGuard(Callback):
-    """Leaves out optimizer steps on a loss or on gradients that are not finite, and ends the run after many in a row.
+class NanGuard(Callback):
+    """Skips optimizer steps whose loss or gradients are not finite, and ends the run after many in a row.
 
-    A step that is left out changes neither weights nor the optimizer's state, on any rank; it counts as a step for
-    schedule and averaging. `train/steps_left_out` counts them. In 16-mixed precision gradients that are not finite are
-    how the scaler finds its scale, so there these steps are counted too, but named, and a reason to end, only once the
-    scale is down to 1.
+    A skipped step changes neither weights nor the optimizer's state, on any rank; it counts as a step for schedule and
+    averaging. `train/steps_skipped` counts them. In 16-mixed precision gradients that are not finite are how the scaler
+    finds its scale, so there these steps are counted too, but named, and a reason to end, only once the scale is 1.
     """
 
-    def __init__(self, most_in_a_row: int = 10):
-        """When to give up.
+    def __init__(self, max_consecutive: int = 10):
+        """When the run is ended.
 
         Args:
-            most_in_a_row: steps left out one after another at which the run ends.
+            max_consecutive: Abort after this many consecutive skipped (non-finite) steps.
         """
-        if most_in_a_row < 1:
-            raise UserError(f"finite: most_in_a_row={most_in_a_row} must be at least 1")
-        self.most_in_a_row = most_in_a_row
-        self.left_out = 0
-        self.in_a_row = 0
+        if max_consecutive < 1:
+            raise UserError(f"nan_guard: max_consecutive={max_consecutive} must be at least 1")
+        self.max_consecutive = max_consecutive
+        self.skipped = 0
+        self.consecutive = 0
         self._keys: list[str] = []
         self._losses: list[Tensor] = []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"left_out": self.left_out, "in_a_row": self.in_a_row}
+        return {"skipped": self.skipped, "consecutive": self.consecutive}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.left_out, self.in_a_row = state_dict["left_out"], state_dict["in_a_row"]
+        self.skipped = state_dict["skipped"]
+        self.consecutive = state_dict["consecutive"]
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *args: Any) -> None:
         self._keys.append(", ".join(batch["keys"]))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
@@ -57,34 +56,36 @@ class FiniteGuard(Callback):
         Raises:
             UserError: after too many in a row.
         """
-        keys, losses = self._keys, torch.stack(self._losses)
-        self._keys, self._losses = [], []
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        is_finite = losses.isfinite().all() & full_tensor(torch.nn.utils.get_total_norm(gradients)).isfinite()
-        agree = trainer.strategy.reduce_boolean_decision
-        if agree(bool(is_finite)):
-            self.in_a_row = 0
+        keys = self._keys
+        losses = torch.stack(self._losses)
+        self._keys = []
+        self._losses = []
+        parameters = trainable_parameters(pl_module).values()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        is_finite = losses.isfinite().all() & full_tensor(norm).isfinite()
+        all_ranks = trainer.strategy.reduce_boolean_decision
+        if all_ranks(bool(is_finite)):
+            self.consecutive = 0
             return
-        self.left_out += 1
-        self.in_a_row += 1
-        pl_module.log("train/steps_left_out", float(self.left_out))
+        self.skipped += 1
+        self.consecutive += 1
+        pl_module.log("train/steps_skipped", float(self.skipped))
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and agree(bool(losses.isfinite().all())) and scaler.get_scale() > 1:
-            return  # it leaves the step out itself, and tries the next one at half the scale
-        self._name(trainer, keys, losses.tolist())
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-        if self.in_a_row >= self.most_in_a_row:
+        if scaler is not None and all_ranks(bool(losses.isfinite().all())) and scaler.get_scale() > 1:
+            return  # it skips the step itself, and tries the next one at half the scale
+        self._warn(trainer, keys, losses.tolist())
+        for parameter in parameters:
+            parameter.grad = None
+        if self.consecutive >= self.max_consecutive:
             raise UserError(
-                f"{self.in_a_row} steps in a row without a finite loss and gradients, the last step "
-                f"{trainer.global_step}: the last checkpoint is good; go on from it with a lower --model.optimizer.lr "
-                "or --trainer.precision bf16-mixed, or look at the items named above"
+                f"{self.consecutive} steps in a row without a finite loss and gradients, the last is step "
+                f"{trainer.global_step}: the last checkpoint is good; resume from it with --ckpt_path auto and a lower "
+                "--model.optimizer.lr or --trainer.precision bf16-mixed, or look at the items named above"
             )
 
-    def _name(self, trainer: L.Trainer, keys: list[str], losses: list[float]) -> None:
+    def _warn(self, trainer: L.Trainer, keys: list[str], losses: list[float]) -> None:
         bad = [(k, x) for k, x in zip(keys, losses, strict=True) if not torch.tensor(x).isfinite()]
         what = "; ".join(f"loss {loss} of {items}" for items, loss in bad)
         if not bad:
             what = f"gradients that are not finite, here or on another rank; the items were {'; '.join(keys)}"
-        warnings.warn(f"step {trainer.global_step} left out, rank {trainer.global_rank}: {what}", stacklevel=1)
+        warnings.warn(f"step {trainer.global_step} skipped, rank {trainer.global_rank}: {what}", stacklevel=1)

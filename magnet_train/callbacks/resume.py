@@ -1,4 +1,4 @@
-"""A resumed run goes on as the one that was interrupted would have, bit for bit on the same ranks."""
+"""A resumed run continues as the interrupted one would have, bit for bit on the same ranks."""
 
 from dataclasses import asdict
 from typing import Any
@@ -10,42 +10,44 @@ from lightning.pytorch.utilities import rank_zero_info
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder
+from magnet_train.data.pipeline import ShardSet
 from magnet_train.module import MagnetModule
 from magnet_train.resume import Layout, fingerprint
 
 
 class ExactResume(Callback):
-    """Notes in each checkpoint what its progress means, and sets the progress right when one is loaded.
+    """Writes into each checkpoint what its progress means, and corrects the progress when one is loaded.
 
-    Lightning restores weights, optimizer, schedule and counters. Three things it leaves open:
+    Lightning restores weights, optimizer, schedule and counters. That leaves three cases:
 
-    - Saved between two optimizer steps (time-based saving with accumulation), the gradients so far are lost; so the
-      batches since the last step are done again, on the weights that they were done on.
-    - Saved at the end of a batch after which validation is due, it would go on without that validation.
-    - On another number of ranks, or with another batch size, as many batches would be other examples; so they are
-      counted anew, and a line says what is no longer equal.
+    - Saved between two optimizer steps (with accumulation), the gradients so far are lost; the batches since the last
+      step are done again, on the weights on which they were done.
+    - Saved at the end of a batch after which a validation is due, Lightning would continue without that validation.
+    - With another number of ranks or batch size, as many batches are other examples; they are counted anew, and a line
+      says that results will not be bit-identical.
     """
 
     def __init__(self) -> None:
-        self._open = 0
+        self._open_batches = 0
         """Batches since the last optimizer step."""
         self._has_skipped = False
+        """Whether this rank could not read some of its shards."""
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *args: Any) -> None:
         self._has_skipped |= bool(batch["shards_left_out"] or batch["items_left_out"])
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
-        self._open += 1
+        self._open_batches += 1
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        self._open = 0
+        self._open_batches = 0
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, MagnetModule)
         checkpoint["run"] = {
-            "layout": asdict(self._layout(trainer)),
-            "open_batches": self._open,
+            "layout": asdict(_layout(trainer)),
+            "open_batches": self._open_batches,
             "has_skipped": trainer.strategy.reduce_boolean_decision(self._has_skipped, all=False),
             "train": fingerprint(data.shards("train").index),
             "validation": _validation_fingerprint(data),
@@ -54,102 +56,87 @@ class ExactResume(Callback):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Sets the progress right.
+        """Corrects the progress.
 
         Raises:
-            UserError: if the checkpoint was trained on other shards, another codec or another text encoder.
+            UserError: if the checkpoint was trained on other shards, or with another codec or text encoder.
         """
-        if trainer.state.fn != "fit" or (saved := checkpoint.get("run")) is None:
+        saved = checkpoint.get("run")
+        if trainer.state.fn != "fit" or saved is None:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, MagnetModule)
-        self.check_data(data, saved, pl_module.text_encoder)
-        if saved.get("validation", now := _validation_fingerprint(data)) != now:
-            rank_zero_info(
-                "goes on with another validation set: earlier figures under val/ do not compare with new ones"
-            )
-        self._has_skipped = saved.get("has_skipped", False)
+        check_data(data.shards("train"), saved, pl_module.text_encoder)
+        if saved["validation"] != _validation_fingerprint(data):
+            rank_zero_info("another validation set than before: metrics under val/ do not compare with earlier ones")
+        self._has_skipped = saved["has_skipped"]
         if self._has_skipped:
             rank_zero_info(
-                "shards or items were skipped before this checkpoint was saved: what follows comes in another order "
-                "than without the interruption, so results will not be bit-identical"
+                "shards or items were skipped before this checkpoint was saved: the data that follow come in another "
+                "order than without the interruption; results will not be bit-identical"
             )
-        saved_progress = private_api.Progress(checkpoint)
-        progress = saved_progress.training
-        # Or a validation that was made up for once would look interrupted ever after.
-        of_validation = saved_progress.validation
-        for counts in (of_validation["total"], of_validation["current"]):
-            counts |= dict.fromkeys(("ready", "started", "processed", "completed"), 0)
-        was_at_end = not saved["open_batches"] and _is_at_batch_end(progress)
+        progress = private_api.Progress(checkpoint)
+        # Otherwise a validation that was once done late would look interrupted forever.
+        progress.set_validation(0)
+        was_at_batch_end = not saved["open_batches"] and progress.is_at_batch_end()
         if saved["open_batches"]:
-            _end_batch(progress, -saved["open_batches"])
-            saved_progress.take_back_logged_step()
-        before, now = Layout(**saved["layout"]), self._layout(trainer)
-        if before != now:
-            done = progress["total"]["processed"]
-            batches = now.batches(done, before)
-            _end_batch(progress, batches - done)
-            examples = [n * lay.ranks * lay.batch_size for n, lay in ((batches, now), (done, before))]
-            rank_zero_info(
-                f"resumed on {now}; saved on {before}: goes on after example {examples[0]} of {examples[1]}; order of "
-                "the data, masks and rounding are no longer bit-equal to a run without the change"
-            )
-        # By the counts of this layout, in whose batches the interval is.
-        if was_at_end and self._validation_is_due(trainer, progress["total"]["processed"]):
-            for counts in (progress["total"], progress["current"]):
-                counts["completed"] = counts["processed"]
-            # As if saved while the first batch of that validation was under way.
-            for counts in (of_validation["total"], of_validation["current"]):
-                counts |= {"ready": 1, "started": 1}
+            progress.move_to_batch_end(progress.num_batches - saved["open_batches"])
+            progress.take_back_logged_step()
+        self._convert(progress, Layout(**saved["layout"]), _layout(trainer))
+        if was_at_batch_end and _validation_is_due(trainer, progress.num_batches):
+            progress.complete_batch()
+            progress.set_validation(1)  # as if saved while the first batch of that validation was running
 
     @staticmethod
-    def _layout(trainer: L.Trainer) -> Layout:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        workers = data.workers_per_rank(trainer.world_size)
-        return Layout(trainer.world_size, data.batch_size, trainer.accumulate_grad_batches, workers)
+    def _convert(progress: private_api.Progress, before: Layout, now: Layout) -> None:
+        if before == now:
+            return
+        done = progress.num_batches
+        batches = now.batches(done, before)
+        progress.move_to_batch_end(batches)
+        rank_zero_info(
+            f"layout changed from {before} to {now}: resuming at example {batches * now.ranks * now.batch_size} of "
+            f"{done * before.ranks * before.batch_size}; results will not be bit-identical"
+        )
 
-    @staticmethod
-    def _validation_is_due(trainer: Any, num_batches: int) -> bool:
-        return trainer.limit_val_batches != 0 and num_batches % trainer.val_check_interval == 0
 
-    @staticmethod
-    def check_data(data: Any, saved: dict[str, Any], text_encoder: TextEncoder | None) -> None:
-        """Whether training shards and text encoder, if it could be had, are those that a checkpoint's `run` notes.
+def _layout(trainer: L.Trainer) -> Layout:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    workers = data.workers_per_rank(trainer.world_size)
+    return Layout(trainer.world_size, data.batch_size, trainer.accumulate_grad_batches, workers)
 
-        Raises:
-            UserError: if they, or the shards' codec, are others.
-        """
-        stamp = saved.get("text_encoder")  # an older version noted none
-        if text_encoder is not None and stamp not in (None, text_encoder.stamp):
-            raise UserError(
-                f"--ckpt_path: trained with another text encoder than {text_encoder.id}; give --model.text_encoder as "
-                "the run's config.yaml has it, or begin a new run"
-            )
-        found = data.shards("train")
-        if saved["codec"] != found.index["codec"]["hash"]:
-            raise UserError(
-                f"--ckpt_path: trained on codes of codec {saved['codec']}, but {found.name} holds those of "
-                f"{found.index['codec']['hash']}; give the shards it was trained on, or begin a new run"
-            )
-        if saved["train"] != fingerprint(found.index):
-            raise UserError(
-                f"--ckpt_path: trained on other shards than {found.name} holds; give those it was trained on, or "
-                "train on with --model.init_from CHECKPOINT instead, which begins a new run with its weights"
-            )
+
+def _validation_is_due(trainer: Any, num_batches: int) -> bool:
+    return trainer.limit_val_batches != 0 and num_batches % trainer.val_check_interval == 0
+
+
+def check_data(found: ShardSet, saved: dict[str, Any], text_encoder: TextEncoder | None) -> None:
+    """Checks that training shards and text encoder are those of a checkpoint.
+
+    Args:
+        found: training shards.
+        saved: the checkpoint's `run`.
+        text_encoder: None if it is not available.
+
+    Raises:
+        UserError: if they, or the shards' codec, differ.
+    """
+    if text_encoder is not None and saved["text_encoder"] != text_encoder.stamp:
+        raise UserError(
+            f"--ckpt_path: trained with another text encoder than {text_encoder.id}; set --model.text_encoder as in "
+            "the run's config.yaml, or start a new run"
+        )
+    if saved["codec"] != found.index["codec"]["hash"]:
+        raise UserError(
+            f"--ckpt_path: trained on codes of codec {saved['codec']}, but {found.name} has those of "
+            f"{found.index['codec']['hash']}; give the shards it was trained on, or start a new run"
+        )
+    if saved["train"] != fingerprint(found.index):
+        raise UserError(
+            f"--ckpt_path: trained on other shards than those of {found.name}; give those it was trained on, or start "
+            "a new run from its weights with --model.init_from CHECKPOINT"
+        )
 
 
 def _validation_fingerprint(data: Any) -> str | None:
     return None if data.folders["validation"] is None else fingerprint(data.shards("validation").index)
-
-
-def _is_at_batch_end(progress: dict[str, Any]) -> bool:
-    """Whether it was saved at the end of a batch; afterwards, in a validation for one, the batch is completed."""
-    return progress["total"]["completed"] == progress["total"]["processed"] - 1
-
-
-def _end_batch(progress: dict[str, Any], more: int) -> None:
-    """Counters as if saved at the end of the batch that is `more` batches on."""
-    for counts in (progress["total"], progress["current"]):
-        done = max(0, counts["processed"] + more)
-        counts |= {"ready": done, "started": done, "processed": done, "completed": max(0, done - 1)}
-    progress["is_last_batch"] = False

@@ -1,4 +1,4 @@
-"""How fast a run is, what it waits for, and how much audio it has heard."""
+"""How fast a run is, what it waits for, and how much audio it was trained on."""
 
 import resource
 import sys
@@ -16,29 +16,33 @@ from magnet_train.module import MagnetModule
 
 
 class Throughput(Callback):
-    """Logs speed over the steps since the last logging, every `trainer.log_every_n_steps`; validation is left out.
+    """Logs speed over the steps since the last row, every `trainer.log_every_n_steps`; validation does not count.
 
-    Over all ranks, the others taken to be as fast as the first and their items as long: `speed/examples_per_s`,
-    `speed/frames_per_s` (without padding), `speed/audio_hours_per_s`, and `train/audio_hours` (heard since the run
-    began). Of the rank that has most: `speed/data_share` (of the time, spent waiting for a batch) and
-    `speed/peak_memory_gb` (of the GPU's allocator, or of the process on a CPU). And `speed/mfu` where the device's peak
-    is known: floating-point operations that the model needs, not those that were done, over those the device could do
-    at best.
+    Over all ranks, if the others are as fast as the first and their items as long: `speed/examples_per_s`,
+    `speed/frames_per_s` (without padding), `speed/audio_hours_per_s`, and `train/audio_hours` (since the run began).
+    Of the rank with the highest value: `speed/data_share` (share of the time spent waiting for a batch) and
+    `speed/peak_memory_gb` (of the GPU's allocator, or of the process on a CPU). `speed/mfu`, where the device's peak is
+    known: FLOP that the model needs, not those that were computed, over those of the device at its peak.
 
-    And, since the process began, `data/shards_left_out` and `data/items_left_out`: what loader processes of all ranks
-    could not read, each time it was its turn.
+    `data/shards_skipped` and `data/items_skipped`, since the process began: what loader processes of all ranks could
+    not read, each time it was its turn.
     """
 
     def __init__(self) -> None:
         self.frames = 0
-        """Heard by all ranks until the last optimizer step; what came after is done again by a resume."""
-        self._open = self._step = 0
-        self._since: float | None = None
-        self._spent = 0.0
-        self._examples = self._frames = 0
-        self._waited = 0.0
-        self._logged = 0
-        self._left_out = {"data/shards_left_out": 0.0, "data/items_left_out": 0.0}
+        """Of all ranks, up to the last optimizer step; what came after is trained again by a resumed run."""
+        self._open_frames = 0
+        """Since that step."""
+        self._step = 0
+        self._logged_step = 0
+        self._running_since: float | None = None
+        """When training began or last continued; None during a validation."""
+        self._seconds = 0.0
+        """Of training before that, since the last row."""
+        self._examples = 0
+        self._frames = 0
+        self._waited_s = 0.0
+        self._skipped = {"data/shards_skipped": 0.0, "data/items_skipped": 0.0}
 
     def state_dict(self) -> dict[str, Any]:
         return {"frames": self.frames}
@@ -47,19 +51,22 @@ class Throughput(Callback):
         self.frames = state_dict["frames"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._logged = self._step = trainer.global_step
-        self._since, self._waited = time.monotonic(), _waited(trainer)
+        self._step = trainer.global_step
+        self._logged_step = trainer.global_step
+        self._running_since = time.monotonic()
+        self._waited_s = _waited_s(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._since is not None:
-            self._spent, self._since = self._spent + time.monotonic() - self._since, None
+        if self._running_since is not None:
+            self._seconds += time.monotonic() - self._running_since
+            self._running_since = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
-            self._since = time.monotonic()
+            self._running_since = time.monotonic()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hours beside the figures of a validation, so that they can be drawn over them."""
+        """Hours beside the metrics of a validation, so that these can be plotted over them."""
         assert isinstance(pl_module, MagnetModule)
         if self.frames or not pl_module.trained_steps:  # else the weights came without their count
             pl_module.log("train/audio_hours", _hours(self.frames, trainer))
@@ -67,58 +74,70 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        size, _ = batch["valid"].shape
-        frames = int(batch["valid"].sum()) * trainer.world_size
-        self._examples += size * trainer.world_size
-        self._frames += frames
-        self._open += frames
-        self._left_out["data/shards_left_out"] += batch["shards_left_out"]
-        self._left_out["data/items_left_out"] += batch["items_left_out"]
+        assert isinstance(pl_module, MagnetModule)
+        self._count(batch, trainer.world_size)
         step = trainer.global_step
         if step != self._step:
-            self.frames, self._open, self._step = self.frames + self._open, 0, step
-        if step == self._logged or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return
-        assert isinstance(pl_module, MagnetModule) and self._since is not None
-        now, waited = time.monotonic(), _waited(trainer)
-        spent = self._spent + now - self._since
+            self.frames += self._open_frames
+            self._open_frames = 0
+            self._step = step
+        if step != self._logged_step and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._log(trainer, pl_module, batch["valid"].shape[1])
+
+    def _count(self, batch: Any, world_size: int) -> None:
+        frames = int(batch["valid"].sum()) * world_size
+        self._examples += len(batch["valid"]) * world_size
+        self._frames += frames
+        self._open_frames += frames
+        self._skipped["data/shards_skipped"] += batch["shards_left_out"]
+        self._skipped["data/items_skipped"] += batch["items_left_out"]
+
+    def _log(self, trainer: L.Trainer, module: MagnetModule, num_frames: int) -> None:
+        assert self._running_since is not None
+        now = time.monotonic()
+        waited_s = _waited_s(trainer)
+        seconds = self._seconds + now - self._running_since
         values = {
-            "speed/examples_per_s": self._examples / spent,
-            "speed/frames_per_s": self._frames / spent,
-            "speed/audio_hours_per_s": _hours(self._frames, trainer) / spent,
+            "speed/examples_per_s": self._examples / seconds,
+            "speed/frames_per_s": self._frames / seconds,
+            "speed/audio_hours_per_s": _hours(self._frames, trainer) / seconds,
             "train/audio_hours": _hours(self.frames, trainer),
         }
-        if (peak := peak_flop(pl_module.device, str(trainer.precision))) is not None:
-            flop = self._examples / trainer.world_size * _flop(pl_module.config, batch["valid"].shape[1])
-            values["speed/mfu"] = flop / spent / peak
-        most = {
-            "speed/data_share": (waited - self._waited) / spent,
-            "speed/peak_memory_gb": _peak_memory(pl_module.device) / 1e9,
+        peak = peak_flop(module.device, str(trainer.precision))
+        if peak is not None:
+            flop = self._examples / trainer.world_size * _flop_per_example(module.config, num_frames)
+            values["speed/mfu"] = flop / seconds / peak
+        highest = {
+            "speed/data_share": (waited_s - self._waited_s) / seconds,
+            "speed/peak_memory_gb": _peak_memory_bytes(module.device) / 1e9,
         }
-        pl_module.log_dict(values)
-        pl_module.log_dict(most, sync_dist=True, reduce_fx="max")
-        pl_module.log_dict(self._left_out, sync_dist=True, reduce_fx="sum")
-        self._logged, self._since, self._waited, self._spent = step, now, waited, 0.0
-        self._examples = self._frames = 0
+        module.log_dict(values)
+        module.log_dict(highest, sync_dist=True, reduce_fx="max")
+        module.log_dict(self._skipped, sync_dist=True, reduce_fx="sum")
+        self._logged_step = trainer.global_step
+        self._running_since = now
+        self._waited_s = waited_s
+        self._seconds = 0.0
+        self._examples = 0
+        self._frames = 0
 
 
 def _hours(frames: int, trainer: L.Trainer) -> float:
-    split = "train" if trainer.state.fn == "fit" else "validation"  # of one codec
-    facts = trainer.datamodule.shards(split).index["codec"]  # type: ignore[attr-defined]
-    return frames / facts["frame_rate"] / 3600
+    split = "train" if trainer.state.fn == "fit" else "validation"  # both are of one codec
+    codec = trainer.datamodule.shards(split).index["codec"]  # type: ignore[attr-defined]
+    return frames / codec["frame_rate"] / 3600
 
 
-def _flop(config: MagnetConfig, num_frames: int) -> float:
-    """Of training with one example, at the mean stage."""
+def _flop_per_example(config: MagnetConfig, num_frames: int) -> float:
+    """Of a training step, mean over stages."""
     return fmean(training_flop(config, num_frames, stage) for stage in range(config.num_codebooks))
 
 
-def _waited(trainer: L.Trainer) -> float:
+def _waited_s(trainer: L.Trainer) -> float:
     return getattr(trainer.train_dataloader, "waited_s", 0.0)
 
 
-def _peak_memory(device: torch.device) -> int:
-    """In bytes."""
+def _peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB

@@ -12,11 +12,12 @@ from lightning.pytorch.callbacks import Callback
 
 from magnet_train.common.errors import UserError
 
-DATA, STEP, BETWEEN, VALIDATION = (
-    "waiting for data", "training step", "between steps (saving, averaging, logging)", "validation",
-)  # fmt: skip
-REMEMBERED = 200
-"""Durations of a phase that its median is taken of."""
+DATA = "waiting for data"
+STEP = "training step"
+BETWEEN = "between steps (saving, averaging, logging)"
+VALIDATION = "validation"
+HISTORY = 200
+"""Durations of a phase from which its median is taken."""
 
 
 class Watchdog(Callback):
@@ -26,18 +27,20 @@ class Watchdog(Callback):
     the one that waits for data, or that says nothing. The first time of a phase has nothing to be compared with.
     """
 
-    def __init__(self, factor: float = 10.0, least_s: float = 60.0):
-        """What counts as far longer.
+    def __init__(self, factor: float = 10.0, min_seconds: float = 60.0):
+        """When a phase is too long.
 
         Args:
-            factor: times the median of the phase so far.
-            least_s: seconds below which nothing is said.
+            factor: Warn when a phase takes this many times its median.
+            min_seconds: But never below this many seconds.
         """
-        if factor <= 1 or least_s <= 0:
-            raise UserError(f"watchdog: factor={factor} must be above 1, least_s={least_s} above 0")
-        self.factor, self.least_s = factor, least_s
-        self._usual: dict[str, deque[float]] = {}
-        self._now: tuple[str, float] | None = None
+        if not factor > 1 or not min_seconds > 0:
+            raise UserError(f"watchdog: factor={factor} must be above 1, min_seconds={min_seconds} above 0")
+        self.factor = factor
+        self.min_seconds = min_seconds
+        self._history: dict[str, deque[float]] = {}
+        self._phase: tuple[str, float] | None = None
+        """The current phase, and when it began."""
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -47,14 +50,10 @@ class Watchdog(Callback):
         self._thread = threading.Thread(target=self._watch, args=(trainer,), name="watchdog", daemon=True)
         self._thread.start()
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *args: Any) -> None:
         self._enter(STEP)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, *args: Any) -> None:
         self._enter(BETWEEN)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,31 +70,33 @@ class Watchdog(Callback):
 
     def _enter(self, phase: str) -> None:
         now = time.monotonic()
-        if self._now is not None:
-            before, since = self._now
-            self._usual.setdefault(before, deque(maxlen=REMEMBERED)).append(now - since)
-        self._now = phase, now
+        if self._phase is not None:
+            previous, since = self._phase
+            self._history.setdefault(previous, deque(maxlen=HISTORY)).append(now - since)
+        self._phase = (phase, now)
 
     def _end(self) -> None:
         self._ended.set()
-        self._now = None
+        self._phase = None
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def _watch(self, trainer: L.Trainer) -> None:
-        told: tuple[str, float] | None = None
-        while not self._ended.wait(min(5.0, self.least_s / 4)):
-            now = self._now
-            if now is None or now == told or not (usual := list(self._usual.get(now[0], ()))):
+        reported: tuple[str, float] | None = None
+        while not self._ended.wait(min(5.0, self.min_seconds / 4)):
+            current = self._phase
+            if current is None or current == reported:
                 continue
-            spent, normal = time.monotonic() - now[1], median(usual)
-            if spent > max(self.least_s, self.factor * normal):
-                told = now
-                phase = DATA if now[0] == BETWEEN and _waits_for_data(trainer) else now[0]
+            phase, since = current
+            history = list(self._history.get(phase, ()))
+            seconds = time.monotonic() - since
+            if history and seconds > max(self.min_seconds, self.factor * median(history)):
+                reported = current
+                name = DATA if phase == BETWEEN and _waits_for_data(trainer) else phase
                 warnings.warn(
-                    f"rank {trainer.global_rank}, after step {trainer.global_step}: {phase} for {spent:.0f} s, usually "
-                    f"{normal:.3g} s",
+                    f"rank {trainer.global_rank}, after step {trainer.global_step}: {name} for {seconds:.0f} s, "
+                    f"usually {median(history):.3g} s",
                     stacklevel=1,
                 )
 

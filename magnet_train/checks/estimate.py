@@ -131,7 +131,7 @@ def _time_lines(plan: "Plan", speed: Speed) -> Iterator[str]:
         return
     ranks = plan.devices.ranks
     clips = math.ceil(plan.config.generation.num_prompts / ranks)
-    clip_flop = cost.decoding_flop(plan.network, plan.num_frames, plan.decoding.steps_of(stages))
+    clip_flop = cost.decoding_flop(plan.network, plan.num_frames, plan.decoding.steps_per_stage(stages))
     decoding_s = plan.num_validations * clips * clip_flop / speed.first
     run_s = plan.num_steps * step_s + decoding_s
     text = f"run: {duration(run_s)} for {plan.num_steps:,.0f} steps"

@@ -94,6 +94,30 @@ def is_sharded(strategy: Any) -> bool:
     return any(part in name.lower() for part in ("fsdp", "modelparallel"))
 
 
+def num_steps(trainer: Any, accumulated: int = 1) -> float:
+    """Optimizer steps of a run; infinite if nothing but time limits them.
+
+    Args:
+        trainer: its settings.
+        accumulated: batches accumulated for a step.
+    """
+    if trainer.fast_dev_run:
+        return float(trainer.fast_dev_run)
+    limits = [math.inf]
+    if trainer.max_steps >= 0:
+        limits.append(trainer.max_steps)
+    if isinstance(trainer.limit_train_batches, int) and (trainer.max_epochs or -1) >= 0:
+        limits.append(trainer.max_epochs * trainer.limit_train_batches / accumulated)
+    return min(limits)
+
+
+def none_if_missing(load: Callable[[], T]) -> T | None:
+    try:
+        return load()
+    except UserError:
+        return None
+
+
 # --- settings -------------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +154,11 @@ def check_schedule_of_validation(config: Any) -> None:
         check_epoch(trainer.limit_train_batches, trainer.accumulate_grad_batches)
 
 
+def check_end(config: Any) -> None:
+    """Whether a run has an end, where its schedule has to know it."""
+    OptimizerConfig(**vars(config.model.optimizer)).warmup_within(num_steps(config.trainer))
+
+
 def check_monitor(config: Any) -> None:
     """Whether the metric that chooses the best checkpoint will be logged by a validation."""
     monitor = config.checkpoint.monitor
@@ -139,9 +168,8 @@ def check_monitor(config: Any) -> None:
     if monitor is None or monitor.startswith(logged) or (generated and monitor == "val/num_clips"):
         return
     more = "" if generation.num_prompts else ", or set --generation.num_prompts above 0"
-    raise UserError(
-        f"checkpoint.monitor={monitor}: nothing of that name is logged; choose {', '.join(('val/ce', *generated))}{more}"
-    )
+    choices = ", ".join(("val/ce", *generated))
+    raise UserError(f"checkpoint.monitor={monitor}: nothing of that name is logged; choose {choices}{more}")
 
 
 def check_network_size(config: Any) -> None:
@@ -157,8 +185,10 @@ def check_network_size(config: Any) -> None:
 
 def check_span(config: Any) -> None:
     """Whether a masked span fits into an example."""
-    frame_rate = load_codec(config.model.codec).facts.frame_rate
-    num_frames = round(config.model.crop_s * frame_rate)
+    codec = none_if_missing(lambda: load_codec(config.model.codec).facts)
+    if codec is None:  # which has an error of its own
+        return
+    num_frames = round(config.model.crop_s * codec.frame_rate)
     if config.model.span_len > num_frames:
         raise UserError(
             f"model.span_len={config.model.span_len}: longer than an example, crop_s={config.model.crop_s:g} s are "
@@ -192,6 +222,7 @@ SETTINGS_CHECKS: tuple[Callable[[Any], None], ...] = (
     check_seed,
     check_trainer,
     check_schedule_of_validation,
+    check_end,
     check_monitor,
     check_network_size,
     check_sharding,
@@ -223,13 +254,6 @@ def settings_errors(config: Any) -> Iterator[UserError]:
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
-
-
-def none_if_missing(load: Callable[[], T]) -> T | None:
-    try:
-        return load()
-    except UserError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -287,15 +311,7 @@ class Plan:
     @property
     def num_steps(self) -> float:
         """Optimizer steps of the run; infinite if nothing but time limits them."""
-        trainer = self.config.trainer
-        if trainer.fast_dev_run:
-            return float(trainer.fast_dev_run)
-        limits = [math.inf]
-        if trainer.max_steps >= 0:
-            limits.append(trainer.max_steps)
-        if isinstance(trainer.limit_train_batches, int) and (trainer.max_epochs or -1) >= 0:
-            limits.append(trainer.max_epochs * trainer.limit_train_batches / self.batch[1])
-        return min(limits)
+        return num_steps(self.config.trainer, self.batch[1])
 
     @property
     def steps_between_validations(self) -> float:

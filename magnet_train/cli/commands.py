@@ -203,7 +203,8 @@ def _run_doctor(args: list[str]) -> None:
     except Exception as error:  # whatever the parser and Lightning make of a configuration
         problems.append(error)
 
-    from magnet_train.checks.doctor import Finding, Plan, doctor
+    from magnet_train.checks.doctor import Finding, doctor
+    from magnet_train.checks.plan import Plan
     from magnet_train.common.pretrained import one_line
 
     def reason(error: Exception) -> str:
@@ -211,8 +212,8 @@ def _run_doctor(args: list[str]) -> None:
 
     plan, findings = None, [Finding("failed", "start" if made else "configuration", reason(e)) for e in problems]
     if made is not None:
-        findings.insert(0, Finding("ok", "configuration", "holds, option by option"))
-        plan = Plan(made.parsed, made.datamodule, made.model, made.config_init.fit.generation.decoding)
+        findings.insert(0, Finding("ok", "configuration", "valid"))
+        plan = Plan(made.parsed, made.datamodule, made.config_init.fit.generation.decoding)
     print("\n".join(map(str, findings)))
     for found in doctor(plan, {finding.what for finding in findings}):
         print(found if isinstance(found, Finding) else f"estimate {found}", flush=True)

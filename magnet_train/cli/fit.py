@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -24,14 +25,14 @@ from magnet_train.callbacks.averaging import WeightEMA
 from magnet_train.callbacks.checkpoint import RunCheckpoint
 from magnet_train.callbacks.checkpoint_io import AtomicCheckpointIO
 from magnet_train.callbacks.generation import GenerationCallback, PredictionWriter
-from magnet_train.callbacks.nan_guard import FiniteGuard
+from magnet_train.callbacks.nan_guard import NanGuard
 from magnet_train.callbacks.preemption import Preempted, Preemption
 from magnet_train.callbacks.resume import ExactResume
 from magnet_train.callbacks.throughput import Throughput
 from magnet_train.callbacks.tracking import SaveConfig, Tracking
 from magnet_train.callbacks.validation import ValidationSchedule
 from magnet_train.callbacks.watchdog import Watchdog
-from magnet_train.checks.doctor import devices_of
+from magnet_train.checks.plan import check_settings, parse_devices
 from magnet_train.cli.options import completed, from_nothing, given_checkpoints
 from magnet_train.codec.base import load_codec
 from magnet_train.common import private_api
@@ -42,8 +43,8 @@ from magnet_train.data.datamodule import MagnetDataModule
 from magnet_train.evaluation.report import report_of_run, write_report
 from magnet_train.model import MagnetConfig
 from magnet_train.module import MagnetModule
-from magnet_train.resume import newest_whole_checkpoint
-from magnet_train.tracking.wandb_session import finish_wandb, prepare_wandb
+from magnet_train.resume import newest_whole_checkpoint, requeue_count
+from magnet_train.tracking.wandb_session import FINISH_TIMEOUT_S, finish_wandb, prepare_wandb
 
 T = TypeVar("T")
 
@@ -85,7 +86,7 @@ def run_lightning(verb: str, args: list[str]) -> None:
         with _as(verb, args):
             MagnetCLI(verb)
     except Preempted as stopped:
-        finish_wandb(int(stopped.code or 0), in_a_hurry=True)
+        finish_wandb(int(stopped.code or 0), timeout_s=FINISH_TIMEOUT_S)
         raise
     finish_wandb(0)
 
@@ -230,7 +231,7 @@ class MagnetCLI(private_api.lightning_cli()):
         parser.link_arguments(text, "model.network.text_dim", dim)
         parser.add_lightning_class_args(GenerationCallback, "generation")
         parser.add_lightning_class_args(WeightEMA, "averaging")
-        parser.add_lightning_class_args(FiniteGuard, "finite")
+        parser.add_lightning_class_args(NanGuard, "nan_guard")
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(Tracking, "tracking")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
@@ -249,13 +250,15 @@ class MagnetCLI(private_api.lightning_cli()):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.verb]
+        if self.verb == "fit":
+            check_settings(config)
         self.run_folder = writable_folder(Path(config.trainer.default_root_dir or "runs/run").expanduser())
         config.trainer.default_root_dir = str(self.run_folder)
         own_folder = self.run_folder / "checkpoints"
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(own_folder)
         config.checkpoint.dirpath = str(Path(config.checkpoint.dirpath).expanduser())
-        if self.verb == "fit" and config.ckpt_path is None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
+        if self.verb == "fit" and config.ckpt_path is None and requeue_count():
             config.ckpt_path = "auto"  # queued again: whoever wrote the job meant it to go on
         goes_on = config.ckpt_path is not None
         if config.ckpt_path == "auto":
@@ -328,7 +331,7 @@ class MagnetCLI(private_api.lightning_cli()):
 
 
 class Trial(MagnetCLI):
-    """Makes what `fit` makes, but a network of one number, and one process where the devices are not here."""
+    """Makes what `fit` makes, but weights without memory, and one process where the devices are not here."""
 
     is_trial = True
 
@@ -344,15 +347,17 @@ class Trial(MagnetCLI):
     def before_instantiate_classes(self) -> None:
         self.parsed = self.config[self.verb].clone()
         given = self.config[self.verb].model
-        MagnetConfig(**vars(given.network))
-        for name in MagnetConfig.__dataclass_fields__:
-            given.network[name] = 2 if name == "dim" else 1
-        if not given.start_from_codec or given.init_from is None:  # both are a mistake, which it names
-            given.start_from_codec, given.init_from = False, None
+        if not given.start_from_codec or given.init_from is None:  # both are a mistake, which the module names
+            given.start_from_codec = False
+            given.init_from = None
         given.compiled = False
 
+    def instantiate_classes(self) -> None:
+        with torch.device("meta"):  # a network of any size, without memory
+            super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        if not devices_of(self.parsed.trainer).are_here:
+        if not parse_devices(self.parsed.trainer).available:
             kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None}
             kwargs["plugins"] = [LightningEnvironment()]
         return super().instantiate_trainer(**kwargs)

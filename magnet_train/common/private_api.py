@@ -81,16 +81,43 @@ def unwritten_row(trainer: L.Trainer) -> dict[str, Any] | None:
 
 
 class Progress:
-    """Counters of batches in a checkpoint of `fit`, which Lightning restores."""
+    """Counters of batches in a checkpoint of `fit`, which Lightning restores; changes are made in place."""
 
     def __init__(self, checkpoint: Mapping[str, Any]):
         loops = checkpoint["loops"]["fit_loop"]
-        self.training: dict[str, Any] = loops["epoch_loop.batch_progress"]
-        self.validation: dict[str, Any] = loops["epoch_loop.val_loop.batch_progress"]
+        self._training: dict[str, Any] = loops["epoch_loop.batch_progress"]
+        self._validation: dict[str, Any] = loops["epoch_loop.val_loop.batch_progress"]
         self._loop: dict[str, Any] = loops["epoch_loop.state_dict"]
 
+    @property
+    def num_batches(self) -> int:
+        """Batches of this rank that are done in the run."""
+        return self._training["total"]["processed"]
+
+    def is_at_batch_end(self) -> bool:
+        """Whether it was saved at the end of a batch; afterwards, e.g. in a validation, the batch is completed."""
+        return self._training["total"]["completed"] == self.num_batches - 1
+
+    def move_to_batch_end(self, num_batches: int) -> None:
+        """Counts as if saved at the end of batch `num_batches` of the run."""
+        difference = num_batches - self.num_batches
+        for counts in (self._training["total"], self._training["current"]):
+            done = max(0, counts["processed"] + difference)
+            counts |= {"ready": done, "started": done, "processed": done, "completed": max(0, done - 1)}
+        self._training["is_last_batch"] = False
+
+    def complete_batch(self) -> None:
+        """Counts as if saved after the end of its batch."""
+        for counts in (self._training["total"], self._training["current"]):
+            counts["completed"] = counts["processed"]
+
+    def set_validation(self, num_started: int) -> None:
+        """Counts as if so many batches of a validation had been started, and none completed."""
+        for counts in (self._validation["total"], self._validation["current"]):
+            counts |= {"ready": num_started, "started": num_started, "processed": 0, "completed": 0}
+
     def take_back_logged_step(self) -> None:
-        """A step that was open when the checkpoint was saved will be logged again."""
+        """The step that was open when the checkpoint was saved will be logged again."""
         self._loop["_batches_that_stepped"] -= 1
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.tracking.logged import HOURS, LOGGED, SECTIONS, STEP, Logged
-from magnet_train.tracking.wandb_session import try_key
+from magnet_train.tracking.wandb_session import check_wandb_login
 
 NAME, ID = "magnet_train", "magnettrain"
 """Of the workspace, as people see it and in its address."""
@@ -53,7 +53,7 @@ def dashboard(options: DashboardOptions) -> str:
     """
     made = workspace(options)
     ws = _workspaces()
-    state, why = try_key()
+    state, why = check_wandb_login()
     if state == "off":
         raise UserError(f"W&B is {why} here, and the workspace is on its server: unset WANDB_MODE, with network")
     remedy = "`wandb login` on a machine with network sets a key, or WANDB_API_KEY"

@@ -103,9 +103,9 @@ LOGGED: tuple[Logged, ...] = (
     *_of(
         "guards",
         (
-            "train/steps_left_out",
+            "train/steps_skipped",
             "lower",
-            "steps left out so far, without a finite loss and gradients; some find the scale of 16-mixed",
+            "steps skipped so far, whose loss or gradients were not finite; some find the scale of 16-mixed",
         ),
         ("data/shards_left_out", "lower", "shards that no loader process could read, each time it was its turn"),
         ("data/items_left_out", "lower", "items in them"),

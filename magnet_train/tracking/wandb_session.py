@@ -15,28 +15,28 @@ from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import write_text
 
-REMEDY = "set another WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` later, or --trainer.logger false"
+LOGIN_HINT = "set another WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` later, or --trainer.logger false"
 
 
-# --- before a run begins ------------------------------------------------------------------------------------------
+# --- before a run starts --------------------------------------------------------------------------------------------
 
 
-def prepare_wandb(folder: Path, verb: str, goes_on: bool, online: bool, uploads: bool = False) -> None:
-    """Sets W&B's environment variables for this process, as far as they are not set, and tries the key.
+def prepare_wandb(folder: Path, verb: str, resumes: bool, online: bool, uploads: bool = False) -> None:
+    """Sets those of W&B's environment variables that are not set, and checks the login.
 
-    A training run has one id, kept in `wandb_run_id` in its folder, so that its sessions are one run of W&B, online
-    and offline. What artifacts hold waits in the run folder until it is sent: W&B's own place for it is the home
-    folder, which is small on clusters, and not where the run is synchronised from.
+    A training run has one id, kept in `wandb_run_id` in its folder, so that its sessions are one W&B run, online and
+    offline. Files wait for their upload in the run folder: W&B's default is the home folder, which is small on clusters
+    and not synchronised with the run.
 
     Args:
-        folder: of the run.
+        folder: Run folder.
         verb: fit, validate …; only `fit` has an id of its own.
-        goes_on: whether a checkpoint is gone on from, if there is one.
-        online: whether a logger may want the network; WANDB_MODE has a say in it.
-        uploads: whether checkpoints are sent at the end, which may take an hour.
+        resumes: Whether the run resumes from a checkpoint, if there is one.
+        online: Whether a logger may need the network; WANDB_MODE may still forbid it.
+        uploads: Whether checkpoints are uploaded at the end, which may take an hour.
 
     Raises:
-        UserError: see `check_key`.
+        UserError: see `require_wandb_login`.
     """
     values = {
         "WANDB_PROJECT": "magnet_train",
@@ -44,55 +44,55 @@ def prepare_wandb(folder: Path, verb: str, goes_on: bool, online: bool, uploads:
         "WANDB_DATA_DIR": str((folder / "wandb").absolute()),
         "WANDB_X_SERVICE_WAIT": "300",  # seconds in which its service must start; 30 by default, too few on a busy disk
         "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # seconds of rows that a SIGKILL may cost; 15 by default
-        "WANDB_FINISH_TIMEOUT": "0" if uploads else "900",  # seconds; 0 = W&B tries for as long as it likes
+        "WANDB_FINISH_TIMEOUT": "0" if uploads else "900",  # seconds; 0 = no limit
         "WANDB_FINISH_TIMEOUT_RAISES": "true",
     }
     file = folder / "wandb_run_id"
-    known = verb == "fit" and goes_on and file.is_file()
+    is_known = verb == "fit" and resumes and file.is_file()
     if "WANDB_SWEEP_ID" not in os.environ:  # whose agent names its runs
         values["WANDB_NAME"] = folder.resolve().name
         if verb == "fit" and rank_zero_only.rank == 0:
-            values["WANDB_RUN_ID"] = file.read_text().strip() if known else secrets.token_hex(5)
+            values["WANDB_RUN_ID"] = file.read_text().strip() if is_known else secrets.token_hex(5)
             values["WANDB_RESUME"] = "allow"
     for name, value in values.items():
         os.environ.setdefault(name, value)
     if rank_zero_only.rank != 0:
         return
     if online:
-        check_key(folder, known)
+        require_wandb_login(folder, is_known)
     if verb == "fit":
         write_text(file, f"{os.environ.get('WANDB_RUN_ID', '')}\n")
 
 
-def check_key(folder: Path, goes_on: bool) -> None:
-    """Whether W&B takes the run, found out within seconds and before anything is trained.
+def require_wandb_login(folder: Path, resumes: bool) -> None:
+    """Checks within seconds, and before anything is trained, that W&B accepts the run.
 
-    Without a key a run is logged offline. A key that is refused, or a server that is not to be reached, ends a run that
-    begins; one that goes on, perhaps requeued at night, does so offline, and its W&B run loses nothing by that.
+    Without a key the run is logged offline. If login fails, a new run stops; a resumed run, perhaps requeued at night,
+    continues offline, and its W&B run loses nothing by that.
 
     Args:
-        folder: of the run.
-        goes_on: whether it is not its first session.
+        folder: Run folder.
+        resumes: Whether this is not the run's first session.
 
     Raises:
-        UserError: if the key is refused or the server is not to be reached.
+        UserError: if the key is refused or the server cannot be reached.
     """
     import wandb
 
-    state, why = try_key()
+    state, reason = check_wandb_login()
     if state in ("online", "off"):
         return
-    if state == "refused" and not goes_on:
-        raise UserError(f"W&B: {why}; {REMEDY}")
+    if state == "refused" and not resumes:
+        raise UserError(f"W&B: {reason}; {LOGIN_HINT}")
     wandb.setup().settings.mode = "offline"
-    rank_zero_warn(f"W&B: {why}; this run is logged offline, and `wandb sync {folder / 'wandb'}` sends it")
+    rank_zero_warn(f"W&B: {reason}; this run is logged offline, and `wandb sync {folder / 'wandb'}` uploads it")
 
 
-def try_key() -> tuple[Literal["online", "off", "no key", "refused"], str]:
-    """Whether W&B can be online by its own settings, wherever they stand, and words for it.
+def check_wandb_login() -> tuple[Literal["online", "off", "no key", "refused"], str]:
+    """Whether W&B can be online, and a text that says why, or where.
 
-    `off` is a mode that needs no network, which is then the text; `refused` is a key that the server does not take, or
-    a server that is not to be reached. A key is shown to the server, which takes seconds where that does not answer.
+    `off`: its settings, wherever they are, name a mode without network, which is then the text. `refused`: the server
+    does not accept the key or cannot be reached. Verifying a key takes seconds if the server does not answer.
     """
     import wandb
     from wandb.errors import CommError
@@ -101,8 +101,8 @@ def try_key() -> tuple[Literal["online", "off", "no key", "refused"], str]:
     if settings.mode not in ("online", "run", "shared"):
         return "off", settings.mode
     try:
-        with _answers_in_time(settings):
-            if wandb.login(verify=True, prompt=False):  # a question would wait all night for an answer
+        with _quick_answers(settings):
+            if wandb.login(verify=True, prompt=False):  # a prompt would wait all night for an answer
                 return "online", settings.base_url
     except CommError as error:
         return "refused", f"the key is refused, or there is no network ({' '.join(str(error).split()).rstrip('.')})"
@@ -110,70 +110,69 @@ def try_key() -> tuple[Literal["online", "off", "no key", "refused"], str]:
 
 
 @contextmanager
-def _answers_in_time(settings: Any) -> Iterator[None]:
-    """W&B's service process tries twice, each time for WANDB_HTTP_TIMEOUT seconds, and says why it failed.
+def _quick_answers(settings: Any) -> Iterator[None]:
+    """W&B's service tries twice, each time for WANDB_HTTP_TIMEOUT seconds, and then says why it failed.
 
-    Left to itself it tries for minutes, and `wandb.login` stops waiting after WANDB_HTTP_TIMEOUT. What it says then is
-    that the service is busy; and a process that ends soon after may wait ten minutes for the service to end (wandb
-    0.31, a third of the times). A server that asks for a long pause (Retry-After) still has that happen.
+    By default it tries for minutes, and `wandb.login` stops waiting after WANDB_HTTP_TIMEOUT and reports only that the
+    service is busy; a process that ends soon after may wait ten minutes for the service to end (wandb 0.31, a third of
+    the times). That still happens if the server asks for a long pause (Retry-After).
     """
     from wandb.env import HTTP_TIMEOUT, get_http_timeout
 
-    attempt = get_http_timeout(10)
-    quick = private_api.quick_requests(attempt)
+    attempt_s = get_http_timeout(10)
+    quick = private_api.quick_requests(attempt_s)
     before = {name: getattr(settings, name) for name in quick}
-    waits = os.environ.get(HTTP_TIMEOUT)
+    timeout = os.environ.get(HTTP_TIMEOUT)
     try:
         for name, value in quick.items():
             setattr(settings, name, value)
-        os.environ[HTTP_TIMEOUT] = str(2 * attempt + 10)  # not the first to give up
+        os.environ[HTTP_TIMEOUT] = str(2 * attempt_s + 10)  # so that `wandb.login` outlasts both attempts
         yield
     finally:
         for name, value in before.items():
             setattr(settings, name, value)
         os.environ.pop(HTTP_TIMEOUT)
-        if waits is not None:
-            os.environ[HTTP_TIMEOUT] = waits
+        if timeout is not None:
+            os.environ[HTTP_TIMEOUT] = timeout
 
 
-IN_A_HURRY_S = 60.0
-"""Seconds that W&B gets of a run that has to end: its GPUs are wanted elsewhere, or other ranks wait for it."""
+# --- at its end -----------------------------------------------------------------------------------------------------
+
+FINISH_TIMEOUT_S = 60.0
+"""Seconds for W&B's last uploads of a run that has to end: its GPUs are needed elsewhere, or other ranks wait."""
 
 
-def finish_wandb(status: int, in_a_hurry: bool = False) -> None:
-    """Ends this process's W&B run, if it has one, and says how to send what could not be sent.
+def finish_wandb(status: int, timeout_s: float | None = None) -> None:
+    """Ends this process's W&B run, if it has one, and says how to upload what could not be uploaded.
 
     Args:
-        status: exit status of the process, of which W&B is told.
-        in_a_hurry: within a minute, whatever WANDB_FINISH_TIMEOUT says. If not all is sent by then this ends the
-            process, at whose exit W&B would go on trying.
+        status: Exit status of the process, which W&B shows.
+        timeout_s: Limit, whatever WANDB_FINISH_TIMEOUT says. If not all is uploaded by then this ends the process, at
+            whose exit W&B would try again.
     """
     wandb: Any = sys.modules.get("wandb")
     if wandb is None or wandb.run is None:
         return
-    again = f"it is kept, and `wandb sync --include-online {wandb.run.settings.sync_dir}` sends it"
-    if not in_a_hurry:
-        _finish(wandb, status, again)
+    remedy = f"it is kept, and `wandb sync --include-online {wandb.run.settings.sync_dir}` uploads it"
+    if timeout_s is None:
+        _finish(wandb, status, remedy)
         return
-    finishing = threading.Thread(target=_finish, args=(wandb, status, again), daemon=True)
+    finishing = threading.Thread(target=_finish, args=(wandb, status, remedy), daemon=True)
     finishing.start()
-    finishing.join(IN_A_HURRY_S)
+    finishing.join(timeout_s)
     if finishing.is_alive():
-        rank_zero_warn(f"W&B: not all was sent within {IN_A_HURRY_S:g} s; {again}")
+        rank_zero_warn(f"W&B: not all was uploaded within {timeout_s:g} s; {remedy}")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
-def _finish(wandb: Any, status: int, again: str) -> None:
+def _finish(wandb: Any, status: int, remedy: str) -> None:
     settings = wandb.run.settings
     try:
         wandb.finish(exit_code=status)
     except TimeoutError:
         wandb.teardown(exit_code=status)  # which writes what its service still holds
-        rank_zero_warn(f"W&B: not all was sent within {settings.finish_timeout:g} s; {again}")
+        rank_zero_warn(f"W&B: not all was uploaded within {settings.finish_timeout:g} s; {remedy}")
     except Exception as error:  # its service was killed, as by a signal to all processes
-        rank_zero_warn(f"W&B: not all may have been sent ({type(error).__name__}: {error}); {again}")
-
-
-# --- while it runs ------------------------------------------------------------------------------------------------
+        rank_zero_warn(f"W&B: not all may have been uploaded ({type(error).__name__}: {error}); {remedy}")
