@@ -76,7 +76,7 @@ def _end_failed(status: int) -> None:
         return
     if status == 1:  # nobody else will say why
         traceback.print_exc()
-    tracking.finish_wandb(status, timeout_s=tracking.FINISH_TIMEOUT_S)
+    tracking.finish_wandb(status, quickly=True)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

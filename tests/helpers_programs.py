@@ -1,7 +1,10 @@
 """Programs: stand-ins for some that are found on the path, and how long one may take."""
 
+import os
+import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 LONGEST_S = 1000
@@ -21,3 +24,41 @@ def program(path: Path, script: str) -> None:
     """A bash script that can be called."""
     path.write_text(f"#!/bin/bash\n{script}\n")
     path.chmod(0o755)
+
+
+def attempt(arguments: list[str], log: Path, environment: Mapping[str, str] | None = None) -> int:
+    """Starts the command in a new process group; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()
+    os.environ.update(environment or {})
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))  # a test's would catch what is said
+    status = 1
+    try:
+        from magnet_train.__main__ import main
+
+        status = main(arguments)
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def ended(child: int, within_s: float) -> int | None:
+    """Exit status, or None if it still runs after so many seconds."""
+    end = time.monotonic() + within_s
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= end:
+            return None
+        time.sleep(0.002)

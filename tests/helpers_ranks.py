@@ -8,8 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from helpers_programs import LONGEST_S
-from kill_and_resume import attempt, ended
+from helpers_programs import LONGEST_S, attempt, ended
 
 import magnet_train.cli.fit  # noqa: F401
 

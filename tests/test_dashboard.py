@@ -118,4 +118,4 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     assert main(COMMAND) == 2
-    assert "pip install 'magnet-train[dashboard]'" in error(capsys)
+    assert "pip install -e '.[dashboard]'" in error(capsys)

@@ -1,4 +1,4 @@
-"""Faults that no other test makes happen to a whole run; `faults.py` has them all."""
+"""Faults that no other test causes in a whole run; benchmarks/faults.py has them all."""
 
 import os
 import re
@@ -12,8 +12,8 @@ from helpers_programs import LONGEST_S
 
 @pytest.mark.slow
 def test_nothing_is_lost():
-    script = Path(__file__).with_name("faults.py")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(script.parent)])}
+    script = Path(__file__).parents[1] / "benchmarks" / "faults.py"
+    environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
     faults = ["disk", "signal", "rank_dies", "rank_hangs", "text", "outage", "sweep", "preempted"]
     done = subprocess.run(
         [sys.executable, script, "--only", *faults], env=environment, capture_output=True, text=True, timeout=LONGEST_S

@@ -88,12 +88,12 @@ def test_mistakes_of_bench_are_named():
     from magnet_train.checks.bench import bench
     from magnet_train.checks.measure import BenchOptions
 
-    with pytest.raises(UserError, match="--only dancing: on cpu choose of start"):
+    with pytest.raises(UserError, match="--only dancing: on cpu choose from start"):
         bench(BenchOptions(only=["dancing"]))
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no GPU here"):
             bench(BenchOptions(device="cuda"))
-    with pytest.raises(UserError, match="--only gpu: on cpu choose of start"):
+    with pytest.raises(UserError, match="--only gpu: on cpu choose from start"):
         bench(BenchOptions(only=["gpu"]))
 
 

@@ -1,5 +1,6 @@
 """Which checkpoints a run keeps: the newest state, always, and the best by a metric."""
 
+import errno
 import math
 import time
 from pathlib import Path
@@ -114,7 +115,7 @@ class RunCheckpoint(Checkpoint):
     def save_last(self, trainer: L.Trainer) -> None:
         """Saves `last.ckpt`; a collective."""
         self._saved_step = trainer.global_step
-        trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)
+        _save(trainer, self.folder / "last.ckpt")
         self._saved_at = time.monotonic()
 
     def _save_if_best(self, trainer: L.Trainer) -> None:
@@ -128,7 +129,7 @@ class RunCheckpoint(Checkpoint):
             return
         replaced = self._scores.keys() - kept.keys()
         self._scores = kept
-        trainer.save_checkpoint(self.folder / name, weights_only=False)
+        _save(trainer, self.folder / name)
         for old in replaced:
             trainer.strategy.remove_checkpoint(self.folder / old)
 
@@ -143,3 +144,22 @@ class RunCheckpoint(Checkpoint):
         if math.isnan(value):
             return math.inf
         return float(value) if self.mode == "min" else -float(value)
+
+
+def _save(trainer: L.Trainer, path: Path) -> None:
+    """Saves a checkpoint; a collective.
+
+    Raises:
+        UserError: on every rank, if the first one cannot write it.
+    """
+    problem: str | None = None
+    try:
+        trainer.save_checkpoint(path, weights_only=False)
+    except OSError as error:
+        problem = f"{path}: cannot be written ({error.strerror or error}); resume elsewhere with --ckpt_path FILE"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            problem = f"{path}: the disk is full; free some space and resume with --ckpt_path auto"
+        trainer.strategy.barrier()  # in which the other ranks wait for this one
+    problem = trainer.strategy.broadcast(problem)
+    if problem is not None:
+        raise UserError(problem)

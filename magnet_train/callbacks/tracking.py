@@ -1,4 +1,4 @@
-"""A run as W&B and TensorBoard show it: one W&B run over all its sessions, what it was made with, clips to be heard."""
+"""A run in W&B and TensorBoard: one W&B run over all its sessions, its settings and environment, generated clips."""
 
 import json
 import re
@@ -14,20 +14,22 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from magnet_train.callbacks.generation import GenerationCallback
 from magnet_train.common import private_api
+from magnet_train.common.folders import write_whole
 from magnet_train.module import MagnetModule
 from magnet_train.resume import fingerprint
-from magnet_train.tracking.environment import environment, note_environment
+from magnet_train.tracking.environment import add_environment, environment
 from magnet_train.tracking.logged import HOURS, LOGGED, STEP
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml`, as Lightning does, and gives W&B the same."""
+    """Writes `config.yaml` into the run folder, without credentials, and gives W&B the same."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        config = yaml.safe_load(without_secrets(self.parser.dump(self.config, skip_none=False)))
+        text = without_secrets(self.parser.dump(self.config, skip_none=False))
+        write_whole(Path(trainer.default_root_dir) / "config.yaml", text)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.experiment.config.update(config, allow_val_change=True)
+                logger.experiment.config.update(yaml.safe_load(text), allow_val_change=True)
 
 
 def without_secrets(text: str) -> str:
@@ -41,13 +43,13 @@ def without_secrets(text: str) -> str:
 
 @dataclass(frozen=True)
 class GeneratedClip:
-    """One generated clip on the disk, with what stands in the note beside it."""
+    """One generated clip on the disk, with the contents of the JSON file beside it."""
 
     audio: Path
     caption: str
     item: str
     score: float | None
-    """FAD of the clip alone, where it could be computed."""
+    """FAD of the clip alone; None where it could not be computed."""
 
     @property
     def picture(self) -> Path:
@@ -60,32 +62,31 @@ class GeneratedClip:
 
 
 class Tracking(Callback):
-    """Gives W&B the axes, environment, clips and, if asked, checkpoints of a run; TensorBoard the clips.
+    """Gives W&B the axes, environment, clips and, as an option, checkpoints of a run; TensorBoard the clips.
 
-    For every logger `environment.json` in the run folder says what each session was made with. The clips of all ranks
-    are logged, from the folder that the ranks share.
+    Whatever the logger, `environment.json` in the run folder has the environment of each session. The clips of all
+    ranks are logged, from the folder that the ranks share.
     """
 
     COLUMNS = ("step", "item", "caption", "audio", "picture", "FAD of the clip alone")
 
     def __init__(self, upload_checkpoints: bool = False):
-        """What W&B gets beside figures and clips.
+        """What W&B gets beside metrics and clips.
 
         Args:
-            upload_checkpoints: whether the last and the best checkpoint are uploaded to W&B when training has ended, as
-                versions of an artifact with the aliases latest, best and step-N. Each takes 16 bytes for each
-                parameter, or 20 with D-Adaptation (8 GB for the small published model), and until it is sent as much
-                again in the run folder.
+            upload_checkpoints: Upload the last and the best checkpoint to W&B after training, as versions of an artifact
+                with the aliases latest, best and step-N. Each takes 16 bytes per parameter, or 20 with D-Adaptation
+                (8 GB for the small published model), and until it is uploaded as much again in the run folder.
         """
         self.upload_checkpoints = upload_checkpoints
         self._is_set_up = False
         self._table: Any = None
         self._unwritten_row: dict[str, Any] | None = None
         self._logged: dict[str, Any] = {}
-        """Parts of the table that were logged, and in which W&B run."""
+        """Parts of the table that were logged, and the W&B run that has them."""
 
     def state_dict(self) -> dict[str, Any]:
-        """So that the table of a resumed run goes on after the rows that it had at the checkpoint, offline too."""
+        """The table of a resumed run continues after the rows that it had at the checkpoint, offline too."""
         return {"table": self._logged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -96,19 +97,14 @@ class Tracking(Callback):
             return
         self._is_set_up = True
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        found = environment(trainer.world_size)
-        given = [split for split in ("train", "validation") if data.folders[split] is not None]
-        found["data"] = {split: fingerprint(data.shards(split).index) for split in given}
-        note_environment(Path(trainer.default_root_dir), found)
+        session = environment(trainer.world_size)
+        splits = [split for split in ("train", "validation") if data.folders[split] is not None]
+        session["data"] = {split: fingerprint(data.shards(split).index) for split in splits}
+        add_environment(Path(trainer.default_root_dir), session)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                run: Any = logger.experiment
-                run.config.update({"environment": found}, allow_val_change=True)
-                # No summary but the last value: another would turn it into a group, which sweeps do not look into.
-                run.define_metric(STEP)
-                for name in dict.fromkeys([HOURS, *(entry.name.split("{")[0] for entry in LOGGED)]):
-                    glob = name if any(entry.name == name for entry in LOGGED) else f"{name}*"
-                    run.define_metric(glob, step_metric=STEP, step_sync=True)
+                logger.experiment.config.update({"environment": session}, allow_val_change=True)
+                _define_metrics(logger.experiment)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """A logged row has what was measured at its step, and nothing of an earlier one."""
@@ -133,7 +129,8 @@ class Tracking(Callback):
         if generation is None or not generation.audio or not trainer.is_global_zero or trainer.sanity_checking:
             return
         assert isinstance(pl_module, MagnetModule)
-        step, clips = generation.step(trainer, pl_module), [GeneratedClip.read(path) for path in generation.audio]
+        step = generation.step(trainer, pl_module)
+        clips = [GeneratedClip.read(path) for path in generation.audio]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 self._to_wandb(logger.experiment, clips, step)
@@ -143,17 +140,17 @@ class Tracking(Callback):
     on_test_end = on_validation_end
 
     def _to_wandb(self, run: Any, clips: list[GeneratedClip], step: int) -> None:
-        """Lists under the step, and rows of a table of which only the new ones are sent."""
+        """Lists under the step, and rows of a table, of which only the new ones are uploaded."""
         import wandb
 
         if self._table is None:
             self._table = wandb.Table(columns=list(self.COLUMNS), log_mode="INCREMENTAL")
             if self._logged.get("run") == run.id:
-                # W&B does this of itself where a server tells it so; it then has rows of steps that are done again too.
+                # W&B does this itself if a server tells it to; but then with rows of steps that are done again.
                 private_api.continue_table(self._table, self._logged["count"], self._logged["parts"])
         for clip in clips:
-            audio, picture = wandb.Audio(str(clip.audio)), wandb.Image(str(clip.picture))
-            self._table.add_data(step, clip.item, clip.caption, audio, picture, clip.score)
+            audio = wandb.Audio(str(clip.audio))
+            self._table.add_data(step, clip.item, clip.caption, audio, wandb.Image(str(clip.picture)), clip.score)
         names = [clip.audio.stem for clip in clips]
         media = {
             "gen/clips": self._table,
@@ -169,36 +166,42 @@ class Tracking(Callback):
         if not self.upload_checkpoints or not trainer.is_global_zero:
             return
         saved: Any = trainer.checkpoint_callback
-        found: dict[str, list[str]] = {}
-        # W&B calls the version that came last the latest, whatever it is.
-        for alias, path in (("best", saved.best_model_path), ("latest", saved.last_model_path)):
-            if path:
-                found.setdefault(str(Path(path).resolve()), []).append(alias)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                for path, aliases in found.items():
-                    upload(logger.experiment, Path(path), aliases)
+                if saved.best_model_path:
+                    upload(logger.experiment, Path(saved.best_model_path), "best")
+                # W&B calls the version that came last "latest", whatever its alias.
+                upload(logger.experiment, Path(saved.last_model_path), "latest")
 
 
-def upload(run: Any, checkpoint: Path, aliases: list[str]) -> None:
-    """Logs a checkpoint as a version of the run's artifact `checkpoint-ID`, with `step-N` among its aliases."""
+def _define_metrics(run: Any) -> None:
+    """Plots every metric over optimizer steps."""
+    # Only the last value as summary: with another one it would become a group, which sweeps do not look into.
+    run.define_metric(STEP)
+    for name in dict.fromkeys([HOURS, *(entry.name.split("{")[0] for entry in LOGGED)]):
+        glob = name if any(entry.name == name for entry in LOGGED) else f"{name}*"
+        run.define_metric(glob, step_metric=STEP, step_sync=True)
+
+
+def upload(run: Any, checkpoint: Path, alias: str) -> None:
+    """Logs a checkpoint as a version of the run's artifact `checkpoint-ID`, with aliases `alias` and `step-N`."""
     import wandb
 
     from magnet_train.release import read_checkpoint
 
     step = int(read_checkpoint(checkpoint)["global_step"])
     artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata={"step": step})
-    artifact.add_file(str(checkpoint), name="model.ckpt", skip_cache=True)  # which is in the home folder
-    run.log_artifact(artifact, aliases=[*aliases, f"step-{step}"])
+    artifact.add_file(str(checkpoint), name="model.ckpt", skip_cache=True)  # the cache is in the home folder
+    run.log_artifact(artifact, aliases=[alias, f"step-{step}"])
 
 
 def to_tensorboard(writer: Any, clips: list[GeneratedClip], step: int) -> None:
-    """Audio, its channels mixed, and pictures, under `gen/audio/NAME` and `gen/pictures/NAME`.
+    """Writes audio, mixed to mono, as `gen/audio/NAME` and its spectrogram as `gen/pictures/NAME`.
 
     Args:
         writer: torch's SummaryWriter.
-        clips: as written.
-        step: optimizer steps.
+        clips: Clips on the disk.
+        step: Optimizer steps.
     """
     import matplotlib.image
     import soundfile

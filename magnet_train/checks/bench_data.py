@@ -1,7 +1,7 @@
-"""How fast the data side is: loading beside webdataset, tokenizing beside its codec, and the start of a command.
+"""Speed of loading, beside plain webdataset; of tokenizing, beside its codec; and of the start of a command.
 
-All of it runs on made-up data in a temporary folder, of the size of real data: 30 s of codes at 50 Hz with captions,
-and stereo FLAC at 44.1 kHz.
+All on synthetic data in a temporary folder, of realistic size: 30 s of codes at 50 Hz with captions, and stereo FLAC at
+44.1 kHz.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import time
 import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from statistics import median
@@ -28,7 +29,7 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from magnet_train.checks.measure import BenchOptions, Measured, timed
+from magnet_train.checks.measure import BenchmarkResult, BenchOptions, result, timed
 from magnet_train.codec.base import load_codec
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 from magnet_train.data.audio import read_audio
@@ -37,13 +38,20 @@ from magnet_train.data.tokenize import TokenizeOptions, tokenize
 
 BATCH_SIZE = 16
 """Examples in a batch that a loader yields."""
-CROP_FRAMES, ITEM_FRAMES = 1400, 1500
-"""Frames of a random crop, and of what lies in the shards."""
+CROP_FRAMES = 1400
+"""Frames of a random crop."""
+ITEM_FRAMES = 1500
+"""Frames of an item in the shards."""
 PER_SHARD = 128
 """Examples in a shard."""
+CROP_S = 10.0
+"""Seconds of a crop that is tokenized."""
+TOKENIZE_BATCH_SIZE = 2
+"""Crops in a batch that is tokenized."""
 NUM_BATCHES = 256
 """Batches that are drawn at a time."""
-MANY, FEW = 10_000, 100
+MANY = 10_000
+FEW = 100
 """Shards of a large set, and of one to compare it with."""
 ENCODEC_32KHZ: dict[str, Any] = {
     "sampling_rate": 32_000, "audio_channels": 1, "upsampling_ratios": [8, 5, 4, 4], "codebook_size": 2048,
@@ -54,69 +62,74 @@ ENCODEC_32KHZ: dict[str, Any] = {
 """As `facebook/encodec_32khz` is configured, but for `num_filters`, which is 64 there."""
 
 
-def loading(options: BenchOptions, limit: float) -> Iterator[Measured]:
-    """Batches in this process from one loader process; webdataset does the same on the same shards.
+def loading(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
+    """Batches from one loader process; plain webdataset does the same on the same shards.
 
-    Then the time to the first batch of `MANY` shards, and the memory that reading them takes beside that of `FEW`.
+    Then the time to the first batch of `MANY` shards, and the memory of reading them beside that of `FEW`.
     """
     with TemporaryDirectory() as temporary:
         shards = _write_shards(Path(temporary) / "shards", 16)
         batches = [iter(_ours(shards)), iter(_webdataset(shards))]
-        calls = [lambda own=own: deque(islice(own, NUM_BATCHES), maxlen=0) for own in batches]
-        own, twin = timed(calls, options.repeats, "cpu")
+        calls = [lambda loader=loader: deque(islice(loader, NUM_BATCHES), maxlen=0) for loader in batches]
+        ours, theirs = timed(calls, options.repeats, "cpu")
         examples = NUM_BATCHES * BATCH_SIZE
         settings = {"examples": examples, "batch_size": BATCH_SIZE, "workers": 1, "num_frames": CROP_FRAMES}
-        yield _measured(
-            f"loading {examples} examples, one worker", own, twin,
-            settings | {"examples_per_s": examples / median(own), "twin_examples_per_s": examples / median(twin)},
-        )  # fmt: skip
+        settings["examples_per_s"] = examples / median(ours)
+        settings["baseline_examples_per_s"] = examples / median(theirs)
+        yield result(f"loading {examples} examples, one worker", settings, ours, theirs)
         del batches, calls
 
-        many, few = (_linked(shards, Path(temporary) / str(n), n) for n in (MANY, FEW))
-        first = timed([lambda: next(iter(_ours(many)))], 3, "cpu")[0]
-        yield _measured(f"first batch of {MANY} shards", first, None, {"shards": MANY, "workers": 1})
+        many = _linked(shards, Path(temporary) / str(MANY), MANY)
+        few = _linked(shards, Path(temporary) / str(FEW), FEW)
+        (first,) = timed([lambda: next(iter(_ours(many)))], 3, "cpu")
+        yield result(f"first batch of {MANY} shards", {"shards": MANY, "workers": 1}, first)
 
-        (seconds, mb), (few_seconds, few_mb) = (_held(folder) for folder in (many, few))
-        yield Measured(
-            f"memory of {MANY} shards over {FEW}", {"examples": examples}, seconds, seconds, seconds, mb,
-            twin_median_s=few_seconds, twin_peak_mb=few_mb, ratio=mb / few_mb,
-        )  # fmt: skip
+        seconds, peak = _memory_of_reading(many)
+        few_seconds, few_peak = _memory_of_reading(few)
+        name = f"memory of {MANY} shards over {FEW}"
+        memory = {"peak_mb": peak, "baseline_peak_mb": few_peak, "ratio": peak / few_peak}
+        yield result(name, {"examples": examples}, [seconds], [few_seconds], **memory)
 
 
-def tokenizing(options: BenchOptions, limit: float) -> Iterator[Measured]:
+def tokenizing(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
     """All of `tokenize` beside its codec alone on the same crops, in memory already and in the same batches.
 
     The ratio is the share of the codec's own speed that is reached; 1 would be audio that costs nothing to read.
     """
-    crop_s, batch_size = 10.0, 2
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name, codec_name, num_crops in (("EnCodec", _encodec(folder), 6), ("demo codec", "demo", 48)):
-            source = _write_audio(folder / name, num_crops, crop_s)
-            codec, outs = load_codec(codec_name), count()
-            facts = codec.facts
-            files = (read_audio(path, facts.sample_rate, facts.channels) for path in sorted(source.glob("*.flac")))
-            length = round(crop_s * facts.sample_rate)
-            crops = [crop for file in files for crop in torch.from_numpy(file).split(length, 1)]
-            groups = [torch.stack(crops[i : i + batch_size]) for i in range(0, len(crops), batch_size)]
-            tokenize_options = TokenizeOptions(codec_name, crop_s, batch_size=batch_size)
-
-            def whole(
-                source: Path = source, outs: Iterator[int] = outs, how: TokenizeOptions = tokenize_options
-            ) -> Any:
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                    return tokenize(source, folder / f"{source.name} {next(outs)}", how)
-
-            def alone(codec: Any = codec, groups: list[torch.Tensor] = groups) -> Any:
-                return [codec.encode(group) for group in groups]
-
-            own, twin = timed([whole, alone], min(options.repeats, 3), "cpu")
-            settings = {"crops": num_crops, "crop_s": crop_s, "batch_size": batch_size}
-            settings |= {"times_real_time": num_crops * crop_s / median(own)}
-            yield _measured(f"tokenizing over codec alone, {name}", own, twin, settings)
+        for name, codec_id, num_crops in (("EnCodec", _encodec(folder), 6), ("demo codec", "demo", 48)):
+            source = _write_audio(folder / name, num_crops, CROP_S)
+            codec = load_codec(codec_id)
+            settings = {"crops": num_crops, "crop_s": CROP_S, "batch_size": TOKENIZE_BATCH_SIZE}
+            calls = [partial(_tokenize, source, codec_id, count()), partial(_encode, codec, _batches(source, codec))]
+            ours, alone = timed(calls, min(options.repeats, 3), "cpu")
+            settings["times_real_time"] = num_crops * CROP_S / median(ours)
+            yield result(f"tokenizing over codec alone, {name}", settings, ours, alone)
 
 
-def start(options: BenchOptions, limit: float) -> Iterator[Measured]:
+def _tokenize(source: Path, codec_id: str, number: Iterator[int]) -> None:
+    out = source.with_name(f"{source.name} {next(number)}")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        tokenize(source, out, TokenizeOptions(codec_id, CROP_S, batch_size=TOKENIZE_BATCH_SIZE))
+
+
+def _encode(codec: Any, batches: list[torch.Tensor]) -> None:
+    for batch in batches:
+        codec.encode(batch)
+
+
+def _batches(source: Path, codec: Any) -> list[torch.Tensor]:
+    """All crops of a folder, batched, `b channels t`."""
+    facts = codec.facts
+    length = round(CROP_S * facts.sample_rate)
+    files = [read_audio(path, facts.sample_rate, facts.channels) for path in sorted(source.glob("*.flac"))]
+    crops = [crop for file in files for crop in torch.from_numpy(file).split(length, 1)]
+    starts = range(0, len(crops), TOKENIZE_BATCH_SIZE)
+    return [torch.stack(crops[i : i + TOKENIZE_BATCH_SIZE]) for i in starts]
+
+
+def start(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
     """Seconds until a command's help is there, imports included."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
@@ -125,16 +138,8 @@ def start(options: BenchOptions, limit: float) -> Iterator[Measured]:
         return lambda: subprocess.run(command, env=environment, check=True, capture_output=True)
 
     for args in ((), ("fit",)):
-        seconds = timed([call(*args)], min(options.repeats, 3), "cpu")[0]
-        yield _measured(" ".join(["start,", *args, "--help"]), seconds, None, {})
-
-
-def _measured(name: str, own: list[float], twin: list[float] | None, settings: dict[str, Any]) -> Measured:
-    middle = None if twin is None else median(twin)
-    return Measured(
-        name, settings, median(own), min(own), max(own), twin_median_s=middle,
-        ratio=None if middle is None else middle / median(own),
-    )  # fmt: skip
+        (seconds,) = timed([call(*args)], min(options.repeats, 3), "cpu")
+        yield result(" ".join(["start,", *args, "--help"]), {}, seconds)
 
 
 # --- loading ------------------------------------------------------------------------------------------------------
@@ -171,15 +176,16 @@ def _webdataset(folder: Path) -> DataLoader:
     return DataLoader(stream.repeat(), batch_size=None, num_workers=1)
 
 
-def _held(folder: Path) -> tuple[float, float]:
-    """Seconds for `NUM_BATCHES` batches from the opening of a set on, and the most MB that Python and NumPy held."""
+def _memory_of_reading(folder: Path) -> tuple[float, float]:
+    """Seconds for `NUM_BATCHES` batches after opening a set, and the peak MB that Python and NumPy held."""
     gc.collect()
     tracemalloc.start()
     begin = time.perf_counter()
     deque(islice(_stream(folder), NUM_BATCHES), maxlen=0)
-    seconds, (_, most) = time.perf_counter() - begin, tracemalloc.get_traced_memory()
+    seconds = time.perf_counter() - begin
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return seconds, most / 1e6
+    return seconds, peak / 1e6
 
 
 def _write_shards(folder: Path, number: int) -> Path:

@@ -1,8 +1,8 @@
-"""How things are measured for `bench`: seconds in turns with a twin, live tensors, floating-point operations.
+"""Measurements for `bench`: seconds in turns with a baseline, memory of live tensors, floating-point operations.
 
-Times are medians over calls that take turns (ours, twin, ours …), so that a machine that others use slows both alike.
-Memory is the most that tensors take at once beyond what was there before, as the allocator counts it. The hardware's
-limit is measured too: a large matrix product.
+Times are medians over calls that take turns (ours, baseline, ours …), so that other load on the machine slows both
+alike. Memory is the peak of live tensors beyond what was there before, as the allocator counts it. The hardware's limit
+is measured too: a large matrix product.
 """
 
 import gc
@@ -35,18 +35,18 @@ class BenchOptions:
     threads: int = 2
     """CPU threads."""
     device: str = "cpu"
-    """cpu or cuda; a GPU measures attention, training and decoding."""
+    """cpu or cuda; on a GPU attention, training and decoding are measured."""
     num_frames: int = 1500
-    """Length, in frames: 1500 are 30 s at 50 Hz."""
+    """Length in frames; 1500 are 30 s at 50 Hz."""
     batch_size: int = 2
-    """Examples in a batch."""
+    """Examples per batch."""
     json: Path | None = None
     """File for the results, a list of objects."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One line of the table. Times in seconds, memory in MB (10^6 bytes)."""
+class BenchmarkResult:
+    """A row of the table. Times in seconds, memory in MB (10^6 bytes)."""
 
     name: str
     settings: dict[str, Any]
@@ -57,43 +57,94 @@ class Measured:
     flop: float | None = None
     share_of_limit: float | None = None
     """FLOP per second over those of the matrix product."""
-    twin_median_s: float | None = None
-    twin_peak_mb: float | None = None
+    baseline_median_s: float | None = None
+    baseline_peak_mb: float | None = None
     ratio: float | None = None
-    """The twin's median over ours: how many times faster; for rates and growth, what `name` says."""
+    """The baseline's median over ours: how many times faster; for rates and growth, what `name` says."""
+
+
+def result(
+    name: str,
+    settings: dict[str, Any],
+    seconds: list[float],
+    baseline: list[float] | None = None,
+    flop: float | None = None,
+    limit: float | None = None,
+    **more: Any,
+) -> BenchmarkResult:
+    """A row from the seconds of each call.
+
+    Args:
+        name: what was measured.
+        settings: of the measurement.
+        seconds: of our calls.
+        baseline: seconds of the baseline's calls; None without one.
+        flop: floating-point operations of a call.
+        limit: FLOP per second that the machine reaches at best.
+        **more: further fields, which win over those that are calculated.
+    """
+    middle = median(seconds)
+    fields: dict[str, Any] = {"flop": flop}
+    if flop is not None and limit is not None:
+        fields["share_of_limit"] = flop / middle / limit
+    if baseline is not None:
+        fields["baseline_median_s"] = median(baseline)
+        fields["ratio"] = median(baseline) / middle
+    return BenchmarkResult(name, settings, middle, min(seconds), max(seconds), **(fields | more))
+
+
+def compare(
+    name: str,
+    ours: Callable[[], Any],
+    baseline: Callable[[], Any],
+    options: BenchOptions,
+    limit: float,
+    **settings: Any,
+) -> BenchmarkResult:
+    """A row of ours beside the baseline: time, memory and operations."""
+    seconds = timed([ours, baseline], options.repeats, options.device)
+    return result(
+        name,
+        settings,
+        *seconds,
+        flop=count_flop(ours),
+        limit=limit,
+        peak_mb=peak_mb(ours, options.device),
+        baseline_peak_mb=peak_mb(baseline, options.device),
+    )
 
 
 def timed(calls: list[Callable[[], Any]], repeats: int, device: str) -> list[list[float]]:
-    """Seconds of each call, `repeats` of each, in turns."""
+    """Seconds of each call, `repeats` of each, in turns; one more of each before that does not count."""
     seconds: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
     for _ in range(repeats):
-        for call, own in zip(calls, seconds, strict=True):
-            settle(device)
+        for call, spent in zip(calls, seconds, strict=True):
+            synchronize(device)
             start = time.perf_counter()
             call()
-            settle(device)
-            own.append(time.perf_counter() - start)
+            synchronize(device)
+            spent.append(time.perf_counter() - start)
     return seconds
 
 
-def settle(device: str) -> None:
-    """Wait until the device has done what it was told."""
+def synchronize(device: str) -> None:
+    """Waits until the device has finished its work."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def peak_mb(call: Callable[[], Any], device: str) -> float:
-    """Most memory that the tensors of a call take at once, in MB, beyond what was there before."""
+    """Peak memory of a call's tensors in MB, beyond what was there before."""
     gc.collect()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells of its own beginning and end
-    # The process's own memory would tell more about malloc, which keeps and gives back pages as it likes.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports its own start and end
+    # The memory of the process would say more about malloc, which keeps and gives back pages as it likes.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     now = peak = 0
@@ -104,12 +155,20 @@ def peak_mb(call: Callable[[], Any], device: str) -> float:
 
 
 def count_flop(call: Callable[[], Any]) -> float:
-    """Multiplications and additions in matrix products and attention of a call."""
+    """Multiplications and additions in the matrix products and attention of a call."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False, custom_mapping=private_api.cpu_attention_flop()) as counter:
         call()
     return float(counter.get_total_flops())
+
+
+def matmul_limit(device: str, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP per second of a large matrix product: what the machine reaches at best."""
+    size = 2048 if device == "cpu" else 8192
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = timed([lambda: a @ a], 5, device)[0]
+    return 2 * size**3 / min(seconds)
 
 
 def training_pass(
@@ -145,39 +204,9 @@ def training_pass(
 
     return step, sum(p.numel() * p.element_size() for p in network.parameters())
 
-
-def compare(
-    name: str,
-    ours: Callable[[], Any],
-    twin: Callable[[], Any] | None,
-    options: BenchOptions,
-    limit: float,
-    **settings: Any,
-) -> Measured:
-    """One line: ours beside the twin."""
-    calls = [ours] if twin is None else [ours, twin]
-    seconds = timed(calls, options.repeats, options.device)
-    own, flop = seconds[0], count_flop(ours)
-    return Measured(
-        name, settings, median(own), min(own), max(own), peak_mb(ours, options.device), flop,
-        flop / median(own) / limit,
-        None if twin is None else median(seconds[1]),
-        None if twin is None else peak_mb(twin, options.device),
-        None if twin is None else median(seconds[1]) / median(own),
-    )  # fmt: skip
-
-
-def matmul_limit(device: str, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP per second of a large matrix product: what the machine can do at best."""
-    size = 2048 if device == "cpu" else 8192
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    seconds = timed([lambda: a @ a], 5, device)[0]
-    return 2 * size**3 / min(seconds)
-
-
 @contextmanager
 def threads_set(number: int) -> Iterator[None]:
-    """So many CPU threads, and as many as before afterwards."""
+    """This many CPU threads in the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -190,29 +219,40 @@ def describe(options: BenchOptions) -> str:
     """The machine and the settings, for the head of a table."""
     if options.device != "cpu":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    model = "CPU"
+    return f"{_cpu_name()}, {options.threads} threads, torch {torch.__version__}"
+
+
+def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        model = platform.processor() or model
-    return f"{model}, {options.threads} threads, torch {torch.__version__}"
+        return platform.processor() or "CPU"
 
 
 HEAD = f"{'':<42}{'median':>10}{'min … max':>20}{'peak MB':>9}{'GFLOP':>8}{'limit':>7}"
-HEAD += f"{'twin':>10}{'twin MB':>9}{'ratio':>8}"
+HEAD += f"{'baseline':>10}{'its MB':>9}{'ratio':>8}"
 
 
-def row(m: Measured) -> str:
-    """One line of the table."""
+def row(found: BenchmarkResult) -> str:
+    """A row of the table as text."""
 
     def cell(value: float | None, form: str, width: int) -> str:
         return f"{'' if value is None else format(value, form):>{width}}"
 
-    name = m.name + (f", context {m.settings['context']}" if m.name.startswith("attention, f") else "")
-    return (
-        f"{name:<42}{m.median_s:>9.4g}s{f'{m.min_s:.3g} … {m.max_s:.3g}':>20}{cell(m.peak_mb, '.0f', 9)}"
-        f"{cell(None if m.flop is None else m.flop / 1e9, '.1f', 8)}{cell(m.share_of_limit, '.0%', 7)}"
-        f"{cell(m.twin_median_s, '.4g', 9)}{' ' if m.twin_median_s is None else 's'}{cell(m.twin_peak_mb, '.0f', 9)}"
-        f"{cell(m.ratio, '.2f', 8)}"
-    )
+    name = found.name
+    if name.startswith("attention, f"):
+        name += f", context {found.settings['context']}"
+    cells = [
+        f"{name:<42}",
+        f"{found.median_s:>9.4g}s",
+        f"{f'{found.min_s:.3g} … {found.max_s:.3g}':>20}",
+        cell(found.peak_mb, ".0f", 9),
+        cell(None if found.flop is None else found.flop / 1e9, ".1f", 8),
+        cell(found.share_of_limit, ".0%", 7),
+        cell(found.baseline_median_s, ".4g", 9),
+        " " if found.baseline_median_s is None else "s",
+        cell(found.baseline_peak_mb, ".0f", 9),
+        cell(found.ratio, ".2f", 8),
+    ]
+    return "".join(cells)

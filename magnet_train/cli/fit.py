@@ -44,7 +44,7 @@ from magnet_train.evaluation.report import report_of_run, write_report
 from magnet_train.model import MagnetConfig
 from magnet_train.module import MagnetModule
 from magnet_train.resume import newest_whole_checkpoint, requeue_count
-from magnet_train.tracking.wandb_session import FINISH_TIMEOUT_S, finish_wandb, prepare_wandb
+from magnet_train.tracking.wandb_session import finish_wandb, prepare_wandb
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ def run_lightning(verb: str, args: list[str]) -> None:
         with _as(verb, args):
             MagnetCLI(verb)
     except Preempted as stopped:
-        finish_wandb(int(stopped.code or 0), timeout_s=FINISH_TIMEOUT_S)
+        finish_wandb(int(stopped.code or 0), quickly=True)
         raise
     finish_wandb(0)
 
@@ -199,7 +199,7 @@ class MagnetCLI(private_api.lightning_cli()):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={
                 "logger": LOGGERS if verb == "fit" else None,
                 "callbacks": callbacks,

@@ -1,4 +1,4 @@
-"""`dashboard`: a W&B workspace of what runs log, laid out by section, made or made anew by one command."""
+"""`dashboard`: a W&B workspace with panels for all logged metrics, by section."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,24 +8,26 @@ from magnet_train.common.errors import UserError
 from magnet_train.tracking.logged import HOURS, LOGGED, SECTIONS, STEP, Logged
 from magnet_train.tracking.wandb_session import check_wandb_login
 
-NAME, ID = "magnet_train", "magnettrain"
-"""Of the workspace, as people see it and in its address."""
+NAME = "magnet_train"
+"""The workspace's name as people see it."""
+ID = "magnettrain"
+"""Its name in its address."""
 OVER_HOURS = ("val/ce", "val/fad/{listener}", "val/kl/{listener}", "val/text/{listener}", "train/loss")
-"""What is drawn over hours of audio too, on which runs of other batch sizes meet."""
+"""Metrics that are plotted over hours of audio too, where runs with other batch sizes compare."""
 
 
 @dataclass(frozen=True)
 class DashboardOptions:
-    """Whose workspace."""
+    """Options of `dashboard`."""
 
     entity: str
-    """User or team of W&B."""
+    """W&B user or team."""
     project: str = "magnet_train"
-    """Of W&B; it must have a run."""
+    """W&B project; it must have a run."""
 
 
 def workspace(options: DashboardOptions) -> Any:
-    """The workspace, not saved: a section for each of `SECTIONS`, and one over hours of audio.
+    """The unsaved workspace: a section for each of `SECTIONS`, and one over hours of audio.
 
     Raises:
         UserError: if the package is missing.
@@ -46,22 +48,22 @@ def workspace(options: DashboardOptions) -> Any:
 
 
 def dashboard(options: DashboardOptions) -> str:
-    """Saves the workspace, over the one that an earlier call has made; its address.
+    """Saves the workspace, replacing that of an earlier call; returns its address.
 
     Raises:
-        UserError: if the package or a key is missing, W&B refuses the key or the project, or is not to be reached.
+        UserError: if the package or a key is missing, W&B refuses the key or the project, or cannot be reached.
     """
     made = workspace(options)
     ws = _workspaces()
-    state, why = check_wandb_login()
+    state, reason = check_wandb_login()
     if state == "off":
-        raise UserError(f"W&B is {why} here, and the workspace is on its server: unset WANDB_MODE, with network")
+        raise UserError(f"W&B is {reason} here, but the workspace is on its server: unset WANDB_MODE, with network access")
     remedy = "`wandb login` on a machine with network sets a key, or WANDB_API_KEY"
     if state != "online":
-        raise UserError(f"W&B: {why}; {remedy}")
+        raise UserError(f"W&B: {reason}; {remedy}")
     try:
         private_api.name_workspace(made, f"nw-{ID}-v")
-        try:  # W&B would make another workspace of a name without an id
+        try:  # without an id W&B would create another workspace of this name
             before = ws.Workspace.from_url(f"https://wandb.ai/{options.entity}/{options.project}?nw={ID}")
             private_api.replace_workspace(made, before)
         except ValueError as error:
@@ -96,6 +98,6 @@ def _workspaces() -> Any:
     except ModuleNotFoundError as error:
         raise UserError(
             "dashboard: the package wandb-workspaces is missing; "
-            "install it with `pip install 'magnet-train[dashboard]'`"
+            "install it with `pip install -e '.[dashboard]'`"
         ) from error
     return ws

@@ -1,4 +1,4 @@
-"""What a run was made with: the code's commit, versions, hardware, and the data."""
+"""The environment of a run: commit of the code, versions, hardware."""
 
 import importlib.metadata
 import json
@@ -16,10 +16,10 @@ from magnet_train.common.folders import write_json
 
 
 def environment(num_ranks: int) -> dict[str, Any]:
-    """Plain values for a note beside a run; no paths and no names of machines or people.
+    """Plain values, without paths or names of machines or people.
 
     Args:
-        num_ranks: processes that train together.
+        num_ranks: Processes that train together.
     """
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
@@ -36,9 +36,9 @@ def environment(num_ranks: int) -> dict[str, Any]:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit that a folder's code is of, with `-dirty` where tracked files were changed since; None outside of git.
+    """The git commit of a folder's code, with `-dirty` if tracked files have changed since; None outside git.
 
-    A package that is installed inside somebody's repository, in `.venv` for one, is not of its commits.
+    A package installed inside somebody's repository, e.g. in `.venv`, does not belong to its commits.
     """
 
     def git(*args: str) -> str | None:
@@ -53,11 +53,12 @@ def commit_of(folder: Path) -> str | None:
     return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
-def note_environment(folder: Path, found: dict[str, Any]) -> None:
-    """Adds an entry to `environment.json`: a run that was resumed has one for each start."""
+def add_environment(folder: Path, session: dict[str, Any]) -> None:
+    """Appends to `environment.json`: a resumed run has an entry for each session."""
     file = folder / "environment.json"
     try:
         before = json.loads(file.read_text())
     except (OSError, ValueError):
         before = []
-    write_json(file, [*(before if isinstance(before, list) else []), found])
+    sessions = before if isinstance(before, list) else []
+    write_json(file, [*sessions, session])

@@ -142,26 +142,26 @@ FINISH_TIMEOUT_S = 60.0
 """Seconds for W&B's last uploads of a run that has to end: its GPUs are needed elsewhere, or other ranks wait."""
 
 
-def finish_wandb(status: int, timeout_s: float | None = None) -> None:
+def finish_wandb(status: int, quickly: bool = False) -> None:
     """Ends this process's W&B run, if it has one, and says how to upload what could not be uploaded.
 
     Args:
         status: Exit status of the process, which W&B shows.
-        timeout_s: Limit, whatever WANDB_FINISH_TIMEOUT says. If not all is uploaded by then this ends the process, at
-            whose exit W&B would try again.
+        quickly: Whether within FINISH_TIMEOUT_S, whatever WANDB_FINISH_TIMEOUT says. If not all is uploaded by then
+            this ends the process, at whose exit W&B would try again.
     """
     wandb: Any = sys.modules.get("wandb")
     if wandb is None or wandb.run is None:
         return
     remedy = f"it is kept, and `wandb sync --include-online {wandb.run.settings.sync_dir}` uploads it"
-    if timeout_s is None:
+    if not quickly:
         _finish(wandb, status, remedy)
         return
     finishing = threading.Thread(target=_finish, args=(wandb, status, remedy), daemon=True)
     finishing.start()
-    finishing.join(timeout_s)
+    finishing.join(FINISH_TIMEOUT_S)
     if finishing.is_alive():
-        rank_zero_warn(f"W&B: not all was uploaded within {timeout_s:g} s; {remedy}")
+        rank_zero_warn(f"W&B: not all was uploaded within {FINISH_TIMEOUT_S:g} s; {remedy}")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

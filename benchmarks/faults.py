@@ -1,6 +1,6 @@
 """Makes each fault happen to a tiny run in processes of its own, and draws a table of what happened and what was lost.
 
-    python tests/faults.py [--out benchmarks/records/faults.md] [--only disk signal …]
+    python benchmarks/faults.py [--out benchmarks/records/faults.md] [--only disk signal …]
 
 "Nothing" in the last column was found out: the run went on after the fault, and its batches, validations, weights (raw
 and averaged), optimizer and counters are equal, bit for bit, to those of a run that was never disturbed. What a run has
@@ -24,10 +24,11 @@ from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, Thread
 from pathlib import Path
 from typing import Any
 
-from helpers_programs import LONGEST_S, wait_for
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers_programs import LONGEST_S, attempt, ended, wait_for
 from helpers_resume import arguments, differences, ledger, make_data, outcome
 from helpers_wandb import recorder
-from kill_and_resume import attempt, ended, killed_often
+from kill_and_resume import killed_often
 
 STEPS = 8
 Row = tuple[str, str]
@@ -94,7 +95,7 @@ def wait_for_batch(run: Path, batch: int) -> None:
 
 
 def kill(place: Place) -> Row:
-    """SIGKILL of the whole process group, 20 times at random moments (tests/kill_and_resume.py)"""
+    """SIGKILL of the whole process group, 20 times at random moments (benchmarks/kill_and_resume.py)"""
     folder = place.folder / "kills"
     folder.mkdir()
     found = killed_often(folder, kills=20, workers=2, ranks=1, accumulated=2, seed=0)
@@ -332,7 +333,7 @@ def preempted(place: Place) -> Row:
         status = ended(child, 240)
         seconds = time.monotonic() - begin
     assert status == 0 and "stopped at step" in log.read_text(), log.read_text()[-3000:]
-    return f"status 0 after {seconds:.1f} s: {line(log.read_text(), 'not all was sent')}", place.lost(run)
+    return f"status 0 after {seconds:.1f} s: {line(log.read_text(), 'not all was uploaded')}", place.lost(run)
 
 
 @contextmanager
@@ -461,7 +462,7 @@ def main() -> None:
         head = (__doc__ or "").split("\n\n", 2)[2]
         table = ["| fault | what happened | what was lost |", "|---|---|---|", *rows]
         given.out.write_text(
-            "\n".join(["# Faults", "", "`python tests/faults.py --out " + str(given.out) + "`", "", head, *table, ""])
+            "\n".join(["# Faults", "", f"`python benchmarks/faults.py --out {given.out}`", "", head, *table, ""])
         )
 
 

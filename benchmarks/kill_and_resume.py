@@ -1,12 +1,13 @@
 """Trains a tiny model twice, once undisturbed and once killed with SIGKILL at random moments; the ends must be equal.
 
-    python tests/kill_and_resume.py --kills 20 [--workers 2] [--ranks 2] [--accumulated 3] [--seed 0]
+    python benchmarks/kill_and_resume.py --kills 20 [--workers 2] [--ranks 2] [--accumulated 3] [--seed 0]
 
 Each attempt is the same command in a process group of its own, forked from this process, which has only imported what
 it needs; the whole group is killed, loader processes and other ranks too, as when a node fails.
 """
 
 import argparse
+import csv
 import math
 import os
 import random
@@ -16,48 +17,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
-
-def attempt(arguments: list[str], log: Path, environment: Mapping[str, str] | None = None) -> int:
-    """Starts the command in a new process group; returns its id."""
-    child = os.fork()
-    if child:
-        return child
-    os.setsid()
-    os.environ.update(environment or {})
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))  # a test's would catch what is said
-    status = 1
-    try:
-        from magnet_train.__main__ import main
-
-        status = main(arguments)
-    except SystemExit as end:
-        status = int(end.code or 0)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def ended(child: int, within_s: float) -> int | None:
-    """Exit status, or None if it still runs after so many seconds."""
-    end = time.monotonic() + within_s
-    while True:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() >= end:
-            return None
-        time.sleep(0.002)
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers_programs import attempt, ended
+from helpers_resume import arguments, differences, ledger, make_data, outcome
 
 
 def batches_done(run: Path) -> list[int]:
@@ -65,6 +29,18 @@ def batches_done(run: Path) -> list[int]:
     ledger = run / "ledger.jsonl"
     lines = ledger.read_text().split("\n")[:-1] if ledger.exists() else []
     return [int(re.match(r'{"batch": (\d+)', line)[1]) for line in lines if line.endswith("}")]  # else cut off
+
+
+def logged_values(run: Path) -> dict[tuple[str, str], set[str]]:
+    """All values by step and name, of all sessions; those of speed differ by nature."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for path in run.glob("csv/version_*/metrics.csv"):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if name and value and not name.startswith("speed/") and None not in row.values():
+                        found.setdefault((row["step"], name), set()).add(value)
+    return found
 
 
 def come_to(child: int, run: Path, batches: int, within_s: float) -> int | None:
@@ -77,14 +53,13 @@ def come_to(child: int, run: Path, batches: int, within_s: float) -> int | None:
 
 def killed_often(folder: Path, kills: int, workers: int, ranks: int, accumulated: int, seed: int) -> list[str]:
     """Differences between the two ends: none, if all is well."""
-    from helpers_resume import arguments, differences, ledger, make_data, outcome
-
-    from magnet_train.callbacks import preemption
+    from magnet_train.callbacks import checkpoint
 
     data, steps = make_data(folder / "data"), 5 * kills + 5
     options = [
-        f"--trainer.max_steps={steps}", f"--data.num_workers={workers}", "--trainer.val_check_interval=16",
-        f"--trainer.accumulate_grad_batches={accumulated}",
+        f"--trainer.max_steps={steps}", f"--data.num_workers={workers}", "--trainer.val_check_interval=8",
+        f"--trainer.accumulate_grad_batches={accumulated}", "--trainer.log_every_n_steps=1",
+        "--trainer.logger=CSVLogger", "--trainer.logger.flush_logs_every_n_steps=1", "--trainer.logger.name=csv",
     ]  # fmt: skip
     if ranks > 1:
         options += [f"--trainer.devices={ranks}", "--trainer.strategy=ddp_fork"]
@@ -101,7 +76,7 @@ def killed_often(folder: Path, kills: int, workers: int, ranks: int, accumulated
 
     draw = random.Random(seed)
     for number in range(1, kills + 1):
-        preemption.EVERY_S = 0.05 if number % 2 else 1800.0  # checkpoints between the steps too, in half of them
+        checkpoint.SAVE_EVERY_S = 0.05 if number % 2 else 1800.0  # checkpoints between the steps too, in half of them
         before = len(batches_done(run))
         child = attempt(arguments(data, run, *options, lasts_s=0.01), run.with_suffix(".log"))
         begin = time.monotonic()
@@ -130,9 +105,11 @@ def killed_often(folder: Path, kills: int, workers: int, ranks: int, accumulated
     found += [f"batch {place}" for place in one.keys() | two.keys() if one.get(place) != two.get(place)]
     validations = [set(Path(r / "ledger.validations").read_text().split("\n")) for r in (twin, run)]
     found += [f"validation {line}" for line in validations[0] ^ validations[1]]
+    expected, rows = logged_values(twin), logged_values(run)
+    found += [f"logged {place}" for place in expected.keys() | rows.keys() if expected.get(place) != rows.get(place)]
     print(
         f"{kills} kills, {workers} loader processes, {ranks} ranks, {accumulated} accumulated: {len(one)} batches and "
-        f"{len(validations[0]) - 1} validations compared, {len(found)} differences"
+        f"{len(validations[0]) - 1} validations and {len(expected)} logged values compared, {len(found)} differences"
     )
     return found
 
