@@ -8,14 +8,16 @@ import hashlib
 import json
 import os
 import warnings
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from magnet_train.common.errors import UserError
+from magnet_train.common.pretrained import one_line
 from magnet_train.release import read_checkpoint
 
 PARTS = {
@@ -80,7 +82,9 @@ def newest_whole_checkpoint(folders: Iterable[Path]) -> Path | None:
     found: dict[Path, tuple[int, float]] = {}
     for path in {path.resolve(): path for folder in folders for path in folder.glob("*.ckpt")}.values():
         with _skipping_damaged(path):
-            found[path] = _checked_step(path, read_checkpoint(path)), path.stat().st_mtime
+            # Without verification, which would read all of each file.
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found[path] = _checked_step(path, checkpoint), path.stat().st_mtime
     for path in sorted(found, key=found.__getitem__, reverse=True):
         with _skipping_damaged(path):
             read_training_checkpoint(path)
@@ -93,18 +97,17 @@ def _skipping_damaged(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a flipped bit may raise anything in the readers of zip and pickle
-        reason = str(error) if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, UserError) else f"{path}: damaged ({one_line(error, 200)})"
         warnings.warn(f"skipping checkpoint {reason}", stacklevel=4)
 
 
 def read_training_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint from which `fit` can resume, with every byte verified.
+    """A checkpoint from which `fit` can resume, verified.
 
     Raises:
         UserError: if the file is missing or damaged, holds more than plain data, or is no checkpoint of a run.
     """
     checkpoint = read_checkpoint(path)
-    verify_checksums(path)
     _checked_step(path, checkpoint)
     for name, kind in PARTS.items():
         if not isinstance(checkpoint.get(name), kind):
@@ -112,21 +115,6 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint["hyper_parameters"].get("network"), dict):
         raise UserError(f"{path}: not a checkpoint of magnet_train; choose another")
     return checkpoint
-
-
-def verify_checksums(path: Path) -> None:
-    """Compares every member of a checkpoint, which is a zip file, with its CRC.
-
-    Raises:
-        UserError: if one differs.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-    except Exception as error:  # by where the file is damaged: zip, zlib, struct, unicode … errors
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); use another checkpoint") from error
-    if damaged is not None:
-        raise UserError(f"{path}: damaged ({damaged} does not match its checksum); use another checkpoint")
 
 
 def _checked_step(path: Path, checkpoint: Mapping[str, Any]) -> int:
@@ -153,7 +141,8 @@ def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
     Raises:
         UserError: if they differ; names the settings.
     """
-    changed = [text for name, text in differing(saved, current) if name == "optimizer.name" or name.startswith("network.")]
+    named = ("optimizer.name", "network.")
+    changed = [text for name, text in differing(saved, current) if name.startswith(named)]
     if changed:
         raise UserError(
             f"--ckpt_path: the checkpoint has another model: {', '.join(changed)}; use its settings, or another "

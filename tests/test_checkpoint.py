@@ -107,7 +107,7 @@ def test_a_full_disk_is_one_line_on_every_rank(tmp_path: Path, monkeypatch: pyte
     data = make_data(tmp_path / "data")
     statuses, text = fit_on_ranks(2, arguments(data, tmp_path / "run", "--trainer.strategy=ddp"), tmp_path / "log")
     assert statuses == [2, 2], text[-3000:]
-    assert text.count("last.ckpt: the disk is full; free some space and resume with --ckpt_path auto") == 2
+    assert text.count(".ckpt: the disk is full; free some space and resume with --ckpt_path auto") == 2
     assert "Traceback" not in text
 
 

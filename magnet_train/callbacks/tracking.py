@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from magnet_train.callbacks.generation import GenerationCallback
 from magnet_train.common import private_api
-from magnet_train.common.folders import write_whole
+from magnet_train.common.folders import write_text
 from magnet_train.module import MagnetModule
 from magnet_train.resume import fingerprint
 from magnet_train.tracking.environment import add_environment, environment
@@ -26,7 +26,7 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         text = without_secrets(self.parser.dump(self.config, skip_none=False))
-        write_whole(Path(trainer.default_root_dir) / "config.yaml", text)
+        write_text(Path(trainer.default_root_dir) / "config.yaml", text)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(yaml.safe_load(text), allow_val_change=True)
