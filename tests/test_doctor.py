@@ -235,7 +235,7 @@ def test_components_that_are_missing_are_named_with_their_source(parts, plan, tm
     assert status == 2 and "codec facebook/encodec_32khz, text encoder t5-base" in error
     assert said["metrics of vggish"].startswith("warning not in the cache") and "metrics of" not in error
     assert "doctor --prefetch downloads" in said["metrics of vggish"]
-    assert (289 MB, licence Apache-2.0)" in said["metrics of vggish"]
+    assert "vggish-10086976.pth (289 MB, licence Apache-2.0)" in said["metrics of vggish"]
     assert said["text encoder t5-base"].startswith("missing ") and "doctor --prefetch" in said["text encoder t5-base"]
     # What does not need them is looked at all the same.
     assert said["train shards"].startswith("ok ") and said["shards per worker"].startswith("ok ")
