@@ -170,7 +170,7 @@ def decoding_flop(config: MagnetConfig, num_frames: int, decoding_steps: tuple[i
 
 def useful_flop(config: MagnetConfig, num_frames: int, stage: int, num_predicted: int, num_text: int) -> float:
     """Multiplications and additions that one example needs in a forward pass: what a mask hides is not counted."""
-    d, context = config.dim, config.context_of(stage)
+    d, context = config.dim, config.stage(stage).context
     keys = num_frames if context < 0 else min(num_frames, 2 * context + 1)
     weights = config.num_layers * ((4 + 2 + 2 * config.ffn_ratio) * d * d + config.convolution * d)
     pairs = config.num_layers * 2 * d * (keys + num_text)

@@ -56,7 +56,7 @@ def dense_logits(
         x = x + sinusoidal_positions(codes.shape[2], config.dim, codes.device)
     text = model.text_projection(states) * tokens[..., None]
     some = tokens.any(1)
-    context = config.context_of(stage)
+    context = config.stage(stage).context
     for block in model.blocks:
         if block.convolution is not None:
             x = x + dense_convolution(x, block.convolution.weight, valid)

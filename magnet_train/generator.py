@@ -165,10 +165,10 @@ class Generator:
         def with_text(codes: Tensor, stage: int) -> Tensor:
             if self._is_compiled:  # what an earlier step's graph returned may be overwritten
                 torch.compiler.cudagraph_mark_step_begin()
-            return self._pass(codes, stage, text)
+            return self._pass(codes, self.network.config.stage(stage), text)
 
         def without_text(codes: Tensor, stage: int) -> Tensor:
-            return self._pass(codes, stage, None)
+            return self._pass(codes, self.network.config.stage(stage), None)
 
         return Networks(with_text, None if text is None else without_text)
 

@@ -13,7 +13,7 @@ Shapes: b examples, k codebooks, t frames, c entries of a codebook, d width, s t
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,15 @@ from torch.nn import functional as F
 from magnet_train.attention import full_attention, recomputed, text_attention, window_bias, windowed_attention
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
+
+
+class Pass(NamedTuple):
+    """What one forward pass predicts, and what its frames attend to."""
+
+    codebooks: tuple[int, ...]
+    """Codebooks whose logits are computed, in this order."""
+    context: int = -1
+    """Frames visible on each side; -1 = all frames."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +89,13 @@ class MagnetConfig:
         """The extra id that stands for "to be predicted"."""
         return self.codebook_size
 
-    def context_of(self, stage: int) -> int:
-        """Frames visible on each side in `stage`; -1 = all frames."""
+    def stage(self, index: int) -> Pass:
+        """The pass that predicts codebook `index` from those below it (MAGNeT, Sec. 3.1)."""
         if isinstance(self.context, tuple):
-            return self.context[stage]
-        return -1 if stage == 0 else self.context
+            context = self.context[index]
+        else:
+            context = -1 if index == 0 else self.context
+        return Pass((index,), context)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -220,7 +231,7 @@ class Block(nn.Module):
 
 
 class Magnet(nn.Module):
-    """MAGNeT's network (Sec. 3); a stage is the pass that predicts codebook `stage` from those below it."""
+    """MAGNeT's network (Sec. 3): one set of weights for all passes."""
 
     blocks: "list[Block]"  # a ModuleList, whose items torch leaves untyped
 
@@ -304,17 +315,17 @@ class Magnet(nn.Module):
         pairs = [block.cross_attention.keys_values(text) for block in self.blocks]
         return TextKeyValues([k for k, _ in pairs], [v for _, v in pairs], allowed)
 
-    def trunk(self, codes: Tensor, stage: int, text: TextKeyValues | None, valid: Tensor | None = None) -> Tensor:
+    def trunk(self, codes: Tensor, pass_: Pass, text: TextKeyValues | None, valid: Tensor | None = None) -> Tensor:
         """Features of every frame: `b k t` -> `b t d`.
 
         Args:
-            codes: with the mask id where nothing is known; codebooks above `stage` should hold it everywhere.
-            stage: 0 … K-1; decides how far a frame may look.
-            text: from `remember`; None = no example has text, and no time is spent on it.
+            codes: with the mask id where nothing is known; codebooks above those predicted should hold it everywhere.
+            pass_: decides how far a frame may look; `config.stage(k)` for MAGNeT's stages.
+            text: from `encode_text`; None = no example has text, and no time is spent on it.
             valid: `b t`, False = padding; None = no padding.
         """
         x = self.embedded(codes)
-        frames = self.frame_inputs(x, stage, valid)
+        frames = self.frame_inputs(x, pass_.context, valid)
         for i, block in enumerate(self.blocks):
             x = block(x, frames, None if text is None else (text.keys[i], text.values[i], text.allowed))
         return self.out_norm(x)
@@ -328,10 +339,9 @@ class Magnet(nn.Module):
             return x
         return (x.float() + sinusoidal_positions(codes.shape[2], self.config.dim, codes.device)).to(x.dtype)
 
-    def frame_inputs(self, x: Tensor, stage: int, valid: Tensor | None) -> FrameInputs:
+    def frame_inputs(self, x: Tensor, context: int, valid: Tensor | None) -> FrameInputs:
         """Made once for all blocks, from the input `b t d` of the first."""
         num_frames = x.shape[1]
-        context = self.config.context_of(stage)
         if context >= num_frames - 1:  # a window as long as the sequence hides nothing
             context = -1
         rotation = None
@@ -349,26 +359,32 @@ class Magnet(nn.Module):
             return None
         return torch.zeros(valid.shape, dtype=x.dtype, device=x.device).masked_fill_(~valid, -math.inf)[:, None, None]
 
-    def logits(self, features: Tensor, stage: int) -> Tensor:
-        """`… d` -> `… c`: only the head of `stage` is computed, and only at the frames given."""
-        return F.linear(features, self.head[stage])
+    def logits(self, features: Tensor, codebook: int) -> Tensor:
+        """`… d` -> `… c`: only the head of `codebook` is computed, and only at the frames given."""
+        return F.linear(features, self.head[codebook])
 
     def masked_logits(
-        self, codes: Tensor, stage: int, states: Tensor, allowed: Tensor, masked: Tensor, valid: Tensor | None = None
+        self, codes: Tensor, pass_: Pass, states: Tensor, allowed: Tensor, masked: Tensor, valid: Tensor | None = None
     ) -> Tensor:
-        """What training asks for, in one call: logits of codebook `stage` at the n frames of `masked`, `n c`.
+        """What a training step needs, in one call: logits of the pass's codebook at the n frames of `masked`, `n c`.
 
         Args:
             codes: `b k t`, as of `trunk`.
-            stage: 0 … K-1.
-            states: of a text encoder, as of `remember`.
+            pass_: with one codebook.
+            states: of a text encoder, as of `encode_text`.
             allowed: likewise.
             masked: `b t` bool.
             valid: as of `trunk`.
         """
-        features = self.trunk(codes, stage, self.encode_text(states, allowed), valid)
-        return self.logits(features[masked], stage)
+        features = self.trunk(codes, pass_, self.encode_text(states, allowed), valid)
+        (codebook,) = pass_.codebooks
+        return self.logits(features[masked], codebook)
 
-    def forward(self, codes: Tensor, stage: int, text: TextKeyValues | None, valid: Tensor | None = None) -> Tensor:
-        """Logits of codebook `stage` at every frame: `b k t` -> `b t c`. Arguments as of `trunk`."""
-        return self.logits(self.trunk(codes, stage, text, valid), stage)
+    def forward(self, codes: Tensor, pass_: Pass, text: TextKeyValues | None, valid: Tensor | None = None) -> Tensor:
+        """Logits of the pass's codebooks at every frame: `b k t` -> `b t c`, or `b n t c` for n > 1 codebooks.
+
+        Arguments as of `trunk`.
+        """
+        features = self.trunk(codes, pass_, text, valid)
+        logits = [self.logits(features, codebook) for codebook in pass_.codebooks]
+        return logits[0] if len(logits) == 1 else torch.stack(logits, 1)

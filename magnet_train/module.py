@@ -196,7 +196,9 @@ class MagnetModule(L.LightningModule):
         masked = masked & valid
         # Even with all captions dropped the text takes part, so that DDP finds a gradient for every parameter.
         states, text_mask = self.text_encoder(captions)
-        logits = self.unsharded.masked_logits(masked_codes, stage, states, text_mask, masked, valid if padded else None)
+        logits = self.unsharded.masked_logits(
+            masked_codes, self.config.stage(stage), states, text_mask, masked, valid if padded else None
+        )
         return masked_cross_entropy(logits, codes[:, stage], masked)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -32,7 +32,7 @@ def outputs(model: Magnet, stage: int, valid: torch.Tensor | None) -> tuple[torc
     codes = torch.randint(SIZE + 1, (2, 4, T), generator=generator)
     tokens = torch.tensor([[True] * 6, [False] * 6])
     text = model.encode_text(torch.randn(2, 6, 16, generator=generator), tokens)
-    logits = model.logits(model.trunk(codes, stage, text, valid), stage)
+    logits = model.logits(model.trunk(codes, model.config.stage(stage), text, valid), stage)
     return logits, *torch.autograd.grad(logits.square().mean(), list(model.parameters()), materialize_grads=True)
 
 
@@ -84,7 +84,7 @@ def test_the_compiler_never_gives_up_over_what_a_fit_asks_of_it(monkeypatch):
         valid = torch.arange(T)[None] < torch.tensor([[T], [20]]) if padded else None
         allowed = torch.ones(2, tokens, dtype=torch.bool)
         text = model.encode_text(torch.randn(2, tokens, 16), allowed) if has_text else None
-        return model.trunk(codes, stage, text, valid).sum()
+        return model.trunk(codes, model.config.stage(stage), text, valid).sum()
 
     for _ in range(2):
         with torch.no_grad():
@@ -121,6 +121,6 @@ def test_bfloat16_generates_and_stays_near_float32():
     model, half = network(), network().to(torch.bfloat16)
     codes = torch.randint(SIZE + 1, (2, 4, T))
     for stage in range(4):
-        exact, rounded = model(codes, stage, None), half(codes, stage, None)
+        exact, rounded = model(codes, model.config.stage(stage), None), half(codes, half.config.stage(stage), None)
         assert rounded.dtype == torch.bfloat16
         assert (exact - rounded).abs().max() < 0.1 * exact.abs().max()

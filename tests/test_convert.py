@@ -154,7 +154,7 @@ def test_a_converted_model_computes_the_references_logits(tmp_path, parity):
         if padded:
             continue  # the reference attends to its padding: test_model compares that
         for stage in range(4):
-            difference = network(data[f"T50.stage{stage}.tokens"][row : row + 1], stage, text)
+            difference = network(data[f"T50.stage{stage}.tokens"][row : row + 1], network.config.stage(stage), text)
             difference = difference - data[f"T50.stage{stage}.logits"][row : row + 1]
             assert difference.abs().max() < 2e-5
     assert trained.decoding.decoding_steps == (8, 4, 4, 4) and trained.guidance_dropout == 0.25

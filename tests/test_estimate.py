@@ -48,7 +48,7 @@ def test_the_whole_of_a_training_is_within_a_fifth_of_what_the_allocator_counts(
         codes, masked = torch.randint(1024, (4, 4, 400)), torch.rand(4, 400) < estimate.MEAN_MASK_RATE
         text = torch.randn(4, estimate.NUM_TEXT, 64), torch.ones(4, estimate.NUM_TEXT, dtype=torch.bool)
         for stage in (0, 1, 2):
-            features = network.trunk(codes, stage, network.encode_text(*text))
+            features = network.trunk(codes, network.config.stage(stage), network.encode_text(*text))
             masked_cross_entropy(network.logits(features[masked], stage), codes[:, stage], masked).mean().backward()
             optimizer.step()
             optimizer.zero_grad()

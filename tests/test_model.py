@@ -19,7 +19,7 @@ def frames_seen(model: Magnet, stage: int, frame: int, num_frames: int = 40) -> 
         args[0].retain_grad()
 
     handle = model.blocks[0].register_forward_pre_hook(keep)
-    model(codes, stage, None)[0, frame].sum().backward()
+    model(codes, TINY.stage(stage), None)[0, frame].sum().backward()
     handle.remove()
     return seen[0].grad[0].abs().sum(1).nonzero()[:, 0].tolist()
 
@@ -40,13 +40,13 @@ def test_a_stage_cannot_see_codebooks_above_it_through_the_mask_id():
     other = codes.clone()
     other[:, 2:] = TINY.mask_id
     other[:, 3] = TINY.mask_id
-    assert torch.equal(model(hidden, 1, None), model(other, 1, None))
+    assert torch.equal(model(hidden, TINY.stage(1), None), model(other, TINY.stage(1), None))
 
 
 def test_idle_heads_get_zero_gradients_not_none():
     model = Magnet(TINY)
     text = model.encode_text(torch.randn(1, 3, 8), torch.ones(1, 3, dtype=torch.bool))
-    model(torch.randint(16, (1, 4, 20)), 1, text).sum().backward()
+    model(torch.randint(16, (1, 4, 20)), TINY.stage(1), text).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert (model.head.grad[[0, 2, 3]] == 0).all() and (model.head.grad[1] != 0).any()
 
@@ -58,8 +58,8 @@ def test_padding_and_neighbours_change_nothing():
     valid = torch.arange(30)[None] < torch.tensor([[30], [17]])
     codes[1, :, 17:] = TINY.mask_id
     for stage in range(4):
-        both = model(codes, stage, model.encode_text(text, tokens), valid)
-        alone = model(codes[1:, :, :17], stage, model.encode_text(text[1:, :2], tokens[1:, :2]))
+        both = model(codes, TINY.stage(stage), model.encode_text(text, tokens), valid)
+        alone = model(codes[1:, :, :17], TINY.stage(stage), model.encode_text(text[1:, :2], tokens[1:, :2]))
         assert torch.allclose(both[1:, :17], alone, atol=1e-5)
 
 
@@ -67,7 +67,7 @@ def test_no_text_equals_the_null_condition():
     model = Magnet(TINY).eval()
     codes = torch.randint(16, (2, 4, 30))
     null = model.encode_text(torch.zeros(2, 1, 8), torch.zeros(2, 1, dtype=torch.bool))
-    assert torch.equal(model(codes, 2, None), model(codes, 2, null))
+    assert torch.equal(model(codes, TINY.stage(2), None), model(codes, TINY.stage(2), null))
 
 
 def test_positions_stay_apart_in_low_precision():

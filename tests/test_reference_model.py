@@ -21,7 +21,7 @@ def data() -> dict[str, torch.Tensor]:
 def difference(model: Magnet, data: dict[str, torch.Tensor], case: str, stage: int) -> float:
     """Largest one over all frames and conditions; two of the four rows are null conditions, others padded."""
     text = as_the_reference_sees(model, data["cond.t5_hidden"], data["cond.mask"])
-    return (model(data[f"{case}.tokens"], stage, text) - data[f"{case}.logits"]).abs().max().item()
+    return (model(data[f"{case}.tokens"], model.config.stage(stage), text) - data[f"{case}.logits"]).abs().max().item()
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def test_the_heads_of_all_codebooks(data, parity):
     model, worst = reference_model(), 0.0
     text = as_the_reference_sees(model, data["cond.t5_hidden"], data["cond.mask"])
     for stage in range(4):
-        features = model.trunk(data[f"T37.stage{stage}.tokens"], stage, text)
+        features = model.trunk(data[f"T37.stage{stage}.tokens"], model.config.stage(stage), text)
         for k in range(4):
             wanted = data[f"T37.stage{stage}.logits_all_codebooks"][:, k]
             worst = max(worst, (model.logits(features, k) - wanted).abs().max().item())
@@ -63,7 +63,9 @@ def test_each_caption_gets_what_the_reference_gives_it_alone(data, parity):
         from magnet_train.model import TextKeyValues
 
         pairs = [block.cross_attention.keys_values(projected) for block in model.blocks]
-        return model(tokens, 0, TextKeyValues([k for k, _ in pairs], [v for _, v in pairs], allowed))
+        return model(
+            tokens, model.config.stage(0), TextKeyValues([k for k, _ in pairs], [v for _, v in pairs], allowed)
+        )
 
     alone, beside = data["pad.cond_alone"], data["pad.cond_beside"]
     count, everything = alone.shape[1], torch.ones(1, beside.shape[1], dtype=torch.bool)

@@ -31,7 +31,7 @@ def loss_of(model: Magnet, case: str) -> torch.Tensor:
     text = as_the_reference_sees(model, data["cond.t5_hidden"], data["cond.mask"])
     counted = masked & valid
     return masked_cross_entropy(
-        model.logits(model.trunk(asked, stage, text)[counted], stage), codes[:, stage], counted
+        model.logits(model.trunk(asked, model.config.stage(stage), text)[counted], stage), codes[:, stage], counted
     ).mean()
 
 

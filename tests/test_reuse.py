@@ -28,7 +28,7 @@ def test_the_first_pass_of_every_stage_is_exact():
     for memory in (text, None):
         passes = CachedForward(network, memory)
         for stage in range(4):
-            assert torch.allclose(passes(asked(stage), stage), network(asked(stage), stage, memory), atol=1e-5)
+            assert torch.allclose(passes(asked(stage), stage), network(asked(stage), network.config.stage(stage), memory), atol=1e-5)
 
 
 def test_frames_whose_surroundings_did_not_change_stay_exact():
@@ -38,7 +38,7 @@ def test_frames_whose_surroundings_did_not_change_stay_exact():
     passes(codes, 1)
     after = codes.clone()
     after[:, 1, :30] = 7
-    exact, reused = network(after, 1, None), passes(after, 1)
+    exact, reused = network(after, network.config.stage(1), None), passes(after, 1)
     assert torch.allclose(reused[:, 36:], exact[:, 36:], atol=1e-5)
     assert not torch.allclose(reused[:, :30], torch.zeros(1))
 
@@ -50,7 +50,7 @@ def test_without_context_nothing_is_lost():
     for step in range(4):
         codes = codes.clone()
         codes[:, 2, step * 10 : step * 10 + 10] = step
-        assert torch.allclose(passes(codes, 2), network(codes, 2, None), atol=1e-5)
+        assert torch.allclose(passes(codes, 2), network(codes, network.config.stage(2), None), atol=1e-5)
 
 
 def test_with_all_frames_visible_old_keys_are_used_and_only_there_it_differs():
@@ -60,13 +60,15 @@ def test_with_all_frames_visible_old_keys_are_used_and_only_there_it_differs():
     after = codes.clone()
     after[:, 0, :20] = 3
     # One layer: keys depend on codes alone, so frames computed anew see nothing old.
-    assert torch.allclose(passes(after, 0), network(after, 0, None), atol=1e-5)
+    assert torch.allclose(passes(after, 0), network(after, network.config.stage(0), None), atol=1e-5)
 
 
 def test_the_option_changes_codes_but_leaves_no_mask(tiny):
     decoding = DecodingConfig(decoding_steps=(4, 3, 3, 3))
     exact = tiny.generate(["a waltz", "two flutes"], decoding=decoding)
-    reused = tiny.generate(["a waltz", "two flutes"], decoding=DecodingConfig(decoding_steps=(4, 3, 3, 3), cache_frames=True))
+    reused = tiny.generate(
+        ["a waltz", "two flutes"], decoding=DecodingConfig(decoding_steps=(4, 3, 3, 3), cache_frames=True)
+    )
     assert reused.codes.shape == exact.codes.shape
     assert reused.codes.max() < tiny.network.config.codebook_size
     first = exact.order == 0  # decided by the exact first pass of stage 0

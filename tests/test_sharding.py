@@ -60,7 +60,7 @@ def on_rank(rank: int, size: int, folder: str, precision: torch.dtype, compiled:
                 torch.randn(2, 6, 16, generator=generator),
             )
             tokens, masked = torch.tensor([[True] * 6, [False] * 6]), torch.rand(2, 45, generator=generator) < 0.5
-            of_ranks.append((codes, stage, states, tokens, masked))
+            of_ranks.append((codes, plain.config.stage(stage), states, tokens, masked))
         for model in (plain, network):  # not after a pass, where `network` has its weights whole
             model.zero_grad()
         losses = []

@@ -41,7 +41,9 @@ def test_logits_and_gradients(model, stage, padded):
     valid = torch.arange(T)[None] < torch.tensor([[T], [50], [13]]) if padded else torch.ones(3, T, dtype=torch.bool)
     masked = (torch.rand(3, T) < 0.5) & valid
     targets = torch.randint(SIZE, (3, T))
-    features = model.trunk(codes, stage, model.encode_text(states, tokens), valid if padded else None)
+    features = model.trunk(
+        codes, model.config.stage(stage), model.encode_text(states, tokens), valid if padded else None
+    )
     slow = dense_logits(model, codes, stage, states, tokens, valid if padded else None)[:, stage]
     assert torch.allclose(model.logits(features, stage)[valid], slow[valid], atol=1e-5)
     gradients = []
@@ -63,7 +65,14 @@ def test_decoded_codes(model, arrangement):
     fixed = torch.rand(3, T) < 0.1
     memory = model.encode_text(states, tokens)
     fast = decode(
-        Networks(lambda c, s: model(c, s, memory), lambda c, s: model(c, s, None)), codes, fixed, SIZE, config, noise
+        Networks(
+            lambda c, s: model(c, model.config.stage(s), memory), lambda c, s: model(c, model.config.stage(s), None)
+        ),
+        codes,
+        fixed,
+        SIZE,
+        config,
+        noise,
     )
     assert torch.equal(
         fast, decode(Networks(*dense_networks(model, states, tokens)), codes, fixed, SIZE, config, noise)
@@ -119,6 +128,6 @@ def test_flop_that_count_are_those_of_the_products(model):
 
     states, tokens = torch.randn(1, 6, 16), torch.ones(1, 6, dtype=torch.bool)
     codes = torch.zeros(1, 4, T, dtype=torch.long)
-    counted = count_flop(lambda: model(codes, 0, model.encode_text(states, tokens)))
+    counted = count_flop(lambda: model(codes, model.config.stage(0), model.encode_text(states, tokens)))
     assert useful_flop(model.config, T, 0, T, 6) == pytest.approx(counted, rel=1e-6)
     assert useful_flop(model.config, T, 1, T, 6) < counted

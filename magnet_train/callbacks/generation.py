@@ -193,7 +193,7 @@ class GenerationCallback(Callback):
         heard: dict[str, HeardSet],
     ) -> list[str]:  # fmt: skip
         """Decodes this rank's items and has them heard; the keys of those that the time sufficed for."""
-        generator = Generator(module.whole, codec, module.text_encoder, self._settings(module), module.crop_s)
+        generator = Generator(module.unsharded, codec, module.text_encoder, self._settings(module), module.crop_s)
         start, folder = time.monotonic(), self._folder(trainer, module)
         self.audio, self.pictures = [], []
         bar = tqdm(

@@ -142,7 +142,7 @@ def training(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
         if dense:
             logits = dense_logits(model, shown, stage, states, text_mask)[:, stage][masked]
         else:
-            logits = model.masked_logits(shown, stage, states, text_mask, masked)
+            logits = model.masked_logits(shown, model.config.stage(stage), states, text_mask, masked)
         masked_cross_entropy(logits, codes[:, stage], masked).mean().backward()
         optimizer.step()
 
@@ -172,7 +172,8 @@ def decoding(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
 
     def exact() -> Networks:
         text = model.encode_text(states, text_mask)
-        return Networks(lambda c, s: model(c, s, text), lambda c, s: model(c, s, None))
+        stage = model.config.stage
+        return Networks(lambda c, s: model(c, stage(s), text), lambda c, s: model(c, stage(s), None))
 
     def dense() -> Networks:
         return Networks(*dense_networks(model, states, text_mask))
@@ -230,7 +231,7 @@ def _decode(
     make: Callable[[], Networks], codes: Tensor, steps: tuple[int, ...], device: str, decoded: _Decoded
 ) -> None:
     batch_size, _, num_frames = codes.shape
-    noise = item_noise(0, [str(i) for i in range(batch_size)], 50, num_frames).to(device)
+    noise = item_noise(0, [str(i) for i in range(batch_size)], 50, num_frames)
     given = torch.zeros(batch_size, num_frames, dtype=torch.bool, device=device)
     ends: list[float] = []
 
@@ -250,7 +251,8 @@ def _decoding_flop(model: Magnet, codes: Tensor, text: Any) -> float:
     for stage, steps in enumerate(DECODING_STEPS):
 
         def both(stage: int = stage) -> Any:
-            return model(codes, stage, text), model(codes, stage, None)
+            this = model.config.stage(stage)
+            return model(codes, this, text), model(codes, this, None)
 
         total += steps * count_flop(both)
     return total
@@ -315,11 +317,11 @@ def _compiled_decoding(options: BenchOptions, limit: float, model: Magnet) -> Be
 
     def conditional(codes: Tensor, stage: int) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return forward(codes, stage, text)
+        return forward(codes, config.stage(stage), text)
 
     @torch.no_grad()
     def generate() -> Tensor:
-        networks = Networks(conditional, lambda codes, stage: forward(codes, stage, None))
+        networks = Networks(conditional, lambda codes, stage: forward(codes, config.stage(stage), None))
         return decode(networks, codes, given, config.codebook_size, settings, noise)
 
     steps = settings.steps_per_stage(config.num_codebooks)
@@ -354,7 +356,7 @@ def _compiled_training(options: BenchOptions, limit: float, model: Magnet) -> It
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16):
             shown = _mask_codes(codes, stage, masked, config.mask_id)
-            logits = model.masked_logits(shown, stage, states, text_mask, masked)
+            logits = model.masked_logits(shown, model.config.stage(stage), states, text_mask, masked)
         masked_cross_entropy(logits, codes[:, stage], masked).mean().backward()
         optimizer.step()
 

@@ -198,7 +198,7 @@ def training_pass(
 
     def step(stage: int) -> None:
         with torch.autocast(device, torch.bfloat16, enabled=half):
-            features = network.trunk(codes, stage, network.encode_text(states, allowed))
+            features = network.trunk(codes, network.config.stage(stage), network.encode_text(states, allowed))
             loss = masked_cross_entropy(network.logits(features[masked], stage), codes[:, stage], masked).mean()
         loss.backward()
 

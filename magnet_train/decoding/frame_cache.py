@@ -36,7 +36,7 @@ class CachedForward:
             self.qkv = [x.new_empty(b * t, 3 * x.shape[1]) for _ in model.blocks]
             self.inputs = [x.new_empty(b * t, x.shape[1]) for _ in model.blocks]
             self.logits = x.new_empty(b * t, model.config.codebook_size)
-            self.frames = model.frame_inputs(x.view(b, t, -1), stage, None)
+            self.frames = model.frame_inputs(x.view(b, t, -1), model.config.stage(stage).context, None)
         else:
             active = (codes != self.codes).any(1) | (codes[:, stage] == model.config.mask_id)
         self.codes = codes
