@@ -21,7 +21,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="Folder for scores and audio; 40 hours take 3 GB."
+        "--out", type=Path, required=True, help="Folder for scores and audio; 40 hours take 5 GB."
     )
     parser.add_argument(
         "--shards", type=Path, help="Folder for code shards; none are made if not given."
