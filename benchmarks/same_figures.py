@@ -17,7 +17,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from magnet_train.common.assets import demo_path
-from magnet_train.data.pipeline import EveryItemOnce, ShardSet
+from magnet_train.data.pipeline import EvaluationDataset
+from magnet_train.data.shards import ShardSet
 from magnet_train.generator import load
 from magnet_train.metrics.embedders import load_listener
 from magnet_train.metrics.scoring import KINDS, HeardSet, score
@@ -37,7 +38,7 @@ CASES: dict[str, tuple[int, list[slice | list[int]]]] = {
 def items() -> list[tuple[str, str, dict]]:
     """Key, caption and what musicnn heard in the original, of the first captions of the validation split."""
     found = []
-    for batch in EveryItemOnce(ShardSet.open(demo_path("shards/validation")), 500, 8):
+    for batch in EvaluationDataset(ShardSet.open(demo_path("shards/validation")), 500, 8):
         found += list(zip(batch["keys"], batch["captions"], batch["references"], strict=True))
     return found[:NUM_PROMPTS]
 

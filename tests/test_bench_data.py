@@ -10,7 +10,7 @@ from helpers_data import make_data_codec
 
 from magnet_train.checks import bench_data
 from magnet_train.checks.measure import BenchOptions, row
-from magnet_train.data.pipeline import ShardSet
+from magnet_train.data.shards import ShardSet
 
 OPTIONS = BenchOptions(repeats=1)
 

@@ -1,6 +1,8 @@
 """Shards to batches: nothing lost, nothing twice, the same again, and exactly on after a resume."""
 
 import io
+import json
+import os
 import tarfile
 import time
 import warnings
@@ -19,14 +21,12 @@ from torch.utils.data import DataLoader
 from magnet_train.common.errors import UserError
 from magnet_train.data.pipeline import (
     Batch,
-    EveryItemOnce,
-    ShardSet,
+    EvaluationDataset,
     TrainingStream,
-    packed,
-    read_shard,
-    tar_members,
+    compress_for_worker,
     training_order,
 )
+from magnet_train.data.shards import ShardSet, read_shard
 
 COUNTS = (5, 3, 4, 5, 3, 4)  # 24 items in six shards
 
@@ -64,7 +64,7 @@ def keys(batches: Any) -> list[str]:
 
 
 def load(dataset: Any, workers: int) -> Any:
-    return DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=packed)
+    return DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=compress_for_worker)
 
 
 # --- validation ---------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def load(dataset: Any, workers: int) -> Any:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_item_once_over_ranks_and_workers(ranks: int, workers: int, shards: ShardSet):
-    each = [list(load(EveryItemOnce(shards, 50, 3, rank, ranks), workers)) for rank in range(ranks)]
+    each = [list(load(EvaluationDataset(shards, 50, 3, rank, ranks), workers)) for rank in range(ranks)]
     assert sorted(k for batches in each for k in keys(batches)) == all_keys()
     sizes = [len(keys(batches)) for batches in each]
     assert max(sizes) - min(sizes) <= 1
@@ -82,7 +82,7 @@ def test_every_item_once_over_ranks_and_workers(ranks: int, workers: int, shards
         for batch in batches:
             assert [f"item{i:04d}" for i in batch["indices"]] == batch["keys"]
     if workers:  # the order does not depend on them
-        alone = [keys(load(EveryItemOnce(shards, 50, 3, rank, ranks), 0)) for rank in range(ranks)]
+        alone = [keys(load(EvaluationDataset(shards, 50, 3, rank, ranks), 0)) for rank in range(ranks)]
         assert [keys(batches) for batches in each] == alone
 
 
@@ -93,12 +93,12 @@ def test_few_items_and_few_shards(counts: tuple[int, ...], ranks: int, batch_siz
     """More ranks than items, or one shard for all: still each once."""
     found = ShardSet.open(write_shards(tmp_path, codec, counts))
     for workers in (0, 3):
-        sets = [EveryItemOnce(found, 50, batch_size, rank, ranks) for rank in range(ranks)]
+        sets = [EvaluationDataset(found, 50, batch_size, rank, ranks) for rank in range(ranks)]
         assert sorted(keys(b for s in sets for b in load(s, workers))) == all_keys(sum(counts))
 
 
 def test_validation_takes_the_first_frames_and_the_references(shards: ShardSet):
-    for batch in EveryItemOnce(shards, 60, 5):
+    for batch in EvaluationDataset(shards, 60, 5):
         assert batch["codes"].shape == (len(batch["keys"]), 4, 60) and batch["codes"].dtype == torch.int64
         assert batch["valid"].all() and batch["valid"].dtype == torch.bool
         for i, index in enumerate(batch["indices"]):
@@ -114,9 +114,9 @@ def test_an_unreadable_shard_ends_a_validation(codec: str, tmp_path: Path):
     whole = path.read_bytes()
     for cut in (0, 300, 512, 1500, len(whole) // 2):
         path.write_bytes(whole[:cut])
-        assert str(path) in refusal(list, EveryItemOnce(found, 50, 2))
+        assert str(path) in refusal(list, EvaluationDataset(found, 50, 2))
     path.unlink()
-    assert str(path) in refusal(list, EveryItemOnce(found, 50, 2))
+    assert str(path) in refusal(list, EvaluationDataset(found, 50, 2))
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_a_resume_reads_nothing_it_does_not_need(shards: ShardSet, monkeypatch: 
         read.append(path)
         return read_shard(path, *args, **kwargs)
 
-    monkeypatch.setattr("magnet_train.data.pipeline.read_shard", counted)
+    monkeypatch.setattr("magnet_train.data.shards.read_shard", counted)
     next(iter(TrainingStream(shards, 30, 3, 5, start_batch=10_000)))
     assert len(read) <= 8
 
@@ -201,7 +201,7 @@ def test_short_items_are_padded_and_marked(codec: str, tmp_path: Path):
     """Valid are the frames that hold audio: ceil(duration_s * frame_rate), be the codes longer or not."""
     seconds = [1.0, 0.61, 0.6, 0.59]  # 50, 31, 30 and 30 frames
     found = ShardSet.open(write_shards(tmp_path, codec, (4,), num_frames=50, seconds=seconds))
-    (batch,) = EveryItemOnce(found, 80, 4)
+    (batch,) = EvaluationDataset(found, 80, 4)
     assert batch["codes"].shape == (4, 4, 80)
     assert batch["valid"].sum(1).tolist() == [50, 31, 30, 30]
     for row, valid in zip(batch["codes"], batch["valid"], strict=True):
@@ -229,10 +229,16 @@ def test_no_readable_shard_ends_the_training(codec: str, tmp_path: Path):
     for path in found.paths:
         path.write_bytes(b"")
     with pytest.warns(UserWarning):
-        assert "no readable shard" in refusal(next, iter(TrainingStream(found, 50, 4, 0)))
+        assert "none of the last" in refusal(next, iter(TrainingStream(found, 50, 4, 0)))
 
 
 # --- the folder ---------------------------------------------------------------------------------------------------
+
+
+def rewrite_index(folder: Path, change: Callable[[Any], Any]) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    change(index)
+    (folder / "index.json").write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize(
@@ -242,8 +248,17 @@ def test_no_readable_shard_ends_the_training(codec: str, tmp_path: Path):
         (lambda f: [p.unlink() for p in f.iterdir()], "make it with tokenize"),
         (lambda f: (f / "index.json").write_text("{"), "broken"),
         (lambda f: (f / "index.json").write_text("[]"), "broken"),
-        (lambda f: (f / "index.json").write_text('{"shards": [], "codec": {"hash": "x"}}'), "no shards"),
+        (lambda f: rewrite_index(f, lambda index: index["shards"].clear()), "no shards"),
+        (lambda f: rewrite_index(f, lambda index: index["shards"].append(index["shards"][0])), "twice"),
+        (lambda f: rewrite_index(f, lambda index: index["shards"].append("x")), "broken"),
+        (lambda f: rewrite_index(f, lambda index: index["codec"].pop("frame_rate")), "frame_rate"),
+        (lambda f: rewrite_index(f, lambda index: index["codec"].update(num_codebooks=10**8)), "num_codebooks"),
+        *((lambda f, name=name, value=value: rewrite_index(f, lambda i: i["shards"][0].update({name: value})), name)
+          for name, value in (("num_examples", 10**12), ("num_examples", -1), ("num_examples", True), ("sha256", 5))),
+        *((lambda f, name=name: rewrite_index(f, lambda i: i["shards"][0].update(name=name)), "is called")
+          for name in ("../a.tar", "/a.tar", "a/b.tar", ".a.tar")),
         (lambda f: (f / "index.json").write_text('{"shards": [{"name": "a", "num_examples": 1}]}'), "broken"),
+        (lambda f: (f / "index.json").write_bytes(b"[" * 100_000), "broken"),
     ],
 )
 def test_wrong_folders(damage: Callable[[Path], Any], says: str, codec: str, tmp_path: Path):
@@ -261,35 +276,105 @@ def test_what_a_shard_holds(folder: Path):
     assert all(item["reference"] is not None for item in read_shard(folder / "shard-000001.tar", with_references=True))
 
 
-def written(names: list[str], format: int, empty_folder: bool = False) -> bytes:
-    """A tar of files of different length; what they hold repeats their number."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=format) as tar:
-        if empty_folder:
-            folder = tarfile.TarInfo("folder")
-            folder.type = tarfile.DIRTYPE
-            tar.addfile(folder)
-        for number, name in enumerate(names):
+def write_tar(path: Path, members: list[tuple[str, bytes]], change: Any = None, **kind: Any) -> Path:
+    """A tar with these members; `change` may alter the header of the first."""
+    with tarfile.open(path, **({"mode": "w"} | kind)) as tar:
+        for number, (name, content) in enumerate(members):
             member = tarfile.TarInfo(name)
-            member.size = 300 * number
-            tar.addfile(member, io.BytesIO(bytes([number]) * member.size))
-    return file.getvalue()
+            member.size = len(content)
+            if change is not None and number == 0:
+                change(member)
+            tar.addfile(member, io.BytesIO(content))
+    return path
 
 
-@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-@pytest.mark.parametrize("empty_folder", [False, True])
-@pytest.mark.parametrize("long", ["c", "c" * 100, "d" * 60 + "/" + "c" * 90, "ü"])
-def test_tars_are_read_as_tarfile_does(format: int, empty_folder: bool, long: str):
-    """Ours by the short way, all others by the long one, also where they begin to differ in the middle."""
-    content = written(["a", "b", long, "e"], format, empty_folder)
-    assert list(tar_members(content)) == [(n, bytes([i]) * 300 * i) for i, n in enumerate(["a", "b", long, "e"])]
+def members(
+    key: str = "a", array: Any = np.ones((4, 10), np.uint16), info: Any = None
+) -> list[tuple[str, bytes]]:
+    codes = io.BytesIO()
+    np.save(codes, array)
+    if info is None:
+        info = {"key": key, "caption": "x", "duration_s": 0.2}
+    about = info if isinstance(info, bytes) else json.dumps(info).encode()
+    return [(f"{key}.codes.npy", codes.getvalue()), (f"{key}.json", about)]
+
+
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+@pytest.mark.parametrize("key", ["a", "c" * 150])
+def test_tars_of_every_format_are_read(kind: int, key: str, tmp_path: Path):
+    if len(key) > 100 and kind == tarfile.USTAR_FORMAT:
+        return  # which has no such names
+    path = write_tar(tmp_path / "a.tar", members(key), lambda m: setattr(m, "mtime", 1.5), format=kind)
+    (item,) = read_shard(path)
+    assert item["info"]["key"] == key and item["codes"].tolist() == [[1] * 10] * 4
+
+
+@pytest.mark.parametrize("key", ["../a", "/a", "a/b", "a b", "é", "a" * 201])
+def test_keys_that_lead_elsewhere_are_refused(key: str, tmp_path: Path):
+    assert "a key has letters" in refusal(read_shard, write_tar(tmp_path / "a.tar", members(key)))
+
+
+INFO = {"key": "a", "caption": "x", "duration_s": 0.2}
+
+
+@pytest.mark.parametrize(
+    "info",
+    [*({**INFO, "duration_s": value} for value in (None, "1", -1, 0, 1e308, float("nan"), float("inf"), True, [1])),
+     *({**INFO, "caption": value} for value in (5, None, ["x"], {})), {**INFO, "key": "b"}, {**INFO, "key": 5},
+     *({k: v for k, v in INFO.items() if k != name} for name in ("key", "duration_s")),
+     b"[1]", b"{", b"\xff", b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", b" " * (1 << 20) + b"{}", b"5"],
+)  # fmt: skip
+def test_a_json_of_strangers_is_checked(info: Any, tmp_path: Path):
+    assert "a.json" in refusal(read_shard, write_tar(tmp_path / "a.tar", members(info=info)))
+
+
+def test_a_caption_is_text_that_can_be_written(tmp_path: Path):
+    (one,) = read_shard(write_tar(tmp_path / "a.tar", members(info={"key": "a", "duration_s": 1})))
+    assert one["info"]["caption"] == ""
+    (one,) = read_shard(write_tar(tmp_path / "a.tar", members(info={**INFO, "caption": "\ud800"})))
+    assert one["info"]["caption"] == "?"
+
+
+def sparse(member: tarfile.TarInfo) -> None:
+    member.type = tarfile.GNUTYPE_SPARSE
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [(sparse, {}), (lambda m: setattr(m, "type", tarfile.SYMTYPE), {}),
+     (lambda m: m.pax_headers.update({"size": "-1000"}), {"format": tarfile.PAX_FORMAT}),
+     (lambda m: m.pax_headers.update({"GNU.sparse.major": "1"}), {"format": tarfile.PAX_FORMAT})],
+)  # fmt: skip
+def test_members_of_other_sizes_than_they_have_are_refused(change: Any, kind: Any, tmp_path: Path):
+    path = write_tar(tmp_path / "a.tar", members(), change, **kind)
+    assert "the member at byte 0" in refusal(read_shard, path)
+
+
+def test_a_negative_size_and_a_compressed_tar_are_refused(tmp_path: Path):
+    header = bytearray(512)
+    header[:12], header[124:130], header[156] = b"a.codes.npy\0", b"-1000\0", 48
+    header[148:156] = b"%06o\0 " % (sum(header) + 8 * 32)
+    (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(1024))
+    assert "damaged" in refusal(read_shard, tmp_path / "a.tar")
+    assert "damaged" in refusal(read_shard, write_tar(tmp_path / "b.tar", members(), mode="w:gz"))
+
+
+def test_a_shard_that_is_no_file_is_not_opened(tmp_path: Path):
+    os.mkfifo(tmp_path / "a.tar")
+    assert "regular file" in refusal(read_shard, tmp_path / "a.tar")
+
+
+def test_arrays_are_not_believed_further_than_their_bytes(tmp_path: Path):
+    one, two = members()
+    claimed = one[1].replace(b"(4, 10)", b"(4, 1" + b"0" * 12 + b")")
+    assert "a.codes.npy" in refusal(read_shard, write_tar(tmp_path / "a.tar", [(one[0], claimed), two]))
 
 
 @pytest.mark.parametrize("num_frames", [80, 100, 130])
 def test_a_loader_process_changes_nothing(num_frames: int, codec: str, tmp_path: Path):
-    """Though batches are packed on their way: types, padding and references too."""
+    """Though batches are compress_for_worker on their way: types, padding and references too."""
     found = ShardSet.open(write_shards(tmp_path, codec, (4, 3), seconds=[2, 1.5, 0.1, 2, 1, 2, 1.99]))
-    for dataset in (TrainingStream(found, num_frames, 3, 0), EveryItemOnce(found, num_frames, 3)):
+    for dataset in (TrainingStream(found, num_frames, 3, 0), EvaluationDataset(found, num_frames, 3)):
         for one, two in zip(islice(load(dataset, 0), 3), islice(load(dataset, 1), 3), strict=True):
             assert type(one) is type(two) is dict and list(one) == list(two)
             for name in ("codes", "valid"):
@@ -336,9 +421,10 @@ def test_codes_that_are_no_uint16_arrays(tmp_path: Path):
 def test_the_order_begins_anywhere():
     """Left out are exactly the first, within a group and epochs later; and that takes no time."""
     counts = [5, 3, 4, 5, 3, 4, 1, 1, 9]
-    items = [i for group in islice(training_order(counts, 3, 1, 2), 20) for i in group]
+    items = [i for group, _ in islice(training_order(counts, 3, 1, 2), 20) for i in group]
     for done in range(100):
-        rest = [i for group in islice(training_order(counts, 3, 1, 2, done), 20) for i in group]
+        groups = islice(training_order(counts, 3, 1, 2, done), 20)
+        rest = [i for group, skipped in groups for i in group[skipped:]]
         assert rest[: len(items) - done] == items[done:]
     begin = time.process_time()
     next(training_order([256] * 10_000, 0, 0, 2, 10**8))
@@ -512,7 +598,7 @@ def test_changed_bytes_are_noticed(codec: str, tmp_path: Path):
     content = bytearray(found.paths[1].read_bytes())
     content[512 + 200] ^= 1  # within the first item's codes
     found.paths[1].write_bytes(content)
-    assert str(found.paths[1]) in refusal(list, EveryItemOnce(found, 50, 2))
+    assert str(found.paths[1]) in refusal(list, EvaluationDataset(found, 50, 2))
     with pytest.warns(UserWarning, match="shard-000001"):
         assert set(keys(islice(TrainingStream(found, 50, 3, 0), 10))) == set(all_keys(3))
 
@@ -523,7 +609,7 @@ def test_codes_that_are_none_of_the_codec(
 ):
     monkeypatch.setattr("helpers_data.codes_of", lambda *_: codes.astype(np.uint16))
     found = ShardSet.open(write_shards(tmp_path, codec, (2,)))
-    assert "shard-000000" in refusal(list, EveryItemOnce(found, 50, 2))
+    assert "shard-000000" in refusal(list, EvaluationDataset(found, 50, 2))
 
 
 def test_a_shard_that_comes_back_is_used_again(codec: str, tmp_path: Path):

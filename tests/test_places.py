@@ -34,18 +34,20 @@ from magnet_train.common.errors import UserError
 from magnet_train.data import pipeline
 from magnet_train.data import remote as places
 from magnet_train.data.datamodule import MagnetDataModule
-from magnet_train.data.pipeline import EveryItemOnce, ShardSet, TrainingStream, packed, training_order
+from magnet_train.data.pipeline import EvaluationDataset, TrainingStream, compress_for_worker, training_order
 from magnet_train.data.remote import find_folders
+from magnet_train.data.shards import ShardSet
 from magnet_train.resume import fingerprint
 
 COUNTS = (4, 3, 5, 4)
+CODEC = {"id": "x", "hash": "x", "num_codebooks": 1, "codebook_size": 2, "frame_rate": 50.0}
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Pauses of hundredths of seconds, and a cache of the test's own."""
     for name, value in {
-        "FIRST_PAUSE_S": 0.01, "SHARD_PATIENCE_S": 0.6, "INDEX_PATIENCE_S": 0.6, "STALL_S": 2.0, "SPARE_BYTES": 0,
+        "FIRST_PAUSE_S": 0.01, "SHARD_PATIENCE_S": 0.6, "INDEX_PATIENCE_S": 0.6, "STALL_S": 2.0, "MIN_FREE_BYTES": 0,
     }.items():  # fmt: skip
         monkeypatch.setattr(places, name, value)
     monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -88,7 +90,7 @@ def all_keys(number: int = sum(COUNTS)) -> list[str]:
 
 
 def load(dataset: Any, workers: int) -> Any:
-    return DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=packed)
+    return DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=compress_for_worker)
 
 
 def shard(number: int) -> str:
@@ -135,7 +137,7 @@ def test_patterns_name_folders_in_order(tmp_path: Path, monkeypatch: pytest.Monk
     assert find_folders("s3://music/{a,b}") == [("s3://music/a", "*"), ("s3://music/b", "*")]
     assert find_folders("https://host/train/s-*.tar") == [("https://host/train", "s-*.tar")]
     assert "no folder matches" in refusal(find_folders, "valid_*")
-    assert "braces do not pair" in refusal(find_folders, "part-{00..07")
+    assert "unbalanced braces" in refusal(find_folders, "part-{00..07")
     assert "does not list" in refusal(find_folders, "https://host/train_*")
 
 
@@ -156,7 +158,7 @@ def test_joined_sets_are_one_set_of_the_same_shards(
         for rank in range(2):
             streams = [islice(TrainingStream(s, 50, 3, 1, rank, 2), 8) for s in (whole, joined)]
             assert keys(streams[0]) == keys(streams[1])
-        assert keys(EveryItemOnce(joined, 50, 3)) == all_keys()
+        assert keys(EvaluationDataset(joined, 50, 3)) == all_keys()
     if len(parts) > 1:
         assert fingerprint(ShardSet.open(names[::-1]).index) != fingerprint(whole.index)
 
@@ -176,8 +178,8 @@ def test_an_epoch_of_all_readers_is_every_item_once(counts: list[int], ranks: in
             with pytest.raises(ValueError, match="readers for"):
                 next(order)
             return
-        for group in order:
-            if group[0][0] >= 2:
+        for group, _ in order:
+            if group[0].epoch >= 2:
                 break
             heard.update(group)
     assert heard == Counter((e, s, i) for e in range(2) for s, n in enumerate(counts) for i in range(n))
@@ -202,7 +204,7 @@ def test_picked_shards(folder: Path):
 
 def test_thousands_of_picked_shards_are_found_at_once(tmp_path: Path):
     entries = [{"name": f"s-{n:05d}.tar", "num_examples": 1} for n in range(10_000)]
-    (tmp_path / "index.json").write_text(json.dumps({"codec": {"hash": "x"}, "shards": entries}))
+    (tmp_path / "index.json").write_text(json.dumps({"codec": CODEC, "shards": entries}))
     begin = time.process_time()
     assert len(ShardSet.open(f"{tmp_path}/s-{{00000..09999}}.tar").paths) == 10_000
     assert time.process_time() - begin < 3
@@ -223,7 +225,7 @@ def test_a_fingerprint_is_what_it_was(folder: Path):
 def test_items_of_one_key_are_no_validation(codec: str, tmp_path: Path):
     """A metric would count one of them."""
     sets = [str(write_shards(tmp_path / name, codec, (2,))) for name in "ab"]
-    text = refusal(list, EveryItemOnce(ShardSet.open(sets), 50, 2))
+    text = refusal(list, EvaluationDataset(ShardSet.open(sets), 50, 2))
     assert "item0000" in text and all(name in text for name in sets)
     next(iter(TrainingStream(ShardSet.open(sets), 50, 2, 0)))  # training does not mind
 
@@ -238,13 +240,13 @@ def test_shards_of_a_web_server_are_those_of_the_folder(workers: int, server: Fa
     assert fingerprint(near.index) == fingerprint(far.index)
     streams = [islice(load(TrainingStream(s, 50, 4, 3), workers), 16) for s in (near, far)]
     assert keys(streams[0]) == keys(streams[1])
-    assert keys(load(EveryItemOnce(far, 50, 3), workers)) == all_keys()
+    assert keys(load(EvaluationDataset(far, 50, 3), workers)) == all_keys()
     assert server.requests.pop("train/index.json") == 1 and set(server.requests) == {shard(n) for n in range(4)}
     assert max(server.requests.values()) == 1 or workers
     assert sorted(cached()) == sorted(s["sha256"] for s in far.index["shards"])
-    assert not server.during(lambda: keys(EveryItemOnce(far, 50, 3)))
+    assert not server.during(lambda: keys(EvaluationDataset(far, 50, 3)))
     picked = ShardSet.open([f"{server.address}/train/shard-00000[01].tar", f"{folder}/shard-000003.tar"])
-    assert picked.counts == [4, 3, 4] and keys(EveryItemOnce(picked, 50, 9)) == all_keys()[:7] + all_keys()[12:]
+    assert picked.counts == [4, 3, 4] and keys(EvaluationDataset(picked, 50, 9)) == all_keys()[:7] + all_keys()[12:]
 
 
 def test_other_stores_by_what_stands_for_them(folder: Path):
@@ -254,7 +256,7 @@ def test_other_stores_by_what_stands_for_them(folder: Path):
         memory.put(str(folder), f"/music/train_{name}", recursive=True)
     assert find_folders("memory://music/train_*") == [(f"memory:///music/train_{name}", "*") for name in "ab"]
     found = ShardSet.open("memory://music/train_[a]")
-    assert keys(EveryItemOnce(found, 50, 4)) == all_keys() and len(cached()) == 4
+    assert keys(EvaluationDataset(found, 50, 4)) == all_keys() and len(cached()) == 4
     assert "memory://music/c/index.json: not there" in refusal(ShardSet.open, "memory://music/c")
     assert "no folder matches" in refusal(ShardSet.open, "memory://music/c*")
 
@@ -282,7 +284,7 @@ def test_what_passes_is_waited_for(faults: list[str], server: FaultyServer, monk
 @pytest.mark.parametrize(
     ("fault", "says", "tries"),
     [
-        ("404", "not there", 1), ("403", "may not be read", 1), ("401", "may not be read", 1),
+        ("404", "not there", 1), ("403", "access denied", 1), ("401", "access denied", 1),
         ("other", "its bytes", 2), ("503", "cannot be reached (503", None), ("reset", "cannot be reached", None),
         ("cut", "cannot be reached", None), ("hang", "cannot be reached (no answer", None),
     ],
@@ -296,16 +298,16 @@ def test_what_does_not_pass_is_named(
     found = ShardSet.open(f"{server.address}/train")
     server.always[shard(1)] = fault
     begin = time.monotonic()
-    text = refusal(list, EveryItemOnce(found, 50, 4))
+    text = refusal(list, EvaluationDataset(found, 50, 4))
     assert f"{server.address}/{shard(1)}" in text and says in text and time.monotonic() - begin < 300
     requests = server.requests[shard(1)]
     # 0.6 s hold six pauses at most; and a connection that breaks aiohttp itself tries twice.
     assert requests == tries or (tries is None and 2 <= requests <= 7 * 2)
-    with pytest.warns(UserWarning, match=r"left out: .*shard-000001"):
+    with pytest.warns(UserWarning, match=r"skipping shard .*shard-000001"):
         assert set(keys(islice(TrainingStream(found, 50, 4, 0), 8))) == set(all_keys()) - set(all_keys(7)[4:])
     assert len(cached()) == 3
     del server.always[shard(1)]
-    assert keys(EveryItemOnce(found, 50, 4)) == all_keys()  # it came back
+    assert keys(EvaluationDataset(found, 50, 4)) == all_keys()  # it came back
 
 
 def test_a_damaged_file_of_the_cache_is_fetched_again(server: FaultyServer):
@@ -334,7 +336,7 @@ def test_an_index_is_read_anew_and_outlives_its_store(server: FaultyServer, code
     store.stop()
     with pytest.warns(UserWarning, match="cannot be reached"):
         again = ShardSet.open(f"{store.address}/set")
-    assert again.counts == [2, 3] and keys(EveryItemOnce(again, 50, 5)) == all_keys(5)  # all of it from the cache
+    assert again.counts == [2, 3] and keys(EvaluationDataset(again, 50, 5)) == all_keys(5)  # all of it from the cache
     begin = time.monotonic()
     text = refusal(ShardSet.open, f"{store.address}/elsewhere")
     assert "elsewhere/index.json: cannot be reached" in text and time.monotonic() - begin < 300
@@ -349,7 +351,7 @@ def no_room(path: Path, content: bytes) -> int:
 @pytest.mark.parametrize("how", ["little left", "full", "no folder"])
 def test_a_full_disk_costs_a_warning(how: str, server: FaultyServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     if how == "little left":
-        monkeypatch.setattr(places, "SPARE_BYTES", 10**18)
+        monkeypatch.setattr(places, "MIN_FREE_BYTES", 10**18)
     elif how == "full":
         monkeypatch.setattr(Path, "write_bytes", no_room)
     else:
@@ -367,7 +369,7 @@ def test_an_index_does_not_choose_where_files_are_written(codec: str, tmp_path: 
     write_shards(tmp_path / "set", codec, (2,))
     path = tmp_path / "set" / "index.json"
     store = FaultyServer(tmp_path)
-    for sha256 in ("../../../stolen", "", None, 5, "A" * 64):
+    for sha256 in ("../../../stolen", "", None, "A" * 64):
         index = json.loads(path.read_text())
         index["shards"][0]["sha256"] = sha256
         path.write_text(json.dumps(index))
@@ -383,7 +385,7 @@ def test_an_index_does_not_choose_where_files_are_written(codec: str, tmp_path: 
 def read_all(address: str, ready: Any, result: Any) -> None:
     found = ShardSet.open(address)
     ready.wait()
-    result.put(keys(EveryItemOnce(found, 50, 4)))
+    result.put(keys(EvaluationDataset(found, 50, 4)))
 
 
 def test_processes_share_a_cache(server: FaultyServer):
@@ -397,7 +399,7 @@ def test_processes_share_a_cache(server: FaultyServer):
     for process in processes:
         process.join()
     assert len(cached()) == 4  # and nothing else, half a file for one
-    assert not server.during(lambda: keys(EveryItemOnce(ShardSet.open(args[0]), 50, 4))) - Counter(["train/index.json"])
+    assert not server.during(lambda: keys(EvaluationDataset(ShardSet.open(args[0]), 50, 4))) - Counter(["train/index.json"])
 
 
 # --- what is left out ---------------------------------------------------------------------------------------------
@@ -411,9 +413,9 @@ def test_batches_count_what_was_left_out(workers: int, codec: str, tmp_path: Pat
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         batches = list(islice(load(TrainingStream(found, 50, 2, 0), workers), 120))
-    shards, items = (sum(b[f"{what}_left_out"] for b in batches) for what in ("shards", "items"))
+    shards, items = (sum(b[f"{what}_skipped"] for b in batches) for what in ("shards", "items"))
     epochs = len(keys(batches)) / 12
-    assert items == 6 * shards and abs(shards - epochs) <= 2 and {b["shards_left_out"] for b in batches} == {0, 1}
+    assert items == 6 * shards and abs(shards - epochs) <= 2 and {b["shards_skipped"] for b in batches} == {0, 1}
 
 
 def test_a_reader_without_any_shard_ends_the_run(codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -423,19 +425,19 @@ def test_a_reader_without_any_shard_ends_the_run(codec: str, tmp_path: Path, mon
         Path(path).unlink()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert "no readable shard among the last 100" in refusal(next, iter(TrainingStream(found, 50, 2, 0, 1, 2)))
+        assert "none of the last 100 shards" in refusal(next, iter(TrainingStream(found, 50, 2, 0, 1, 2)))
     assert len([w for w in caught if w.category is UserWarning]) == 3  # each named once
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
     def refuse(*_: Any) -> Any:
-        clock.now += pipeline.MOST_WAIT_S / 4
+        clock.now += pipeline.MAX_UNREADABLE_S / 4
         raise UserError("a shard: cannot be reached")
 
     monkeypatch.setattr(ShardSet, "read", refuse)
     with pytest.warns(UserWarning):
         text = refusal(next, iter(TrainingStream(found, 50, 2, 0, 1, 2)))
-    assert "among the last 5, tried for 1125 s; the last: a shard" in text
+    assert "none of the last 5 shards could be read, in 1125 s; the last: a shard" in text
 
 
 @pytest.fixture
@@ -478,15 +480,15 @@ def test_a_run_from_a_bucket_is_that_from_a_folder(
         for name, value in {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}.items():
             nobody.setenv(name, value)
         type(bucket).clear_instance_cache()
-        with pytest.warns(UserWarning, match="cannot be reached .Unable to locate credentials.; going on with"):
+        with pytest.warns(UserWarning, match="cannot be reached .Unable to locate credentials.; using"):
             ShardSet.open("s3://shards/train")
         nobody.setenv("MAGNET_TRAIN_CACHE", str(tmp_path / "empty"))
         assert main(arguments(data, tmp_path / "none", "--data.train=s3://shards/train")) == 2
-        assert "s3://shards/train/index.json: may not be read (Unable to locate cred" in capsys.readouterr().err
+        assert "s3://shards/train/index.json: access denied (Unable to locate cred" in capsys.readouterr().err
         type(bucket).clear_instance_cache()
     bucket.rm("shards/train/shard-000001.tar")
     places._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match=r"left out: s3://.*shard-000001.tar: not there"):
+    with pytest.warns(UserWarning, match=r"skipping shard s3://.*shard-000001.tar: not there"):
         found = ShardSet.open("s3://shards/train")
         shutil.rmtree(os.environ["MAGNET_TRAIN_CACHE"])
         assert len(set(keys(list(islice(load(TrainingStream(found, 50, 2, 0), 0), 24))))) == 21  # of 24 items
@@ -496,12 +498,12 @@ def test_a_slow_model_is_no_store_that_fails(codec: str, tmp_path: Path, monkeyp
     """Time and shards in a row are counted from the last batch that was asked for, whatever the model does with it."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(pipeline, "MOST_UNREAD", 12)
+    monkeypatch.setattr(pipeline, "MAX_UNREADABLE", 12)
     found = ShardSet.open(write_shards(tmp_path, codec, (1, 1)))
     Path(found.paths[0]).unlink()
-    with pytest.warns(UserWarning, match="left out"):
+    with pytest.warns(UserWarning, match="skipping"):
         for _ in islice(TrainingStream(found, 50, 1, 0, 0, 2), 12):
-            clock.now += 2 * pipeline.MOST_WAIT_S
+            clock.now += 2 * pipeline.MAX_UNREADABLE_S
 
 
 @pytest.mark.parametrize("says", [3, 5])
@@ -511,14 +513,14 @@ def test_a_shard_with_other_items_than_the_index_says(says: int, codec: str, tmp
     index["shards"][0]["num_examples"] = says
     (tmp_path / "index.json").write_text(json.dumps(index))
     found = ShardSet.open(tmp_path)
-    assert f"4 items, its index says {says}" in refusal(list, EveryItemOnce(found, 50, 2))
+    assert f"4 items, its index says {says}" in refusal(list, EvaluationDataset(found, 50, 2))
     with pytest.warns(UserWarning, match=f"its index says {says}"):
         assert set(keys(islice(TrainingStream(found, 50, 2, 0), 8))) == set(all_keys(8)[4:])
 
 
 def test_a_set_without_items_is_refused(tmp_path: Path):
     """Its order would be looked for for ever."""
-    index = {"codec": {"hash": "x"}, "shards": [{"name": "a.tar", "num_examples": 0}]}
+    index = {"codec": CODEC, "shards": [{"name": "a.tar", "num_examples": 0}]}
     (tmp_path / "index.json").write_text(json.dumps(index))
     assert "no shards with items" in refusal(ShardSet.open, tmp_path)
 
@@ -550,7 +552,7 @@ def test_what_goes_wrong_in_a_loader_process_is_one_line(workers: int, data: Pat
     for path in (tmp_path / "data" / "train").glob("*.tar"):
         path.unlink()
     line = mistake(capfd, arguments(tmp_path / "data", tmp_path / "run", f"--data.num_workers={workers}"))
-    assert "no readable shard among" in line and "missing; copy it again" in line
+    assert "none of the last" in line and "missing; copy it again" in line
     (path,) = (tmp_path / "data" / "validation").glob("*.tar")
     path.write_bytes(path.read_bytes()[:700])
     options = ["--generation.at_start=true", f"--data.num_workers={workers}", f"--data.train={data / 'train'}"]
@@ -579,13 +581,13 @@ def test_two_ranks_train_on_from_a_server_that_misses_a_shard(data: Path, tmp_pa
     assert len((tmp_path / "run" / "ledger.validations").read_text().splitlines()) == 3
     (log,) = (tmp_path / "run").rglob("metrics.csv")
     with log.open() as file:
-        rows = [row for row in csv.DictReader(file) if row.get("data/items_left_out")]
-    shards, items = (float(rows[-1][f"data/{what}_left_out"]) for what in ("shards", "items"))
+        rows = [row for row in csv.DictReader(file) if row.get("data/items_skipped")]
+    shards, items = (float(rows[-1][f"data/{what}_skipped"]) for what in ("shards", "items"))
     found = ShardSet.open(f"{store.address}/train")
     with warnings.catch_warnings():  # the same once more, without a model
         warnings.simplefilter("ignore")
         each = [islice(load(TrainingStream(found, 50, 2, 2036, rank, 2), 2), 12) for rank in range(2)]
-        own = [sum(batch["shards_left_out"] for batch in batches) for batches in each]
+        own = [sum(batch["shards_skipped"] for batch in batches) for batches in each]
     assert len(rows) == 3 and shards == sum(own) > max(own) and items == 4 * shards
     store.stop()
 

@@ -28,7 +28,7 @@ from magnet_train.codec.base import Codec, load_codec
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.data.audio import read_audio
-from magnet_train.data.pipeline import ShardSet, read_shard
+from magnet_train.data.shards import ShardSet, read_shard
 from magnet_train.data.tokenize import TokenizeOptions, ahead, tokenize
 
 

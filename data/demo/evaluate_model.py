@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from magnet_train.common.assets import demo_path
 from magnet_train.common.audio_files import write_picture
-from magnet_train.data.pipeline import EveryItemOnce, ShardSet
+from magnet_train.data.pipeline import EvaluationDataset
+from magnet_train.data.shards import ShardSet
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.generator import load
 from magnet_train.metrics.fad import FrechetAudioDistance
@@ -54,7 +55,7 @@ def main() -> None:
     facts = generator.codec.facts
     shards = ShardSet.open(args.shards or demo_path("shards/test"))
     items, num_frames = [], round(generator.crop_s * facts.frame_rate)
-    for batch in EveryItemOnce(shards, num_frames, args.batch):
+    for batch in EvaluationDataset(shards, num_frames, args.batch):
         items += list(zip(batch["keys"], batch["captions"], batch["codes"], batch["references"], strict=True))
     items = items[: args.clips]
     captions = [caption for _, caption, _, _ in items]

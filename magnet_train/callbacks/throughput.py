@@ -89,8 +89,8 @@ class Throughput(Callback):
         self._examples += len(batch["valid"]) * world_size
         self._frames += frames
         self._open_frames += frames
-        self._skipped["data/shards_skipped"] += batch["shards_left_out"]
-        self._skipped["data/items_skipped"] += batch["items_left_out"]
+        self._skipped["data/shards_skipped"] += batch["shards_skipped"]
+        self._skipped["data/items_skipped"] += batch["items_skipped"]
 
     def _log(self, trainer: L.Trainer, module: MagnetModule, num_frames: int) -> None:
         assert self._running_since is not None

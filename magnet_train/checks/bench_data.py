@@ -33,7 +33,8 @@ from magnet_train.checks.measure import BenchmarkResult, BenchOptions, result, t
 from magnet_train.codec.base import load_codec
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 from magnet_train.data.audio import read_audio
-from magnet_train.data.pipeline import ShardSet, TrainingStream, packed
+from magnet_train.data.pipeline import TrainingStream, compress_for_worker
+from magnet_train.data.shards import ShardSet
 from magnet_train.data.tokenize import TokenizeOptions, tokenize
 
 BATCH_SIZE = 16
@@ -150,7 +151,7 @@ def _stream(folder: Path) -> TrainingStream:
 
 
 def _ours(folder: Path) -> DataLoader:
-    return DataLoader(_stream(folder), batch_size=None, num_workers=1, collate_fn=packed)
+    return DataLoader(_stream(folder), batch_size=None, num_workers=1, collate_fn=compress_for_worker)
 
 
 def _webdataset(folder: Path) -> DataLoader:

@@ -10,7 +10,7 @@ from magnet_train.codec.base import CodecFacts, load_codec
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.data.captions import CaptionAugmentation
-from magnet_train.data.pipeline import CropPhase, EveryItemOnce, ShardSet, TrainingStream, packed
+from magnet_train.data.pipeline import CropPhase, EvaluationDataset, ShardSet, TrainingStream, compress_for_worker
 from magnet_train.data.timed_loader import TimedLoader
 from magnet_train.resume import fingerprint
 
@@ -252,16 +252,16 @@ class MagnetDataModule(L.LightningDataModule):
             self.augmentation, self.crop_phases(trainer.accumulate_grad_batches),
         )  # fmt: skip
         return TimedLoader(
-            stream, batch_size=None, num_workers=workers, collate_fn=packed, persistent_workers=workers > 0
+            stream, batch_size=None, num_workers=workers, collate_fn=compress_for_worker, persistent_workers=workers > 0
         )
 
     def _once(self, split: str) -> DataLoader:
         trainer: Any = self.trainer
         workers = min(1, self.num_workers) if self.num_workers is not None else 0
-        items = EveryItemOnce(
+        items = EvaluationDataset(
             self.shards(split), self.num_frames, self.batch_size, trainer.global_rank, trainer.world_size
         )
-        return TimedLoader(items, batch_size=None, num_workers=workers, collate_fn=packed)
+        return TimedLoader(items, batch_size=None, num_workers=workers, collate_fn=compress_for_worker)
 
     def val_dataloader(self) -> DataLoader:
         return self._once("validation")

@@ -1,9 +1,9 @@
-"""Where shards lie: folders as people name them, and the bytes of a shard, local or at an address.
+"""Where shards are: folders as people name them, and the bytes of a file, local or at an address.
 
-An address has `://` in it; fsspec reads it. What is fetched is kept whole under the name of its SHA-256, in `shards`
-of the project's cache, so that a file there is right or is noticed, and several processes that fetch the same do no
-harm: each writes aside and moves into place what the others would have. Errors that may pass are tried again, with
-growing pauses.
+An address has `://` in it; fsspec reads it, bounded in bytes and seconds. A fetched shard is cached
+under the name of its SHA-256, so that a cached file is right or is noticed, and several processes
+that fetch the same do no harm. Errors that may pass are tried again, with growing pauses. Passwords
+and signatures in addresses never appear in a message.
 """
 
 import errno
@@ -13,6 +13,7 @@ import json
 import random
 import re
 import shutil
+import stat
 import time
 import uuid
 import warnings
@@ -24,33 +25,40 @@ from typing import Any
 from magnet_train.common.downloads import cache_dir
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import one_line
+from magnet_train.common.redact import redact
 
 SHARD_PATIENCE_S, INDEX_PATIENCE_S = 60.0, 15.0
-"""Seconds within which a fetch is tried again; an index is wanted at the start, when somebody looks."""
+"""Seconds within which a fetch is tried again; an index is needed at the start, when a user
+waits."""
 FIRST_PAUSE_S = 1.0
 """Before the second try; each further pause is twice as long, give or take a half."""
 STALL_S = 20.0
 """Seconds in which an HTTP server must answer, and between two pieces of what it sends."""
-SPARE_BYTES = 2_000_000_000
+MIN_BYTES_PER_S, MAX_FETCH_S = 10_000, 900.0
+"""A fetch that is slower, or takes longer, counts as one that failed."""
+MAX_SHARD_BYTES, MAX_INDEX_BYTES = 1 << 30, 1 << 28
+CHUNK_BYTES = 1 << 23
+MIN_FREE_BYTES = 2_000_000_000
 """Left free on the cache's disk, which may be that of the checkpoints."""
 
 _jitter = random.Random()  # its own: drawing from the common one would change what a run draws
 
 
-def is_address(place: str | Path) -> bool:
-    """Whether it is to be fetched, and no path."""
-    return "://" in str(place)
+def is_address(url_or_path: str | Path) -> bool:
+    """Whether it is a URL, and not a local path."""
+    return "://" in str(url_or_path)
 
 
-# --- what people write --------------------------------------------------------------------------------------------
+# --- patterns -------------------------------------------------------------------------------------
 
 
 def find_folders(given: str) -> list[tuple[str, str]]:
     """Folders that a text names, in its order, each with a pattern for the names of its shards.
 
-    Braces are alternatives (`{a,b}`) or a range (`{00..07}`), in the order written; `*`, `?` and `[…]` match names,
-    sorted. A last part that ends in `.tar` picks shards of its folder; their names are matched with the folder's
-    index, so that needs no listing. A folder that exists under the very name is that one.
+    Braces are alternatives (`{a,b}`) or a range (`{00..07}`), in the order written; `*`, `?` and
+    `[…]` match names, sorted. A last part that ends in `.tar` picks shards of its folder; their
+    names are matched with the folder's index, so that needs no listing. A folder that exists under
+    the very name is that one.
 
     Raises:
         UserError: if nothing matches, braces do not pair, or a place that cannot list is asked to.
@@ -67,11 +75,16 @@ def find_folders(given: str) -> list[tuple[str, str]]:
     try:
         parts = list(braceexpand(given))
     except ValueError as error:
-        raise UserError(f"{given}: its braces do not pair; write {{a,b}} or {{00..07}}") from error
+        raise UserError(
+            f"{redact(given)}: unbalanced braces; write {{a,b}} or {{00..07}}"
+        ) from error
     found = []
     for part in parts:
         folder, _, name = part.rpartition("/") if part.endswith(".tar") else (part, "", "*")
-        found += [(one, name) for one in ([folder or "."] if not has_wildcard(folder) else _listed(folder))]
+        found += [
+            (one, name)
+            for one in ([folder or "."] if not has_wildcard(folder) else _listed(folder))
+        ]
     return found
 
 
@@ -86,106 +99,159 @@ def _listed(pattern: str) -> list[str]:
         path = str(Path(pattern).expanduser())
         found = [name for name in glob.glob(path) if Path(name).is_dir()]
     elif pattern.startswith(("http:", "https:")):
-        raise UserError(f"{pattern}: a web server does not list folders; name them with braces, as part-{{00..07}}")
+        raise UserError(
+            f"{redact(pattern)}: a web server does not list folders; name them with braces, as "
+            "part-{00..07}"
+        )
     else:
         try:
             store, path = _store(pattern)
             names = store.glob(path, detail=True)
-            found = [store.unstrip_protocol(k) for k, about in names.items() if about["type"] == "directory"]
+            found = [
+                store.unstrip_protocol(k)
+                for k, about in names.items()
+                if about["type"] == "directory"
+            ]
         except Exception as error:  # each store has errors of its own
-            raise _explained(pattern, error) from error
+            raise _explain(pattern, error) from error
     if not found:
-        raise UserError(f"{pattern}: no folder matches; correct the pattern")
+        raise UserError(f"{redact(pattern)}: no folder matches; correct the pattern")
     return sorted(found)
 
 
-# --- bytes --------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 def read_index(folder: str) -> Any:
-    """The index.json of a folder. At an address it is fetched anew, or if that cannot be reached taken from the cache.
+    """The index.json of a folder; one at an address is fetched anew, or comes from the cache.
 
     Raises:
-        UserError: if it is at an address, and cannot be fetched or is not cached.
-        OSError, ValueError: if it is missing elsewhere, or is no JSON.
+        UserError: if it is at an address, and cannot be fetched and is not cached.
+        OSError, ValueError: if it is local and cannot be read; if it is no JSON.
     """
     if not is_address(folder):
-        return json.loads((Path(folder).expanduser() / "index.json").read_bytes())
+        return json.loads(_read_local(Path(folder).expanduser() / "index.json", MAX_INDEX_BYTES))
     address = f"{folder.rstrip('/')}/index.json"
-    kept = _cache() / "index" / f"{hashlib.sha256(address.encode()).hexdigest()}.json"
+    cached = _cache() / "index" / f"{hashlib.sha256(address.encode()).hexdigest()}.json"
     try:
-        content = _fetched(address, INDEX_PATIENCE_S)
+        content = _fetch(address, INDEX_PATIENCE_S, MAX_INDEX_BYTES)
     except Exception as error:  # each store has errors of its own
-        if not (_may_pass(error) or _lacks_credentials(error)) or not kept.is_file():
-            raise _explained(address, error) from error
-        warnings.warn(f"{address}: cannot be reached ({one_line(error)}); going on with {kept}", stacklevel=2)
-        return json.loads(kept.read_bytes())
+        may_use_cache = _is_transient(error) or _lacks_credentials(error)
+        if not may_use_cache or not cached.is_file():
+            raise _explain(address, error) from error
+        reason = redact(one_line(error))
+        warnings.warn(
+            f"{redact(address)}: cannot be reached ({reason}); using {cached}", stacklevel=2
+        )
+        return json.loads(cached.read_bytes())
     index = json.loads(content)
-    _keep(content, kept)
+    _keep(content, cached)
     return index
 
 
-def read_bytes(place: str | Path, sha256: str | None) -> bytes:
-    """A file, checked if its SHA-256 is given; one at an address is cached then, and fetched if the cache has it not.
+def read_bytes(url_or_path: str | Path, sha256: str | None) -> bytes:
+    """A shard, checked if its SHA-256 is given; one at an address is cached then.
 
     Raises:
         UserError: if it is at an address and cannot be fetched.
-        OSError: if it is elsewhere and cannot be read.
-        ValueError: if it has another SHA-256.
+        OSError: if it is local and cannot be read.
+        ValueError: if it is too large, or has another SHA-256.
     """
-    if not is_address(place):
-        return _checked(Path(place).read_bytes(), sha256)
-    kept = _cache() / f"{sha256}.tar"
+    if not is_address(url_or_path):
+        return _checked(_read_local(Path(url_or_path), MAX_SHARD_BYTES), sha256)
+    cached = _cache() / f"{sha256}.tar"
     if sha256 is not None:
         try:
-            return _checked(kept.read_bytes(), sha256)
+            return _checked(_read_local(cached, MAX_SHARD_BYTES), sha256)
         except (OSError, ValueError):  # not there, or damaged
             pass
     try:
-        content = _fetched(str(place), SHARD_PATIENCE_S, sha256)
-    except _OtherBytes:
+        content = _fetch(str(url_or_path), SHARD_PATIENCE_S, MAX_SHARD_BYTES, sha256)
+    except (_WrongHash, _TooLarge):
         raise
     except Exception as error:  # each store has errors of its own
-        raise _explained(str(place), error) from error
-    if sha256 is not None:  # and it is its SHA-256: an index from elsewhere cannot choose another name
-        _keep(content, kept)
+        raise _explain(str(url_or_path), error) from error
+    if (
+        sha256 is not None
+    ):  # and it is its SHA-256: an index of strangers cannot choose another name
+        _keep(content, cached)
     return content
 
 
-class _OtherBytes(ValueError):
-    """Bytes that the index has not counted."""
+class _WrongHash(ValueError):
+    """The bytes are not those of the index."""
+
+
+class _TooLarge(ValueError):
+    """There are more bytes than are ever read."""
 
 
 def _checked(content: bytes, sha256: str | None) -> bytes:
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise _OtherBytes("its bytes are not those that the index counted")
+        raise _WrongHash("its bytes do not have the SHA-256 that the index gives")
     return content
 
 
-def _fetched(address: str, patience_s: float, sha256: str | None = None) -> bytes:
-    """Tried again while that may help: once, then within the patience; once after other bytes than expected."""
-    start, others = time.monotonic(), 0
+def _read_local(path: Path, max_bytes: int) -> bytes:
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):  # opening a named pipe would wait for its writer
+        raise ValueError("not a regular file")
+    if about.st_size > max_bytes:
+        raise _TooLarge(f"holds more than {max_bytes:,} bytes")
+    return path.read_bytes()
+
+
+def _fetch(address: str, patience_s: float, max_bytes: int, sha256: str | None = None) -> bytes:
+    """Tries again while that may help: once, then within the patience; once after a wrong hash."""
+    start = time.monotonic()
+    wrong_hashes = 0
     for number in count():
         try:
-            store, path = _store(address)
-            return _checked(store.cat_file(path), sha256)
-        except _OtherBytes:  # a connection that was cut without a word, or really another file
-            others += 1
-            if others == 2:
+            return _checked(_download(address, max_bytes), sha256)
+        except _WrongHash:  # a connection that was cut without a word, or really another file
+            wrong_hashes += 1
+            if wrong_hashes == 2:
                 raise
         except Exception as error:  # each store has errors of its own
             pause = FIRST_PAUSE_S * 2**number * _jitter.uniform(0.5, 1.5)
-            if not _may_pass(error) or (number and time.monotonic() + pause > start + patience_s):
+            is_late = number > 0 and time.monotonic() + pause > start + patience_s
+            if is_late or not _is_transient(error):
                 raise
             time.sleep(pause)
     raise AssertionError
 
 
+def _download(address: str, max_bytes: int) -> bytes:
+    """Reads piece by piece, and stops where there are too many bytes, or too few in their time."""
+    store, path = _store(address)
+    # Of a web server as a stream, in one request that asks for no size before; of others in ranges.
+    options = {"block_size": 0, "size": 1} if _is_http(address) else {"block_size": CHUNK_BYTES}
+    start = time.monotonic()
+    content = bytearray()
+    with store.open(path, "rb", **options) as file:
+        while piece := file.read(CHUNK_BYTES):
+            content += piece
+            spent = time.monotonic() - start
+            if len(content) > max_bytes:
+                raise _TooLarge(f"holds more than {max_bytes:,} bytes")
+            is_slow = spent > STALL_S and len(content) < MIN_BYTES_PER_S * spent
+            if is_slow or spent > MAX_FETCH_S:
+                raise TimeoutError(f"only {len(content):,} bytes in {spent:.0f} s")
+    return bytes(content)
+
+
+def _is_http(address: str) -> bool:
+    return address.startswith(("http:", "https:"))
+
+
 def _store(address: str) -> tuple[Any, str]:
-    """fsspec's file system for an address, and the path in it. Anew in each process: its threads survive no fork."""
+    """fsspec's file system for an address, and the path in it.
+
+    Made anew in each process: its threads survive no fork.
+    """
     import fsspec
 
-    if not address.startswith(("http:", "https:")):
+    if not _is_http(address):
         return fsspec.core.url_to_fs(address)
     import aiohttp
 
@@ -199,12 +265,14 @@ def _status(error: BaseException) -> int | None:
     return int(status) if status.isdigit() else None
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether it makes sense to try again."""
-    if isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError)) or _lacks_credentials(error):
+def _is_transient(error: BaseException) -> bool:
+    """Whether trying again may help."""
+    permanent = (FileNotFoundError, PermissionError, ImportError, ValueError)
+    if isinstance(error, permanent) or _lacks_credentials(error):
         return False
     status = _status(error)
-    return status is None or not 400 <= status < 500 or status in (408, 429)  # timeout, too many requests
+    too_many_requests, timed_out = 429, 408
+    return status is None or not 400 <= status < 500 or status in (timed_out, too_many_requests)
 
 
 def _lacks_credentials(error: BaseException) -> bool:
@@ -212,24 +280,37 @@ def _lacks_credentials(error: BaseException) -> bool:
     return type(error).__name__.endswith("CredentialsError")
 
 
-def _explained(address: str, error: BaseException) -> UserError:
-    """What the user reads."""
-    reason = "no answer in time" if isinstance(error, TimeoutError) else one_line(error)
+def _explain(address: str, error: BaseException) -> UserError:
+    """The error as the user reads it."""
+    shown = redact(address)
+    reason = redact(one_line(error))
+    if isinstance(error, TimeoutError):
+        reason = f"no answer in time: {reason}"
+    if isinstance(error, _TooLarge):
+        return UserError(f"{shown}: {reason}; it is no index that tokenize wrote")
     if isinstance(error, FileNotFoundError) or _status(error) in (404, 410):
-        return UserError(f"{address}: not there; copy the whole folder that tokenize made, or correct the address")
-    if isinstance(error, PermissionError) or _status(error) in (401, 403) or _lacks_credentials(error):
-        return UserError(f"{address}: may not be read ({reason}); give credentials that may, or correct the address")
+        return UserError(
+            f"{shown}: not there; copy the whole folder that tokenize made, or correct the address"
+        )
+    is_denied = isinstance(error, PermissionError) or _status(error) in (401, 403)
+    if is_denied or _lacks_credentials(error):
+        return UserError(
+            f"{shown}: access denied ({reason}); give credentials, or correct the address"
+        )
     if isinstance(error, ImportError):
-        extra = {"s3": "'magnet-train[s3]'", "gs": "'magnet-train[gs]'"}.get(address.partition("://")[0], "it")
-        return UserError(f"{address}: a package is missing ({reason}); pip install {extra}")
-    if not _may_pass(error):
-        return UserError(f"{address}: no such address ({reason}); give a folder, or s3://, gs://, http:// or https://")
+        extras = {"s3": "'magnet-train[s3]'", "gs": "'magnet-train[gs]'"}
+        extra = extras.get(address.partition("://")[0], "it")
+        return UserError(f"{shown}: a package is missing ({reason}); pip install {extra}")
+    if not _is_transient(error):
+        return UserError(
+            f"{shown}: no such address ({reason}); give a folder, s3://, gs://, http:// or https://"
+        )
     return UserError(
-        f"{address}: cannot be reached ({reason}); look whether the store answers, or copy the shards to a folder"
+        f"{shown}: cannot be reached ({reason}); check the store, or copy the shards to a folder"
     )
 
 
-# --- cache --------------------------------------------------------------------------------------------------------
+# --- cache ----------------------------------------------------------------------------------------
 
 
 def _cache() -> Path:
@@ -237,21 +318,21 @@ def _cache() -> Path:
 
 
 def _keep(content: bytes, path: Path) -> None:
-    """Writes a file of the cache whole or not at all; if there is no room or no right to, one warning is all."""
-    aside = path.with_name(f".{uuid.uuid4().hex}")
+    """Writes a file of the cache whole or not at all; without room or right to, it warns once."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(path.parent).free < SPARE_BYTES + len(content):
-            raise OSError(errno.ENOSPC, f"less than {SPARE_BYTES / 1e9:g} GB are free")
+        if shutil.disk_usage(path.parent).free < MIN_FREE_BYTES + len(content):
+            raise OSError(errno.ENOSPC, f"less than {MIN_FREE_BYTES / 1e9:g} GB are free")
         try:
-            aside.write_bytes(content)
-            aside.replace(path)
+            temporary.write_bytes(content)
+            temporary.replace(path)
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         _warn_once(
-            f"{_cache()}: keeps no more shards ({error.strerror}); each is fetched again when it is used again: free "
-            "some space, or set MAGNET_TRAIN_CACHE to a folder on another disk"
+            f"{_cache()}: caches no more shards ({error.strerror}); each is fetched again when it "
+            "is used again: free some space, or set MAGNET_TRAIN_CACHE to a folder on another disk"
         )
 
 

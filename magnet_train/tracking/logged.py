@@ -107,8 +107,8 @@ LOGGED: tuple[Logged, ...] = (
             "lower",
             "steps skipped so far, whose loss or gradients were not finite; some find the scale of 16-mixed",
         ),
-        ("data/shards_left_out", "lower", "shards that no loader process could read, each time it was its turn"),
-        ("data/items_left_out", "lower", "items in them"),
+        ("data/shards_skipped", "lower", "shards that no loader process could read, each time it was its turn"),
+        ("data/items_skipped", "lower", "items in them"),
     ),
     *_of(
         "speed",

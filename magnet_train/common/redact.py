@@ -1,0 +1,34 @@
+"""Addresses as they may be shown: without passwords and signatures."""
+
+import re
+
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.:-]*://)(?P<rest>[^\s'\"<>]*)")
+
+
+def redact(text: object) -> str:
+    """The text, in which no address shows who logs in, a query or a fragment.
+
+    Everything that is written to disk or screen and may hold an address given by the user goes
+    through here: signed addresses carry their signature in the query.
+
+    >>> redact("s3://key:secret@music/train: not there")
+    's3://***@music/train: not there'
+    >>> redact("https://host/a.tar?X-Amz-Signature=abc&Expires=5")
+    'https://host/a.tar?***'
+    """
+    return _ADDRESS.sub(_redact_address, str(text))
+
+
+def _redact_address(match: re.Match[str]) -> str:
+    place, mark, _ = _split_at_first(match["rest"], "?#")
+    user, _, host = place.rpartition("@")
+    hidden = f"***@{host}" if user else host
+    return f"{match['scheme']}{hidden}{mark}{'***' if mark else ''}"
+
+
+def _split_at_first(text: str, marks: str) -> tuple[str, str, str]:
+    """The text before the first of the marks, that mark, and what follows."""
+    for position, character in enumerate(text):
+        if character in marks:
+            return text[:position], character, text[position + 1 :]
+    return text, "", ""
