@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from magnet_train.common.errors import UserError
 from magnet_train.data.datamodule import MagnetDataModule
-from magnet_train.data.pipeline import CropPhase, ShardSet, TrainingStream, packed
+from magnet_train.data.pipeline import CropPhase, TrainingStream, compress_for_worker
+from magnet_train.data.shards import ShardSet
 
 PHASES = (CropPhase(3, 10, 12), CropPhase(4, 20, 6))
 
@@ -23,7 +24,9 @@ def shards(tmp_path_factory) -> ShardSet:
 
 def draw(shards: ShardSet, workers: int, number: int, start: int = 0) -> list:
     stream = TrainingStream(shards, 30, 4, seed=5, start_batch=start, shorter=PHASES)
-    return list(islice(DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=packed), number))
+    return list(
+        islice(DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=compress_for_worker), number)
+    )
 
 
 def test_shorter_crops_come_first_in_larger_batches(shards):

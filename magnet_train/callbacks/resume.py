@@ -34,7 +34,7 @@ class ExactResume(Callback):
         """Whether this rank could not read some of its shards."""
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *args: Any) -> None:
-        self._has_skipped |= bool(batch["shards_left_out"] or batch["items_left_out"])
+        self._has_skipped |= bool(batch["shards_skipped"] or batch["items_skipped"])
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
         self._open_batches += 1
@@ -72,8 +72,8 @@ class ExactResume(Callback):
         self._has_skipped = saved["has_skipped"]
         if self._has_skipped:
             rank_zero_info(
-                "shards or items were skipped before this checkpoint was saved: the data that follow come in another "
-                "order than without the interruption; results will not be bit-identical"
+                "shards were skipped before this checkpoint was saved: results are bit-identical to a run without the "
+                "interruption only if the same shards are unreadable still"
             )
         progress = private_api.Progress(checkpoint)
         # Otherwise a validation that was once done late would look interrupted forever.

@@ -85,17 +85,18 @@ class ShardSet:
             raise UserError(f"shards {names}: names no folder; give one that tokenize made")
         first = folders[0][0]
         indexes: dict[str, dict[str, Any]] = {}
+        listed: dict[str, dict[str, dict[str, Any]]] = {}
         chosen: dict[Path | str, dict[str, Any]] = {}
         for folder, pattern in folders:
             if folder not in indexes:
                 indexes[folder] = open_index(folder)
                 _check_same_codec(first, folder, indexes)
-            listed = {shard["name"]: shard for shard in indexes[folder]["shards"]}
-            for name in _matching_names(folder, pattern, listed):
+                listed[folder] = {shard["name"]: shard for shard in indexes[folder]["shards"]}
+            for name in _matching_names(folder, pattern, listed[folder]):
                 path = _join(folder, name)
                 if path in chosen:
                     raise UserError(f"{redact(path)}: named twice; name each shard once")
-                chosen[path] = listed[name]
+                chosen[path] = listed[folder][name]
         is_whole = len(folders) == 1 and folders[0][1] == "*"
         parts = {"codec": indexes[first]["codec"], "shards": list(chosen.values())}
         name = redact(", ".join(names))
