@@ -41,25 +41,31 @@ def finish(run: Run, config: dict | None = None, **after: float) -> None:
     (run.folder / "config.yaml").write_text(yaml.safe_dump(own | (config or {})))
 
 
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_the_interval_is_students_over_seeds():
     mean = Mean.of([1.0, 2.0, 3.0])
-    assert mean.value == 2 and mean.half == pytest.approx(4.3026527 / math.sqrt(3), rel=1e-6)
+    assert mean.value == 2 and mean.half_width == pytest.approx(4.3026527 / math.sqrt(3), rel=1e-6)
     assert Mean.of([5.0]) == Mean(5.0, None, 1)
-    assert Mean.of([2.0, 2.0]).half == 0
+    assert Mean.of([2.0, 2.0]).half_width == 0
     assert Mean.of([1.0, 2.0, 3.0]).overlaps(Mean.of([6.0, 6.5, 7.0])) is (4.5 <= 2.4841377 + 1.2420689)
 
 
 def test_a_row_for_each_setting_and_what_overlaps_below(tmp_path):
     table, picture = write_ablation(make(tmp_path, FAD), tmp_path / "spans")
     lines = table.read_text().splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    rows = [cells(line) for line in lines if line.startswith("|")]
     assert rows[0] == ["span_len", "seeds", "val/fad/musicnn"]
     assert rows[2:5] == [["1", "3", "31 ± 2.5"], ["3", "3", "11 ± 2.5"], ["5", "3", "13 ± 2.5"]]
     assert rows[5] == ["run", "val/fad/musicnn"]  # one by one
     singles = sorted(float(value) for _, value in rows[7:])
     assert len(singles) == 9 and singles == sorted(value for values in FAD.values() for value in values)
     overlap = [line for line in lines if "overlap" in line]
-    assert overlap == ["- `val/fad/musicnn`: intervals overlap, and do not tell apart, for span_len=3 and span_len=5."]
+    assert overlap == [
+        "- `val/fad/musicnn`: no difference (intervals overlap) between span_len=3 and span_len=5."
+    ]
     pixels = imread(picture)
     assert pixels.shape[0] > 200 and pixels[..., :3].std() > 0.01
 
@@ -67,12 +73,12 @@ def test_a_row_for_each_setting_and_what_overlaps_below(tmp_path):
 def test_all_or_none_overlapping_is_said_too(tmp_path):
     def said(name: str, values: dict[int, list[float]]) -> str:
         (tmp_path / name).mkdir()
-        return read_ablation(make(tmp_path / name, values)).overlaps("val/fad/musicnn")
+        return read_ablation(make(tmp_path / name, values)).verdict("val/fad/musicnn")
 
-    assert "no two intervals overlap" in said("none", {1: [1.0, 1.1, 1.2], 3: [9.0, 9.1, 9.2]})
-    assert "all intervals overlap" in said("all", {1: [1.0, 2.0, 3.0], 3: [1.5, 2.5, 3.5]})
-    assert "one setting, nothing to compare" in said("alone", {1: [1.0, 2.0, 3.0]})
-    assert "a setting with one seed has no interval" in said("one seed", {1: [1.0], 3: [9.0]})
+    assert "all settings differ" in said("none", {1: [1.0, 1.1, 1.2], 3: [9.0, 9.1, 9.2]})
+    assert "no difference between any settings" in said("all", {1: [1.0, 2.0, 3.0], 3: [1.5, 2.5, 3.5]})
+    assert "only one setting, nothing to compare" in said("alone", {1: [1.0, 2.0, 3.0]})
+    assert "no interval with a single seed" in said("one seed", {1: [1.0], 3: [9.0]})
 
 
 def test_a_second_parameter_has_a_column_and_lines_of_its_own(tmp_path):
@@ -80,7 +86,7 @@ def test_a_second_parameter_has_a_column_and_lines_of_its_own(tmp_path):
     ablation = read_ablation(runs)
     assert ablation.parameters == ["span_len", "context"]
     assert list(ablation.num_seeds) == [(1, 5), (1, -1), (3, 5), (3, -1), (5, 5), (5, -1)]
-    assert "span_len=1, context=-1" in ablation.overlaps("val/fad/musicnn")
+    assert "span_len=1, context=-1" in ablation.verdict("val/fad/musicnn")
     write_ablation(runs, tmp_path / "spans")
 
 
@@ -95,8 +101,10 @@ def test_a_metric_that_some_runs_lack_is_named(tmp_path):
     runs = make(tmp_path, FAD)
     finish(runs[0], **{"val/fad/musicnn": 30.0, "val/kl/musicnn": 1.0})
     ablation = read_ablation(runs)
-    assert ablation.notes == ["`val/kl/musicnn`: not every run of 3 of 3 settings has it."]
-    assert "| 1 | 3 | 31 ± 2.5 | 1 |" in ablation.markdown("x") and "| 3 | 3 | 11 ± 2.5 |  |" in ablation.markdown("x")
+    assert ablation.notes == ["`val/kl/musicnn`: missing in runs of 3 of 3 settings."]
+    lines = ablation.markdown("x").splitlines()
+    assert [cells(line)[1:] for line in lines if line.startswith("| 1 ")] == [["3", "31 ± 2.5", "1"]]
+    assert [cells(line)[1:] for line in lines if line.startswith("| 3 ")] == [["3", "11 ± 2.5", ""]]
 
 
 def test_settings_that_differ_beside_the_varied_ones_are_named(tmp_path, monkeypatch):
@@ -109,7 +117,7 @@ def test_settings_that_differ_beside_the_varied_ones_are_named(tmp_path, monkeyp
     finish(runs[2], csv, **{"val/fad/musicnn": 12.0})
     assert read_ablation(runs).notes == []  # neither varied values, nor the run's own folder, nor that it was resumed
     finish(runs[4], {"trainer": {"max_steps": 400}}, **{"val/fad/musicnn": 11.0})
-    assert any("Runs differ in trainer.max_steps too** (800, 400)" in n for n in read_ablation(runs).notes)
+    assert any("Runs also differ in trainer.max_steps** (800, 400)" in n for n in read_ablation(runs).notes)
     (runs[4].folder / "config.yaml").unlink()
     assert any("No config.yaml" in n and runs[4].name in n for n in read_ablation(runs).notes)
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -193,7 +194,7 @@ def test_parameters_of_the_same_last_name_are_named_in_full(tmp_path):
 
 BAD = {
     "nothing there": (None, "unreadable"),
-    "no sweep": ({"trainer": {"max_steps": 4}}, "no sweep"),
+    "no sweep": ({"trainer": {"max_steps": 4}}, "a sweep needs"),
     "not YAML": ("a: [", "unreadable"),
     "bayes": (HEAD | {"method": "bayes", "parameters": {"x": {"min": 0, "max": 1}}}, "method=bayes needs a W&B server"),
     "random": (HEAD | {"method": "random", "parameters": {"x": {"values": [1]}}}, "method=random needs a W&B server"),
@@ -270,14 +271,14 @@ def test_an_unfinished_run_goes_on_from_its_checkpoint(tmp_path, fake, capsys):
     assert status(file, "--out", fake) == 0
     assert all(notes(fake / f"x={x}")[0]["ckpt"] == "auto" for x in (1, 2))
     out = capsys.readouterr().out
-    assert "x=1  to go on" in out and "x=2  to begin" in out
+    assert re.search(r"x=1 +\| to resume", out) and re.search(r"x=2 +\| to start", out)
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, fake, capsys):
     file = write(tmp_path / "s.yaml", parameters={"x": {"values": ["bad", 2]}})
     assert status(file, "--out", fake) == 1
     out = capsys.readouterr().out
-    assert "x=bad  failed    exit status 2: error: the shards are gone" in out and "1 of 2 runs are finished" in out
+    assert "failed, exit status 2: error: the shards are gone" in out and "1 of 2 runs are finished" in out
     assert (fake / "x=2" / "summary.json").is_file()
     assert "1 of 2 runs are not finished" in (fake / "table.md").read_text()
 
@@ -362,10 +363,10 @@ def test_a_run_that_a_killed_sweep_left_behind_is_waited_for_not_started_twice(t
 
     def say(text: str) -> None:
         said.append(text)
-        if "another process runs it" in text:
+        if "already running elsewhere" in text:
             until.touch()
 
-    monkeypatch.setattr(magnet_train.sweeps.sweep, "_say", say)
+    monkeypatch.setattr(magnet_train.sweeps.sweep, "log", say)
     assert status(file, "--out", fake) == 0 and until.exists(), said
     assert len([n for n in notes(fake / "x=1") if "start" in n]) == 1
 
@@ -383,7 +384,7 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(tmp_path, 
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
     assert status(file, "--out", fake, "--slurm", "--jobs", 4) == 2
     said = capsys.readouterr().err.strip()
-    words = shlex.split(said.removeprefix("error: no sbatch here, nothing was submitted; where there is one: "))
+    words = shlex.split(said.removeprefix("error: no sbatch here, nothing was submitted; run where there is one: "))
     assert words[2] == "--array=1,2%4" and words[4:] == [str(SBATCH / "sweep.sbatch"), str(file), "--out", str(fake)]
     # The job as SLURM would run it, with the interpreter that has the fake `fit`.
     program(tools / "srun", 'shift; exec "$@"')
@@ -423,7 +424,7 @@ def test_sbatch_is_called_where_it_is_and_its_refusal_is_one_line(tmp_path, fake
     assert "--array=0,1 " in (tmp_path / "asked").read_text()
     program(tmp_path / "sbatch", 'echo "invalid partition" >&2; exit 1')
     assert status(file, "--out", fake, "--slurm") == 2
-    assert "sbatch refuses the job (invalid partition); SBATCH_PARTITION" in capsys.readouterr().err
+    assert "sbatch refuses the job (invalid partition); set SBATCH_PARTITION" in capsys.readouterr().err
 
 
 # --- for real -----------------------------------------------------------------------------------------------------
@@ -459,7 +460,7 @@ def test_a_real_sweep_that_was_stopped_after_its_first_run_goes_on_with_the_seco
     assert "2 of 2 runs are finished" in done.stdout
     assert (first / "summary.json").stat().st_mtime_ns == before
     table = (out / "table.md").read_text()
-    assert "| all |" not in table and "± " in table and "Runs differ" not in table and "No config" not in table
+    assert "| all |" not in table and "± " in table and "Runs also differ" not in table and "No config" not in table
     config = yaml.safe_load((second / "config.yaml").read_text())
     assert config["model"]["span_len"] == 5 and config["seed_everything"] == 2
 

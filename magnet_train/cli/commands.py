@@ -155,7 +155,7 @@ def _given_decoding(config: Any, args: list[str]) -> dict[str, Any]:
 
 def _run_sweep(args: list[str]) -> None:
     from magnet_train.sweeps.ablation import write_ablation
-    from magnet_train.sweeps.sweep import become, read_sweep, sweep
+    from magnet_train.sweeps.sweep import exec_run, read_sweep, sweep
 
     parser = _parser(
         "sweep", "Run a W&B sweep file without a W&B server, going on where it stopped; then draw its table."
@@ -170,7 +170,7 @@ def _run_sweep(args: list[str]) -> None:
     out = (config.out or Path("runs") / config.file.stem).expanduser()
     runs = read_sweep(config.file, out)
     if config.run is not None:
-        become(config.file, runs, config.run)
+        exec_run(config.file, runs, config.run)
         return
     done = config.table or sweep(config.file, runs, _parse_fit, config.jobs, config.slurm)
     if config.table or any(run.is_finished for run in runs):

@@ -1,14 +1,14 @@
-"""The table and the plot of an ablation, from the run folders of a sweep: means over seeds with 95 % intervals.
+"""Table and plot of an ablation from the run folders of a sweep: means over seeds with intervals.
 
-A setting is what the sweep varies besides the seed. Its interval is Student's t over the seeds' last values: how far
-the mean would move with other seeds on the same validation clips. With three seeds it reaches 2.5 deviations each way.
+A setting is what the sweep varies besides the seed. Its 95 % interval is Student's t over the last
+values of its seeds: how far the mean would move with other seeds on the same validation clips.
 """
 
 import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,150 +16,235 @@ from typing import Any
 import yaml
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.nested import flatten
+from magnet_train.common.tables import markdown_table
 from magnet_train.sweeps.sweep import Run, short_names
 
-SEEDS = ("seed_everything", "seed")  # last parts of the names of parameters that are seeds
-LEFT_OUT = re.compile(r"/stage\d|/rate|/floor_|_ci95$|/num_clips$")  # of the table's columns
-ITS_OWN = (
-    "config",
-    "ckpt_path",
-    "model.init_from",
-)  # settings in which a resumed run differs from an undisturbed one
+SEEDS = ("seed_everything", "seed")
+"""Last parts of the names of parameters that are seeds."""
+SKIPPED_METRICS = re.compile(r"/stage\d|/rate|/floor_|/baseline_|_ci95$|/num_clips$")
+RESUME_ONLY_SETTINGS = ("config", "ckpt_path", "model.init_from")
+"""Settings in which a resumed run differs from an uninterrupted one."""
 Setting = tuple[Any, ...]
-"""A value for each parameter that is no seed."""
+"""A value for each parameter that is not a seed."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Of one metric over the seeds of one setting."""
+    """Mean of one metric over the seeds of one setting."""
 
     value: float
-    half: float | None
-    """Half the width of the 95 % interval; None with one seed."""
+    half_width: float | None
+    """Of the 95 % interval; None with one seed."""
     num_seeds: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Mean":
-        """From a value for each seed.
+        """From one value per seed.
 
         >>> mean = Mean.of([1.0, 2.0, 3.0])
-        >>> mean.value, round(mean.half, 3)
+        >>> mean.value, round(mean.half_width, 3)
         (2.0, 2.484)
         """
         from scipy.stats import t
 
-        n, mean = len(values), math.fsum(values) / len(values)
+        n = len(values)
+        mean = math.fsum(values) / n
         if n == 1:
             return cls(mean, None, 1)
         deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
         return cls(mean, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n), n)
 
     def overlaps(self, other: "Mean") -> bool:
-        """Whether the two intervals have a value in common; one of a single seed is a point."""
-        return abs(self.value - other.value) <= (self.half or 0.0) + (other.half or 0.0)
+        """Whether the two intervals have a value in common; that of a single seed is a point."""
+        distance = abs(self.value - other.value)
+        return distance <= (self.half_width or 0.0) + (other.half_width or 0.0)
 
     def __str__(self) -> str:
-        return f"{self.value:.4g}" + ("" if self.half is None else f" ± {self.half:.2g}")
+        if self.half_width is None:
+            return f"{self.value:.4g}"
+        return f"{self.value:.4g} ± {self.half_width:.2g}"
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What the finished runs of a sweep say."""
+    """Results of the finished runs of a sweep."""
 
     parameters: list[str]
-    """Names of what varies besides the seed, short."""
+    """Short names of what varies besides the seed."""
     means: dict[str, dict[Setting, Mean]]
-    """Metric to setting to mean, both in order; a metric that a setting does not have is left out there."""
+    """Metric to setting to mean; a setting without the metric is absent."""
     num_seeds: dict[Setting, int]
     """Finished runs of each setting."""
     notes: list[str]
     """What a reader must know before comparing."""
-    figures: dict[str, dict[str, float]]
+    values: dict[str, dict[str, float]]
     """Finished run to metric to its last value."""
 
     def label(self, setting: Setting) -> str:
-        return ", ".join(f"{p}={v}" for p, v in zip(self.parameters, setting, strict=True)) or "all"
+        pairs = zip(self.parameters, setting, strict=True)
+        return ", ".join(f"{name}={value}" for name, value in pairs) or "all"
 
     def markdown(self, title: str) -> str:
-        """A row for each setting, a column for each metric; below, which intervals overlap, and each run's figures."""
+        """A table of settings, a verdict for each metric, and a table of all runs."""
         rows = []
         for setting, count in self.num_seeds.items():
-            cells = [str(self.means[m].get(setting, "")) for m in self.means]
+            cells = [str(by_setting.get(setting, "")) for by_setting in self.means.values()]
             rows.append([*map(str, setting), str(count), *cells])
-        runs = [
-            [name, *(f"{values[m]:.4g}" if m in values else "" for m in self.means)]
-            for name, values in self.figures.items()
-        ]
-        lines = [
-            f"# {title}", "",
-            "Last validation of each run: mean over seeds ± half of its 95 % interval (Student's t over seeds).", "",
-            *_table([*self.parameters, "seeds", *self.means], rows), "",
-            *(f"- {sentence}" for sentence in [*self.notes, *map(self.overlaps, self.means)]), "",
-            *_table(["run", *self.means], runs), "",
-        ]  # fmt: skip
-        return "\n".join(lines)
+        runs = []
+        for name, values in self.values.items():
+            cells = [f"{values[m]:.4g}" if m in values else "" for m in self.means]
+            runs.append([name, *cells])
+        num_left = len(self.parameters)
+        settings_table = markdown_table([*self.parameters, "seeds", *self.means], rows, num_left)
+        runs_table = markdown_table(["run", *self.means], runs)
+        sentences = "\n".join(f"- {s}" for s in [*self.notes, *map(self.verdict, self.means)])
+        return (
+            f"# {title}\n\n"
+            "Last validation of each run: mean over seeds ± half the width of its 95 % interval "
+            "(Student's t over seeds).\n\n"
+            f"{settings_table}\n\n{sentences}\n\n{runs_table}\n"
+        )
 
-    def overlaps(self, metric: str) -> str:
-        """One sentence: which settings this metric does not tell apart."""
-        pairs = list(itertools.combinations(self.means[metric].items(), 2))
+    def verdict(self, metric: str) -> str:
+        """One sentence: between which settings this metric shows no difference."""
+        means = self.means[metric]
+        pairs = list(itertools.combinations(means.items(), 2))
         if not pairs:
-            return f"`{metric}`: one setting, nothing to compare."
-        if any(mean.half is None for mean in self.means[metric].values()):
-            return f"`{metric}`: a setting with one seed has no interval, so nothing is told apart; run more seeds."
-        alike = [f"{self.label(a)} and {self.label(b)}" for (a, x), (b, y) in pairs if x.overlaps(y)]
+            return f"`{metric}`: only one setting, nothing to compare."
+        if any(mean.half_width is None for mean in means.values()):
+            return (
+                f"`{metric}`: no interval with a single seed; run more seeds to compare settings."
+            )
+        alike = [
+            f"{self.label(a)} and {self.label(b)}"
+            for (a, mean), (b, other) in pairs
+            if mean.overlaps(other)
+        ]
         if not alike:
-            return f"`{metric}`: no two intervals overlap."
+            return f"`{metric}`: all settings differ (no intervals overlap)."
         if len(alike) == len(pairs):
-            return f"`{metric}`: all intervals overlap; no setting is told apart from another."
-        return f"`{metric}`: intervals overlap, and do not tell apart, for {'; '.join(alike)}."
+            return f"`{metric}`: no difference between any settings (all intervals overlap)."
+        return f"`{metric}`: no difference (intervals overlap) between {'; '.join(alike)}."
 
 
 def read_ablation(runs: Sequence[Run]) -> Ablation:
     """Means over the finished runs of a sweep.
 
     Raises:
-        UserError: if no run is finished, or a summary is damaged or holds no figures.
+        UserError: if no run is finished, or a summary is damaged or without metrics.
     """
     finished = [run for run in runs if run.is_finished]
     if not finished:
-        raise UserError(f"{runs[0].folder.parent}: no run is finished, so there is no table; run the sweep first")
-    names = short_names(list(runs[0].values))
-    varied = [p for p in names if p.rsplit(".", 1)[-1] not in SEEDS]
-    values: dict[str, dict[Setting, list[float]]] = {}
-    counts: dict[Setting, int] = {}
-    figures = {run.name: _figures(run) for run in finished}
+        raise UserError(f"{runs[0].folder.parent}: no run is finished; run the sweep first")
+    short = short_names(list(runs[0].values))
+    varied = [name for name in short if name.rsplit(".", 1)[-1] not in SEEDS]
+    values = {run.name: _read_metrics(run) for run in finished}
+    num_seeds: dict[Setting, int] = {}
+    by_metric: dict[str, dict[Setting, list[float]]] = {}
     for run in finished:
-        setting = tuple(_plain(run.values[p]) for p in varied)
-        counts[setting] = counts.get(setting, 0) + 1
-        for metric, value in figures[run.name].items():
-            values.setdefault(metric, {}).setdefault(setting, []).append(value)
+        setting = tuple(_hashable(run.values[name]) for name in varied)
+        num_seeds[setting] = num_seeds.get(setting, 0) + 1
+        for metric, value in values[run.name].items():
+            by_metric.setdefault(metric, {}).setdefault(setting, []).append(value)
+    means = {
+        metric: {setting: Mean.of(of_seeds) for setting, of_seeds in by_setting.items()}
+        for metric, by_setting in by_metric.items()
+    }
     notes = []
-    if missing := [run.name for run in runs if not run.is_finished]:
-        notes.append(f"**{len(missing)} of {len(runs)} runs are not finished**: {', '.join(missing)}.")
+    unfinished = [run.name for run in runs if not run.is_finished]
+    if unfinished:
+        count = f"{len(unfinished)} of {len(runs)}"
+        notes.append(f"**{count} runs are not finished**: {', '.join(unfinished)}.")
     notes += _differences(finished)
-    means = {m: {s: Mean.of(v) for s, v in by_setting.items()} for m, by_setting in values.items()}
-    for metric, by_setting in means.items():
-        fewer = [s for s in counts if by_setting.get(s, Mean(0, None, 0)).num_seeds < counts[s]]
+    for metric, by_setting in by_metric.items():
+        fewer = sum(len(by_setting.get(setting, [])) < n for setting, n in num_seeds.items())
         if fewer:
-            notes.append(f"`{metric}`: not every run of {len(fewer)} of {len(counts)} settings has it.")
-    return Ablation([names[p] for p in varied], means, counts, notes, figures)
+            notes.append(f"`{metric}`: missing in runs of {fewer} of {len(num_seeds)} settings.")
+    return Ablation([short[name] for name in varied], means, num_seeds, notes, values)
+
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def _read_metrics(run: Run) -> dict[str, float]:
+    """Metrics of the last validation, without those of single stages and mask rates."""
+    file = run.folder / "summary.json"
+    try:
+        content = json.loads(file.read_text())["metrics"]
+        metrics = {name: float(value["after"]) for name, value in content.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file}: damaged ({type(error).__name__}); remove it and run the sweep again"
+        ) from error
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{file}: {name} is {value}; look at the run, remove it and run the sweep again"
+            )
+    if not metrics:
+        raise UserError(f"{file}: holds no metrics; remove the folder and run the sweep again")
+    return {name: v for name, v in metrics.items() if not SKIPPED_METRICS.search(name)}
+
+
+def _differences(runs: Sequence[Run]) -> list[str]:
+    """A sentence for each setting in which runs differ although the sweep does not vary it.
+
+    A base configuration that changed during the sweep would otherwise be read as an effect.
+    """
+    settings = {run.name: _read_settings(run) for run in runs}
+    known = [found for found in settings.values() if found is not None]
+    notes = []
+    for name in dict.fromkeys(itertools.chain(*known)):
+        values = dict.fromkeys(found.get(name, "not given") for found in known)
+        if len(values) > 1 and name not in (*runs[0].values, *RESUME_ONLY_SETTINGS):
+            notes.append(
+                f"**Runs also differ in {name}** ({', '.join(values)}), which the sweep does not "
+                "vary."
+            )
+    unknown = [name for name, found in settings.items() if found is None]
+    if unknown:
+        notes.append(f"No config.yaml, so other settings are unknown: {', '.join(unknown)}.")
+    return notes
+
+
+def _read_settings(run: Run) -> dict[str, str] | None:
+    """Settings in the newest config.yaml, with the run's folder replaced by a word."""
+    files = [run.folder / "config.yaml", *run.folder.glob("*/version_*/config.yaml")]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        return None
+    newest = max(files, key=lambda file: file.stat().st_mtime)
+    try:
+        flat = dict(flatten(yaml.safe_load(newest.read_text()) or {}))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
+        raise UserError(
+            f"{newest}: unreadable; remove the folder and run the sweep again"
+        ) from error
+    texts = {name: str(value) for name, value in flat.items()}
+    for folder in (str(run.folder.absolute()), str(run.folder)):
+        texts = {name: text.replace(folder, "RUN") for name, text in texts.items()}
+    return texts
 
 
 def write_ablation(runs: Sequence[Run], out: Path) -> tuple[Path, Path]:
-    """`table.md` and `plot.png` in `out`, drawn again from the run folders.
+    """Writes `table.md` and `plot.png` in `out`, from the run folders.
 
     Raises:
         UserError: as `read_ablation`.
     """
     ablation = read_ablation(runs)
-    table, picture = out / "table.md", out / "plot.png"
+    table = out / "table.md"
     table.write_text(ablation.markdown(out.name))
+    picture = out / "plot.png"
     plot(ablation, picture)
     return table, picture
 
 
 def plot(ablation: Ablation, path: Path) -> None:
-    """A panel for each metric: means with intervals over the first parameter, a line for each setting of the others."""
+    """A panel for each metric: means with intervals over the first parameter, a line for each
+    combination of the others."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -170,82 +255,33 @@ def plot(ablation: Ablation, path: Path) -> None:
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(ablation.means) :]:
         axis.set_visible(False)
-    numbers = all(isinstance(value, (int, float)) for setting in ablation.num_seeds for value in setting[:1])
-    ticks = list(dict.fromkeys(str(setting[0]) if setting else "all" for setting in ablation.num_seeds))
-    for axis, (metric, means) in zip(axes, ablation.means.items(), strict=False):
-        lines: dict[Setting, list[tuple[int, Mean]]] = {}
-        for setting, mean in means.items():
-            place = ticks.index(str(setting[0]) if setting else "all")
-            lines.setdefault(setting[1:], []).append((place, mean))
-        for i, (rest, points) in enumerate(lines.items()):
-            shift = 0.08 * (i - (len(lines) - 1) / 2)  # or intervals would hide each other
-            axis.errorbar(
-                [place + shift for place, _ in points], [mean.value for _, mean in points],
-                yerr=[mean.half or 0.0 for _, mean in points], fmt="o-" if numbers else "o", capsize=3,
-                label=", ".join(f"{p}={v}" for p, v in zip(ablation.parameters[1:], rest, strict=True)),
-            )  # fmt: skip
-        axis.set_xticks(range(len(ticks)), ticks, fontsize=8, rotation=0 if max(map(len, ticks)) < 8 else 20)
-        axis.set_title(metric, fontsize=9)
-        axis.set_xlabel(ablation.parameters[0] if ablation.parameters else "", fontsize=8)
-        if len(lines) > 1:
-            axis.legend(fontsize=7)
+    for axis, metric in zip(axes, ablation.means, strict=False):
+        _plot_metric(ablation, metric, axis)
     figure.savefig(path, dpi=120)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
-
-
-def _plain(value: Any) -> Any:
-    """A list as text, so that a setting can be a key."""
-    return value if isinstance(value, (str, int, float, bool)) else str(value)
-
-
-def _figures(run: Run) -> dict[str, float]:
-    """Metric to value of the last validation, those of single stages and mask rates left out."""
-    file = run.folder / "summary.json"
-    try:
-        metrics = {k: float(v["after"]) for k, v in json.loads(file.read_text())["metrics"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: damaged ({type(error).__name__}); remove it and run the sweep again") from error
-    if bad := [k for k, v in metrics.items() if not math.isfinite(v)]:
-        raise UserError(f"{file}: {bad[0]} is {metrics[bad[0]]}; look at the run, remove it and run the sweep again")
-    if not metrics:
-        raise UserError(f"{file}: holds no metrics; remove the folder and run the sweep again")
-    return {k: v for k, v in metrics.items() if not LEFT_OUT.search(k)}
-
-
-def _differences(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each setting in which runs differ although the sweep does not vary it.
-
-    So that a base configuration changed halfway through is not read as an effect.
-    """
-    settings: list[dict[str, str]] = []
-    without = []
-    for run in runs:
-        files = [run.folder / "config.yaml", *run.folder.glob("*/version_*/config.yaml")]
-        files = sorted((f for f in files if f.is_file()), key=lambda f: f.stat().st_mtime)
-        if not files:
-            without.append(run.name)
-            continue
-        try:
-            flat = _flat(yaml.safe_load(files[-1].read_text()) or {})
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
-            raise UserError(f"{files[-1]}: unreadable; remove the folder and run the sweep again") from error
-        own = (str(run.folder.absolute()), str(run.folder))
-        settings.append({k: str(v).replace(own[0], "RUN").replace(own[1], "RUN") for k, v in flat})
-    notes = []
-    for name in dict.fromkeys(itertools.chain(*settings)):
-        values = dict.fromkeys(each.get(name, "not given") for each in settings)
-        if len(values) > 1 and name not in (*runs[0].values, *ITS_OWN):
-            notes.append(f"**Runs differ in {name} too** ({', '.join(values)}), which the sweep does not vary.")
-    if without:
-        notes.append(f"No config.yaml, so nobody can tell whether other settings were alike: {', '.join(without)}.")
-    return notes
-
-
-def _flat(config: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in config.items():
-        pairs += _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else [(f"{above}{key}", value)]
-    return pairs
+def _plot_metric(ablation: Ablation, metric: str, axis: Any) -> None:
+    first = [setting[0] if setting else "all" for setting in ablation.num_seeds]
+    ticks = list(dict.fromkeys(map(str, first)))
+    is_numeric = all(isinstance(value, (int, float)) for value in first)
+    lines: dict[Setting, list[tuple[int, Mean]]] = {}
+    for setting, mean in ablation.means[metric].items():
+        place = ticks.index(str(setting[0]) if setting else "all")
+        lines.setdefault(setting[1:], []).append((place, mean))
+    for i, (others, points) in enumerate(lines.items()):
+        shift = 0.08 * (i - (len(lines) - 1) / 2)  # or intervals would hide one another
+        pairs = zip(ablation.parameters[1:], others, strict=True)
+        axis.errorbar(
+            [place + shift for place, _ in points],
+            [mean.value for _, mean in points],
+            yerr=[mean.half_width or 0.0 for _, mean in points],
+            fmt="o-" if is_numeric else "o",
+            capsize=3,
+            label=", ".join(f"{name}={value}" for name, value in pairs),
+        )
+    is_short = max(map(len, ticks)) < 8
+    axis.set_xticks(range(len(ticks)), ticks, fontsize=8, rotation=0 if is_short else 20)
+    axis.set_title(metric, fontsize=9)
+    axis.set_xlabel(ablation.parameters[0] if ablation.parameters else "", fontsize=8)
+    if len(lines) > 1:
+        axis.legend(fontsize=7)
