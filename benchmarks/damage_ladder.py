@@ -20,7 +20,8 @@ from scipy.signal import butter, sosfiltfilt
 from magnet_train.codec.base import load_codec
 from magnet_train.common.assets import demo_path
 from magnet_train.data.audio import read_audio
-from magnet_train.evaluation.evaluate import EMBEDDED, EvaluateOptions, clips_of, evaluate
+from magnet_train.evaluation.clips import list_clips
+from magnet_train.evaluation.evaluate import DEFAULT_METRICS, EvaluateOptions, evaluate
 
 RATE = 16_000
 
@@ -51,15 +52,15 @@ LADDER: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--metrics", nargs="+", default=list(EMBEDDED), help="KIND/LISTENER each.")
+    parser.add_argument("--metrics", nargs="+", default=list(DEFAULT_METRICS), help="METRIC/EMBEDDER each.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for name, damage in LADDER.items():
             (Path(folder) / name).mkdir()
-            for key, path in clips_of(demo_path("clips")).items():
-                wav = damage(read_audio(path, RATE, 1)[0])
+            for key, clip in list_clips(demo_path("clips")).items():
+                wav = damage(read_audio(clip.path, RATE, 1)[0])
                 soundfile.write(Path(folder) / name / f"{key}.wav", np.clip(wav, -1, 1), RATE)
-                shutil.copy(path.with_suffix(".txt"), Path(folder) / name / f"{key}.txt")
+                shutil.copy(clip.path.with_suffix(".txt"), Path(folder) / name / f"{key}.txt")
         systems = [f"{name}={Path(folder) / name}" for name in LADDER]
         evaluate(EvaluateOptions(systems, str(Path(folder) / "real"), metrics=args.metrics, loudness=False))
 

@@ -3,7 +3,7 @@
     python benchmarks/same_figures.py --out benchmarks/records/same_figures.md
 
 The shipped model decodes 14 captions of the validation split (3.2 s each), dealt out to real gloo processes, each of
-which always decodes full batches; what musicnn heard is gathered by id and scored as validation does it. The table has
+which always decodes full batches; the features are gathered by id and scored as validation does it. The table has
 each figure in each case, and below how many codes differ from those of one process in batches of 4.
 """
 
@@ -20,8 +20,8 @@ from magnet_train.common.assets import demo_path
 from magnet_train.data.pipeline import EvaluationDataset
 from magnet_train.data.shards import ShardSet
 from magnet_train.generator import load
-from magnet_train.metrics.embedders import load_listener
-from magnet_train.metrics.scoring import KINDS, HeardSet, score
+from magnet_train.metrics.embedders import load_embedder
+from magnet_train.metrics.scoring import METRICS, FeatureSet, score
 
 NUM_PROMPTS, SECONDS = 14, 3.2
 CASES: dict[str, tuple[int, list[slice | list[int]]]] = {
@@ -36,7 +36,7 @@ CASES: dict[str, tuple[int, list[slice | list[int]]]] = {
 
 
 def items() -> list[tuple[str, str, dict]]:
-    """Key, caption and what musicnn heard in the original, of the first captions of the validation split."""
+    """Key, caption and the stored reference, of the first captions of the validation split."""
     found = []
     for batch in EvaluationDataset(ShardSet.open(demo_path("shards/validation")), 500, 8):
         found += list(zip(batch["keys"], batch["captions"], batch["references"], strict=True))
@@ -44,28 +44,31 @@ def items() -> list[tuple[str, str, dict]]:
 
 
 def rank_of(rank: int, case: str, folder: str) -> None:
-    """Decodes and hears a rank's share, gathers, and writes every figure and code."""
+    """Decodes and embeds a rank's share, gathers, and writes every figure and code."""
     torch.set_num_threads(1)
     batch_size, shares = CASES[case]
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=len(shares))
     everything, share = items(), shares[rank]
     own = everything[share] if isinstance(share, slice) else [everything[i] for i in share]
-    generator, listener = load(), load_listener("musicnn")
+    generator = load()
+    embedder = load_embedder("musicnn")
     decoding = replace(generator.decoding, decoding_steps=(6, 2, 2, 2))
-    heard, real, codes = HeardSet(listener), HeardSet(listener), {}
-    for first in range(0, len(own), batch_size):
-        part = own[first : first + batch_size]
-        padding = batch_size - len(part)
-        captions = [caption for _, caption, _ in part] + [""] * padding
-        keys = [key for key, *_ in part] + ["padding"] * padding
-        result = generator.generate(captions, 0, keys, SECONDS, decoding)
-        for i, (key, _, reference) in enumerate(part):
-            heard.add(key, result.wav[i], result.sample_rate)
-            real.embeddings[key], real.outputs[key] = reference["embeddings"], reference["tags"]
-            codes[key] = result.codes[i]
-    heard, statistics = heard.gathered(), real.gathered().statistics()
+    features = FeatureSet(embedder)
+    real = FeatureSet(embedder)
+    codes = {}
+    references = {key: reference for key, _, reference in own}
+    own_captions = {key: caption for key, caption, _ in own}
+    for item in generator.decode_items(own_captions, batch_size, 0, decoding, SECONDS):
+        features.add(item.key, item.wav, item.sample_rate)
+        real.embeddings[item.key] = references[item.key]["embeddings"]
+        real.outputs[item.key] = references[item.key]["tags"]
+        codes[item.key] = item.codes
+    features = features.all_gather()
+    statistics = real.all_gather().statistics()
     captions = {key: caption for key, caption, _ in everything}
-    figures = {kind: score(f"{kind}/musicnn", heard, statistics, captions, system="").value for kind in KINDS}
+    figures = {
+        name: score(f"{name}/musicnn", features, statistics, captions, system="").value for name in METRICS
+    }
     torch.save({"figures": figures, "codes": codes}, Path(folder, f"{rank}.pt"))
     dist.barrier()
     dist.destroy_process_group()
@@ -88,7 +91,7 @@ def main() -> None:
     differing = {case: sum(int((own[key] != first[key]).sum()) for key in first) for case, own in codes.items()}
     total = sum(x.numel() for x in first.values())
     lines = [f"| metric (musicnn) | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {k} | {' | '.join(f'{c[k]:.8g}' for c in columns.values())} |" for k in KINDS]
+    lines += [f"| {k} | {' | '.join(f'{c[k]:.8g}' for c in columns.values())} |" for k in METRICS]
     lines += [f"| codes that differ, of {total:,} | {' | '.join(str(differing[case]) for case in columns)} |"]
     text = f"# Figures on any number of processes\n\n{__doc__}\n" + "\n".join(lines) + "\n"
     print(text)

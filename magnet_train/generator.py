@@ -4,8 +4,9 @@
 The command line, the validation callback and a notebook all go through it.
 """
 
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,23 @@ class Generated:
     """Of `wav`, in Hz."""
     order: Tensor
     """`b k t`, the step in its stage at which a frame got its final code; -1 = it was given."""
+
+
+@dataclass(frozen=True)
+class DecodedItem:
+    """What came out for one of many items."""
+
+    key: str
+    """Id of the item."""
+    caption: str
+    wav: Tensor
+    """`channels samples`, as the codec gave it: not normalised."""
+    sample_rate: int
+    """Of `wav`, in Hz."""
+    codes: Tensor
+    """`k t`."""
+    unmask_step: Tensor
+    """`k t`, the step in its stage at which a code became final; -1 = it was given."""
 
 
 class Generator:
@@ -171,6 +189,45 @@ class Generator:
             return self._pass(codes, self.network.config.stage(stage), None)
 
         return Networks(with_text, None if text is None else without_text)
+
+    def decode_items(
+        self,
+        captions: Mapping[str, str],
+        batch_size: int,
+        seed: int = 0,
+        decoding: DecodingConfig | None = None,
+        duration_s: float | None = None,
+        max_seconds: float | None = None,
+    ) -> Iterator[DecodedItem]:
+        """Generates audio for many items, batch by batch.
+
+        The last batch is filled up with empty captions: another batch size could round differently and tip a tie, so
+        codes would depend on how items are split over devices.
+
+        Args:
+            captions: by item id.
+            batch_size: items decoded at once.
+            seed: of the noise; each item's depends on (seed, its id) alone.
+            decoding: instead of the model's own.
+            duration_s: length in seconds; the trained length if None.
+            max_seconds: no batch begins after this time; the remaining items are skipped.
+
+        Yields:
+            One result for each item, in order.
+        """
+        start = time.monotonic()
+        keys = list(captions)
+        for first in range(0, len(keys), batch_size):
+            if max_seconds is not None and time.monotonic() - start > max_seconds:
+                return
+            batch = keys[first : first + batch_size]
+            padding = batch_size - len(batch)
+            prompts = [captions[key] for key in batch] + [""] * padding
+            result = self.generate(prompts, seed, batch + ["padding"] * padding, duration_s, decoding)
+            for i, key in enumerate(batch):
+                yield DecodedItem(
+                    key, captions[key], result.wav[i], result.sample_rate, result.codes[i], result.order[i]
+                )
 
     def save(self, out: str | Path, card: str | None = None) -> None:
         """Write a release: `config.json`, `model.safetensors`, `README.md`, and the codec if it lies in a folder.

@@ -14,9 +14,9 @@ import torch
 import magnet_train
 from magnet_train.common.assets import demo_path
 from magnet_train.common.audio_files import normalize_loudness
-from magnet_train.evaluation.evaluate import captions_of, clips_of
-from magnet_train.metrics.embedders import load_listener
-from magnet_train.metrics.scoring import HeardSet, score
+from magnet_train.evaluation.clips import list_clips, load_captions
+from magnet_train.metrics.embedders import load_embedder
+from magnet_train.metrics.scoring import FeatureSet, score
 from magnet_train.evaluation.page import read_sound
 
 OUT = Path(__file__).with_suffix(".csv")
@@ -24,11 +24,12 @@ METRICS = ("fad", "kl", "text")
 
 
 def main() -> None:
-    clips = clips_of(demo_path("clips"))
-    captions = captions_of(None, clips)
-    real = HeardSet(listener := load_listener("musicnn"))
-    for key, path in clips.items():
-        wav, rate = read_sound(path)
+    clips = list_clips(demo_path("clips"))
+    captions = load_captions(None, clips)
+    embedder = load_embedder("musicnn")
+    real = FeatureSet(embedder)
+    for key, clip in clips.items():
+        wav, rate = read_sound(clip.path)
         real.add(key, torch.from_numpy(wav.T.copy()), rate)
     reference, model = real.statistics(), magnet_train.load("demo")
     done = set()
@@ -40,13 +41,14 @@ def main() -> None:
     for seed, guidance in ((s, g) for s in range(5) for g in (1.0, 1.5, 4.0)):
         if (guidance, seed) in done:
             continue
-        decoding, heard = replace(model.decoding, max_cfg_coef=guidance), HeardSet(listener)
+        decoding = replace(model.decoding, max_cfg_coef=guidance)
+        features = FeatureSet(embedder)
         for keys in (list(clips)[:8], list(clips)[8:]):
             made = model.generate([captions[k] for k in keys], seed, keys, duration_s=4.5, decoding=decoding)
             for key, wav in zip(keys, made.wav, strict=True):
-                loud = normalize_loudness(wav.T.numpy(), made.sample_rate)  # as `evaluate` hears generated clips
-                heard.add(key, torch.from_numpy(loud.T.copy()), made.sample_rate)
-        values = [score(f"{metric}/musicnn", heard, reference, captions, system="demo").value for metric in METRICS]
+                loud = normalize_loudness(wav.T.numpy(), made.sample_rate)  # as `evaluate` levels generated clips
+                features.add(key, torch.from_numpy(loud.T.copy()), made.sample_rate)
+        values = [score(f"{metric}/musicnn", features, reference, captions, system="demo").value for metric in METRICS]
         with OUT.open("a") as file:
             file.write(",".join([f"{guidance:g}", str(seed), *(f"{value:.4f}" for value in values)]) + "\n")
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from magnet_train.common.audio_files import normalize_loudness
+from magnet_train.common.audio_files import draw_spectrogram, normalize_for_listening
 from magnet_train.evaluation.page import audio_uri, text
 
 plt.rcParams.update(
@@ -36,7 +36,7 @@ def players(sounds: dict[str, Tensor], sample_rate: int) -> Players:
     """A player for each mono clip `… t`, side by side under its title, at -14 LUFS each."""
     cells = []
     for title, wav in sounds.items():
-        uri = audio_uri(normalize_loudness(wav.reshape(-1, 1).numpy(), sample_rate), sample_rate)
+        uri = audio_uri(normalize_for_listening(wav.reshape(-1, 1).numpy(), sample_rate), sample_rate)
         player = f'<audio controls preload="metadata" style="width:14em" src="{uri}"></audio>'
         cells.append(f'<div style="margin:0 1em 1em 0">{text(title)}<br>{player}</div>')
     return Players(f'<div style="display:flex;flex-wrap:wrap">{"".join(cells)}</div>')
@@ -44,14 +44,8 @@ def players(sounds: dict[str, Tensor], sample_rate: int) -> Players:
 
 def spectrogram(axis: Axes, wav: Tensor, sample_rate: int, title: str = "") -> None:
     """Draw the level of a mono clip `… t` over time and frequency, 70 dB down from its loudest bin."""
-    frames = np.lib.stride_tricks.sliding_window_view(wav.flatten().numpy(), 1024)[::256] * np.hanning(1024)
-    level = 20 * np.log10(np.abs(np.fft.rfft(frames)).T + 1e-3)
-    axis.imshow(
-        level, origin="lower", aspect="auto", cmap="magma", vmin=level.max() - 70, vmax=level.max(),
-        extent=(0, wav.numel() / sample_rate, 0, sample_rate / 2000),
-    )  # fmt: skip
-    axis.set_title(title, fontsize=9)
-    axis.set(xlabel="seconds", ylabel="kHz")
+    draw_spectrogram(axis, wav.flatten().numpy(), sample_rate, title, range_db=70)
+    axis.set(xlabel="seconds")
 
 
 class Movie:

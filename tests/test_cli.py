@@ -88,7 +88,7 @@ def test_every_figure_of_a_validation_is_a_record(run):
 
 def test_metrics_without_weights_are_left_out_of_fit_and_an_error_elsewhere(run, shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path / "cache"))
-    metrics = ["--generation.metrics=[fad/vggish,vendi/musicnn]", "--generation.floors=false"]
+    metrics = ["--generation.metrics=[fad/vggish,vendi/musicnn]", "--generation.baselines=false"]
     with pytest.warns(
         UserWarning, match=r"no metrics of vggish: VGGish weights: not at .*vggish-10086976\.pth"
     ) as seen:
@@ -121,7 +121,7 @@ def test_the_best_checkpoint_cannot_go_by_a_metric_that_is_not_to_be_had(shards,
 def test_a_budget_of_seconds_ends_decoding_and_says_so(shards, tmp_path):
     options = [
         "--model.span_len=5",
-        "--generation.most_s=0.001",
+        "--generation.max_seconds=0.001",
         "--generation.batch_size=1",
         "--generation.at_start=false",
     ]
@@ -150,7 +150,7 @@ def test_validate_and_predict_take_the_checkpoint(run, shards, tmp_path):
     options = [f"--config={tmp_path / 'empty.yaml'}", *common, f"--trainer.default_root_dir={tmp_path}"]
     step = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     for verb, folder in (("validate", "validation"), ("test", "test")):
-        assert main([verb, *options, "--generation.metrics=[vendi/musicnn]", "--generation.floors=false"]) == 0
+        assert main([verb, *options, "--generation.metrics=[vendi/musicnn]", "--generation.baselines=false"]) == 0
         (record,) = read_records(tmp_path / folder / f"step_{step:07d}" / "records.json")
         assert record.system == f"step {step}" and record.num_clips == 2
     assert main(["predict", *options, "--trainer.limit_predict_batches=1"]) == 0

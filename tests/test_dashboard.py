@@ -53,7 +53,7 @@ def test_every_defined_name_is_drawn_in_its_section_over_steps():
             else:
                 assert config["xAxis"] == STEP
                 names = config["metrics"] or [config["metricRegex"]]
-                key = entry.name.format(k=3, rate=0.5, kind="fad", listener="passt-10s")
+                key = entry.name.format(k=3, rate=0.5, metric="fad", embedder="passt-10s")
                 assert re.fullmatch(names[0], key)
     assert {entry.section for entry in LOGGED} == set(SECTIONS)
 

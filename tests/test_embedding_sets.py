@@ -142,7 +142,7 @@ def test_bad_sets_are_named(measure, monkeypatch: pytest.MonkeyPatch):
         measure(good, torch.randn(9, 3))
     with pytest.raises(UserError, match="there are 1: score more"):
         measure(torch.randn(1, 4), good)
-    monkeypatch.setattr(embedding_sets, "MOST_WINDOWS", 8)
+    monkeypatch.setattr(embedding_sets, "MAX_WINDOWS", 8)
     with pytest.raises(UserError, match="pairs of 9 windows: subsample them to 8"):
         measure(good, good)
 

@@ -17,7 +17,8 @@ from helpers_programs import LONGEST_S
 from magnet_train.__main__ import main
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
-from magnet_train.evaluation.evaluate import EvaluateOptions, captions_of, clips_of, evaluate, prompts_of, systems_of
+from magnet_train.evaluation.clips import list_clips, load_captions, load_prompts, parse_systems
+from magnet_train.evaluation.evaluate import EvaluateOptions, evaluate
 from magnet_train.metrics.record import compare, read_records
 
 SECONDS = 4
@@ -68,7 +69,7 @@ def test_a_table_records_a_report_and_a_listening_test_through_the_command_line(
     assert same.value == pytest.approx(0, abs=1e-6) and noisy.value > 5
     assert same.protocol == noisy.protocol and same.num_clips == 8 and len(same.reference_hash or "") == 16
     assert same.resampler == "soxr VHQ" and 44_100 in same.sample_rates and noisy.interval is not None
-    assert noisy.floor_real is not None and noisy.floor_real > 0
+    assert noisy.baseline_real is not None and noisy.baseline_real > 0
     assert records["same", "kl/musicnn"].value == pytest.approx(0, abs=1e-4)
     assert records["same", "text/musicnn"].value > records["same", "text_shuffled/musicnn"].value + 0.1
     assert "noisy" in (tmp_path / "report.html").read_text() and (tmp_path / "listen_key.json").exists()
@@ -97,7 +98,7 @@ def test_a_ladder_of_damage_comes_out_in_order(real, tmp_path):
     fads = {r.system: r for r in records if r.metric == "fad/musicnn"}
     for r in records:
         print(f"{r.metric:<12} {r.system:<12} {r.value:8.3f} {r.interval}")
-    codec = fads["real"].floor_codec
+    codec = fads["real"].baseline_codec
     assert codec is not None and fads["real"].value < codec < fads["low-passed"].value
     assert fads["low-passed"].value < fads["noisy"].value < fads["white noise"].value
     kls = {r.system: r.value for r in records if r.metric == "kl/musicnn"}
@@ -114,7 +115,7 @@ def test_a_model_is_generated_for_and_scored_in_one_go(tmp_path, tiny, real):
         checkpoint=str(tmp_path / "release"), prompts=prompts, generated_to=tmp_path / "out", reference=str(real),
         metrics=["fad/musicnn", "text/musicnn"], report=tmp_path / "report.html", batch_size=2, accelerator="cpu",
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"a-banjo_\w+\.wav: .* too short for musicnn.*remove or replace it"):
+    with pytest.raises(UserError, match=r"a-slow-waltz_\w+\.wav: .* too short for musicnn.*remove or replace it"):
         evaluate(options)  # the tiny model makes seconds
     tiny.crop_s, before = 3.2, tiny.crop_s
     try:
@@ -125,7 +126,8 @@ def test_a_model_is_generated_for_and_scored_in_one_go(tmp_path, tiny, real):
         tiny.crop_s = before
     assert {r.metric: r.num_clips for r in records} == {"fad/musicnn": 3, "text/musicnn": 3}
     assert records[0].decoding is not None and records[0].decoding["temperature"] == 2.0 and records[0].seed == 0
-    assert len(list((tmp_path / "out").rglob("*.wav"))) == 6  # of two settings, in two folders
+    folders = sorted(len(list(folder.glob("*.wav"))) for folder in (tmp_path / "out").iterdir())
+    assert folders == [1, 3]  # one folder for each setting; the first ended at its first clip
     assert (tmp_path / "report.html").stat().st_size > 100_000
 
 
@@ -134,17 +136,17 @@ def test_clips_have_ids_and_equal_ones_are_named(tmp_path):
     for name in ("a/x.wav", "b/x.wav", "y.flac"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         soundfile.write(tmp_path / name, wav, 16_000)
-    assert list(clips_of(tmp_path)) == ["a/x", "b/x", "y"]
+    assert list(list_clips(tmp_path)) == ["a/x", "b/x", "y"]
     soundfile.write(tmp_path / "y.wav", wav, 16_000)
     with pytest.raises(UserError, match=r"y\.flac and .*y\.wav: two clips named y"):
-        clips_of(tmp_path)
+        list_clips(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
-        clips_of(tmp_path / "nowhere")
+        list_clips(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: no audio files"):
-        clips_of(tmp_path / "empty")
+        list_clips(tmp_path / "empty")
     with pytest.raises(UserError, match=r"a second system named x; write NAME="):
-        systems_of(["one/x", "two/x"])
+        parse_systems(["one/x", "two/x"])
 
 
 def test_captions_of_a_manifest_must_be_those_of_the_clips(tmp_path):
@@ -160,21 +162,21 @@ def test_captions_of_a_manifest_must_be_those_of_the_clips(tmp_path):
             '{"path": "one.wav", "caption": "a"}\n{"path": "two", "caption": "b"}\n{"path": "x", "caption": "c"}',
             "x is no clip",
         ),
-        ('{"path": "one.wav", "caption": "a"}\n{"path": "one.flac", "caption": "b"}', "one comes twice"),
+        ('{"path": "one.wav", "caption": "a"}\n{"path": "one.flac", "caption": "b"}', "two clips named one"),
         ('{"path": "../one.wav", "caption": "a"}', r"\.\./one\.wav leads out of the folder"),
         ('{"path": "/one.wav", "caption": "a"}', r"/one\.wav leads out of the folder"),
         ('{"path": "one.wav", "caption": "a"}\n{"path": "two.wav"}', r"two\.wav has no caption"),
     ):
         manifest.write_text(f"{rows}\n")
         with pytest.raises(UserError, match=message):
-            captions_of(manifest, clips_of(tmp_path))
+            load_captions(manifest, list_clips(tmp_path))
     manifest.write_text('{"path": "one.wav", "caption": "a"}\n{"path": "two.wav", "caption": "b"}\n')
-    assert captions_of(manifest, clips_of(tmp_path)) == {"one": "a", "two": "b"}
+    assert load_captions(manifest, list_clips(tmp_path)) == {"one": "a", "two": "b"}
     (tmp_path / "one.json").write_text(json.dumps({"prompt": "from generate"}))
-    assert captions_of(None, clips_of(tmp_path)) == {"one": "from generate"}
+    assert load_captions(None, list_clips(tmp_path)) == {"one": "from generate"}
     (tmp_path / "twice.txt").write_text("a waltz\na waltz\n")
-    with pytest.raises(UserError, match="a line stands there twice"):
-        prompts_of(tmp_path / "twice.txt")
+    with pytest.raises(UserError, match="a line comes twice"):
+        load_prompts(tmp_path / "twice.txt")
 
 
 def test_hundreds_of_like_prompts_get_names_of_their_own(tmp_path):
@@ -182,7 +184,7 @@ def test_hundreds_of_like_prompts_get_names_of_their_own(tmp_path):
     file.write_text(
         "\n".join(f"a very slow and very long beginning that is the same for all of them, {i}" for i in range(2000))
     )
-    assert len(prompts_of(file)) == 2000
+    assert len(load_prompts(file)) == 2000
 
 
 def test_a_reference_is_known_by_its_audio_and_not_by_its_names(real, tmp_path):
@@ -201,7 +203,7 @@ def test_what_must_fail_does_so_before_anything_is_generated(tmp_path, tiny, rea
     for options, message in (
         ({"reference": str(real)}, "kl/musicnn: clip a-waltz_.* has no counterpart in the reference"),
         ({}, "fad/musicnn needs --reference"),
-        ({"metrics": ["vendi/musicnn"], "codec": "demo"}, "--codec: its floor needs the reference as audio"),
+        ({"metrics": ["vendi/musicnn"], "codec": "demo"}, "--codec: its baseline needs the reference as audio"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate(EvaluateOptions(**common, **options, accelerator="cpu"))
@@ -287,15 +289,15 @@ def test_a_figure_without_meaning_is_an_error(tmp_path, real):
 
 def test_mistakes_in_the_options_are_named(tmp_path, monkeypatch):
     for options, message in (
-        ({"metrics": ["fad/nobody"]}, "metric 'fad/nobody': give KIND/LISTENER"),
+        ({"metrics": ["fad/nobody"]}, "metric 'fad/nobody': give METRIC/EMBEDDER"),
         ({"metrics": ["kl/vggish"]}, "KL needs a classifier"),
-        ({"metrics": ["text/vggish"]}, "captions are heard by"),
+        ({"metrics": ["text/vggish"]}, "embed captions"),
         ({"generated": []}, "nothing to score"),
         ({"checkpoint": "demo"}, "--checkpoint and --prompts belong together"),
-        ({"weights": {"x": "y"}}, "--weights x: choose of"),
+        ({"weights": {"x": "y"}}, "--weights x: choose from"),
         ({"published_set": "Jazz"}, "--published_set Jazz: choose MusicCaps"),
         ({"save_reference": tmp_path}, "--save_reference: give --reference"),
-        ({"kl_convention": "mine"}, "--kl_convention mine: choose of audiocraft"),
+        ({"kl_convention": "mine"}, "--kl_convention mine: choose from audiocraft"),
         ({"out": tmp_path}, "--out .*: is a folder; give the name of a file"),
         ({"report": Path("/proc/x/y.html")}, "--report /proc/x/y.html: cannot be written"),
     ):

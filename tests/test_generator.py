@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from magnet_train.common.audio_files import normalize_loudness, recognisable_name, write_audio
+from magnet_train.common.audio_files import normalize_loudness, slug, write_audio
 from magnet_train.common.errors import UserError
 from magnet_train.generator import Generator, load
 from magnet_train.model import Magnet, MagnetConfig
@@ -56,7 +56,7 @@ def test_loudness_is_minus_14_lufs_and_silence_stays_silent():
 
 
 def test_files_have_recognisable_names_and_an_unwritable_folder_is_named(tmp_path):
-    assert recognisable_name("Slow, sad: cello!", 7).startswith("slow-sad-cello_") and recognisable_name("").startswith(
+    assert slug("Slow, sad: cello!", 7).startswith("slow-sad-cello_") and slug("").startswith(
         "no-text_"
     )
     write_audio(tmp_path / "a.flac", np.zeros((800, 1)), 16_000, {"prompt": "x"})

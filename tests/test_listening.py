@@ -12,7 +12,14 @@ import soundfile
 from helpers_html import Page, sound
 
 from magnet_train.common.errors import UserError
-from magnet_train.evaluation.listening_test import COLUMNS, LOWPASS, MISMATCH, analyse_study, export_study, low_passed
+from magnet_train.evaluation.clips import list_clips, load_captions
+from magnet_train.evaluation.listening_test import (
+    LOWPASS,
+    MISMATCH,
+    export_listening_test,
+    low_passed,
+)
+from magnet_train.evaluation.ratings import COLUMNS, RaterFilter, analyse_ratings
 
 RATE = 16_000
 CAPTIONS = ("a slow air for flute", "a fast reel for fiddle </script><b>bold</b>", "a waltz for two harps")
@@ -36,10 +43,17 @@ def write_systems(root: Path, captions=CAPTIONS, systems=("reference", "ours", "
     return root
 
 
+def export(folder: Path, out: Path, **options):
+    """From a folder whose subfolders are the systems."""
+    systems = {path.name: list_clips(path) for path in sorted(folder.iterdir())}
+    captions = {name: load_captions(None, clips) for name, clips in systems.items()}
+    return export_listening_test(systems, captions, out, **options)
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    return export_study(write_systems(folder / "systems"), folder / "out" / "study.html")
+    return export(write_systems(folder / "systems"), folder / "out" / "study.html")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +97,7 @@ def test_clips_stand_in_the_order_of_their_random_ids(page, key):
 
 
 def test_two_exports_share_no_id(tmp_path, study, key):
-    again = export_study(study.page.parent.parent / "systems", tmp_path / "again.html")
+    again = export(study.page.parent.parent / "systems", tmp_path / "again.html")
     assert not set(json.loads(again.key.read_text())["clips"]) & set(key["clips"])
 
 
@@ -148,34 +162,38 @@ def test_the_low_pass_keeps_to_the_recommendation():
 
 def test_a_study_without_reference_has_no_anchors(tmp_path):
     folder = write_systems(tmp_path / "s", systems=("ours", "theirs"))
-    study = export_study({"A": folder / "ours", "B": folder / "theirs"}, tmp_path / "t.html", reference=None)
+    study = export(folder, tmp_path / "t.html", reference=None)
     assert study.num_clips == 6
     about = json.loads(study.key.read_text())
-    assert about["reference"] is None and about["systems"] == ["A", "B"]
+    assert about["reference"] is None and about["systems"] == ["ours", "theirs"]
     assert "made worse on purpose" not in Page(study.page.read_text()).text
-    files = write_ratings(tmp_path, about, {"Ann": {"A": (60, 70), "B": (40, 30)}})
-    rows = {(r.system, r.question): r.mean for r in analyse_study(files, study.key).rows}
-    assert rows == {("A", "quality"): 60, ("A", "relevance"): 70, ("B", "quality"): 40, ("B", "relevance"): 30}
+    files = write_ratings(tmp_path, about, {"Ann": {"ours": (60, 70), "theirs": (40, 30)}})
+    rows = {(r.system, r.question): r.mean for r in analyse_ratings(files, study.key).rows}
+    assert rows == {
+        ("ours", "quality"): 60,
+        ("ours", "relevance"): 70,
+        ("theirs", "quality"): 40,
+        ("theirs", "relevance"): 30,
+    }
 
 
 def test_mp3_makes_a_smaller_page(tmp_path, study):
-    small = export_study(study.page.parent.parent / "systems", tmp_path / "small.html", lossless=False)
+    small = export(study.page.parent.parent / "systems", tmp_path / "small.html", lossless=False)
     assert small.size < study.size
 
 
 def export_refused(folder: Path, **kwargs) -> str:
     with pytest.raises(UserError) as error:
-        export_study(folder, folder.parent / "refused.html", **kwargs)
+        export(folder, folder.parent / "refused.html", **kwargs)
     assert "\n" not in str(error.value) and not (folder.parent / "refused.html").exists()
     return str(error.value)
 
 
 def test_bad_systems_are_named_in_one_line(tmp_path):
     root = write_systems(tmp_path / "s")
-    assert "no such folder" in export_refused(tmp_path / "gone")
     assert "reference='real': no such system among ours, reference, theirs" in export_refused(root, reference="real")
     (root / "ours" / "ours_1.wav").rename(tmp_path / "aside.wav")
-    assert "ours: no clip for 1 of 3 captions, such as 'a fast reel" in export_refused(root)
+    assert "system ours: no clip for 1 of 3 captions, such as 'a fast reel" in export_refused(root)
     (root / "ours" / "ours_1.wav").write_bytes(b"broken")
     assert "ours_1.wav: unreadable" in export_refused(root)
     (tmp_path / "aside.wav").replace(root / "ours" / "ours_1.wav")
@@ -185,11 +203,11 @@ def test_bad_systems_are_named_in_one_line(tmp_path):
     assert "ours_1.wav: no caption" in export_refused(root)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        export_study(write_systems(tmp_path / "s2"), tmp_path / "file" / "study.html")
+        export(write_systems(tmp_path / "s2"), tmp_path / "file" / "study.html")
     one = write_systems(tmp_path / "s3", CAPTIONS[:1])
     assert "one caption" in export_refused(one)
     lonely = write_systems(tmp_path / "s4", systems=("reference",))
-    assert "no system beside the reference" in export_refused(lonely)
+    assert "needs a system beside the reference" in export_refused(lonely)
 
 
 # --- Analysis --------------------------------------------------------------------------------------------------------
@@ -226,7 +244,7 @@ def shifted(by: float) -> dict:
 def test_means_and_intervals_of_raters_who_differ(tmp_path, study, key):
     offsets = (-6, -2, 0, 2, 6)
     files = write_ratings(tmp_path, key, {f"rater {d}": shifted(d / 2) for d in offsets})
-    table = analyse_study(files, study.key, num_draws=4000)
+    table = analyse_ratings(files, study.key, num_draws=4000)
     assert table.num_raters == 5 and not table.dropped and len(table.rows) == 10
     rows = {(r.system, r.question): r for r in table.rows}
     assert rows["ours", "quality"].mean == 60 and rows["theirs", "quality"].mean == 40
@@ -240,26 +258,27 @@ def test_means_and_intervals_of_raters_who_differ(tmp_path, study, key):
 def test_more_clips_of_the_same_rater_do_not_narrow_the_interval(tmp_path, study, key):
     """The point of resampling raters: ratings of one rater are no independent witnesses."""
     files = write_ratings(tmp_path, key, {f"r{d}": shifted(d) for d in (-4, 4)})
-    (row,) = [r for r in analyse_study(files, study.key).rows if (r.system, r.question) == ("ours", "quality")]
+    (row,) = [r for r in analyse_ratings(files, study.key).rows if (r.system, r.question) == ("ours", "quality")]
     assert row.interval == (56, 64)
 
 
 def test_the_same_seed_gives_the_same_table(tmp_path, study, key):
     files = [write_csv(tmp_path / f"{i}.csv", ratings(key, str(i), OPINION, 3, i)) for i in range(6)]
-    first, again, other = (analyse_study(files, study.key, seed=seed, min_reference=1) for seed in (0, 0, 1))
+    first, again, other = (analyse_ratings(files, study.key, filters=RaterFilter(min_reference=1), seed=seed) for seed in (0, 0, 1))
     assert first == again and first.rows != other.rows
     assert [r.mean for r in first.rows] == [r.mean for r in other.rows]
 
 
 def test_markdown_names_systems_intervals_and_who_was_left_out(tmp_path, study, key):
     files = write_ratings(tmp_path, key, {"Ann": OPINION, "Bob": shifted(2), "Cid": OPINION | {"reference": (50, 95)}})
-    markdown = analyse_study(files, study.key).to_markdown()
-    assert "| system | quality | relevance | ratings |" in markdown
-    assert "| ours | 61.0 [60.0, 62.0] | 71.0 [70.0, 72.0] | 6 + 6 |" in markdown
-    assert "left out: Cid (rated 3 of 3 hidden references below 85)" in markdown
-    assert "2 raters" in markdown and key["study"] in markdown
+    markdown = analyse_ratings(files, study.key).to_markdown()
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in lines}) == 1 and lines[2].startswith(f"| {MISMATCH} | 96.0")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert rows[0] == ["system", "quality", "relevance", "ratings"]
+    assert ["ours", "61.0 [60.0, 62.0]", "71.0 [70.0, 72.0]", "6 + 6"] in rows
+    assert "dropped: Cid (rated 3 of 3 hidden references below 85)" in markdown
+    assert "2 raters" in markdown and key["study"] in markdown
+    assert rows[2][0] == MISMATCH and rows[2][1].startswith("96.0")
 
 
 def test_raters_are_left_out_with_a_reason(tmp_path, study, key):
@@ -271,28 +290,28 @@ def test_raters_are_left_out_with_a_reason(tmp_path, study, key):
     once[0] = once[0] | {"seconds_listened": "0.5"}
     groups = (good, lazy, short, deaf, once)
     files = [write_csv(tmp_path / f"{rows[0]['rater']}.csv", rows) for rows in groups]
-    table = analyse_study(files, study.key)
+    table = analyse_ratings(files, study.key)
     assert dict(table.dropped) == {
-        "lazy": "did not hear 30 of 30 rated clips to their end",
+        "lazy": "did not play 30 of 30 rated clips to their end",
         "short": "gave 8 of 30 ratings",
         "deaf": "rated 3 of 3 hidden references below 85",
     }
-    assert table.num_raters == 2 and table.num_unheard == 1
+    assert table.num_raters == 2 and table.num_unplayed == 1
     assert sum(row.num_ratings for row in table.rows) == 59
-    assert analyse_study(files, study.key, min_reference=84).num_raters == 3
-    assert analyse_study(files, study.key, min_answered=0.2).num_raters == 3
-    assert "not heard to its end: 1 of their ratings" in table.to_markdown()
+    assert analyse_ratings(files, study.key, filters=RaterFilter(min_reference=84)).num_raters == 3
+    assert analyse_ratings(files, study.key, filters=RaterFilter(min_answered=0.2)).num_raters == 3
+    assert "not played to its end: 1." in table.to_markdown()
 
 
 def test_one_rater_has_no_interval(tmp_path, study, key):
-    table = analyse_study(write_ratings(tmp_path, key, {"Ann": OPINION}), study.key)
+    table = analyse_ratings(write_ratings(tmp_path, key, {"Ann": OPINION}), study.key)
     assert {row.interval for row in table.rows} == {None}
     assert "60.0 (one rater)" in table.to_markdown()
 
 
 def analysis_refused(files: list[Path], key: Path) -> str:
     with pytest.raises(UserError) as error:
-        analyse_study(files, key)
+        analyse_ratings(files, key)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -306,18 +325,18 @@ def test_bad_csv_files_are_named_in_one_line(tmp_path, study, key):
     assert "bad.csv line 5: ffff (relevance) is not in this study" in refused_with(blinded_id="ffff")
     assert "is not in this study" in refused_with(question="beauty")
     for rating in ("0", "101", "50.5", "", "high", "-3", "²"):
-        assert f"bad.csv line 5: rating={rating!r} is no whole number from 1 to 100" in refused_with(rating=rating)
+        assert f"bad.csv line 5: rating={rating!r} must be a whole number from 1 to 100" in refused_with(rating=rating)
     assert "seconds_listened='nan'" in refused_with(seconds_listened="nan")
     ann = write_csv(tmp_path / "ann.csv", good)
     again = write_csv(tmp_path / "ann_2.csv", good)
     assert "ann_2.csv: the rater 'Ann' is in" in analysis_refused([ann, again], study.key)
-    assert "ann.csv: the rater 'Ann' is in" in analysis_refused([ann, ann], study.key)
+    assert "ann.csv: given twice" in analysis_refused([ann, ann], study.key)
     twice = write_csv(tmp_path / "twice.csv", [*good, good[0]])
     assert "rated" in analysis_refused([twice], study.key) and "2 times" in analysis_refused([twice], study.key)
     (tmp_path / "other.csv").write_text("name,score\nAnn,5\n")
-    assert "it lacks the column 'rater'" in analysis_refused([tmp_path / "other.csv"], study.key)
-    assert "holds no ratings" in analysis_refused([write_csv(tmp_path / "empty.csv", [])], study.key)
-    assert "gone.csv: unreadable" in analysis_refused([tmp_path / "gone.csv"], study.key)
+    assert "the column 'rater' is missing" in analysis_refused([tmp_path / "other.csv"], study.key)
+    assert "has no ratings" in analysis_refused([write_csv(tmp_path / "empty.csv", [])], study.key)
+    assert "gone.csv: no such file" in analysis_refused([tmp_path / "gone.csv"], study.key)
     assert "no ratings; give the CSV files" in analysis_refused([], study.key)
 
 
@@ -334,5 +353,5 @@ def test_a_wrong_key_is_named(tmp_path, study, key):
     ann = write_csv(tmp_path / "ann.csv", ratings(key, "Ann", OPINION))
     (tmp_path / "k.json").write_text("{}")
     assert "k.json: not the key of a listening test" in analysis_refused([ann], tmp_path / "k.json")
-    assert "ann.csv: unreadable" in analysis_refused([ann], ann)
-    assert "gone.json: unreadable" in analysis_refused([ann], tmp_path / "gone.json")
+    assert "ann.csv: no JSON" in analysis_refused([ann], ann)
+    assert "gone.json: no such file" in analysis_refused([ann], tmp_path / "gone.json")

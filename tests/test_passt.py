@@ -10,7 +10,7 @@ from helpers_networks import named_weights, wave
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
-from magnet_train.metrics.networks.frontend import htk_mel_filters
+from magnet_train.metrics.networks.frontend import mel_filters
 from magnet_train.metrics.networks.passt import Passt, load_passt
 
 FIXTURES = Path(__file__).parent / "fixtures" / "metrics"
@@ -38,7 +38,7 @@ def test_log_mel_is_the_fixtures():
 
 def test_mel_filters_are_kaldis():
     """Triangles of one between neighbours: two meet at every frequency inside and add up to one there."""
-    filters = htk_mel_filters(32_000, 1024, 128, 0, 15_000)
+    filters = mel_filters(32_000, 1024, 128, "htk", highest=15_000)
     assert filters.shape == (128, 513)
     assert filters[:, 0].sum() == 0 and filters[:, 481:].sum() == 0  # 0 Hz, above 15 kHz
     torch.testing.assert_close(filters[:, 1:460].sum(0), torch.ones(459))
@@ -55,7 +55,7 @@ def test_the_shortest_segment_is_longer_than_150_ms():
     assert [len(s) for s in network.segments(torch.zeros(640_000 + 4801))] == [640_000, 4801]
     assert [len(s) for s in network.segments(torch.zeros(640_000 + 4800))] == [640_000]
     assert network(wave(4801, 32_000)).logits.shape == (1, 527)
-    with pytest.raises(UserError, match=r"0\.150 s, is not for passt-20s"):
+    with pytest.raises(UserError, match=r"0\.150 s, is too short for passt-20s"):
         network(wave(4800, 32_000))
 
 
@@ -97,7 +97,7 @@ def test_silence_is_heard():
 @pytest.mark.parametrize(
     "wav, message",
     [
-        (torch.zeros(0), "0.150 s and more"),
+        (torch.zeros(0), "at least 0.150 s"),
         (torch.zeros(2, 32_000), r"shape \(2, 32000\)"),
         (torch.full((32_000,), float("nan")), "NaN or infinite"),
     ],

@@ -447,7 +447,7 @@ def fit(
     """The keys of each training batch, by a Lightning run of a model that learns nothing."""
     import lightning.pytorch as L
 
-    class Listener(L.LightningModule):
+    class Embedder(L.LightningModule):
         def __init__(self):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(()))
@@ -475,7 +475,7 @@ def fit(
     }  # fmt: skip
     if "limit_train_batches" in options:
         settings |= {"check_val_every_n_epoch": 1, "val_check_interval": 1.0}
-    module = Listener()
+    module = Embedder()
     trainer = L.Trainer(**(settings | options))
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)

@@ -16,11 +16,11 @@ FAD = Record(
     system="ours", metric="fad/vggish", value=4.5, embedder="vggish", embedder_hash="0123",
     resampler="julius 32000 to 16000 Hz", windowing="1 s every 0.5 s", num_clips=5469, num_windows=103_911,
     level="generated -14 LUFS", reference_hash="abcd", decoding={"decoding_steps": (20, 10, 10, 10)}, seed=0,
-    interval=(4.4, 4.6), floor_real=0.2, floor_codec=1.2, published_protocol="audiocraft/MusicCaps",
+    interval=(4.4, 4.6), baseline_real=0.2, baseline_codec=1.2, published_protocol="audiocraft/MusicCaps",
 )  # fmt: skip
 KL = replace(
     FAD, metric="kl/passt", value=1.25, embedder="passt-20s", convention="audiocraft", interval=(1.2, 1.3),
-    floor_real=None, floor_codec=0.5,
+    baseline_real=None, baseline_codec=0.5,
 )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_only_fad_asks_for_equal_numbers_of_clips():
 @pytest.mark.parametrize(
     "change",
     [
-        {"value": math.nan}, {"value": math.inf}, {"interval": (math.nan, 5.0)}, {"floor_real": math.nan},
+        {"value": math.nan}, {"value": math.inf}, {"interval": (math.nan, 5.0)}, {"baseline_real": math.nan},
         {"num_clips": 0}, {"num_windows": 0},
     ],
 )  # fmt: skip
@@ -116,7 +116,7 @@ def test_a_small_set_is_warned_of():
 
 
 def test_a_table_of_different_protocols():
-    records = [FAD, replace(FAD, system="theirs", windowing="0.96 s", floor_codec=1.3)]
+    records = [FAD, replace(FAD, system="theirs", windowing="0.96 s", baseline_codec=1.3)]
     with pytest.raises(UserError, match="ours and theirs: fad/vggish differs in windowing"):
         markdown_table(records)
     table = markdown_table(records, force=True)

@@ -4,6 +4,7 @@ import base64
 import csv
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from helpers_html import Page, sound
 
 from magnet_train.common.errors import UserError
 from magnet_train.evaluation.page import audio_uri
-from magnet_train.evaluation.report import LONGEST_CURVE, Clip, Report, report_of_run, write_report
+from magnet_train.evaluation.charts import COLOURS, MAX_POINTS, draw_svg, thin_out
+from magnet_train.evaluation.report import Report, ReportClip, write_report
+from magnet_train.evaluation.run_report import report_from_run
 
 HOSTILE = """</script><b onclick="x">bold</b><img src="http://example.org/x.png"> & 'q' "q" \u2028"""
 RATE = 16_000
@@ -32,7 +35,7 @@ def hostile_report() -> Report:
     order = np.array([[-1, 0, 1, 2], [1, 0, 1, 0]])
     clips = [
         {
-            name: Clip((tone(), RATE), HOSTILE, np.arange(8).reshape(2, 4), order, score, {HOSTILE: HOSTILE})
+            name: ReportClip((tone(), RATE), HOSTILE, np.arange(8).reshape(2, 4), order, score, {HOSTILE: HOSTILE})
             for name, score in ((HOSTILE, float(i)), ("b", -float(i)))
         }
         for i in range(4)
@@ -61,7 +64,7 @@ def test_every_clip_is_one_player_and_nothing_is_loaded(page: Page):
 
 def test_hostile_text_stays_text_wherever_it_stands(page: Page):
     assert not page.all("b")
-    assert all(image["src"].startswith("data:image/jpeg;") for image in page.all("img"))
+    assert all(image["src"].startswith(("data:image/jpeg;", "data:image/svg")) for image in page.all("img"))
     assert not [a for _, attributes in page.elements for a in attributes if a.startswith("on")]
     shown = " ".join(HOSTILE.split())
     # title, heading, note, metric, two ends of the protocol, chart, score, 4 captions, 8 links to them at the least
@@ -81,7 +84,7 @@ def test_controls_have_names_and_links_lead_somewhere(page: Page):
     assert len(ids) == len([a for _, a in page.elements if "id" in a])
     assert {a["href"].removeprefix("#") for a in page.all("a")} <= ids
     assert {b["data-plays"] for b in page.all("button") if "data-plays" in b} <= ids
-    for tag in ("audio", "svg", "canvas"):
+    for tag in ("audio", "canvas"):
         assert all(a.get("aria-label") for a in page.all(tag)), tag
     assert all(image["alt"] for image in page.all("img"))
 
@@ -101,7 +104,7 @@ def test_best_and_worst_of_each_system_by_score(page: Page):
 
 
 def test_a_low_score_can_be_the_good_one(tmp_path):
-    clips = [{"a": Clip((tone(), RATE), "c", score=float(i))} for i in range(2)]
+    clips = [{"a": ReportClip((tone(), RATE), "c", score=float(i))} for i in range(2)]
     write_report(tmp_path / "r.html", Report("r", clips=clips, lower_is_better=True))
     plays = [b["data-plays"] for b in read(tmp_path / "r.html").all("button")]
     assert plays == ["clip-0-0", "clip-1-0"]
@@ -111,7 +114,7 @@ def test_a_low_score_can_be_the_good_one(tmp_path):
 def test_what_plays_is_what_was_given_at_minus_14_lufs(tmp_path, rate: int, channels: int):
     wav = np.stack([0.05 * tone(440 * (c + 1), 2, rate) / 0.3 for c in range(channels)], 1)
     soundfile.write(tmp_path / "clip.wav", wav, rate)
-    write_report(tmp_path / "r.html", Report("r", clips=[{"a": Clip(tmp_path / "clip.wav", "c")}]))
+    write_report(tmp_path / "r.html", Report("r", clips=[{"a": ReportClip(tmp_path / "clip.wav", "c")}]))
     (audio,) = read(tmp_path / "r.html").all("audio")
     heard, heard_rate = sound(audio["src"])
     assert heard_rate == rate and heard.shape == wav.shape
@@ -134,13 +137,13 @@ def test_without_mp3_in_libsndfile_flac_takes_its_place(monkeypatch):
 
 
 def test_a_silent_clip_has_a_picture_and_a_player(tmp_path):
-    write_report(tmp_path / "r.html", Report("r", clips=[{"a": Clip((np.zeros(RATE), RATE), "")}]))
+    write_report(tmp_path / "r.html", Report("r", clips=[{"a": ReportClip((np.zeros(RATE), RATE), "")}]))
     page = read(tmp_path / "r.html")
     assert len(page.all("audio")) == len(page.all("img")) == 1 and "(no text)" in page.text
 
 
 def test_missing_clips_keep_the_columns_in_line(tmp_path):
-    clip = Clip((tone(), RATE), "c")
+    clip = ReportClip((tone(), RATE), "c")
     write_report(tmp_path / "r.html", Report("r", clips=[{"a": clip, "b": clip}, {"b": clip}]))
     page = read(tmp_path / "r.html")
     assert len(page.all("audio")) == 3 and page.text.count("no clip") == 1
@@ -155,39 +158,46 @@ def test_an_empty_report_is_a_page_with_its_title(tmp_path):
 # --- Curves and figures ----------------------------------------------------------------------------------------------
 
 
-def chart(tmp_path: Path, curves: dict) -> Page:
-    write_report(tmp_path / "r.html", Report("r", curves=curves))
-    return read(tmp_path / "r.html")
+NO_INTERVAL = [(0, 1.0, None, None), (10, 0.5, None, None)]
 
 
-def test_stages_and_floors_share_the_chart_of_their_metric(tmp_path):
-    one = [(0, 1.0, None, None), (10, 0.5, None, None)]
-    names = ["val/ce", "val/ce/stage0", "val/ce/stage1", "val/fad/x", "val/fad/x/floor_codec", "val/ce/stage0/rate0.5"]
-    page = chart(tmp_path, {name: one for name in names})
-    assert len(page.all("svg")) == 3 and len(page.all("polyline")) == 6
-    assert [line["class"] for line in page.all("polyline")].count("line floor") == 1
+def test_stages_and_baselines_share_the_chart_of_their_metric(tmp_path):
+    names = ["val/ce", "val/ce/stage0", "val/ce/stage1", "val/fad/x", "val/fad/x/baseline_codec"]
+    names.append("val/ce/stage0/rate0.5")
+    write_report(tmp_path / "r.html", Report("r", curves=dict.fromkeys(names, NO_INTERVAL)))
+    page = read(tmp_path / "r.html")
+    assert len(page.all("img")) == 3
+    legend = [a for a in page.all("i") if "style" in a]
+    assert len(legend) == 6 and [a["class"] for a in legend].count("baseline") == 1
+    assert "val/fad/x/baseline_codec ends at 0.5" in page.all("img")[1]["alt"]
 
 
-def test_points_lie_where_their_values_are(tmp_path):
-    page = chart(tmp_path, {"m": [(0, 0.0, -1.0, 1.0), (50, 5.0, 4.0, 6.0), (100, 10.0, 9.0, 11.0)]})
-    (line,), (band,) = page.all("polyline"), page.all("polygon")
-    xy = np.array([[float(v) for v in point.split(",")] for point in line["points"].split()])
-    assert np.allclose(np.diff(xy[:, 0]), np.diff(xy[:, 0])[0], atol=0.11) and (np.diff(xy[:, 0]) > 0).all()
-    assert np.allclose(np.diff(xy[:, 1]), np.diff(xy[:, 1])[0], atol=0.11) and (np.diff(xy[:, 1]) < 0).all()
-    edge = np.array([[float(v) for v in point.split(",")] for point in band["points"].split()])
-    assert len(edge) == 6 and np.allclose(edge[0, 0], xy[0, 0])
-    assert edge[0, 1] < xy[0, 1] < edge[-1, 1]
+def drawn_points(svg: bytes, curve: int = 0) -> np.ndarray:
+    """Places `n 2` of a curve's points in its chart."""
+    path = re.search(rf'id="curve-{curve}">\s*<path d="([^"]*)"', svg.decode())
+    assert path is not None
+    return np.array([[float(v) for v in p] for p in re.findall(r"[ML] (\S+) (\S+)", path[1])])
 
 
-def test_a_long_curve_is_drawn_in_means(tmp_path):
-    page = chart(tmp_path, {"m": [(step, float(step % 2), None, None) for step in range(4 * LONGEST_CURVE)]})
-    (line,) = page.all("polyline")
-    points = line["points"].split()
-    assert len(points) == LONGEST_CURVE and len({p.split(",")[1] for p in points}) == 1
+def test_points_lie_where_their_values_are():
+    points = [(0, 0.0, -1.0, 1.0), (50, 5.0, 4.0, 6.0), (100, 10.0, 9.0, 11.0)]
+    svg = draw_svg({"m": points, "n": NO_INTERVAL})
+    steps = np.diff(drawn_points(svg), axis=0)
+    assert np.allclose(steps[0], steps[1], atol=0.01) and steps[0, 0] > 0 > steps[0, 1]
+    assert len(drawn_points(svg, 1)) == 2
+    assert svg.count(COLOURS[0].encode()) > svg.count(COLOURS[1].encode()) > 0  # the band
+    assert draw_svg({"m": points}) == draw_svg({"m": points})
 
 
-def test_a_curve_of_one_point_is_seen(tmp_path):
-    assert len(chart(tmp_path, {"m": [(3, 2.0, 1.0, 3.0)]}).all("circle")) == 1
+def test_a_curve_of_one_point_is_marked():
+    svg = draw_svg({"m": [(3, 2.0, 1.0, 3.0)]})
+    assert b"<use" in svg.split(b'id="curve-0"')[1]
+
+
+def test_a_long_curve_is_drawn_in_means():
+    points = thin_out([(step, float(step % 2), 0.0, None) for step in range(4 * MAX_POINTS)])
+    assert len(points) == MAX_POINTS
+    assert {point[1:] for point in points} == {(0.5, 0.0, None)}
 
 
 def test_figures_unfold_their_protocol(page: Page):
@@ -208,7 +218,7 @@ def refused(tmp_path: Path, report: Report, name: str = "r.html") -> str:
 
 def test_bad_input_is_named_in_one_line(tmp_path):
     (tmp_path / "broken.wav").write_bytes(b"RIFF no audio")
-    cell = lambda **kw: Report("r", clips=[{"a": Clip(**{"audio": (tone(), RATE), "caption": "c"} | kw)}])  # noqa: E731
+    cell = lambda **kw: Report("r", clips=[{"a": ReportClip(**{"audio": (tone(), RATE), "caption": "c"} | kw)}])  # noqa: E731
     assert "broken.wav: unreadable" in refused(tmp_path, cell(audio=tmp_path / "broken.wav"))
     assert "gone.wav: unreadable" in refused(tmp_path, cell(audio=tmp_path / "gone.wav"))
     assert "clip 'c' of a: holds NaN" in refused(tmp_path, cell(audio=(np.full(RATE, np.nan), RATE)))
@@ -247,7 +257,7 @@ def write_run(folder: Path) -> None:
     np.savez(path.with_suffix(".npz"), codes=np.zeros((2, 3), np.int64), order=np.zeros((2, 3), np.int16))
     rows = [
         {"step": 0, "train/loss": 3.0},
-        {"step": 0, "val/ce": 8.0, "val/fad/musicnn": 100.0, "val/fad/musicnn/floor_codec": 16.0, "val/num_clips": 2},
+        {"step": 0, "val/ce": 8.0, "val/fad/musicnn": 100.0, "val/fad/musicnn/baseline_codec": 16.0, "val/num_clips": 2},
         {"step": 10, "train/loss": "nan"},
         {"step": 20, "train/loss": 2.0},
     ]
@@ -264,7 +274,7 @@ def write_run(folder: Path) -> None:
 
 def test_a_run_becomes_prompts_by_checkpoints(tmp_path):
     write_run(tmp_path / "demo")
-    report = report_of_run(tmp_path / "demo")
+    report = report_from_run(tmp_path / "demo")
     assert [list(row) for row in report.clips] == [["step 0", "step 800"]] * 2
     assert [row["step 800"].caption for row in report.clips] == ["first prompt", HOSTILE]
     assert report.clips[0]["step 0"].about == {"item": "item0", "seed": 0, "step": 0, "decoding.top_p": 0.9}
@@ -276,7 +286,7 @@ def test_a_run_becomes_prompts_by_checkpoints(tmp_path):
     assert any("train/loss: 1 value" in note for note in report.notes)
     assert any(note.startswith("3 of 4 clips are shown without codes") for note in report.notes)
     (fad,) = [r for r in report.records if r["metric"] == "val/fad/musicnn"]
-    assert (fad["value"], fad["num_clips"], fad["floor codec"], fad["generation.seed"]) == (40.0, 2, 16.0, 0)
+    assert (fad["value"], fad["num_clips"], fad["baseline codec"], fad["generation.seed"]) == (40.0, 2, 16.0, 0)
     (ce,) = [r for r in report.records if r["metric"] == "val/ce"]
     assert ce["interval"] == (4.5, 5.5) and "num_clips" not in ce
     write_report(tmp_path / "r.html", report)
@@ -285,7 +295,7 @@ def test_a_run_becomes_prompts_by_checkpoints(tmp_path):
 
 
 def test_what_a_run_lacks_is_noted_and_no_error(tmp_path):
-    notes = report_of_run(tmp_path).notes
+    notes = report_from_run(tmp_path).notes
     for what in ("No clips", "No curves", "No settings"):
         assert any(note.startswith(what) for note in notes)
     write_run(tmp_path)
@@ -294,11 +304,11 @@ def test_what_a_run_lacks_is_noted_and_no_error(tmp_path):
     (folder / "01_name_1.json").write_text("{")
     (folder / "01_name_1.npz").write_bytes(b"no arrays")
     (tmp_path / "config.yaml").write_text("a: [")
-    report = report_of_run(tmp_path)
+    report = report_from_run(tmp_path)
     assert [list(row) for row in report.clips] == [["step 0"], ["step 0", "step 800"]]
     assert report.clips[1]["step 800"].caption == "01_name_1"
     text = "\n".join(report.notes)
-    for what in ("step_0000800/00_name_0.wav is left out: unreadable", "step_0000800/01_name_1.wav: no readable JSON"):
+    for what in ("step_0000800/00_name_0.wav is skipped: unreadable", "step_0000800/01_name_1.wav: no readable JSON"):
         assert what in text
     assert "its codes are unreadable" in text and "No settings" in text
     write_report(tmp_path / "r.html", report)
@@ -306,4 +316,4 @@ def test_what_a_run_lacks_is_noted_and_no_error(tmp_path):
 
 def test_a_run_that_does_not_exist_is_the_users_mistake(tmp_path):
     with pytest.raises(UserError, match="gone: no such folder"):
-        report_of_run(tmp_path / "gone")
+        report_from_run(tmp_path / "gone")

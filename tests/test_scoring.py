@@ -1,4 +1,4 @@
-"""The same figures wherever they are computed: on one process, two, three, with an empty rank, with padded shares."""
+"""Metrics are the same on one process, two and three, with an empty rank and with padded shares."""
 
 import os
 from pathlib import Path
@@ -8,139 +8,181 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers_ranks import free_port
+from torch import Tensor
 
 from magnet_train.common.errors import UserError
-from magnet_train.metrics.embedders import HeardClip, Listener, load_listener
-from magnet_train.metrics.scoring import KINDS, HeardSet, parse_metric, score, together
+from magnet_train.metrics.distributed import (
+    all_gather_by_id,
+    all_gather_list,
+    raise_on_all_ranks,
+)
+from magnet_train.metrics.embedders import ClipFeatures, load_embedder
+from magnet_train.metrics.scoring import METRICS, FeatureSet, parse_metric, score
 
-METRICS = [f"{kind}/musicnn" for kind in KINDS]
-NUM_CLIPS = 13
+NAMES = [f"{metric}/musicnn" for metric in METRICS]
+KEYS = [f"clip{i:02d}" for i in range(13)]
+SHARES = {
+    "2 processes": [KEYS[0::2], KEYS[1::2]],
+    "3 processes": [KEYS[0::3], KEYS[1::3], KEYS[2::3]],
+    "empty rank": [KEYS[:9], [], KEYS[9:]],
+    "padded sampler": [KEYS[0::2], [*KEYS[1::2], KEYS[0]]],
+}
 
 
-def words() -> Listener:
-    """The shipped network's name and captions' encoder, with clips that need not be heard: these are given."""
-    return load_listener("musicnn")
-
-
-def heard_clips(seed: int, shift: float) -> dict[str, HeardClip]:
-    """Made-up embeddings, tags and vectors of clips of unequal length."""
+def features(keys: list[str], seed: int, shift: float) -> FeatureSet:
+    """Made-up embeddings, tags and vectors of clips with different numbers of windows."""
     generator = torch.Generator().manual_seed(seed)
-    clips = {}
-    for i in range(NUM_CLIPS):
-        n = 4 + i % 3
-        x = torch.randn(n, 200, generator=generator) + shift
-        clips[f"clip{i:02d}"] = HeardClip(
-            x, torch.rand(4, 50, generator=generator), torch.randn(128, generator=generator)
-        )
-    return clips
+    found = FeatureSet(load_embedder("musicnn"))
+    for i, key in enumerate(KEYS):
+        x = torch.randn(4 + i % 3, 200, generator=generator) + shift
+        tags = torch.rand(4, 50, generator=generator)
+        vector = torch.randn(128, generator=generator)
+        if key in keys:
+            found.put(key, ClipFeatures(x, tags, vector), 16_000)
+    return found
 
 
-def figures(own: list[str]) -> dict[str, float]:
-    """Every metric, of the clips that this rank has heard."""
-    listener, generated = words(), HeardSet(words())
-    for key, clip in heard_clips(0, 0.3).items():
-        if key in own:
-            generated.put(key, clip, 16_000)
-    real = HeardSet(listener)
-    for key, clip in heard_clips(1, 0.0).items():
-        if key in own:
-            real.put(key, clip, 16_000)
-    generated, reference = generated.gathered(), real.gathered().statistics()
-    captions = {f"clip{i:02d}": f"a tune for {i} harps" for i in range(NUM_CLIPS)}
-    return {metric: score(metric, generated, reference, captions, system="x").value for metric in METRICS}
+def values(keys: list[str]) -> dict[str, float]:
+    """Every metric, of the clips that this rank has embedded."""
+    generated = features(keys, 0, 0.3).all_gather()
+    reference = features(keys, 1, 0.0).all_gather().statistics()
+    captions = {key: f"a tune for {key} harps" for key in KEYS}
+    return {name: score(name, generated, reference, captions, system="x").value for name in NAMES}
 
 
-def _rank(rank: int, world: int, shares: list[list[str]], folder: str, port: int, fails: bool) -> None:
+def gathered_items(rank: int) -> dict[str, Tensor]:
+    """Other shapes and types on every rank, none on the second, one id on the first and third."""
+    items = {
+        0: {"b": torch.arange(6).view(2, 3), "é/9": torch.rand(5)[3:], "twice": torch.tensor([1.0])},
+        1: {},
+        2: {"twice": torch.tensor([2.0]), "a": torch.ones(1, 1).double(), "c": torch.zeros(0, 4)},
+    }
+    return all_gather_by_id(items[rank])
+
+
+def failures(rank: int) -> list[str]:
+    """What each rank raises when rank 1 has a user's error, then a bug; nothing if all is well."""
+    raise_on_all_ranks(None)
+    messages = []
+    for error in (UserError("clip x: broken"), OSError("its disk is full")):
+        try:
+            raise_on_all_ranks(error if rank == 1 else None)
+        except Exception as raised:
+            messages.append(f"{type(raised).__name__} {raised}")
+    return messages
+
+
+def _on_rank(rank: int, shares: list[list[str]], folder: str, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
-    if fails:
-        try:
-            with together():
-                if rank == 1:
-                    raise OSError("its disk is full")
-        except UserError as error:
-            Path(folder, f"{rank}.txt").write_text(str(error))
-    else:
-        torch.save(figures(shares[rank]), Path(folder, f"{rank}.pt"))
+    dist.init_process_group(
+        "gloo", f"file://{folder}/meet", rank=rank, world_size=len(shares)
+    )
+    found = {
+        "values": values(shares[rank]),
+        "items": gathered_items(rank),
+        "list": all_gather_list([rank] * rank),
+        "failures": failures(rank),
+    }
+    torch.save(found, Path(folder, f"{rank}.pt"))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def spread(world: int, shares: list[list[str]], folder: Path, fails: bool = False) -> None:
-    folder.mkdir()
-    mp.start_processes(_rank, (world, shares, str(folder), free_port(), fails), nprocs=world, start_method="fork")
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory) -> dict[str, list[dict]]:
+    """What every rank found, in each way of sharing the clips."""
+    found = {}
+    for name, shares in SHARES.items():
+        folder = tmp_path_factory.mktemp("ranks")
+        arguments = (shares, str(folder), free_port())
+        mp.start_processes(_on_rank, arguments, nprocs=len(shares), start_method="fork")
+        found[name] = [torch.load(folder / f"{rank}.pt") for rank in range(len(shares))]
+    return found
 
 
 @pytest.mark.slow
-def test_figures_are_the_same_on_any_number_of_ranks(tmp_path):
-    keys = [f"clip{i:02d}" for i in range(NUM_CLIPS)]
-    alone = figures(keys)
-    cases = {
-        "2 processes": [keys[0::2], keys[1::2]],
-        "3 processes": [keys[0::3], keys[1::3], keys[2::3]],
-        "empty rank": [keys[:9], [], keys[9:]],
-        "padded sampler": [keys[0::2], [*keys[1::2], keys[0]]],
-    }
-    table = {"1 process": alone}
-    for name, shares in cases.items():
-        spread(len(shares), shares, tmp_path / name.replace(" ", ""))
-        parts = [torch.load(tmp_path / name.replace(" ", "") / f"{r}.pt") for r in range(len(shares))]
-        table[name] = parts[0]
-        for part in parts:
-            assert part == pytest.approx(alone, rel=1e-6, abs=1e-9), name
-    print(" | ".join(["metric", *table]))
-    for metric in METRICS:
-        print(" | ".join([metric, *(f"{values[metric]:.9g}" for values in table.values())]))
+def test_metrics_are_the_same_on_any_number_of_ranks(on_ranks):
+    alone = values(KEYS)
+    for name, ranks in on_ranks.items():
+        for rank in ranks:
+            assert rank["values"] == pytest.approx(alone, rel=1e-6, abs=1e-9), name
 
 
-def test_a_failure_on_one_rank_ends_all_of_them_with_its_message(tmp_path):
-    spread(3, [], tmp_path / "failing", fails=True)
-    for rank in range(3):
-        assert (tmp_path / "failing" / f"{rank}.txt").read_text() == "rank 1: OSError('its disk is full')"
+@pytest.mark.slow
+def test_items_are_gathered_by_id_bit_by_bit(on_ranks):
+    for ranks in on_ranks.values():
+        for rank in ranks:
+            items = rank["items"]
+            third = ["a"], ["c"]
+            before, after = third if len(ranks) == 3 else ([], [])
+            assert list(items) == [*before, "b", *after, "twice", "é/9"]
+            assert items["twice"].item() == 1  # the lowest rank's
+            assert torch.equal(items["b"], torch.arange(6).view(2, 3))
+            assert items["é/9"].untyped_storage().nbytes() == 8  # a slice without its source
+            assert rank["list"] == [1, 2, 2][: 3 if len(ranks) == 3 else 1]
+    assert on_ranks["3 processes"][0]["items"]["a"].dtype == torch.float64
+    assert on_ranks["3 processes"][0]["items"]["c"].shape == (0, 4)
 
 
-def test_a_failure_alone_is_what_it_was():
-    with together():
-        pass
-    with pytest.raises(OSError, match=r"^too bad$"), together():
-        raise OSError("too bad")
+@pytest.mark.slow
+def test_an_error_on_one_rank_ends_all_and_a_bug_keeps_its_traceback(on_ranks):
+    for ranks in on_ranks.values():
+        for i, rank in enumerate(ranks):
+            mistake, bug = rank["failures"]
+            if i == 1:
+                assert mistake == "UserError clip x: broken"
+                assert bug == "OSError its disk is full"
+            else:
+                assert mistake == "UserError rank 1: clip x: broken"
+                assert bug.startswith("RuntimeError rank 1: ")
+                assert bug.rstrip().endswith("OSError: its disk is full")
+
+
+def test_without_ranks_items_are_sorted_copies_and_errors_are_raised():
+    x = torch.zeros(2)
+    gathered = all_gather_by_id({"b": x, "a": torch.ones(1, requires_grad=True)})
+    assert list(gathered) == ["a", "b"]
+    assert not gathered["a"].requires_grad
+    gathered["b"] += 1
+    assert x.sum() == 0
+    raise_on_all_ranks(None)
+    with pytest.raises(OSError, match=r"^too bad$"):
+        raise_on_all_ranks(OSError("too bad"))
 
 
 def test_names_of_metrics():
     assert parse_metric("kl/passt-10s") == ("kl", "passt-10s")
     for name in ("fad", "fad/", "dance/musicnn", "fad/x"):
-        with pytest.raises(UserError, match=f"metric '{name}': give KIND/LISTENER"):
+        with pytest.raises(UserError, match=f"metric '{name}': give METRIC/EMBEDDER"):
             parse_metric(name)
 
 
-def test_every_metric_says_what_it_lacks():
-    empty = HeardSet(words())
-    for metric in METRICS:
-        with pytest.raises(UserError, match=f"{metric}: no clips"):
-            score(metric, empty)
-    some = HeardSet(words())
-    for key, clip in heard_clips(0, 0.0).items():
-        some.put(key, clip, 16_000)
-    for kind in ("fad", "kl", "kad", "coverage"):
-        with pytest.raises(UserError, match=f"{kind}/musicnn: no reference"):
-            score(f"{kind}/musicnn", some)
-    without = some.statistics(keep=False)
-    with pytest.raises(UserError, match=r"kad/musicnn: the reference file holds no embeddings"):
-        score("kad/musicnn", some, without)
+def test_every_metric_says_what_is_missing():
+    empty = FeatureSet(load_embedder("musicnn"))
+    for name in NAMES:
+        with pytest.raises(UserError, match=f"{name}: no clips"):
+            score(name, empty)
+    some = features(KEYS, 0, 0.0)
+    for metric in ("fad", "kl", "kad", "coverage"):
+        with pytest.raises(UserError, match=f"{metric}/musicnn: no reference"):
+            score(f"{metric}/musicnn", some)
+    with pytest.raises(UserError, match=r"kad/musicnn: the reference file has no embeddings"):
+        score("kad/musicnn", some, some.statistics(keep=False))
     with pytest.raises(UserError, match=r"text/musicnn: clip clip00 has no caption"):
         score("text/musicnn", some, None, {"clip01": "a"})
+    with pytest.raises(UserError, match=r"kl/musicnn: clip clip01 has no counterpart"):
+        score("kl/musicnn", some, some.subset(["clip00", "clip02"]).statistics())
 
 
-def test_a_clip_heard_twice_counts_once_and_broken_ones_are_named():
-    listener = words()
-    heard = HeardSet(listener)
+def test_a_clip_counts_once_and_bad_ones_are_named():
+    found = FeatureSet(load_embedder("musicnn"))
     wav = 0.1 * torch.randn(1, 4 * 16_000)
-    heard.add("a", wav, 16_000)
-    before = heard.embeddings["a"]
-    heard.add("a", 2 * wav, 16_000)
-    assert heard.embeddings["a"] is before
-    with pytest.raises(UserError, match=r"b: a clip holds NaN.*; remove or replace it"):
-        heard.add("b", wav * float("nan"), 16_000)
-    with pytest.raises(UserError, match=r"c: a clip of 1\.00 s is too short for musicnn"):
-        heard.add("c", wav[:, :16_000], 16_000)
+    found.add("a", wav, 16_000)
+    before = found.embeddings["a"]
+    found.add("a", 2 * wav, 16_000)
+    assert found.embeddings["a"] is before
+    with pytest.raises(UserError, match=r"b: a clip has NaN.*; remove or replace it"):
+        found.add("b", wav * float("nan"), 16_000)
+    with pytest.raises(UserError, match=r"c: a clip .* 1\.000 s, is too short for musicnn"):
+        found.add("c", wav[:, :16_000], 16_000)

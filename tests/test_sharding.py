@@ -27,7 +27,7 @@ from magnet_train.sharding import full_tensor, gather_to_rank0, is_sharded, loca
 STEPS = (3, 2, 1, 1)
 OPTIONS = (
     "--trainer.val_check_interval=8", "--checkpoint.save_top_k=-1", "--generation.num_prompts=3",
-    "--generation.batch_size=2", "--generation.num_media=3", "--generation.metrics=[]", "--generation.floors=false",
+    "--generation.batch_size=2", "--generation.num_media=3", "--generation.metrics=[]", "--generation.baselines=false",
     f"--generation.decoding.decoding_steps={list(STEPS)}", "--trainer.log_every_n_steps=1",
 )  # fmt: skip
 # Both add the same gradients of two ranks; only the norm by which they are clipped is summed in another order, and a

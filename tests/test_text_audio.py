@@ -14,10 +14,9 @@ from torch.nn import functional as F
 
 from magnet_train.common.errors import UserError
 from magnet_train.metrics.networks import text_audio
-from magnet_train.metrics.networks.musicnn import Heard
+from magnet_train.metrics.networks.musicnn import MusicnnOutput
 from magnet_train.metrics.networks.text_audio import (
     TextAudioHead,
-    TextAudioScore,
     TextAudioScorer,
     clip_features,
     load_text_audio,
@@ -43,10 +42,10 @@ class Spelling(nn.Module):
         return states, mask
 
 
-def heard(windows: int, seed: int = 0) -> Heard:
+def heard(windows: int, seed: int = 0) -> MusicnnOutput:
     generator = torch.Generator().manual_seed(seed)
     draw = [torch.randn(windows, width, generator=generator) for width in (200, 50, 1506)]
-    return Heard(draw[0], draw[1].sigmoid(), draw[2])
+    return MusicnnOutput(draw[0], draw[1].sigmoid(), draw[2])
 
 
 def scorer() -> TextAudioScorer:
@@ -60,7 +59,7 @@ def test_features_of_a_clip_are_means_and_deviations():
     torch.testing.assert_close(features[:200], clip.embeddings.mean(0))
     torch.testing.assert_close(features[450:], torch.logit(clip.tags).std(0, unbiased=False))
     assert (clip_features(heard(1))[250:] == 0).all()
-    certain = Heard(torch.zeros(2, 200), torch.tensor([[0.0] * 25 + [1.0] * 25] * 2), torch.zeros(2, 1506))
+    certain = MusicnnOutput(torch.zeros(2, 200), torch.tensor([[0.0] * 25 + [1.0] * 25] * 2), torch.zeros(2, 1506))
     assert torch.isfinite(clip_features(certain)).all()
 
 
@@ -82,21 +81,6 @@ def test_scores_are_cosines_of_unit_vectors():
     norms = judge.head.embed_audio(torch.randn(6, 500)).norm(dim=-1)
     torch.testing.assert_close(norms, torch.ones(6))
     assert not similarities.requires_grad
-
-
-def test_score_is_the_mean_over_items_each_counted_once():
-    metric = TextAudioScore()
-    metric.update(torch.tensor([0.1, 0.3]), ["a", "b"])
-    metric.update(torch.tensor([0.3, 0.8]), ["b", "c"])
-    assert metric.compute().item() == pytest.approx(0.4, abs=1e-7)
-    assert metric.compute().dtype == torch.float64
-    with pytest.raises(ValueError, match="argument"):
-        metric.update(torch.tensor([0.1, 0.3]), ["d"])
-    metric.reset()
-    with pytest.raises(UserError, match="no clips"):
-        metric.compute()
-    metric.update(torch.tensor([0.5]), ["a"])
-    assert metric.compute().item() == 0.5
 
 
 def test_gap_of_true_and_shuffled_captions():
@@ -127,6 +111,12 @@ def test_an_interval_covers_its_value_nineteen_times_of_twenty():
     assert 0.88 <= hits / 200 <= 0.99
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (0, 0)])
+def test_a_gap_needs_two_clips_with_their_captions(shape):
+    with pytest.raises(ValueError, match="two clips or more"):
+        true_minus_shuffled(torch.rand(shape))
+
+
 def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(text_audio, "demo_path", lambda name: tmp_path)
     with pytest.raises(UserError, match="missing or broken"):
@@ -155,7 +145,7 @@ def test_retrieval_as_the_training_script_reports_it():
     assert script.retrieval(Same(), places[[0, 0, 1]], places[[0, 0, 1]])["recall_at_1"] == 1
 
 
-def originals_of_the_test_split(limit: int) -> list[tuple[str, Heard]]:
+def originals_of_the_test_split(limit: int) -> list[tuple[str, MusicnnOutput]]:
     found = []
     for shard in sorted((DEMO / "shards" / "test").glob("*.tar")):
         with tarfile.open(shard) as tar:
@@ -165,7 +155,7 @@ def originals_of_the_test_split(limit: int) -> list[tuple[str, Heard]]:
                     about = json.load(tar.extractfile(files[name.replace(".reference.npz", ".json")]))  # type: ignore[arg-type]
                     with np.load(io.BytesIO(tar.extractfile(member).read()), allow_pickle=False) as kept:  # type: ignore[union-attr]
                         parts = [torch.from_numpy(kept[side]) for side in ("embeddings", "tags")]
-                    found.append((about["caption"], Heard(*parts, features=torch.zeros(0))))
+                    found.append((about["caption"], MusicnnOutput(*parts, features=torch.zeros(0))))
     return found[:limit]
 
 

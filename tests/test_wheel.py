@@ -14,7 +14,7 @@ SHORT = [
     "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--generation.num_prompts=2",
     "--generation.batch_size=2",
     "--generation.num_media=1", "--generation.decoding.decoding_steps=[2,1,1,1]", "--model.network.dim=32",
-    "--model.network.num_layers=1", "--model.crop_s=4", "--model.optimizer.warmup_steps=1", "--generation.floors=false",
+    "--model.network.num_layers=1", "--model.crop_s=4", "--model.optimizer.warmup_steps=1", "--generation.baselines=false",
     "--trainer.limit_val_batches=1", "--generation.at_start=false",
 ]  # fmt: skip
 

@@ -1,107 +1,140 @@
-"""Validation as a listener would do it: decode captions in full, score the audio, keep it to be heard and seen."""
+"""Validation by generating: decode captions in full, score the audio, write it with plots."""
 
 import json
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from tqdm import tqdm
 
 from magnet_train.codec.base import Codec, load_codec
-from magnet_train.common.audio_files import recognisable_name, write_audio, write_picture
+from magnet_train.common.audio_files import save_plot, slug, write_audio
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import safe_name
-from magnet_train.data.pipeline import Batch, ShardSet
+from magnet_train.data.pipeline import Batch
+from magnet_train.data.shards import ShardSet
 from magnet_train.decoding.decode import DecodingConfig
-from magnet_train.generator import Generated, Generator
-from magnet_train.metrics.distributed import gather_by_id, gathered
-from magnet_train.metrics.embedders import Listener, load_listener
-from magnet_train.metrics.embedding_sets import fad_per_clip
+from magnet_train.evaluation import scorer
+from magnet_train.generator import DecodedItem, Generator
+from magnet_train.metrics.distributed import (
+    all_gather_by_id,
+    all_gather_list,
+    raise_on_all_ranks,
+)
+from magnet_train.metrics.embedders import Embedder, load_embedder
 from magnet_train.metrics.record import Record, write_records
 from magnet_train.metrics.reference import ReferenceStatistics
-from magnet_train.metrics.scoring import NEEDS_REFERENCE, HeardSet, parse_metric, score, together
+from magnet_train.metrics.scoring import FeatureSet, parse_metric
 from magnet_train.module import MagnetModule
+
+MODEL = "model"
+"""System name of the generated clips, beside those of the baselines."""
+BASELINES = {
+    "codec": "the codec's reconstructions of the real clips",
+    "unigram": "codes drawn by their frequencies",
+}
 
 
 class GenerationCallback(Callback):
-    """Decodes captions of the validation split in full and scores, writes and logs what comes out.
+    """Decodes captions of the validation split in full; scores, writes and logs the result.
 
-    Each rank decodes the items it owns, without any collective, and always at the full batch shape; then what was
-    heard is gathered by item, and the first rank scores all of it. Runs on the averaged weights, because it stands
-    before the averaging callback.
+    Each rank decodes its share of the items, without any collective and always in full batches;
+    features are then gathered by item, and every rank computes the same metrics. It must come
+    before the averaging callback, so that it runs on the averaged weights.
     """
 
     def __init__(
         self,
         num_prompts: int = 32,
         batch_size: int = 4,
-        decoding: DecodingConfig = DecodingConfig(),  # noqa: B008  frozen, and jsonargparse reads the type
+        decoding: DecodingConfig = DecodingConfig(),
         num_media: int = 8,
         at_start: bool = True,
-        floors: bool = True,
+        baselines: bool = True,
         metrics: tuple[str, ...] = ("fad/musicnn", "kl/musicnn", "text/musicnn"),
         reference: str | None = None,
-        most_s: float | None = None,
+        max_seconds: float | None = None,
         seed: int = 0,
     ):
         """What a validation generates.
 
         Args:
             num_prompts: captions that are decoded, spread over the validation split; 0 = none.
-            batch_size: clips decoded together on each rank.
-            decoding: how; span_len is the model's. The published defaults if not given.
-            num_media: clips that are written and logged as audio and pictures.
-            at_start: whether the untrained model is validated too, for comparison.
-            floors: whether codec reconstructions, and codes drawn from each codebook's own frequencies, are scored
-                once beside the model.
-            metrics: what is scored, KIND/LISTENER each, as of `evaluate`; those whose weights are not to be had are
-                left out of `fit`, with a warning.
-            reference: folder of statistics that `evaluate --save_reference` wrote of the validation clips' audio, for
-                listeners other than musicnn; for KL the files must be named as the items.
-            most_s: seconds after which a rank begins no further batch, for a bounded validation; then fewer clips are
-                scored, and a warning says how many. None = no bound.
-            seed: of the decoding noise; each item's depends on it and the item's id alone.
+            batch_size: clips decoded at once on each rank.
+            decoding: decoding settings; span_len is always the model's.
+            num_media: clips that are written and logged as audio and plots.
+            at_start: whether to validate the untrained model too, for comparison.
+            baselines: whether to score codec reconstructions, and codes drawn by their frequencies,
+                once.
+            metrics: METRIC/EMBEDDER each, as for `evaluate`; those whose weights are missing are
+                skipped in `fit`, with a warning.
+            reference: folder of statistics that `evaluate --save_reference` wrote for the
+                validation clips' audio, for embedders other than musicnn; for KL the files must
+                have the names of the items.
+            max_seconds: time limit for generation in each validation, in seconds per rank;
+                unfinished prompts are skipped, with a warning. None = no limit.
+            seed: seed of the decoding noise; each item's depends on it and the item's id alone.
         """
         if num_prompts < 0 or batch_size < 1 or num_media < 0:
             raise UserError(
-                f"generation: num_prompts={num_prompts} and num_media={num_media} must be at least 0, "
+                f"generation: num_prompts={num_prompts} and num_media={num_media} must be at "
+                "least 0, "
                 f"batch_size={batch_size} at least 1"
             )
-        self.num_prompts, self.batch_size, self.num_media = num_prompts, batch_size, num_media
-        self.decoding, self.at_start, self.floors, self.seed = decoding, at_start, floors, seed
         for metric in metrics:
             parse_metric(metric)
-        if most_s is not None and most_s <= 0:
-            raise UserError(f"generation: most_s={most_s}: give seconds above 0, or none")
-        self.metrics, self.reference, self.most_s = tuple(metrics), reference, most_s
+        if max_seconds is not None and not 0 < max_seconds < float("inf"):
+            raise UserError(
+                f"generation: max_seconds={max_seconds} must be above 0 s; leave it out for no "
+                "limit"
+            )
+        self.num_prompts = num_prompts
+        self.batch_size = batch_size
+        self.decoding = decoding
+        self.num_media = num_media
+        self.at_start = at_start
+        self.baselines = baselines
+        self.metrics = tuple(metrics)
+        self.reference = reference
+        self.max_seconds = max_seconds
+        self.seed = seed
         self.within_fit = False
-        """Whether the validation belongs to a training run, that of the untrained model included."""
+        """Whether the validation belongs to a training run, including that of the untrained
+        model."""
         self.audio: list[Path] = []
-        """Written by the last validation, by all ranks."""
-        self.pictures: list[Path] = []
+        """Files that the last validation wrote, on all ranks."""
+        self.plots: list[Path] = []
         self.seconds = 0.0
-        self._floor_values: dict[str, dict[str, float]] = {}
+        self._baseline_values: dict[str, dict[str, float]] = {}
+        """Baseline to metric to value, from the first validation."""
         self._start = 0.0
-        self._listeners: dict[str, Listener] | None = None
+        self._embedders: dict[str, Embedder] | None = None
         self._items: list[dict[str, Any]] = []
+        """Items to decode that this rank has read: key, index, caption and real codes."""
         self._real: dict[str, dict[str, Tensor]] = {}
-        self._frequencies: Tensor | None = None
+        """References from the shards, by key."""
+        self._counts: Tensor | None = None
+        """How often each code occurs, `k c`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """So that a checkpoint plays as its validations did; a resumed run goes by its configuration all the same."""
+        """The decoding settings, so that `generate` uses those of the validations; a resumed run
+        uses its own."""
         return {"decoding": asdict(self.decoding)}
+
+    # --- Collect ------------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.monotonic()
-        self._items, self._real, self._frequencies = [], {}, None
+        self._items = []
+        self._real = {}
+        self._counts = None
 
     def on_validation_batch_end(
         self,
@@ -112,139 +145,339 @@ class GenerationCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep this rank's references, code frequencies and chosen captions as they pass by."""
+        """Keeps references, code frequencies and the chosen items of this rank."""
         if not self.num_prompts:
             return
-        chosen = chosen_items(self._shards(trainer).counts, self.num_prompts)
         assert isinstance(pl_module, MagnetModule)
-        size = pl_module.config.codebook_size
+        chosen = chosen_items(self._shards(trainer).counts, self.num_prompts)
         codes = batch["codes"].transpose(0, 1)[:, batch["valid"]]  # k n
+        size = pl_module.config.codebook_size
         counts = torch.stack([torch.bincount(row, minlength=size).double() for row in codes])
-        self._frequencies = counts if self._frequencies is None else self._frequencies + counts
+        self._counts = counts if self._counts is None else self._counts + counts
         for i, key in enumerate(batch["keys"]):
             reference = batch["references"][i]
             if reference is not None:
                 self._real[key] = reference
-            if (index := batch["indices"][i]) in chosen:
-                own = {"key": key, "index": chosen[index], "caption": batch["captions"][i]}
-                own["codes"] = batch["codes"][i, :, : int(batch["valid"][i].sum())].cpu()
-                self._items.append(own)
+            index = batch["indices"][i]
+            if index in chosen:
+                num_frames = int(batch["valid"][i].sum())
+                self._items.append(
+                    {
+                        "key": key,
+                        "index": chosen[index],
+                        "caption": batch["captions"][i],
+                        "codes": batch["codes"][i, :, :num_frames].cpu(),
+                    }
+                )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, MagnetModule)
         if self.num_prompts and not trainer.sanity_checking:
-            self._generate(trainer, pl_module)
+            self._validate(trainer, pl_module)
         if trainer.state.fn == "fit":
             self.seconds += time.monotonic() - self._start
 
-    def _generate(self, trainer: L.Trainer, module: MagnetModule) -> None:
-        with together():
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
+    # --- Decode, embed, score -----------------------------------------------------------------------------------------
+
+    def _validate(self, trainer: L.Trainer, module: MagnetModule) -> None:
+        # Which rank read an item is chance; split again, all ranks have as many, plus or minus one.
+        items = {item["key"]: item for item in all_gather_list(self._items)}
+        ordered = sorted(items.values(), key=lambda item: item["index"])
+        share = ordered[trainer.global_rank :: trainer.world_size]
+        counts = all_gather_list([] if self._counts is None else [self._counts.cpu()])
+        error: Exception | None = None
+        features: dict[str, scorer.Features] = {}
+        decoded: list[str] = []
+        try:
             codec = load_codec(module.codec_name).to(module.device)
-            self._load_listeners(trainer, module)
-        listeners = self._shared_listeners()
-        # Which rank read a prompt is chance; dealt out anew, each has as many, give or take one.
-        items = gathered(self._items)
-        items = sorted({item["key"]: item for item in items}.values(), key=lambda item: item["index"])
-        captions = {item["key"]: item["caption"] for item in items}
-        own = items[trainer.global_rank :: trainer.world_size]
-        counts = gathered([] if self._frequencies is None else [self._frequencies.cpu()])
-        heard = {name: HeardSet(listener) for name, listener in listeners.items()}
-        with together():
-            decoded = self._decode(trainer, module, codec, own, heard)
-        done = {key for keys in gathered([decoded]) for key in keys}
-        captions = {key: caption for key, caption in captions.items() if key in done}
-        heard = {name: part.gathered() for name, part in heard.items()}
-        real = {what: gather_by_id({k: v[what] for k, v in self._real.items()}) for what in ("embeddings", "tags")}
-        with together():
-            references = self._references(trainer, heard, real)
-        if self.floors and not self._floor_values:
-            for name, frequencies in (("codec", None), ("unigram", torch.stack(counts).sum(0))):
-                floor = {n: HeardSet(listener) for n, listener in listeners.items()}
-                with together():
-                    self._hear_codes(codec, own, floor, frequencies)
-                floor = {n: part.gathered() for n, part in floor.items()}
-                with together():
-                    records = self._score(floor, references, captions, {}, {"system": name})
-                self._floor_values[name] = {record.metric: record.value for record in records}
-        step = self.step(trainer, module)
-        about = {"system": f"step {step}", "decoding": asdict(self._settings(module)), "seed": self.seed}
-        with together():
-            records = self._score(heard, references, captions, self._floor_values, about)
-        values = {f"val/{record.metric}": record.value for record in records}
-        for record in records:
-            if record.interval is not None:
-                low, high = record.interval
-                values[f"val/{record.metric}_ci95"] = (high - low) / 2
-        for name, floors in self._floor_values.items():
-            values |= {f"val/{metric}/floor_{name}": value for metric, value in floors.items()}
-        # Every rank has computed the same, so that the best checkpoint may be chosen by any of them.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
-            module.log_dict(values | {"val/num_clips": float(len(captions))}, sync_dist=False)
-        if records and trainer.is_global_zero:
-            write_records(self._folder(trainer, module) / "records.json", records)
-            self._rank_clips(trainer, module, heard, references)
-        self.audio, self.pictures = sorted(gathered(self.audio)), sorted(gathered(self.pictures))
+            embedders = self._load_embedders(trainer, module)
+            features[MODEL], decoded = self._decode(trainer, module, codec, share, embedders)
+            if self.baselines and not self._baseline_values:
+                features |= self._embed_baselines(codec, share, sum(counts), embedders)
+        except Exception as caught:
+            error = caught
+        raise_on_all_ranks(error)
+        done = set(all_gather_list(decoded))
+        captions = {item["key"]: item["caption"] for item in ordered if item["key"] in done}
+        features = self._gather(features)
+        real = {
+            name: all_gather_by_id({k: v[name] for k, v in self._real.items()})
+            for name in ("embeddings", "tags")
+        }
+        self.audio = sorted(all_gather_list(self.audio))
+        self.plots = sorted(all_gather_list(self.plots))
+        records: list[Record] = []
+        try:
+            references = self._load_references(trainer, features[MODEL], real)
+            all_captions = {item["key"]: item["caption"] for item in ordered}
+            self._score_baselines(features, references, all_captions)
+            records = self._score(
+                features[MODEL], references, captions, self._about(trainer, module)
+            )
+            if records and trainer.is_global_zero:
+                write_records(self._folder(trainer, module) / "records.json", records)
+                self._note_clip_scores(features[MODEL], references)
+        except Exception as caught:
+            error = caught
+        raise_on_all_ranks(error)
+        self._log(module, records, len(captions))
         if self.audio:
-            rank_zero_info(f"step {step}: {len(self.audio)} clips and pictures in {self.audio[0].parent}")
+            rank_zero_info(
+                f"step {self.step(trainer, module)}: {len(self.audio)} clips and plots in "
+                f"{self.audio[0].parent}"
+            )
 
     def _decode(
-        self, trainer: L.Trainer, module: MagnetModule, codec: Codec, own: list[dict[str, Any]],
-        heard: dict[str, HeardSet],
-    ) -> list[str]:  # fmt: skip
-        """Decodes this rank's items and has them heard; the keys of those that the time sufficed for."""
-        generator = Generator(module.unsharded, codec, module.text_encoder, self._settings(module), module.crop_s)
-        start, folder = time.monotonic(), self._folder(trainer, module)
-        self.audio, self.pictures = [], []
-        bar = tqdm(
-            range(0, len(own), self.batch_size), desc="decoding", unit="batch", leave=False,
-            disable=not trainer.is_global_zero,
-        )  # fmt: skip
-        for first in bar:
-            if self.most_s is not None and time.monotonic() - start > self.most_s:
-                warnings.warn(
-                    f"validation after {self.most_s} s: {first} of {len(own)} prompts of rank "
-                    f"{trainer.global_rank} decoded, the rest left out (generation.most_s)",
-                    stacklevel=1,
-                )
-                return [item["key"] for item in own[:first]]
-            items = own[first : first + self.batch_size]
-            # Always the full batch shape: another one could round differently and tip a tie.
-            padding = self.batch_size - len(items)
-            prompts = [item["caption"] for item in items] + [""] * padding
-            names = [item["key"] for item in items] + ["padding"] * padding
-            result = generator.generate(prompts, self.seed, names)
-            for i, item in enumerate(items):
-                for part in heard.values():
-                    part.add(item["key"], result.wav[i], result.sample_rate)
-                if item["index"] < self.num_media:
-                    self._keep(trainer, module, folder, item, result, i, codec)
-        return [item["key"] for item in own]
-
-    def _rank_clips(
         self,
         trainer: L.Trainer,
         module: MagnetModule,
-        heard: dict[str, HeardSet],
-        references: dict[str, ReferenceStatistics],
+        codec: Codec,
+        share: list[dict[str, Any]],
+        embedders: Mapping[str, Embedder],
+    ) -> tuple[scorer.Features, list[str]]:
+        """Decodes and embeds this rank's items; features, and keys of the items that there was time
+        for."""
+        settings = self._settings(module)
+        generator = Generator(module.unsharded, codec, module.text_encoder, settings, module.crop_s)
+        items = {item["key"]: item for item in share}
+        captions = {key: item["caption"] for key, item in items.items()}
+        decoded: list[str] = []
+        self.audio = []
+        self.plots = []
+
+        def clips() -> Any:
+            for item in generator.decode_items(
+                captions, self.batch_size, self.seed, max_seconds=self.max_seconds
+            ):
+                decoded.append(item.key)
+                if items[item.key]["index"] < self.num_media:
+                    self._write(trainer, module, item, items[item.key], codec)
+                yield item
+
+        prepared = scorer.prepare_generated(scorer.decoded_clips(clips()))
+        quiet = not trainer.is_global_zero
+        features = scorer.embed_clips(prepared, embedders.values(), "decoding", len(share), quiet)
+        if len(decoded) < len(share):
+            warnings.warn(
+                f"validation after {self.max_seconds} s: {len(decoded)} of {len(share)} prompts "
+                "of rank "
+                f"{trainer.global_rank} decoded, the rest skipped (generation.max_seconds)",
+                stacklevel=1,
+            )
+        return features, decoded
+
+    def _embed_baselines(
+        self,
+        codec: Codec,
+        share: list[dict[str, Any]],
+        counts: Any,
+        embedders: Mapping[str, Embedder],
+    ) -> dict[str, scorer.Features]:
+        """Features of the codec's reconstructions of the real clips, and of codes drawn by their
+        frequencies `k c`."""
+        real = {item["key"]: item["codes"] for item in share}
+        drawn = {
+            item["key"]: scorer.unigram_codes(counts, item["codes"].shape[1], seed=item["index"])
+            for item in share
+        }
+        features = {}
+        for name, codes in (("codec", real), ("unigram", drawn)):
+            clips = scorer.prepare_generated(scorer.clips_from_codes(codes, codec))
+            features[name] = scorer.embed_clips(
+                clips, embedders.values(), name, len(share), quiet=True
+            )
+        return features
+
+    def _gather(self, features: dict[str, scorer.Features]) -> dict[str, scorer.Features]:
+        """Features of all ranks, from the embedders that every rank could load. Collective."""
+        local = set(features[MODEL])
+        common = set.intersection(*all_gather_list([local]))
+        if missing := local - common:
+            rank_zero_warn(
+                f"no metrics of {', '.join(sorted(missing))}: another rank has no weights for them"
+            )
+        gathered = {}
+        for system, parts in features.items():
+            gathered[system] = scorer.gather_features({name: parts[name] for name in common})
+        return gathered
+
+    def _load_embedders(self, trainer: L.Trainer, module: MagnetModule) -> dict[str, Embedder]:
+        """The embedders whose weights are available, loaded once.
+
+        Raises:
+            UserError: if one is missing, outside of training or if the best checkpoint is chosen by
+                it.
+        """
+        if self._embedders is not None:
+            return self._embedders
+        embedders: dict[str, Embedder] = {}
+        for name in dict.fromkeys(parse_metric(metric)[1] for metric in self.metrics):
+            try:
+                embedder = load_embedder(name, device=str(module.device))
+            except UserError as error:
+                if not (self.within_fit or trainer.state.fn == "fit"):
+                    raise
+                monitors = [getattr(c, "monitor", None) or "" for c in trainer.checkpoint_callbacks]
+                if any(m.startswith("val/") and f"/{name}" in m for m in monitors):
+                    raise UserError(
+                        f"checkpoint.monitor is a metric of {name}, and {error}"
+                    ) from error
+                rank_zero_warn(f"no metrics of {name}: {error}")
+                continue
+            if module.crop_s < embedder.min_duration_s:
+                rank_zero_warn(
+                    f"no metrics of {name}: it needs clips of {embedder.min_duration_s:.2f} s, "
+                    "these have "
+                    f"{module.crop_s} s"
+                )
+                continue
+            embedders[name] = embedder
+        self._embedders = embedders
+        return embedders
+
+    def _load_references(
+        self, trainer: L.Trainer, features: scorer.Features, real: dict[str, dict[str, Tensor]]
+    ) -> dict[str, ReferenceStatistics]:
+        """Statistics of the real clips for each embedder: from the shards (`real`), or from files
+        in `reference`."""
+        found: dict[str, ReferenceStatistics] = {}
+        for name, part in features.items():
+            embedder = part.embedder
+            if name == "musicnn" and real["embeddings"]:
+                files = [
+                    str(shard.get("sha256")) for shard in self._shards(trainer).index["shards"]
+                ]
+                shards = FeatureSet(embedder, real["embeddings"], real["tags"])
+                found[name] = shards.statistics(names=[*real["embeddings"], *files])
+            elif self.reference is not None:
+                found[name] = ReferenceStatistics.load(
+                    Path(self.reference) / f"{name}.safetensors",
+                    embedder=embedder.id,
+                    embedder_hash=embedder.hash,
+                    windowing=embedder.windowing,
+                )
+        return found
+
+    def _score_baselines(
+        self,
+        features: Mapping[str, scorer.Features],
+        references: Mapping[str, ReferenceStatistics],
+        captions: Mapping[str, str],
     ) -> None:
-        """Notes beside each written clip its own FAD, by which the report finds the best and the worst."""
-        name = next((name for name in references if f"fad/{name}" in self.metrics), None)
-        if name is None or any(len(windows) < 2 for windows in heard[name].embeddings.values()):
-            return
-        scores = fad_per_clip(heard[name].embeddings, references[name].moments)
-        for note in self._folder(trainer, module).glob("[0-9]*.json"):
+        """Sets the values of the baselines, if their features are there."""
+        for name in BASELINES:
+            if name in features:
+                records = self._score(features[name], references, captions, {"system": name})
+                self._baseline_values[name] = {record.metric: record.value for record in records}
+
+    def _score(
+        self,
+        features: scorer.Features,
+        references: Mapping[str, ReferenceStatistics],
+        captions: Mapping[str, str],
+        about: Mapping[str, Any],
+    ) -> list[Record]:
+        """A record for every metric that can be computed; a warning for each that cannot."""
+        codec = self._baseline_values.get("codec", {})
+        return scorer.score_clips(
+            self.metrics,
+            features,
+            references,
+            captions,
+            baselines={metric: {"baseline_codec": value} for metric, value in codec.items()},
+            on_error=self._warn,
+            level=scorer.SCORED_LEVEL,
+            **about,
+        )
+
+    @staticmethod
+    def _warn(metric: str, message: str) -> None:
+        """Too few clips for a metric, or no reference, are no reason to end a run."""
+        if message.startswith(f"{metric}: no reference"):
+            is_musicnn = parse_metric(metric)[1] == "musicnn"
+            remedy = (
+                "tokenize with --embedder musicnn" if is_musicnn else "give --generation.reference"
+            )
+            message = f"the validation shards have no references; {remedy}"
+        rank_zero_warn(f"no {metric}: {message}")
+
+    def _note_clip_scores(
+        self, features: scorer.Features, references: Mapping[str, ReferenceStatistics]
+    ) -> None:
+        """Adds its own FAD to the note beside each written clip, by which the report finds the best
+        and the worst."""
+        _, scores = scorer.scores_by_clip(self.metrics, features, references)
+        for path in self.audio:
+            note = path.with_suffix(".json")
             about = json.loads(note.read_text())
             if about.get("item") in scores:
-                note.write_text(json.dumps(about | {"score": scores[about["item"]]}, indent=2) + "\n")
+                note.write_text(
+                    json.dumps(about | {"score": scores[about["item"]]}, indent=2) + "\n"
+                )
+
+    def _log(self, module: MagnetModule, records: list[Record], num_clips: int) -> None:
+        values = {"val/num_clips": float(num_clips)}
+        for record in records:
+            values[f"val/{record.metric}"] = record.value
+            if record.interval is not None:
+                low, high = record.interval
+                values[f"val/{record.metric}_ci95"] = (high - low) / 2
+        for name, baseline in self._baseline_values.items():
+            for metric, value in baseline.items():
+                values[f"val/{metric}/baseline_{name}"] = value
+        # Every rank has computed the same, so that each can choose the best checkpoint.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+            module.log_dict(values, sync_dist=False)
+
+    # --- Files --------------------------------------------------------------------------------------------------------
+
+    def _write(
+        self,
+        trainer: L.Trainer,
+        module: MagnetModule,
+        item: DecodedItem,
+        real: dict[str, Any],
+        codec: Codec,
+    ) -> None:
+        """Writes audio, note, codes and plot of one clip; the plot also shows the codec's
+        reconstruction."""
+        path = self._folder(trainer, module) / f"{real['index']:02d}_{slug(item.caption)}.wav"
+        about = {
+            "seed": self.seed,
+            "step": self.step(trainer, module),
+            "decoding": asdict(self._settings(module)),
+        }
+        scorer.write_decoded(path, item, about, with_codes=True)
+        reconstruction = codec.decode(real["codes"][None].to(codec.device))[0]
+        plot = path.with_suffix(".png")
+        wavs = {
+            f"generated: {item.caption}": item.wav.mean(0).cpu().numpy(),
+            "codec reconstruction of the real clip": reconstruction.mean(0).cpu().numpy(),
+        }
+        save_plot(plot, wavs, item.sample_rate, item.unmask_step.cpu().numpy())
+        self.audio.append(path)
+        self.plots.append(plot)
+
+    def _about(self, trainer: L.Trainer, module: MagnetModule) -> dict[str, Any]:
+        """Fields of the records of the generated clips."""
+        return {
+            "system": f"step {self.step(trainer, module)}",
+            "decoding": asdict(self._settings(module)),
+            "seed": self.seed,
+        }
 
     def _settings(self, module: MagnetModule) -> DecodingConfig:
-        """How the codes are decoded: spans as in training."""
+        """Decoding settings with the span length of training."""
         return replace(self.decoding, span_len=module.span_len)
 
     @staticmethod
     def step(trainer: L.Trainer, module: MagnetModule) -> int:
-        """Optimizer steps of the weights: outside `fit` those of the checkpoint."""
+        """Optimizer steps of the weights; outside `fit` those of the checkpoint."""
         return trainer.global_step or module.trained_steps
 
     def _folder(self, trainer: L.Trainer, module: MagnetModule) -> Path:
@@ -253,126 +486,12 @@ class GenerationCallback(Callback):
 
     @staticmethod
     def _shards(trainer: L.Trainer) -> ShardSet:
-        """Of the split that is looked at."""
+        """Shards of the split in use."""
         return trainer.datamodule.shards("test" if trainer.testing else "validation")  # type: ignore[attr-defined]
-
-    def _load_listeners(self, trainer: L.Trainer, module: MagnetModule) -> None:
-        """The networks that are to be had, loaded once.
-
-        Raises:
-            UserError: outside of training, if one of them is not; within, if the best checkpoint goes by it.
-        """
-        if self._listeners is not None:
-            return
-        self._listeners = {}
-        for name in dict.fromkeys(parse_metric(metric)[1] for metric in self.metrics):
-            try:
-                listener = load_listener(name, device=str(module.device))
-            except UserError as error:
-                if not (self.within_fit or trainer.state.fn == "fit"):
-                    raise
-                monitors = [getattr(c, "monitor", None) or "" for c in trainer.checkpoint_callbacks]
-                if any(m.startswith("val/") and f"/{name}" in m for m in monitors):
-                    raise UserError(f"checkpoint.monitor is a metric of {name}, and {error}") from error
-                rank_zero_warn(f"no metrics of {name}: {error}")
-                continue
-            if module.crop_s < listener.shortest_s:
-                rank_zero_warn(
-                    f"no metrics of {name}: it hears {listener.shortest_s:.2f} s at a time, the clips have "
-                    f"{module.crop_s} s"
-                )
-                continue
-            self._listeners[name] = listener
-
-    def _shared_listeners(self) -> dict[str, Listener]:
-        """Those that every rank could load, or some would wait for others; a collective."""
-        assert self._listeners is not None
-        everywhere = set.intersection(*(set(names) for names in gathered([list(self._listeners)])))
-        if missing := set(self._listeners) - everywhere:
-            rank_zero_warn(f"no metrics of {', '.join(sorted(missing))}: another rank has no weights of them")
-        return {name: listener for name, listener in self._listeners.items() if name in everywhere}
-
-    def _references(
-        self, trainer: L.Trainer, heard: dict[str, HeardSet], real: dict[str, dict[str, Tensor]]
-    ) -> dict[str, ReferenceStatistics]:
-        """What each listener heard in the real clips: of the shards (`real`), or of the files in `reference`."""
-        found: dict[str, ReferenceStatistics] = {}
-        for name, part in heard.items():
-            listener = part.listener
-            if name == "musicnn" and real["embeddings"]:
-                files = [str(shard.get("sha256")) for shard in self._shards(trainer).index["shards"]]
-                own = HeardSet(listener, real["embeddings"], real["tags"])
-                found[name] = own.statistics(names=[*real["embeddings"], *files])
-            elif self.reference is not None:
-                found[name] = ReferenceStatistics.load(
-                    Path(self.reference) / f"{name}.safetensors", embedder=listener.id, embedder_hash=listener.hash,
-                    windowing=listener.windowing,
-                )  # fmt: skip
-        return found
-
-    def _score(
-        self, heard: dict[str, HeardSet], references: dict[str, ReferenceStatistics], captions: dict[str, str],
-        floors: dict[str, dict[str, float]], about: dict[str, Any],
-    ) -> list[Record]:  # fmt: skip
-        """A record for every metric that can be computed; a warning for each that cannot."""
-        records = []
-        for metric in self.metrics:
-            kind, name = parse_metric(metric)
-            if name not in heard:
-                continue
-            reference = references.get(name)
-            if kind in NEEDS_REFERENCE and reference is None:
-                remedy = "tokenize with --embedder musicnn" if name == "musicnn" else "give --generation.reference"
-                rank_zero_warn(f"no {metric}: the validation shards hold no references; {remedy}")
-                continue
-            try:
-                floor = floors.get("codec", {}).get(metric)
-                records.append(score(metric, heard[name], reference, captions, floor_codec=floor, **about))
-            except UserError as error:  # too few clips for this metric: no reason to end the run
-                rank_zero_warn(f"no {metric}: {error}")
-        return records
-
-    @staticmethod
-    def _hear_codes(
-        codec: Codec, own: list[dict[str, Any]], heard: dict[str, HeardSet], frequencies: Tensor | None
-    ) -> None:
-        """The codec's reconstructions of the items' real codes, or of codes drawn by `frequencies` (`k c`)."""
-        for item in own:
-            codes = item["codes"]
-            if frequencies is not None:
-                generator = torch.Generator().manual_seed(item["index"])
-                draws = [torch.multinomial(f.cpu(), codes.shape[1], True, generator=generator) for f in frequencies]
-                codes = torch.stack(draws)
-            wav = codec.decode(codes[None].to(codec.device))[0]
-            for part in heard.values():
-                part.add(item["key"], wav, codec.facts.sample_rate)
-
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_batch_end = on_validation_batch_end
-    on_test_epoch_end = on_validation_epoch_end
-
-    def _keep(
-        self, trainer: L.Trainer, module: MagnetModule, folder: Path, item: dict[str, Any], result: Generated, i: int,
-        codec: Codec,
-    ) -> None:  # fmt: skip
-        path = folder / f"{item['index']:02d}_{recognisable_name(item['caption'])}.wav"
-        about = {"prompt": item["caption"], "item": item["key"], "seed": self.seed}
-        about |= {"step": self.step(trainer, module), "decoding": asdict(self._settings(module))}
-        write_audio(path, result.wav[i].T.cpu().numpy(), result.sample_rate, about)
-        real = codec.decode(item["codes"][None].to(codec.device))[0].mean(0).cpu().numpy()
-        made = result.wav[i].mean(0).cpu().numpy()
-        # For the report: what was decoded, and when each code became final.
-        codes = {"codes": result.codes[i].cpu().numpy().astype(np.uint16), "order": result.order[i].cpu().numpy()}
-        np.savez_compressed(path.with_suffix(".npz"), allow_pickle=False, **codes)
-        picture = path.with_suffix(".png")
-        titles = {f"generated: {item['caption']}": made, "codec reconstruction of the real clip": real}
-        write_picture(picture, titles, result.sample_rate, result.order[i].cpu().numpy())
-        self.audio.append(path)
-        self.pictures.append(picture)
 
 
 def chosen_items(counts: list[int], num_prompts: int) -> dict[int, int]:
-    """Places in the split of the items that are generated for, spread over it, and the number that each gets.
+    """Index in the split of each item to generate for, spread over the split, to its number from 0.
 
     >>> chosen_items([5, 5], 4)
     {0: 0, 2: 1, 4: 2, 6: 3}
@@ -398,4 +517,5 @@ class PredictionWriter(Callback):
         folder = Path(trainer.default_root_dir) / "predictions"
         for i, (key, caption) in enumerate(zip(batch["keys"], batch["captions"], strict=True)):
             about = {"prompt": caption, "item": key, "step": trainer.global_step}
-            write_audio(folder / f"{safe_name(key)}.wav", outputs["wav"][i].T.cpu().numpy(), outputs["sample_rate"], about)
+            wav = outputs["wav"][i].T.cpu().numpy()
+            write_audio(folder / f"{safe_name(key)}.wav", wav, outputs["sample_rate"], about)

@@ -34,8 +34,8 @@ from magnet_train.common.torchaudio_import import import_torchaudio
 from magnet_train.conditioning import load_text_encoder
 from magnet_train.data.datamodule import check_shards_per_worker
 from magnet_train.data.pipeline import Item, ShardSet
-from magnet_train.metrics.embedders import load_listener
-from magnet_train.metrics.scoring import NEEDS_REFERENCE, parse_metric
+from magnet_train.metrics.embedders import load_embedder
+from magnet_train.metrics.scoring import REFERENCE_METRICS, parse_metric
 from magnet_train.release import SavedModel, check_codec, check_weights
 from magnet_train.resume import check_same_model, read_training_checkpoint
 from magnet_train.tracking.wandb_session import LOGIN_HINT, check_wandb_login
@@ -186,13 +186,13 @@ def _embedder(name: str, prefetch: bool) -> str:
     """Where its weights are, with hash and licence."""
     weights = WEIGHTS.get(name)
     if weights is None:
-        return f"ships ({load_listener(name).hash})"
+        return f"ships ({load_embedder(name).hash})"
     if not prefetch and cached(weights) is None:
         size = f"{weights.size / 1e6:,.0f} MB, licence {weights.licence}"
         raise UserError(f"not in the cache; doctor --prefetch downloads {weights.url} ({size})")
     file = find_weights(weights)
     if name == "clap":  # its tokenizer comes from the hub
-        load_listener(name)
+        load_embedder(name)
     return f"{file.path} ({file.hash}, licence {weights.licence})"
 
 
@@ -261,7 +261,7 @@ def check_workers(plan: Plan) -> Iterator[Finding]:
 def check_references(plan: Plan) -> Iterator[Finding]:
     """What the metrics compare with."""
     generation = plan.config.generation
-    needing = [metric for metric in generation.metrics if parse_metric(metric)[0] in NEEDS_REFERENCE]
+    needing = [metric for metric in generation.metrics if parse_metric(metric)[0] in REFERENCE_METRICS]
     if not generation.num_prompts or "validation" not in plan.samples:
         return
     for name in dict.fromkeys(parse_metric(metric)[1] for metric in needing):

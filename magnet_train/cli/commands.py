@@ -119,9 +119,9 @@ def _run_convert(args: list[str]) -> None:
 
 def _run_evaluate(args: list[str]) -> None:
     from magnet_train.decoding.decode import DecodingConfig
-    from magnet_train.evaluation.evaluate import EMBEDDED, EvaluateOptions, evaluate
-    from magnet_train.metrics.embedders import LISTENERS
-    from magnet_train.metrics.scoring import KINDS
+    from magnet_train.evaluation.evaluate import DEFAULT_METRICS, EvaluateOptions, evaluate
+    from magnet_train.metrics.embedders import EMBEDDERS
+    from magnet_train.metrics.scoring import METRICS
 
     parser = _parser("evaluate", "Score folders of audio, or a model, against a reference.")
     parser.add_argument(
@@ -129,8 +129,8 @@ def _run_evaluate(args: list[str]) -> None:
         help="Folders of audio files, each FOLDER or NAME=FOLDER: a row of the table each.",
     )  # fmt: skip
     parser.add_argument(
-        "--metrics", type=str, nargs="+", default=list(EMBEDDED),
-        help=f"KIND/LISTENER each; kinds: {', '.join(KINDS)}; listeners: {', '.join(LISTENERS)}.",
+        "--metrics", type=str, nargs="+", default=list(DEFAULT_METRICS),
+        help=f"METRIC/EMBEDDER each; metrics: {', '.join(METRICS)}; embedders: {', '.join(EMBEDDERS)}.",
     )  # fmt: skip
     parser.add_argument("--ratings", type=Path, nargs="+", default=[], help="CSV files that raters sent back.")
     own = {"generated", "metrics", "ratings"}
@@ -340,7 +340,7 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
     import torch
     from tqdm import tqdm
 
-    from magnet_train.common.audio_files import recognisable_name, write_audio, write_picture
+    from magnet_train.common.audio_files import slug, write_audio, save_plot
     from magnet_train.generator import load
 
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -379,12 +379,12 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
                         "continue_s": None if options.continue_from is None else options.continue_s,
                         "model": generator.about,
                     }
-                    path = options.out / f"{recognisable_name(prompt, seed)}.{options.format}"
+                    path = options.out / f"{slug(prompt, seed)}.{options.format}"
                     wav = result.wav[i].T.cpu().numpy()
                     write_audio(path, wav, result.sample_rate, about)
                     if options.pictures:
                         title = {prompt or "(no text)": wav.mean(1)}
-                        write_picture(
+                        save_plot(
                             path.with_suffix(".png"), title, result.sample_rate, result.order[i].cpu().numpy()
                         )
                     written.append(path)

@@ -40,7 +40,8 @@ from magnet_train.common.errors import UserError, message_of, user_error_of
 from magnet_train.common.folders import writable_folder, write_json
 from magnet_train.conditioning import load_text_encoder
 from magnet_train.data.datamodule import MagnetDataModule
-from magnet_train.evaluation.report import report_of_run, write_report
+from magnet_train.evaluation.report import write_report
+from magnet_train.evaluation.run_report import report_from_run
 from magnet_train.model import MagnetConfig
 from magnet_train.module import MagnetModule
 from magnet_train.resume import newest_whole_checkpoint, requeue_count
@@ -320,13 +321,13 @@ class MagnetCLI(private_api.lightning_cli()):
             "metrics": {k: {"before": before.get(k), "after": after[k]} for k in sorted(after)},
             "audio": [str(p) for p in generation.audio],
             "checkpoint": saved.last_model_path,
-            "pictures": [str(p) for p in generation.pictures],
+            "pictures": [str(p) for p in generation.plots],
             "seconds": {k: round(v, 1) for k, v in seconds.items()},
         }
         write_json(self.run_folder / "summary.json", summary)
         print(_summary_text(summary, self.run_folder))
         if summary["audio"]:
-            write_report(self.run_folder / "report.html", report_of_run(self.run_folder))
+            write_report(self.run_folder / "report.html", report_from_run(self.run_folder))
             print(f"report      {self.run_folder / 'report.html'}")
 
 

@@ -1,4 +1,5 @@
-"""Audio as people meet it: at -14 LUFS, in files whose names can be recognised, with a picture."""
+"""Generated audio as people get it: levelled, in files with readable names, with a note and a plot
+beside each."""
 
 import hashlib
 import json
@@ -11,91 +12,179 @@ import numpy as np
 import soundfile
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.spectrogram import magnitude_spectrogram
 
 TARGET_LUFS = -14.0
+MAX_TRUE_PEAK_DB = -1.0
+"""dB of full scale, in files."""
+HIGH_PASS_HZ = 20.0
+FULL_SCALE = 1 - 2**-15
+"""Largest sample of a 16-bit file."""
 
 
 def normalize_loudness(wav: np.ndarray, sample_rate: int) -> np.ndarray:
-    """`t channels` at -14 LUFS (ITU-R BS.1770), clamped to [-1, 1], as the published MAGNeT samples are.
+    """`t channels` at -14 LUFS (ITU-R BS.1770), clamped to [-1, 1]: the level at which clips are
+    scored.
 
-    Near silence (RMS below 2e-3) stays as it is, where a gain would only lift noise; so do clips below 0.4 s,
-    the shortest that the measure is defined for.
+    As in audiocraft's `normalize_audio`, so that metrics are comparable with published ones. Near
+    silence (RMS below 2e-3) is left as it is, because a gain would only amplify noise; so are clips
+    below 0.4 s, for which loudness is not defined. For files to be listened to use
+    `normalize_for_listening`.
     """
+    loudness = _loudness(wav, sample_rate)
+    return wav if loudness is None else np.clip(wav * 10 ** ((TARGET_LUFS - loudness) / 20), -1, 1)
+
+
+def normalize_for_listening(
+    wav: np.ndarray, sample_rate: int, target_lufs: float = TARGET_LUFS
+) -> np.ndarray:
+    """`t channels` without DC, at the target loudness or below it: never clipped.
+
+    A high-pass at 20 Hz comes first, because loudness does not measure DC. The gain is limited so
+    that the true peak (ITU-R BS.1770-4, four times oversampled) stays below -1 dB of full scale.
+    Near silence is not amplified.
+    """
+    wav = _high_passed(wav, sample_rate)
+    loudness = _loudness(wav, sample_rate)
+    gain = 1.0 if loudness is None else 10 ** ((target_lufs - loudness) / 20)
+    return wav * min(gain, _max_gain(wav))
+
+
+def listening_loudness(wav: np.ndarray, sample_rate: int) -> float:
+    """The loudness in LUFS that `normalize_for_listening` brings a clip to: -14, or less where
+    peaks are high."""
+    loudness = _loudness(normalize_for_listening(wav, sample_rate), sample_rate)
+    return TARGET_LUFS if loudness is None else min(loudness, TARGET_LUFS)
+
+
+def clipped_share(wav: np.ndarray) -> float:
+    """Share of samples at full scale or beyond, 0 to 1; more than a few in a thousand are audible.
+
+    >>> clipped_share(np.array([0.0, 0.5, 1.0, -1.2]))
+    0.5
+    """
+    return float(np.mean(np.abs(wav) >= FULL_SCALE)) if wav.size else 0.0
+
+
+def _loudness(wav: np.ndarray, sample_rate: int) -> float | None:
+    """In LUFS; None where it is not defined."""
     import pyloudnorm
 
     if len(wav) < 0.4 * sample_rate or np.sqrt(np.mean(np.square(wav))) < 2e-3:
-        return wav
+        return None
     loudness = pyloudnorm.Meter(sample_rate).integrated_loudness(wav)
-    if not np.isfinite(loudness):
+    return float(loudness) if np.isfinite(loudness) else None
+
+
+def _high_passed(wav: np.ndarray, sample_rate: int) -> np.ndarray:
+    from scipy.signal import butter, sosfiltfilt
+
+    if len(wav) < 2:
         return wav
-    return np.clip(wav * 10 ** ((TARGET_LUFS - loudness) / 20), -1, 1)
+    sections = butter(2, HIGH_PASS_HZ, "highpass", fs=sample_rate, output="sos")
+    padding = min(len(wav) - 1, sample_rate // 10)
+    return sosfiltfilt(sections, wav, axis=0, padlen=padding).astype(wav.dtype)
 
 
-def recognisable_name(text: str, seed: int | None = None) -> str:
-    """A file name without suffix: the first words of `text`, four hex digits against equal beginnings, the seed.
+def _max_gain(wav: np.ndarray) -> float:
+    """The gain that brings the true peak to its limit."""
+    from scipy.signal import resample_poly
 
-    >>> recognisable_name("A slow chorale for string quartet in G minor!", seed=3)
-    'a-slow-chorale-for-string-quartet-in-g-minor_9304_seed3'
+    peak = np.abs(resample_poly(wav, 4, 1, axis=0)).max(initial=0.0)
+    peak = max(peak, np.abs(wav).max(initial=0.0))
+    return float(10 ** (MAX_TRUE_PEAK_DB / 20) / peak) if peak > 0 else 1.0
+
+
+def slug(text: str, seed: int | None = None) -> str:
+    """A file name without suffix: the first words of `text`, twelve hex digits of its hash, the
+    seed.
+
+    >>> slug("A slow chorale for string quartet in G minor!", seed=3)
+    'a-slow-chorale-for-string-quartet-in-g-minor_930466779f7b_seed3'
     """
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].rstrip("-") or "no-text"
-    name = f"{words}_{hashlib.sha256(text.encode()).hexdigest()[:4]}"
+    name = f"{words}_{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:12]}"
     return name if seed is None else f"{name}_seed{seed}"
 
 
 def write_audio(path: Path, wav: np.ndarray, sample_rate: int, about: dict[str, Any]) -> None:
-    """Write `t channels` at -14 LUFS as 16-bit wav or flac, and `about` as JSON beside it; aside first, then moved.
+    """Writes `t channels`, levelled, as a 16-bit wav or flac file, and `about` as JSON beside it.
+
+    The JSON also has the share of clipped samples in `wav`. Files are written aside and moved into
+    place.
 
     Raises:
         UserError: if the folder cannot be written.
     """
+    about = about | {"clipped_share": round(clipped_share(wav), 6)}
+    levelled = normalize_for_listening(wav, sample_rate)
+    note = path.with_suffix(".json")
+    partial_audio = path.with_name(f".{path.name}")
+    partial_note = note.with_name(f".{note.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}")
         soundfile.write(
-            aside, normalize_loudness(wav, sample_rate), sample_rate, "PCM_16", format=path.suffix[1:].upper()
+            partial_audio, levelled, sample_rate, "PCM_16", format=path.suffix[1:].upper()
         )
-        note = path.with_suffix(".json")
-        note.with_name(f".{note.name}").write_text(json.dumps(about, indent=2) + "\n")
-        os.replace(aside, path)
-        os.replace(note.with_name(f".{note.name}"), note)
+        partial_note.write_text(json.dumps(about, indent=2) + "\n")
+        os.replace(partial_audio, path)
+        os.replace(partial_note, note)
     except (OSError, soundfile.LibsndfileError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another folder or free some space") from error
+        raise UserError(
+            f"{path}: cannot be written ({error}); choose another folder or free some space"
+        ) from error
 
 
-def write_picture(path: Path, wavs: dict[str, np.ndarray], sample_rate: int, order: np.ndarray | None = None) -> None:
-    """Spectrograms of mono clips one above the other, and below them the order of unmasking of the first.
+def save_plot(
+    path: Path, wavs: dict[str, np.ndarray], sample_rate: int, unmask_step: np.ndarray | None = None
+) -> None:
+    """Saves a PNG: spectrograms of mono clips one above the other, below them when the codes of the
+    first were decided.
 
     Args:
         path: of the PNG.
         wavs: title to `t`.
         sample_rate: in Hz.
-        order: `k t`, the step at which each code became final, per stage; -1 = given.
+        unmask_step: `k t`, the step of its stage at which each code became final; -1 = given.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = len(wavs) + (order is not None)
+    rows = len(wavs) + (unmask_step is not None)
     figure = Figure(figsize=(10, 2.3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, squeeze=False)[:, 0]
     for axis, (title, wav) in zip(axes, wavs.items(), strict=False):
-        window = np.hanning(1024)
-        padded = np.pad(wav, (0, max(0, 1024 - len(wav))))
-        frames = np.lib.stride_tricks.sliding_window_view(padded, 1024)[::256] * window
-        level = 20 * np.log10(np.abs(np.fft.rfft(frames)).T + 1e-3)
-        seconds = len(padded) / sample_rate
-        axis.imshow(
-            level, origin="lower", aspect="auto", cmap="magma", vmin=level.max() - 80, vmax=level.max(),
-            extent=(0, seconds, 0, sample_rate / 2000),
-        )  # fmt: skip
-        axis.set(title=title, ylabel="kHz")
-        axis.title.set_fontsize(8)
-    if order is not None:
-        relative = order / np.maximum(order.max(axis=1, keepdims=True), 1)
-        image = axes[-1].imshow(relative, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
-        axes[-1].set(title="order of unmasking: dark = decided first", ylabel="codebook", xlabel="frame")
-        axes[-1].set_yticks(range(len(order)))
-        axes[-1].title.set_fontsize(8)
+        draw_spectrogram(axis, wav, sample_rate, title)
+    if unmask_step is not None:
+        relative = unmask_step / np.maximum(unmask_step.max(axis=1, keepdims=True), 1)
+        image = axes[-1].imshow(
+            relative, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1
+        )
+        axes[-1].set(ylabel="codebook", xlabel="frame")
+        axes[-1].set_title("order of unmasking: dark = decided first", fontsize=8)
+        axes[-1].set_yticks(range(len(unmask_step)))
         figure.colorbar(image, ax=axes[-1], fraction=0.02)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
+
+
+def draw_spectrogram(
+    axis: Any, wav: np.ndarray, sample_rate: int, title: str = "", range_db: float = 80.0
+) -> None:
+    """Draws the level of a mono clip `t` over time and frequency on matplotlib axes, `range_db`
+    down from its peak."""
+    window = 1024
+    level = 20 * np.log10(magnitude_spectrogram(wav, window, 256).T + 1e-3)
+    seconds = max(len(wav), window) / sample_rate
+    axis.imshow(
+        level,
+        origin="lower",
+        aspect="auto",
+        cmap="magma",
+        vmin=level.max() - range_db,
+        vmax=level.max(),
+        extent=(0, seconds, 0, sample_rate / 2000),
+    )
+    axis.set(ylabel="kHz")
+    axis.set_title(title, fontsize=8)

@@ -433,9 +433,9 @@ def _encode(
             info["audio_sha256"] = digest
             reference = None
             if embedder is not None:
-                from magnet_train.metrics.networks.musicnn import reference_of
+                from magnet_train.metrics.networks.musicnn import reference_arrays
 
-                reference = reference_of(torch.from_numpy(wav.mean(0)), rate, embedder)
+                reference = reference_arrays(torch.from_numpy(wav.mean(0)), rate, embedder)
                 info |= {"embedder": embedder.id, "embedder_hash": embedder.hash}
             yield crop["key"], row, info, reference
 

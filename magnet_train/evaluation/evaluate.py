@@ -1,49 +1,57 @@
-"""`evaluate`: audio of any origin against a reference, with records that say how every figure was made.
+"""`evaluate`: scores folders of audio, or a model, against a reference; every value has a record of
+its protocol.
 
-list -> (generate) -> hear -> gather -> score -> table, JSON, report, listening test. Clips are dealt out to the devices
-by their place in the sorted list, heard, and gathered by id; the first device computes. A clip's id is its path in its
-folder without suffix, and clips of the same id belong together.
+list -> decode -> embed (`scorer`) -> gather -> score -> records, table, report, listening test.
+Clips are split over the devices by their place in the sorted list and gathered by id; all devices
+compute the metrics, the first writes.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lightning.fabric import Fabric
-from torch import Tensor
-from tqdm import tqdm
 
-from magnet_train.codec.base import Codec, load_codec
-from magnet_train.common.audio_files import normalize_loudness, recognisable_name, write_audio
+from magnet_train.codec.base import load_codec
 from magnet_train.common.errors import UserError
-from magnet_train.data.audio import SUFFIXES, duration_s
-from magnet_train.data.manifest import find_clips
-from magnet_train.evaluation.listening_test import analyse_study, export_study
-from magnet_train.evaluation.page import read_sound
-from magnet_train.evaluation.report import Clip, Report, write_report
-from magnet_train.metrics.distributed import gather_by_id
-from magnet_train.metrics.embedders import LISTENERS, Listener, load_listener
-from magnet_train.metrics.embedding_sets import fad_per_clip
+from magnet_train.data.manifest import Clip
+from magnet_train.decoding.decode import DecodingConfig
+from magnet_train.evaluation import scorer
+from magnet_train.evaluation.clips import (
+    Clips,
+    Reference,
+    list_clips,
+    load_captions,
+    load_prompts,
+    parse_systems,
+    saved_statistics,
+)
+from magnet_train.evaluation.listening_test import (
+    check_systems,
+    export_listening_test,
+    group_by_caption,
+)
+from magnet_train.evaluation.ratings import analyse_ratings
+from magnet_train.evaluation.report import Report, ReportClip, load_grids, write_report
+from magnet_train.generator import DecodedItem, load
+from magnet_train.metrics.distributed import raise_on_all_ranks
+from magnet_train.metrics.embedders import EMBEDDERS, Embedder
 from magnet_train.metrics.kl import CONVENTIONS
 from magnet_train.metrics.published import PUBLISHED, RECIPES
 from magnet_train.metrics.record import Record, markdown_table, write_records
-from magnet_train.metrics.reference import ReferenceStatistics
-from magnet_train.metrics.scoring import NEEDS_REFERENCE, HeardSet, parse_metric, score, together
+from magnet_train.metrics.scoring import REFERENCE_METRICS, parse_metric
 
-EMBEDDED = ("fad/musicnn", "kl/musicnn", "text/musicnn")  # what ships, and needs no download
-Change = Callable[[np.ndarray, int, str, Path], np.ndarray]
-"""Samples `t channels`, their rate, the clip's id and its file -> samples `t channels`."""
-PUBLISHED_SIZES = {"MusicCaps": (5469, 5521)}  # clips: those that audiocraft had, and all
-PUBLISHED_LEVEL = "generated -14 LUFS"
-NUM_SHOWN = 8  # prompts in a report, beside the three best and the three worst of each system
-SILENT_RMS = 1e-5  # -100 dB of full scale
+DEFAULT_METRICS = ("fad/musicnn", "kl/musicnn", "text/musicnn")
+"""Metrics whose networks ship."""
+PUBLISHED_SIZES = {"MusicCaps": (5469, 5521)}
+"""Numbers of clips of a whole set: those that audiocraft had, and all."""
+NUM_SHOWN = 8
+"""Prompts in a report, beside the three best and the three worst clips of each system."""
+NUM_RANKED = 3
 
 
 @dataclass(frozen=True)
@@ -51,547 +59,500 @@ class EvaluateOptions:
     """What is scored, against what, and what is written."""
 
     generated: list[str] = field(default_factory=list)
-    """Folders of audio files, each FOLDER or NAME=FOLDER: a row of the table each."""
+    """Folders of audio files, FOLDER or NAME=FOLDER each; one row of the table per folder."""
     reference: str | None = None
-    """Folder of real audio, or statistics that --save_reference wrote (their folder, or one of its files)."""
+    """Folder of real audio, or statistics written by --save_reference (their folder or one of its
+    files)."""
     captions: Path | None = None
-    """JSONL or CSV with path and caption of every clip; else what stands beside the files, in .txt or .json."""
-    metrics: list[str] = field(default_factory=lambda: list(EMBEDDED))
-    """KIND/LISTENER each, of scoring.KINDS and listeners.LISTENERS."""
+    """JSONL or CSV with path and caption of every clip; by default the .txt or .json files beside
+    the clips."""
+    metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
+    """Metrics, METRIC/EMBEDDER each."""
     checkpoint: str | None = None
-    """Release folder, hub id, checkpoint, run folder or "demo": generates for --prompts and scores it too."""
+    """Release folder, hub id, checkpoint, run folder or "demo": generate for --prompts and score
+    the result too."""
     prompts: Path | None = None
-    """Captions to generate for: text with one a line, or JSONL or CSV with path and caption."""
+    """Captions to generate for: a text file with one per line, or JSONL or CSV with path and
+    caption."""
     generated_to: Path = Path("evaluated")
-    """Folder for what --checkpoint generates; a subfolder for every model, seed and set of prompts."""
+    """Folder for the clips that --checkpoint generates; one subfolder per model, seed, settings and
+    prompts."""
     seed: int = 0
-    """Of the decoding noise."""
+    """Seed of the decoding noise."""
     batch_size: int = 4
-    """Clips decoded together."""
+    """Clips decoded at once, at least 1."""
     out: Path | None = None
     """JSON file for the records."""
     save_reference: Path | None = None
-    """Folder for the reference's statistics, a file for each listener, to give as --reference from then on."""
+    """Folder for the statistics of the reference, one file per embedder, for later use as
+    --reference."""
     loudness: bool = True
-    """Whether generated clips are brought to -14 LUFS before they are heard, as in the published figures; the real
-    ones never are."""
+    """Bring generated clips to -14 LUFS before they are embedded, as in published metrics; real
+    clips never are."""
     keep_silent: bool = False
-    """Whether silent generated clips are scored like any other, instead of being an error."""
+    """Score silent generated clips instead of stopping with an error."""
     kl_convention: str | None = None
-    """Name of another convention of KL than the listener's, such as stable-audio-metrics (kl.CONVENTIONS)."""
+    """Convention of KL, such as stable-audio-metrics; by default that of the classifier."""
     codec: str | None = None
-    """Codec whose reconstructions of the reference are scored as a floor: "demo", a folder or a hub id."""
+    """Codec whose reconstructions of the reference are scored as a baseline: "demo", a folder or a
+    hub id."""
     published_set: str | None = None
-    """MusicCaps or AudioCaps, if --reference is that set, whole: published figures of it then stand in the table."""
+    """MusicCaps or AudioCaps, if --reference is that whole set: adds published values to the
+    table."""
     weights: dict[str, str] = field(default_factory=dict)
-    """Files of listeners' weights, as in {vggish: FILE}, downloaded once if not given; of codec the codec's name."""
+    """Weight files by network, e.g. {vggish: FILE}; downloaded if omitted. For "codec" the name of
+    the codec."""
     force: bool = False
-    """Whether figures of different protocols are put in one table, which then says so."""
+    """Tabulate metrics with different protocols together; the table says so."""
     report: Path | None = None
-    """HTML file with players, spectrograms and figures."""
+    """HTML file with players, spectrograms and metrics."""
     listening_test: Path | None = None
-    """HTML file with a blinded listening test of all systems and the reference; its key is written beside it."""
+    """HTML file with a blind listening test of all systems and the reference; its key is written
+    beside it."""
     study: Path | None = None
-    """Key of a listening test whose --ratings are summed up."""
+    """Key of a listening test whose --ratings are analysed."""
     ratings: list[Path] = field(default_factory=list)
-    """CSV files that raters sent back."""
+    """CSV files from the raters of --study."""
     accelerator: str = "auto"
-    """cpu, gpu, or auto."""
+    """cpu, gpu or auto."""
     devices: int = 1
-    """GPUs, or processes on a CPU, that share the clips."""
+    """GPUs, or processes on a CPU, that share the work."""
 
     def __post_init__(self) -> None:
         for metric in self.metrics:
             parse_metric(metric)
-        if (self.study is None) != (not self.ratings):
-            raise UserError("--study and --ratings belong together: give both")
-        if not self.generated and self.checkpoint is None and self.save_reference is None and self.study is None:
-            raise UserError("nothing to score: give --generated FOLDER, or --checkpoint with --prompts")
-        if (self.checkpoint is None) != (self.prompts is None):
-            raise UserError("--checkpoint and --prompts belong together: give both")
+        self._check_combinations()
         if self.batch_size < 1 or self.devices < 1:
-            raise UserError(f"batch_size={self.batch_size} and devices={self.devices} must be at least 1")
-        if unknown := set(self.weights) - set(LISTENERS):
-            raise UserError(f"--weights {min(unknown)}: choose of {', '.join(LISTENERS)}")
+            raise UserError(
+                f"batch_size={self.batch_size} and devices={self.devices} must be at least 1"
+            )
+        if unknown := set(self.weights) - set(EMBEDDERS):
+            raise UserError(f"--weights {min(unknown)}: choose from {', '.join(EMBEDDERS)}")
         if self.kl_convention not in (None, *CONVENTIONS):
-            raise UserError(f"--kl_convention {self.kl_convention}: choose of {', '.join(CONVENTIONS)}")
-        for name in ("out", "report", "listening_test"):
-            _check_place(f"--{name}", getattr(self, name), is_folder=False)
-        _check_place("--save_reference", self.save_reference, is_folder=True)
+            raise UserError(
+                f"--kl_convention {self.kl_convention}: choose from {', '.join(CONVENTIONS)}"
+            )
         if self.published_set not in (None, *RECIPES):
             raise UserError(f"--published_set {self.published_set}: choose MusicCaps or AudioCaps")
-        if self.save_reference is not None and (self.reference is None or _saved_files(self.reference)):
-            raise UserError("--save_reference: give --reference FOLDER, with audio, to compute it of")
+        for name in ("out", "report", "listening_test"):
+            _check_writable(f"--{name}", getattr(self, name), is_folder=False)
+        _check_writable("--save_reference", self.save_reference, is_folder=True)
+
+    def _check_combinations(self) -> None:
+        if (self.study is None) != (not self.ratings):
+            raise UserError("--study and --ratings belong together: give both")
+        if (self.checkpoint is None) != (self.prompts is None):
+            raise UserError("--checkpoint and --prompts belong together: give both")
+        if not self.has_clips and self.study is None:
+            raise UserError(
+                "nothing to score: give --generated FOLDER, or --checkpoint with --prompts"
+            )
+        if self.save_reference is not None and (
+            self.reference is None or saved_statistics(self.reference)
+        ):
+            raise UserError(
+                "--save_reference: give --reference FOLDER, with audio, to compute the statistics "
+                "of"
+            )
+
+    @property
+    def has_clips(self) -> bool:
+        """Whether there is anything to embed."""
+        return (
+            bool(self.generated) or self.checkpoint is not None or self.save_reference is not None
+        )
 
 
-def _check_place(option: str, path: Path | None, is_folder: bool) -> None:
-    """Nothing, if a file (or folder) can be written there: better known before an hour of scoring than after."""
+def _check_writable(option: str, path: Path | None, is_folder: bool) -> None:
+    """Checks that a file or folder can be written, before an hour of scoring and not after."""
     if path is None:
         return
     try:
         (path if is_folder else path.parent).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{option} {path}: cannot be written ({error.strerror}); choose another place") from error
+        raise UserError(
+            f"{option} {path}: cannot be written ({error.strerror}); choose another place"
+        ) from error
     if not is_folder and path.is_dir():
         raise UserError(f"{option} {path}: is a folder; give the name of a file")
 
 
-def _saved_files(reference: str) -> list[Path]:
-    """The files of saved statistics that `--reference` names; none if it is a folder of audio."""
-    path = Path(reference).expanduser()
-    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+def evaluate(options: EvaluateOptions, decoding: Mapping[str, Any] | None = None) -> list[Record]:
+    """Scores all systems. All devices return the records; the first one writes tables and files.
 
-
-# --- list ---------------------------------------------------------------------------------------------------------
-
-
-def clips_of(folder: Path) -> dict[str, Path]:
-    """The audio files of a folder, to its depth, by id and in its order.
+    Args:
+        options: see there.
+        decoding: decoding settings that replace those of the checkpoint.
 
     Raises:
-        UserError: if there is none, or two of one id.
+        UserError: for whatever cannot be scored; nothing is computed over fewer clips than there
+            are.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    clips: dict[str, Path] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")):
-        key = path.relative_to(folder).with_suffix("").as_posix()
-        if key in clips:
-            raise UserError(f"{clips[key]} and {path}: two clips named {key}; keep one of them")
-        clips[key] = path
-    if not clips:
-        raise UserError(f"{folder}: no audio files ({', '.join(SUFFIXES)}) in it")
-    return clips
-
-
-def systems_of(generated: Sequence[str]) -> dict[str, Path]:
-    """Names and folders of `--generated`.
-
-    Raises:
-        UserError: if two have one name.
-    """
-    systems: dict[str, Path] = {}
-    for entry in generated:
-        name, _, folder = entry.rpartition("=")
-        path = Path(folder).expanduser()
-        name = name or path.name
-        if name == "reference":
-            raise UserError(f"--generated {entry}: the name reference is taken; write NAME={folder}")
-        if name in systems:
-            raise UserError(f"--generated {entry}: a second system named {name}; write NAME={folder}")
-        systems[name] = path
-    return systems
-
-
-def captions_of(file: Path | None, clips: dict[str, Path]) -> dict[str, str]:
-    """Captions by clip id: of the manifest if there is one, else of what stands beside the files (`{}` = nothing).
-
-    Raises:
-        UserError: if a manifest lacks a clip's caption.
-    """
-    if file is None:
-        captions = {}
-        for key, path in clips.items():
-            note, text = path.with_suffix(".json"), path.with_suffix(".txt")
-            try:
-                about = json.loads(note.read_text(encoding="utf-8-sig")) if note.is_file() else {}
-                caption = about.get("prompt") or about.get("caption") if isinstance(about, dict) else None
-                if not caption and text.is_file():
-                    caption = " ".join(text.read_text(encoding="utf-8-sig").split())
-            except ValueError as error:
-                raise UserError(f"{note}: unreadable caption ({error}); write UTF-8 JSON") from error
-            if isinstance(caption, str) and caption:
-                captions[key] = caption
-        return captions
-    found = _of_manifest(file)
-    missing, unused = [k for k in clips if k not in found], [k for k in found if k not in clips]
-    if missing or unused:
-        which = f"{missing[0]} has none" if missing else f"{unused[0]} is no clip"
-        raise UserError(
-            f"{file}: {len(found)} captions for {len(clips)} clips; {which}: give the clips' paths within their folder"
-        )
-    return {key: found[key] for key in clips}
-
-
-def _of_manifest(file: Path) -> dict[str, str]:
-    """Captions by id, of JSONL or CSV.
-
-    Raises:
-        UserError: if a row has no caption, an id comes twice, or a path leads out of the folder.
-    """
-    found: dict[str, str] = {}
-    for clip in find_clips(file):
-        path = Path(clip.name)
-        if path.is_absolute() or ".." in path.parts:
-            raise UserError(f"{file}: {path} leads out of the folder; give paths relative to it")
-        key = clip.id
-        if not clip.caption:
-            raise UserError(f"{file}: {path} has no caption; write one, or remove the row")
-        if key in found:
-            raise UserError(f"{file}: {key} comes twice; keep one caption of a clip")
-        found[key] = clip.caption
-    return found
-
-
-def prompts_of(file: Path) -> dict[str, str]:
-    """Captions to generate for, by the id that the clip gets.
-
-    Raises:
-        UserError: if the file is unreadable or empty, or a row has no caption or no id of its own.
-    """
-    if file.suffix.lower() in (".jsonl", ".csv", ".json"):
-        return _of_manifest(file)
+    fabric = _launch(options)
+    if options.study is not None and fabric.global_rank == 0:
+        print(analyse_ratings(options.ratings, options.study).to_markdown())
+    if not options.has_clips:
+        return []
+    error: Exception | None = None
+    run = _Evaluation(options, decoding or {}, fabric)
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {file}: unreadable ({error})") from error
-    if not lines:
-        raise UserError(f"--prompts {file}: no prompt in it; write one a line")
-    if len(set(lines)) < len(lines):
-        raise UserError(f"--prompts {file}: a line stands there twice, and would get the same clip; remove it")
-    # The name's own four digits are for people; among hundreds of like beginnings they come twice.
-    return {f"{recognisable_name(line)}{hashlib.sha256(line.encode()).hexdigest()[4:12]}": line for line in lines}
-
-
-# --- generate -----------------------------------------------------------------------------------------------------
-
-
-def generate_for(
-    prompts: dict[str, str], options: EvaluateOptions, decoding: dict[str, Any], folder: Path, fabric: Fabric
-) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Writes a clip for each prompt of this device's share; what decoded it, and codes and order of the first clips.
-
-    Batches are always full, so that the same codes come out for any number of devices.
-    """
-    from magnet_train.decoding.decode import DecodingConfig
-    from magnet_train.generator import load
-
-    generator = load(options.checkpoint or "demo", fabric.device)
-    settings = DecodingConfig.from_dict(asdict(generator.decoding) | decoding)
-    shown = set(list(prompts)[:NUM_SHOWN])
-    own = list(prompts)[fabric.global_rank :: fabric.world_size]
-    grids: dict[str, dict[str, Tensor]] = {"codes": {}, "order": {}}
-    for first in tqdm(range(0, len(own), options.batch_size), desc="generating", unit="batch", disable=_quiet(fabric)):
-        keys = own[first : first + options.batch_size]
-        padding = options.batch_size - len(keys)
-        captions = [prompts[key] for key in keys] + [""] * padding
-        result = generator.generate(captions, options.seed, [*keys, *["padding"] * padding], decoding=settings)
-        for i, key in enumerate(keys):
-            about = {"prompt": prompts[key], "item": key, "seed": options.seed, "checkpoint": options.checkpoint}
-            about["decoding"] = asdict(settings)
-            write_audio(folder / f"{key}.wav", result.wav[i].T.cpu().numpy(), result.sample_rate, about)
-            if key in shown:
-                grids["codes"][key], grids["order"][key] = result.codes[i].cpu(), result.order[i].cpu()
-    return asdict(settings), grids
-
-
-# --- hear ---------------------------------------------------------------------------------------------------------
-
-
-def hear_clips(
-    clips: dict[str, Path], listeners: Sequence[Listener], fabric: Fabric, what: str,
-    change: Change,
-) -> dict[str, HeardSet]:  # fmt: skip
-    """What every listener hears in the clips, on all devices; `change` gets `t channels`, the rate and the file.
-
-    Raises:
-        UserError: on all devices, if a clip of any cannot be heard.
-    """
-    heard = {listener.name: HeardSet(listener) for listener in listeners}
-    own = list(clips.items())[fabric.global_rank :: fabric.world_size]
-    with together():
-        for key, path in tqdm(own, desc=f"hearing {what}", unit="clip", disable=_quiet(fabric)):
-            wav, sample_rate = read_sound(path)
-            tensor = torch.from_numpy(np.ascontiguousarray(change(wav, sample_rate, key, path).T))
-            for part in heard.values():
-                try:
-                    part.add(key, tensor, sample_rate)
-                except UserError as error:
-                    raise UserError(f"{path}: {str(error).removeprefix(f'{key}: ')}") from error
-    return {name: part.gathered() for name, part in heard.items()}
-
-
-def _unchanged(wav: np.ndarray, sample_rate: int, key: str, path: Path) -> np.ndarray:
-    if np.sqrt(np.mean(np.square(wav))) < SILENT_RMS:
-        raise UserError(f"{path}: silent; remove it from the reference")
-    return wav
-
-
-def _as_published(options: EvaluateOptions, seconds: dict[str, float]) -> Change:
-    """What is done to a generated clip before it is heard: cut to its real counterpart's length, and levelled."""
-
-    def change(wav: np.ndarray, sample_rate: int, key: str, path: Path) -> np.ndarray:
-        if not options.keep_silent and np.sqrt(np.mean(np.square(wav))) < SILENT_RMS:
-            raise UserError(f"{path}: silent; generate it again, or score silence with --keep_silent true")
-        if options.loudness:
-            wav = np.asarray(normalize_loudness(wav, sample_rate), dtype=np.float32)
-        return wav[: round(seconds[key] * sample_rate)] if key in seconds else wav
-
-    return change
-
-
-def _through(codec: Codec, options: EvaluateOptions) -> Change:
-    """A clip as the codec gives it back, at the clip's own rate, then treated as a generated one."""
-    from magnet_train.metrics.networks.frontend import resample
-
-    facts, published = codec.facts, _as_published(options, {})
-
-    @torch.no_grad()
-    def change(wav: np.ndarray, sample_rate: int, key: str, path: Path) -> np.ndarray:
-        mono = resample(torch.from_numpy(wav.T.copy()), sample_rate, facts.sample_rate)
-        again = codec.decode(codec.encode(mono.expand(facts.channels, -1)[None]))[0].cpu()
-        again = resample(again, facts.sample_rate, sample_rate)[: len(wav), None].numpy()
-        return published(again, sample_rate, key, path)
-
-    return change
-
-
-def _quiet(fabric: Fabric) -> bool:
-    return fabric.global_rank > 0
-
-
-# --- the verb -----------------------------------------------------------------------------------------------------
-
-
-def evaluate(options: EvaluateOptions, decoding: dict[str, Any] | None = None) -> list[Record]:
-    """Scores all systems; the records come back on every device, tables and files are written by the first.
-
-    Raises:
-        UserError: for whatever cannot be scored; nothing is computed over fewer clips than there are.
-    """
-    if options.study is not None:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(analyse_study(options.ratings, options.study).to_markdown())
-        if not options.generated and options.checkpoint is None and options.save_reference is None:
-            return []
-    try:
-        strategy = "auto" if options.devices == 1 else "ddp"
-        fabric = Fabric(accelerator=options.accelerator, devices=options.devices, strategy=strategy)
-    except Exception as error:  # Lightning's own, of several kinds
-        what = f"--accelerator {options.accelerator} --devices {options.devices}"
-        raise UserError(f"{what}: {str(error).splitlines()[0]}; choose cpu, gpu or auto") from error
-    fabric.launch()
-    with together():
-        systems = {name: clips_of(folder) for name, folder in systems_of(options.generated).items()}
-        prompts = prompts_of(options.prompts) if options.prompts is not None else {}
-        names = dict.fromkeys(parse_metric(metric)[1] for metric in options.metrics)
-        listeners = [load_listener(name, options.weights.get(name), str(fabric.device)) for name in names]
-        real = _Reference.open(options, listeners)
-        _check(options, systems, prompts, real)
-    if real.clips:
-        real.hear(listeners, fabric)
-    if options.save_reference is not None and fabric.global_rank == 0:
-        for name, part in real.statistics.items():
-            part.save(options.save_reference / f"{name}.safetensors")
-    grids: dict[str, dict[str, Tensor]] = {"codes": {}, "order": {}}
-    made: dict[str, Any] = {}
-    if options.checkpoint is not None:
-        name = "ours" if "ours" not in systems else options.checkpoint
-        folder = options.generated_to / _name_of(options, decoding or {}, prompts)
-        with together():
-            settings, grids = generate_for(prompts, options, decoding or {}, folder, fabric)
-        made = {"system": name, "decoding": settings, "seed": options.seed}
-        with together():
-            systems[name] = {key: path for key, path in clips_of(folder).items() if key in prompts}
-        grids = {what: gather_by_id(part) for what, part in grids.items()}
-    floors = _floors(options, listeners, real, fabric)
-    level = PUBLISHED_LEVEL if options.loudness else "as it is"
-    records: list[Record] = []
-    heard_by: dict[str, dict[str, HeardSet]] = {}
-    captions: dict[str, dict[str, str]] = {}
-    for system, clips in systems.items():
-        heard_by[system] = hear_clips(clips, listeners, fabric, system, _as_published(options, real.seconds))
-        with together():
-            own = captions_of(options.captions, clips) or captions_of(None, real.clips)
-            captions[system] = {key: own[key] for key in clips if key in own}
-            for metric in options.metrics:
-                _, name = parse_metric(metric)
-                about = {"level": level, **(made if made.get("system") == system else {}), **floors[metric]}
-                record = score(
-                    metric, heard_by[system][name], real.statistics.get(name), captions[system],
-                    options.kl_convention, **({"system": system} | about),
-                )  # fmt: skip
-                records.append(_published(record, options.published_set, real))
+        run.open()
+        run.embed()
+    except Exception as caught:
+        error = caught
+    raise_on_all_ranks(error)
+    run.gather()
+    records = run.score()
     if fabric.global_rank == 0:
-        _write(options, records, heard_by, real, systems, captions, grids, made.get("system"))
+        run.publish(records)
     return records
 
 
-@dataclass
-class _Reference:
-    """The real clips as each listener heard them: of audio, or of saved statistics."""
+def _launch(options: EvaluateOptions) -> Fabric:
+    try:
+        strategy = "auto" if options.devices == 1 else "ddp"
+        fabric = Fabric(accelerator=options.accelerator, devices=options.devices, strategy=strategy)
+    except Exception as error:  # Lightning raises several types
+        what = f"--accelerator {options.accelerator} --devices {options.devices}"
+        raise UserError(f"{what}: {str(error).splitlines()[0]}; choose cpu, gpu or auto") from error
+    fabric.launch()
+    return fabric
 
-    clips: dict[str, Path] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Lengths of the clips, to which generated ones of the same id are cut."""
-    heard: dict[str, HeardSet] = field(default_factory=dict)
-    statistics: dict[str, ReferenceStatistics] = field(default_factory=dict)
 
-    @classmethod
-    def open(cls, options: EvaluateOptions, listeners: Sequence[Listener]) -> "_Reference":
-        """The saved statistics, or the audio that is to be heard; empty if no reference is given."""
+class _Evaluation:
+    """One call of `evaluate`: what is known of the systems, from step to step."""
+
+    def __init__(self, options: EvaluateOptions, decoding: Mapping[str, Any], fabric: Fabric):
+        self.options = options
+        self.given_decoding = decoding
+        self.fabric = fabric
+        self.systems: dict[str, Clips] = {}
+        self.prompts: dict[str, str] = {}
+        self.embedders: list[Embedder] = []
+        self.reference = Reference()
+        self.features: dict[str, scorer.Features] = {}
+        """System to features."""
+        self.real_features: scorer.Features = {}
+        self.codec_features: scorer.Features = {}
+        """Features of the codec's reconstructions of the reference."""
+        self.decoded = ""
+        """Name of the system that --checkpoint generates, if any."""
+        self.decoding: DecodingConfig | None = None
+
+    def open(self) -> None:
+        """Lists clips and loads networks; whatever can be known to fail fails here.
+
+        Raises:
+            UserError: if a folder, a file or an option does not fit.
+        """
+        options = self.options
+        self.systems = {
+            name: list_clips(folder) for name, folder in parse_systems(options.generated).items()
+        }
+        if options.prompts is not None:
+            self.prompts = load_prompts(options.prompts)
+            self._add_decoded()
         if options.reference is None:
-            if needs := [m for m in options.metrics if parse_metric(m)[0] in NEEDS_REFERENCE]:
-                raise UserError(f"{needs[0]} needs --reference: a folder of real audio, or saved statistics")
-            return cls()
-        path = Path(options.reference).expanduser()
-        if not _saved_files(options.reference):
-            clips = clips_of(path)
-            return cls(clips, {key: duration_s(file) for key, file in clips.items()})
-        saved = {}
-        for listener in listeners:
-            file = path if path.is_file() else path / f"{listener.name}.safetensors"
-            if not file.is_file():
-                raise UserError(f"{file}: not there; save the reference with metrics of {listener.name} too")
-            saved[listener.name] = ReferenceStatistics.load(
-                file, embedder=listener.id, embedder_hash=listener.hash, windowing=listener.windowing
-            )
-        return cls(statistics=saved)
-
-    def hear(self, listeners: Sequence[Listener], fabric: Fabric) -> None:
-        """Has the clips heard; a collective."""
-        self.heard = hear_clips(self.clips, listeners, fabric, "the reference", _unchanged)
-        with together():
-            # Names alone do not tell a reference from another one with the same names.
-            names = [f"{k} {hashlib.sha256(path.read_bytes()).hexdigest()}" for k, path in self.clips.items()]
-            self.statistics = {name: part.statistics(names=names) for name, part in self.heard.items()}
-
-    def ids(self, listener: str) -> set[str]:
-        """Of the clips that a KL can be paired with."""
-        return set(self.clips) or set(self.statistics[listener].logits)
-
-
-def _check(
-    options: EvaluateOptions, systems: dict[str, dict[str, Path]], prompts: dict[str, str], real: _Reference
-) -> None:
-    """What can be known to fail before an hour is spent on it.
-
-    Raises:
-        UserError: if KL has a clip without a counterpart, or a codec's floor has no audio.
-    """
-    for metric in options.metrics:
-        kind, name = parse_metric(metric)
-        for keys in [*systems.values(), *([prompts] if prompts else [])]:
-            if kind == "kl" and (missing := [key for key in keys if key not in real.ids(name)]):
+            if needing := [m for m in options.metrics if parse_metric(m)[0] in REFERENCE_METRICS]:
                 raise UserError(
-                    f"{metric}: clip {missing[0]} has no counterpart in the reference; KL pairs clips by name: give "
-                    "--prompts as JSONL or CSV with the paths of the real clips, or leave KL out of --metrics"
+                    f"{needing[0]} needs --reference: a folder of real audio, or saved statistics"
                 )
-    if options.codec is not None and not real.clips:
-        raise UserError("--codec: its floor needs the reference as audio; give its folder as --reference")
+        self.embedders = scorer.load_embedders(
+            options.metrics, options.weights, str(self.fabric.device)
+        )
+        self.reference = Reference.open(options.reference, self.embedders)
+        if options.codec is not None and not self.reference.clips:
+            raise UserError(
+                "--codec: its baseline needs the reference as audio; give its folder as --reference"
+            )
+        for metric in options.metrics:
+            self._check_pairs(metric)
+        if options.listening_test is not None:
+            systems, captions = self._listening_systems()
+            check_systems(
+                {
+                    name: group_by_caption(name, clips, captions[name])
+                    for name, clips in systems.items()
+                },
+                "reference" if self.reference.clips else None,
+            )
+
+    def _add_decoded(self) -> None:
+        """Names the clips that --checkpoint will generate."""
+        options = self.options
+        self.decoded = "ours" if "ours" not in self.systems else str(options.checkpoint)
+        folder = options.generated_to / _folder_name(options, self.given_decoding, self.prompts)
+        self.systems[self.decoded] = {
+            key: Clip(folder / f"{key}.wav", f"{key}.wav", caption)
+            for key, caption in self.prompts.items()
+        }
+
+    def _check_pairs(self, metric: str) -> None:
+        name, embedder = parse_metric(metric)
+        if name != "kl":
+            return
+        real = self.reference.paired_ids(embedder)
+        for keys in self.systems.values():
+            if missing := [key for key in keys if key not in real]:
+                raise UserError(
+                    f"{metric}: clip {missing[0]} has no counterpart in the reference; KL pairs "
+                    "clips by name: give "
+                    "--prompts as JSONL or CSV with the paths of the real clips, or leave KL out "
+                    "of --metrics"
+                )
+
+    def embed(self) -> None:
+        """Decodes and embeds this rank's share of everything. No collective.
+
+        Raises:
+            UserError: if a clip cannot be embedded.
+        """
+        real = self._share(self.reference.clips)
+        clips = scorer.prepare_reference(self._read(real))
+        self.real_features = self._embed(clips, "reference", len(real))
+        for system, clips in self.systems.items():
+            share = self._share(clips)
+            source = self._decode(share) if system == self.decoded else self._read(share)
+            self.features[system] = self._embed(self._prepare(source), system, len(share))
+        if self.options.codec is not None:
+            codec = load_codec(self.options.codec).to(self.fabric.device)
+            clips = scorer.reconstructed_clips(self._read(real), codec)
+            clips = scorer.prepare_generated(clips, self.options.loudness)
+            self.codec_features = self._embed(clips, "codec", len(real))
+
+    def _share(self, items: Mapping[str, Any]) -> dict[str, Any]:
+        """Every world_size-th item, from this rank's on."""
+        return dict(list(items.items())[self.fabric.global_rank :: self.fabric.world_size])
+
+    @staticmethod
+    def _read(clips: Clips) -> Iterator[scorer.AudioClip]:
+        return scorer.read_clips({key: clip.path for key, clip in clips.items()})
+
+    def _embed(self, clips: Any, system: str, total: int) -> scorer.Features:
+        return scorer.embed_clips(
+            clips, self.embedders, f"embedding {system}", total, self.fabric.global_rank > 0
+        )
+
+    def _prepare(self, clips: Any) -> Any:
+        options = self.options
+        return scorer.prepare_generated(
+            clips, options.loudness, options.keep_silent, self.reference.seconds
+        )
+
+    def _decode(self, share: Clips) -> Iterator[scorer.AudioClip]:
+        """Generates and writes the clips of --checkpoint."""
+        options = self.options
+        assert options.checkpoint is not None
+        generator = load(options.checkpoint, self.fabric.device)
+        self.decoding = DecodingConfig.from_dict(
+            asdict(generator.decoding) | dict(self.given_decoding)
+        )
+        captions = {key: clip.caption for key, clip in share.items()}
+        items = generator.decode_items(captions, options.batch_size, options.seed, self.decoding)
+        for clip in scorer.decoded_clips(self._write(items)):
+            yield replace(clip, name=str(share[clip.key].path))
+
+    def _write(self, items: Iterable[DecodedItem]) -> Iterator[DecodedItem]:
+        """Writes items on their way, those shown in a report with their codes."""
+        options = self.options
+        assert self.decoding is not None
+        shown = set(list(self.prompts)[:NUM_SHOWN])
+        about = {
+            "seed": options.seed,
+            "checkpoint": options.checkpoint,
+            "decoding": asdict(self.decoding),
+        }
+        for item in items:
+            path = self.systems[self.decoded][item.key].path
+            scorer.write_decoded(path, item, about, with_codes=item.key in shown)
+            yield item
+
+    def gather(self) -> None:
+        """Gathers all features on all ranks. Collective."""
+        self.real_features = scorer.gather_features(self.real_features)
+        self.codec_features = scorer.gather_features(self.codec_features)
+        self.features = {
+            system: scorer.gather_features(part) for system, part in self.features.items()
+        }
+        if self.reference.clips:
+            self.reference.compute_statistics(self.real_features)
+
+    def score(self) -> list[Record]:
+        """A record for every system and metric.
+
+        Raises:
+            UserError: if a metric cannot be computed.
+        """
+        options = self.options
+        baselines = self._baselines()
+        records = []
+        for system in self.systems:
+            fields: dict[str, Any] = {"system": system}
+            fields["level"] = scorer.SCORED_LEVEL if options.loudness else scorer.UNCHANGED_LEVEL
+            if system == self.decoded:
+                assert self.decoding is not None
+                fields |= {"decoding": asdict(self.decoding), "seed": options.seed}
+            records += scorer.score_clips(
+                options.metrics,
+                self.features[system],
+                self.reference.statistics,
+                self.captions(system),
+                options.kl_convention,
+                baselines,
+                **fields,
+            )
+        return [self._with_published_protocol(record) for record in records]
+
+    def captions(self, system: str) -> dict[str, str]:
+        """Captions of a system's clips: its prompts, a manifest, files beside the clips, or those
+        of the reference."""
+        if system == self.decoded:
+            return self.prompts
+        clips = self.systems[system]
+        return load_captions(self.options.captions, clips) or load_captions(
+            None, self.reference.clips
+        )
+
+    def _baselines(self) -> dict[str, dict[str, float]]:
+        """Real clips against real clips, and the codec's reconstructions against real clips, for
+        each metric."""
+        baselines: dict[str, dict[str, float]] = {metric: {} for metric in self.options.metrics}
+        if not self.reference.clips:
+            return baselines
+        captions = load_captions(None, self.reference.clips)
+        for metric, found in baselines.items():
+            if scorer.compares_sets(metric):
+                with suppress(
+                    UserError
+                ):  # too few clips for the baseline; the metric may still be valid
+                    found["baseline_real"] = scorer.score_halves(
+                        metric, self.real_features[parse_metric(metric)[1]]
+                    )
+            elif parse_metric(metric)[0].startswith("text"):
+                found |= self._baseline(metric, "baseline_real", self.real_features, captions)
+            found |= self._baseline(metric, "baseline_codec", self.codec_features, captions)
+        return baselines
+
+    def _baseline(
+        self, metric: str, name: str, features: scorer.Features, captions: Mapping[str, str]
+    ) -> dict[str, float]:
+        """The metric of these features under the name of the baseline; empty if it cannot be
+        computed."""
+        records = scorer.score_clips(
+            [metric],
+            features,
+            self.reference.statistics,
+            captions,
+            self.options.kl_convention,
+            on_error=lambda metric, message: None,
+            system=name,
+        )
+        return {name: record.value for record in records}
+
+    def _with_published_protocol(self, record: Record) -> Record:
+        """With the name of the published protocol, if it was followed in full, with the whole
+        set."""
+        name = self.options.published_set or ""
+        num_real = len(self.reference.clips)
+        is_followed = (
+            record.metric in RECIPES.get(name, ())
+            and record.level == scorer.SCORED_LEVEL
+            and record.convention in (None, "audiocraft")
+            and record.num_clips in PUBLISHED_SIZES.get(name, (num_real,))
+            and record.num_clips == num_real
+        )
+        return replace(record, published_protocol=f"audiocraft/{name}") if is_followed else record
+
+    def publish(self, records: list[Record]) -> None:
+        """Writes and prints what the options ask for; the records first, whatever the table
+        refuses."""
+        options = self.options
+        if options.out is not None:
+            write_records(options.out, records)
+            print(f"records: {options.out}")
+        if options.save_reference is not None:
+            for name, part in self.reference.statistics.items():
+                part.save(options.save_reference / f"{name}.safetensors")
+            print(f"reference: {options.save_reference}")
+        refusal: UserError | None = None
+        try:
+            if records:
+                print(markdown_table(records, options.force, PUBLISHED))
+        except UserError as error:  # the other files do not depend on it
+            refusal = error
+        if options.report is not None:
+            write_report(options.report, self._report(records))
+            print(f"report: {options.report}")
+        if options.listening_test is not None:
+            systems, captions = self._listening_systems()
+            reference = "reference" if self.reference.clips else None
+            test = export_listening_test(systems, captions, options.listening_test, reference)
+            print(f"listening test: {test.page} ({test.num_trials} captions), its key: {test.key}")
+        if refusal is not None:
+            raise refusal
+
+    def _listening_systems(self) -> tuple[dict[str, Clips], dict[str, dict[str, str]]]:
+        """Clips and captions of all systems, with the real clips as "reference"."""
+        systems = dict(self.systems)
+        captions = {system: self.captions(system) for system in systems}
+        if self.reference.clips:
+            systems["reference"] = self.reference.clips
+            captions["reference"] = load_captions(None, self.reference.clips)
+        return systems, captions
+
+    def _report(self, records: list[Record]) -> Report:
+        """A report with the first prompts, and for each system the clips nearest to the reference
+        and farthest."""
+        scores: dict[str, dict[str, float]] = {}
+        embedder = ""
+        for system, features in self.features.items():
+            name, values = scorer.scores_by_clip(
+                self.options.metrics, features, self.reference.statistics
+            )
+            embedder = embedder or name
+            scores[system] = values
+        keys: dict[str, None] = {}
+        for system, clips in self.systems.items():
+            ranked = list(scores[system])
+            keys |= dict.fromkeys(
+                [*list(clips)[:NUM_SHOWN], *ranked[:NUM_RANKED], *ranked[-NUM_RANKED:]]
+            )
+        captions = {system: self.captions(system) for system in self.systems}
+        rows = []
+        for key in keys:
+            row: dict[str, ReportClip] = {}
+            for system, clips in self.systems.items():
+                if key in clips:
+                    path = clips[key].path
+                    caption = captions[system].get(key, key)
+                    row[system] = ReportClip(
+                        path, caption, *load_grids(path), scores[system].get(key)
+                    )
+            if key in self.reference.clips:
+                real = self.reference.clips[key]
+                row["real"] = ReportClip(real.path, real.caption or key)
+            rows.append(row)
+        settings = {
+            name: str(value)
+            for name, value in asdict(self.options).items()
+            if value not in (None, [], {})
+        }
+        title = f"FAD of the clip alone ({embedder})" if embedder else "score"
+        shown = [asdict(record) for record in records]
+        return Report(
+            "Evaluation", settings, rows, records=shown, score=title, lower_is_better=True
+        )
 
 
-def _name_of(options: EvaluateOptions, decoding: dict[str, Any], prompts: dict[str, str]) -> str:
-    """A folder's name for what is generated, other than that of any other model, seed, decoding and prompts."""
-    what = json.dumps([options.checkpoint, options.seed, decoding, prompts], sort_keys=True, default=str)
-    return f"{Path(str(options.checkpoint)).stem}_seed{options.seed}_{hashlib.sha256(what.encode()).hexdigest()[:8]}"
-
-
-def _floors(
-    options: EvaluateOptions, listeners: Sequence[Listener], real: _Reference, fabric: Fabric
-) -> dict[str, dict[str, float]]:
-    """Real against real (halves of the reference; real clips with their captions), and the codec against real."""
-    floors: dict[str, dict[str, float]] = {metric: {} for metric in options.metrics}
-    if not real.clips:
-        return floors
-    again: dict[str, HeardSet] = {}
-    if options.codec is not None:
-        with together():
-            codec = load_codec(options.codec).to(fabric.device)
-        again = hear_clips(real.clips, listeners, fabric, "the codec", _through(codec, options))
-    captions = captions_of(None, real.clips)
-    for metric in options.metrics:
-        kind, name = parse_metric(metric)
-        reference = real.statistics[name]
-        pairs: dict[str, tuple[HeardSet, ReferenceStatistics]] = {}
-        if name in again:
-            pairs["floor_codec"] = again[name], reference
-        if kind.startswith("text"):
-            pairs["floor_real"] = real.heard[name], reference
-        elif kind in NEEDS_REFERENCE and kind != "kl":
-            one, two = _halves(real.heard[name])
-            pairs["floor_real"] = one, two.statistics()
-        for floor, (heard, against) in pairs.items():
-            with suppress(UserError):  # too few clips, or no captions, for this floor: the figure may have its meaning
-                floors[metric][floor] = score(
-                    metric, heard, against, captions, options.kl_convention, system=floor
-                ).value
-    return floors
-
-
-def _halves(heard: HeardSet) -> tuple[HeardSet, HeardSet]:
-    """Its clips in two halves, drawn by chance."""
-    keys = list(heard.embeddings)
-    order = [keys[i] for i in np.random.default_rng(0).permutation(len(keys))]
-    parts = (sorted(order[: len(order) // 2]), sorted(order[len(order) // 2 :]))
-    one, two = (HeardSet(heard.listener, {k: heard.embeddings[k] for k in part}) for part in parts)
-    return one, two
-
-
-def _published(record: Record, published_set: str | None, real: _Reference) -> Record:
-    """With the name of the published protocol, if it was followed to the letter: its set, whole, included."""
-    followed = (
-        record.metric in RECIPES.get(published_set or "", ())
-        and record.level == PUBLISHED_LEVEL
-        and record.convention in (None, "audiocraft")
-        and record.num_clips in PUBLISHED_SIZES.get(published_set or "", (len(real.clips),))
-        and record.num_clips == len(real.clips)
+def _folder_name(
+    options: EvaluateOptions, decoding: Mapping[str, Any], prompts: Mapping[str, str]
+) -> str:
+    """A name of its own for every model, seed, decoding and set of prompts."""
+    what = json.dumps(
+        [options.checkpoint, options.seed, dict(decoding), dict(prompts)],
+        sort_keys=True,
+        default=str,
     )
-    return replace(record, published_protocol=f"audiocraft/{published_set}") if followed else record
-
-
-def _write(
-    options: EvaluateOptions, records: list[Record], heard_by: dict[str, dict[str, HeardSet]], real: _Reference,
-    systems: dict[str, dict[str, Path]], captions: dict[str, dict[str, str]], grids: dict[str, dict[str, Tensor]],
-    ours: str | None,
-) -> None:  # fmt: skip
-    if options.out is not None:  # first of all: whatever a table refuses, the figures are kept
-        write_records(options.out, records)
-        print(f"records: {options.out}")
-    if options.save_reference is not None:
-        print(f"reference: {options.save_reference}")
-    if options.report is not None:
-        write_report(options.report, _report(options, records, heard_by, real, systems, captions, grids, ours))
-        print(f"report: {options.report}")
-    if options.listening_test is not None:
-        folders = systems_of(options.generated)
-        if ours is not None:
-            folders[ours] = next(iter(systems[ours].values())).parent
-        if real.clips:
-            folders["reference"] = Path(str(options.reference)).expanduser()
-        study = export_study(folders, options.listening_test, "reference" if real.clips else None)
-        print(f"listening test: {study.page} ({study.num_trials} captions), its key: {study.key}")
-    if records:
-        print(markdown_table(records, options.force, PUBLISHED))
-
-
-def _report(
-    options: EvaluateOptions, records: list[Record], heard_by: dict[str, dict[str, HeardSet]], real: _Reference,
-    systems: dict[str, dict[str, Path]], captions: dict[str, dict[str, str]], grids: dict[str, dict[str, Tensor]],
-    ours: str | None,
-) -> Report:  # fmt: skip
-    """The first prompts, and of each system the clips that lie nearest to the reference and farthest."""
-    fads = [parse_metric(r.metric)[1] for r in records if r.metric.startswith("fad/")]
-    scores: dict[str, dict[str, float]] = {}
-    for system, heard in heard_by.items():
-        if fads and all(len(x) > 1 for x in heard[fads[0]].embeddings.values()):
-            scores[system] = fad_per_clip(heard[fads[0]].embeddings, real.statistics[fads[0]].moments)
-    keys: dict[str, None] = {}
-    for system, clips in systems.items():
-        ranked = list(scores.get(system, ()))
-        keys |= dict.fromkeys([*list(clips)[:NUM_SHOWN], *ranked[:3], *ranked[-3:]])
-    rows = []
-    for key in keys:
-        row: dict[str, Clip] = {}
-        for system, clips in systems.items():
-            if key in clips:
-                caption, value = captions[system].get(key, key), scores.get(system, {}).get(key)
-                codes, order = (grids[n][key].numpy() if system == ours and key in grids[n] else None for n in grids)
-                row[system] = Clip(clips[key], caption, codes, order, value)
-        if key in real.clips:
-            row["real"] = Clip(real.clips[key], captions_of(None, {key: real.clips[key]}).get(key, key))
-        rows.append(row)
-    shown = [asdict(record) for record in records]
-    settings = {k: str(v) for k, v in asdict(options).items() if v not in (None, [], {})}
-    name = f"FAD of the clip alone ({fads[0]})" if fads else "score"
-    return Report("Evaluation", settings, rows, records=shown, score=name, lower_is_better=True)
+    return (
+        f"{Path(str(options.checkpoint)).stem}_seed{options.seed}_{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+    )

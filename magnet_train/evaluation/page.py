@@ -1,7 +1,8 @@
-"""One HTML file that opens anywhere: audio, pictures, style and script lie inside, and nothing is loaded.
+"""One HTML file that opens anywhere: audio, pictures, style and script lie inside, and nothing is
+loaded.
 
-The report and the listening test are built from these few functions. Style and scripts are files of their own in
-`pages/`, so that editors and linters know them for what they are.
+The report and the listening test are built from these few functions. Style and scripts are files of
+their own in `pages/`, so that editors and linters know them for what they are.
 """
 
 import base64
@@ -43,7 +44,9 @@ def read_sound(audio: Audio, name: str = "audio") -> tuple[np.ndarray, int]:
     wav = np.asarray(wav, dtype=np.float32)
     wav = wav[:, None] if wav.ndim == 1 else wav
     if wav.ndim != 2 or not 1 <= wav.shape[1] <= 2 or len(wav) == 0:
-        raise UserError(f"{name}: samples of shape {wav.shape}; give `t` or `t channels`, one or two channels")
+        raise UserError(
+            f"{name}: samples of shape {wav.shape}; give `t` or `t channels`, one or two channels"
+        )
     if not np.isfinite(wav).all():
         raise UserError(f"{name}: holds NaN or infinite samples; leave the clip out")
     return wav, int(sample_rate)
@@ -52,9 +55,10 @@ def read_sound(audio: Audio, name: str = "audio") -> tuple[np.ndarray, int]:
 def audio_uri(wav: np.ndarray, sample_rate: int, lossless: bool = False) -> str:
     """Samples `t channels` as a data URI that every current browser plays: MP3, or 16-bit FLAC.
 
-    Ten seconds of music at 16 kHz mono take 52 kB as MP3 (libsndfile's own variable bit rate), 250 kB as FLAC and
-    320 kB as WAV; at 44.1 kHz 92, 400 and 882 kB. Ogg Vorbis is as small as MP3, but older Safaris do not play it.
-    MP3 keeps the number of samples. FLAC is taken where MP3 has no such rate, or libsndfile was built without it.
+    Ten seconds of music at 16 kHz mono take 52 kB as MP3 (libsndfile's own variable bit rate), 250
+    kB as FLAC and 320 kB as WAV; at 44.1 kHz 92, 400 and 882 kB. Ogg Vorbis is as small as MP3, but
+    older Safaris do not play it. MP3 keeps the number of samples. FLAC is taken where MP3 has no
+    such rate, or libsndfile was built without it.
 
     Args:
         wav: in [-1, 1]; what lies beyond is clipped.
@@ -85,8 +89,8 @@ def text(value: Any) -> str:
 def write_page(path: Path, title: str, body: str, script: str) -> int:
     """Write the page; its size in bytes comes back. Aside first, then moved.
 
-    The page's own policy allows no connection and no script but this one, so that nothing in a caption or a name
-    could run even if it were not escaped.
+    The page's own policy allows no connection and no script but this one, so that nothing in a
+    caption or a name could run even if it were not escaped.
 
     Args:
         path: of the HTML file; its folder is made if need be.
@@ -100,7 +104,8 @@ def write_page(path: Path, title: str, body: str, script: str) -> int:
     code, style = ((_PAGES / name).read_text(encoding="utf-8") for name in (script, "style.css"))
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = (
-        "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+        "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri "
+        "'none'; "
         f"form-action 'none'; script-src 'sha256-{digest}'"
     )
     content = (
@@ -116,5 +121,7 @@ def write_page(path: Path, title: str, body: str, script: str) -> int:
         aside.write_bytes(content)
         os.replace(aside, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another place or free some space") from error
+        raise UserError(
+            f"{path}: cannot be written ({error}); choose another place or free some space"
+        ) from error
     return len(content)

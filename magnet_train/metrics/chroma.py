@@ -2,12 +2,16 @@
 
 import numpy as np
 
+from magnet_train.common.spectrogram import magnitude_spectrogram
 
-def chroma(wav: np.ndarray, sample_rate: int, window_s: float = 0.256, hop_s: float = 0.064) -> np.ndarray:
+
+def chroma(
+    wav: np.ndarray, sample_rate: int, window_s: float = 0.256, hop_s: float = 0.064
+) -> np.ndarray:
     """How much of each pitch class sounds at each moment: `t` -> unit vectors `frames 12`, C first.
 
-    Magnitudes of a Hann-windowed spectrum between 65 Hz and 2.1 kHz, each bin given to the nearest semitone of
-    A = 440 Hz. Silent moments are all zero.
+    Magnitudes of a Hann-windowed spectrum between 65 Hz and 2.1 kHz, each bin given to the nearest
+    semitone of A = 440 Hz. Silent moments are all zero.
 
     Args:
         wav: mono.
@@ -19,10 +23,8 @@ def chroma(wav: np.ndarray, sample_rate: int, window_s: float = 0.256, hop_s: fl
     >>> int(chroma(tone, 16000).mean(0).argmax())
     9
     """
-    size, hop = round(window_s * sample_rate), round(hop_s * sample_rate)
-    padded = np.pad(wav, (0, max(0, size - len(wav))))
-    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop] * np.hanning(size)
-    magnitude = np.abs(np.fft.rfft(frames))
+    size = round(window_s * sample_rate)
+    magnitude = magnitude_spectrogram(wav, size, round(hop_s * sample_rate))
     freqs = np.fft.rfftfreq(size, 1 / sample_rate)
     audible = (freqs > 65) & (freqs < 2100)
     pitch_class = (np.round(12 * np.log2(freqs[audible] / 440)).astype(int) + 9) % 12
@@ -32,9 +34,11 @@ def chroma(wav: np.ndarray, sample_rate: int, window_s: float = 0.256, hop_s: fl
 
 
 def chroma_agreement(original: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Mean cosine, and share of moments with the same strongest pitch class, where the original sounds.
+    """Mean cosine, and share of moments with the same strongest pitch class, where the original
+    sounds.
 
-    Unrelated music is far from 0 in both, since it shares keys: compare with the control of another clip.
+    Unrelated music is far from 0 in both, since it shares keys: compare with the control of another
+    clip.
 
     Args:
         original: chroma, `frames 12`.

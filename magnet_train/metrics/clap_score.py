@@ -1,45 +1,51 @@
 """CLAP score: does the audio fit its caption, as cosines of embeddings that a network made of both.
 
-Which checkpoint embeds decides the number (0.13 and 0.31 were reported for the same audio), so its name and hash go
-into the record. Raw cosines, as in the MusicGen and MAGNeT tables: not times 100, not cut at zero.
+Which checkpoint embeds decides the number (0.13 and 0.31 were reported for the same audio), so its
+name and hash go into the record. Raw cosines, as in the MusicGen and MAGNeT tables: not times 100,
+not cut at zero.
 
 Shapes: b pairs, d dimensions; row i of the audio belongs to row i of the text.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
-from magnet_train.metrics.distributed import ItemMean
 from magnet_train.metrics.intervals import bootstrap_interval
 
 
 def cosines(audio: Tensor, text: Tensor) -> Tensor:
-    """Cosine of every audio with every caption: `b d`, `c d` -> `b c`, float64; 0 where an embedding is zero.
+    """Cosine of every audio with every caption: `b d`, `c d` -> `b c`, float64; 0 where an
+    embedding is zero.
 
     Raises:
         ValueError: if the widths differ.
         UserError: if an embedding holds NaN or an infinite number.
     """
     if audio.dim() != 2 or text.dim() != 2 or audio.shape[1] != text.shape[1]:
-        raise ValueError(f"audio embeddings are {tuple(audio.shape)}, text embeddings {tuple(text.shape)}")
+        raise ValueError(
+            f"audio embeddings are {tuple(audio.shape)}, text embeddings {tuple(text.shape)}"
+        )
     for what, x in (("audio", audio), ("text", text)):
         broken = (~torch.isfinite(x)).any(1).nonzero().flatten().tolist()
         if broken:
-            raise UserError(f"{what} embedding {broken[0]} is NaN or infinite; look at the clip or its caption")
+            raise UserError(
+                f"{what} embedding {broken[0]} is NaN or infinite; look at the clip or its caption"
+            )
     audio, text = audio.detach().cpu().double(), text.detach().cpu().double()
     lengths = audio.norm(dim=1)[:, None] * text.norm(dim=1)
     return audio @ text.T / lengths.clamp(min=1e-8)
 
 
 def retrieval(similarities: Tensor, k: int) -> float:
-    """Share of captions whose own audio is among the k most similar ones (recall at k, text to audio).
+    """Share of captions whose own audio is among the k most similar ones (recall at k, text to
+    audio).
 
-    Of audio that is equally similar the own comes last, so that embeddings without content score nothing.
+    Of audio that is equally similar the own comes last, so that embeddings without content score
+    nothing.
 
     Args:
         similarities: `b b`, audio by caption.
@@ -78,7 +84,10 @@ def clap_summary(audio: Tensor, text: Tensor, draws: int = 1000, seed: int = 0) 
         UserError: for no pair, and for embeddings with NaN or infinite numbers.
     """
     if audio.shape != text.shape:
-        raise ValueError(f"{tuple(audio.shape)} audio embeddings and {tuple(text.shape)} of captions do not pair up")
+        raise ValueError(
+            f"{tuple(audio.shape)} audio embeddings and {tuple(text.shape)} of captions do not "
+            "pair up"
+        )
     if not len(audio):
         raise UserError("the CLAP score has no clips: score at least one")
     similarities = cosines(audio, text)
@@ -93,25 +102,3 @@ def clap_summary(audio: Tensor, text: Tensor, draws: int = 1000, seed: int = 0) 
         recall_at_10=retrieval(similarities, 10),
         num_pairs=b,
     )
-
-
-class ClapScore(ItemMean):
-    """Mean cosine over pairs, from sums in float64; an item counts once, ranks must own different items."""
-
-    higher_is_better = True
-    what = "the CLAP score"
-
-    def update(self, audio: Tensor, text: Tensor, keys: Sequence[str]) -> None:
-        """Embeddings `b d` of the clips named by `keys` and of their captions.
-
-        Raises:
-            ValueError: if numbers or widths differ.
-            UserError: if an embedding holds NaN or an infinite number; the message names the clip.
-        """
-        if audio.shape != text.shape or len(audio) != len(keys):
-            raise ValueError(f"{len(keys)} clips, {tuple(audio.shape)} audio and {tuple(text.shape)} text embeddings")
-        for i, key in enumerate(keys):
-            try:
-                self._add(cosines(audio[i : i + 1], text[i : i + 1])[0], key)
-            except UserError as error:
-                raise UserError(f"clip {key}: {error}") from error

@@ -1,4 +1,5 @@
-"""Networks behind one interface: a clip at any rate in, what the metrics compare out, with what must be said of it.
+"""Embedders: networks behind one interface, from a clip at any sample rate to what the metrics
+compare.
 
 Shapes: n windows or segments, d dimensions, c classes, b captions.
 """
@@ -16,147 +17,200 @@ from magnet_train.metrics.networks.frontend import check_clip, resample
 
 
 @dataclass(frozen=True)
-class HeardClip:
-    """What a network made of one clip."""
+class ClipFeatures:
+    """Outputs of a network for one clip."""
 
     embeddings: Tensor
     """`n d`."""
     outputs: Tensor | None = None
-    """`n c`, what KL compares: logits, or musicnn's tag probabilities."""
+    """`n c`, compared by KL: logits, or the tag probabilities of musicnn."""
     vector: Tensor | None = None
-    """`d`, the clip in the space that it shares with captions."""
+    """`d`, the embedding of the clip in the space shared with captions."""
 
 
 @dataclass(frozen=True)
-class Listener:
-    """A network with its protocol; call it with a clip to have it heard."""
+class Embedder:
+    """A network and its protocol; call it with a clip to get its features."""
 
     name: str
-    """In names of metrics: musicnn, vggish …"""
+    """Name in metrics: musicnn, vggish …"""
     id: str
-    """Of the network, in records."""
+    """Id of the network, in records."""
     hash: str
-    """Of its weights."""
+    """Hash of its weights."""
     sample_rate: int
-    """That the network hears, in Hz."""
-    shortest_s: float
-    """Length of the shortest clip that it hears, in seconds."""
+    """Rate of its input, in Hz."""
+    min_duration_s: float
+    """Length of the shortest clip that it can embed, in seconds."""
     resampler: str
-    """Name of the one in use."""
+    """Name of the resampler."""
     windowing: str
-    """Length and hop of what it hears at once."""
-    hear: Callable[[Tensor, int, str], HeardClip]
-    """Clip `channels t`, its rate and its id -> what was heard."""
+    """Length and hop of its windows."""
+    embed: Callable[[Tensor, int, str], ClipFeatures]
+    """Clip `channels t`, its rate and its id -> features."""
     embed_text: Callable[[Sequence[str]], Tensor] | None = None
     """Captions -> unit vectors `b d` of the shared space."""
     convention: str | None = None
-    """Of `kl.CONVENTIONS`, by which its outputs are compared."""
+    """Default convention of its KL, a name of `kl.CONVENTIONS`."""
 
-    def __call__(self, wav: Tensor, sample_rate: int, key: str) -> HeardClip:
-        """What is heard in a clip.
+    def __call__(self, wav: Tensor, sample_rate: int, key: str) -> ClipFeatures:
+        """Features of one clip.
 
         Args:
-            wav: `channels t`, any rate.
+            wav: `channels t`, any rate; channels are averaged.
             sample_rate: in Hz.
-            key: its id, named in errors.
+            key: id of the clip, named in errors.
 
         Raises:
-            UserError: if it is too short, or holds NaN or infinite samples.
+            UserError: if it is too short, or has NaN or infinite samples.
         """
         try:
-            return self.hear(wav.cpu().float(), sample_rate, key)
+            return self.embed(wav.cpu().float(), sample_rate, key)
         except UserError as error:
             raise UserError(f"{key}: {error}; remove or replace it") from error
 
 
-LISTENERS = ("musicnn", "codec", "vggish", "torchvggish", "passt", "passt-10s", "clap", "laion-clap")
-"""Names that `load_listener` knows; musicnn ships, the others' weights are downloaded once (weights.py)."""
+EMBEDDERS = (
+    "musicnn",
+    "codec",
+    "vggish",
+    "torchvggish",
+    "passt",
+    "passt-10s",
+    "clap",
+    "laion-clap",
+)
+"""Names for `load_embedder`; musicnn ships, the weights of the others are downloaded once."""
 
 
-def load_listener(
+def load_embedder(
     name: str, weights: str | None = None, device: str = "cpu", tokenizer: str = "roberta-base"
-) -> Listener:
-    """The network of that name.
+) -> Embedder:
+    """The embedder of that name.
 
     Args:
-        name: one of LISTENERS.
-        weights: file of its weights, the cached or downloaded one if not given; of the codec its name, "demo" if not
-            given.
+        name: one of EMBEDDERS.
+        weights: file of its weights, the cached or downloaded one if None; for "codec" the codec,
+            "demo" if None.
         device: where it runs.
-        tokenizer: CLAP's, a folder or hub id.
+        tokenizer: folder or hub id, for CLAP.
 
     Raises:
-        UserError: if there is none of that name, or its weights are not to be had.
+        UserError: if there is none of that name, or its weights cannot be found.
     """
+    if name not in EMBEDDERS:
+        raise UserError(f"embedder {name!r}: choose one of {', '.join(EMBEDDERS)}")
     if name == "musicnn":
-        return _musicnn()
+        return _load_musicnn_embedder()
     if name == "codec":
-        return _codec(weights or "demo", device)
+        return _load_codec_embedder(weights or "demo", device)
     if name in ("vggish", "torchvggish"):
-        from magnet_train.metrics.networks.vggish import TorchVggish, Vggish, load_vggish
-
-        vggish = load_vggish(weights, Vggish if name == "vggish" else TorchVggish).to(device)
-        windowing = "1 s every 0.5 s" if name == "vggish" else "0.96 s every 0.96 s"
-        return _julius(name, vggish, windowing, lambda x, key: HeardClip(vggish(x.to(device)).cpu()))
+        return _load_vggish_embedder(name, weights, device)
     if name in ("passt", "passt-10s"):
-        from magnet_train.metrics.networks.passt import load_passt
-
-        passt = load_passt(weights, 20 if name == "passt" else 10).to(device)
-
-        def classify(wav: Tensor, key: str) -> HeardClip:
-            heard = passt(wav.to(device))
-            return HeardClip(heard.features.cpu(), heard.logits.cpu())
-
-        windowing = f"segments of {passt.segment_s} s, the last as it is"
-        return _julius(name, passt, windowing, classify, convention="audiocraft")
-    if name in ("clap", "laion-clap"):
-        from magnet_train.metrics.networks.clap import load_clap
-
-        clap = load_clap(weights, tokenizer, package=name == "laion-clap", device=device)
-
-        def embed(wav: Tensor, key: str) -> HeardClip:
-            vector = clap.embed_audio(wav, key)
-            return HeardClip(vector[None], vector=vector)
-
-        return _julius(name, clap, "10 s, one crop by id, or repeated", embed, embed_text=clap.embed_text)
-    raise UserError(f"listener {name!r}: choose one of {', '.join(LISTENERS)}")
+        return _load_passt_embedder(name, weights, device)
+    return _load_clap_embedder(name, weights, device, tokenizer)
 
 
-def _julius(name: str, network: Any, windowing: str, hear: Callable[[Tensor, str], HeardClip], **more: Any) -> Listener:
-    def whole(wav: Tensor, sample_rate: int, key: str) -> HeardClip:
-        return hear(network.resample(wav, sample_rate), key)
+def _resampled_embedder(
+    name: str,
+    network: Any,
+    windowing: str,
+    embed: Callable[[Tensor, str], ClipFeatures],
+    **fields: Any,
+) -> Embedder:
+    """An embedder whose network takes mono clips that julius has resampled."""
 
-    return Listener(
-        name, network.id, network.hash, network.sample_rate, network.shortest_s, "julius", windowing, whole, **more
+    def embed_clip(wav: Tensor, sample_rate: int, key: str) -> ClipFeatures:
+        return embed(network.resample(wav, sample_rate), key)
+
+    return Embedder(
+        name=name,
+        id=network.id,
+        hash=network.hash,
+        sample_rate=network.sample_rate,
+        min_duration_s=network.min_duration_s,
+        resampler="julius",
+        windowing=windowing,
+        embed=embed_clip,
+        **fields,
     )
 
 
-def _codec(name: str, device: str) -> Listener:
-    """A codec's quantised latents, averaged over each second: nearly free where one is loaded anyway."""
+def _load_vggish_embedder(name: str, weights: str | None, device: str) -> Embedder:
+    from magnet_train.metrics.networks.vggish import TorchVggish, Vggish, load_vggish
+
+    network = load_vggish(weights, Vggish if name == "vggish" else TorchVggish).to(device)
+    windowing = "1 s every 0.5 s" if name == "vggish" else "0.96 s every 0.96 s"
+    return _resampled_embedder(
+        name, network, windowing, lambda x, key: ClipFeatures(network(x.to(device)).cpu())
+    )
+
+
+def _load_passt_embedder(name: str, weights: str | None, device: str) -> Embedder:
+    from magnet_train.metrics.networks.passt import load_passt
+
+    network = load_passt(weights, 20 if name == "passt" else 10).to(device)
+
+    def embed(wav: Tensor, key: str) -> ClipFeatures:
+        output = network(wav.to(device))
+        return ClipFeatures(output.features.cpu(), output.logits.cpu())
+
+    windowing = f"segments of {network.segment_s} s, the last as it is"
+    return _resampled_embedder(name, network, windowing, embed, convention="audiocraft")
+
+
+def _load_clap_embedder(name: str, weights: str | None, device: str, tokenizer: str) -> Embedder:
+    from magnet_train.metrics.networks.clap import load_clap
+
+    network = load_clap(weights, tokenizer, package=name == "laion-clap", device=device)
+
+    def embed(wav: Tensor, key: str) -> ClipFeatures:
+        vector = network.embed_audio(wav, key)
+        return ClipFeatures(vector[None], vector=vector)
+
+    windowing = "10 s, one crop by id, or repeated"
+    return _resampled_embedder(name, network, windowing, embed, embed_text=network.embed_text)
+
+
+def _load_codec_embedder(name: str, device: str) -> Embedder:
+    """Quantised latents of a codec, averaged over each second: nearly free where a codec is loaded
+    anyway."""
     from magnet_train.codec.base import load_codec
 
     codec = load_codec(name).to(device)
-    facts, codebooks = codec.facts, codec.codebooks.cpu()
-    per_second = round(facts.frame_rate)
-
-    class Latents:
-        id, hash, sample_rate, shortest_s = f"codec {facts.id}", facts.hash, facts.sample_rate, 1.0
-        resample = staticmethod(lambda wav, sample_rate: resample(wav, sample_rate, facts.sample_rate))
+    facts = codec.facts
+    codebooks = codec.codebooks.cpu()
+    frames_per_second = round(facts.frame_rate)
 
     @torch.no_grad()
-    def hear(wav: Tensor, key: str) -> HeardClip:
-        check_clip(wav, facts.sample_rate, Latents.shortest_s, Latents.id)
+    def embed(wav: Tensor, sample_rate: int, key: str) -> ClipFeatures:
+        wav = resample(wav, sample_rate, facts.sample_rate)
+        check_clip(wav, facts.sample_rate, 1.0, f"codec {facts.id}")
         codes = codec.encode(wav.expand(facts.channels, -1)[None].to(device))[0].cpu()
-        latents = torch.stack([book[row] for book, row in zip(codebooks, codes, strict=True)]).sum(0)  # t e
-        return HeardClip(latents.unfold(0, per_second, per_second).mean(-1))
+        entries = [book[row] for book, row in zip(codebooks, codes, strict=True)]
+        latents = torch.stack(entries).sum(0)  # t d
+        return ClipFeatures(latents.unfold(0, frames_per_second, frames_per_second).mean(-1))
 
-    return _julius("codec", Latents, "1 s every 1 s", hear)
+    return Embedder(
+        name="codec",
+        id=f"codec {facts.id}",
+        hash=facts.hash,
+        sample_rate=facts.sample_rate,
+        min_duration_s=1.0,
+        resampler="julius",
+        windowing="1 s every 1 s",
+        embed=embed,
+    )
 
 
-def _musicnn() -> Listener:
-    """The shipped network, and where its text-audio head can be had, captions too."""
+def _load_musicnn_embedder() -> Embedder:
+    """The shipped network, with the text-audio head where the demo's text encoder is installed."""
     from magnet_train.metrics.networks.musicnn import load_musicnn
-    from magnet_train.metrics.networks.text_audio import clip_features, load_text_audio, sentence_features
+    from magnet_train.metrics.networks.text_audio import (
+        clip_features,
+        load_text_audio,
+        sentence_features,
+    )
 
     network = load_musicnn()
     try:
@@ -165,17 +219,27 @@ def _musicnn() -> Listener:
         scorer = None
 
     @torch.no_grad()
-    def hear(wav: Tensor, sample_rate: int, key: str) -> HeardClip:
-        heard = network(network.resample(wav.mean(0), sample_rate))
-        vector = None if scorer is None else scorer.head.embed_audio(clip_features(heard)[None])[0]
-        return HeardClip(heard.embeddings, heard.tags, vector)
+    def embed(wav: Tensor, sample_rate: int, key: str) -> ClipFeatures:
+        output = network(network.resample(wav.mean(0), sample_rate))
+        vector = None if scorer is None else scorer.head.embed_audio(clip_features(output)[None])[0]
+        return ClipFeatures(output.embeddings, output.tags, vector)
 
     @torch.no_grad()
     def embed_text(captions: Sequence[str]) -> Tensor:
         assert scorer is not None
-        return F.normalize(scorer.head.embed_text(sentence_features(scorer.encoder, captions).cpu()), dim=-1)
+        return F.normalize(
+            scorer.head.embed_text(sentence_features(scorer.encoder, captions).cpu()), dim=-1
+        )
 
-    return Listener(
-        "musicnn", network.id, network.hash, network.sample_rate, network.shortest_s, "soxr VHQ", "2.99 s every 1.5 s",
-        hear, None if scorer is None else embed_text, "musicnn-tags",
-    )  # fmt: skip
+    return Embedder(
+        name="musicnn",
+        id=network.id,
+        hash=network.hash,
+        sample_rate=network.sample_rate,
+        min_duration_s=network.min_duration_s,
+        resampler="soxr VHQ",
+        windowing="2.99 s every 1.5 s",
+        embed=embed,
+        embed_text=None if scorer is None else embed_text,
+        convention="musicnn-tags",
+    )

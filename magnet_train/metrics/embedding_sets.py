@@ -1,7 +1,8 @@
 """What is asked of whole sets of embeddings, beyond FAD: every item is needed, sums do not do.
 
-Gather the items first (`items.gather_by_id`). Distances between all pairs take memory that grows with the square of
-the windows; above `MOST_WINDOWS` these functions refuse, and `subsample` chooses.
+Gather the items first (`items.all_gather_by_id`). Distances between all pairs take memory that
+grows with the square of the windows; above `MAX_WINDOWS` these functions refuse, and `subsample`
+chooses.
 
 Shapes: n windows generated, m of the reference, d dimensions. All is computed in float64.
 """
@@ -16,10 +17,10 @@ from torch import Tensor
 from magnet_train.common.errors import UserError
 from magnet_train.metrics.fad import Moments
 
-MOST_WINDOWS = 10_000  # 0.8 GB for a matrix of distances
+MAX_WINDOWS = 10_000  # 0.8 GB for a matrix of distances
 
 
-def subsample(embeddings: Tensor, num_windows: int = MOST_WINDOWS, seed: int = 0) -> Tensor:
+def subsample(embeddings: Tensor, num_windows: int = MAX_WINDOWS, seed: int = 0) -> Tensor:
     """At most `num_windows` of the rows, drawn without replacement and kept in order."""
     if len(embeddings) <= num_windows:
         return embeddings
@@ -27,7 +28,7 @@ def subsample(embeddings: Tensor, num_windows: int = MOST_WINDOWS, seed: int = 0
     return embeddings[torch.from_numpy(np.sort(picks))]
 
 
-# --- FAD of endless clips, and of single ones ---------------------------------------------------------------------
+# --- FAD of endless clips, and of single ones -----------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,16 @@ class FadInfinity:
     """FAD of each."""
 
 
-def draws_of_clips(windows_per_clip: Sequence[int], points: int = 25, seed: int = 0) -> list[Tensor]:
-    """Rows to draw for `fad_infinity`: whole clips without replacement, from a quarter of them to all; `points` draws.
+def draws_of_clips(
+    windows_per_clip: Sequence[int], points: int = 25, seed: int = 0
+) -> list[Tensor]:
+    """Rows to draw for `fad_infinity`: whole clips without replacement, from a quarter of them to
+    all; `points` draws.
 
-    fadtk draws single windows with replacement. That extrapolates to the FAD of these very clips and takes nothing of
-    their bias away: on 200 clips of the reference's own population, whose FAD should be 0, FAD is 0.161, FAD-infinity
-    from fadtk's draws 0.156, from single windows without replacement 0.117, from these draws 0.008.
+    fadtk draws single windows with replacement. That extrapolates to the FAD of these very clips
+    and takes nothing of their bias away: on 200 clips of the reference's own population, whose FAD
+    should be 0, FAD is 0.161, FAD-infinity from fadtk's draws 0.156, from single windows without
+    replacement 0.117, from these draws 0.008.
 
     Args:
         windows_per_clip: of the clips, in the order in which their windows are concatenated.
@@ -63,7 +68,9 @@ def draws_of_clips(windows_per_clip: Sequence[int], points: int = 25, seed: int 
     """
     num_clips = len(windows_per_clip)
     if num_clips < 8:
-        raise UserError(f"FAD-infinity needs at least eight clips, there are {num_clips}: score more")
+        raise UserError(
+            f"FAD-infinity needs at least eight clips, there are {num_clips}: score more"
+        )
     rng = np.random.default_rng(seed)
     rows = torch.arange(sum(windows_per_clip)).split(list(windows_per_clip))
     sizes = np.linspace(num_clips // 4, num_clips, points).astype(int)
@@ -71,7 +78,8 @@ def draws_of_clips(windows_per_clip: Sequence[int], points: int = 25, seed: int 
 
 
 def fad_infinity(generated: Tensor, reference: Moments, draws: Sequence[Tensor]) -> FadInfinity:
-    """FAD of endless windows, by a straight line through FAD against 1 / n (Chong and Forsyth, CVPR 2020).
+    """FAD of endless windows, by a straight line through FAD against 1 / n (Chong and Forsyth, CVPR
+    2020).
 
     Equals fadtk's FAD-inf on the same draws.
 
@@ -91,14 +99,16 @@ def fad_infinity(generated: Tensor, reference: Moments, draws: Sequence[Tensor])
     residual = points - intercept - slope / np.array(sizes)
     variance = np.square(points - points.mean()).sum()
     r2 = 1 - np.square(residual).sum() / variance if variance > 0 else 1.0
-    return FadInfinity(float(intercept), float(slope), float(r2), tuple(sizes), tuple(points.tolist()))
+    return FadInfinity(
+        float(intercept), float(slope), float(r2), tuple(sizes), tuple(points.tolist())
+    )
 
 
 def fad_per_clip(clips: Mapping[str, Tensor], reference: Moments) -> dict[str, float]:
     """FAD of every clip alone against the reference, the worst first: a list of what to listen to.
 
-    With few windows the value is mostly bias, the same for clips of one length: compare clips, read no figure.
-    Equals fadtk's `--indiv`.
+    With few windows the value is mostly bias, the same for clips of one length: compare clips, read
+    no figure. Equals fadtk's `--indiv`.
 
     Args:
         clips: windows of each clip by its id, `n d` with n at least 2.
@@ -116,30 +126,34 @@ def fad_per_clip(clips: Mapping[str, Tensor], reference: Moments) -> dict[str, f
     return dict(sorted(values.items(), key=lambda item: (-item[1], item[0])))
 
 
-# --- kernel distances ---------------------------------------------------------------------------------------------
+# --- kernel distances -----------------------------------------------------------------------------
 
 
 def kad(generated: Tensor, reference: Tensor, bandwidth: float | None = None) -> float:
     """Kernel audio distance (Chung et al., 2025): 100 x unbiased MMD² under a Gaussian kernel.
 
-    Unbiased at any number of windows, therefore the better curve over a training than FAD, and negative at times.
-    Not symmetric, since the reference gives the bandwidth. Equals kadtk.
+    Unbiased at any number of windows, therefore the better curve over a training than FAD, and
+    negative at times. Not symmetric, since the reference gives the bandwidth. Equals kadtk.
 
     Args:
         generated: `n d`.
         reference: `m d`.
-        bandwidth: of the kernel exp(-|x - y|² / (2 bandwidth²)); if not given, the median distance between windows of
-            the reference (of an even number the lower middle one, as torch.median).
+        bandwidth: of the kernel exp(-|x - y|² / (2 bandwidth²)); if not given, the median distance
+            between windows of the reference (of an even number the lower middle one, as
+            torch.median).
 
     Raises:
         ValueError: if the widths differ.
-        UserError: for fewer than two windows on a side, too many, broken ones, or a reference without spread.
+        UserError: for fewer than two windows on a side, too many, broken ones, or a reference
+            without spread.
     """
     x, y = _pair(generated, reference, "KAD")
     if bandwidth is None:
         bandwidth = torch.pdist(y).median().item()
     if not bandwidth > 0:
-        raise UserError(f"KAD: a bandwidth of {bandwidth:g}; over half of the reference's windows are the same")
+        raise UserError(
+            f"KAD: a bandwidth of {bandwidth:g}; over half of the reference's windows are the same"
+        )
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return torch.exp(torch.cdist(a, b, compute_mode=_EXACT).square() / (-2 * bandwidth**2))
@@ -150,7 +164,8 @@ def kad(generated: Tensor, reference: Tensor, bandwidth: float | None = None) ->
 def kid(generated: Tensor, reference: Tensor) -> float:
     """Kernel distance (Binkowski et al., ICLR 2018): unbiased MMD² under the kernel (x·y / d + 1)³.
 
-    Unbiased, so negative at times. Equals torchmetrics' on one subset; arguments and errors as for `kad`.
+    Unbiased, so negative at times. Equals torchmetrics' on one subset; arguments and errors as for
+    `kad`.
     """
     x, y = _pair(generated, reference, "KID")
 
@@ -168,7 +183,7 @@ def _unbiased_mmd2(xx: Tensor, yy: Tensor, xy: Tensor) -> float:
     return (within_x + within_y - 2 * xy.mean()).item()
 
 
-# --- fidelity and diversity ---------------------------------------------------------------------------------------
+# --- fidelity and diversity -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -176,11 +191,13 @@ class Neighbourhoods:
     """How two sets lie in each other's neighbourhoods."""
 
     precision: float
-    """Share of generated windows within the neighbourhood of some real one (Kynkäänniemi et al., NeurIPS 2019)."""
+    """Share of generated windows within the neighbourhood of some real one (Kynkäänniemi et al.,
+    NeurIPS 2019)."""
     recall: float
     """Share of real windows within the neighbourhood of some generated one."""
     density: float
-    """Real neighbourhoods that a generated window lies in, per k; may exceed 1 (Naeem et al., ICML 2020)."""
+    """Real neighbourhoods that a generated window lies in, per k; may exceed 1 (Naeem et al., ICML
+    2020)."""
     coverage: float
     """Share of real windows with a generated one in their neighbourhood."""
 
@@ -188,7 +205,8 @@ class Neighbourhoods:
 def neighbourhoods(generated: Tensor, reference: Tensor, k: int = 5) -> Neighbourhoods:
     """Precision, recall, density and coverage. Equals the `prdc` package.
 
-    A window's neighbourhood reaches to its k-th neighbour in its own set, itself not counted, border excluded.
+    A window's neighbourhood reaches to its k-th neighbour in its own set, itself not counted,
+    border excluded.
 
     Args:
         generated: `n d`.
@@ -202,7 +220,9 @@ def neighbourhoods(generated: Tensor, reference: Tensor, k: int = 5) -> Neighbou
     x, y = _pair(generated, reference, "precision and recall", k + 1)
 
     def radii(a: Tensor) -> Tensor:
-        return torch.cdist(a, a, compute_mode=_EXACT).kthvalue(k + 1, dim=1).values  # the first is itself
+        return (
+            torch.cdist(a, a, compute_mode=_EXACT).kthvalue(k + 1, dim=1).values
+        )  # the first is itself
 
     between = torch.cdist(y, x, compute_mode=_EXACT)  # m n
     of_real, of_generated = radii(y), radii(x)
@@ -218,7 +238,8 @@ def neighbourhoods(generated: Tensor, reference: Tensor, k: int = 5) -> Neighbou
 def vendi_score(embeddings: Tensor) -> float:
     """How many different windows there are in effect, 1 to n (Friedman and Dieng, TMLR 2023).
 
-    exp of the entropy of the eigenvalues of the cosine similarities, over n. Equals `vendi-score` with q = 1.
+    exp of the entropy of the eigenvalues of the cosine similarities, over n. Equals `vendi-score`
+    with q = 1.
 
     Args:
         embeddings: `n d`.
@@ -232,7 +253,9 @@ def vendi_score(embeddings: Tensor) -> float:
     (x,) = _checked("the Vendi score", 1, embeddings)
     lengths = x.norm(dim=1, keepdim=True)
     if lengths.min() == 0:
-        raise UserError("the Vendi score: an embedding is zero and has no direction; look at the audio")
+        raise UserError(
+            "the Vendi score: an embedding is zero and has no direction; look at the audio"
+        )
     x = x / lengths
     # The smaller of the two has the same eigenvalues but for zeros.
     similarities = x @ x.T if len(x) < x.shape[1] else x.T @ x
@@ -246,11 +269,16 @@ _EXACT = "donot_use_mm_for_euclid_dist"
 
 def _pair(generated: Tensor, reference: Tensor, what: str, fewest: int = 2) -> list[Tensor]:
     if generated.shape[-1] != reference.shape[-1]:
-        raise ValueError(f"{what}: embeddings of different widths, {generated.shape[-1]} and {reference.shape[-1]}")
+        raise ValueError(
+            f"{what}: embeddings of different widths, {generated.shape[-1]} and "
+            f"{reference.shape[-1]}"
+        )
     pair = _checked(what, fewest, generated, reference)
     for x in pair:
-        if len(x) > MOST_WINDOWS:
-            raise UserError(f"{what} compares all pairs of {len(x)} windows: subsample them to {MOST_WINDOWS}")
+        if len(x) > MAX_WINDOWS:
+            raise UserError(
+                f"{what} compares all pairs of {len(x)} windows: subsample them to {MAX_WINDOWS}"
+            )
     return pair
 
 
@@ -259,7 +287,10 @@ def _checked(what: str, fewest: int, *sets: Tensor) -> list[Tensor]:
         if x.dim() != 2:
             raise ValueError(f"{what}: embeddings are {tuple(x.shape)}, not n x d")
         if len(x) < fewest:
-            raise UserError(f"{what} needs {fewest} windows or more, there are {len(x)}: score more or longer clips")
+            raise UserError(
+                f"{what} needs {fewest} windows or more, there are {len(x)}: score more or longer "
+                "clips"
+            )
         if not torch.isfinite(x).all():
             raise UserError(f"{what}: an embedding is NaN or infinite; look at the audio")
     return [x.detach().cpu().double() for x in sets]

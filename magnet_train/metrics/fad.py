@@ -1,27 +1,24 @@
 """Fréchet audio distance: how far apart two clouds of embeddings lie, each taken as a Gaussian.
 
-Kilgour et al., "Fréchet Audio Distance", Interspeech 2019. Which network embeds decides the number, so the name of
-the network is part of the metric's name wherever it is logged.
+Kilgour et al., "Fréchet Audio Distance", Interspeech 2019. Which network embeds decides the number,
+so the name of the network is part of the metric's name wherever it is logged.
 """
 
 from dataclasses import dataclass
-from functools import partial, reduce
-from operator import add
 
 import torch
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
-from magnet_train.metrics.distributed import ItemMetric
 
 
 @dataclass(frozen=True)
 class Moments:
     """What FAD needs of windows `n d`: their count, mean and scatter about the mean, in float64.
 
-    Adding two gives those of the union (Chan, Golub and LeVeque, 1979). Plain sums of x xᵀ would be simpler, but the
-    mean is subtracted from them only at the end: at a mean of 10,000 deviations, and with fewer windows than
-    dimensions, that moves FAD by 4e-3.
+    Adding two gives those of the union (Chan, Golub and LeVeque, 1979). Plain sums of x xᵀ would be
+    simpler, but the mean is subtracted from them only at the end: at a mean of 10,000 deviations,
+    and with fewer windows than dimensions, that moves FAD by 4e-3.
     """
 
     count: int
@@ -59,11 +56,15 @@ class Moments:
         """Unbiased, `d d`: divided by n - 1, as in the published figures.
 
         Raises:
-            UserError: with fewer than two windows, where it has no meaning; `side` names whose they are.
+            UserError: with fewer than two windows, where it has no meaning; `side` names whose they
+                are.
         """
         if self.count < 2:
             windows = f"{side} windows".strip()
-            raise UserError(f"FAD needs at least two {windows}, there are {self.count}: score more or longer clips")
+            raise UserError(
+                f"FAD needs at least two {windows}, there are {self.count}: score more or longer "
+                "clips"
+            )
         return self.scatter / (self.count - 1)
 
     def distance(self, reference: "Moments") -> float:
@@ -75,10 +76,10 @@ class Moments:
 def frechet_distance(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> float:
     """|mean_x - mean_y|² + tr(cov_x + cov_y - 2 (cov_x cov_y)^½), in float64.
 
-    The trace of the root is the sum of singular values of cov_x^½ cov_y^½, which is real and non-negative whatever
-    the rank; scipy's `sqrtm`, in use elsewhere, turns complex when there are fewer windows than dimensions, and an
-    epsilon on the diagonal, the usual remedy, moves FAD by 2e-2. What rounding could leave below zero is cut off at
-    zero.
+    The trace of the root is the sum of singular values of cov_x^½ cov_y^½, which is real and
+    non-negative whatever the rank; scipy's `sqrtm`, in use elsewhere, turns complex when there are
+    fewer windows than dimensions, and an epsilon on the diagonal, the usual remedy, moves FAD by
+    2e-2. What rounding could leave below zero is cut off at zero.
 
     Args:
         mean_x: `d`.
@@ -109,86 +110,9 @@ def frechet_distance(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tenso
 def square_root(matrix: Tensor) -> Tensor:
     """The positive root of a covariance `d d`.
 
-    Eigenvalues below the rounding of the largest are zero: their roots would be a hundred million times as large.
+    Eigenvalues below the rounding of the largest are zero: their roots would be a hundred million
+    times as large.
     """
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     floor = values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
     return vectors * values.where(values > floor, 0).sqrt() @ vectors.T
-
-
-class FrechetAudioDistance(ItemMetric):
-    """FAD from float64 moments: the same on any number of ranks, one without data included.
-
-    An item counts once on either side; ranks must own different items.
-    """
-
-    higher_is_better = False
-    generated: Tensor
-    reference: Tensor
-
-    def __init__(self, dim: int, reference: Moments | None = None):
-        """`dim` is the width of the embeddings; `reference`, the same on every rank, stands for all real clips.
-
-        Raises:
-            ValueError: if the reference has another width.
-        """
-        super().__init__()
-        self.dim, self.fixed_reference = dim, reference
-        if reference is not None and len(reference.mean) != dim:
-            raise ValueError(f"reference embeddings are {len(reference.mean)} wide, not {dim}")
-        # One tensor a side, because moments merge as a whole: count, mean, scatter.
-        empty = torch.zeros(1 + dim + dim**2, dtype=torch.float64)
-        for side in ("generated", "reference"):
-            self.add_state(side, empty.clone(), dist_reduce_fx=partial(_merge, dim=dim))
-
-    def update(self, embeddings: Tensor, key: str | None = None) -> None:
-        """Windows of one generated clip, `n d`; `key` names it, so that it counts once.
-
-        Raises:
-            ValueError: if the width is not `dim`.
-            UserError: if one holds NaN or an infinite number.
-        """
-        self._add("generated", embeddings, key)
-
-    def update_reference(self, embeddings: Tensor, key: str | None = None) -> None:
-        """Windows of one real clip, `n d`; raises as `update` does, and ValueError where the reference is fixed."""
-        if self.fixed_reference is not None:
-            raise ValueError("the reference was given whole; no clip can be added to it")
-        self._computed = None  # what torchmetrics keeps of an earlier compute()
-        self._add("reference", embeddings, key)
-
-    def _add(self, side: str, embeddings: Tensor, key: str | None) -> None:
-        if embeddings.dim() != 2 or embeddings.shape[1] != self.dim:
-            raise ValueError(f"{side} embeddings are {tuple(embeddings.shape)}, not n x {self.dim}")
-        if not torch.isfinite(embeddings).all():
-            raise UserError(f"{side} clip {key or '(unnamed)'}: its embedding is NaN or infinite; look at the audio")
-        if not self._is_new(key and f"{side} {key}"):
-            return
-        state: Tensor = getattr(self, side)
-        setattr(self, side, _flat(_unflat(state, self.dim) + Moments.of(embeddings.to(state.device))))
-
-    def moments(self, side: str = "generated") -> Moments:
-        """What was added on this rank, or on all within `sync_context`; "reference" for the other side."""
-        if side == "reference" and self.fixed_reference is not None:
-            return self.fixed_reference
-        return _unflat(getattr(self, side).cpu(), self.dim)
-
-    def compute(self) -> Tensor:
-        """The distance, as a float64 scalar.
-
-        Raises:
-            UserError: with fewer than two windows on either side, where a covariance has no meaning.
-        """
-        return torch.tensor(self.moments().distance(self.moments("reference")), dtype=torch.float64)
-
-
-def _flat(moments: Moments) -> Tensor:
-    return torch.cat([moments.mean.new_tensor([moments.count]), moments.mean, moments.scatter.flatten()])
-
-
-def _unflat(state: Tensor, dim: int) -> Moments:
-    return Moments(int(state[0]), state[1 : 1 + dim], state[1 + dim :].view(dim, dim))
-
-
-def _merge(states: Tensor, dim: int) -> Tensor:
-    return _flat(reduce(add, [_unflat(state, dim) for state in states]))

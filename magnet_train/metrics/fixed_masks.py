@@ -1,7 +1,7 @@
 """Cross-entropy and accuracy on masks that never change, by codebook and by mask rate.
 
-Training loss is a mixture of stages and mask rates that differ tenfold; under fixed masks one validation can be
-compared with the next.
+Training loss is a mixture of stages and mask rates that differ tenfold; under fixed masks one
+validation can be compared with the next.
 """
 
 import hashlib
@@ -18,9 +18,11 @@ MASK_RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def fixed_span_mask(key: str, stage: int, num_frames: int, span_len: int) -> tuple[Tensor, int]:
-    """The mask of one validation item in one stage: bool `t`, and the index of its rate in `MASK_RATES`.
+    """The mask of one validation item in one stage: bool `t`, and the index of its rate in
+    `MASK_RATES`.
 
-    Mask and rate are a function of the item's key and the stage alone; rates rotate over stages and items.
+    Mask and rate are a function of the item's key and the stage alone; rates rotate over stages and
+    items.
     """
     digest = hashlib.sha256(key.encode()).digest()
     rate = (digest[0] + stage) % len(MASK_RATES)
@@ -44,13 +46,23 @@ class FixedMaskMetrics(Metric):
         """Adds a batch: `rates` (`b`, indices of MASK_RATES) and the sums of its examples."""
         some = (loss.count > 0).double()
         mean = loss.ce.double() / loss.count.double().clamp(min=1)
-        columns = [loss.ce.double(), loss.correct.double(), loss.count.double(), mean, mean.square(), some]
-        sums = self.sums.clone()  # a reset in inference mode leaves a tensor that nothing may write to
+        columns = [
+            loss.ce.double(),
+            loss.correct.double(),
+            loss.count.double(),
+            mean,
+            mean.square(),
+            some,
+        ]
+        sums = (
+            self.sums.clone()
+        )  # a reset in inference mode leaves a tensor that nothing may write to
         sums[stage].index_add_(0, rates, torch.stack(columns, dim=1))
         self.sums = sums
 
     def compute(self) -> dict[str, float]:
-        """Metric keys to values; the mean over frames, with a 95 % interval (`_ci95`, half width) over items.
+        """Metric keys to values; the mean over frames, with a 95 % interval (`_ci95`, half width)
+        over items.
 
         Rates that met no frame are left out rather than shown as NaN.
         """

@@ -1,7 +1,8 @@
-"""95 % intervals by resampling clips: how far a figure would move with other clips of the same kind.
+"""95 % intervals by resampling clips: how far a figure would move with other clips of the same
+kind.
 
-Clips are drawn, never windows: windows of one clip resemble each other, and drawing them singly would give intervals
-several times too narrow. The reference set is held fixed.
+Clips are drawn, never windows: windows of one clip resemble each other, and drawing them singly
+would give intervals several times too narrow. The reference set is held fixed.
 """
 
 import math
@@ -14,19 +15,22 @@ from torch import Tensor
 from magnet_train.common.errors import UserError
 from magnet_train.metrics.fad import Moments, square_root
 
-_MOST_NUMBERS = 2**25  # 256 MB of float64: what covariances held at once may take
+_MAX_NUMBERS = 2**25  # 256 MB of float64 for the covariances that are in memory at once
 
 
-def bootstrap_interval(values: Sequence[Tensor] | Tensor, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    values: Sequence[Tensor] | Tensor, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
     """95 % percentile interval of the mean of all values: low, high.
 
     Args:
-        values: one value per clip, `b`; or a tensor of several for each, as the segments of KL, drawn together.
-        draws: samples of b clips with replacement.
+        values: one value per clip, `b`; or for each clip (or rater) a tensor of values that are
+            drawn together, such as the segments of KL. A tensor may be empty.
+        draws: samples of b clips with replacement; a sample without any value does not count.
         seed: of the draws.
 
     Raises:
-        UserError: with fewer than two clips.
+        UserError: with fewer than two clips, or without any value.
 
     >>> bootstrap_interval(torch.tensor([2.0, 2.0, 2.0]))
     (2.0, 2.0)
@@ -36,7 +40,12 @@ def bootstrap_interval(values: Sequence[Tensor] | Tensor, draws: int = 1000, see
     sums = np.array([v.double().sum().item() for v in values])
     counts = np.array([v.numel() for v in values], dtype=float)
     picks = np.random.default_rng(seed).integers(b, size=(draws, b))
-    low, high = np.quantile(sums[picks].sum(1) / counts[picks].sum(1), [0.025, 0.975])
+    drawn_counts = counts[picks].sum(1)
+    has_values = drawn_counts > 0
+    if not has_values.any():
+        raise UserError("an interval needs values, there are none: score more")
+    means = sums[picks].sum(1)[has_values] / drawn_counts[has_values]
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -45,19 +54,22 @@ def frechet_interval(
 ) -> tuple[float, float]:
     """95 % interval of the FAD of `clips` against `reference` at this number of clips: low, high.
 
-    From halves of the clips, drawn without replacement: their FADs spread about their own mean as FADs of full sets
-    do (the half-sample jackknife; Shao and Wu, 1989), and 1.96 deviations are laid around the measured FAD. Not the
-    bootstrap: drawing with replacement repeats clips and so raises FAD, by about as much as that of b clips lies above
-    that of endless clips. Simulated with Gaussian clips at d = 32, 40 of them: percentiles of its draws never once
-    held the value that they were for, and its spread is 1.6 times that of FAD; the spread of halves is 1.1 times, and
-    95 % are 95 %. Near FAD's floor both are too wide, halves by 1.7 times: two systems are then told apart too seldom,
-    not too often.
+    From halves of the clips, drawn without replacement: their FADs spread about their own mean as
+    FADs of full sets do (the half-sample jackknife; Shao and Wu, 1989), and 1.96 deviations are
+    laid around the measured FAD. Not the bootstrap: drawing with replacement repeats clips and so
+    raises FAD, by about as much as that of b clips lies above that of endless clips. Simulated with
+    Gaussian clips at d = 32, 40 of them: percentiles of its draws never once held the value that
+    they were for, and its spread is 1.6 times that of FAD; the spread of halves is 1.1 times, and
+    95 % are 95 %. Near FAD's floor both are too wide, halves by 1.7 times: two systems are then
+    told apart too seldom, not too often.
 
-    The interval says what other b clips of the same kind would give, the question when systems are compared at equal
-    b. It does not hold the FAD of endless clips, which lies below; `fad_infinity` estimates that.
+    The interval says what other b clips of the same kind would give, the question when systems are
+    compared at equal b. It does not hold the FAD of endless clips, which lies below; `fad_infinity`
+    estimates that.
 
-    Each draw is exact: its covariance is a sum of those of its clips. One eigenvalue problem `d d` for each takes the
-    time: with 1,000 clips of 19 windows 1 s at d = 128 and 3 s at 200 on one core; with 200 clips 17 s at 512.
+    Each draw is exact: its covariance is a sum of those of its clips. One eigenvalue problem `d d`
+    for each takes the time: with 1,000 clips of 19 windows 1 s at d = 128 and 3 s at 200 on one
+    core; with 200 clips 17 s at 512.
 
     Args:
         clips: windows of each clip, `n d`.
@@ -100,10 +112,12 @@ def frechet_of_samples(clips: Sequence[Tensor], reference: Moments, times_drawn:
     centred = [clip.detach().cpu().double() - reference.mean for clip in clips]
     counts = times_drawn @ torch.tensor([float(len(x)) for x in centred], dtype=torch.float64)
     if counts.min() < 2:
-        raise UserError("an interval of FAD needs at least two windows in half of the clips: score more clips")
+        raise UserError(
+            "an interval of FAD needs at least two windows in half of the clips: score more clips"
+        )
     means = times_drawn @ torch.stack([x.sum(0) for x in centred]) / counts[:, None]
     root = square_root(covariance)
-    size = max(1, _MOST_NUMBERS // dim**2)
+    size = max(1, _MAX_NUMBERS // dim**2)
     fads = []
     for rows in torch.arange(len(times_drawn)).split(size):
         outer = torch.zeros(len(rows), dim**2, dtype=torch.float64)

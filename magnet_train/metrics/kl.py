@@ -1,7 +1,9 @@
-"""Kullback-Leibler divergences between what a classifier hears in the real clip and in the generated one.
+"""Kullback-Leibler divergences between what a classifier hears in the real clip and in the
+generated one.
 
-A "KL" means nothing without its classifier, direction, window and averaging: on one set of logits the conventions in
-use give 1.25, 1.26, 0.63 and -0.34. Each convention has a name here, and the name is part of the metric's.
+A "KL" means nothing without its classifier, direction, window and averaging: on one set of logits
+the conventions in use give 1.25, 1.26, 0.63 and -0.34. Each convention has a name here, and the
+name is part of the metric's.
 
 Shapes: n segments (windows) of a clip, c classes.
 """
@@ -14,7 +16,6 @@ import torch
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
-from magnet_train.metrics.distributed import ItemMean
 
 EPSILON = 1e-6
 
@@ -22,9 +23,10 @@ EPSILON = 1e-6
 def kl_divergence(reference: Tensor, generated: Tensor, epsilon: float = EPSILON) -> Tensor:
     """KL(reference ‖ generated) of distributions `… c`, in nats: `…`.
 
-    `epsilon` is added to the generated side only, as audiocraft's `kld.py` does; identical distributions therefore
-    come out as about -c epsilon, a hair below zero, and nothing exceeds -log(epsilon) = 13.8.
-    Swap the arguments for the other direction; epsilon=0 gives the plain divergence.
+    `epsilon` is added to the generated side only, as audiocraft's `kld.py` does; identical
+    distributions therefore come out as about -c epsilon, a hair below zero, and nothing exceeds
+    -log(epsilon) = 13.8. Swap the arguments for the other direction; epsilon=0 gives the plain
+    divergence.
 
     >>> p = torch.tensor([0.5, 0.5])
     >>> round(kl_divergence(p, torch.tensor([0.9, 0.1])).item(), 3)
@@ -35,7 +37,8 @@ def kl_divergence(reference: Tensor, generated: Tensor, epsilon: float = EPSILON
 
 
 def tag_distribution(tags: Tensor) -> Tensor:
-    """Probabilities of independent tags `… c` (sigmoids) divided by their sum; PaSST's way is a softmax."""
+    """Probabilities of independent tags `… c` (sigmoids) divided by their sum; PaSST's way is a
+    softmax."""
     return tags / tags.sum(-1, keepdim=True)
 
 
@@ -48,8 +51,8 @@ class Convention:
     epsilon: float = EPSILON
     """Added to the second argument of the divergence."""
     pooled: bool = False
-    """Whether a clip's outputs are averaged over its segments first; else segments are compared pair by pair, and
-    each counts as much as any other, whichever its clip."""
+    """Whether a clip's outputs are averaged over its segments first; else segments are compared
+    pair by pair, and each counts as much as any other, whichever its clip."""
     reverse: bool = False
     """Whether it is KL(generated ‖ reference)."""
 
@@ -59,7 +62,8 @@ _softmax = partial(torch.softmax, dim=-1)
 CONVENTIONS = {
     # audiocraft/metrics/kld.py: `kld`, PaSST logits; the one of the MusicGen and MAGNeT tables.
     "audiocraft": Convention(_softmax),
-    # audioldm_eval/metrics/kl.py: PANNs logits; one segment a clip, so that audiocraft's formula is also its own.
+    # audioldm_eval/metrics/kl.py: PANNs logits; one segment a clip, so that audiocraft's formula is
+    # also its own.
     "audioldm_eval": Convention(_softmax),
     # The same with sigmoids, which add up to no distribution: it may come out negative.
     "audioldm_eval-sigmoid": Convention(torch.sigmoid),
@@ -74,7 +78,8 @@ CONVENTIONS = {
 
 
 def clip_divergences(convention: str, reference: Tensor, generated: Tensor) -> Tensor:
-    """Divergences of one clip in float64: `n`, one per segment, or `1` where the convention pools segments.
+    """Divergences of one clip in float64: `n`, one per segment, or `1` where the convention pools
+    segments.
 
     Args:
         convention: a name of `CONVENTIONS`.
@@ -83,25 +88,31 @@ def clip_divergences(convention: str, reference: Tensor, generated: Tensor) -> T
 
     Raises:
         ValueError: if the classes differ.
-        UserError: for an unknown convention, segments that do not pair up, and outputs that are NaN, infinite, all
-            zero or missing.
+        UserError: for an unknown convention, segments that do not pair up, and outputs that are
+            NaN, infinite, all zero or missing.
     """
     if convention not in CONVENTIONS:
         raise UserError(f"convention={convention}: choose one of {', '.join(CONVENTIONS)}")
     how = CONVENTIONS[convention]
     if reference.shape[-1] != generated.shape[-1]:
-        raise ValueError(f"{reference.shape[-1]} reference tags and {generated.shape[-1]} generated ones")
+        raise ValueError(
+            f"{reference.shape[-1]} reference tags and {generated.shape[-1]} generated ones"
+        )
     p, q = (x.detach().double().reshape(-1, x.shape[-1]) for x in (reference, generated))
     if how.pooled:
         p, q = p.mean(0, keepdim=True), q.mean(0, keepdim=True)
     elif len(p) != len(q):
-        raise UserError(f"{len(p)} reference segments and {len(q)} generated ones; cut both clips to one length")
+        raise UserError(
+            f"{len(p)} reference segments and {len(q)} generated ones; cut both clips to one length"
+        )
     p, q = how.distribution(p), how.distribution(q)
     if how.reverse:
         p, q = q, p
     divergences = kl_divergence(p, q, how.epsilon)
     # Outputs are looked at too: of a logit of minus infinity nothing would show.
-    if not len(divergences) or not all(torch.isfinite(x).all() for x in (reference, generated, divergences)):
+    if not len(divergences) or not all(
+        torch.isfinite(x).all() for x in (reference, generated, divergences)
+    ):
         raise UserError("its tags are NaN, infinite or all zero; look at the audio")
     return divergences
 
@@ -126,43 +137,3 @@ def kl(convention: str, reference: Sequence[Tensor], generated: Sequence[Tensor]
     if not values:
         raise UserError("KL has no pair of clips: score at least one")
     return torch.cat(values).mean().item()
-
-
-class KLDivergence(ItemMean):
-    """Mean of `clip_divergences` in nats, from sums in float64; an item counts once, ranks own different items."""
-
-    higher_is_better = False
-    what = "KL"
-    remedy = "give the reference its logits"
-
-    def __init__(self, convention: str):
-        """`convention` is a name of `CONVENTIONS`.
-
-        Raises:
-            UserError: if there is none of that name.
-        """
-        super().__init__()
-        if convention not in CONVENTIONS:
-            raise UserError(f"convention={convention}: choose one of {', '.join(CONVENTIONS)}")
-        self.convention = convention
-
-    def update(self, reference: Tensor, generated: Tensor, key: str | None = None) -> None:
-        """Outputs of one clip's segments, `n c` each (or `c`, of a single one); raises as `clip_divergences`."""
-        try:
-            divergences = clip_divergences(self.convention, reference, generated)
-        except UserError as error:
-            raise UserError(f"clip {key or '(unnamed)'}: {error}") from error
-        self._add(divergences, key)
-
-
-class TagKL(KLDivergence):
-    """Mean over clips of KL(reference ‖ generated) between sum-normalised tags, averaged over a clip's windows first.
-
-    Never comparable with the PaSST KL of the published tables.
-    """
-
-    what = "KL"
-    remedy = "the reference shards hold no tags; tokenize with --embedder musicnn"
-
-    def __init__(self) -> None:
-        super().__init__("musicnn-tags")

@@ -23,7 +23,7 @@ from torch import Tensor
 from magnet_train.common.errors import UserError
 from magnet_train.metrics.chroma import chroma
 from magnet_train.metrics.intervals import bootstrap_interval
-from magnet_train.metrics.networks.frontend import htk_mel_filters
+from magnet_train.metrics.networks.frontend import mel_filters
 
 CHROMA_HOP_S = 0.064
 HOP_S = 0.016
@@ -518,7 +518,7 @@ def _spectra(wav: np.ndarray, sample_rate: int, window_s: float) -> tuple[np.nda
 def _mel_filters(sample_rate: int, size: int) -> np.ndarray:
     """`bins 40`."""
     highest = min(8000.0, sample_rate / 2)
-    return htk_mel_filters(sample_rate, size, 40, 30.0, highest).numpy().T.copy()
+    return mel_filters(sample_rate, size, 40, "htk", 30.0, highest).numpy().T.copy()
 
 
 @lru_cache(maxsize=8)

@@ -1,7 +1,9 @@
-"""Figures that others published, each with its source, to stand beside ours where protocol and set are the same.
+"""Figures that others published, each with its source, to stand beside ours where protocol and set
+are the same.
 
-Only what was read at the source is here: audiocraft's model cards, for the released models (trained without vocals,
-decoded without rescoring). The MAGNeT paper's own table is for other weights, and is not among them.
+Only what was read at the source is here: audiocraft's model cards, for the released models (trained
+without vocals, decoded without rescoring). The MAGNeT paper's own table is for other weights, and
+is not among them.
 """
 
 from dataclasses import dataclass
@@ -15,14 +17,15 @@ class Published:
     dataset: str
     """Its evaluation set, whole."""
     metric: str
-    """fad/vggish (windows of the Google code), kl/passt (20 s; for sound kl/passt-10s) or text/clap (LAION
-    music_audioset)."""
+    """fad/vggish (windows of the Google code), kl/passt (20 s; for sound kl/passt-10s) or text/clap
+    (LAION music_audioset)."""
     value: float
     source: str
 
     @property
     def protocol(self) -> str:
-        """What a record names as its `published_protocol` when it follows the recipe in full, on the same set."""
+        """What a record names as its `published_protocol` when it follows the recipe in full, on
+        the same set."""
         return f"audiocraft/{self.dataset}"
 
 
@@ -33,7 +36,9 @@ RECIPES = {
 """The metrics that are published of a set."""
 
 
-def _rows(dataset: str, source: str, figures: dict[str, tuple[float | None, ...]]) -> list[Published]:
+def _rows(
+    dataset: str, source: str, figures: dict[str, tuple[float | None, ...]]
+) -> list[Published]:
     return [
         Published(model, dataset, metric, value, f"audiocraft, model_cards/{source}")
         for model, values in figures.items()
@@ -43,23 +48,39 @@ def _rows(dataset: str, source: str, figures: dict[str, tuple[float | None, ...]
 
 
 PUBLISHED = (
-    *_rows("MusicCaps", "MAGNET_MODEL_CARD.md", {
-        "magnet-small-10secs": (4.22, 1.11, 0.28),
-        "magnet-medium-10secs": (4.61, 1.14, 0.28),
-        "magnet-small-30secs": (4.35, 1.17, 0.28),
-        "magnet-medium-30secs": (4.63, 1.20, 0.28),
-    }),
-    *_rows("AudioCaps", "MAGNET_MODEL_CARD.md", {
-        "audio-magnet-small": (3.21, 1.42, None),
-        "audio-magnet-medium": (2.32, 1.64, None),
-    }),
-    *_rows("MusicCaps", "MUSICGEN_MODEL_CARD.md", {
-        "musicgen-small": (4.88, 1.42, 0.27),
-        "musicgen-medium": (5.14, 1.38, 0.28),
-        "musicgen-large": (5.48, 1.37, 0.28),
-        "musicgen-melody": (4.93, 1.41, 0.27),
-    }),
-    *_rows("AudioCaps", "AUDIOGEN_MODEL_CARD.md", {
-        "audiogen-medium": (1.77, 1.58, 0.30),
-    }),
-)  # fmt: skip
+    *_rows(
+        "MusicCaps",
+        "MAGNET_MODEL_CARD.md",
+        {
+            "magnet-small-10secs": (4.22, 1.11, 0.28),
+            "magnet-medium-10secs": (4.61, 1.14, 0.28),
+            "magnet-small-30secs": (4.35, 1.17, 0.28),
+            "magnet-medium-30secs": (4.63, 1.20, 0.28),
+        },
+    ),
+    *_rows(
+        "AudioCaps",
+        "MAGNET_MODEL_CARD.md",
+        {
+            "audio-magnet-small": (3.21, 1.42, None),
+            "audio-magnet-medium": (2.32, 1.64, None),
+        },
+    ),
+    *_rows(
+        "MusicCaps",
+        "MUSICGEN_MODEL_CARD.md",
+        {
+            "musicgen-small": (4.88, 1.42, 0.27),
+            "musicgen-medium": (5.14, 1.38, 0.28),
+            "musicgen-large": (5.48, 1.37, 0.28),
+            "musicgen-melody": (4.93, 1.41, 0.27),
+        },
+    ),
+    *_rows(
+        "AudioCaps",
+        "AUDIOGEN_MODEL_CARD.md",
+        {
+            "audiogen-medium": (1.77, 1.58, 0.30),
+        },
+    ),
+)

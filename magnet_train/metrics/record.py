@@ -1,4 +1,5 @@
-"""A figure with its protocol: what was measured, with which network, on what, and what it may be compared with."""
+"""A metric with its protocol: what was measured, with which network, on what, and what it may be
+compared with."""
 
 import datetime
 import json
@@ -10,88 +11,119 @@ from pathlib import Path
 from typing import Any
 
 import magnet_train
+from magnet_train.common import tables
 from magnet_train.common.errors import UserError
 from magnet_train.metrics.published import Published
 
-FEWEST_CLIPS = 250
-"""At 256 clips of 19 windows FAD lies 2.6 % of the windows' total variance above that of endless clips; below, more."""
+MIN_CLIPS = 250
+"""Below, tables warn: with 256 clips of 19 windows FAD is 2.6 % of the windows' total variance
+above its limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One figure of one system.
+    """One metric of one system.
 
     Raises:
-        UserError: if the value or an end of its interval is NaN or infinite, or there is no clip.
+        UserError: if the value, its interval or a baseline is NaN or infinite, or there is no clip.
     """
 
     system: str
     """What was scored: a checkpoint, a release, a folder."""
     metric: str
-    """Its key: "fad/vggish", "kl/passt", "clap"."""
+    """METRIC/EMBEDDER: "fad/vggish", "kl/passt", "text/clap"."""
     value: float
     embedder: str
     """Id of the network."""
     embedder_hash: str
-    """Of its weights."""
+    """Hash of its weights."""
     resampler: str
-    """Name of the one in use where a clip's rate is another than the network's."""
+    """Name of the resampler, for clips whose rate differs from the network's."""
     windowing: str
-    """Length and hop, as in "1 s every 0.5 s"."""
+    """Length and hop of the windows, as in "1 s every 0.5 s"."""
     num_clips: int
     num_windows: int
     level: str = "as it is"
-    """What was done to the level: "as it is", or as in "generated -14 LUFS"."""
+    """Level of the clips when they were embedded: "as it is", or as in "generated mono at -14
+    LUFS"."""
     convention: str | None = None
-    """Of KL, a name of `kl.CONVENTIONS`."""
+    """Convention of KL, a name of `kl.CONVENTIONS`."""
     reference_hash: str | None = None
-    """Names the reference set (`hash_of_ids`); None for a metric that has none."""
+    """Hash of the reference set (`hash_of_ids`); None for a metric without a reference."""
     decoding: dict[str, Any] | None = None
-    """Settings of the decoding; None for audio that was not decoded here."""
+    """Decoding settings; None for audio that was not decoded here."""
     seed: int | None = None
-    """Of the decoding noise."""
+    """Seed of the decoding noise."""
     interval: tuple[float, float] | None = None
-    """95 % over clips; None where there is but one."""
-    floor_real: float | None = None
+    """95 % interval over clips; None for a single clip."""
+    baseline_real: float | None = None
     """The same metric of other real clips."""
-    floor_codec: float | None = None
-    """The same metric of the codec's reconstruction of real clips: what a perfect model would reach."""
+    baseline_codec: float | None = None
+    """The same metric of the codec's reconstructions of real clips: what a perfect model would
+    reach."""
     details: dict[str, float] | None = None
-    """What belongs to the figure, such as the R² of an extrapolation."""
+    """Further numbers, such as the R² of an extrapolation."""
+    clipped_share: float | None = None
+    """Mean share of clipped samples in the clips as they were embedded, 0 to 1; None if not
+    measured."""
     sample_rates: tuple[int, ...] = ()
-    """Of the clips, in Hz."""
+    """Sample rates of the clips, in Hz."""
     published_protocol: str | None = None
-    """Set only if a published recipe was followed in full, its set included, as in "audiocraft/MusicCaps"."""
+    """Set only if a published protocol was followed in full, with its whole set, as in
+    "audiocraft/MusicCaps"."""
     version: str = magnet_train.__version__
-    """Of this package."""
+    """Version of this package."""
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
 
     def __post_init__(self) -> None:
-        if self.interval is not None:  # a list, where JSON was read
+        # As JSON gives them back, so that a record that was read equals the one that was written.
+        if self.interval is not None:
             low, high = self.interval
             object.__setattr__(self, "interval", (low, high))
         object.__setattr__(self, "sample_rates", tuple(self.sample_rates))
-        # What JSON makes of it, so that a record read is equal to the one written.
         object.__setattr__(self, "decoding", json.loads(json.dumps(self.decoding)))
-        for number in (self.value, *(self.interval or ()), self.floor_real or 0.0, self.floor_codec or 0.0):
-            if not math.isfinite(number):
-                raise UserError(f"{self.metric} of {self.system}: {number} is no figure; look at the audio")
+        numbers = [
+            self.value,
+            *(self.interval or ()),
+            self.baseline_real,
+            self.baseline_codec,
+            self.clipped_share,
+        ]
+        for number in numbers:
+            if number is not None and not math.isfinite(number):
+                raise UserError(
+                    f"{self.metric} of {self.system}: metric is {number}; check the audio"
+                )
         if self.num_clips < 1 or self.num_windows < 1:
-            raise UserError(f"{self.metric} of {self.system}: {self.num_clips} clips, {self.num_windows} windows")
+            raise UserError(
+                f"{self.metric} of {self.system}: {self.num_clips} clips, {self.num_windows} "
+                "windows"
+            )
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What two records must share to be comparable; for FAD the number of clips too, since FAD falls with it."""
-        names = ["metric", "convention", "embedder", "embedder_hash", "resampler", "windowing", "level"]
-        names += ["reference_hash"] + ["num_clips"] * (self.metric.split("/")[0] == "fad")
+        """Fields that two comparable records share; for FAD also the number of clips, because FAD
+        depends on it."""
+        names = [
+            "metric",
+            "convention",
+            "embedder",
+            "embedder_hash",
+            "resampler",
+            "windowing",
+            "level",
+        ]
+        names.append("reference_hash")
+        if self.metric.split("/")[0] == "fad":
+            names.append("num_clips")
         return {name: getattr(self, name) for name in names}
 
 
 def compare(records: Sequence[Record], force: bool = False) -> list[str]:
-    """What keeps records from being compared with the first, a sentence each; empty if nothing does.
+    """Differences in protocol between the first record and each of the others, a sentence each.
 
     Raises:
-        UserError: with the first such sentence, unless forced.
+        UserError: if there is a difference, unless forced.
     """
     differences = []
     for record in records[1:]:
@@ -99,16 +131,17 @@ def compare(records: Sequence[Record], force: bool = False) -> list[str]:
         for name, value in record.protocol.items():
             if first.get(name) != value:
                 differences.append(
-                    f"{records[0].system} and {record.system}: {records[0].metric} differs in {name}, "
+                    f"{records[0].system} and {record.system}: {records[0].metric} differs in "
+                    f"{name}, "
                     f"{first.get(name)!r} and {value!r}"
                 )
     if differences and not force:
-        raise UserError(f"{differences[0]}; score both alike, or force the comparison")
+        raise UserError(f"{differences[0]}; score both in the same way, or use --force true")
     return differences
 
 
 def write_records(path: str | Path, records: Sequence[Record]) -> None:
-    """A JSON list of records; the file appears whole or not at all."""
+    """Writes records as a JSON list, aside first, then moved into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -117,92 +150,141 @@ def write_records(path: str | Path, records: Sequence[Record]) -> None:
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Those that `write_records` wrote.
+    """Reads records that `write_records` wrote.
 
     Raises:
-        UserError: if the file is missing or broken, or holds other fields.
+        UserError: if the file is missing or broken, or has unknown fields.
     """
     try:
         rows = json.loads(Path(path).read_text())
         known = {f.name for f in fields(Record)}
         for row in rows:
             if unknown := row.keys() - known:
-                raise UserError(f"{path}: unknown field {min(unknown)}; it was written by another version")
+                raise UserError(
+                    f"{path}: unknown field {min(unknown)}; it was written by another version"
+                )
         return [Record(**row) for row in rows]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: missing or no list of records ({error}); score again") from error
 
 
-def markdown_table(records: Sequence[Record], force: bool = False, published: Iterable[Published] = ()) -> str:
-    """Markdown: a row per system, a column per metric with its 95 % interval, the number of clips; then warnings.
+def markdown_table(
+    records: Sequence[Record], force: bool = False, published: Iterable[Published] = ()
+) -> str:
+    """A Markdown table with a row per system and a column per metric with its 95 % interval;
+    warnings follow.
 
-    Floors follow as rows of their own, then figures of `published` whose protocol and set are those of all records
-    of their metric.
+    Baselines have rows of their own, and so have figures of `published` whose protocol and set are
+    those of all records of their metric.
 
     Raises:
-        UserError: for records of one metric that cannot be compared, unless forced; then the table says so. Also
-            for two records of one system and metric, and for none.
+        UserError: for records of one metric that cannot be compared, unless forced; then the table
+            says so. Also for two records of one system and metric, and for none.
     """
+    columns = _columns(records)
+    notes = []
+    for column in columns.values():
+        notes += [f"Not comparable: {line}." for line in compare(list(column.values()), force)]
+    rows = [*_system_rows(records, columns), *_baseline_rows(columns)]
+    published_rows, sources = _published_rows(columns, published)
+    rows += published_rows
+    notes += [f"Published: {source}." for source in sources]
+    notes += _warnings(records)
+    table = tables.markdown_table(["system", "clips", *columns], rows)
+    return "\n".join([table, *(f"\n{note}" for note in notes)]) + "\n"
+
+
+_Columns = dict[str, dict[str, Record]]
+"""Metric to system to record."""
+
+
+def _columns(records: Sequence[Record]) -> _Columns:
     if not records:
         raise UserError("no records to tabulate: score a system first")
-    columns: dict[str, dict[str, Record]] = {}
+    columns: _Columns = {}
     for record in records:
         column = columns.setdefault(record.metric, {})
         if record.system in column:
-            raise UserError(f"{record.system} has two records of {record.metric}: name the systems apart")
+            raise UserError(
+                f"{record.system} has two records of {record.metric}: give the systems different "
+                "names"
+            )
         column[record.system] = record
-    notes = [f"Not comparable: {line}." for c in columns.values() for line in compare(list(c.values()), force)]
+    return columns
 
-    def counts(some: Iterable[Record]) -> str:
-        return " / ".join(dict.fromkeys(f"{r.num_clips:,}" for r in some))
 
-    rows = [["system", "clips", *columns]]
-    for system in dict.fromkeys(r.system for r in records):
-        cells = [_cell(c[system]) if system in c else "" for c in columns.values()]
-        rows.append([system, counts(c[system] for c in columns.values() if system in c), *cells])
-    for name, floor in (("real clips", "floor_real"), ("codec reconstruction", "floor_codec")):
-        cells = [_floor(c.values(), floor) for c in columns.values()]
-        if any(cells):
-            rows.append([name, "", *cells])
-    theirs: dict[tuple[str, str], dict[str, str]] = {}
-    for figure in published:
-        for metric, column in columns.items():
-            same = all(r.published_protocol == figure.protocol for r in column.values())
-            if same and metric == figure.metric:
-                theirs.setdefault((figure.model, figure.source), {})[metric] = f"{figure.value:.2f}"
-    rows += [[f"{model} (published)", "", *(v.get(m, "") for m in columns)] for (model, _), v in theirs.items()]
-    notes += [f"Published: {source}." for source in dict.fromkeys(source for _, source in theirs)]
-    fewest = {
-        system: min(r.num_clips for r in records if r.system == system)
-        for system in dict.fromkeys(r.system for r in records)
-    }
-    for number in dict.fromkeys(n for n in fewest.values() if n < FEWEST_CLIPS):
-        systems = ", ".join(system for system, n in fewest.items() if n == number)
-        notes.append(
-            f"Warning: {systems}: {number} clips; below {FEWEST_CLIPS} FAD lies well above its value for many clips, "
-            "and intervals are wide."
+def _system_rows(records: Sequence[Record], columns: _Columns) -> list[list[str]]:
+    rows = []
+    for system in dict.fromkeys(record.system for record in records):
+        cells = [_cell(column.get(system)) for column in columns.values()]
+        counts = dict.fromkeys(
+            f"{column[system].num_clips:,}" for column in columns.values() if system in column
         )
-    return "\n".join([*_aligned(rows), *(f"\n{note}" for note in notes)]) + "\n"
+        rows.append([system, " / ".join(counts), *cells])
+    return rows
 
 
-def _cell(record: Record) -> str:
-    interval = "" if record.interval is None else f" [{record.interval[0]:.3f}, {record.interval[1]:.3f}]"
+def _cell(record: Record | None) -> str:
+    if record is None:
+        return ""
+    interval = (
+        "" if record.interval is None else f" [{record.interval[0]:.3f}, {record.interval[1]:.3f}]"
+    )
     return f"{record.value:.3f}{interval}"
 
 
-def _floor(column: Iterable[Record], floor: str) -> str:
-    """The lowest and highest of a column, in one number where they agree: systems of one protocol share a floor."""
-    found: list[float] = [getattr(r, floor) for r in column if getattr(r, floor) is not None]
-    return " to ".join(dict.fromkeys(f"{v:.3f}" for v in (min(found), max(found)))) if found else ""
+def _baseline_rows(columns: _Columns) -> list[list[str]]:
+    """Rows of baselines, without those that no record has."""
+    rows = []
+    for title, baseline in (
+        ("real clips", "baseline_real"),
+        ("codec reconstruction", "baseline_codec"),
+    ):
+        cells = [
+            _range([getattr(r, baseline) for r in column.values()]) for column in columns.values()
+        ]
+        if any(cells):
+            rows.append([title, "", *cells])
+    return rows
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
-    rows = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in rows]
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
-    sides = [str.ljust] + [str.rjust] * (len(widths) - 1)
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+def _range(values: Iterable[float | None]) -> str:
+    """The lowest and the highest value, once if they agree: systems of one protocol share a
+    baseline."""
+    known = [value for value in values if value is not None]
+    return " to ".join(dict.fromkeys(f"{v:.3f}" for v in (min(known), max(known)))) if known else ""
+
+
+def _published_rows(
+    columns: _Columns, published: Iterable[Published]
+) -> tuple[list[list[str]], list[str]]:
+    """Rows of published figures that are comparable, and their sources."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for figure in published:
+        column = columns.get(figure.metric, {})
+        if column and all(
+            record.published_protocol == figure.protocol for record in column.values()
+        ):
+            found.setdefault((figure.model, figure.source), {})[figure.metric] = (
+                f"{figure.value:.2f}"
+            )
+    rows = []
+    for (model, _), values in found.items():
+        rows.append([f"{model} (published)", "", *(values.get(metric, "") for metric in columns)])
+    return rows, list(dict.fromkeys(source for _, source in found))
+
+
+def _warnings(records: Sequence[Record]) -> list[str]:
+    """A line for each number of clips that is too small for FAD."""
+    fewest: dict[str, int] = {}
+    for record in records:
+        fewest[record.system] = min(record.num_clips, fewest.get(record.system, record.num_clips))
     lines = []
-    for row in rows:
-        padded = [side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)]
-        lines.append(f"| {' | '.join(padded)} |")
-    return [lines[0], rule, *lines[1:]]
+    for number in dict.fromkeys(n for n in fewest.values() if n < MIN_CLIPS):
+        systems = ", ".join(system for system, n in fewest.items() if n == number)
+        lines.append(
+            f"Warning: {systems}: {number} clips; below {MIN_CLIPS} FAD is well above its value "
+            "for many clips, and "
+            "intervals are wide."
+        )
+    return lines

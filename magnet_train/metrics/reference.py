@@ -1,4 +1,5 @@
-"""What scoring needs of a reference set, in one safetensors file, so that its audio is embedded once.
+"""What scoring needs of a reference set, in one safetensors file, so that its audio is embedded
+once.
 
 Shapes: n windows of a clip, d dimensions, c classes.
 """
@@ -22,7 +23,8 @@ _HEARD = ("embedder", "embedder_hash", "resampler", "windowing")
 
 
 def hash_of_ids(ids: Iterable[str]) -> str:
-    """Names a set of items whatever their order: 16 hex digits. Only the ids count, so an id must name its audio."""
+    """Names a set of items whatever their order: 16 hex digits. Only the ids count, so an id must
+    name its audio."""
     return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:16]
 
 
@@ -63,34 +65,54 @@ class ReferenceStatistics:
     ) -> "ReferenceStatistics":
         """From windows `n d` of each clip by its id; the ids may come in any order.
 
-        `names` stand for the clips in `ids_hash` where ids alone do not tell their audio from other audio.
+        `names` stand for the clips in `ids_hash` where ids alone do not tell their audio from other
+        audio.
 
         Raises:
-            UserError: for fewer than two windows in all, and naming a clip whose embedding is broken.
+            UserError: for fewer than two windows in all, and naming a clip whose embedding is
+                broken.
             ValueError: if the widths differ.
         """
         clips = dict(sorted(embeddings.items()))
         for key, windows in clips.items():
             if not torch.isfinite(windows).all():
-                raise UserError(f"reference clip {key}: its embedding is NaN or infinite; look at the audio")
+                raise UserError(
+                    f"reference clip {key}: its embedding is NaN or infinite; look at the audio"
+                )
         if len({windows.shape[1:] for windows in clips.values()}) > 1:
             raise ValueError("embeddings of different widths in one reference")
-        moments = Moments.of(torch.cat(list(clips.values())).cpu()) if clips else Moments.of(torch.zeros(0, 1))
+        moments = (
+            Moments.of(torch.cat(list(clips.values())).cpu())
+            if clips
+            else Moments.of(torch.zeros(0, 1))
+        )
         moments.covariance("reference")
         return cls(
-            moments, len(clips), hash_of_ids(clips if names is None else names), embedder, embedder_hash, resampler,
-            windowing, clips if keep_embeddings else {}, dict(sorted((logits or {}).items())),
-        )  # fmt: skip
+            moments,
+            len(clips),
+            hash_of_ids(clips if names is None else names),
+            embedder,
+            embedder_hash,
+            resampler,
+            windowing,
+            clips if keep_embeddings else {},
+            dict(sorted((logits or {}).items())),
+        )
 
     def save(self, path: str | Path) -> None:
-        """Writes the file: tensors `mean` and `covariance`, windows of items one after the other, all else as metadata.
+        """Writes the file: tensors `mean` and `covariance`, windows of items one after the other,
+        all else as metadata.
 
         It appears whole or not at all.
         """
         from safetensors.torch import save_file
 
         path = Path(path)
-        about: dict[str, Any] = {"format": FORMAT, "num_windows": self.moments.count, "num_clips": self.num_clips}
+        about: dict[str, Any] = {
+            "format": FORMAT,
+            "num_windows": self.moments.count,
+            "num_clips": self.num_clips,
+        }
         about |= {name: getattr(self, name) for name in ("ids_hash", *_HEARD)}
         tensors = {"mean": self.moments.mean, "covariance": self.moments.covariance("reference")}
         for kind in ("embeddings", "logits"):
@@ -101,7 +123,11 @@ class ReferenceStatistics:
                 tensors[f"{kind}_windows"] = torch.tensor([len(x) for x in items.values()])
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"reference_statistics": json.dumps(about)})
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()},
+            partial,
+            {"reference_statistics": json.dumps(about)},
+        )
         os.replace(partial, path)
 
     @classmethod
@@ -120,22 +146,29 @@ class ReferenceStatistics:
         try:
             with safe_open(str(path), "pt") as file:
                 about = json.loads((file.metadata() or {})["reference_statistics"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
             if about["format"] != FORMAT:
-                raise UserError(f"{path}: format {about['format']}, this version reads {FORMAT}; write it anew")
+                raise UserError(
+                    f"{path}: format {about['format']}, this version reads {FORMAT}; write it anew"
+                )
             moments = _moments(tensors, int(about["num_windows"]))
             others: dict[str, Any] = {name: str(about[name]) for name in ("ids_hash", *_HEARD)}
-            others |= {kind: _split(tensors, kind, about[kind]) for kind in ("embeddings", "logits")}
+            others |= {
+                kind: _split(tensors, kind, about[kind]) for kind in ("embeddings", "logits")
+            }
             read = cls(moments, int(about["num_clips"]), **others)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{path}: missing, broken or no reference statistics ({reason}); write it anew") from error
+            raise UserError(
+                f"{path}: missing, broken or no reference statistics ({reason}); write it anew"
+            ) from error
         for name, value in expected.items():
             if name not in _HEARD:
                 raise ValueError(f"{name} is none of {_HEARD}")
             if getattr(read, name) != value:
                 raise UserError(
-                    f"{path}: its {name} is {getattr(read, name)!r}, this run's {value!r}; compute the reference anew"
+                    f"{path}: its {name} is {getattr(read, name)!r}, this run's {value!r}; "
+                    "compute the reference anew"
                 )
         return read
 
@@ -143,7 +176,9 @@ class ReferenceStatistics:
 def _moments(tensors: dict[str, Tensor], count: int) -> Moments:
     mean, covariance = tensors["mean"], tensors["covariance"]
     if count < 2 or mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
-        raise ValueError(f"{count} windows, mean {tuple(mean.shape)}, covariance {tuple(covariance.shape)}")
+        raise ValueError(
+            f"{count} windows, mean {tuple(mean.shape)}, covariance {tuple(covariance.shape)}"
+        )
     if not all(x.dtype == torch.float64 and torch.isfinite(x).all() for x in (mean, covariance)):
         raise ValueError("mean or covariance is not finite float64")
     return Moments(count, mean, covariance * (count - 1))

@@ -1,261 +1,321 @@
-"""Figures from what was heard: the one place where clips by id become records.
+"""Metrics of features: the one place where embedded clips become records.
 
-A metric is named KIND/LISTENER, as in `fad/vggish` or `kl/passt`. Everything is ordered by item id and computed in
-float64 from gathered items, so a figure is the same however the items were dealt out to ranks and batches.
+A metric is named METRIC/EMBEDDER, as in `fad/vggish` or `kl/passt`. Everything is ordered by clip
+id and computed in float64 from gathered features, so a value does not depend on how the clips were
+split over ranks and batches.
 
 Shapes: n windows, d dimensions, c classes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
 from magnet_train.metrics import embedding_sets as sets
 from magnet_train.metrics.clap_score import clap_summary
-from magnet_train.metrics.distributed import gather_by_id
-from magnet_train.metrics.embedders import LISTENERS, HeardClip, Listener
+from magnet_train.metrics.distributed import all_gather_by_id
+from magnet_train.metrics.embedders import EMBEDDERS, ClipFeatures, Embedder
 from magnet_train.metrics.intervals import bootstrap_interval, frechet_interval
 from magnet_train.metrics.kl import clip_divergences
 from magnet_train.metrics.record import Record
 from magnet_train.metrics.reference import ReferenceStatistics
 
-KINDS = {
+METRICS = {
     "fad": "Fréchet audio distance",
-    "fad_inf": "FAD of endless clips, by extrapolation",
+    "fad_inf": "FAD extrapolated to infinitely many samples",
     "kad": "kernel audio distance",
     "kid": "kernel distance with a cubic kernel",
     "precision": "share of generated windows near a real one",
     "recall": "share of real windows near a generated one",
     "density": "real windows near each generated one, relative to their number",
-    "coverage": "share of real windows with a generated one near",
+    "coverage": "share of real windows with a generated one nearby",
     "vendi": "effective number of different windows",
-    "kl": "divergence between what a classifier hears in the real clip and in the generated one",
-    "text": "cosine of a clip and its caption",
-    "text_shuffled": "the same with other clips' captions: the control",
+    "kl": "KL divergence between a classifier's outputs for the real and the generated clip",
+    "text": "cosine similarity of a clip and its caption",
+    "text_shuffled": "the same with the captions of other clips, as a control",
     "text_r1": "share of captions whose clip is the most similar of all",
     "text_r10": "share of captions whose clip is among the ten most similar",
 }
-"""What a metric is called and what it tells."""
-NEEDS_REFERENCE = ("fad", "fad_inf", "kad", "kid", "precision", "recall", "density", "coverage", "kl")
-MOST_WINDOWS = 5000
-"""Drawn, seeded, where all pairs are compared; a record says how many there were."""
+"""Names of metrics and their meaning."""
+REFERENCE_METRICS = (
+    "fad",
+    "fad_inf",
+    "kad",
+    "kid",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "kl",
+)
+"""Metrics that need a reference."""
+CLASSIFIERS = ("musicnn", "passt", "passt-10s")
+TEXT_EMBEDDERS = ("musicnn", "clap", "laion-clap")
+MAX_PAIRED_WINDOWS = 5000
+"""Windows drawn, with a fixed seed, where all pairs are compared; the record has their number."""
 
 
 def parse_metric(name: str) -> tuple[str, str]:
-    """`KIND/LISTENER` in its two parts.
+    """The two parts of `METRIC/EMBEDDER`.
 
     Raises:
-        UserError: if either is not known, or the listener has no such metric.
+        UserError: if either is not known, or the embedder has no such metric.
 
     >>> parse_metric("fad/vggish")
     ('fad', 'vggish')
     """
-    kind, _, listener = name.partition("/")
-    if kind not in KINDS or listener not in LISTENERS:
-        raise UserError(f"metric {name!r}: give KIND/LISTENER of {', '.join(KINDS)} / {', '.join(LISTENERS)}")
-    if kind == "kl" and listener not in ("musicnn", "passt", "passt-10s"):
-        raise UserError(f"metric {name!r}: KL needs a classifier: kl/musicnn, kl/passt or kl/passt-10s")
-    if kind.startswith("text") and listener not in ("musicnn", "clap", "laion-clap"):
-        raise UserError(f"metric {name!r}: captions are heard by text/clap, text/laion-clap and text/musicnn only")
-    return kind, listener
+    metric, _, embedder = name.partition("/")
+    if metric not in METRICS or embedder not in EMBEDDERS:
+        raise UserError(
+            f"metric {name!r}: give METRIC/EMBEDDER of {', '.join(METRICS)} / "
+            f"{', '.join(EMBEDDERS)}"
+        )
+    if metric == "kl" and embedder not in CLASSIFIERS:
+        raise UserError(f"metric {name!r}: KL needs a classifier: kl/{', kl/'.join(CLASSIFIERS)}")
+    if metric.startswith("text") and embedder not in TEXT_EMBEDDERS:
+        raise UserError(f"metric {name!r}: only {', '.join(TEXT_EMBEDDERS)} embed captions")
+    return metric, embedder
 
 
 @dataclass
-class HeardSet:
-    """What one network heard of many clips, by their ids."""
+class FeatureSet:
+    """Features of many clips by one embedder, by clip id."""
 
-    listener: Listener
+    embedder: Embedder
     embeddings: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     rates: set[int] = field(default_factory=set)
     """Sample rates of the clips, in Hz."""
+    clipped: dict[str, Tensor] = field(default_factory=dict)
+    """Share of clipped samples in each clip as it was embedded; empty if not measured."""
 
     def add(self, key: str, wav: Tensor, sample_rate: int) -> None:
-        """Hear one clip `channels t`; a key that was heard before is passed over.
+        """Embeds one clip `channels t`; a key that is there already is skipped.
 
         Raises:
-            UserError: as the listener does.
+            UserError: if the embedder cannot embed it.
         """
         if key not in self.embeddings:
-            self.put(key, self.listener(wav, sample_rate, key), sample_rate)
+            self.put(key, self.embedder(wav, sample_rate, key), sample_rate)
 
-    def put(self, key: str, heard: HeardClip, sample_rate: int) -> None:
-        """What was heard of a clip elsewhere."""
+    def put(self, key: str, features: ClipFeatures, sample_rate: int) -> None:
+        """Stores features of one clip."""
         self.rates.add(sample_rate)
-        self.embeddings[key] = heard.embeddings
-        if heard.outputs is not None:
-            self.outputs[key] = heard.outputs
-        if heard.vector is not None:
-            self.vectors[key] = heard.vector
+        self.embeddings[key] = features.embeddings
+        if features.outputs is not None:
+            self.outputs[key] = features.outputs
+        if features.vector is not None:
+            self.vectors[key] = features.vector
 
-    def gathered(self) -> "HeardSet":
-        """The clips of all ranks; a collective."""
-        rates = gather_by_id({str(rate): torch.empty(0) for rate in self.rates})
-        embeddings, outputs, vectors = (gather_by_id(x) for x in (self.embeddings, self.outputs, self.vectors))
-        return HeardSet(self.listener, embeddings, outputs, vectors, {int(rate) for rate in rates})
+    def all_gather(self) -> "FeatureSet":
+        """The features of all ranks. Collective."""
+        rates = all_gather_by_id({str(rate): torch.empty(0) for rate in self.rates})
+        return FeatureSet(
+            self.embedder,
+            all_gather_by_id(self.embeddings),
+            all_gather_by_id(self.outputs),
+            all_gather_by_id(self.vectors),
+            {int(rate) for rate in rates},
+            all_gather_by_id(self.clipped),
+        )
 
-    def statistics(self, keep: bool = True, names: Iterable[str] | None = None) -> ReferenceStatistics:
-        """As a reference.
+    def subset(self, keys: Iterable[str]) -> "FeatureSet":
+        """The features of these clips."""
+        chosen = dict.fromkeys(keys)
+        parts = (
+            {k: part[k] for k in chosen if k in part}
+            for part in (self.embeddings, self.outputs, self.vectors)
+        )
+        return FeatureSet(self.embedder, *parts, rates=self.rates)
+
+    def statistics(
+        self, keep: bool = True, names: Iterable[str] | None = None
+    ) -> ReferenceStatistics:
+        """Statistics of these clips as a reference.
 
         Args:
-            keep: whether each clip's embeddings too, as kernel and neighbour metrics need them.
-            names: what tells this set of clips from any other, such as ids with the hashes of their files; else ids.
+            keep: whether to keep the embeddings of each clip, which kernel and neighbour metrics
+                need.
+            names: names that tell this set of clips from any other, such as ids with hashes of
+                files; ids if None.
 
         Raises:
             UserError: for fewer than two windows.
         """
         return ReferenceStatistics.of(
-            self.embeddings, embedder=self.listener.id, embedder_hash=self.listener.hash,
-            resampler=self.listener.resampler, windowing=self.listener.windowing, logits=self.outputs,
-            keep_embeddings=keep, names=names,
-        )  # fmt: skip
+            self.embeddings,
+            embedder=self.embedder.id,
+            embedder_hash=self.embedder.hash,
+            resampler=self.embedder.resampler,
+            windowing=self.embedder.windowing,
+            logits=self.outputs,
+            keep_embeddings=keep,
+            names=names,
+        )
+
+
+class _Scored(NamedTuple):
+    """A value and what its record says beside it."""
+
+    value: float
+    num_windows: int
+    interval: tuple[float, float] | None = None
+    convention: str | None = None
+    details: dict[str, float] | None = None
 
 
 def score(
     metric: str,
-    heard: HeardSet,
+    features: FeatureSet,
     reference: ReferenceStatistics | None = None,
     captions: Mapping[str, str] | None = None,
     convention: str | None = None,
-    **about: Any,
+    **fields: Any,
 ) -> Record:
-    """One figure with all that must be known of it.
+    """One metric of a set of clips, as a record.
 
     Args:
-        metric: KIND/LISTENER, the listener that of `heard`.
-        heard: of all clips (`gathered`).
-        reference: what the same network heard in real clips; for KL with outputs under the same ids.
+        metric: METRIC/EMBEDDER, with the embedder of `features`.
+        features: of all clips (`all_gather`).
+        reference: statistics of real clips from the same embedder; for KL with outputs under the
+            same ids.
         captions: by id, for text metrics.
-        convention: of KL, a name of `kl.CONVENTIONS`; that of the listener if not given.
-        about: further fields of the record, such as system, level, decoding and seed.
+        convention: of KL, a name of `kl.CONVENTIONS`; the embedder's own if None.
+        fields: further fields of the record, such as system, level, decoding and seed.
 
     Raises:
-        UserError: if clips, captions or references are missing, or too few for the metric to have a meaning.
+        UserError: if clips, captions or references are missing, or too few for the metric.
     """
-    kind, name = parse_metric(metric)
-    listener = heard.listener
-    assert name == listener.name
-    if not heard.embeddings:
+    name, embedder_name = parse_metric(metric)
+    embedder = features.embedder
+    assert embedder_name == embedder.name
+    if not features.embeddings:
         raise UserError(f"{metric}: no clips; generate or give some")
-    if kind in NEEDS_REFERENCE and reference is None:
+    if name in REFERENCE_METRICS and reference is None:
         raise UserError(f"{metric}: no reference; give --reference")
-    fields: dict[str, Any] = {
-        "metric": metric, "embedder": listener.id, "embedder_hash": listener.hash, "resampler": listener.resampler,
-        "windowing": listener.windowing, "num_clips": len(heard.embeddings), "sample_rates": tuple(sorted(heard.rates)),
-        "num_windows": sum(len(x) for x in heard.embeddings.values()),
-        "reference_hash": reference.ids_hash if reference is not None and kind in NEEDS_REFERENCE else None,
-    }  # fmt: skip
-    windows = torch.cat(list(heard.embeddings.values())).double()
-    several, interval = len(heard.embeddings) > 1, None
     try:
-        if kind == "fad":
-            assert reference is not None
-            value = sets.Moments.of(windows).distance(reference.moments)
-            interval = _fad_interval(list(heard.embeddings.values()), reference) if several else None
-        elif kind == "fad_inf":
-            assert reference is not None
-            draws = sets.draws_of_clips([len(x) for x in heard.embeddings.values()])
-            line = sets.fad_infinity(windows, reference.moments, draws)
-            value, fields["details"] = line.value, {"r2": line.r2, "slope": line.slope}
-        elif kind == "kl":
-            assert reference is not None
-            convention = convention or listener.convention
-            values = _divergences(heard, reference, convention)
-            value = torch.cat(values).mean().item()
-            interval = bootstrap_interval(values) if several else None
-            fields |= {"convention": convention, "num_windows": sum(len(v) for v in values)}
-        elif kind.startswith("text"):
-            value, interval = _text(kind, heard, captions)
-            fields["num_windows"] = len(heard.embeddings)
+        if name.startswith("text"):
+            scored = _score_text(name, features, captions)
+        elif name == "vendi":
+            windows = sets.subsample(_windows(features), MAX_PAIRED_WINDOWS)
+            scored = _Scored(sets.vendi_score(windows), len(windows))
         else:
-            windows = sets.subsample(windows, MOST_WINDOWS)
-            fields["num_windows"] = len(windows)
-            value = sets.vendi_score(windows) if kind == "vendi" else _of_sets(kind, windows, reference)
+            assert reference is not None
+            scored = _score_against(name, features, reference, convention)
     except UserError as error:
-        raise error if str(error).startswith(metric) else UserError(f"{metric}: {error}") from error
-    return Record(value=value, interval=interval, **fields, **about)
+        raise UserError(f"{metric}: {error}") from error
+    return Record(
+        metric=metric,
+        **scored._asdict(),
+        embedder=embedder.id,
+        embedder_hash=embedder.hash,
+        resampler=embedder.resampler,
+        windowing=embedder.windowing,
+        num_clips=len(features.embeddings),
+        clipped_share=_mean_clipped(features),
+        sample_rates=tuple(sorted(features.rates)),
+        reference_hash=reference.ids_hash
+        if reference is not None and name in REFERENCE_METRICS
+        else None,
+        **fields,
+    )
 
 
-def _fad_interval(clips: Sequence[Tensor], reference: ReferenceStatistics) -> tuple[float, float] | None:
+def _mean_clipped(features: FeatureSet) -> float | None:
+    return torch.stack(list(features.clipped.values())).mean().item() if features.clipped else None
+
+
+def _windows(features: FeatureSet) -> Tensor:
+    return torch.cat(list(features.embeddings.values())).double()
+
+
+def _score_against(
+    name: str, features: FeatureSet, reference: ReferenceStatistics, convention: str | None
+) -> _Scored:
+    """A metric that compares with a reference."""
+    if name == "kl":
+        return _score_kl(features, reference, convention or features.embedder.convention)
+    windows = _windows(features)
+    clips = list(features.embeddings.values())
+    if name == "fad":
+        value = sets.Moments.of(windows).distance(reference.moments)
+        return _Scored(value, len(windows), _fad_interval(clips, reference))
+    if name == "fad_inf":
+        line = sets.fad_infinity(
+            windows, reference.moments, sets.draws_of_clips([len(clip) for clip in clips])
+        )
+        return _Scored(line.value, len(windows), details={"r2": line.r2, "slope": line.slope})
+    if not reference.embeddings:
+        raise UserError(
+            "the reference file has no embeddings of its clips; give the folder, or write it again"
+        )
+    windows = sets.subsample(windows, MAX_PAIRED_WINDOWS)
+    real = sets.subsample(
+        torch.cat(list(reference.embeddings.values())).double(), MAX_PAIRED_WINDOWS
+    )
+    if name == "kad":
+        value = sets.kad(windows, real)
+    elif name == "kid":
+        value = sets.kid(windows, real)
+    else:
+        value = getattr(sets.neighbourhoods(windows, real), name)
+    return _Scored(value, len(windows))
+
+
+def _fad_interval(
+    clips: Sequence[Tensor], reference: ReferenceStatistics
+) -> tuple[float, float] | None:
     try:
         return frechet_interval(clips, reference.moments)
-    except UserError:  # too few windows in half of the clips; the figure itself stands
+    except (
+        UserError
+    ):  # one clip, or too few windows in half of the clips; the value itself is valid
         return None
 
 
-def _divergences(heard: HeardSet, reference: ReferenceStatistics, convention: str | None) -> list[Tensor]:
+def _score_kl(
+    features: FeatureSet, reference: ReferenceStatistics, convention: str | None
+) -> _Scored:
     assert convention is not None
     if not reference.logits:
-        raise UserError("the reference holds no classifier outputs; compute it anew")
+        raise UserError("the reference has no classifier outputs; compute it again")
     values = []
-    for key, outputs in heard.outputs.items():
+    for key, outputs in features.outputs.items():
         if key not in reference.logits:
-            raise UserError(f"clip {key} has no counterpart in the reference; KL pairs clips by name")
+            raise UserError(
+                f"clip {key} has no counterpart in the reference; KL pairs clips by name"
+            )
         try:
             values.append(clip_divergences(convention, reference.logits[key], outputs))
         except UserError as error:
             raise UserError(f"clip {key}: {error}") from error
-    return values
+    segments = torch.cat(values)
+    interval = bootstrap_interval(values) if len(values) > 1 else None
+    return _Scored(segments.mean().item(), len(segments), interval, convention)
 
 
-def _text(kind: str, heard: HeardSet, captions: Mapping[str, str] | None) -> tuple[float, tuple[float, float] | None]:
-    if heard.listener.embed_text is None or not heard.vectors:
+def _score_text(name: str, features: FeatureSet, captions: Mapping[str, str] | None) -> _Scored:
+    if features.embedder.embed_text is None or not features.vectors:
         raise UserError("no text encoder; install magnet-train[demo]")
-    missing = [key for key in heard.vectors if not (captions or {}).get(key)]
-    if captions is None or missing:
-        raise UserError(f"clip {missing[0] if missing else ''} has no caption; give --captions")
-    text = heard.listener.embed_text([captions[key] for key in heard.vectors])
-    summary = clap_summary(torch.stack(list(heard.vectors.values())), text)
-    if kind == "text":
-        return summary.mean, summary.interval
-    if kind == "text_shuffled":
-        if summary.shuffled is None:
-            raise UserError("one clip alone has no other's caption; score two or more")
-        return summary.shuffled, None
-    return (summary.recall_at_1 if kind == "text_r1" else summary.recall_at_10), None
-
-
-def _of_sets(kind: str, windows: Tensor, reference: ReferenceStatistics | None) -> float:
-    assert reference is not None
-    if not reference.embeddings:
-        raise UserError("the reference file holds no embeddings of its clips; give the folder, or write it anew")
-    real = sets.subsample(torch.cat(list(reference.embeddings.values())).double(), MOST_WINDOWS)
-    if kind in ("kad", "kid"):
-        return sets.kad(windows, real) if kind == "kad" else sets.kid(windows, real)
-    return getattr(sets.neighbourhoods(windows, real), kind)
-
-
-@contextmanager
-def together(alone: bool = False) -> Iterator[None]:
-    """What fails in here on one rank ends all of them with its message, so that none waits for it. A collective.
-
-    Nothing in here may be a collective itself. Where there is one rank, an error stays what it is.
-
-    Args:
-        alone: whether this rank runs without others, whatever torch.distributed says.
-
-    Raises:
-        UserError: on all ranks, with the failure of the lowest rank that has one.
-    """
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    errors: list[Any] = [None]
-    if not alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        message = None if failure is None else str(failure) if isinstance(failure, UserError) else repr(failure)
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, message)
-    elif failure is not None:
-        raise failure
-    for rank, message in enumerate(errors):
-        if message is not None:
-            raise UserError(f"rank {rank}: {message}") from failure
+    captions = captions or {}
+    missing = [key for key in features.vectors if not captions.get(key)]
+    if missing:
+        raise UserError(f"clip {missing[0]} has no caption; give --captions")
+    text = features.embedder.embed_text([captions[key] for key in features.vectors])
+    summary = clap_summary(torch.stack(list(features.vectors.values())), text)
+    if name == "text_shuffled" and summary.shuffled is None:
+        raise UserError("a single clip has no other caption; score two or more")
+    values = {
+        "text": summary.mean,
+        "text_shuffled": summary.shuffled,
+        "text_r1": summary.recall_at_1,
+        "text_r10": summary.recall_at_10,
+    }
+    value = values[name]
+    assert value is not None
+    return _Scored(value, summary.num_pairs, summary.interval if name == "text" else None)

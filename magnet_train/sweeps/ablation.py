@@ -22,7 +22,7 @@ from magnet_train.sweeps.sweep import Run, short_names
 
 SEEDS = ("seed_everything", "seed")
 """Last parts of the names of parameters that are seeds."""
-SKIPPED_METRICS = re.compile(r"/stage\d|/rate|/floor_|/baseline_|_ci95$|/num_clips$")
+SKIPPED_METRICS = re.compile(r"/stage\d|/rate|/baseline_|_ci95$|/num_clips$")
 RESUME_ONLY_SETTINGS = ("config", "ckpt_path", "model.init_from")
 """Settings in which a resumed run differs from an uninterrupted one."""
 Setting = tuple[Any, ...]

@@ -1,7 +1,7 @@
-"""What a run logs: every name with its meaning, its better direction and its place on a dashboard, defined once.
+"""Every logged name: its meaning, which direction is better, and its place on the dashboard.
 
-W&B's axes, the workspace of `dashboard` and METRICS.md are made of this list; a test holds what `fit` logs to it. A new
-figure is a line here.
+The axes in W&B, the workspace of `dashboard` and METRICS.md are made from this list, and a test
+compares it with what `fit` logs. To log something new, add a line.
 """
 
 import re
@@ -9,14 +9,28 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from magnet_train.metrics.scoring import KINDS
+from magnet_train.common.tables import markdown_table
+from magnet_train.metrics.scoring import METRICS
 
 STEP, HOURS = "trainer/global_step", "train/audio_hours"
-"""The axes: optimizer steps, under which every logger files its rows, and hours of audio heard, in every row of W&B."""
-PLACEHOLDERS = {"k": r"\d+", "rate": r"[\d.]+", "kind": f"(?:{'|'.join(KINDS)})", "listener": "[a-z0-9-]+"}
-"""What may stand for each `{…}` in a name."""
-SECTIONS = ("validation", "generated audio", "codebooks", "training", "guards", "speed", "more of validation")
-"""Of the dashboard, from the top down."""
+"""The axes: optimizer steps, for every logger, and hours of audio seen, in every row of W&B."""
+PLACEHOLDERS = {
+    "k": r"\d+",
+    "rate": r"[\d.]+",
+    "metric": f"(?:{'|'.join(METRICS)})",
+    "embedder": "[a-z0-9-]+",
+}
+"""Regular expressions for each `{…}` in a name."""
+SECTIONS = (
+    "validation",
+    "generated audio",
+    "codebooks",
+    "training",
+    "guards",
+    "speed",
+    "more of validation",
+)
+"""Sections of the dashboard, from top to bottom."""
 
 
 Direction = Literal["lower", "higher", ""]
@@ -27,9 +41,10 @@ class Logged:
     """One name, or one pattern of names."""
 
     name: str
-    """Key; `{k}` is a codebook from 0, `{rate}` a share of masked frames, `{kind}` and `{listener}` as in a metric."""
+    """Key; `{k}` is a codebook from 0, `{rate}` a share of masked frames, `{metric}` and
+    `{embedder}` as in a metric."""
     meaning: str
-    """A phrase, with the unit or the range."""
+    """A phrase, with its unit or range."""
     section: str
     better: Direction = ""
     """Direction of improvement; empty where there is none."""
@@ -39,89 +54,157 @@ class Logged:
 
     @cached_property
     def pattern(self) -> str:
-        """A regular expression for the whole key."""
+        """A regular expression for the complete key."""
         parts = re.split(r"\{(\w+)\}", self.name)
         return "".join(PLACEHOLDERS[p] if i % 2 else re.escape(p) for i, p in enumerate(parts))
 
 
-SHOWN_FIRST = ("fad", "kl", "text")
-"""Kinds of metrics that `fit` computes unless others are asked for."""
+DEFAULT_METRICS = ("fad", "kl", "text")
+"""Metrics that `fit` computes by default."""
 _BETTER: dict[str, Direction] = {
-    "fad": "lower", "fad_inf": "lower", "kad": "lower", "kid": "lower", "precision": "higher", "recall": "higher",
-    "density": "higher", "coverage": "higher", "vendi": "higher", "kl": "lower", "text": "higher", "text_shuffled": "",
-    "text_r1": "higher", "text_r10": "higher",
-}  # fmt: skip
+    "fad": "lower",
+    "fad_inf": "lower",
+    "kad": "lower",
+    "kid": "lower",
+    "precision": "higher",
+    "recall": "higher",
+    "density": "higher",
+    "coverage": "higher",
+    "vendi": "higher",
+    "kl": "lower",
+    "text": "higher",
+    "text_shuffled": "",
+    "text_r1": "higher",
+    "text_r10": "higher",
+}
 
 
-def _of(section: str, *entries: tuple[str, Direction, str], **more: bool) -> list[Logged]:
-    return [Logged(name, meaning, section, better, **more) for name, better, meaning in entries]
+def _entries(section: str, *entries: tuple[str, Direction, str], **flags: bool) -> list[Logged]:
+    return [Logged(name, meaning, section, better, **flags) for name, better, meaning in entries]
 
 
-def _kind(kind: str) -> tuple[str, Direction, str]:
-    return f"val/{kind}/{{listener}}", _BETTER[kind], KINDS[kind]
+def _metric(name: str) -> tuple[str, Direction, str]:
+    return f"val/{name}/{{embedder}}", _BETTER[name], METRICS[name]
 
 
 LOGGED: tuple[Logged, ...] = (
-    *_of(
+    *_entries(
         "validation",
-        ("val/ce", "lower", "cross-entropy on fixed masks, mean over all codebooks' masked frames, in nats"),
-        *map(_kind, SHOWN_FIRST),
+        (
+            "val/ce",
+            "lower",
+            "cross-entropy on fixed masks, mean over all codebooks' masked frames, in nats",
+        ),
+        *map(_metric, DEFAULT_METRICS),
     ),
-    *_of("more of validation", *(_kind(kind) for kind in KINDS if kind not in SHOWN_FIRST)),
-    *_of(
+    *_entries(
+        "more of validation", *(_metric(name) for name in METRICS if name not in DEFAULT_METRICS)
+    ),
+    *_entries(
         "validation",
-        ("val/{kind}/{listener}_ci95", "", "half of that figure's 95 % interval over clips"),
-        ("val/{kind}/{listener}/floor_codec", "", "that figure for the codec's reconstructions of the real clips"),
-        ("val/{kind}/{listener}/floor_unigram", "", "that figure for codes drawn by their frequencies"),
-        ("val/num_clips", "", "generated clips that the figures are of"),
+        ("val/{metric}/{embedder}_ci95", "", "half of that metric's 95 % interval over clips"),
+        (
+            "val/{metric}/{embedder}/baseline_codec",
+            "",
+            "that metric for the codec's reconstructions of the real clips",
+        ),
+        (
+            "val/{metric}/{embedder}/baseline_unigram",
+            "",
+            "that metric for codes drawn by their frequencies",
+        ),
+        ("val/num_clips", "", "generated clips that were scored"),
         shown=False,
     ),
-    *_of(
+    *_entries(
         "generated audio",
-        ("gen/clips", "", "a table that every validation adds to: step, item, caption, audio, picture, score"),
+        (
+            "gen/clips",
+            "",
+            "a table to which every validation adds: step, item, caption, audio, plot, score",
+        ),
         ("gen/audio", "", "the clips of each validation"),
         ("gen/pictures", "", "their spectrograms, with the order of unmasking"),
         is_media=True,
     ),
-    *_of(
+    *_entries(
         "codebooks",
         ("val/ce/stage{k}", "lower", "cross-entropy of codebook k on fixed masks, in nats"),
         ("val/ce/stage{k}/rate{rate}", "lower", "the same at one share of masked frames"),
-        ("val/accuracy/stage{k}", "higher", "share of its masked frames whose code is the likeliest, 0 to 1"),
-        ("train/ce/stage{k}", "lower", "cross-entropy of codebook k in the batches that trained it, in nats"),
-        ("train/accuracy/stage{k}", "higher", "share of their masked frames whose code is the likeliest, 0 to 1"),
+        ("val/accuracy/stage{k}", "higher", "accuracy on its masked frames, 0 to 1"),
+        (
+            "train/ce/stage{k}",
+            "lower",
+            "cross-entropy of codebook k in the batches that trained it, in nats",
+        ),
+        ("train/accuracy/stage{k}", "higher", "accuracy on their masked frames, 0 to 1"),
     ),
-    *_of("codebooks", ("val/ce/stage{k}_ci95", "", "half of val/ce/stage{k}'s 95 % interval over items"), shown=False),
-    *_of(
+    *_entries(
+        "codebooks",
+        ("val/ce/stage{k}_ci95", "", "half of val/ce/stage{k}'s 95 % interval over items"),
+        shown=False,
+    ),
+    *_entries(
         "training",
-        ("train/loss", "lower", "what is minimised: mean cross-entropy of a batch's masked frames, in nats"),
+        (
+            "train/loss",
+            "lower",
+            "training loss: mean cross-entropy of a batch's masked frames, in nats",
+        ),
         ("train/lr", "", "learning rate"),
-        ("train/grad_norm", "", "norm of all gradients before clipping"),
-        ("train/audio_hours", "", "hours of audio heard by all ranks since the run began"),
+        ("train/grad_norm", "", "norm of all gradients, before clipping"),
+        ("train/audio_hours", "", "hours of audio seen, all ranks, since the run began"),
     ),
-    *_of("training", ("epoch", "", "Lightning's count; training data has no end of its own"), shown=False),
-    *_of(
+    *_entries(
+        "training",
+        ("epoch", "", "epochs as Lightning counts them; training data is endless"),
+        shown=False,
+    ),
+    *_entries(
         "guards",
         (
             "train/steps_skipped",
             "lower",
-            "steps skipped so far, whose loss or gradients were not finite; some find the scale of 16-mixed",
+            (
+                "steps skipped so far because of a non-finite loss or gradient; some find the "
+                "scale of 16-mixed"
+            ),
         ),
-        ("data/shards_skipped", "lower", "shards that no loader process could read, each time it was its turn"),
+        (
+            "data/shards_skipped",
+            "lower",
+            "shards that no loader process could read, each time it was its turn",
+        ),
         ("data/items_skipped", "lower", "items in them"),
     ),
-    *_of(
+    *_entries(
         "speed",
-        ("speed/examples_per_s", "higher", "examples a second, the first rank's times the ranks, validation left out"),
-        ("speed/frames_per_s", "higher", "frames a second, the first rank's times the ranks, without padding"),
-        ("speed/audio_hours_per_s", "higher", "hours of audio heard by all ranks in a second"),
+        (
+            "speed/examples_per_s",
+            "higher",
+            "examples per second, the first rank's times the number of ranks, without validation",
+        ),
+        (
+            "speed/frames_per_s",
+            "higher",
+            "frames per second without padding, the first rank's times the number of ranks",
+        ),
+        ("speed/audio_hours_per_s", "higher", "hours of audio seen per second, all ranks"),
         (
             "speed/data_share",
             "lower",
-            "share of the time spent waiting for a batch, 0 to 1; of the rank that waits most",
+            "share of time spent waiting for data, 0 to 1; of the rank that waits most",
         ),
-        ("speed/peak_memory_gb", "lower", "most memory so far of a GPU, or on a CPU of a process, in GB, of all ranks"),
-        ("speed/mfu", "higher", "operations that the model needs over those that the device could do, 0 to 1"),
+        (
+            "speed/peak_memory_gb",
+            "lower",
+            "peak memory of a GPU, or of a process on a CPU, in GB; the largest of all ranks",
+        ),
+        (
+            "speed/mfu",
+            "higher",
+            "model FLOP utilisation: FLOP that the model needs over the peak of the device, 0 to 1",
+        ),
     ),
 )
 
@@ -136,7 +219,7 @@ def find(key: str) -> Logged | None:
 
 
 def table() -> str:
-    """Markdown with a row for each name, as METRICS.md has it."""
+    """Markdown with a row for each name, as in METRICS.md."""
     signs = {"lower": "↓", "higher": "↑", "": ""}
-    rows = [f"| `{entry.name}` | {signs[entry.better]} | {entry.meaning} |" for entry in LOGGED]
-    return "\n".join(["| name | better | meaning |", "|---|---|---|", *rows])
+    rows = [[f"`{entry.name}`", signs[entry.better], entry.meaning] for entry in LOGGED]
+    return markdown_table(["name", "better", "meaning"], rows, num_left=3)

@@ -1,8 +1,10 @@
-"""LAION's CLAP: audio and captions as unit vectors of one space, whose cosine is the published CLAP score.
+"""LAION's CLAP: audio and captions as unit vectors of one space, whose cosine is the published CLAP
+score.
 
-Wu et al., "Large-scale contrastive language-audio pretraining", ICASSP 2023. The figures are of the checkpoint
-`music_audioset_epoch_15_esc_90.14.pt`; it runs here in transformers' ClapModel, its tensors renamed. The models that
-the hub holds under transformers' names are others and give other figures.
+Wu et al., "Large-scale contrastive language-audio pretraining", ICASSP 2023. The figures are of the
+checkpoint `music_audioset_epoch_15_esc_90.14.pt`; it runs here in transformers' ClapModel, its
+tensors renamed. The models that the hub holds under transformers' names are others and give other
+figures.
 
 Shapes: t samples, n captions.
 """
@@ -32,17 +34,27 @@ CONFIG: dict[str, Any] = {
     # RoBERTa's own epsilon; ClapTextConfig's default is another.
     "text_config": {"layer_norm_eps": 1e-5},
     "audio_config": {
-        "depths": [2, 2, 12, 2], "num_attention_heads": [4, 8, 16, 32],
-        "patch_embeds_hidden_size": 128, "hidden_size": 1024, "enable_fusion": False,
+        "depths": [2, 2, 12, 2],
+        "num_attention_heads": [4, 8, 16, 32],
+        "patch_embeds_hidden_size": 128,
+        "hidden_size": 1024,
+        "enable_fusion": False,
     },
     "projection_dim": 512,
-}  # fmt: skip
-"""ClapConfig of LAION's HTSAT-base with RoBERTa-base, no fusion; all else is transformers' default."""
+}
+"""ClapConfig of LAION's HTSAT-base with RoBERTa-base, no fusion; all else is transformers'
+default."""
 
 FEATURES: dict[str, Any] = {
-    "sampling_rate": SAMPLE_RATE, "feature_size": 64, "fft_window_size": 1024, "hop_length": 480,
-    "frequency_min": 50, "frequency_max": 14_000, "truncation": "rand_trunc", "padding": "repeatpad",
-}  # fmt: skip
+    "sampling_rate": SAMPLE_RATE,
+    "feature_size": 64,
+    "fft_window_size": 1024,
+    "hop_length": 480,
+    "frequency_min": 50,
+    "frequency_max": 14_000,
+    "truncation": "rand_trunc",
+    "padding": "repeatpad",
+}
 """ClapFeatureExtractor as LAION computes; its defaults differ by up to 67 dB."""
 
 _RENAMED = {
@@ -57,9 +69,11 @@ _RENAMED = {
         (r"\.mlp\.fc1\.", ".intermediate.dense."),
         (r"\.mlp\.fc2\.", ".output.dense."),
     ],
-    "": [(r"^(audio|text)_projection\.0\.", r"\1_projection.linear1."),
-         (r"^(audio|text)_projection\.2\.", r"\1_projection.linear2.")],
-}  # fmt: skip
+    "": [
+        (r"^(audio|text)_projection\.0\.", r"\1_projection.linear1."),
+        (r"^(audio|text)_projection\.2\.", r"\1_projection.linear2."),
+    ],
+}
 _COMPUTED = ("position_ids", "token_type_ids", "relative_position_index")
 """Buffers of ClapModel that follow from its configuration."""
 _UNRELATED = ("a slow waltz for solo piano", "a dog barks at a passing train")
@@ -72,7 +86,7 @@ class AudioTextModel(Protocol):
     sample_rate: int
     dim: int
     hash: str
-    shortest_s: float
+    min_duration_s: float
 
     def resample(self, wav: Tensor, sample_rate: int) -> Tensor:
         """`t` or `c t` at any rate -> mono `t` at 48 kHz."""
@@ -90,8 +104,8 @@ class AudioTextModel(Protocol):
 def ten_seconds(wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
     """The 480 000 samples of a clip, `t`, that the network hears.
 
-    A shorter clip is repeated as often as it fits in whole, then zeros follow; of a longer one a crop is taken, which
-    LAION draws anew at every call and which here is a function of (seed, key).
+    A shorter clip is repeated as often as it fits in whole, then zeros follow; of a longer one a
+    crop is taken, which LAION draws anew at every call and which here is a function of (seed, key).
 
     Args:
         wav: mono at 48 kHz, not empty.
@@ -107,7 +121,8 @@ def ten_seconds(wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
 
 
 def transformers_name(name: str) -> str:
-    """A name of LAION's in transformers' ClapModel, whose query, key and value LAION keeps in one, `qkv`.
+    """A name of LAION's in transformers' ClapModel, whose query, key and value LAION keeps in one,
+    `qkv`.
 
     >>> transformers_name("audio_branch.layers.2.blocks.0.attn.proj.weight")
     'audio_model.audio_encoder.layers.2.blocks.0.attention.output.dense.weight'
@@ -118,11 +133,13 @@ def transformers_name(name: str) -> str:
     return name
 
 
-def to_transformers(state: Mapping[str, Tensor], needed: Container[str]) -> tuple[dict[str, Tensor], list[str]]:
+def to_transformers(
+    state: Mapping[str, Tensor], needed: Container[str]
+) -> tuple[dict[str, Tensor], list[str]]:
     """LAION's tensors under transformers' names, and the names of those that are not `needed`.
 
-    Of the published checkpoint not needed are: the STFT and mel filters as layers, the classifier's heads, two
-    transforms of the training, masks of attention and indices that ClapModel computes.
+    Of the published checkpoint not needed are: the STFT and mel filters as layers, the classifier's
+    heads, two transforms of the training, masks of attention and indices that ClapModel computes.
     """
     renamed: dict[str, Tensor] = {}
     unused = []
@@ -144,7 +161,7 @@ class Clap:
 
     id = "clap-music"
     sample_rate = SAMPLE_RATE
-    shortest_s = 1 / SAMPLE_RATE
+    min_duration_s = 1 / SAMPLE_RATE
 
     def __init__(self, model: Any, tokenizer: Any, hash: str = "", unused: Sequence[str] = ()):
         """
@@ -169,7 +186,8 @@ class Clap:
 
     @torch.no_grad()
     def embed_audio(self, wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
-        """A mono clip at 48 kHz, `t` -> its unit vector, `512`. Of more than 10 s one crop is heard.
+        """A mono clip at 48 kHz, `t` -> its unit vector, `512`. Of more than 10 s one crop is
+        heard.
 
         Args:
             wav: Not empty; silence is heard like anything else.
@@ -179,9 +197,11 @@ class Clap:
         Raises:
             UserError: if the clip is empty, or holds NaN or infinite samples.
         """
-        check_clip(wav, SAMPLE_RATE, self.shortest_s, self.id)
+        check_clip(wav, SAMPLE_RATE, self.min_duration_s, self.id)
         heard = ten_seconds(wav.float().cpu(), key, seed).numpy()
-        features = self.features(heard, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"]
+        features = self.features(heard, sampling_rate=SAMPLE_RATE, return_tensors="pt")[
+            "input_features"
+        ]
         return self.model.get_audio_features(features.to(self.model.device)).pooler_output[0].cpu()
 
     @torch.no_grad()
@@ -189,18 +209,25 @@ class Clap:
         """Captions, as they are, without a template -> unit vectors, `n 512`."""
         # Always filled up to 77 tokens, so that a caption's vector depends on no other caption.
         tokens = self.tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+            list(captions),
+            padding="max_length",
+            truncation=True,
+            max_length=MAX_TOKENS,
+            return_tensors="pt",
         ).to(self.model.device)
-        return self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output.cpu()
+        return self.model.get_text_features(
+            tokens["input_ids"], tokens["attention_mask"]
+        ).pooler_output.cpu()
 
 
 class LaionClap:
-    """The package `laion-clap` behind the same interface; unproven here, where it could not be imported."""
+    """The package `laion-clap` behind the same interface; unproven here, where it could not be
+    imported."""
 
     id = "laion-clap-music"
     sample_rate = SAMPLE_RATE
     dim = 512
-    shortest_s = 1 / SAMPLE_RATE
+    min_duration_s = 1 / SAMPLE_RATE
 
     def __init__(self, file: WeightsFile, device: str = "cpu"):
         """
@@ -209,15 +236,20 @@ class LaionClap:
         """
         try:
             from laion_clap import CLAP_Module  # type: ignore[import-not-found]
-        except Exception as error:  # OSError and RuntimeError too, from a torchvision built for another torch
+        except (
+            Exception
+        ) as error:  # OSError and RuntimeError too, from a torchvision built for another torch
             raise UserError(
-                f"laion-clap cannot be imported ({one_line(error)}): pip install 'magnet-train[laion-clap]', "
+                f"laion-clap cannot be imported ({one_line(error)}): pip install "
+                "'magnet-train[laion-clap]', "
                 "or leave it: transformers computes the same from the same weights"
             ) from error
         self.hash = file.hash
         self.model = CLAP_Module(enable_fusion=False, amodel="HTSAT-base", device=device)
         state = _state(file)
-        state.pop("text_branch.embeddings.position_ids", None)  # transformers has computed it since 4.31
+        state.pop(
+            "text_branch.embeddings.position_ids", None
+        )  # transformers has computed it since 4.31
         self.model.model.load_state_dict(state)
         self.model.eval()
 
@@ -228,7 +260,7 @@ class LaionClap:
     @torch.no_grad()
     def embed_audio(self, wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
         """As Clap's."""
-        check_clip(wav, SAMPLE_RATE, self.shortest_s, self.id)
+        check_clip(wav, SAMPLE_RATE, self.min_duration_s, self.id)
         heard = ten_seconds(wav.float(), key, seed)
         return self.model.get_audio_embedding_from_data([heard], use_tensor=True)[0].cpu()
 
@@ -240,7 +272,10 @@ class LaionClap:
 
 @lru_cache
 def load_clap(
-    path: str | None = None, tokenizer: str = "roberta-base", package: bool = False, device: str = "cpu"
+    path: str | None = None,
+    tokenizer: str = "roberta-base",
+    package: bool = False,
+    device: str = "cpu",
 ) -> AudioTextModel:
     """The published CLAP, in evaluation mode.
 
@@ -259,11 +294,14 @@ def load_clap(
     return clap
 
 
-def make_clap(file: WeightsFile, config: Mapping[str, Any], tokenizer: str, device: str = "cpu") -> Clap:
+def make_clap(
+    file: WeightsFile, config: Mapping[str, Any], tokenizer: str, device: str = "cpu"
+) -> Clap:
     """A checkpoint of LAION's in a ClapModel of that configuration.
 
     Raises:
-        UserError: if a tensor is missing, left over or of another shape, or the tokenizer does not fit.
+        UserError: if a tensor is missing, left over or of another shape, or the tokenizer does not
+            fit.
     """
     ensure_torchaudio_imports()  # before anything imports transformers
     from transformers import ClapConfig, ClapModel
@@ -279,12 +317,20 @@ def make_clap(file: WeightsFile, config: Mapping[str, Any], tokenizer: str, devi
     try:
         model.load_state_dict(renamed, strict=False)  # not strict for what is computed
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"{file.path}: not CLAP of the expected kind: {' '.join(str(error).split())[:300]}") from error
-    return Clap(model.to(device), load_tokenizer(tokenizer, model.config.text_config.vocab_size), file.hash, unused)
+        raise UserError(
+            f"{file.path}: not CLAP of the expected kind: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return Clap(
+        model.to(device),
+        load_tokenizer(tokenizer, model.config.text_config.vocab_size),
+        file.hash,
+        unused,
+    )
 
 
 def load_tokenizer(name: str, vocab_size: int) -> Any:
-    """RoBERTa's tokenizer from a folder or a hub id, with exactly the tokens that the network knows.
+    """RoBERTa's tokenizer from a folder or a hub id, with exactly the tokens that the network
+    knows.
 
     Raises:
         UserError: if it cannot be loaded or has another vocabulary.
@@ -297,7 +343,9 @@ def load_tokenizer(name: str, vocab_size: int) -> Any:
             source, local_files_only=local, trust_remote_code=False
         )
 
-    tokenizer = load_pretrained("CLAP tokenizer", name, load, ("config.json", "tokenizer_config.json"))
+    tokenizer = load_pretrained(
+        "CLAP tokenizer", name, load, ("config.json", "tokenizer_config.json")
+    )
     # transformers may answer a missing vocabulary with an empty tokenizer, and no error.
     if len(tokenizer) != vocab_size:
         raise UserError(
@@ -308,7 +356,8 @@ def load_tokenizer(name: str, vocab_size: int) -> Any:
 
 
 def check_captions(clap: AudioTextModel) -> None:
-    """Nothing, if two unrelated captions lie apart, as broken text weights or tokenizers would not place them.
+    """Nothing, if two unrelated captions lie apart, as broken text weights or tokenizers would not
+    place them.
 
     Raises:
         UserError: if their cosine is 0.9 or more, or not a number.
@@ -317,7 +366,8 @@ def check_captions(clap: AudioTextModel) -> None:
     cosine = float(first @ second)
     if not cosine < 0.9:
         raise UserError(
-            f"{clap.id}: two unrelated captions have cosine {cosine:.3f}, which should be far below 0.9; "
+            f"{clap.id}: two unrelated captions have cosine {cosine:.3f}, which should be far "
+            "below 0.9; "
             "the text weights or the tokenizer are broken"
         )
 
@@ -331,5 +381,8 @@ def _state(file: WeightsFile) -> dict[str, Tensor]:
     content = load_tensors(file)
     state = content.get("state_dict", content)
     if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise UserError(f"{file.path}: not a checkpoint of LAION's training, it holds other things than named tensors")
+        raise UserError(
+            f"{file.path}: not a checkpoint of LAION's training, it holds other things than named "
+            "tensors"
+        )
     return {name.removeprefix("module."): x for name, x in state.items()}  # what several GPUs left

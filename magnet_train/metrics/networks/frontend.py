@@ -1,66 +1,81 @@
-"""What the networks of the published metrics share before they hear a clip: its checks, its rate, their filters.
+"""Shared by the front ends of the networks: resampling, checks of a clip, mel filter banks.
 
 Shapes: c channels, t samples, f mel bands.
 """
 
-import math
 from functools import lru_cache
+from typing import Literal
 
-import numpy as np
 import torch
 from julius.resample import ResampleFrac
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.torchaudio_import import mend_torchaudio
 
 
-def resample(wav: Tensor, sample_rate: int, wanted: int) -> Tensor:
-    """Mono `t` at the rate `wanted`, from `t` or `c t`, by julius: the resampler of the published figures.
+def resample(wav: Tensor, sample_rate: int, new_rate: int) -> Tensor:
+    """Mono `t` at `new_rate`, from `t` or `c t`, by julius: the resampler of the published metrics.
 
-    Channels are averaged after resampling, as there.
+    Channels are averaged after resampling, as in audiocraft.
     """
     wav = wav.float()
-    if sample_rate != wanted:
-        wav = _resampler(sample_rate, wanted)(wav)
+    if sample_rate != new_rate:
+        wav = _resampler(sample_rate, new_rate)(wav)
     return wav if wav.dim() == 1 else wav.mean(0)
 
 
 @lru_cache(maxsize=8)
-def _resampler(sample_rate: int, wanted: int) -> ResampleFrac:
-    return ResampleFrac(sample_rate, wanted)
+def _resampler(sample_rate: int, new_rate: int) -> ResampleFrac:
+    return ResampleFrac(sample_rate, new_rate)
 
 
-def check_clip(wav: Tensor, sample_rate: int, shortest_s: float, network: str) -> None:
-    """Nothing, if `network` can hear the mono clip `t`. Silence can be heard: a model may produce it.
+def check_clip(wav: Tensor, sample_rate: int, min_duration_s: float, network: str) -> None:
+    """Checks that the mono clip `t` is long enough for `network` and finite. Silence is allowed.
 
     Raises:
-        UserError: if it is too short, or holds NaN or infinite samples.
+        UserError: if it is too short, or has NaN or infinite samples.
     """
-    if wav.dim() != 1 or len(wav) < round(shortest_s * sample_rate):
+    if wav.dim() != 1 or len(wav) < round(min_duration_s * sample_rate):
         seconds = wav.shape[-1] / sample_rate if wav.dim() else 0
         raise UserError(
-            f"a clip of shape {tuple(wav.shape)}, {seconds:.3f} s, is not for {network}, "
-            f"which hears mono clips of {shortest_s:.3f} s and more"
+            f"a clip of shape {tuple(wav.shape)}, {seconds:.3f} s, is too short for {network}, "
+            f"which takes mono clips of at least {min_duration_s:.3f} s"
         )
     if not torch.isfinite(wav).all():
-        raise UserError(f"a clip holds NaN or infinite samples; {network} cannot hear it")
+        raise UserError(f"a clip has NaN or infinite samples; {network} cannot embed it")
 
 
-def htk_mel_filters(sample_rate: int, fft_size: int, bands: int, lowest: float, highest: float) -> Tensor:
-    """Triangles of height one, equally spaced and straight-sided on HTK's mel scale: `f bins`.
-
-    mel = 1127 ln(1 + Hz / 700). VGGish and Kaldi both use them (Young et al., "The HTK Book", 5.4).
+def mel_filters(
+    sample_rate: int,
+    fft_size: int,
+    num_bands: int,
+    scale: Literal["slaney", "htk"],
+    lowest: float = 0.0,
+    highest: float | None = None,
+) -> Tensor:
+    """Triangular mel filters: `f bins`, with `fft_size // 2 + 1` bins.
 
     Args:
         sample_rate: in Hz.
-        fft_size: Samples of the transform; bins are `fft_size // 2 + 1`.
-        bands: How many.
-        lowest: Where the first begins, in Hz.
-        highest: Where the last ends, in Hz.
+        fft_size: samples of the Fourier transform.
+        num_bands: number of filters.
+        scale: "slaney" for librosa's default (filters of equal area), "htk" for the filters of
+            VGGish and Kaldi (height one, straight on the mel scale 1127 ln(1 + Hz / 700)).
+        lowest: lower edge of the first filter, in Hz.
+        highest: upper edge of the last filter, in Hz; half the sample rate if None.
     """
-    bins = 1127 * np.log1p(np.arange(fft_size // 2 + 1) * sample_rate / fft_size / 700)
-    first, last = (1127 * math.log1p(hz / 700) for hz in (lowest, highest))
-    edges = np.linspace(first, last, bands + 2)
-    left, middle, right = (edges[i : bands + i, None] for i in range(3))
-    rising_or_falling = np.minimum((bins - left) / (middle - left), (right - bins) / (right - middle))
-    return torch.from_numpy(np.maximum(rising_or_falling, 0)).float()
+    mend_torchaudio()  # transformers imports torchaudio where it is installed
+    from transformers.audio_utils import mel_filter_bank
+
+    filters = mel_filter_bank(
+        num_frequency_bins=fft_size // 2 + 1,
+        num_mel_filters=num_bands,
+        min_frequency=lowest,
+        max_frequency=sample_rate / 2 if highest is None else highest,
+        sampling_rate=sample_rate,
+        norm="slaney" if scale == "slaney" else None,
+        mel_scale="slaney" if scale == "slaney" else "kaldi",
+        triangularize_in_mel_space=scale == "htk",
+    )
+    return torch.from_numpy(filters.T.copy()).float()

@@ -1,7 +1,7 @@
-"""Networks that metrics look through: waveform in, embeddings and tags per window out.
+"""musicnn: waveform in, embeddings and tags of each window out.
 
-musicnn (Pons and Serra, "musicnn: pre-trained convolutional neural networks for music audio tagging", 2019; ISC) in
-its MagnaTagATune version: 50 tags, small enough to ship.
+Pons and Serra, "musicnn: pre-trained convolutional neural networks for music audio tagging", 2019
+(ISC licence); the MagnaTagATune version with 50 tags, which is small enough to ship.
 
 Shapes: n windows, t samples or spectrogram frames, f mel bands.
 """
@@ -18,19 +18,65 @@ from torch.nn import functional as F
 
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
+from magnet_train.metrics.networks.frontend import check_clip, mel_filters
 
 TAGS = (
-    "guitar", "classical", "slow", "techno", "strings", "drums", "electronic", "rock", "fast", "piano", "ambient",
-    "beat", "violin", "vocal", "synth", "female", "indian", "opera", "male", "singing", "vocals", "no vocals",
-    "harpsichord", "loud", "quiet", "flute", "woman", "male vocal", "no vocal", "pop", "soft", "sitar", "solo", "man",
-    "classic", "choir", "voice", "new age", "dance", "male voice", "female vocal", "beats", "harp", "cello", "no voice",
-    "weird", "country", "metal", "female voice", "choral",
-)  # fmt: skip
+    "guitar",
+    "classical",
+    "slow",
+    "techno",
+    "strings",
+    "drums",
+    "electronic",
+    "rock",
+    "fast",
+    "piano",
+    "ambient",
+    "beat",
+    "violin",
+    "vocal",
+    "synth",
+    "female",
+    "indian",
+    "opera",
+    "male",
+    "singing",
+    "vocals",
+    "no vocals",
+    "harpsichord",
+    "loud",
+    "quiet",
+    "flute",
+    "woman",
+    "male vocal",
+    "no vocal",
+    "pop",
+    "soft",
+    "sitar",
+    "solo",
+    "man",
+    "classic",
+    "choir",
+    "voice",
+    "new age",
+    "dance",
+    "male voice",
+    "female vocal",
+    "beats",
+    "harp",
+    "cello",
+    "no voice",
+    "weird",
+    "country",
+    "metal",
+    "female voice",
+    "choral",
+)
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What a network heard in each window of a clip."""
+class MusicnnOutput:
+    """Outputs of musicnn for each window of a clip."""
 
     embeddings: Tensor
     """`n 200`, the penultimate layer."""
@@ -67,8 +113,8 @@ class Layer(nn.Module):
 class Musicnn(nn.Module):
     """musicnn's network behind its own front end.
 
-    96 mel bands of 16 kHz audio, log10(1 + 10000 power), windows of 187 spectrogram frames (2.99 s) every
-    `window_hop_s` seconds; what is left at the end is not heard.
+    96 mel bands of 16 kHz audio, log10(1 + 10000 power), windows of 187 spectrogram frames (2.99 s)
+    every `window_hop_s` seconds; the remainder at the end is dropped.
     """
 
     id = "musicnn-mtt"
@@ -76,20 +122,26 @@ class Musicnn(nn.Module):
     dim = 200
     window_frames = 187
     hop_samples = 256
-    shortest_s = 187 * 256 / 16_000
+    min_duration_s = 187 * 256 / 16_000
 
     def __init__(self, window_hop_s: float = 1.5):
         super().__init__()
         self.hash = ""
-        self.window_hop = round(window_hop_s * self.sample_rate / self.hop_samples)
+        self.hop_frames = round(window_hop_s * self.sample_rate / self.hop_samples)
         self.hann: Tensor
         self.mel: Tensor
         self.register_buffer("hann", torch.hann_window(512), persistent=False)
-        self.register_buffer("mel", slaney_mel_filters(self.sample_rate, 512, 96), persistent=False)
+        self.register_buffer(
+            "mel", mel_filters(self.sample_rate, 512, 96, "slaney"), persistent=False
+        )
         self.input_norm, self.pool_norm = ScaleShift(1), ScaleShift(1506)
-        # Tall filters hear timbre, long ones rhythm; both are pooled over all frequencies.
-        self.timbral = nn.ModuleList(Layer(nn.Conv2d(1, 204, (7, w), padding=(3, 0)), 204) for w in (38, 67))
-        self.temporal = nn.ModuleList(Layer(nn.Conv2d(1, 51, (length, 1)), 51) for length in (128, 64, 32))
+        # Tall filters capture timbre, long ones rhythm; both are pooled over all frequencies.
+        self.timbral = nn.ModuleList(
+            Layer(nn.Conv2d(1, 204, (7, w), padding=(3, 0)), 204) for w in (38, 67)
+        )
+        self.temporal = nn.ModuleList(
+            Layer(nn.Conv2d(1, 51, (length, 1)), 51) for length in (128, 64, 32)
+        )
         self.middle = nn.ModuleList(Layer(nn.Conv2d(1, 64, (7, w)), 64) for w in (561, 64, 64))
         self.penultimate = Layer(nn.Linear(1506, 200), 200)
         self.tags = nn.Linear(200, 50)
@@ -99,31 +151,39 @@ class Musicnn(nn.Module):
         """`t` at any rate -> `t` at 16 kHz, by soxr (very high quality)."""
         if sample_rate == Musicnn.sample_rate:
             return wav
-        return torch.from_numpy(soxr.resample(wav.numpy(), sample_rate, Musicnn.sample_rate, "VHQ").astype(np.float32))
+        return torch.from_numpy(
+            soxr.resample(wav.numpy(), sample_rate, Musicnn.sample_rate, "VHQ").astype(np.float32)
+        )
 
     def spectrogram(self, wav: Tensor) -> Tensor:
-        """`t` -> `frames f`, as librosa's melspectrogram with its defaults (zeros beyond the ends)."""
-        power = torch.stft(wav, 512, 256, window=self.hann, pad_mode="constant", return_complex=True).abs().square()
-        # The network was trained on half-precision spectrograms; rounding here keeps what it expects.
+        """`t` -> `frames f`, as librosa's melspectrogram with its defaults (zeros beyond the
+        ends)."""
+        power = (
+            torch.stft(wav, 512, 256, window=self.hann, pad_mode="constant", return_complex=True)
+            .abs()
+            .square()
+        )
+        # The network was trained on half-precision spectrograms; rounding here keeps what it
+        # expects.
         return torch.log10(10_000 * (self.mel @ power).clamp(max=65_504).half().float().T + 1)
 
     @torch.no_grad()
-    def forward(self, wav: Tensor) -> Heard:
-        """A mono clip at 16 kHz, `t`, at least 3 s. Silence is heard like anything else: a model may produce it.
+    def forward(self, wav: Tensor) -> MusicnnOutput:
+        """Outputs for a mono clip at 16 kHz, `t`, of at least 2.99 s; silence is allowed.
 
         Raises:
-            UserError: if it is too short, or holds NaN or infinite samples.
+            UserError: if it is too short, or has NaN or infinite samples.
         """
-        if wav.dim() != 1 or len(wav) < self.window_frames * self.hop_samples:
-            seconds = wav.numel() / self.sample_rate
-            raise UserError(f"a clip of {seconds:.2f} s is too short for musicnn, which hears windows of 2.99 s")
-        if not torch.isfinite(wav).all():
-            raise UserError("a clip holds NaN or infinite samples; it cannot be scored")
-        windows = self.spectrogram(wav.float()).unfold(0, self.window_frames, self.window_hop).transpose(1, 2)
+        check_clip(wav, self.sample_rate, self.min_duration_s, "musicnn")
+        windows = (
+            self.spectrogram(wav.float())
+            .unfold(0, self.window_frames, self.hop_frames)
+            .transpose(1, 2)
+        )
         # Few at a time: the first layer makes 200 MB of eight windows.
-        heard = [self._windows(w) for w in windows.split(8)]
-        embeddings, tags, features = (torch.cat(parts) for parts in zip(*heard, strict=True))
-        return Heard(embeddings, tags, features)
+        outputs = [self._windows(part) for part in windows.split(8)]
+        embeddings, tags, features = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+        return MusicnnOutput(embeddings, tags, features)
 
     def _windows(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.input_norm(x[:, None])  # n 1 t f
@@ -144,41 +204,23 @@ class Musicnn(nn.Module):
         return embeddings, torch.sigmoid(self.tags(embeddings)), pooled
 
 
-def slaney_mel_filters(sample_rate: int, fft_size: int, bands: int) -> Tensor:
-    """Triangular filters of equal area on Slaney's scale (linear below 1 kHz, then logarithmic): `f bins`.
-
-    What librosa calls its default; Slaney, "Auditory Toolbox", 1998.
-    """
-    linear, start, step = 200 / 3, 1000.0, np.log(6.4) / 27
-
-    def to_mel(hz: np.ndarray) -> np.ndarray:
-        return np.where(hz < start, hz / linear, start / linear + np.log(np.maximum(hz, 1) / start) / step)
-
-    def to_hz(mel: np.ndarray) -> np.ndarray:
-        return np.where(mel < start / linear, mel * linear, start * np.exp(step * (mel - start / linear)))
-
-    edges = to_hz(np.linspace(to_mel(np.array(0.0)), to_mel(np.array(sample_rate / 2)), bands + 2))
-    freqs = np.fft.rfftfreq(fft_size, 1 / sample_rate)
-    up = (freqs - edges[:-2, None]) / np.diff(edges)[:-1, None]
-    down = (edges[2:, None] - freqs) / np.diff(edges)[1:, None]
-    triangles = np.maximum(0, np.minimum(up, down)) * (2 / (edges[2:] - edges[:-2]))[:, None]
-    return torch.from_numpy(triangles).float()
-
-
-def reference_of(wav: Tensor, sample_rate: int, network: Musicnn | None = None) -> dict[str, np.ndarray] | None:
-    """What a shard keeps of an original: float32 `embeddings` (`n 200`) and `tags` (`n 50`); None below 2.99 s.
+def reference_arrays(
+    wav: Tensor, sample_rate: int, network: Musicnn | None = None
+) -> dict[str, np.ndarray] | None:
+    """Float32 `embeddings` (`n 200`) and `tags` (`n 50`) of a real clip, as stored in a shard; None
+    below 2.99 s.
 
     Args:
         wav: mono, `t`.
         sample_rate: in Hz.
-        network: the shipped one if not given.
+        network: the shipped one if None.
     """
     network = network or load_musicnn()
     wav = network.resample(wav, sample_rate)
     if len(wav) < network.window_frames * network.hop_samples:
         return None
-    heard = network(wav)
-    return {"embeddings": heard.embeddings.numpy(), "tags": heard.tags.numpy()}
+    output = network(wav)
+    return {"embeddings": output.embeddings.numpy(), "tags": output.tags.numpy()}
 
 
 @lru_cache

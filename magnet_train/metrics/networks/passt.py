@@ -1,7 +1,9 @@
-"""PaSST, the classifier of the published KL divergences: logits of AudioSet's 527 classes for each segment of a clip.
+"""PaSST, the classifier of the published KL divergences: logits of AudioSet's 527 classes for each
+segment of a clip.
 
-Koutini et al., "Efficient training of audio transformers with patchout", Interspeech 2022; front end and names of the
-weights as in the package hear21passt, segments as in audiocraft/metrics/kld.py.
+Koutini et al., "Efficient training of audio transformers with patchout", Interspeech 2022; front
+end and names of the weights as in the package hear21passt, segments as in
+audiocraft/metrics/kld.py.
 
 Shapes: s segments, t samples, f mel bands, p patches, d width.
 """
@@ -15,11 +17,11 @@ from torch.nn import functional as F
 
 from magnet_train.common.downloads import PASST_10S, PASST_20S, find_weights, load_network
 from magnet_train.common.errors import UserError
-from magnet_train.metrics.networks.frontend import check_clip, htk_mel_filters, resample
+from magnet_train.metrics.networks.frontend import check_clip, mel_filters, resample
 
 
 @dataclass(frozen=True)
-class Classified:
+class PasstOutput:
     """What the network says of each segment of a clip."""
 
     logits: Tensor
@@ -68,15 +70,24 @@ class Block(nn.Module):
 class Passt(nn.Module):
     """PaSST behind its front end, over segments of `segment_s` seconds.
 
-    The last segment is as long as it happens to be, without padding; what is 0.15 s or shorter is not heard.
+    The last segment is as long as it happens to be, without padding; what is 0.15 s or shorter is
+    not heard.
     """
 
     sample_rate = 32_000
-    shortest_s = 4801 / 32_000
+    min_duration_s = 4801 / 32_000
     patch, stride = 16, 10
 
-    def __init__(self, segment_s: int = 20, width: int = 768, layers: int = 12, heads: int = 12, classes: int = 527):
-        """`segment_s` is 20 for music, 10 for sound, in the published figures; the other values are the networks'."""
+    def __init__(
+        self,
+        segment_s: int = 20,
+        width: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        classes: int = 527,
+    ):
+        """`segment_s` is 20 for music, 10 for sound, in the published figures; the other values are
+        the networks'."""
         super().__init__()
         self.hash = ""
         self.id = f"passt-{segment_s}s"
@@ -85,7 +96,9 @@ class Passt(nn.Module):
         self.hann: Tensor
         self.mel: Tensor
         self.register_buffer("hann", torch.hann_window(800, periodic=False), persistent=False)
-        self.register_buffer("mel", htk_mel_filters(self.sample_rate, 1024, 128, 0, 15_000), persistent=False)
+        self.register_buffer(
+            "mel", mel_filters(self.sample_rate, 1024, 128, "htk", highest=15_000), persistent=False
+        )
         # The models were made for 998 spectrogram frames and for 2000.
         frames = {10: 998, 20: 2000}[segment_s]
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, width, self.patch, self.stride)})
@@ -107,25 +120,33 @@ class Passt(nn.Module):
     def segments(self, wav: Tensor) -> list[Tensor]:
         """`t` -> pieces of `segment_s` seconds and what is left, if longer than 0.15 s."""
         pieces = wav.split(self.segment_s * self.sample_rate)
-        return [piece for piece in pieces if len(piece) >= round(self.shortest_s * self.sample_rate)]
+        return [
+            piece for piece in pieces if len(piece) >= round(self.min_duration_s * self.sample_rate)
+        ]
 
     def log_mel(self, wav: Tensor) -> Tensor:
-        """`t` -> `f frames`: log power of the pre-emphasised clip, mirrored at its ends, moved to about [-1, 1]."""
+        """`t` -> `f frames`: log power of the pre-emphasised clip, mirrored at its ends, moved to
+        about [-1, 1]."""
         emphasised = wav[1:] - 0.97 * wav[:-1]
-        power = torch.stft(emphasised, 1024, 320, 800, self.hann, return_complex=True).abs().square()
+        power = (
+            torch.stft(emphasised, 1024, 320, 800, self.hann, return_complex=True).abs().square()
+        )
         return (torch.log(self.mel @ power + 1e-5) + 4.5) / 5
 
     @torch.no_grad()
-    def forward(self, wav: Tensor) -> Classified:
+    def forward(self, wav: Tensor) -> PasstOutput:
         """A mono clip at 32 kHz, `t`, longer than 0.15 s. Silence is heard like anything else.
 
         Raises:
             UserError: if it is too short, or holds NaN or infinite samples.
         """
-        check_clip(wav, self.sample_rate, self.shortest_s, self.id)
-        heard = [self.classify(self.log_mel(segment)[None]) for segment in self.segments(wav.to(self.hann))]
+        check_clip(wav, self.sample_rate, self.min_duration_s, self.id)
+        heard = [
+            self.classify(self.log_mel(segment)[None])
+            for segment in self.segments(wav.to(self.hann))
+        ]
         logits, features = (torch.cat(parts) for parts in zip(*heard, strict=True))
-        return Classified(logits, features)
+        return PasstOutput(logits, features)
 
     def classify(self, log_mel: Tensor) -> tuple[Tensor, Tensor]:
         """`s f frames` -> logits `s 527` and features `s d`."""
@@ -146,12 +167,14 @@ def load_passt(path: str | None = None, segment_s: int = 20) -> Passt:
         segment_s: 20 for music, 10 for sound; each has weights of its own.
 
     Raises:
-        UserError: if the weights are not to be had, or are not these, or there are none for that length.
+        UserError: if the weights are not to be had, or are not these, or there are none for that
+            length.
     """
     published = {10: PASST_10S, 20: PASST_20S}
     if segment_s not in published:
         raise UserError(
-            f"segment_s={segment_s}: PaSST is published for segments of 10 s and of 20 s; choose one of them"
+            f"segment_s={segment_s}: PaSST is published for segments of 10 s and of 20 s; choose "
+            "one of them"
         )
     file = find_weights(published[segment_s], path)
     network = Passt(segment_s)

@@ -1,7 +1,8 @@
-"""Does the audio fit its caption? A small scorer for the embedded demo: never CLAP, and not comparable with it.
+"""Does the audio fit its caption? A small scorer for the embedded demo: never CLAP, and not
+comparable with it.
 
-Frozen musicnn features of the audio and frozen sentence states of the caption meet in a joint space that
-`data/demo/train_text_audio.py` trained on original audio of the training split only.
+Frozen musicnn features of the audio and frozen sentence states of the caption meet in a joint space
+that `data/demo/train_text_audio.py` trained on original audio of the training split only.
 """
 
 import hashlib
@@ -10,7 +11,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,14 +18,14 @@ from torch.nn import functional as F
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder, load_text_encoder
-from magnet_train.metrics.distributed import ItemMean
-from magnet_train.metrics.networks.musicnn import Heard
+from magnet_train.metrics.intervals import bootstrap_interval
+from magnet_train.metrics.networks.musicnn import MusicnnOutput
 
 
-def clip_features(heard: Heard) -> Tensor:
-    """What the scorer sees of a clip: mean and deviation over windows of embeddings and tag logits, `500`."""
-    logits = torch.logit(heard.tags.clamp(1e-4, 1 - 1e-4))
-    x = torch.cat([heard.embeddings, logits], 1)
+def clip_features(output: MusicnnOutput) -> Tensor:
+    """Mean and standard deviation over windows of a clip's embeddings and tag logits, `500`."""
+    logits = torch.logit(output.tags.clamp(1e-4, 1 - 1e-4))
+    x = torch.cat([output.embeddings, logits], 1)
     return torch.cat([x.mean(0), x.std(0, unbiased=False)])
 
 
@@ -39,7 +39,12 @@ class TextAudioHead(nn.Module):
     """Two small networks into one space of unit vectors."""
 
     def __init__(
-        self, audio_dim: int = 500, text_dim: int = 384, dim: int = 128, hidden: int = 256, dropout: float = 0.2
+        self,
+        audio_dim: int = 500,
+        text_dim: int = 384,
+        dim: int = 128,
+        hidden: int = 256,
+        dropout: float = 0.2,
     ):
         super().__init__()
         self.audio_mean: Tensor
@@ -48,7 +53,9 @@ class TextAudioHead(nn.Module):
         self.register_buffer("audio_std", torch.ones(audio_dim))
 
         def tower(width: int) -> nn.Sequential:
-            return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
+            return nn.Sequential(
+                nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim)
+            )
 
         self.audio, self.text = tower(audio_dim), tower(text_dim)
         self.log_scale = nn.Parameter(torch.tensor(2.5))
@@ -69,12 +76,12 @@ class TextAudioScorer:
         self.head, self.encoder, self.hash = head.eval(), encoder, hash
 
     @torch.no_grad()
-    def similarities(self, captions: Sequence[str], clips: Sequence[Heard]) -> Tensor:
+    def similarities(self, captions: Sequence[str], clips: Sequence[MusicnnOutput]) -> Tensor:
         """Cosine of every clip with every caption, `clips captions`."""
         audio = self.head.embed_audio(torch.stack([clip_features(c) for c in clips]))
         return audio @ self.head.embed_text(sentence_features(self.encoder, captions).cpu()).T
 
-    def score(self, captions: Sequence[str], clips: Sequence[Heard]) -> Tensor:
+    def score(self, captions: Sequence[str], clips: Sequence[MusicnnOutput]) -> Tensor:
         """Cosine of each clip with its own caption, `b`."""
         return self.similarities(captions, clips).diagonal()
 
@@ -84,7 +91,8 @@ def load_text_audio() -> TextAudioScorer:
     """The shipped scorer.
 
     Raises:
-        UserError: if its weights are missing or broken, or the demo's text encoder is not installed.
+        UserError: if its weights are missing or broken, or the demo's text encoder is not
+            installed.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -97,31 +105,16 @@ def load_text_audio() -> TextAudioScorer:
         head.load_state_dict({k: v.float() for k, v in load(content).items()})
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: missing or broken ({error}); reinstall magnet-train") from error
-    return TextAudioScorer(head, load_text_encoder("demo"), hashlib.sha256(content).hexdigest()[:16])
+    return TextAudioScorer(
+        head, load_text_encoder("demo"), hashlib.sha256(content).hexdigest()[:16]
+    )
 
 
-class TextAudioScore(ItemMean):
-    """Mean score over clips, in float64; an item counts once, ranks must own different items."""
-
-    higher_is_better = True
-    what = "the text-audio score"
-    remedy = "raise --generation.num_prompts"
-
-    def update(self, scores: Tensor, keys: Sequence[str]) -> None:
-        """Scores `b` of the clips named by `keys`.
-
-        Raises:
-            ValueError: if there are more of one than of the other.
-            UserError: if a score is NaN.
-        """
-        for score, key in zip(scores, keys, strict=True):
-            if not torch.isfinite(score):
-                raise UserError(f"clip {key}: its text-audio score is NaN; look at the audio")
-            self._add(score, key)
-
-
-def true_minus_shuffled(similarities: Tensor, seed: int = 0, resamples: int = 10_000) -> tuple[float, float, float]:
-    """How much better clips fit their own caption than others': mean and 95 % interval by bootstrap over clips.
+def true_minus_shuffled(
+    similarities: Tensor, seed: int = 0, resamples: int = 10_000
+) -> tuple[float, float, float]:
+    """Similarity of clips to their own caption minus that to other captions: mean and 95 %
+    bootstrap interval.
 
     Args:
         similarities: `b b`, clip i against caption j.
@@ -136,9 +129,10 @@ def true_minus_shuffled(similarities: Tensor, seed: int = 0, resamples: int = 10
     """
     b = len(similarities)
     if similarities.shape != (b, b) or b < 2:
-        raise ValueError(f"{tuple(similarities.shape)} similarities; give two clips or more, each with its caption")
+        raise ValueError(
+            f"{tuple(similarities.shape)} similarities; give two clips or more, each with its "
+            "caption"
+        )
     others = (similarities.sum(1) - similarities.diagonal()) / (b - 1)
-    gaps = (similarities.diagonal() - others).double().numpy()
-    draws = np.random.default_rng(seed).integers(b, size=(resamples, b))
-    low, high = np.quantile(gaps[draws].mean(1), [0.025, 0.975])
-    return float(gaps.mean()), float(low), float(high)
+    gaps = (similarities.diagonal() - others).double()
+    return gaps.mean().item(), *bootstrap_interval(gaps, resamples, seed)

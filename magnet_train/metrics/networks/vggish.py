@@ -1,7 +1,9 @@
-"""VGGish, the network of the published Fréchet audio distances: one embedding for each second of a clip.
+"""VGGish, the network of the published Fréchet audio distances: one embedding for each second of a
+clip.
 
-Hershey et al., "CNN architectures for large-scale audio classification", ICASSP 2017; front end and windows as in
-google-research/frechet_audio_distance; weights and their names as torchvggish publishes them.
+Hershey et al., "CNN architectures for large-scale audio classification", ICASSP 2017; front end and
+windows as in google-research/frechet_audio_distance; weights and their names as torchvggish
+publishes them.
 
 Shapes: n windows, t samples, f mel bands.
 """
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from magnet_train.common.downloads import VGGISH, find_weights, load_network
-from magnet_train.metrics.networks.frontend import check_clip, htk_mel_filters, resample
+from magnet_train.metrics.networks.frontend import check_clip, mel_filters, resample
 
 
 class Vggish(nn.Module):
-    """VGGish behind the front end of the published figures: 1 s every 0.5 s, each clip at its own peak.
+    """VGGish behind the front end of the published figures: 1 s every 0.5 s, each clip at its own
+    peak.
 
     No principal components, no 8-bit codes, and no activation after the last layer.
     """
@@ -24,7 +27,7 @@ class Vggish(nn.Module):
     id = "vggish"
     sample_rate = 16_000
     dim = 128
-    shortest_s = 1.0
+    min_duration_s = 1.0
     window_frames = 96
     frame_samples, hop_samples = 400, 160
 
@@ -34,7 +37,9 @@ class Vggish(nn.Module):
         self.hann: Tensor
         self.mel: Tensor
         self.register_buffer("hann", torch.hann_window(self.frame_samples), persistent=False)
-        self.register_buffer("mel", htk_mel_filters(self.sample_rate, 512, 64, 125, 7500), persistent=False)
+        self.register_buffer(
+            "mel", mel_filters(self.sample_rate, 512, 64, "htk", 125, 7500), persistent=False
+        )
         layers: list[nn.Module] = []
         channels = 1
         for widths in ((64,), (128,), (256, 256), (512, 512)):
@@ -44,7 +49,11 @@ class Vggish(nn.Module):
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         self.embeddings = nn.Sequential(
-            nn.Linear(6 * 4 * 512, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, self.dim)
+            nn.Linear(6 * 4 * 512, 4096),
+            nn.ReLU(),
+            nn.Linear(4096, 4096),
+            nn.ReLU(),
+            nn.Linear(4096, self.dim),
         )
 
     @classmethod
@@ -53,12 +62,14 @@ class Vggish(nn.Module):
         return resample(wav, sample_rate, cls.sample_rate)
 
     def log_mel(self, wav: Tensor) -> Tensor:
-        """`t` -> `frames f`: the logarithm of magnitudes; a frame that the clip does not fill is dropped."""
+        """`t` -> `frames f`: the logarithm of magnitudes; a frame that the clip does not fill is
+        dropped."""
         frames = wav.unfold(0, self.frame_samples, self.hop_samples) * self.hann
         return torch.log(torch.fft.rfft(frames, 512).abs() @ self.mel.T + 0.01)
 
     def level(self, wav: Tensor) -> Tensor:
-        """The clip as audiocraft's FAD writes it for Google's: its peak at -1 dBFS, in 16 bits; values of int16."""
+        """The clip as audiocraft's FAD writes it for Google's: its peak at -1 dBFS, in 16 bits;
+        values of int16."""
         peak = wav.abs().max().clamp(min=torch.finfo(torch.float32).tiny)  # silence stays silence
         return (wav * (10 ** (-1 / 20) / peak) * 32768).round()
 
@@ -69,16 +80,19 @@ class Vggish(nn.Module):
         """
         frames = self.log_mel(wav / wav.max().clamp(min=0.1))
         seconds = 1 + (len(wav) - self.sample_rate) // 8000
-        return frames.unfold(0, self.window_frames, 8000 // self.hop_samples)[:seconds].transpose(1, 2)
+        return frames.unfold(0, self.window_frames, 8000 // self.hop_samples)[:seconds].transpose(
+            1, 2
+        )
 
     @torch.no_grad()
     def forward(self, wav: Tensor) -> Tensor:
-        """A mono clip at 16 kHz, `t`, at least `shortest_s` long -> embeddings `n 128`. Silence is heard too.
+        """A mono clip at 16 kHz, `t`, at least `min_duration_s` long -> embeddings `n 128`. Silence
+        is heard too.
 
         Raises:
             UserError: if it is too short, or holds NaN or infinite samples.
         """
-        check_clip(wav, self.sample_rate, self.shortest_s, self.id)
+        check_clip(wav, self.sample_rate, self.min_duration_s, self.id)
         windows = self.examples(self.level(wav.to(self.hann)))
         # Few at a time: the first layer makes 25 MB of sixteen windows.
         return torch.cat([self.embed(w) for w in windows.split(16)])
@@ -86,24 +100,29 @@ class Vggish(nn.Module):
     def embed(self, examples: Tensor) -> Tensor:
         """`n 96 f` -> `n 128`."""
         maps = self.features(examples[:, None])  # n 512 6 4
-        return self.embeddings(maps.permute(0, 2, 3, 1).flatten(1))  # channels last, as TensorFlow flattens
+        return self.embeddings(
+            maps.permute(0, 2, 3, 1).flatten(1)
+        )  # channels last, as TensorFlow flattens
 
 
 class TorchVggish(Vggish):
-    """The same network behind torchvggish's front end: 0.96 s every 0.96 s, the clip's level as it is.
+    """The same network behind torchvggish's front end: 0.96 s every 0.96 s, the clip's level as it
+    is.
 
-    What frechet-audio-distance and others compute, less their resampler; its figures are not the published ones'.
+    What frechet-audio-distance and others compute, less their resampler; its figures are not the
+    published ones'.
     """
 
     id = "torchvggish"
-    shortest_s = (400 + 95 * 160) / 16_000
+    min_duration_s = (400 + 95 * 160) / 16_000
 
     def level(self, wav: Tensor) -> Tensor:
         """The clip as it is."""
         return wav
 
     def examples(self, wav: Tensor) -> Tensor:
-        """`t` -> `n 96 f`: the clip's frames in blocks of 96; what is left at the end is dropped."""
+        """`t` -> `n 96 f`: the clip's frames in blocks of 96; what is left at the end is
+        dropped."""
         return self.log_mel(wav).unfold(0, self.window_frames, self.window_frames).transpose(1, 2)
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
-from magnet_train.metrics.chroma import chroma
-from magnet_train.metrics.fad import FrechetAudioDistance
-from magnet_train.metrics.networks import musicnn as embedders
-from magnet_train.metrics.networks.musicnn import TAGS, load_musicnn, slaney_mel_filters
+from magnet_train.metrics.chroma import chroma, chroma_agreement
+from magnet_train.metrics.networks import musicnn
+from magnet_train.metrics.networks.frontend import mel_filters
+from magnet_train.metrics.networks.musicnn import TAGS, load_musicnn, reference_arrays
 
 FIXTURES = Path(__file__).parent / "fixtures" / "metrics"
 DEMO = Path(__file__).parents[1] / "data" / "demo"
@@ -37,7 +37,7 @@ def four_notes() -> Tensor:
 
 
 def test_mel_filters_are_librosas():
-    filters = slaney_mel_filters(16_000, 512, 96)
+    filters = mel_filters(16_000, 512, 96, "slaney")
     assert filters.shape == (96, 257)
     torch.testing.assert_close(filters.sum(1), torch.tensor(MUSICNN["mel_row_sums"]), rtol=1e-4, atol=1e-7)
     assert filters.argmax(1).tolist() == MUSICNN["mel_peak_bins"]
@@ -88,7 +88,7 @@ def test_a_tone_at_44_kHz_is_resampled():
 @pytest.mark.parametrize(
     "wav, message",
     [
-        (torch.zeros(40_000), "2.50 s is too short"),
+        (torch.zeros(40_000), "2.500 s, is too short"),
         (torch.zeros(0), "too short"),
         (torch.zeros(2, 64_000), "too short"),
         (torch.full((64_000,), float("nan")), "NaN or infinite"),
@@ -99,16 +99,25 @@ def test_what_musicnn_cannot_hear_is_named(wav: Tensor, message: str):
         load_musicnn()(wav)
 
 
-def test_silence_has_finite_scores():
-    heard = load_musicnn()(torch.zeros(160_000))
-    metric = FrechetAudioDistance(200)
-    metric.update(heard.embeddings)
-    metric.update_reference(load_musicnn()(torch.randn(160_000)).embeddings)
-    assert np.isfinite(metric.compute().item())
+def test_silence_and_loud_samples_have_finite_outputs():
+    for wav in (torch.zeros(64_000), 32768 * torch.sin(torch.arange(64_000) * 0.1)):
+        output = load_musicnn()(wav)
+        assert torch.isfinite(output.embeddings).all() and torch.isfinite(output.tags).all()
+
+
+def test_arrays_that_a_shard_stores_of_a_real_clip():
+    wav = torch.randn(44_100 * 6)
+    kept = reference_arrays(wav, 44_100)
+    assert kept is not None
+    assert {name: (x.shape, x.dtype) for name, x in kept.items()} == {
+        "embeddings": ((3, 200), np.float32),
+        "tags": ((3, 50), np.float32),
+    }
+    assert reference_arrays(wav[:44_100], 44_100) is None
 
 
 def test_missing_or_broken_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(embedders, "demo_path", lambda name: tmp_path)
+    monkeypatch.setattr(musicnn, "demo_path", lambda name: tmp_path)
     with pytest.raises(UserError, match="missing or broken"):
         load_musicnn.__wrapped__()
     (tmp_path / "model.safetensors").write_bytes(b"not a safetensors file")
@@ -199,3 +208,14 @@ def test_chroma_of_silence_is_zero():
     found = chroma(np.zeros(16_000), 16_000)
     assert found.shape == (12, 12)  # (16,000 - 4,096) // 1,024 + 1 moments
     assert not found.any()
+
+
+def test_agreement_counts_only_moments_that_sound():
+    tone = np.sin(2 * np.pi * 440 * np.arange(32_000) / 16_000)
+    a, zero = chroma(tone, 16_000), chroma(0 * tone, 16_000)
+    both = np.concatenate([a, zero])
+    assert chroma_agreement(a, a) == pytest.approx((1, 1))
+    assert chroma_agreement(a, zero) == (0, 0)
+    assert chroma_agreement(both, both) == pytest.approx((1, 1))
+    with pytest.raises(ValueError, match="silent"):
+        chroma_agreement(zero, a)

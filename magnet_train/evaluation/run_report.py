@@ -1,0 +1,269 @@
+"""The report of a training run, from its folder."""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from magnet_train.common.errors import UserError
+from magnet_train.common.nested import flatten
+from magnet_train.evaluation.charts import Point
+from magnet_train.evaluation.page import read_sound
+from magnet_train.evaluation.report import Report, ReportClip, load_grids
+
+_HEADLINES = (
+    "val/fad",
+    "val/kl",
+    "val/text",
+    "val/ce",
+    "val/accuracy",
+    "train/loss",
+    "val",
+    "train",
+)
+
+
+def report_from_run(run_folder: str | Path) -> Report:
+    """The report of one training run: what its validations wrote, its curves, its settings.
+
+    Reads `validation/step_*/records.json`; `NAME.wav` beside it with `NAME.json` (prompt, seed, …;
+    a number under `score` is the clip's score) and, where it exists, `NAME.npz` with the arrays
+    `codes` and `order`; `*/version_*/metrics.csv` of Lightning's CSVLogger, all versions of a
+    resumed run; and `config.yaml`. What is missing or broken becomes a note in the page.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+    folder = Path(run_folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder of a training run")
+    notes: list[str] = []
+    clips = _validation_clips(folder, notes)
+    curves = _logged_curves(folder, notes)
+    settings = _configured(folder, notes)
+    name = settings.get("trainer.default_root_dir") or folder.resolve().name
+    records = _saved_records(folder, notes)
+    saved = {f"val/{record['metric']}" for record in records}
+    records += [
+        record for record in _last_values(curves, settings) if record["metric"] not in saved
+    ]
+    title = f"Run {Path(str(name)).name}"
+    return Report(
+        title,
+        settings,
+        clips,
+        curves,
+        records,
+        notes,
+        "FAD of the clip alone",
+        lower_is_better=True,
+    )
+
+
+def _validation_clips(folder: Path, notes: list[str]) -> list[dict[str, ReportClip]]:
+    """Clips of all validations: one entry per prompt, step to clip."""
+    rows: dict[str, dict[str, ReportClip]] = {}
+    clips: list[ReportClip] = []
+    for path in sorted(
+        folder.glob("validation/step_*/*.wav"), key=lambda p: (p.name, p.parent.name)
+    ):
+        if path.name.startswith("."):
+            continue  # left behind by an interrupted write
+        clip = _read_clip(path, notes)
+        if clip is not None:
+            step = int(re.sub(r"\D", "", path.parent.name) or 0)
+            rows.setdefault(path.stem, {})[f"step {step}"] = clip
+            clips.append(clip)
+    without_codes = sum(clip.codes is None and clip.order is None for clip in clips)
+    if not clips:
+        notes.append("No clips: the run folder has no validation/step_*/*.wav.")
+    elif without_codes:
+        notes.append(
+            f"{without_codes} of {len(clips)} clips are shown without codes and order of "
+            "unmasking: there is no .npz "
+            "beside the audio."
+        )
+    return list(rows.values())
+
+
+def _read_clip(path: Path, notes: list[str]) -> ReportClip | None:
+    """A clip with what stands beside it; None, and a note, if the audio is unreadable."""
+    place = f"{path.parent.name}/{path.name}"
+    try:
+        read_sound(path)
+    except UserError as error:
+        notes.append(f"{place} is skipped: {str(error).removeprefix(f'{path}: ')}")
+        return None
+    about = _read_json_object(path.with_suffix(".json"))
+    if about is None:
+        notes.append(
+            f"{place}: no readable JSON beside it, so its file name is used as the caption"
+        )
+        about = {"prompt": path.stem}
+    codes = order = None
+    try:
+        codes, order = load_grids(path)
+    except UserError as error:
+        notes.append(f"{place}: {str(error).removeprefix(str(path.with_suffix('.npz')) + ': ')}")
+    score = about.pop("score", None)
+    is_valid = isinstance(score, int | float) and math.isfinite(score)
+    caption = str(about.pop("prompt", path.stem))
+    return ReportClip(
+        path, caption, codes, order, float(score) if is_valid else None, _settings(about)
+    )
+
+
+def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings under dotted names, without those that are None."""
+    return {name: value for name, value in flatten(values) if value is not None}
+
+
+def _read_json_object(path: Path) -> dict[str, Any] | None:
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return about if isinstance(about, dict) else None
+
+
+def _logged_curves(folder: Path, notes: list[str]) -> dict[str, list[Point]]:
+    """Curves from all versions of the log, later ones win at a step; `NAME_ci95` is the interval of
+    NAME."""
+    found: dict[str, dict[float, float]] = {}
+    skipped: dict[str, int] = {}
+    files = sorted(folder.glob("*/version_*/metrics.csv"), key=_version)
+    for path in files:
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        except (OSError, ValueError, csv.Error) as error:
+            notes.append(f"{path.relative_to(folder)} is skipped: {error}")
+            continue
+        for row in rows:
+            _add_row(row, found, skipped)
+    if not files:
+        notes.append("No curves: the run folder has no metrics.csv of a CSVLogger.")
+    for name, count in skipped.items():
+        values = "1 value that is" if count == 1 else f"{count} values that are"
+        notes.append(f"{name}: {values} not finite, skipped")
+    return {
+        name: _with_interval(name, found)
+        for name in sorted(found, key=_rank)
+        if not _is_interval(name, found)
+    }
+
+
+def _version(path: Path) -> int:
+    return int(re.sub(r"\D", "", path.parent.name) or 0)
+
+
+def _add_row(
+    row: Mapping[str, Any], found: dict[str, dict[float, float]], skipped: dict[str, int]
+) -> None:
+    """Adds the values of one row of the log, by name and step; counts those that are not finite."""
+    step = _float(row.get("step"))
+    for name, cell in row.items():
+        if step is None or name in ("step", "epoch", None) or cell in (None, ""):
+            continue
+        value = _float(cell)
+        if value is None:
+            skipped[name] = skipped.get(name, 0) + 1
+        else:
+            found.setdefault(name, {})[step] = value
+
+
+def _is_interval(name: str, found: Mapping[str, Any]) -> bool:
+    return name.endswith("_ci95") and name.removesuffix("_ci95") in found
+
+
+def _with_interval(name: str, found: Mapping[str, Mapping[float, float]]) -> list[Point]:
+    half = found.get(f"{name}_ci95", {})
+    points: list[Point] = []
+    for step, value in sorted(found[name].items()):
+        if step in half:
+            points.append((step, value, value - half[step], value + half[step]))
+        else:
+            points.append((step, value, None, None))
+    return points
+
+
+def _rank(name: str) -> tuple[int, int, str]:
+    """Sorting key: headline metrics first, curves by mask rate and the number of clips last."""
+    first = next(
+        (i for i, start in enumerate(_HEADLINES) if name.startswith(start)), len(_HEADLINES)
+    )
+    if name == "val/num_clips":
+        group = 2
+    elif "/rate" in name:
+        group = 1
+    else:
+        group = 0
+    return group, first, name
+
+
+def _float(cell: Any) -> float | None:
+    try:
+        value = float(cell)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _configured(folder: Path, notes: list[str]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        config = None
+    if not isinstance(config, dict):
+        notes.append("No settings: the run folder has no readable config.yaml.")
+        return {}
+    return _settings(config)
+
+
+def _saved_records(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The records of the last validation that wrote some."""
+    files = sorted(folder.glob("validation/step_*/records.json"))
+    if not files:
+        return []
+    try:
+        return [dict(record) for record in json.loads(files[-1].read_text()) if "metric" in record]
+    except (OSError, ValueError, TypeError) as error:
+        notes.append(f"The records of {files[-1].parent.name} are broken ({error}) and not shown.")
+        return []
+
+
+def _last_values(
+    curves: Mapping[str, Sequence[Point]], settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Metrics of the last validation, with their baselines and the settings that they depend on."""
+    protocol = {
+        name: value
+        for name, value in settings.items()
+        if name.startswith("generation.")
+        or name in ("model.codec", "model.text_encoder", "model.crop_s")
+    }
+    clips = curves.get("val/num_clips", ())
+    records = []
+    for name, points in curves.items():
+        is_generated = name.startswith(_HEADLINES[:3])
+        if "/baseline_" in name or not (is_generated or name == "val/ce"):
+            continue
+        step, value, low, high = points[-1]
+        record: dict[str, Any] = {"metric": name, "value": value, "step": int(step)}
+        if low is not None and high is not None:
+            record["interval"] = (low, high)
+        if is_generated:
+            record |= {"num_clips": int(clips[-1][1])} if clips else {}
+            baselines = [other for other in curves if other.startswith(f"{name}/baseline_")]
+            record |= {
+                other.removeprefix(f"{name}/").replace("_", " "): curves[other][-1][1]
+                for other in baselines
+            }
+            record |= protocol
+        records.append(record)
+    return records

@@ -1,0 +1,315 @@
+"""The one loop of evaluation: take clips (decoded, read, reconstructed), level, embed, gather by
+id, score.
+
+The validation callback, `evaluate` and the scripts of the demo use it, so that their records have
+the same protocol.
+
+Shapes: t samples; clips are `channels t`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from magnet_train.codec.base import Codec
+from magnet_train.common.audio_files import clipped_share, normalize_loudness, write_audio
+from magnet_train.common.errors import UserError
+from magnet_train.evaluation.page import read_sound
+from magnet_train.generator import DecodedItem
+from magnet_train.metrics.embedders import Embedder, load_embedder
+from magnet_train.metrics.embedding_sets import fad_per_clip
+from magnet_train.metrics.record import Record
+from magnet_train.metrics.reference import ReferenceStatistics
+from magnet_train.metrics.scoring import REFERENCE_METRICS, FeatureSet, parse_metric, score
+
+SCORED_LEVEL = "generated mono at -14 LUFS"
+"""Level of generated clips when they are embedded, in records; real clips are never levelled."""
+UNCHANGED_LEVEL = "as it is"
+SILENT_RMS = 1e-5
+"""-100 dB of full scale."""
+
+Features = dict[str, FeatureSet]
+"""Features of one set of clips, by the name of the embedder."""
+
+
+@dataclass(frozen=True)
+class AudioClip:
+    """A clip to be scored."""
+
+    key: str
+    """Its id; clips with the same id belong together."""
+    wav: Tensor
+    """`channels t` in [-1, 1]."""
+    sample_rate: int
+    """In Hz."""
+    name: str = ""
+    """What errors call it: its file, or its id if empty."""
+
+
+# --- Sources of clips -----------------------------------------------------------------------------
+
+
+def read_clips(files: Mapping[str, Path]) -> Iterator[AudioClip]:
+    """Clips from files, by id.
+
+    Raises:
+        UserError: if a file is unreadable, empty or not finite.
+    """
+    for key, path in files.items():
+        wav, sample_rate = read_sound(path)
+        yield AudioClip(key, torch.from_numpy(np.ascontiguousarray(wav.T)), sample_rate, str(path))
+
+
+def decoded_clips(items: Iterable[DecodedItem]) -> Iterator[AudioClip]:
+    """Clips from a model (`Generator.decode_items`)."""
+    for item in items:
+        yield AudioClip(item.key, item.wav.cpu(), item.sample_rate)
+
+
+def reconstructed_clips(clips: Iterable[AudioClip], codec: Codec) -> Iterator[AudioClip]:
+    """Mono clips encoded and decoded by a codec, at their own rate: what a perfect model would
+    generate."""
+    from magnet_train.metrics.networks.frontend import resample
+
+    facts = codec.facts
+    for clip in clips:
+        mono = resample(clip.wav, clip.sample_rate, facts.sample_rate)
+        with torch.no_grad():
+            codes = codec.encode(mono.expand(facts.channels, -1)[None].to(codec.device))
+            wav = codec.decode(codes)[0].cpu()
+        wav = resample(wav, facts.sample_rate, clip.sample_rate)[: clip.wav.shape[1]]
+        yield replace(clip, wav=wav[None])
+
+
+def clips_from_codes(codes: Mapping[str, Tensor], codec: Codec) -> Iterator[AudioClip]:
+    """Clips decoded from given codes `k t`, by id."""
+    for key, rows in codes.items():
+        with torch.no_grad():
+            wav = codec.decode(rows[None].to(codec.device))[0].cpu()
+        yield AudioClip(key, wav, codec.facts.sample_rate)
+
+
+def unigram_codes(frequencies: Tensor, num_frames: int, seed: int) -> Tensor:
+    """Codes `k t` drawn independently from the frequencies `k c` of each codebook's entries: a
+    baseline."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [
+        torch.multinomial(row.cpu(), num_frames, replacement=True, generator=generator)
+        for row in frequencies
+    ]
+    return torch.stack(rows)
+
+
+def prepare_generated(
+    clips: Iterable[AudioClip],
+    loudness: bool = True,
+    keep_silent: bool = True,
+    seconds: Mapping[str, float] | None = None,
+) -> Iterator[AudioClip]:
+    """Generated clips as they are embedded: mono, levelled, cut to the length of their real
+    counterpart.
+
+    The level is that of the mono mix, because the mix is what is embedded: loudness adds the energy
+    of channels, so a mono clip and the same clip in two equal channels would get different gains.
+
+    Args:
+        clips: generated clips.
+        loudness: whether to bring them to -14 LUFS.
+        keep_silent: whether to score silence instead of raising.
+        seconds: lengths of the real clips by id.
+
+    Raises:
+        UserError: for a silent clip, unless they are kept.
+    """
+    seconds = seconds or {}
+    for clip in clips:
+        mono = clip.wav.mean(0, keepdim=True)
+        if not keep_silent and _is_silent(mono):
+            raise UserError(
+                f"{clip.name}: silent; generate it again, or score silence with --keep_silent true"
+            )
+        if loudness:
+            levelled = normalize_loudness(mono.T.numpy(), clip.sample_rate)
+            mono = torch.from_numpy(np.ascontiguousarray(levelled.T, dtype=np.float32))
+        if clip.key in seconds:
+            mono = mono[:, : round(seconds[clip.key] * clip.sample_rate)]
+        yield replace(clip, wav=mono)
+
+
+def prepare_reference(clips: Iterable[AudioClip]) -> Iterator[AudioClip]:
+    """Real clips as they are embedded: unchanged.
+
+    Raises:
+        UserError: for a silent clip.
+    """
+    for clip in clips:
+        if _is_silent(clip.wav.mean(0)):
+            raise UserError(f"{clip.name}: silent; remove it from the reference")
+        yield clip
+
+
+def _is_silent(wav: Tensor) -> bool:
+    return wav.square().mean().sqrt().item() < SILENT_RMS
+
+
+# --- Embed, gather, score -------------------------------------------------------------------------
+
+
+def load_embedders(
+    metrics: Iterable[str], weights: Mapping[str, str], device: str
+) -> list[Embedder]:
+    """The embedders that these metrics need, each once.
+
+    Raises:
+        UserError: if one cannot be loaded.
+    """
+    names = dict.fromkeys(parse_metric(metric)[1] for metric in metrics)
+    return [load_embedder(name, weights.get(name), device) for name in names]
+
+
+def embed_clips(
+    clips: Iterable[AudioClip],
+    embedders: Iterable[Embedder],
+    description: str,
+    total: int,
+    quiet: bool = False,
+) -> Features:
+    """Features of every clip from every embedder, of this rank only.
+
+    Args:
+        clips: as they shall be embedded (`prepare_generated`, `prepare_reference`).
+        embedders: the networks.
+        description: of the progress bar.
+        total: number of clips, for the progress bar.
+        quiet: whether to show no progress bar.
+
+    Raises:
+        UserError: if a clip cannot be embedded; the message names it.
+    """
+    features = {embedder.name: FeatureSet(embedder) for embedder in embedders}
+    for clip in tqdm(clips, desc=description, total=total, unit="clip", leave=False, disable=quiet):
+        for part in features.values():
+            try:
+                part.add(clip.key, clip.wav, clip.sample_rate)
+            except UserError as error:
+                reason = str(error).removeprefix(f"{clip.key}: ")
+                raise UserError(f"{clip.name or clip.key}: {reason}") from error
+            part.clipped[clip.key] = torch.tensor(
+                clipped_share(clip.wav.numpy()), dtype=torch.float64
+            )
+    return features
+
+
+def gather_features(features: Features) -> Features:
+    """The features of all ranks. Every rank must have the same embedders. Collective."""
+    return {name: features[name].all_gather() for name in sorted(features)}
+
+
+def score_clips(
+    metrics: Sequence[str],
+    features: Features,
+    references: Mapping[str, ReferenceStatistics],
+    captions: Mapping[str, str],
+    convention: str | None = None,
+    baselines: Mapping[str, Mapping[str, float]] | None = None,
+    on_error: Callable[[str, str], None] | None = None,
+    **fields: Any,
+) -> list[Record]:
+    """A record for every metric.
+
+    Args:
+        metrics: METRIC/EMBEDDER each; those without features are skipped.
+        features: of all clips.
+        references: by the name of the embedder.
+        captions: by clip id, for text metrics.
+        convention: of KL, if not the classifier's own.
+        baselines: for each metric, fields of the record such as `baseline_codec`.
+        on_error: called with metric and message where a metric cannot be computed, which is then
+            skipped.
+        fields: further fields of every record, such as system, level, decoding and seed.
+
+    Raises:
+        UserError: if a metric cannot be computed and there is no `on_error`.
+    """
+    records = []
+    for metric in metrics:
+        embedder = parse_metric(metric)[1]
+        if embedder not in features:
+            continue
+        more = dict((baselines or {}).get(metric, {}))
+        try:
+            part = features[embedder]
+            records.append(
+                score(
+                    metric, part, references.get(embedder), captions, convention, **fields, **more
+                )
+            )
+        except UserError as error:
+            if on_error is None:
+                raise
+            on_error(metric, str(error))
+    return records
+
+
+def score_halves(metric: str, features: FeatureSet) -> float:
+    """A metric of one half of the real clips against the other, drawn with a fixed seed: the
+    baseline of real audio.
+
+    Raises:
+        UserError: if there are too few clips.
+    """
+    keys = list(features.embeddings)
+    order = [keys[i] for i in np.random.default_rng(0).permutation(len(keys))]
+    half = len(order) // 2
+    one = features.subset(sorted(order[:half]))
+    two = features.subset(sorted(order[half:]))
+    return score(metric, one, two.statistics(), system="real clips").value
+
+
+def compares_sets(metric: str) -> bool:
+    """Whether a metric compares a set of clips with a reference set, not clip with clip."""
+    name = parse_metric(metric)[0]
+    return name in REFERENCE_METRICS and name != "kl"
+
+
+def scores_by_clip(
+    metrics: Iterable[str], features: Features, references: Mapping[str, ReferenceStatistics]
+) -> tuple[str, dict[str, float]]:
+    """The first embedder with a FAD, and the FAD of each clip alone by id, lowest first; empty
+    where it has none."""
+    for metric in metrics:
+        name, embedder = parse_metric(metric)
+        if name != "fad" or embedder not in features or embedder not in references:
+            continue
+        clips = features[embedder].embeddings
+        if all(len(windows) > 1 for windows in clips.values()):
+            return embedder, fad_per_clip(clips, references[embedder].moments)
+        break
+    return "", {}
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def write_decoded(
+    path: Path, item: DecodedItem, about: Mapping[str, Any], with_codes: bool
+) -> None:
+    """Writes the clip, its note and on request its codes and unmasking steps (`.npz`), for reports.
+
+    Raises:
+        UserError: if a file cannot be written.
+    """
+    note = {"prompt": item.caption, "item": item.key} | dict(about)
+    write_audio(path, item.wav.T.cpu().numpy(), item.sample_rate, note)
+    if with_codes:
+        arrays = {
+            "codes": item.codes.cpu().numpy().astype(np.uint16),
+            "order": item.unmask_step.cpu().numpy(),
+        }
+        np.savez_compressed(path.with_suffix(".npz"), allow_pickle=False, **arrays)
