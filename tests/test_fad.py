@@ -30,7 +30,9 @@ def test_there_are_seventeen_sets_and_seven_closed_forms():
 
 @CASES
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_distance_of_two_sets_whatever_their_parts_and_common_offset(case: dict, offset: float, sets):
+def test_distance_of_two_sets_whatever_their_parts_and_common_offset(
+    case: dict, offset: float, sets
+):
     """Plain sums of x xᵀ lose up to 5e-3 at the offset, where windows are few or constant."""
     x, y = (sets[f"{case['name']}__{side}"].double() + offset for side in "xy")
     for value in (Moments.of(x).distance(Moments.of(y)), in_parts(x, 37).distance(in_parts(y, 23))):

@@ -1,12 +1,9 @@
 """A trained model as an object: alone or in a batch the same, saved and loaded the same, and clear when it cannot."""
 
-import json
 
-import numpy as np
 import pytest
 import torch
 
-from magnet_train.common.audio_files import normalize_loudness, slug, write_audio
 from magnet_train.common.errors import UserError
 from magnet_train.generator import Generator, load
 from magnet_train.model import Magnet, MagnetConfig
@@ -43,24 +40,3 @@ def test_another_codec_is_refused(tiny):
     other = Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=1, codebook_size=64, text_dim=384))
     with pytest.raises(UserError, match="codebooks of 1024 entries"):
         Generator(other, tiny.codec, tiny.text_encoder, tiny.decoding, 1.0)
-
-
-def test_loudness_is_minus_14_lufs_and_silence_stays_silent():
-    import pyloudnorm
-
-    wav = 0.02 * np.sin(2 * np.pi * 440 * np.arange(32_000) / 16_000)[:, None]
-    assert pyloudnorm.Meter(16_000).integrated_loudness(normalize_loudness(wav, 16_000)) == pytest.approx(-14, abs=0.1)
-    quiet = np.zeros((32_000, 1))
-    assert normalize_loudness(quiet, 16_000) is quiet
-    assert len(normalize_loudness(wav[:100], 16_000)) == 100
-
-
-def test_files_have_recognisable_names_and_an_unwritable_folder_is_named(tmp_path):
-    assert slug("Slow, sad: cello!", 7).startswith("slow-sad-cello_") and slug("").startswith(
-        "no-text_"
-    )
-    write_audio(tmp_path / "a.flac", np.zeros((800, 1)), 16_000, {"prompt": "x"})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"prompt": "x"}
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        write_audio(tmp_path / "file" / "a.wav", np.zeros((800, 1)), 16_000, {})

@@ -53,7 +53,11 @@ def values(keys: list[str]) -> dict[str, float]:
 def gathered_items(rank: int) -> dict[str, Tensor]:
     """Other shapes and types on every rank, none on the second, one id on the first and third."""
     items = {
-        0: {"b": torch.arange(6).view(2, 3), "é/9": torch.rand(5)[3:], "twice": torch.tensor([1.0])},
+        0: {
+            "b": torch.arange(6).view(2, 3),
+            "é/9": torch.rand(5)[3:],
+            "twice": torch.tensor([1.0]),
+        },
         1: {},
         2: {"twice": torch.tensor([2.0]), "a": torch.ones(1, 1).double(), "c": torch.zeros(0, 4)},
     }
@@ -75,9 +79,7 @@ def failures(rank: int) -> list[str]:
 def _on_rank(rank: int, shares: list[list[str]], folder: str, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/meet", rank=rank, world_size=len(shares)
-    )
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=len(shares))
     found = {
         "values": values(shares[rank]),
         "items": gathered_items(rank),

@@ -82,8 +82,8 @@ def _high_passed(wav: np.ndarray, sample_rate: int) -> np.ndarray:
     if len(wav) < 2:
         return wav
     sections = butter(2, HIGH_PASS_HZ, "highpass", fs=sample_rate, output="sos")
-    padding = min(len(wav) - 1, sample_rate // 10)
-    return sosfiltfilt(sections, wav, axis=0, padlen=padding).astype(wav.dtype)
+    padding = min(len(wav) - 1, sample_rate // 5)
+    return sosfiltfilt(sections, wav, axis=0, padtype="even", padlen=padding).astype(wav.dtype)
 
 
 def _max_gain(wav: np.ndarray) -> float:
