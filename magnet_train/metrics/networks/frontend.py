@@ -11,7 +11,7 @@ from julius.resample import ResampleFrac
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.torchaudio_import import mend_torchaudio
+from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
 
 def resample(wav: Tensor, sample_rate: int, new_rate: int) -> Tensor:
@@ -65,7 +65,7 @@ def mel_filters(
         lowest: lower edge of the first filter, in Hz.
         highest: upper edge of the last filter, in Hz; half the sample rate if None.
     """
-    mend_torchaudio()  # transformers imports torchaudio where it is installed
+    ensure_torchaudio_imports()  # transformers imports torchaudio where it is installed
     from transformers.audio_utils import mel_filter_bank
 
     filters = mel_filter_bank(
