@@ -1,4 +1,4 @@
-"""The verbs, nothing else. Each is imported when it is called, so that --help answers at once."""
+"""Names the verbs and ends the process: each verb is imported when it is called, so that --help answers at once."""
 
 import os
 import sys
@@ -8,21 +8,21 @@ from typing import Any
 VERBS = {
     "fit": "train; without options the embedded demo",
     "validate": "compute the validation metrics of a checkpoint",
-    "test": "the same on the test split",
+    "test": "compute the same metrics on the test split",
     "predict": "generate audio for every caption of a split",
     "tokenize": "turn a folder of audio and captions into code shards",
-    "generate": "turn prompts into audio files",
-    "evaluate": "score audio of any origin, or a model, against a reference",
-    "convert": "audiocraft's models to releases of ours, and back; checkpoints to releases",
-    "sweep": "run an ablation file without a W&B server, here or as a SLURM array",
-    "doctor": "say whether a run of fit would start and last, and what it would take; with fit's options",
-    "dashboard": "lay out what runs log as a workspace of W&B",
-    "bench": "measure attention, training and decoding, each beside its slow twin",
+    "generate": "generate audio files from prompts",
+    "evaluate": "score folders of audio, or a model, against a reference",
+    "convert": "convert audiocraft models to releases and back, and checkpoints to releases",
+    "sweep": "run an ablation file without a W&B server, locally or as a SLURM array",
+    "doctor": "check whether a run of fit would start and last, and estimate its cost; takes fit's options",
+    "dashboard": "create a W&B workspace with panels for all logged metrics",
+    "bench": "measure time and memory of attention, training and decoding",
 }
 
 
 def usage() -> str:
-    """What `--help` prints."""
+    """Text of `--help`."""
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:<{width}}  {text}" for name, text in VERBS.items())
     return f"usage: python -m magnet_train VERB [options]\n\n{verbs}\n\n`VERB --help` lists a verb's options."
@@ -40,46 +40,57 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     if argv[0] not in VERBS:
-        print(f"error: no verb {argv[0]!r}; choose one of {', '.join(VERBS)}", file=sys.stderr)
+        from difflib import get_close_matches
+
+        close = get_close_matches(argv[0], VERBS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(VERBS)}"
+        print(f"error: no verb {argv[0]!r}; {hint}", file=sys.stderr)
         return 2
 
-    from magnet_train.common.errors import UserError
+    from magnet_train.common.errors import user_error_from
 
     try:
-        from magnet_train.cli import commands as cli
+        from magnet_train.cli import commands
 
-        cli.run(argv[0], argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        _end_failed(2)
-        return 2
+        commands.run(argv[0], argv[1:])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception:
-        _end_failed(1)
-        raise
+    except Exception as error:
+        mistake = user_error_from(error)
+        if _other_ranks_wait():
+            _exit_now(1 if mistake is None else 2, mistake)
+        _finish_wandb(1 if mistake is None else 2)
+        if mistake is None:
+            raise
+        sys.stdout.flush()
+        print(f"error: {mistake}", file=sys.stderr, flush=True)  # the last line on the screen
+        return 2
     return 0
 
 
-def _end_failed(status: int) -> None:
-    """Ends W&B's run; and under NCCL the process, whose own ending would wait for ranks that wait for this one.
-
-    Then SLURM, torchrun or Lightning ends the others too, and not half an hour later.
-    """
-    tracking: Any = sys.modules.get("magnet_train.tracking.wandb_session")
-    if tracking is None:
-        return
+def _other_ranks_wait() -> bool:
+    """Whether this is a rank under NCCL, whose own exit would wait for ranks that wait for this one."""
     dist: Any = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_initialized() or dist.get_world_size() == 1 or dist.get_backend() != "nccl":
-        tracking.finish_wandb(status)
-        return
-    if status == 1:  # nobody else will say why
+    return dist is not None and dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() == "nccl"
+
+
+def _exit_now(status: int, mistake: Exception | None) -> None:
+    """End the process at once, so that SLURM, torchrun or Lightning ends the other ranks too."""
+    if mistake is None:
         traceback.print_exc()
-    tracking.finish_wandb(status, quickly=True)
+    else:
+        print(f"error: {mistake}", file=sys.stderr, flush=True)
+    _finish_wandb(status, quickly=True)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _finish_wandb(status: int, **settings: bool) -> None:
+    session: Any = sys.modules.get("magnet_train.tracking.wandb_session")
+    if session is not None:
+        session.finish_wandb(status, **settings)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from magnet_train.checks import estimate
 from magnet_train.checks.doctor import CHECKS, Finding
 from magnet_train.checks.estimate import Speed, available_memory, duration, gigabytes
 from magnet_train.checks.plan import Plan, parse_devices
-from magnet_train.cli.fit import try_fit
+from magnet_train.cli.fit import build_without_training
 from magnet_train.common.errors import UserError
 from magnet_train.conditioning import load_text_encoder
 from magnet_train.cost import Memory, training_flop
@@ -66,7 +66,7 @@ def parts(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def plan(parts) -> Plan:
     """What the parser makes of that configuration, once for all tests of single checks."""
-    made: Any = try_fit(["--config", str(parts / "c.yaml")], [])
+    made: Any = build_without_training(["--config", str(parts / "c.yaml")], [])
     return Plan(made.parsed, made.datamodule, made.config_init.fit.generation.decoding)
 
 

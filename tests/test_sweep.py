@@ -64,7 +64,7 @@ def fake(tmp_path, monkeypatch) -> Path:
     script = tmp_path / "fake_fit.py"
     script.write_text(FAKE_FIT)
     monkeypatch.setattr(magnet_train.sweeps.sweep, "FIT", (sys.executable, "-S", "-E", str(script)))
-    monkeypatch.setattr(magnet_train.cli.commands, "_parse_fit", lambda args: None)
+    monkeypatch.setattr(magnet_train.cli.commands, "check_fit", lambda args: None)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return tmp_path / "runs"
 
@@ -287,7 +287,7 @@ def start_sweep(file: Path, out: Path) -> "subprocess.Popen[str]":
     """The command in a process of its own, with FAKE_FIT."""
     code = (
         "import sys, magnet_train.cli.commands, magnet_train.sweeps.sweep\nfrom magnet_train.__main__ import main\n"
-        f"magnet_train.sweeps.sweep.FIT = {magnet_train.sweeps.sweep.FIT!r}\nmagnet_train.cli.commands._parse_fit = lambda args: None\n"
+        f"magnet_train.sweeps.sweep.FIT = {magnet_train.sweeps.sweep.FIT!r}\nmagnet_train.cli.commands.check_fit = lambda args: None\n"
         f"sys.exit(main(['sweep', {str(file)!r}, '--out', {str(out)!r}, '--jobs', '2']))"
     )
     return subprocess.Popen(

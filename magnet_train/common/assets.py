@@ -35,3 +35,13 @@ def conf_path(name: str) -> Path:
     raise UserError(
         f"no shipped configuration {name!r}: reinstall magnet-train, or run from a full checkout"
     )
+
+
+def shipped_configurations() -> dict[str, Path]:
+    """Name, as in `hardware/gpu_1x24gb.yaml`, to file of each shipped configuration of `fit`."""
+    package = Path(__file__).resolve().parents[1]
+    folders = [package / "_conf", package.parent / "conf"]
+    folder = next((f for f in folders if f.is_dir()), folders[0])
+    files = sorted(folder.glob("*.yaml")) + sorted(folder.glob("*/*.yaml"))
+    names = {file.relative_to(folder).as_posix(): file for file in files}
+    return {name: file for name, file in names.items() if not name.startswith(("sweep/", "slurm/"))}

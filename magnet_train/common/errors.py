@@ -1,6 +1,24 @@
-"""The one exception that is the user's to mend."""
+"""What counts as the user's mistake, and how it is said: one line that names the setting, its value and the remedy."""
 
+import errno
+import os
 import re
+from collections.abc import Iterator
+
+REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space, then run the same command again",
+    errno.EDQUOT: "the quota is used up; free some space, then run the same command again",
+    errno.EACCES: "permission denied; change its permissions, or choose another path",
+    errno.EPERM: "not permitted; change its permissions, or choose another path",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EISDIR: "is a folder; give a file",
+    errno.ENOTDIR: "a part of this path is a file; choose another path",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ELOOP: "a symbolic link that leads to itself; give the file it should point to",
+    errno.EMFILE: "too many open files; raise the limit with `ulimit -n`",
+    errno.EADDRINUSE: "the port is in use; choose another, or unset MASTER_PORT",
+}
+"""Errors of the operating system that the user can do something about."""
 
 
 class UserError(Exception):
@@ -10,33 +28,64 @@ class UserError(Exception):
     """
 
 
-def user_error_of(error: BaseException) -> UserError | None:
-    """The user's mistake that an error comes from, None if it is another: itself, a cause, or one in another process.
+def user_error_from(error: BaseException) -> UserError | None:
+    """The user's mistake behind an error; None if the error is a bug, which keeps its traceback.
 
-    Those from loader processes and forked ranks arrive as the text of a traceback; the line is what counts of it.
+    A mistake is a UserError (raised, wrapped, or in the traceback of a loader process or another rank), a setting that
+    Lightning refuses, an error of the operating system with a remedy, W&B's refusal, or too little memory.
     """
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in _causes(error):
         if isinstance(cause, UserError) and "\n" not in str(cause):
             return cause
-        cause = cause.__cause__
-    lines = re.findall(rf"^{UserError.__module__}\.{UserError.__qualname__}: (.+)$", str(error), re.MULTILINE)
-    return UserError(lines[-1]) if lines else None
+    name = re.escape(f"{UserError.__module__}.{UserError.__qualname__}")
+    if remote := re.findall(rf"^{name}: (.+)$", str(error), re.MULTILINE):
+        return UserError(remote[-1])
+    if isinstance(error, UserError):
+        return UserError(" ".join(str(error).split()))
+    for cause in _causes(error):
+        text = _refusal(cause)
+        if text is not None:
+            return UserError(text)
+    return None
 
 
-PLAIN = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-"""What to give where a parser expects a type."""
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it was raised from; the context too, unless it was suppressed."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
 
 
-def message_of(text: str) -> str:
-    """A parser's message in one line, without the long way it came.
+def _refusal(error: BaseException) -> str | None:
+    """One line for what other libraries refuse; None for all other errors."""
+    kind = type(error)
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        return f"{error.filename or 'output'}: {REMEDIES[error.errno]}"
+    if kind.__name__ == "MisconfigurationException":
+        return text
+    if kind.__module__.startswith("wandb."):
+        return f"W&B: {text}; or set WANDB_MODE=offline and `wandb sync` later"
+    no_memory = isinstance(error, MemoryError) or kind.__name__ == "OutOfMemoryError"
+    if no_memory or "can't allocate memory" in text:
+        where = "" if not text else f" ({text[:120]})"
+        return f"out of memory{where}; choose a smaller batch, a shorter length or a smaller model"
+    return None
 
-    >>> message_of("Parser key \\"model.span_len\\":\\n  - Expected a <class 'int'>. Got value: three")
-    '--model.span_len=three: give a whole number'
+
+def integer_from_environment(name: str, default: int = 0) -> int:
+    """The integer in an environment variable.
+
+    Args:
+        name: of the variable.
+        default: where it is not set or empty.
+
+    Raises:
+        UserError: if it holds anything else.
     """
-    lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
-    message = " ".join(dict.fromkeys(lines))[:600]
-    if found := re.fullmatch(r"Parser key \"(\S+)\": Expected a <class '(\w+)'>\. Got value: (.*)", message):
-        name, kind, value = found.groups()
-        return f"--{name}={value}: give {PLAIN.get(kind, f'a value of type {kind}')}"
-    return message
+    text = os.environ.get(name, "").strip()
+    try:
+        return int(text) if text else default
+    except ValueError as error:
+        raise UserError(f"environment variable {name}={text}: not an integer; unset it") from error

@@ -57,8 +57,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def writable_folder(folder: Path) -> Path:
+def writable_folder(folder: Path, option: str) -> Path:
     """The folder, created if it is missing.
+
+    Args:
+        folder: to write to.
+        option: that names it, such as `--out`.
 
     Raises:
         UserError: if nothing can be written there.
@@ -70,8 +74,7 @@ def writable_folder(folder: Path) -> Path:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"run folder {folder}: cannot be written ({error.strerror}); "
-            "set --trainer.default_root_dir to another"
+            f"{option} {folder}: cannot be written ({error.strerror}); choose another folder"
         ) from error
     return folder
 

@@ -1,4 +1,4 @@
-"""Private parts of Lightning, wandb and torch: every one that this package uses, and no other file uses any.
+"""Private parts of Lightning, jsonargparse, wandb and torch that this package uses; no other file uses any.
 
 Each function is named after what it is for, and says in which version the part was seen. tests/test_private_api.py
 calls them all, so that an update which removes one is noticed there.
@@ -119,6 +119,18 @@ class Progress:
     def take_back_logged_step(self) -> None:
         """The step that was open when the checkpoint was saved will be logged again."""
         self._loop["_batches_that_stepped"] -= 1
+
+
+# --- jsonargparse 4.53 ----------------------------------------------------------------------------------------------
+
+
+def parse_without_defaults(parser: Any, args: list[str]) -> Any:
+    """What files and flags say: without defaults and linked options, and not yet validated."""
+    from jsonargparse import ArgumentParser
+    from jsonargparse._link_arguments import skip_apply_links
+
+    with skip_apply_links():
+        return ArgumentParser.parse_args(parser, args, defaults=False, _skip_validation=True)
 
 
 # --- Lightning 2.6.6: command line ----------------------------------------------------------------------------------

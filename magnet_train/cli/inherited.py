@@ -1,0 +1,81 @@
+"""Defaults that a checkpoint or a release gives: network, codec, text encoder, lengths, decoding."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+
+from magnet_train.common.assets import conf_path
+from magnet_train.common.errors import UserError
+from magnet_train.release import SavedModel, read_checkpoint
+
+LINKED = ("num_codebooks", "codebook_size", "text_dim")
+"""Settings of the network that follow from codec and text encoder."""
+NAMED_CHECKPOINTS = ("auto", "last", "best", "hpc", "registry")
+"""Values of --ckpt_path that are no file: the run's own, under its own configuration."""
+
+
+def fit_defaults(given: Namespace) -> dict[str, Any]:
+    """Defaults of `fit`, `validate`, `test`, `predict` and `doctor`.
+
+    A checkpoint or release gives the model's settings. Without --config the embedded demo gives all others, or, for a
+    model that training starts from, conf/finetune.yaml.
+
+    Args:
+        given: what was given by file or flag.
+
+    Raises:
+        UserError: if the checkpoint or release that is named is missing or broken.
+    """
+    checkpoint, init_from = given.get("ckpt_path"), given.get("model.init_from")
+    inherited: dict[str, Any] = {}
+    if checkpoint is not None and checkpoint not in NAMED_CHECKPOINTS:
+        inherited = settings_of_checkpoint(Path(checkpoint).expanduser())
+    elif init_from is not None:
+        inherited = settings_of_release(init_from)
+    if given.get("config"):
+        return inherited
+    file = conf_path("demo.yaml" if init_from is None else "finetune.yaml")
+    return _merged(yaml.safe_load(file.read_text(encoding="utf-8")), inherited)
+
+
+def settings_of_release(init_from: str) -> dict[str, Any]:
+    """Settings of a model that training starts from, as defaults of `fit`."""
+    trained = SavedModel.open(init_from)
+    return {
+        "model": {
+            "network": {k: v for k, v in trained.network.to_dict().items() if k not in LINKED},
+            "codec": trained.codec["id"],
+            "text_encoder": trained.text_encoder,
+            "crop_s": trained.crop_s,
+            "span_len": trained.decoding.span_len,
+            "guidance_dropout": trained.guidance_dropout,
+        },
+        "generation": {"decoding": asdict(trained.decoding)},
+    }
+
+
+def settings_of_checkpoint(file: Path) -> dict[str, Any]:
+    """Settings of the model in a checkpoint, as defaults of `fit`."""
+    settings = dict(read_checkpoint(file).get("hyper_parameters", {}))
+    if "network" not in settings:
+        raise UserError(f"--ckpt_path {file}: not a checkpoint of magnet_train; choose another")
+    seed = settings.pop("seed", None)
+    settings.pop("init_from", None)  # the weights are the checkpoint's
+    settings["network"] = {k: v for k, v in settings["network"].items() if k not in LINKED}
+    return {"model": settings} | ({} if seed is None else {"seed_everything": seed})
+
+
+def decoding_defaults(checkpoint: str | None) -> dict[str, Any]:
+    """Decoding settings of the model that `generate` or `evaluate` loads, as their defaults."""
+    return {} if checkpoint is None else {"decoding": asdict(SavedModel.open(checkpoint).decoding)}
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value) if both else value
+    return merged

@@ -1,0 +1,201 @@
+"""The command line's parser: jsonargparse with one-line errors, shipped configurations and late defaults."""
+
+import difflib
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from magnet_train.common import private_api
+from magnet_train.common.assets import shipped_configurations
+from magnet_train.common.errors import UserError, user_error_from
+
+MAX_CONFIG_BYTES = 2**20
+MAX_CONFIG_ALIASES = 100
+"""A YAML file with more aliases than this may expand to more than memory holds."""
+TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
+
+Defaults = Callable[[Namespace], dict[str, Any]]
+"""What was given, by file or by flag -> defaults of what was not given."""
+
+
+class ConfigFile(ActionConfigFile):
+    """`--config`: a YAML file, YAML text, or the name of a shipped configuration; repeatable."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, cfg, find_config(values), option_string)
+
+
+def config_help() -> str:
+    """Help text of `--config`."""
+    names = ", ".join(shipped_configurations())
+    return (
+        "YAML file with any of these options; repeatable, later files and flags win. Shipped configurations are found "
+        f"by name: {names}."
+    )
+
+
+def find_config(text: str) -> str:
+    """The path or YAML text that `--config` names.
+
+    Args:
+        text: path of a file, name of a shipped configuration (`demo.yaml` or `conf/demo.yaml`), or YAML.
+
+    Raises:
+        UserError: if the file is no regular file of UTF-8 text, or too large for a configuration.
+    """
+    path = Path(text).expanduser() if len(text) < 4096 and "\n" not in text else None
+    if path is None or text.lstrip().startswith(("{", "[")):
+        return text
+    if not path.exists():
+        shipped = shipped_configurations()
+        name = text.removeprefix("conf/")
+        if name in shipped:
+            path = shipped[name]
+        elif path.suffix in (".yaml", ".yml", ".json"):
+            raise UserError(f"--config {text}: no such file{did_you_mean(name, list(shipped))}")
+        else:
+            return text
+    check_config_file(path)
+    return str(path)
+
+
+def check_config_file(path: Path) -> None:
+    """Check that a configuration can be read with bounded time and memory.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    if not path.is_file():
+        raise UserError(f"--config {path}: not a regular file; give a YAML file")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise UserError(f"--config {path}: larger than {MAX_CONFIG_BYTES:,} bytes; give a YAML file of options")
+    try:
+        text = path.read_text(encoding="utf-8")
+        events = yaml.parse(text, Loader=yaml.SafeLoader)
+        num_aliases = sum(isinstance(event, yaml.AliasEvent) for event in events)
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
+    if num_aliases > MAX_CONFIG_ALIASES:
+        raise UserError(f"--config {path}: {num_aliases} YAML aliases; at most {MAX_CONFIG_ALIASES} are read")
+
+
+class OneLineErrors(ArgumentParser):
+    """Parser whose errors are UserErrors, whose options need no exact dashes, and whose numbers are finite."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.late_defaults: Defaults | None = None
+        """Called with what was given before the parse; its defaults hold for what was not given."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise self._user_error(message, ex) from ex
+
+    def _user_error(self, message: str, ex: Exception | None) -> UserError:
+        if ex is not None and (found := user_error_from(ex)) is not None:
+            return found
+        text = parser_message(message)
+        unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", text)
+        if unknown:
+            text += did_you_mean(unknown[1] or unknown[2], self.option_names())
+        return UserError(text)
+
+    def option_names(self) -> list[str]:
+        """All options, without dashes; those of the subcommands too."""
+        parsers: list[Any] = [self]
+        for action in self._actions:
+            parsers += (getattr(action, "_name_parser_map", None) or {}).values()
+        options = (option for parser in parsers for action in parser._actions for option in action.option_strings)
+        return [option.lstrip("-") for option in options]
+
+    def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Namespace:  # type: ignore[override]
+        """Parse the options; dashes in their names count as underscores.
+
+        Raises:
+            UserError: for every mistake.
+        """
+        args = [with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
+        if self.late_defaults is not None:
+            self.set_defaults(self.late_defaults(self.given(args)))
+        config = super().parse_args(args, *rest, **settings)
+        check_finite(config)
+        return config
+
+    def given(self, args: list[str]) -> Namespace:
+        """What files and flags say, without defaults and links."""
+        options = [with_underscores(arg) for arg in args]
+        asking = [o for o in options if o not in ("-h", "--help") and not o.startswith("--print_config")]
+        return private_api.parse_without_defaults(self, asking)
+
+
+def with_underscores(arg: str) -> str:
+    """
+    >>> with_underscores("--decoding.max-cfg-coef=1e-3")
+    '--decoding.max_cfg_coef=1e-3'
+    """
+    return re.sub(r"^--[\w.-]+(?==|$)", lambda name: "--" + name[0][2:].replace("-", "_"), arg)
+
+
+def check_finite(config: Any) -> None:
+    """Check that all numbers of a configuration are finite.
+
+    Raises:
+        UserError: that names the first option that is not.
+    """
+    for name, value in _leaves("", config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} {value}: not a finite number; give one")
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    items = vars(value).items() if isinstance(value, Namespace) else value.items() if isinstance(value, dict) else None
+    if items is not None:
+        for key, inner in items:
+            yield from _leaves(f"{name}.{key}" if name else str(key), inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(name, inner)
+    else:
+        yield name, value
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """
+    >>> did_you_mean("genrate", ["generate", "fit"])
+    '; did you mean generate?'
+    """
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def parser_message(text: str) -> str:
+    """A parser's message in one line, at most 600 characters.
+
+    >>> parser_message("Parser key \\"model.span_len\\":\\n  - Expected a <class 'int'>. Got value: three")
+    '--model.span_len three: give an integer'
+    """
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
+    message = " ".join(dict.fromkeys(lines))[:600]
+    wrong = re.fullmatch(r'Parser key "(\S+)": Expected an? (.*?)\. Got value: (.*)', message)
+    if wrong is None:
+        return message
+    name, expected, value = wrong.groups()
+    if kind := re.fullmatch(r"<class '(\w+)'>", expected):
+        return f"--{name} {value}: give {TYPES.get(kind[1], f'a value of type {kind[1]}')}"
+    if choices := re.fullmatch(r"typing\.Literal\[(.*)\]", expected):
+        return f"--{name} {value}: choose {choices[1].replace(chr(39), '')}"
+    return message
+
+
+def make_parser(verb: str, description: str) -> OneLineErrors:
+    """The parser of a verb that is not Lightning's, with `--config`."""
+    parser = OneLineErrors(prog=f"python -m magnet_train {verb}", description=description)
+    parser.add_argument("--config", action=ConfigFile, help=config_help())
+    return parser

@@ -1,0 +1,131 @@
+"""The folder of a run: one living process at a time, and what happens to an earlier run's checkpoints."""
+
+import itertools
+import json
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from magnet_train.common.errors import UserError
+from magnet_train.common.folders import writable_folder
+from magnet_train.resume import newest_whole_checkpoint
+
+LOCK_WAIT_S = 10.0
+"""Loader processes of a run that was killed may hold its lock for a few seconds."""
+
+
+def prepare_run_folder(config: Any, is_fit: bool) -> Path:
+    """Make the run folder, and set the paths that follow from it.
+
+    `--ckpt_path auto` becomes the newest intact checkpoint, or None. A new run in a folder that has one already moves
+    its checkpoints aside.
+
+    Args:
+        config: options of the verb; changed in place.
+        is_fit: whether the verb is `fit`, which alone writes checkpoints.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: if nothing can be written there.
+    """
+    folder = Path(config.trainer.default_root_dir or "runs/run").expanduser()
+    writable_folder(folder, "--trainer.default_root_dir")
+    config.trainer.default_root_dir = str(folder)
+    own_checkpoints = folder / "checkpoints"
+    config.checkpoint.dirpath = str(Path(config.checkpoint.dirpath or own_checkpoints).expanduser())
+    if config.ckpt_path == "auto":
+        newest = newest_whole_checkpoint([folder, Path(config.checkpoint.dirpath)])
+        config.ckpt_path = None if newest is None else str(newest)
+        rank_zero_info(f"--ckpt_path auto: {newest or 'no checkpoint yet, starting from scratch'}")
+    if config.ckpt_path is None and is_fit and not config.trainer.fast_dev_run:
+        _make_room(config, folder, own_checkpoints)
+    return folder
+
+
+class RunFolderLock:
+    """A lock on a run folder for the life of a `fit`; held by the first rank."""
+
+    def __init__(self, folder: Path):
+        self.owner = folder / ".fit_owner.json"
+        self._lock = FileLock(folder / ".fit.lock")
+
+    @rank_zero_only
+    def acquire(self) -> None:
+        """
+        Raises:
+            UserError: if another process trains in the folder; it names that process.
+        """
+        try:
+            self._lock.acquire(timeout=LOCK_WAIT_S, poll_interval=0.5)
+        except Timeout as error:
+            owner = self._read_owner()
+            raise UserError(
+                f"run folder {self.owner.parent}: process {owner.get('pid', 'unknown')} on "
+                f"{owner.get('host', 'an unknown host')} trains there; wait for it, or choose another "
+                "--trainer.default_root_dir"
+            ) from error
+        except NotImplementedError:  # a file system without locks
+            return
+        self.owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
+
+    @rank_zero_only
+    def release(self) -> None:
+        """Let the next process have the folder."""
+        if self._lock.is_locked:
+            self.owner.unlink(missing_ok=True)
+            self._lock.release()
+
+    def _read_owner(self) -> dict[str, Any]:
+        try:
+            owner = json.loads(self.owner.read_text())
+        except (OSError, ValueError):
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
+
+def _is_within(path: str | None, folder: Path) -> bool:
+    """Whether a path names something in the folder, or a folder that contains it."""
+    if path is None:
+        return False
+    given = Path(path).resolve()
+    folder = folder.resolve()
+    return given == folder or given in folder.parents or folder in given.parents
+
+
+def _make_room(config: Any, folder: Path, own_checkpoints: Path) -> None:
+    """Move an earlier run's checkpoints aside.
+
+    Raises:
+        UserError: if the new run starts from one of them, or they are not in the run folder.
+    """
+    if _is_within(config.model.init_from, own_checkpoints):
+        raise UserError(
+            f"--model.init_from {config.model.init_from}: is in the run folder {folder}, which a new run would "
+            "overwrite; set --trainer.default_root_dir to another folder"
+        )
+    if Path(config.checkpoint.dirpath) == own_checkpoints:
+        _move_aside(own_checkpoints)
+    elif any(Path(config.checkpoint.dirpath).glob("*.ckpt")):
+        raise UserError(
+            f"--checkpoint.dirpath {config.checkpoint.dirpath}: has checkpoints of an earlier run; give another "
+            "folder, or --ckpt_path auto to resume that run"
+        )
+
+
+@rank_zero_only
+def _move_aside(checkpoints: Path) -> None:
+    """Keep an earlier run's checkpoints where `--ckpt_path auto` does not take them for this run's."""
+    if not checkpoints.is_dir() or not any(checkpoints.glob("*.ckpt")):
+        return
+    names = (checkpoints.with_name(f"{checkpoints.name}-{n}") for n in itertools.count(1))
+    free = next(name for name in names if not name.exists())
+    with suppress(FileNotFoundError):  # without a launcher the first process of each node is here
+        checkpoints.rename(free)
+    rank_zero_info(f"{checkpoints.parent} has an earlier run; its checkpoints are in {free} now")
