@@ -215,7 +215,9 @@ class MagnetCLI(private_api.lightning_cli()):
             return
         check_seed(options)
         if options.ckpt_path is None and options.model.init_from is None:
-            raise UserError(f"{self.verb}: no trained weights; give --ckpt_path CHECKPOINT or --model.init_from RELEASE")
+            raise UserError(
+                f"{self.verb}: no trained weights; give --ckpt_path CHECKPOINT or --model.init_from RELEASE"
+            )
 
     def defaults(self, given: Namespace) -> dict[str, Any]:
         """Defaults that follow from what is given; see `fit_defaults`."""
