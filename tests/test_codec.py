@@ -10,7 +10,8 @@ import pytest
 import torch
 from make_components import make_codec
 
-from magnet_train.codec.base import Codec, CodecFacts, load_codec
+from magnet_train.codec.base import CodecFacts, load_codec
+from magnet_train.codec.encodec import EncodecCodec
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def codec(folder: Path) -> Codec:
+def codec(folder: Path) -> EncodecCodec:
     return load_codec(str(folder))
 
 
@@ -51,7 +52,7 @@ def message(name: object) -> str:
     return text
 
 
-def test_facts_of_the_32_khz_configuration(codec: Codec, folder: Path):
+def test_facts_of_the_32_khz_configuration(codec: EncodecCodec, folder: Path):
     facts = codec.facts
     assert (facts.sample_rate, facts.frame_rate, facts.hop_samples) == (32_000, 50.0, HOP)
     assert (facts.num_codebooks, facts.codebook_size, facts.channels, facts.pad_mode) == (4, 2048, 1, "reflect")
@@ -61,7 +62,7 @@ def test_facts_of_the_32_khz_configuration(codec: Codec, folder: Path):
         CodecFacts.from_dict({k: v for k, v in facts.to_dict().items() if k != "hash"})
 
 
-def test_codes_and_audio_are_those_of_transformers(codec: Codec, folder: Path):
+def test_codes_and_audio_are_those_of_transformers(codec: EncodecCodec, folder: Path):
     from transformers import EncodecModel
 
     theirs: Any = EncodecModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -77,7 +78,7 @@ def test_codes_and_audio_are_those_of_transformers(codec: Codec, folder: Path):
 
 @pytest.mark.parametrize("samples", [1, HOP - 1, HOP, HOP + 1, 7 * HOP, 7 * HOP + 1, 11 * HOP - 1])
 @pytest.mark.parametrize("pad_mode", ["reflect", "constant"])
-def test_a_begun_frame_counts(codec: Codec, folder: Path, tmp_path: Path, samples: int, pad_mode: str):
+def test_a_begun_frame_counts(codec: EncodecCodec, folder: Path, tmp_path: Path, samples: int, pad_mode: str):
     if pad_mode != "reflect":
         codec = load_codec(str(clone_with(folder, tmp_path, pad_mode=pad_mode)))
     codes = codec.encode(noise(1, 1, samples))
@@ -85,14 +86,14 @@ def test_a_begun_frame_counts(codec: Codec, folder: Path, tmp_path: Path, sample
     assert codec.decode(codes).shape == (1, 1, codes.shape[-1] * HOP)
 
 
-def test_padding_mode_comes_from_the_config(codec: Codec, folder: Path, tmp_path: Path):
+def test_padding_mode_comes_from_the_config(codec: EncodecCodec, folder: Path, tmp_path: Path):
     other = load_codec(str(clone_with(folder, tmp_path, pad_mode="constant")))
     wav = noise(1, 1, 20 * HOP)
     assert other.facts.pad_mode == "constant" and other.facts.hash != codec.facts.hash
     assert not torch.equal(other.encode(wav), codec.encode(wav))
 
 
-def test_hash_is_of_what_decides_the_codes(folder: Path, codec: Codec, tmp_path: Path):
+def test_hash_is_of_what_decides_the_codes(folder: Path, codec: EncodecCodec, tmp_path: Path):
     from transformers import EncodecModel
 
     def saved(change: str) -> str:
@@ -121,7 +122,7 @@ def test_half_precision_files_run_in_float32(folder: Path, tmp_path: Path):
         assert torch.equal(codec.encode(wav), model.float().eval().encode(wav).audio_codes[0])
 
 
-def test_autocast_and_train_mode_change_nothing(codec: Codec):
+def test_autocast_and_train_mode_change_nothing(codec: EncodecCodec):
     wav = noise(1, 1, 20 * HOP)
     codes = codec.encode(wav)
     decoded = codec.decode(codes)
@@ -138,7 +139,7 @@ def test_autocast_and_train_mode_change_nothing(codec: Codec):
     assert not any(p.requires_grad for p in codec.parameters())
 
 
-def test_channels_are_fitted(codec: Codec, tmp_path: Path):
+def test_channels_are_fitted(codec: EncodecCodec, tmp_path: Path):
     wav = noise(1, 2, 10 * HOP)
     assert torch.equal(codec.encode(wav), codec.encode(wav.mean(1, keepdim=True)))
     make_codec(tmp_path, audio_channels=2, codebook_size=64, target_bandwidths=[0.6])
@@ -148,7 +149,7 @@ def test_channels_are_fitted(codec: Codec, tmp_path: Path):
     assert stereo.decode(stereo.encode(wav)).shape == wav.shape
 
 
-def test_a_batch_gives_what_each_gives_alone(codec: Codec):
+def test_a_batch_gives_what_each_gives_alone(codec: EncodecCodec):
     wav = noise(3, 1, 20 * HOP)
     together, alone = codec.encode(wav), torch.cat([codec.encode(w[None]) for w in wav])
     assert (together != alone).float().mean() < 0.01  # ties in floating point
@@ -156,7 +157,7 @@ def test_a_batch_gives_what_each_gives_alone(codec: Codec):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_audio_that_is_not_finite_is_refused(codec: Codec, value: float):
+def test_audio_that_is_not_finite_is_refused(codec: EncodecCodec, value: float):
     wav = noise(1, 1, 4 * HOP)
     wav[0, 0, 100] = value
     with pytest.raises(UserError, match="NaN or infinite"):
@@ -166,12 +167,12 @@ def test_audio_that_is_not_finite_is_refused(codec: Codec, value: float):
 @pytest.mark.parametrize(
     "wav", [torch.zeros(1, 4 * HOP), torch.zeros(1, 3, HOP), torch.zeros(1, 1, 0), torch.zeros(1, 1, HOP).short()]
 )
-def test_audio_of_the_wrong_shape_or_kind_is_refused(codec: Codec, wav: torch.Tensor):
+def test_audio_of_the_wrong_shape_or_kind_is_refused(codec: EncodecCodec, wav: torch.Tensor):
     with pytest.raises(ValueError, match="wav must be float"):
         codec.encode(wav)
 
 
-def test_values_that_are_no_codes_are_named(codec: Codec):
+def test_values_that_are_no_codes_are_named(codec: EncodecCodec):
     codes = torch.zeros(1, 4, 10, dtype=torch.long)
     codes[0, 2, 3:5] = 2048
     with pytest.raises(UserError, match=r"2 codes are outside 0 .. 2047.*mask id"):
@@ -184,7 +185,7 @@ def test_values_that_are_no_codes_are_named(codec: Codec):
             codec.decode(wrong)
 
 
-def test_the_first_codebooks_decode_alone(codec: Codec):
+def test_the_first_codebooks_decode_alone(codec: EncodecCodec):
     codes = codec.encode(noise(1, 1, 10 * HOP))
     coarse = codec.decode(codes[:, :1])
     assert coarse.shape == (1, 1, 10 * HOP) and not torch.equal(coarse, codec.decode(codes))
@@ -197,7 +198,7 @@ def test_an_untrained_model_is_refused(tmp_path: Path):
     assert "codebook.embed is all zero" in message(tmp_path)
 
 
-def test_the_first_codebooks_are_a_codec_of_their_own(folder: Path, codec: Codec):
+def test_the_first_codebooks_are_a_codec_of_their_own(folder: Path, codec: EncodecCodec):
     two = load_codec(f"{folder}@2")
     assert two.facts.num_codebooks == 2 and two.facts.id.endswith("@2") and two.facts.hash != codec.facts.hash
     wav = noise(1, 1, 20 * HOP)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from magnet_train.codec.base import NORMALISED_LEVEL, load_codec
+from magnet_train.codec.base import load_codec
+from magnet_train.codec.encodec import NORMALISED_LEVEL
 from magnet_train.codec.encodec_names import PACKAGE_MODELS
 from magnet_train.common.errors import UserError
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports

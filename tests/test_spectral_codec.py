@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from magnet_train.codec.base import load_codec
-from magnet_train.codec.spectral import SpectralCodecConfig, Spectrum, build
+from magnet_train.codec.spectral_v1 import SpectralCodecConfig, Spectrum, build
 from magnet_train.common.assets import demo_path
 
 SMALL = SpectralCodecConfig(dim=16, decoder_layers=1, latent_dim=8, codebook_size=16)

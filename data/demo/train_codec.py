@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import EncodecConfig, EncodecModel
 
-from magnet_train.codec.spectral import (
+from magnet_train.codec.spectral_v1 import (
     SpectralCodecConfig,
     SpectralDecoder,
     SpectralEncoder,

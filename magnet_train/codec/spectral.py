@@ -1,28 +1,35 @@
-"""A codec for machines without a GPU: EnCodec's residual quantiser around magnitudes instead of waveforms.
+"""A codec for machines without a GPU: pitches first, and magnitudes instead of waveforms.
 
-EnCodec learns to synthesise every cycle of every wave, which takes days of GPU. Here the encoder reads log
-magnitudes of a short-time Fourier transform, the decoder gives them back, and phases are found afterwards: first
-by following spectral peaks (Beauregard et al., "Single pass spectrogram inversion", 2015), then by fast Griffin-Lim
-(Perraudin et al., 2013). An hour on one CPU core is enough; EXPERIMENTS.md compares both.
+A frame is described by which pitches sound in it (a linear reading of its spectrum, free of
+loudness) and by the levels of its bands (timbre, loudness, attacks). The first codebooks quantise
+the pitches and the others the levels, so that a language model finds the notes in the codes that it
+predicts first. No frame looks at another: a held note repeats its code.
 
-`build` gives an `EncodecModel` whose encoder and decoder are these, so that everything else, the quantiser
-included, is transformers' own.
+EnCodec's decoder synthesises every cycle of every wave, which takes days of GPU to learn. This one
+gives log magnitudes of a short-time Fourier transform, and phases are found afterwards: first by
+following spectral peaks (Beauregard et al., "Single pass spectrogram inversion", 2015), then by
+fast Griffin-Lim (Perraudin et al., 2013).
 
-Shapes: b examples, t codec frames, s sub-frames of one frame, f frequency bins, d width.
+Shapes: b examples, t codec frames, m sub-frames (m = t * sub_frames), f frequency bins, d channels,
+k codebooks.
 """
 
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import EncodecConfig, EncodecModel
 
-MODEL_TYPE = "magnet_train_spectral"
+from magnet_train.codec.base import Codec, CodecFacts, check_weights, codes_hash, first_codebooks
+
+MODEL_TYPE = "magnet_train_pitch_first"
+DECODER_SETTINGS = ("dim", "layers", "griffin_lim_steps")
+"""Settings that leave the codes as they are."""
 
 
 @dataclass(frozen=True)
@@ -31,103 +38,143 @@ class SpectralCodecConfig:
 
     sample_rate: int = 16_000
     """Of the waveform, in Hz."""
-    hop_samples: int = 320
+    hop_samples: int = 640
     """Samples per codec frame."""
-    sub_frames: int = 2
-    """Fourier transforms per codec frame."""
+    sub_frames: int = 4
+    """Fourier transforms per codec frame, for levels and for the decoder."""
     window_samples: int = 1024
-    """Length of a Fourier transform, in samples."""
-    dim: int = 320
-    """Width of encoder and decoder, in channels."""
-    decoder_layers: int = 7
-    """Blocks of the decoder."""
-    latent_dim: int = 96
-    """Width of the codebooks' entries."""
-    num_codebooks: int = 4
+    """Length of these transforms, in samples."""
+    pitch_window_samples: int = 2048
+    """Length of the transform that pitches are read from, one per frame, in samples."""
+    lowest_pitch: int = 36
+    """Lowest pitch that is read, as a MIDI number; what sounds below is read as this one."""
+    num_pitches: int = 68
+    """Pitches that are read, a semitone apart."""
+    lead_weight: float = 10.0
+    """Factor of the lead's pitches; large, so that pitches, not levels, decide the first codes."""
+    notes_weight: float = 6.0
+    """Factor of the pitches of all notes beside the levels."""
+    num_bands: int = 64
+    """Mel bands whose levels are read, in each sub-frame."""
+    level_dim: int = 48
+    """Principal components that are kept of a frame's band levels."""
+    num_codebooks: int = 5
     """Codes per frame."""
-    codebook_size: int = 1024
+    pitch_codebooks: int = 2
+    """How many codebooks, from the first, are fitted to the pitches; the others to the levels."""
+    codebook_size: int = 256
     """Entries in each codebook."""
+    dim: int = 384
+    """Width of the decoder, in channels."""
+    layers: int = 4
+    """Blocks of the decoder."""
     griffin_lim_steps: int = 20
     """Iterations that make the phases consistent."""
 
+    @property
+    def latent_dim(self) -> int:
+        """Width of the codebooks' entries: pitches of the lead, pitches of all notes, levels."""
+        return 2 * self.num_pitches + self.level_dim
+
+    @property
+    def pitch_scale(self) -> Tensor:
+        """Factors of the pitches: of the lead's, then of all notes'."""
+        return torch.tensor([self.lead_weight, self.notes_weight]).repeat_interleave(
+            self.num_pitches
+        )
+
+
+def mel_filters(sample_rate: int, window_samples: int, num_bands: int) -> Tensor:
+    """Triangles from 0 Hz to half the sample rate, evenly spaced in mel: `bands f`."""
+    edges_mel = torch.linspace(
+        0, 2595 * math.log10(1 + sample_rate / 2 / 700), num_bands + 2, dtype=torch.float64
+    )
+    edges = 700 * (10 ** (edges_mel / 2595) - 1)
+    freqs = torch.linspace(0, sample_rate / 2, window_samples // 2 + 1, dtype=torch.float64)
+    rising = (freqs - edges[:-2, None]) / edges.diff()[:-1, None]
+    falling = (edges[2:, None] - freqs) / edges.diff()[1:, None]
+    return torch.minimum(rising, falling).clamp(min=0).float()
+
 
 class Spectrum(nn.Module):
-    """Waveform `b 1 n` <-> log magnitudes `b (s f) t`; n is a multiple of the hop after padding."""
+    """Waveform `b n` <-> its short-time Fourier transform, one per hop and centred on it."""
 
-    floor = 3e-4  # 64 dB below a full-scale sine; what is softer is masked by what is not
+    def __init__(self, window_samples: int, hop_samples: int):
+        super().__init__()
+        self.size, self.hop = window_samples, hop_samples
+        self.edge = (window_samples - hop_samples) // 2
+        self.window: Tensor
+        self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
+
+    def transform(self, wav: Tensor) -> Tensor:
+        """`b n` -> complex `b f m`, n a multiple of the hop; a full-scale sine is at 0.5."""
+        mode = "reflect" if wav.shape[1] > self.edge else "constant"
+        wav = F.pad(wav[:, None], (self.edge, self.edge), mode=mode)[:, 0]
+        spectrum = torch.stft(
+            wav, self.size, self.hop, window=self.window, center=False, return_complex=True
+        )
+        return spectrum * (2 / self.size)
+
+    def invert(self, spectrum: Tensor) -> Tensor:
+        """`b f m` -> `b (m hop)`, the wave whose transform is closest (Griffin and Lim, 1984).
+
+        torch.istft refuses transforms that are not centred on the first sample, so the overlap-add
+        is ours.
+        """
+        frames = (
+            torch.fft.irfft(spectrum * (self.size / 2), n=self.size, dim=1) * self.window[:, None]
+        )
+        square = self.window.square()[None, :, None].expand(1, -1, spectrum.shape[2])
+        wav = self._overlap_add(frames) / self._overlap_add(square).clamp(min=1e-3)
+        return wav[:, self.edge : wav.shape[1] - self.edge]
+
+    def _overlap_add(self, frames: Tensor) -> Tensor:
+        """`b size m` -> `b n`"""
+        length = (frames.shape[2] - 1) * self.hop + self.size
+        return F.fold(frames, (1, length), (1, self.size), stride=(1, self.hop))[:, 0, 0]
+
+
+class SpectralEncoder(nn.Module):
+    """Waveform `b 1 n` -> latents `b d t`, t = ceil(n / hop).
+
+    A latent holds the pitches of the lead, those of all notes, and components of band levels.
+    """
+
+    quiet = 0.02
+    """Root of a magnitude below which a spectrum is taken for silence."""
+    floor = 1e-3
+    """Level of a band below which it is taken for silence, 54 dB below a full-scale sine."""
 
     def __init__(self, config: SpectralCodecConfig):
         super().__init__()
         self.config = config
-        self.hop = config.hop_samples // config.sub_frames
-        self.bins = config.window_samples // 2 + 1
-        self.window: Tensor
-        self.register_buffer("window", torch.hann_window(config.window_samples), persistent=False)
+        self.pitch_spectrum = Spectrum(config.pitch_window_samples, config.hop_samples)
+        self.level_spectrum = Spectrum(
+            config.window_samples, config.hop_samples // config.sub_frames
+        )
+        bin_hz = config.sample_rate / config.pitch_window_samples
+        self.pitch_bins = slice(round(62.5 / bin_hz), round(3110 / bin_hz))
+        self.pitch = nn.Linear(self.pitch_bins.stop - self.pitch_bins.start, 2 * config.num_pitches)
+        self.level = nn.Linear(config.sub_frames * config.num_bands, config.level_dim)
+        self.mel: Tensor
+        mel = mel_filters(config.sample_rate, config.window_samples, config.num_bands)
+        self.register_buffer("mel", mel, persistent=False)
 
-    def transform(self, wav: Tensor) -> Tensor:
-        """`b n` -> complex `b f (t s)`, one transform per sub-frame, centred on it."""
-        edge = (self.config.window_samples - self.hop) // 2
-        mode = "reflect" if wav.shape[1] > edge else "constant"
-        wav = F.pad(wav[:, None], (edge, edge), mode=mode)[:, 0]
-        return torch.stft(
-            wav, self.config.window_samples, self.hop, window=self.window, center=False, return_complex=True
-        ) * (2 / self.config.window_samples)  # fmt: skip
-
-    def invert(self, spectrum: Tensor) -> Tensor:
-        """The wave whose transform is closest in the least squares: `b f m` -> `b (m hop)` (Griffin and Lim, 1984).
-
-        torch.istft refuses transforms that are not centred on the first sample, so the overlap-add is ours.
-        """
-        size, edge = self.config.window_samples, (self.config.window_samples - self.hop) // 2
-        frames = torch.fft.irfft(spectrum * (size / 2), n=size, dim=1) * self.window[:, None]
-        length = (spectrum.shape[2] - 1) * self.hop + size
-        square = self.window.square()[:, None].expand(-1, spectrum.shape[2])[None]
-        wav, weight = (F.fold(x, (1, length), (1, size), stride=(1, self.hop))[:, 0, 0] for x in (frames, square))
-        return (wav / weight.clamp(min=1e-3))[:, edge : length - edge]
-
-    def log_magnitude(self, wav: Tensor) -> Tensor:
-        """`b 1 n` -> `b (s f) t`, in natural logarithms, -8.1 (silence) to about -0.7 (a full-scale sine)."""
+    def forward(self, wav: Tensor) -> Tensor:
         wav = F.pad(wav[:, 0], (0, -wav.shape[2] % self.config.hop_samples))
-        magnitude = (self.transform(wav).abs() + self.floor).log()
-        return magnitude.unflatten(2, (-1, self.config.sub_frames)).permute(0, 3, 1, 2).flatten(1, 2)
+        pitches = self.pitch(self.harmonics(wav)).sigmoid() * self.config.pitch_scale.to(wav.device)
+        return torch.cat([pitches, self.level(self.band_levels(wav))], dim=2).transpose(1, 2)
 
-    def waveform(self, log_magnitude: Tensor) -> Tensor:
-        """`b (s f) t` -> `b 1 (t hop)`: phases by peak following, then fast Griffin-Lim."""
-        folded = log_magnitude.unflatten(1, (self.config.sub_frames, self.bins)).permute(0, 2, 3, 1).flatten(2)
-        magnitude = (folded.exp() - self.floor).clamp(min=0)  # b f m
-        phase = self._peak_phases(magnitude)
-        estimate = torch.polar(magnitude, phase)
-        previous = torch.zeros_like(estimate)
-        for _ in range(self.config.griffin_lim_steps):
-            projected = self.transform(self.invert(estimate))
-            moved = projected + 0.99 * (projected - previous)
-            previous = projected
-            estimate = torch.polar(magnitude, moved.angle())
-        return self.invert(estimate)[:, None]
+    def harmonics(self, wav: Tensor) -> Tensor:
+        """Square roots of magnitudes over their RMS, from 62 Hz to 3.1 kHz: `b n` -> `b t f`."""
+        root = self.pitch_spectrum.transform(wav).abs()[:, self.pitch_bins].sqrt().transpose(1, 2)
+        return root / root.square().mean(2, keepdim=True).sqrt().clamp(min=self.quiet)
 
-    def _peak_phases(self, magnitude: Tensor) -> Tensor:
-        """Phases that advance with the frequency of the nearest spectral peak: `b f m` -> `b f m`."""
-        b, f, m = magnitude.shape
-        level = magnitude.clamp(min=1e-7).log()
-        left, mid, right = level[:, :-2], level[:, 1:-1], level[:, 2:]
-        is_peak = F.pad((mid > left) & (mid >= right), (0, 0, 1, 1))
-        # The parabola through a peak and its neighbours has its top at the true frequency, in bins.
-        offset = 0.5 * (left - right) / (left - 2 * mid + right - 1e-9)
-        top = torch.arange(f, device=level.device)[None, :, None] + F.pad(offset.clamp(-0.5, 0.5), (0, 0, 1, 1))
-        bin_index = torch.arange(f, device=level.device)[None, :, None].expand(b, f, m)
-        before = torch.where(is_peak, bin_index, -1).cummax(1).values
-        after = torch.where(is_peak, bin_index, 4 * f).flip(1).cummin(1).values.flip(1)
-        nearest = torch.where(bin_index - before.clamp(min=-2 * f) <= after - bin_index, before, after)
-        nearest = torch.where((before < 0) & (after >= 4 * f), bin_index, nearest).clamp(0, f - 1)
-        advance = top.expand(b, f, m).gather(1, nearest) * (2 * math.pi * self.hop / self.config.window_samples)
-        phase = torch.zeros(b, f, device=level.device)
-        phases = []
-        for i in range(m):  # a bin takes the phase that its peak's bin had, so that a partial stays whole as it moves
-            phase = phase.gather(1, nearest[:, :, i]) + advance[:, :, i]
-            phase = torch.remainder(phase, 2 * math.pi)
-            phases.append(phase)
-        # Neighbouring bins of one partial alternate in sign under a window that starts at sample 0.
-        return torch.stack(phases, dim=2) + math.pi * (bin_index % 2)
+    def band_levels(self, wav: Tensor) -> Tensor:
+        """Logarithms of the bands' levels in each sub-frame: `b n` -> `b t (s bands)`."""
+        power = self.level_spectrum.transform(wav).abs().square()
+        levels = ((self.mel @ power).sqrt() + self.floor).log()
+        return levels.transpose(1, 2).unflatten(1, (-1, self.config.sub_frames)).flatten(2)
 
 
 class Block(nn.Module):
@@ -143,117 +190,217 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.depthwise(x).transpose(1, 2))
-        return x + (self.scale * self.narrow(F.gelu(self.wide(y)))).transpose(1, 2)
-
-
-class SpectralEncoder(nn.Module):
-    """Waveform `b 1 n` -> latents `b d t`, t = ceil(n / hop).
-
-    Principal components of one frame's magnitudes, with a learnt correction. No frame looks at another, so a held
-    note repeats its code: a convolutional encoder used every bit of the codes, but a language model then has little
-    to predict (EXPERIMENTS.md).
-    """
-
-    def __init__(self, config: SpectralCodecConfig):
-        super().__init__()
-        self.spectrum = Spectrum(config)
-        inputs = config.sub_frames * self.spectrum.bins
-        self.components = nn.Linear(inputs, config.latent_dim)
-        self.correction = nn.Sequential(
-            nn.Linear(inputs, config.dim), nn.GELU(), nn.Linear(config.dim, config.latent_dim)
-        )
-
-    def forward(self, wav: Tensor) -> Tensor:
-        return self.read(self.spectrum.log_magnitude(wav))
-
-    def read(self, log_magnitude: Tensor) -> Tensor:
-        """Log magnitudes `b (s f) t` -> latents `b d t`."""
-        x = standardise(log_magnitude).transpose(1, 2)
-        return (self.components(x) + self.correction(x)).transpose(1, 2)
+        return x + (self.scale * self.narrow(F.relu(self.wide(y)))).transpose(1, 2)
 
 
 class SpectralDecoder(nn.Module):
-    """Latents `b d t` -> waveform `b 1 (t hop)`: the components back, and a correction that hears the neighbours."""
+    """Latents `b d t` -> log magnitudes `b f m` -> waveform `b (t hop)`.
+
+    A linear map of each frame, and a correction that hears the neighbours.
+    Whatever the codes, the sound has no part below 20 Hz and stays within -1 .. 1.
+    """
+
+    floor = 3e-4
+    """Added to magnitudes before the logarithm: 64 dB below a full-scale sine."""
+    loudest = 0.3
+    """Highest RMS level of a sub-frame; real music at -20 dB reaches it in few."""
 
     def __init__(self, config: SpectralCodecConfig):
         super().__init__()
-        self.spectrum = Spectrum(config)
-        outputs = config.sub_frames * self.spectrum.bins
-        self.components = nn.Linear(config.latent_dim, outputs)
-        self.first = nn.Conv1d(config.latent_dim, config.dim, 7, padding=3)
-        self.blocks = nn.Sequential(*(Block(config.dim) for _ in range(config.decoder_layers)))
+        self.config = config
+        self.spectrum = Spectrum(config.window_samples, config.hop_samples // config.sub_frames)
+        outputs = config.sub_frames * (config.window_samples // 2 + 1)
+        self.linear = nn.Linear(config.latent_dim, outputs)
+        self.first = nn.Conv1d(config.latent_dim, config.dim, 3, padding=1)
+        self.blocks = nn.Sequential(*(Block(config.dim) for _ in range(config.layers)))
         self.norm = nn.LayerNorm(config.dim)
         self.last = nn.Linear(config.dim, outputs)
-
-    def log_magnitude(self, latents: Tensor) -> Tensor:
-        """Latents `b d t` -> log magnitudes `b (s f) t`."""
-        x = self.norm(self.blocks(self.first(latents)).transpose(1, 2))
-        return 2 * (self.components(latents.transpose(1, 2)) + self.last(x)).transpose(1, 2) - 5
+        self.input_scale: Tensor
+        scale = torch.cat([1 / config.pitch_scale, torch.ones(config.level_dim)])
+        self.register_buffer("input_scale", scale[:, None], persistent=False)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.spectrum.waveform(self.log_magnitude(latents))
+        return self.waveform(self.log_magnitude(latents))
+
+    def log_magnitude(self, latents: Tensor) -> Tensor:
+        """`b d t` -> `b f m`, natural logarithms: -8.1 is silence, -0.7 a full-scale sine."""
+        x = latents * self.input_scale
+        correction = self.last(self.norm(self.blocks(self.first(x)).transpose(1, 2)))
+        frames = self.linear(x.transpose(1, 2)) + correction  # b t (s f)
+        return frames.unflatten(2, (self.config.sub_frames, -1)).flatten(1, 2).transpose(1, 2)
+
+    def waveform(self, log_magnitude: Tensor) -> Tensor:
+        """`b f m` -> `b n`: phases by peak following and fast Griffin-Lim; high-pass; limiter."""
+        magnitude = self.limit((log_magnitude.clamp(max=0).exp() - self.floor).clamp(min=0))
+        estimate = torch.polar(magnitude, self._peak_phases(magnitude))
+        previous = torch.zeros_like(estimate)
+        for _ in range(self.config.griffin_lim_steps):
+            projected = self.spectrum.transform(self.spectrum.invert(estimate))
+            moved = projected + 0.99 * (projected - previous)
+            previous = projected
+            estimate = torch.polar(magnitude, moved.angle())
+        return soft_limit(high_pass(self.spectrum.invert(estimate), self.config.sample_rate))
+
+    def limit(self, magnitude: Tensor) -> Tensor:
+        """Sub-frames louder than `loudest` are brought down to it."""
+        # Of a Hann window's transform in our scale, the squares of one side add up to 3/4 of the
+        # mean square.
+        rms = (magnitude.square().sum(1, keepdim=True) / 0.75).sqrt()
+        return magnitude * (self.loudest / rms.clamp(min=self.loudest))
+
+    def _peak_phases(self, magnitude: Tensor) -> Tensor:
+        """Phases that advance with the frequency of the nearest peak: `b f m` -> `b f m`."""
+        b, f, m = magnitude.shape
+        level = magnitude.clamp(min=1e-7).log()
+        left, mid, right = level[:, :-2], level[:, 1:-1], level[:, 2:]
+        is_peak = F.pad((mid > left) & (mid >= right), (0, 0, 1, 1))
+        # The parabola through a peak and its neighbours has its top at the true frequency, in bins.
+        offset = 0.5 * (left - right) / (left - 2 * mid + right - 1e-9)
+        top = torch.arange(f, device=level.device)[None, :, None] + F.pad(
+            offset.clamp(-0.5, 0.5), (0, 0, 1, 1)
+        )
+        bin_index = torch.arange(f, device=level.device)[None, :, None].expand(b, f, m)
+        before = torch.where(is_peak, bin_index, -1).cummax(1).values
+        after = torch.where(is_peak, bin_index, 4 * f).flip(1).cummin(1).values.flip(1)
+        nearest = torch.where(
+            bin_index - before.clamp(min=-2 * f) <= after - bin_index, before, after
+        )
+        nearest = torch.where((before < 0) & (after >= 4 * f), bin_index, nearest).clamp(0, f - 1)
+        advance = top.expand(b, f, m).gather(1, nearest) * (
+            2 * math.pi * self.spectrum.hop / self.spectrum.size
+        )
+        phase = torch.zeros(b, f, device=level.device)
+        phases = []
+        # A bin takes the phase that its peak's bin had, so that a partial stays whole as it moves.
+        for i in range(m):
+            phase = phase.gather(1, nearest[:, :, i]) + advance[:, :, i]
+            phase = torch.remainder(phase, 2 * math.pi)
+            phases.append(phase)
+        # Neighbouring bins of one partial alternate in sign under a window that starts at sample 0.
+        return torch.stack(phases, dim=2) + math.pi * (bin_index % 2)
 
 
-def standardise(log_magnitude: Tensor) -> Tensor:
-    """To about -1.6 … 2; the decoder's last line is the inverse."""
-    return (log_magnitude + 5) / 2
+def high_pass(
+    wav: Tensor, sample_rate: int, stop_hz: float = 20.0, pass_hz: float = 35.0
+) -> Tensor:
+    """`b n` without what lies below `stop_hz`, DC included; a linear slope up to `pass_hz`."""
+    freqs = torch.fft.rfftfreq(wav.shape[1], 1 / sample_rate, device=wav.device)
+    gain = ((freqs - stop_hz) / (pass_hz - stop_hz)).clamp(0, 1)
+    return torch.fft.irfft(torch.fft.rfft(wav) * gain, n=wav.shape[1])
 
 
-def build(config: SpectralCodecConfig) -> EncodecModel:
-    """An `EncodecModel` with these in place of its encoder and decoder; its weights are random, its codebooks zero."""
-    bits = math.ceil(math.log2(config.codebook_size))
-    frame_rate = config.sample_rate / config.hop_samples
-    shell = EncodecConfig(
-        sampling_rate=config.sample_rate,
-        audio_channels=1,
-        num_filters=2,
-        num_residual_layers=0,
-        upsampling_ratios=[config.hop_samples],
-        hidden_size=config.latent_dim,
-        codebook_dim=config.latent_dim,
-        codebook_size=config.codebook_size,
-        # transformers derives the number of codebooks from a bandwidth in kbit/s.
-        target_bandwidths=[config.num_codebooks * bits * frame_rate / 1000],
-        num_lstm_layers=1,
-        use_causal_conv=False,
-        pad_mode="reflect",
-        normalize=False,
-        chunk_length_s=None,
-        overlap=None,
-    )
-    assert shell.num_quantizers == config.num_codebooks
-    model = EncodecModel(shell)
-    model.encoder = SpectralEncoder(config)  # type: ignore[assignment]
-    model.decoder = SpectralDecoder(config)  # type: ignore[assignment]
-    return model
+def soft_limit(wav: Tensor, knee: float = 0.8) -> Tensor:
+    """As it is within -knee .. knee; what is louder bends, and never reaches 1."""
+    over = (wav.abs() - knee).clamp(min=0)
+    return torch.where(over > 0, wav.sign() * (knee + (1 - knee) * (over / (1 - knee)).tanh()), wav)
 
 
-def save_codec(model: EncodecModel, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write config.json and model.safetensors, each aside and then moved into place."""
-    from safetensors.torch import save_file
+class SpectralModel(nn.Module):
+    """Encoder, codebooks and decoder, as they are trained and stored."""
 
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": MODEL_TYPE, **asdict(model.encoder.spectrum.config)}  # type: ignore[union-attr]
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors.tmp", {"format": "pt"})
-    (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    for name in ("model.safetensors", "config.json"):
-        os.replace(folder / f"{name}.tmp", folder / name)
+    def __init__(self, config: SpectralCodecConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = SpectralEncoder(config)
+        self.decoder = SpectralDecoder(config)
+        self.entries: Tensor
+        entries = torch.zeros(config.num_codebooks, config.codebook_size, config.latent_dim)
+        self.register_buffer("entries", entries)
+
+    def quantise(self, latents: Tensor) -> Tensor:
+        """Latents `b d t` -> codes `b k t`: the entry nearest to what earlier codebooks left."""
+        residual, codes = latents.transpose(1, 2), []
+        for entries in self.entries:
+            codes.append(nearest(residual, entries))
+            residual = residual - entries[codes[-1]]
+        return torch.stack(codes, dim=1)
+
+    def latents(self, codes: Tensor) -> Tensor:
+        """Codes `b k t` of the first k codebooks -> latents `b d t`, the sum of their entries."""
+        chosen = [entries[row] for entries, row in zip(self.entries, codes.unbind(1), strict=False)]
+        return torch.stack(chosen).sum(0).transpose(1, 2)
+
+    def save(self, folder: Path) -> None:
+        """Write config.json and model.safetensors, in half precision, aside and then into place."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {k: v.half().contiguous() for k, v in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors.tmp", {"format": "pt"})
+        config = {"model_type": MODEL_TYPE, **asdict(self.config)}
+        (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
+        for name in ("model.safetensors", "config.json"):
+            os.replace(folder / f"{name}.tmp", folder / name)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """The inverse of `save`, in float32.
+
+        Raises:
+            RuntimeError: if weights are missing or of another shape.
+            OSError, SafetensorError: if a file is missing or broken.
+        """
+        from safetensors.torch import load_file
+
+        config = json.loads((folder / "config.json").read_text())
+        weights = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
+        model = cls(SpectralCodecConfig(**{k: v for k, v in config.items() if k != "model_type"}))
+        model.load_state_dict(weights)
+        return model
 
 
-def load_spectral_codec(folder: Path) -> EncodecModel:
-    """The inverse of `save_codec`, in float32.
+class SpectralCodec(Codec):
+    """The pitch-first codec behind the interface of all codecs."""
 
-    Raises:
-        RuntimeError: if weights are missing or of another shape.
-        OSError, SafetensorError: if a file is missing or broken.
-    """
-    from safetensors.torch import load_file
+    def __init__(self, model: SpectralModel, name: str, num_codebooks: int | None = None):
+        """Takes `model` over.
 
-    config = json.loads((folder / "config.json").read_text())
-    model = build(SpectralCodecConfig(**{k: v for k, v in config.items() if k != "model_type"}))
-    weights = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
-    report = model.load_state_dict(weights, strict=False)
-    missing = [k for k in report.missing_keys if not k.endswith(("embed_avg", "cluster_size", "inited"))]
-    if missing or report.unexpected_keys:
-        raise RuntimeError(f"{folder}: missing {missing[:1]}, unexpected {report.unexpected_keys[:1]}")
-    return model
+        Args:
+            model: A trained one.
+            name: Its id in the facts.
+            num_codebooks: Only the first so many are used; all if None.
+
+        Raises:
+            UserError: if a codebook is all zero, a weight is not finite, or there are fewer
+                codebooks than asked for.
+        """
+        super().__init__()
+        count = first_codebooks(name, len(model.entries), num_codebooks)
+        model.entries = model.entries[:count]
+        config = model.config = replace(model.config, num_codebooks=count)
+        self.model = model.float().eval().requires_grad_(False)
+        weights = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
+        check_weights(
+            name, weights, {f"codebook {k}": entries for k, entries in enumerate(model.entries)}
+        )
+        settings = {k: v for k, v in asdict(config).items() if k not in DECODER_SETTINGS}
+        self.facts = CodecFacts(
+            id=name,
+            hash=codes_hash(weights, settings),
+            sample_rate=config.sample_rate,
+            frame_rate=config.sample_rate / config.hop_samples,
+            num_codebooks=count,
+            codebook_size=config.codebook_size,
+            channels=1,
+            pad_mode="reflect",
+        )
+
+    @classmethod
+    def load(cls, folder: Path, name: str, num_codebooks: int | None = None) -> Self:
+        """Load what `SpectralModel.save` wrote; errors are those of `SpectralModel.load`."""
+        return cls(SpectralModel.load(folder), name, num_codebooks)
+
+    @property
+    def codebooks(self) -> Tensor:
+        return self.model.entries
+
+    def _encode(self, wav: Tensor) -> Tensor:
+        return self.model.quantise(self.model.encoder(wav))
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        return self.model.decoder(self.model.latents(codes))[:, None]
+
+
+def nearest(x: Tensor, entries: Tensor) -> Tensor:
+    """Index of the closest entry: `... d`, `c d` -> `...`."""
+    return (x @ entries.T - 0.5 * entries.square().sum(1)).argmax(-1)

@@ -1,0 +1,165 @@
+"""EnCodec by transformers' `EncodecModel`, with the weights and the padding mode of its files.
+
+These are its own, the `encodec` package's 24 and 48 kHz models, or (see audiocraft/) a compression
+model of audiocraft.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from magnet_train.codec.base import Codec, CodecFacts, check_weights, codes_hash, first_codebooks
+from magnet_train.codec.encodec_names import PACKAGE_MODELS, PACKAGE_URL, to_transformers
+from magnet_train.common.errors import UserError
+from magnet_train.common.pretrained import one_line
+from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
+
+# Running averages that only a training of the codec reads.
+TRAINING_BUFFERS = ("embed_avg", "cluster_size", "inited")
+# Settings that decide the codes but leave no trace in the names or shapes of the weights.
+DECISIVE_SETTINGS = ("pad_mode", "upsampling_ratios", "use_causal_conv", "dilation_growth_rate")
+NORMALISED_LEVEL = 0.1
+"""RMS level, -20 dB of full scale, at which a codec that normalises its input gives audio back."""
+
+
+class EncodecCodec(Codec):
+    """An EnCodec.
+
+    The 48 kHz EnCodec normalises its input and works in chunks of a second. Here a clip is
+    normalised as a whole, so that its louder and softer parts stay so, and cut into chunks without
+    overlap, so that frames come at a steady rate; the level itself, which is in no code, is lost:
+    the audio comes back at `NORMALISED_LEVEL`.
+    """
+
+    def __init__(self, model: Any, name: str, num_codebooks: int | None = None):
+        """Takes `model` over: its weight normalisation is folded into plain weights.
+
+        Args:
+            model: A trained transformers EncodecModel.
+            name: Its id in the facts.
+            num_codebooks: Only the first so many are used; all if None.
+
+        Raises:
+            UserError: if a codebook is all zero, a weight is not finite, or there are fewer
+                codebooks than asked for.
+        """
+        super().__init__()
+        config, layers = model.config, model.quantizer.layers
+        model.quantizer.layers = layers[: first_codebooks(name, len(layers), num_codebooks)]
+        self.model = model.float().eval().requires_grad_(False)
+        weights = _decisive_weights(model)
+        check_weights(
+            name, weights, {k: v for k, v in weights.items() if k.endswith("codebook.embed")}
+        )
+        settings = {s: getattr(config, s) for s in DECISIVE_SETTINGS}
+        if config.normalize or config.chunk_length_s:
+            settings |= {"normalize": config.normalize, "chunk_length_s": config.chunk_length_s}
+        self.normalizes = bool(config.normalize)
+        self.chunk_frames: int | None = None
+        if config.chunk_length_s:
+            self.chunk_frames = round(
+                config.chunk_length_s * config.sampling_rate / config.hop_length
+            )
+        self.facts = CodecFacts(
+            id=name,
+            hash=codes_hash(weights, settings),
+            sample_rate=config.sampling_rate,
+            frame_rate=config.sampling_rate / config.hop_length,
+            num_codebooks=len(model.quantizer.layers),
+            codebook_size=config.codebook_size,
+            channels=config.audio_channels,
+            pad_mode=config.pad_mode,
+        )
+        for module in model.modules():
+            if nn.utils.parametrize.is_parametrized(module, "weight"):
+                # The same weights, no longer computed anew in each call.
+                nn.utils.parametrize.remove_parametrizations(module, "weight")
+        model.requires_grad_(False)
+
+    @property
+    def codebooks(self) -> Tensor:
+        return torch.stack([layer.codebook.embed for layer in self.model.quantizer.layers])
+
+    def _encode(self, wav: Tensor) -> Tensor:
+        if self.normalizes:
+            wav = wav / (wav.mean(1, keepdim=True).square().mean(2, keepdim=True).sqrt() + 1e-8)
+        # transformers' own encode() picks a bandwidth by rounding floats and adds an axis for
+        # chunks.
+        chunks = (
+            [wav]
+            if self.chunk_frames is None
+            else wav.split(self.chunk_frames * self.facts.hop_samples, 2)
+        )
+        codes = torch.cat(
+            [self.model.quantizer.encode(self.model.encoder(chunk)) for chunk in chunks], 2
+        )
+        return codes.transpose(0, 1).contiguous()
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        chunks = [codes] if self.chunk_frames is None else codes.split(self.chunk_frames, 2)
+        wav = torch.cat(
+            [self.model.decoder(self.model.quantizer.decode(c.transpose(0, 1))) for c in chunks], 2
+        )
+        return wav * NORMALISED_LEVEL if self.normalizes else wav
+
+
+def load_encodec(source: str, local_files_only: bool, name: str) -> Any:
+    """A transformers EncodecModel from a folder or hub id.
+
+    Raises:
+        UserError: if weights are missing.
+    """
+    ensure_torchaudio_imports()
+    from transformers import EncodecModel
+
+    loaded: Any = EncodecModel.from_pretrained(
+        source, local_files_only=local_files_only, dtype=torch.float32, output_loading_info=True
+    )
+    model, report = loaded
+    missing = sorted(k for k in report["missing_keys"] if not k.endswith(TRAINING_BUFFERS))
+    if missing:  # transformers would go on with random weights
+        raise UserError(
+            f"codec {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more; "
+            "use a complete copy"
+        )
+    return model
+
+
+def load_package_model(name: str) -> Any:
+    """A model of the `encodec` package in transformers' class; downloaded once and verified."""
+    ensure_torchaudio_imports()
+    from transformers import EncodecConfig, EncodecModel
+
+    file, settings = PACKAGE_MODELS[name]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file  # where the package itself keeps it
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(
+                PACKAGE_URL + file, str(path), file.split("-")[1].removesuffix(".th")
+            )
+        except Exception as error:
+            raise UserError(
+                f"codec {name!r}: {PACKAGE_URL + file} cannot be downloaded ({one_line(error)}): "
+                f"put the file to {path}, or give a local folder"
+            ) from error
+    try:
+        theirs = torch.load(path, map_location="cpu", weights_only=True)
+        model = EncodecModel(EncodecConfig(**settings))
+        model.load_state_dict({to_transformers(k): v for k, v in theirs.items()})
+    except Exception as error:
+        raise UserError(
+            f"codec {name!r}: {path} is broken ({one_line(error)}); remove it, to load it anew"
+        ) from error
+    return model
+
+
+def _decisive_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Encoder and codebooks by name: a decoder trained further leaves the codes as they were."""
+    return {
+        key: tensor
+        for key, tensor in sorted(model.state_dict().items())
+        if key.startswith(("encoder.", "quantizer.")) and not key.endswith(TRAINING_BUFFERS)
+    }
