@@ -1,13 +1,14 @@
 """Attention: over all frames, over a window of frames, and over text.
 
-Shapes: b examples, h heads, t frames (queries), s text tokens, d width of a head, n blocks, q queries of a
+Shapes: b examples, h heads, t frames (queries), s text tokens, d width of a head, n blocks, q
+    queries of a
 block, w keys that a block may see. `allowed` is bool, True = may be attended.
-
-Why the window is fast: a dense mask computes T² scores to keep 2 * context + 1 of each row. Here queries lie in
-blocks of 32, and each block meets its own keys and `context` more on either side: 42 instead of 1500 at a context of
-5. So time and memory grow with T. Neighbours come by slicing, whose gradient is a plain addition (that of `unfold`
-would scatter), the mask of the blocks is made once for all layers, and only queries, keys and values are kept for the
-backward pass. `twin.dense_attention` is the slow, obvious form.
+ Why the window is fast: a dense mask computes T² scores to keep 2 * context + 1 of each row. Here
+queries lie in blocks of 32, and each block meets its own keys and `context` more on either side: 42
+instead of 1500 at a context of 5. So time and memory grow with T. Neighbours come by slicing, whose
+gradient is a plain addition (that of `unfold` would scatter), the mask of the blocks is made once
+for all layers, and only queries, keys and values are kept for the backward pass.
+`twin.dense_attention` is the slow, obvious form.
 """
 
 import math
@@ -22,27 +23,36 @@ from torch.utils.checkpoint import checkpoint
 from magnet_train.common.private_api import softmax_backward
 
 QUERIES_PER_BLOCK = 32
-FRAMES_PER_PIECE = 6000  # of all heads together: 1.5 MB of queries at 64 channels, about a core's cache
+FRAMES_PER_PIECE = (
+    6000  # of all heads together: 1.5 MB of queries at 64 channels, about a core's cache
+)
 SCORES_PER_PIECE = 2**20
 
 
 def dense_window(num_frames: int, context: int, valid: Tensor | None = None, device=None) -> Tensor:
-    """The window as a mask over all pairs: bool `t t`, or `b 1 t t` with `valid` (`b t`, False = padding)."""
+    """The window as a mask over all pairs: bool `t t`, or `b 1 t t` with `valid` (`b t`, False =
+    padding).
+    """
     frame = torch.arange(num_frames, device=device)
     allowed = (frame[:, None] - frame[None, :]).abs() <= context
     if valid is None:
         return allowed
     # A padded frame keeps itself, so that no row is empty; nothing real attends to it.
-    return (allowed & valid[:, None, :] | torch.eye(num_frames, dtype=torch.bool, device=device))[:, None]
+    return (allowed & valid[:, None, :] | torch.eye(num_frames, dtype=torch.bool, device=device))[
+        :, None
+    ]
 
 
 def block_size(context: int) -> int:
-    """Queries in a block: at least as many as the context, so that a block's neighbours hold all it sees."""
+    """Queries in a block: at least as many as the context, so that a block's neighbours hold all it
+    sees.
+    """
     return max(QUERIES_PER_BLOCK, context)
 
 
 def window_bias(q: Tensor, context: int, valid: Tensor | None = None) -> Tensor:
-    """What is added to the scores of each block's keys, 0 or -inf: `1 n q w`, or `b n q w` with `valid`; float32.
+    """What is added to the scores of each block's keys, 0 or -inf: `1 n q w`, or `b n q w` with
+    `valid`; float32.
 
     Args:
         q: queries, `b h t d`; gives shape and device.
@@ -63,9 +73,15 @@ def window_bias(q: Tensor, context: int, valid: Tensor | None = None) -> Tensor:
 
 
 def windowed_attention(
-    q: Tensor, k: Tensor, v: Tensor, context: int, valid: Tensor | None = None, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: int,
+    valid: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention of each frame to the frames at most `context` away (MAGNeT, Sec. 3.3): `b h t d` each.
+    """Attention of each frame to the frames at most `context` away (MAGNeT, Sec. 3.3): `b h t d`
+    each.
 
     Args:
         q: queries.
@@ -78,23 +94,29 @@ def windowed_attention(
     bias = window_bias(q, min(context, q.shape[2] - 1), valid) if bias is None else bias
     # Precisions are decided here and not by autocast, which would not hold in the backward pass.
     with torch.autocast(q.device.type, enabled=False):
-        if torch.compiler.is_compiling():  # what to keep and what to compute again is the compiler's to decide
+        if (
+            torch.compiler.is_compiling()
+        ):  # what to keep and what to compute again is the compiler's to decide
             return _Blocks(q, k, v, bias).output()
         return _InPieces.apply(q, k, v, bias)  # type: ignore[no-any-return]
 
 
 class _Blocks:
-    """Queries, keys and values in blocks, and what attention makes of them; m = b h n, the blocks of all heads."""
+    """Queries, keys and values in blocks, and what attention makes of them; m = b h n, the blocks
+    of all heads.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor):
         self.shape, (self.n, self.size, width) = q.shape, bias.shape[1:]
         self.context = (width - self.size) // 2
         self.queries = self._blocks(q).flatten(0, 2)  # m q d
         self.keys, self.values = self._with_neighbours(k), self._with_neighbours(v)  # m w d
-        # Plain products: so small, they beat torch's fused attention on a CPU (9 against 7 times a dense mask's speed).
+        # Plain products: so small, they beat torch's fused attention on a CPU (9 against 7 times a
+        # dense mask's speed).
         scale = q.shape[3] ** -0.5
         if _is_low_precision_on_cpu(q):
-            # CPUs with bfloat16 products are several times faster at them; only the scores are rounded by it.
+            # CPUs with bfloat16 products are several times faster at them; only the scores are
+            # rounded by it.
             scores = torch.bmm(self.queries, self.keys.transpose(1, 2)).float().mul_(scale)
             scores.view(*q.shape[:2], *bias.shape[1:]).add_(bias[:, None])
         else:
@@ -115,8 +137,15 @@ class _Blocks:
         # Through the softmax, as torch's own backward pass does it.
         of_scores = softmax_backward(of_weights, self.weights)
         of_scores = of_scores.mul_(self.shape[3] ** -0.5).to(gradient.dtype)
-        of_queries, of_keys = torch.bmm(of_scores, self.keys), torch.bmm(of_scores.transpose(1, 2), self.queries)
-        return self._frames(of_queries), self._sum_of_neighbours(of_keys), self._sum_of_neighbours(of_values)
+        of_queries, of_keys = (
+            torch.bmm(of_scores, self.keys),
+            torch.bmm(of_scores.transpose(1, 2), self.queries),
+        )
+        return (
+            self._frames(of_queries),
+            self._sum_of_neighbours(of_keys),
+            self._sum_of_neighbours(of_values),
+        )
 
     def _blocks(self, x: Tensor) -> Tensor:
         """`b h t d` -> `b h n q d`, with zeros behind the end."""
@@ -128,7 +157,9 @@ class _Blocks:
         return x.reshape(*self.shape[:2], self.n * self.size, -1)[:, :, : self.shape[2]]
 
     def _with_neighbours(self, x: Tensor) -> Tensor:
-        """`b h t d` -> `m w d`: each block between the end of the one before and the beginning of the one after."""
+        """`b h t d` -> `m w d`: each block between the end of the one before and the beginning of
+        the one after.
+        """
         x, context = self._blocks(x), self.context
         if context > 0:
             left = F.pad(x[:, :, :-1, -context:], (0, 0, 0, 0, 1, 0))
@@ -137,7 +168,9 @@ class _Blocks:
         return x.flatten(0, 2)
 
     def _sum_of_neighbours(self, x: Tensor) -> Tensor:
-        """The adjoint of `_with_neighbours`: what a frame's copies in three blocks got is added up."""
+        """The adjoint of `_with_neighbours`: what a frame's copies in three blocks got is added
+        up.
+        """
         x, context = x.view(*self.shape[:2], self.n, -1, self.shape[3]), self.context
         own = x[:, :, :, context : context + self.size]
         if context > 0:
@@ -147,10 +180,11 @@ class _Blocks:
 
 
 class _InPieces(torch.autograd.Function):
-    """A few heads at a time, so that a piece stays in the cache from its scores to its output, however many frames.
+    """A few heads at a time, so that a piece stays in the cache from its scores to its output,
+    however many frames.
 
-    Nothing is kept but queries, keys and values: scores and copies of neighbours are made again for the gradients,
-    which costs no more than fetching them from memory would.
+    Nothing is kept but queries, keys and values: scores and copies of neighbours are made again for
+    the gradients, which costs no more than fetching them from memory would.
     """
 
     @staticmethod
@@ -173,14 +207,20 @@ class _InPieces(torch.autograd.Function):
 
 
 def _pieces(q: Tensor, num_keys: int) -> list[tuple[slice, slice]]:
-    """Which examples and heads are computed together, with `num_keys` scores for each query; on a GPU all."""
+    """Which examples and heads are computed together, with `num_keys` scores for each query; on a
+    GPU all.
+    """
     b, h, t, _ = q.shape
     if q.device.type != "cpu":
         return [(slice(None), slice(None))]
     frames = min(FRAMES_PER_PIECE, SCORES_PER_PIECE // num_keys)
     heads = min(h, max(1, frames // t))
     examples = max(1, frames // (heads * t))
-    return [(slice(i, i + examples), slice(j, j + heads)) for i in range(0, b, examples) for j in range(0, h, heads)]
+    return [
+        (slice(i, i + examples), slice(j, j + heads))
+        for i in range(0, b, examples)
+        for j in range(0, h, heads)
+    ]
 
 
 def _of_piece(bias: Tensor, piece: tuple[slice, slice]) -> Tensor:
@@ -194,8 +234,8 @@ def _is_low_precision_on_cpu(q: Tensor) -> bool:
 def full_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Attention of every frame to every frame: `b h t d` each -> `b h t d`.
 
-    In bfloat16 on a CPU torch's fused attention is slow backwards; plain products, a few heads at a time, take a third
-    of its time. Everywhere else it is torch's.
+    In bfloat16 on a CPU torch's fused attention is slow backwards; plain products, a few heads at a
+    time, take a third of its time. Everywhere else it is torch's.
 
     Args:
         q: queries.
@@ -214,12 +254,15 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """`function(*inputs)`, of which only the inputs are kept: the backward pass makes the rest anew.
+    """`function(*inputs)`, of which only the inputs are kept: the backward pass makes the rest
+    anew.
 
-    Used around what is cheap to make and large to keep: norms and GELU. A linear
-    layer at the end of `function` is not computed twice: the second run stops when it has that layer's input.
+    Used around what is cheap to make and large to keep: norms and GELU. A linear layer at the end
+    of `function` is not computed twice: the second run stops when it has that layer's input.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler decides for itself
+    if (
+        not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    ):  # a compiler decides for itself
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -233,7 +276,8 @@ def text_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     # Rows without text attend to anything and are zeroed after: a softmax over nothing is NaN.
     mask = (allowed | ~some[:, None])[:, None, None, :]
     if _is_low_precision_on_cpu(q) and not torch.compiler.is_compiling():
-        # Over a few tokens plain products take a third of the time of torch's fused attention there.
+        # Over a few tokens plain products take a third of the time of torch's fused attention
+        # there.
         def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             scores = (q @ k.transpose(2, 3)).float() * q.shape[3] ** -0.5
             return scores.masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype) @ v

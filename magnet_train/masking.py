@@ -1,4 +1,5 @@
-"""Which frames the network must fill in: the mask-rate schedule, spans, and the mean rate they give.
+"""Which frames the network must fill in: the mask-rate schedule, spans, and the mean rate they
+give.
 
 Shapes: b examples, t frames. A mask is bool, True = to be predicted.
 """
@@ -12,7 +13,8 @@ from torch.nn import functional as F
 
 
 def cosine_mask_rate(progress: Tensor) -> Tensor:
-    """Share of frames to mask at `progress` in [0, 1]: cos(pi/2 * progress), from 1 down to 0 (MAGNeT, Sec. 3.1).
+    """Share of frames to mask at `progress` in [0, 1]: cos(pi/2 * progress), from 1 down to 0
+    (MAGNeT, Sec. 3.1).
 
     Training draws `progress` uniformly; decoding walks it from 0 to 1.
     """
@@ -22,9 +24,9 @@ def cosine_mask_rate(progress: Tensor) -> Tensor:
 def expected_mask_rate(num_spans: int, span_len: int, num_frames: int) -> float:
     """Mean share of frames covered by `num_spans` distinct span starts (MAGNeT, App. C).
 
-    1 - C(T - L, u) / C(T, u): spans may overlap; frames near the edge count as interior ones, although the
-    first `span_len - 1` frames are in truth covered a little less. Taken as a running product: at T = 1500
-    the binomials themselves leave the range of a float.
+    1 - C(T - L, u) / C(T, u): spans may overlap; frames near the edge count as interior ones,
+    although the first `span_len - 1` frames are in truth covered a little less. Taken as a running
+    product: at T = 1500 the binomials themselves leave the range of a float.
 
     Args:
         num_spans: u, starts drawn without replacement, at most `num_frames`.
@@ -38,7 +40,9 @@ def expected_mask_rate(num_spans: int, span_len: int, num_frames: int) -> float:
     0.3
     """
     if not 1 <= span_len <= num_frames or not 0 <= num_spans <= num_frames:
-        raise ValueError(f"{num_spans} spans of {span_len} frames do not fit in num_frames={num_frames}")
+        raise ValueError(
+            f"{num_spans} spans of {span_len} frames do not fit in num_frames={num_frames}"
+        )
     free = 1.0
     for j in range(num_spans):
         free *= max(0.0, (num_frames - span_len - j) / (num_frames - j))
@@ -47,7 +51,9 @@ def expected_mask_rate(num_spans: int, span_len: int, num_frames: int) -> float:
 
 @lru_cache(maxsize=64)
 def span_counts(num_frames: int, span_len: int) -> tuple[int, ...]:
-    """For each mask rate 0, 0.01 … 1 the least number of spans whose expected rate reaches it (MAGNeT, App. C)."""
+    """For each mask rate 0, 0.01 … 1 the least number of spans whose expected rate reaches it
+    (MAGNeT, App. C).
+    """
     rates = torch.ones(num_frames, dtype=torch.float64)
     free = 1.0
     for u in range(num_frames):
@@ -57,11 +63,13 @@ def span_counts(num_frames: int, span_len: int) -> tuple[int, ...]:
     return tuple(torch.searchsorted(rates, wanted).tolist())
 
 
-def span_mask(rates: Tensor, num_frames: int, span_len: int, generator: torch.Generator | None = None) -> Tensor:
+def span_mask(
+    rates: Tensor, num_frames: int, span_len: int, generator: torch.Generator | None = None
+) -> Tensor:
     """Random spans that mask, on average, the share `rates` of the frames: `b` -> bool `b t`.
 
-    Starts are drawn without replacement over all frames; a span that would leave the sequence is cut at its
-    end. At least one span is masked in every example.
+    Starts are drawn without replacement over all frames; a span that would leave the sequence is
+    cut at its end. At least one span is masked in every example.
 
     Args:
         rates: wanted share per example, in [0, 1].

@@ -1,12 +1,15 @@
 """The transformer: codes, a stage and text in, logits of the stage's codebook out.
 
-- one network for all stages; embeddings and heads are stacked over the K codebooks, and a stage is an index
+- one network for all stages; embeddings and heads are stacked over the K codebooks, and a stage is
+  an index
 - the codes of a frame are embedded and summed; codebooks above the stage hold the mask id
 - stage 0 attends to all frames, the others to `context` frames on each side (MAGNeT, Sec. 3.3)
 - every block attends to the text; an example without text gets exactly zero from it
 - pre-norm, GELU, no biases but in the norms and the text projection; no dropout
-- positions: sinusoids added to the input (published), or rotary queries and keys; float32 either way
-- optional: a depthwise convolution at the start of each block, a short path to the neighbouring frames
+- positions: sinusoids added to the input (published), or rotary queries and keys; float32 either
+  way
+- optional: a depthwise convolution at the start of each block, a short path to the neighbouring
+  frames
 
 Shapes: b examples, k codebooks, t frames, c entries of a codebook, d width, s text tokens, h heads.
 """
@@ -19,7 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magnet_train.attention import full_attention, recomputed, text_attention, window_bias, windowed_attention
+from magnet_train.attention import (
+    full_attention,
+    recomputed,
+    text_attention,
+    window_bias,
+    windowed_attention,
+)
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 
@@ -31,6 +40,18 @@ class Pass(NamedTuple):
     """Codebooks whose logits are computed, in this order."""
     context: int = -1
     """Frames visible on each side; -1 = all frames."""
+
+
+LARGEST = {
+    "dim": 2**16,
+    "num_heads": 1024,
+    "num_layers": 1024,
+    "num_codebooks": 256,
+    "codebook_size": 2**16,
+    "text_dim": 2**16,
+    "ffn_ratio": 64,
+}
+"""Bounds of the configuration, so that a damaged or hostile one cannot ask for all memory."""
 
 
 @dataclass(frozen=True)
@@ -50,39 +71,53 @@ class MagnetConfig:
     text_dim: int = 768
     """Width of the text encoder's states, in channels."""
     context: int | tuple[int, ...] = 5
-    """Frames visible on each side, -1 = all frames. One number holds for stages 1 and up, and stage 0 sees all
-    frames, as published; a list gives one number per stage, stage 0 first."""
+    """Frames visible on each side, -1 = all frames. One number holds for stages 1 and up, and stage
+    0 sees all frames, as published; a list gives one number per stage, stage 0 first.
+    """
     ffn_ratio: int = 4
     """Width of the feed-forward layer, in multiples of `dim`."""
     positions: Literal["sinusoidal", "rotary"] = "sinusoidal"
-    """How frames know their place: sinusoids added to the input (published) or rotated queries and keys."""
+    """How frames know their place: sinusoids added to the input (published) or rotated queries and
+    keys.
+    """
     convolution: int = 0
-    """Width of the depthwise convolution at the start of each block, in frames (odd); 0 = none, as published."""
+    """Width of the depthwise convolution at the start of each block, in frames (odd); 0 = none, as
+    published.
+    """
 
     def __post_init__(self) -> None:
         if not isinstance(self.context, int):
             object.__setattr__(self, "context", tuple(self.context))  # JSON and YAML give a list
-        for name in ("dim", "num_heads", "num_layers", "num_codebooks", "codebook_size", "text_dim", "ffn_ratio"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, most in LARGEST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise UserError(f"{name}={getattr(self, name)} must be between 1 and {most}")
         if self.dim % self.num_heads or self.dim % 2:
-            raise UserError(f"dim={self.dim} must be even and divisible by num_heads={self.num_heads}")
+            raise UserError(
+                f"dim={self.dim} must be even and divisible by num_heads={self.num_heads}"
+            )
         numbers = self.context if isinstance(self.context, tuple) else (self.context,)
         if min(numbers, default=-2) < -1:
-            raise UserError(f"context={self.context} must be 0 or more frames on each side, or -1 for all frames")
+            raise UserError(
+                f"context={self.context} must be 0 or more frames on each side, or -1 for all "
+                "frames"
+            )
         if isinstance(self.context, tuple) and len(numbers) != self.num_codebooks:
             raise UserError(
-                f"context={list(numbers)} has {len(numbers)} numbers for {self.num_codebooks} codebooks: give one for "
+                f"context={list(numbers)} has {len(numbers)} numbers for {self.num_codebooks} "
+                "codebooks: give one for "
                 "each stage, or one number for stages 1 and up"
             )
         if self.positions not in ("sinusoidal", "rotary"):
             raise UserError(f"positions={self.positions}: choose sinusoidal or rotary")
         if self.positions == "rotary" and self.dim // self.num_heads % 2:
             raise UserError(
-                f"positions=rotary needs an even width per head; dim={self.dim}, num_heads={self.num_heads}"
+                f"positions=rotary needs an even width per head; dim={self.dim}, "
+                f"num_heads={self.num_heads}"
             )
-        if self.convolution < 0 or (self.convolution and self.convolution % 2 == 0):
-            raise UserError(f"convolution={self.convolution} must be an odd number of frames, or 0 for none")
+        if not 0 <= self.convolution < 1024 or (self.convolution and self.convolution % 2 == 0):
+            raise UserError(
+                f"convolution={self.convolution} must be an odd number of frames below 1024, or 0 for none"
+            )
 
     @property
     def mask_id(self) -> int:
@@ -105,7 +140,8 @@ class MagnetConfig:
 class TextKeyValues:
     """Keys and values of the text in every block, so that decoding computes them once.
 
-    keys, values: a list of `b h s d`, one a block. allowed: `b s` bool, True = a token of this caption.
+    keys, values: a list of `b h s d`, one a block. allowed: `b s` bool, True = a token of this
+    caption.
     """
 
     keys: list[Tensor]
@@ -126,14 +162,17 @@ def sinusoidal_positions(num_frames: int, dim: int, device=None) -> Tensor:
 
 
 def rotary_angles(num_frames: int, head_dim: int, device=None) -> Tensor:
-    """`t d/2` in float32: the angle by which each pair of channels turns at each frame (RoFormer, Su et al., 2021)."""
+    """`t d/2` in float32: the angle by which each pair of channels turns at each frame (RoFormer,
+    Su et al., 2021).
+    """
     frame = torch.arange(num_frames, dtype=torch.float32, device=device)[:, None]
     pair = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
     return frame / 10_000 ** (2 * pair / head_dim)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys turned by their frame's angles: `b h t d` -> `b h t d`; channel i pairs with channel i + d/2.
+    """Queries or keys turned by their frame's angles: `b h t d` -> `b h t d`; channel i pairs with
+    channel i + d/2.
 
     The scores of two rotated frames depend on their distance alone. Computed in float32.
     """
@@ -188,8 +227,14 @@ class CrossAttention(nn.Module):
         k, v = self.kv(text).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return k, v
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-        q = recomputed(lambda x: self.q(norm(x)), x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm, k: Tensor, v: Tensor, allowed: Tensor
+    ) -> Tensor:
+        q = (
+            recomputed(lambda x: self.q(norm(x)), x)
+            .unflatten(2, (self.num_heads, -1))
+            .transpose(1, 2)
+        )
         return self.out(text_attention(q, k, v, allowed).transpose(1, 2).flatten(2))
 
 
@@ -211,7 +256,9 @@ class Convolution(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: MagnetConfig):
         super().__init__()
-        self.convolution = Convolution(config.dim, config.convolution) if config.convolution else None
+        self.convolution = (
+            Convolution(config.dim, config.convolution) if config.convolution else None
+        )
         self.self_norm = nn.LayerNorm(config.dim)
         self.self_attention = SelfAttention(config.dim, config.num_heads)
         self.cross_norm = nn.LayerNorm(config.dim)
@@ -220,7 +267,9 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(config.dim, config.ffn_ratio * config.dim, bias=False)
         self.ffn_out = nn.Linear(config.ffn_ratio * config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, frames: FrameInputs, text: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self, x: Tensor, frames: FrameInputs, text: tuple[Tensor, Tensor, Tensor] | None
+    ) -> Tensor:
         if self.convolution is not None:
             x = x + self.convolution(x, frames.valid)
         x = x + self.self_attention(x, self.self_norm, frames)
@@ -239,37 +288,47 @@ class Magnet(nn.Module):
         super().__init__()
         self.config = config
         self.text_multiple = 1  # to which captions are padded, in tokens
-        self.embedding = nn.Parameter(torch.empty(config.num_codebooks, config.codebook_size + 1, config.dim))
+        self.embedding = nn.Parameter(
+            torch.empty(config.num_codebooks, config.codebook_size + 1, config.dim)
+        )
         self.text_projection = nn.Linear(config.text_dim, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))  # type: ignore[assignment]
+        blocks: Any = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = blocks
         self.out_norm = nn.LayerNorm(config.dim)
-        self.head = nn.Parameter(torch.empty(config.num_codebooks, config.codebook_size, config.dim))
+        self.head = nn.Parameter(
+            torch.empty(config.num_codebooks, config.codebook_size, config.dim)
+        )
         self.reset_parameters()
 
     def compile_blocks(self, **options: Any) -> None:
-        """Let torch.compile fuse what lies between the matrix products, block by block: all blocks share one code.
+        """Let torch.compile fuse what lies between the matrix products, block by block: all blocks
+        share one code.
 
-        `options` go to `torch.compile`. Names of weights and copies of the network stay as they are.
+        `options` go to `torch.compile`. Names of weights and copies of the network stay as they
+        are.
         """
         self.prepare_for_compile()
         for block in self.blocks:
             block.compile(**options)
 
     def prepare_for_compile(self) -> None:
-        """Captions come in few lengths from now on, and the compiler keeps a variant for every case that there is.
+        """Captions come in few lengths from now on, and the compiler keeps a variant for every case
+        that there is.
 
-        Stages, gradients, padding and captions make more variants than the 8 after which it falls back silently.
+        Stages, gradients, padding and captions make more variants than the 8 after which it falls
+        back silently.
         """
         self.text_multiple = 64
         private_api.allow_recompiles(64)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The reference's initialisation (audiocraft `lm.py` `init_layer`, "gaussian" with "current" depth scaling).
+        """The reference's initialisation (audiocraft `lm.py` `init_layer`, "gaussian" with
+        "current" depth scaling).
 
-        Truncated normals of deviation 1/sqrt(fan in), inside block i divided by sqrt(2 (i + 1)). The packed
-        query/key/value projections are no modules there and keep torch's uniform default at every depth; the
-        text projection keeps its default too.
+        Truncated normals of deviation 1/sqrt(fan in), inside block i divided by sqrt(2 (i + 1)).
+        The packed query/key/value projections are no modules there and keep torch's uniform default
+        at every depth; the text projection keeps its default too.
         """
         bound = self.config.dim**-0.5
 
@@ -282,23 +341,35 @@ class Magnet(nn.Module):
         for depth, block in enumerate(self.blocks):
             if block.convolution is not None:
                 nn.init.normal_(block.convolution.weight, std=0.5 / self.config.convolution)
-            for packed in (block.self_attention.qkv, block.cross_attention.q, block.cross_attention.kv):
+            for packed in (
+                block.self_attention.qkv,
+                block.cross_attention.q,
+                block.cross_attention.kv,
+            ):
                 nn.init.uniform_(packed.weight, -bound, bound)
-            for linear in (block.self_attention.out, block.cross_attention.out, block.ffn_in, block.ffn_out):
+            for linear in (
+                block.self_attention.out,
+                block.cross_attention.out,
+                block.ffn_in,
+                block.ffn_out,
+            ):
                 # The reference scales by depth wherever a block's linear layer is initialised.
                 gaussian(linear.weight, linear.in_features, depth)
 
     @torch.no_grad()
     def start_from_codebooks(self, codebooks: Tensor, generator: torch.Generator) -> None:
-        """Let codes that sound alike begin alike: embeddings and heads become the codec's codebooks, turned at random.
+        """Let codes that sound alike begin alike: embeddings and heads become the codec's
+        codebooks, turned at random.
 
-        As published both begin unrelated, and for each of the thousands of entries it must be learnt that a held note
-        goes on: hours on GPUs, but all that a short training has time for. Heads keep the published scale; embeddings
-        get that of the positions, which drown them otherwise.
+        As published both begin unrelated, and for each of the thousands of entries it must be
+        learnt that a held note goes on: hours on GPUs, but all that a short training has time for.
+        Heads keep the published scale; embeddings get that of the positions, which drown them
+        otherwise.
 
         Args:
             codebooks: `k c e`, any width e.
-            generator: draws the rotation; one for all codebooks, whose entries add up to a frame's latent.
+            generator: draws the rotation; one for all codebooks, whose entries add up to a frame's
+                latent.
         """
         width = max(codebooks.shape[2], self.config.dim)
         rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
@@ -308,18 +379,23 @@ class Magnet(nn.Module):
         self.head.copy_(turned * self.config.dim**-0.5)
 
     def encode_text(self, states: Tensor, allowed: Tensor) -> TextKeyValues:
-        """States `b s text_dim` and mask `b s` (True = token) of a text encoder -> keys and values of every block."""
+        """States `b s text_dim` and mask `b s` (True = token) of a text encoder -> keys and values
+        of every block.
+        """
         if missing := -states.shape[1] % self.text_multiple:
             states, allowed = F.pad(states, (0, 0, 0, missing)), F.pad(allowed, (0, missing))
         text = self.text_projection(states) * allowed[..., None].to(states.dtype)
         pairs = [block.cross_attention.keys_values(text) for block in self.blocks]
         return TextKeyValues([k for k, _ in pairs], [v for _, v in pairs], allowed)
 
-    def trunk(self, codes: Tensor, pass_: Pass, text: TextKeyValues | None, valid: Tensor | None = None) -> Tensor:
+    def trunk(
+        self, codes: Tensor, pass_: Pass, text: TextKeyValues | None, valid: Tensor | None = None
+    ) -> Tensor:
         """Features of every frame: `b k t` -> `b t d`.
 
         Args:
-            codes: with the mask id where nothing is known; codebooks above those predicted should hold it everywhere.
+            codes: with the mask id where nothing is known; codebooks above those predicted should
+                hold it everywhere.
             pass_: decides how far a frame may look; `config.stage(k)` for MAGNeT's stages.
             text: from `encode_text`; None = no example has text, and no time is spent on it.
             valid: `b t`, False = padding; None = no padding.
@@ -327,17 +403,23 @@ class Magnet(nn.Module):
         x = self.embedded(codes)
         frames = self.frame_inputs(x, pass_.context, valid)
         for i, block in enumerate(self.blocks):
-            x = block(x, frames, None if text is None else (text.keys[i], text.values[i], text.allowed))
+            x = block(
+                x, frames, None if text is None else (text.keys[i], text.values[i], text.allowed)
+            )
         return self.out_norm(x)
 
     def embedded(self, codes: Tensor) -> Tensor:
-        """What the first block gets: the codes of a frame embedded and summed, and its position. `b k t` -> `b t d`."""
+        """What the first block gets: the codes of a frame embedded and summed, and its position. `b
+        k t` -> `b t d`.
+        """
         k, size = self.config.num_codebooks, self.config.codebook_size + 1
         offset = torch.arange(k, device=codes.device)[:, None] * size
         x = F.embedding(codes + offset, self.embedding.flatten(0, 1)).sum(1)
         if self.config.positions == "rotary":
             return x
-        return (x.float() + sinusoidal_positions(codes.shape[2], self.config.dim, codes.device)).to(x.dtype)
+        return (x.float() + sinusoidal_positions(codes.shape[2], self.config.dim, codes.device)).to(
+            x.dtype
+        )
 
     def frame_inputs(self, x: Tensor, context: int, valid: Tensor | None) -> FrameInputs:
         """Made once for all blocks, from the input `b t d` of the first."""
@@ -357,16 +439,25 @@ class Magnet(nn.Module):
             return window_bias(heads, context, valid)
         if valid is None:
             return None
-        return torch.zeros(valid.shape, dtype=x.dtype, device=x.device).masked_fill_(~valid, -math.inf)[:, None, None]
+        return torch.zeros(valid.shape, dtype=x.dtype, device=x.device).masked_fill_(
+            ~valid, -math.inf
+        )[:, None, None]
 
     def logits(self, features: Tensor, codebook: int) -> Tensor:
-        """`… d` -> `… c`: only the head of `codebook` is computed, and only at the frames given."""
+        """`… d` -> `… c`: the head of `codebook` alone, at the frames given alone."""
         return F.linear(features, self.head[codebook])
 
     def masked_logits(
-        self, codes: Tensor, pass_: Pass, states: Tensor, allowed: Tensor, masked: Tensor, valid: Tensor | None = None
+        self,
+        codes: Tensor,
+        pass_: Pass,
+        states: Tensor,
+        allowed: Tensor,
+        masked: Tensor,
+        valid: Tensor | None = None,
     ) -> Tensor:
-        """What a training step needs, in one call: logits of the pass's codebook at the n frames of `masked`, `n c`.
+        """What a training step needs, in one call: logits of the pass's codebook at the n frames of
+        `masked`, `n c`.
 
         Args:
             codes: `b k t`, as of `trunk`.
@@ -380,8 +471,11 @@ class Magnet(nn.Module):
         (codebook,) = pass_.codebooks
         return self.logits(features[masked], codebook)
 
-    def forward(self, codes: Tensor, pass_: Pass, text: TextKeyValues | None, valid: Tensor | None = None) -> Tensor:
-        """Logits of the pass's codebooks at every frame: `b k t` -> `b t c`, or `b n t c` for n > 1 codebooks.
+    def forward(
+        self, codes: Tensor, pass_: Pass, text: TextKeyValues | None, valid: Tensor | None = None
+    ) -> Tensor:
+        """Logits of the pass's codebooks at every frame: `b k t` -> `b t c`, or `b n t c` for n > 1
+        codebooks.
 
         Arguments as of `trunk`.
         """

@@ -1,6 +1,7 @@
-"""The LightningModule: mask, predict, log; nothing that another file already says."""
+"""The LightningModule: MAGNeT's training objective, its validation loss, and the optimizer."""
 
 import hashlib
+import math
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -28,11 +29,15 @@ from magnet_train.sharding import check_shardable, full_tensor, is_sharded, shar
 def step_generator(seed: int, *place: int) -> torch.Generator:
     """A generator for one place in the run (batch, rank …).
 
-    Masks and dropouts are a function of their place and not of what was drawn before, so that a resumed run
-    draws what the uninterrupted one would have, and a validation in between changes nothing.
+    Masks and dropouts are a function of their place and not of what was drawn before, so that a
+    resumed run draws what the uninterrupted one would have, and a validation in between changes
+    nothing.
     """
     digest = hashlib.sha256(repr((seed, *place)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+MAX_CROP_S = 3600.0
 
 
 class MagnetModule(L.LightningModule):
@@ -40,7 +45,7 @@ class MagnetModule(L.LightningModule):
 
     def __init__(
         self,
-        network: MagnetConfig = MagnetConfig(),  # noqa: B008  frozen, and jsonargparse reads the type
+        network: MagnetConfig = MagnetConfig(),  # noqa: B008  frozen
         optimizer: OptimizerConfig = OptimizerConfig(),
         codec: str = "demo",
         text_encoder: str = "demo",
@@ -57,44 +62,59 @@ class MagnetModule(L.LightningModule):
         """What is trained and how.
 
         Args:
-            network: Shape of the transformer; its codebooks and text width follow from codec and text encoder.
+            network: Shape of the transformer; its codebooks and text width follow from codec and
+                text encoder.
             optimizer: AdamW and its schedule.
-            codec: "demo", a folder or a hub id of an EnCodec; must be the one the shards were made with.
-            text_encoder: "demo", a folder or a hub id of a transformers text encoder with its tokenizer.
+            codec: "demo", a folder or a hub id of an EnCodec; must be the one the shards were made
+                with.
+            text_encoder: "demo", a folder or a hub id of a transformers text encoder with its
+                tokenizer.
             crop_s: Length of what the model sees and generates, in seconds.
             span_len: Length of masked spans, in frames; 3 frames are 60 ms at 50 Hz.
-            guidance_dropout: Share of examples trained without their caption, for classifier-free guidance, 0 to 1.
-            stage_sampling: Whether an optimizer step trains one stage, as published, or each example one of its own,
-                which takes a pass of the network for each stage that was drawn.
-            stage_weights: How often each stage is trained, one number per codebook, relative to their sum; equally
-                often if not given, as published.
-            start_from_codec: Whether embeddings and heads begin as the codec's codebooks instead of as published; of
-                help where training is short.
-            init_from: Release folder, hub id, checkpoint or run folder whose weights are trained on; what it says of
-                network, codec, text encoder, lengths and decoding holds too unless it is given here.
-            compiled: Whether the transformer's blocks are compiled, which takes a minute or more at the first steps;
+            guidance_dropout: Share of examples trained without their caption, for classifier-free
+                guidance, 0 to 1.
+            stage_sampling: "batch" trains one stage per optimizer step, as published; "example"
+                draws a stage for each example and runs one forward pass per stage drawn.
+            stage_weights: How often each stage is trained, one number per codebook, relative to
+                their sum. All stages equally often if not given, as published.
+            start_from_codec: Initialise embeddings and heads from the codec's codebooks
+                (non-standard; helps short runs).
+            init_from: Start from these weights (release folder, hub id, checkpoint or run folder).
+                Their network, codec, text encoder, lengths and decoding settings become the
+                defaults.
+            compiled: Compile the transformer's blocks. The first steps then take a minute or more;
                 for GPUs.
-            seed: Seed of weights, masks and dropouts.
+            seed: Seed of initial weights, masks and dropout.
         """
         super().__init__()
         if not 0 <= guidance_dropout <= 1:
-            raise UserError(f"guidance_dropout={guidance_dropout}: give a share from 0 to 1")
+            raise UserError(f"guidance_dropout={guidance_dropout} must be between 0 and 1")
         if span_len < 1:
-            raise UserError(f"span_len={span_len}: give at least 1 frame")
+            raise UserError(f"span_len={span_len} must be at least 1 frame")
         if stage_sampling not in ("batch", "example"):
             raise UserError(f"stage_sampling={stage_sampling}: choose batch or example")
         if stage_weights is not None:
             stage_weights = tuple(float(weight) for weight in stage_weights)
-            if len(stage_weights) != network.num_codebooks or min(stage_weights) < 0 or not sum(stage_weights) > 0:
+            if (
+                len(stage_weights) != network.num_codebooks
+                or not all(0 <= weight < math.inf for weight in stage_weights)
+                or not sum(stage_weights) > 0
+            ):
                 raise UserError(
-                    f"stage_weights={list(stage_weights)}: give {network.num_codebooks} numbers of at least 0, not all 0"
+                    f"stage_weights={list(stage_weights)}: give {network.num_codebooks} numbers "
+                    "of at least 0, not all 0"
                 )
-        if crop_s <= 0:
-            raise UserError(f"crop_s={crop_s}: give a length in seconds above 0")
+        if not 0 < crop_s <= MAX_CROP_S:
+            raise UserError(f"crop_s={crop_s} must be above 0 and at most {MAX_CROP_S:.0f} seconds")
         if init_from is not None and start_from_codec:
-            raise UserError(f"init_from={init_from} and start_from_codec=true: choose one to start from")
+            raise UserError(
+                f"init_from={init_from} and start_from_codec=true: choose one to start from"
+            )
         start = None if init_from is None else SavedModel.open(init_from)
-        codec, text_encoder = absolute_name(codec), absolute_path(text_encoder)  # a run may go on from elsewhere
+        codec, text_encoder = (
+            absolute_name(codec),
+            absolute_path(text_encoder),
+        )  # a run may go on from elsewhere
         # Plain values, so that a checkpoint loads without unpickling classes of ours.
         self.save_hyperparameters(
             {
@@ -114,14 +134,27 @@ class MagnetModule(L.LightningModule):
         )
         # Whose licence holds for what comes of them.
         self.init_provenance = (
-            {} if start is None else {k: start.provenance.get(k) for k in ("licence", "base_model", "source")}
+            {}
+            if start is None
+            else {k: start.provenance.get(k) for k in ("licence", "base_model", "source")}
         )
         self.config, self.optimizer_config = network, optimizer
         self.trained_steps = 0
-        """Optimizer steps of the checkpoint that was loaded, where the trainer does not know them."""
-        self.span_len, self.guidance_dropout, self.seed, self.crop_s = span_len, guidance_dropout, seed, crop_s
+        """Optimizer steps of the checkpoint that was loaded, where the trainer does not know
+        them.
+        """
+        self.span_len, self.guidance_dropout, self.seed, self.crop_s = (
+            span_len,
+            guidance_dropout,
+            seed,
+            crop_s,
+        )
         self.stage_weights = None if stage_weights is None else torch.tensor(stage_weights)
-        self.stage_sampling, self.codec_name, self.text_encoder_name = stage_sampling, codec, text_encoder
+        self.stage_sampling, self.codec_name, self.text_encoder_name = (
+            stage_sampling,
+            codec,
+            text_encoder,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = Magnet(network)
@@ -141,7 +174,8 @@ class MagnetModule(L.LightningModule):
         self._unsharded: tuple[Magnet, ...] = ()
 
     def configure_model(self) -> None:
-        """Shards the weights under Lightning's ModelParallelStrategy (FSDP2), over all ranks whatever its sizes say.
+        """Shards the weights under Lightning's ModelParallelStrategy (FSDP2), over all ranks
+        whatever its sizes say.
 
         Raises:
             UserError: for what does not work with shards.
@@ -151,7 +185,8 @@ class MagnetModule(L.LightningModule):
         check_shardable(str(self.trainer.precision), self.optimizer_config.name)
         if private_api.saves_distributed_checkpoints(self.trainer):
             raise UserError(
-                "ModelParallelStrategy: save_distributed_checkpoint=true writes folders that nothing else here reads; "
+                "ModelParallelStrategy: save_distributed_checkpoint=true writes folders that "
+                "nothing else here reads; "
                 "set it to false, or give --trainer.strategy fsdp2, which is the same without"
             )
         shard(self.network, self.device_mesh.device_type)
@@ -161,8 +196,10 @@ class MagnetModule(L.LightningModule):
             self._frozen = (load_text_encoder(self.text_encoder_name),)
         if self.text_encoder.dim != self.config.text_dim:
             raise UserError(
-                f"text encoder {self.text_encoder_name!r} has states of width {self.text_encoder.dim}, but the network "
-                f"was built for text_dim={self.config.text_dim}: use the encoder it was trained with"
+                f"text encoder {self.text_encoder_name!r} has states of width "
+                f"{self.text_encoder.dim}, but the network "
+                f"was built for text_dim={self.config.text_dim}: use the encoder it was trained "
+                "with"
             )
         self.text_encoder.to(self.device)
 
@@ -173,10 +210,14 @@ class MagnetModule(L.LightningModule):
 
     @property
     def unsharded(self) -> Magnet:
-        """The network, which under FSDP2 is a copy with all weights while the module is evaluated."""
+        """The network, which under FSDP2 is a copy with all weights while the module is
+        evaluated.
+        """
         return self._unsharded[0] if self._unsharded else self.network
 
-    def stage_loss(self, batch: Batch, captions: list[str], stage: int, masked: Tensor) -> MaskedLoss:
+    def stage_loss(
+        self, batch: Batch, captions: list[str], stage: int, masked: Tensor
+    ) -> MaskedLoss:
         """Loss of one stage under given masks.
 
         Args:
@@ -194,10 +235,16 @@ class MagnetModule(L.LightningModule):
         if padded:
             masked_codes = masked_codes.masked_fill(~valid[:, None], mask_id)
         masked = masked & valid
-        # Even with all captions dropped the text takes part, so that DDP finds a gradient for every parameter.
+        # Even with all captions dropped the text takes part, so that DDP finds a gradient for every
+        # parameter.
         states, text_mask = self.text_encoder(captions)
         logits = self.unsharded.masked_logits(
-            masked_codes, self.config.stage(stage), states, text_mask, masked, valid if padded else None
+            masked_codes,
+            self.config.stage(stage),
+            states,
+            text_mask,
+            masked,
+            valid if padded else None,
         )
         return masked_cross_entropy(logits, codes[:, stage], masked)
 
@@ -222,27 +269,35 @@ class MagnetModule(L.LightningModule):
     def _drawn_stages(self, count: int, size: int) -> list[tuple[int, list[int]]]:
         """Stages to train in the batch that has `count` before it, with the rows of each.
 
-        They are drawn alike on all ranks, so that ranks have the same work and none waits for another; one stage
-        for all batches of an optimizer step, or one for each row.
+        They are drawn alike on all ranks, so that ranks have the same work and none waits for
+        another; one stage for all batches of an optimizer step, or one for each row.
         """
         if self.stage_sampling == "batch":
             drawn = self._draw_stages(1, step_generator(self.seed, self.global_step)) * size
         else:
             drawn = self._draw_stages(size, step_generator(self.seed, count, -1))
-        return [(stage, [row for row in range(size) if drawn[row] == stage]) for stage in sorted(set(drawn))]
+        return [
+            (stage, [row for row in range(size) if drawn[row] == stage])
+            for stage in sorted(set(drawn))
+        ]
 
     def _draw_stages(self, number: int, generator: torch.Generator) -> list[int]:
         if self.stage_weights is None:
             return torch.randint(self.config.num_codebooks, (number,), generator=generator).tolist()
-        return torch.multinomial(self.stage_weights, number, replacement=True, generator=generator).tolist()
+        return torch.multinomial(
+            self.stage_weights, number, replacement=True, generator=generator
+        ).tolist()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         num_frames = batch["valid"].shape[1]
         for stage in range(self.config.num_codebooks):
             masks, rates = zip(
-                *(fixed_span_mask(key, stage, num_frames, self.span_len) for key in batch["keys"]), strict=True
+                *(fixed_span_mask(key, stage, num_frames, self.span_len) for key in batch["keys"]),
+                strict=True,
             )
-            loss = self.stage_loss(batch, batch["captions"], stage, torch.stack(masks).to(self.device))
+            loss = self.stage_loss(
+                batch, batch["captions"], stage, torch.stack(masks).to(self.device)
+            )
             self.fixed_masks.update(stage, torch.tensor(rates, device=self.device), loss)
 
     def on_validation_epoch_start(self) -> None:
@@ -261,10 +316,13 @@ class MagnetModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The licence of the weights that training began with goes where they go."""
-        checkpoint["init_provenance"] = {k: v for k, v in self.init_provenance.items() if v is not None}
+        checkpoint["init_provenance"] = {
+            k: v for k, v in self.init_provenance.items() if v is not None
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A resumed run need not find again what it began with, and is told what it goes on with that is new.
+        """A resumed run need not find again what it began with, and is told what it goes on with
+        that is new.
 
         Raises:
             UserError: if the checkpoint's network or optimizer is another one.
@@ -273,15 +331,22 @@ class MagnetModule(L.LightningModule):
         if trainer is not None and trainer.state.fn == "fit":
             saved, own = checkpoint["hyper_parameters"], dict(self.hparams)
             check_same_model(saved, own)
-            changed = [text for name, text in differing(saved, own) if name not in ("init_from", "start_from_codec")]
+            changed = [
+                text
+                for name, text in differing(saved, own)
+                if name not in ("init_from", "start_from_codec")
+            ]
             if changed:
-                rank_zero_info(f"resuming with settings that differ from the checkpoint: {', '.join(changed)}")
+                rank_zero_info(
+                    f"resuming with settings that differ from the checkpoint: {', '.join(changed)}"
+                )
         self.init_provenance = dict(checkpoint.get("init_provenance", {}))
         self.trained_steps = int(checkpoint.get("global_step", 0))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.log("train/lr", optimizer.param_groups[0]["lr"])
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
             gradients = [p.grad for p in trainable_parameters(self).values() if p.grad is not None]
             norms = [gradient.norm() for gradient in gradients] or [torch.tensor(0.0)]
             self.log("train/grad_norm", full_tensor(torch.linalg.vector_norm(torch.stack(norms))))
@@ -294,12 +359,16 @@ class MagnetModule(L.LightningModule):
         if self._generator is None:
             codec = load_codec(self.codec_name).to(self.device)
             decoding = DecodingConfig(span_len=self.span_len)
-            self._generator = Generator(self.unsharded, codec, self.text_encoder, decoding, self.crop_s)
+            self._generator = Generator(
+                self.unsharded, codec, self.text_encoder, decoding, self.crop_s
+            )
         result = self._generator.generate(batch["captions"], self.seed, batch["keys"])
         return {"wav": result.wav, "sample_rate": result.sample_rate}
 
     def on_train_start(self) -> None:
-        """A resumed run has the optimizer's settings that it was given: Lightning restores the checkpoint's."""
+        """A resumed run has the optimizer's settings that it was given: Lightning restores the
+        checkpoint's.
+        """
         settings = self.optimizer_config.settings()
         optimizer = self.trainer.optimizers[0]
         schedule = self.lr_schedulers()
@@ -316,9 +385,14 @@ class MagnetModule(L.LightningModule):
         optimizer = make_optimizer(config, list(trainable_parameters(self).values()), fused)
         factor = schedule_factor(config, trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
+        }
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """By name: what the optimizer updates, and what is averaged, guarded and measured."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
+    }

@@ -1,7 +1,6 @@
 """Optimizers and learning-rate schedules.
-
-The schedules are factors of the peak rate and have the off-by-ones of the reference: the cosine's first update has
-rate 0, the inverse square root's 1 / warmup_steps.
+ The schedules are factors of the peak rate and have the off-by-ones of the reference: the cosine's
+first update has rate 0, the inverse square root's 1 / warmup_steps.
 """
 
 import math
@@ -35,7 +34,11 @@ def inverse_sqrt_factor(step: int, warmup_steps: int) -> float:
     [0.25, 1.0, 0.5]
     """
     update = step + 1
-    return update / max(warmup_steps, 1) if update < warmup_steps else (max(warmup_steps, 1) / update) ** 0.5
+    return (
+        update / max(warmup_steps, 1)
+        if update < warmup_steps
+        else (max(warmup_steps, 1) / update) ** 0.5
+    )
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class OptimizerConfig:
     """AdamW and its schedule; the defaults are those published for the medium 30-second model."""
 
     name: Literal["adamw", "dadapt_adam"] = "adamw"
-    """AdamW, or D-Adaptation's Adam, which finds the step size itself and takes lr as a factor: 1 (package
-    `dadaptation`)."""
+    """AdamW, or D-Adaptation's Adam, which finds the step size itself and takes lr as a factor: 1
+    (package `dadaptation`).
+    """
     lr: float = 1e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -56,14 +60,21 @@ class OptimizerConfig:
     schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
     """Learning-rate schedule after warm-up; cosine reaches 0 at the trainer's last step."""
     warmup_steps: int = 4000
-    """Length of the linear warm-up, in optimizer steps; a tenth of a run that is no longer than that."""
+    """Length of the linear warm-up, in optimizer steps; a tenth of a run that is no longer than
+    that.
+    """
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.warmup_steps < 0 or self.weight_decay < 0:
-            raise UserError(
-                f"lr={self.lr}, warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}: "
-                "lr must be above 0, the others at least 0"
-            )
+        ranges = {
+            "lr": (0 < self.lr < math.inf, "above 0"),
+            "betas": (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"),
+            "eps": (0 < self.eps < math.inf, "above 0"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "warmup_steps": (self.warmup_steps >= 0, "0 or more"),
+        }
+        for name, (is_valid, expected) in ranges.items():
+            if not is_valid:
+                raise UserError(f"optimizer: {name}={getattr(self, name)} must be {expected}")
         if self.name not in ("adamw", "dadapt_adam"):
             raise UserError(f"optimizer name={self.name}: choose adamw or dadapt_adam")
         if self.schedule not in ("cosine", "inverse_sqrt", "constant"):
@@ -80,14 +91,20 @@ class OptimizerConfig:
         """
         if self.schedule == "cosine" and not math.isfinite(total_steps):
             raise UserError(
-                "schedule=cosine: the run has no end; set --trainer.max_steps, or choose --model.optimizer.schedule "
+                "schedule=cosine: the run has no end; set --trainer.max_steps, or choose "
+                "--model.optimizer.schedule "
                 "inverse_sqrt"
             )
         return self.warmup_steps if self.warmup_steps < total_steps else int(total_steps) // 10
 
     def settings(self) -> dict[str, Any]:
         """What torch's optimizer takes."""
-        return {"lr": self.lr, "betas": tuple(self.betas), "eps": self.eps, "weight_decay": self.weight_decay}
+        return {
+            "lr": self.lr,
+            "betas": tuple(self.betas),
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+        }
 
 
 def schedule_factor(config: OptimizerConfig, total_steps: float) -> Callable[[int], float]:
@@ -107,13 +124,15 @@ def schedule_factor(config: OptimizerConfig, total_steps: float) -> Callable[[in
 def allows_fused(precision: str, clips_gradients: bool) -> bool:
     """Whether one kernel may update all tensors.
 
-    Lightning refuses to clip gradients before a fused optimizer under a mixed precision, and fp16's scaler leaves
-    unscaling to a fused optimizer, which a skipped step would not have.
+    Lightning refuses to clip gradients before a fused optimizer under a mixed precision, and fp16's
+    scaler leaves unscaling to a fused optimizer, which a skipped step would not have.
     """
     return not precision.startswith("16") and not (clips_gradients and precision.endswith("-mixed"))
 
 
-def make_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter], fused: bool) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: OptimizerConfig, parameters: list[nn.Parameter], fused: bool
+) -> torch.optim.Optimizer:
     """The optimizer of `config`.
 
     Raises:

@@ -2,12 +2,12 @@
 
 For comparisons with published results only; `decoding.py` does the right thing. It differs in this:
 
-- a prompt that ends inside a span leaves that span maskable, although its frames are given again at each step
+- a prompt that ends inside a span leaves that span maskable, although its frames are given again at
+  each step
 - ties fall as `torch.topk` lets them fall
 - sliding spans: a binary search over their number returns what it tried last instead of the closest
-
-Two more faults are the callers' to reproduce: `decode` drops the frames behind the last whole span, and
-`Generator.generate` lets captions' padding be attended to.
+ Two more faults are the callers' to reproduce: `decode` drops the frames behind the last whole
+span, and `Generator.generate` lets captions' padding be attended to.
 
 Shapes: b examples, t frames, u units (spans of the grid), s spans.
 """
@@ -19,7 +19,9 @@ from torch.nn import functional as F
 NEVER = -1e4
 
 
-def remask_grid(certainty: Tensor, masked: Tensor, fixed: Tensor, share: Tensor, span_len: int, scoring: str) -> Tensor:
+def remask_grid(
+    certainty: Tensor, masked: Tensor, fixed: Tensor, share: Tensor, span_len: int, scoring: str
+) -> Tensor:
     """Least certain units of a grid, t a multiple of the span: `b t` -> bool `b t`."""
     spans = certainty.unflatten(1, (-1, span_len))
     scores = 1 - spans.amax(-1) if scoring == "max" else -spans.log().sum(-1)
@@ -30,7 +32,9 @@ def remask_grid(certainty: Tensor, masked: Tensor, fixed: Tensor, share: Tensor,
     return chosen.repeat_interleave(span_len, 1) & ~fixed
 
 
-def remask_sliding(certainty: Tensor, masked: Tensor, fixed: Tensor, share: Tensor, span_len: int) -> Tensor:
+def remask_sliding(
+    certainty: Tensor, masked: Tensor, fixed: Tensor, share: Tensor, span_len: int
+) -> Tensor:
     """Least certain spans that may begin anywhere: `b t` -> bool `b t`."""
     scores = (-certainty.log()).masked_fill(~masked, NEVER)
     target = max(int(share * int((~fixed).sum(1)[0])), 1)
@@ -61,4 +65,6 @@ def least_probable_spans(scores: Tensor, target: int, span_len: int) -> Tensor:
 
 
 def _top(scores: Tensor, count: int) -> Tensor:
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(count, dim=1).indices, True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(
+        1, scores.topk(count, dim=1).indices, True
+    )

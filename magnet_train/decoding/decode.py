@@ -1,12 +1,13 @@
-"""Iterative decoding: from masked frames to codes, stage by stage, a few parallel steps each (MAGNeT, Sec. 3).
+"""Iterative decoding: from masked frames to codes, stage by stage, a few parallel steps each
+(MAGNeT, Sec. 3).
+ One step: mask the worst spans of the last one, run the network, fill them in, score what was
+filled in. The networks are callables, so a lambda tests the loop; nothing here waits for the device
+between steps.
+ In each stage the network sees what training showed it: the codebooks above the stage are hidden
+everywhere, given codes included, and the given codes of a codebook come back when its stage begins.
 
-One step: mask the worst spans of the last one, run the network, fill them in, score what was filled in. The networks
-are callables, so a lambda tests the loop; nothing here waits for the device between steps.
-
-In each stage the network sees what training showed it: the codebooks above the stage are hidden everywhere, given
-codes included, and the given codes of a codebook come back when its stage begins.
-
-Shapes: b examples, k codebooks, t frames, c entries, n steps. Masks are bool, True = to be predicted.
+Shapes: b examples, k codebooks, t frames, c entries, n steps. Masks are bool, True = to be
+    predicted.
 """
 
 import hashlib
@@ -42,7 +43,9 @@ class DecodingConfig:
     decoding_steps: tuple[int, ...] = (20, 10, 10, 10)
     """Passes through the network for each stage; as many numbers as codebooks, or one for all."""
     temperature: float = 3.0
-    """Softmax temperature at the first step of a stage; annealed to 0 unless anneal_temperature is false."""
+    """Softmax temperature at the first step of a stage; annealed to 0 unless anneal_temperature is
+    false.
+    """
     anneal_temperature: bool = True
     """Whether the temperature falls linearly over the steps of a stage."""
     top_p: float = 0.9
@@ -60,15 +63,19 @@ class DecodingConfig:
     span_arrangement: Literal["nonoverlap", "stride1"] = "nonoverlap"
     """Whether spans lie on a fixed grid, or may begin at every frame (always scored by prod)."""
     span_scoring: Literal["max", "prod", "random"] = "max"
-    """Which spans are kept: those whose most likely code is likeliest (max), those whose codes are likeliest together
-    (prod), or a random choice."""
+    """Which spans are kept: those whose most likely code is likeliest (max), those whose codes are
+    likeliest together (prod), or a random choice.
+    """
     order_temperature: float = 0.0
     """Scale of the Gumbel noise on the spans' scores, annealed to 0 within a stage; 0 = none."""
     shared_noise: int = 1
-    """Neighbouring frames that share the noise they are sampled with, in frames; 1 = each has its own. Borders between
-    the groups move from step to step."""
+    """Neighbouring frames that share the noise they are sampled with, in frames; 1 = each has its
+    own. Borders between the groups move from step to step.
+    """
     cache_frames: bool = False
-    """Recompute only masked and just-decided frames in each step: faster, approximate (frame_cache.py)."""
+    """Recompute only masked and just-decided frames in each step: faster, approximate
+    (frame_cache.py).
+    """
     reference_compat: bool = False
     """Reproduce audiocraft's decoding exactly, including its bugs (audiocraft_compat.py)."""
 
@@ -76,20 +83,28 @@ class DecodingConfig:
         for name, ok, want in (
             (
                 "decoding_steps",
-                len(self.decoding_steps) > 0 and min(self.decoding_steps) >= 1,
-                "at least 1 step per stage",
+                len(self.decoding_steps) > 0 and all(1 <= n <= 10_000 for n in self.decoding_steps),
+                "1 to 10000 steps per stage",
             ),
-            ("temperature", self.temperature > 0, "a number above 0"),
+            ("temperature", 0 < self.temperature < math.inf, "a number above 0"),
             ("top_p", 0 <= self.top_p <= 1, "a share from 0 to 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
-            ("max_cfg_coef", self.max_cfg_coef >= 0, "0 or more"),
-            ("min_cfg_coef", self.min_cfg_coef >= 0, "0 or more"),
+            ("max_cfg_coef", 0 <= self.max_cfg_coef < math.inf, "0 or more"),
+            ("min_cfg_coef", 0 <= self.min_cfg_coef < math.inf, "0 or more"),
             ("span_len", self.span_len >= 1, "at least 1 frame"),
-            ("span_arrangement", self.span_arrangement in ("nonoverlap", "stride1"), "nonoverlap or stride1"),
+            (
+                "span_arrangement",
+                self.span_arrangement in ("nonoverlap", "stride1"),
+                "nonoverlap or stride1",
+            ),
             ("span_scoring", self.span_scoring in ("max", "prod", "random"), "max, prod or random"),
             ("order_temperature", 0 <= self.order_temperature < math.inf, "0 or more"),
             ("shared_noise", self.shared_noise >= 1, "at least 1 frame"),
-            ("reference_compat", not (self.reference_compat and self._is_unpublished), "false with the settings above"),
+            (
+                "reference_compat",
+                not (self.reference_compat and self._is_unpublished),
+                "false with the settings above",
+            ),
         ):
             if not ok:
                 raise UserError(f"{name}={getattr(self, name)}: give {want}")
@@ -102,21 +117,24 @@ class DecodingConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DecodingConfig":
         """From JSON or YAML, where tuples are lists."""
-        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        settings: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
         return cls(**settings)
 
     def steps_per_stage(self, num_codebooks: int) -> tuple[int, ...]:
         """`decoding_steps`, one for each of `num_codebooks` stages.
 
         Raises:
-            UserError: if there are several numbers but not as many as stages; a stage without steps would
-                leave its codes masked.
+            UserError: if there are several numbers but not as many as stages; a stage without steps
+                would leave its codes masked.
         """
         if len(self.decoding_steps) == 1:
             return self.decoding_steps * num_codebooks
         if len(self.decoding_steps) != num_codebooks:
             raise UserError(
-                f"decoding_steps={list(self.decoding_steps)} has {len(self.decoding_steps)} numbers "
+                f"decoding_steps={list(self.decoding_steps)} has {len(self.decoding_steps)} "
+                "numbers "
                 f"for {num_codebooks} codebooks: give one for each, or one for all"
             )
         return self.decoding_steps
@@ -187,14 +205,20 @@ def decode(
     noise = ItemNoise(noise.codes.to(codes.device), noise.order.to(codes.device))
     if config.reference_compat and config.span_arrangement == "nonoverlap":
         end = codes.shape[2] // config.span_len * config.span_len
-        codes, given, noise = codes[..., :end], given[..., :end], ItemNoise(*(x[..., :end] for x in noise))
+        codes, given, noise = (
+            codes[..., :end],
+            given[..., :end],
+            ItemNoise(*(x[..., :end] for x in noise)),
+        )
     known = torch.where(given, codes, codebook_size)
     shown = known.clone() if config.reference_compat else torch.full_like(codes, codebook_size)
     done = 0
     for stage, num_steps in enumerate(steps):
         shown[:, stage] = known[:, stage]
         stage_noise = ItemNoise(*(x[:, done : done + num_steps] for x in noise))
-        shown = _decode_stage(networks, shown, given[:, stage], codebook_size, stage, config, stage_noise, on_step)
+        shown = _decode_stage(
+            networks, shown, given[:, stage], codebook_size, stage, config, stage_noise, on_step
+        )
         done += num_steps
     return shown
 
@@ -215,7 +239,9 @@ def _decode_stage(
     # Rounded as in the reference: the number of spans is this share of them, rounded down.
     shares = torch.cos(torch.linspace(0, 1, num_steps) * math.pi * 0.5)
     if not config.reference_compat:
-        shares = shares.clamp(min=0)  # the last is -4e-8, and would keep guidance from ending at exactly its minimum
+        shares = shares.clamp(
+            min=0
+        )  # the last is -4e-8, and would keep guidance from ending at exactly its minimum
     for step, share in enumerate(shares):
         if step > 0:
             masked = _remask(certainty, masked, given, share, config, noise.order[:, step])
@@ -223,12 +249,16 @@ def _decode_stage(
         masked_codes = codes.clone()
         masked_codes[:, stage] = torch.where(masked, mask_id, row)
         logits = guided_logits(networks, masked_codes, stage, config, float(share)).float()
-        temperature = config.temperature * ((num_steps - step - 1) / num_steps if config.anneal_temperature else 1.0)
+        temperature = config.temperature * (
+            (num_steps - step - 1) / num_steps if config.anneal_temperature else 1.0
+        )
         probs = torch.softmax(logits / max(temperature, 1e-2), dim=-1)
         if config.greedy:
             chosen = logits.argmax(-1)
         else:
-            own_noise = share_noise(noise.codes[:, step], config.shared_noise, noise.order[:, step, -1])
+            own_noise = share_noise(
+                noise.codes[:, step], config.shared_noise, noise.order[:, step, -1]
+            )
             chosen = sample(probs, config.top_p, config.top_k, own_noise)
         certainty = probs.gather(2, chosen[..., None])[..., 0]
         codes = masked_codes.clone()
@@ -238,8 +268,12 @@ def _decode_stage(
     return codes
 
 
-def guided_logits(networks: Networks, codes: Tensor, stage: int, config: DecodingConfig, share: float) -> Tensor:
-    """Logits `b t c` under classifier-free guidance, whose coefficient follows the share still masked (Sec. 3.4)."""
+def guided_logits(
+    networks: Networks, codes: Tensor, stage: int, config: DecodingConfig, share: float
+) -> Tensor:
+    """Logits `b t c` under classifier-free guidance, whose coefficient follows the share still
+    masked (Sec. 3.4).
+    """
     coef = share * config.max_cfg_coef + (1 - share) * config.min_cfg_coef
     logits = networks.conditional(codes, stage)
     if networks.null is None or coef == 1:
@@ -249,14 +283,32 @@ def guided_logits(networks: Networks, codes: Tensor, stage: int, config: Decodin
 
 
 def _remask(
-    certainty: Tensor, masked: Tensor, given: Tensor, share: Tensor, config: DecodingConfig, order_noise: Tensor
+    certainty: Tensor,
+    masked: Tensor,
+    given: Tensor,
+    share: Tensor,
+    config: DecodingConfig,
+    order_noise: Tensor,
 ) -> Tensor:
-    """Which frames to predict again: `certainty` and `masked` of the last step, `b t` -> bool `b t`."""
+    """Which frames to predict again: `certainty` and `masked` of the last step, `b t` -> bool `b
+    t`.
+    """
     on_grid = config.span_arrangement == "nonoverlap"
     if config.reference_compat:
         if on_grid:
-            return audiocraft_compat.remask_grid(certainty, masked, given, share, config.span_len, config.span_scoring)
+            return audiocraft_compat.remask_grid(
+                certainty, masked, given, share, config.span_len, config.span_scoring
+            )
         return audiocraft_compat.remask_sliding(certainty, masked, given, share, config.span_len)
     remask = remask_grid if on_grid else remask_sliding
     noise_scale = config.order_temperature * float(share)
-    return remask(certainty, masked, given, share, config.span_len, config.span_scoring, order_noise, noise_scale)
+    return remask(
+        certainty,
+        masked,
+        given,
+        share,
+        config.span_len,
+        config.span_scoring,
+        order_noise,
+        noise_scale,
+    )

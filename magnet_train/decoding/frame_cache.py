@@ -1,11 +1,13 @@
-"""Passes of one decoding that compute only the frames that matter to the step: faster, and not exact.
+"""Passes of one decoding that compute only the frames that matter to the step: faster, and not
+exact.
+ Between two steps of a stage most codes stay. This keeps the queries, keys and values of every
+layer and computes anew only the frames that the step predicts and those whose codes changed since
+the last one; the others keep what the network made of them when they were last computed, although a
+neighbour has changed since. How much that costs in the metrics is measured in EXPERIMENTS.md. The
+first pass of a stage is exact.
 
-Between two steps of a stage most codes stay. This keeps the queries, keys and values of every layer and computes anew
-only the frames that the step predicts and those whose codes changed since the last one; the others keep what the
-network made of them when they were last computed, although a neighbour has changed since. How much that costs in the
-metrics is measured in EXPERIMENTS.md. The first pass of a stage is exact.
-
-Shapes: b examples, k codebooks, t frames, h heads, c entries, d width, m frames computed anew, of all examples.
+Shapes: b examples, k codebooks, t frames, h heads, c entries, d width, m frames computed anew, of
+    all examples.
 """
 
 import torch
@@ -19,8 +21,8 @@ from magnet_train.model import Magnet, TextKeyValues, rotate
 class CachedForward:
     """A stand-in for `Magnet.forward` in one decoding: codes `b k t` and a stage -> logits `b t c`.
 
-    To be called with the codes of one step after the other. Waits for the device at each pass, since the number of
-    frames to compute decides the shapes.
+    To be called with the codes of one step after the other. Waits for the device at each pass,
+    since the number of frames to compute decides the shapes.
     """
 
     def __init__(self, model: Magnet, text: TextKeyValues | None):
@@ -36,7 +38,9 @@ class CachedForward:
             self.qkv = [x.new_empty(b * t, 3 * x.shape[1]) for _ in model.blocks]
             self.inputs = [x.new_empty(b * t, x.shape[1]) for _ in model.blocks]
             self.logits = x.new_empty(b * t, model.config.codebook_size)
-            self.frames = model.frame_inputs(x.view(b, t, -1), model.config.stage(stage).context, None)
+            self.frames = model.frame_inputs(
+                x.view(b, t, -1), model.config.stage(stage).context, None
+            )
         else:
             active = (codes != self.codes).any(1) | (codes[:, stage] == model.config.mask_id)
         self.codes = codes
@@ -60,7 +64,9 @@ class CachedForward:
 
     def _frames(self, qkv: Tensor, active: Tensor) -> Tensor:
         """What the active frames (`b t`) get from all frames: `b t 3d` -> `m d`."""
-        q, k, v = qkv.unflatten(2, (3, self.model.config.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each b h t d
+        q, k, v = qkv.unflatten(2, (3, self.model.config.num_heads, -1)).permute(
+            2, 0, 3, 1, 4
+        )  # each b h t d
         if self.frames.rotation is not None:
             q = rotate(q, *self.frames.rotation)
             k = rotate(k, *self.frames.rotation)
@@ -68,5 +74,8 @@ class CachedForward:
             y = windowed_attention(q, k, v, self.frames.context, bias=self.frames.bias)
             return y.transpose(1, 2).flatten(2)[active]
         examples = zip(q, k, v, active, strict=True)
-        parts = [F.scaled_dot_product_attention(q[None, :, a], k[None], v[None])[0] for q, k, v, a in examples]
+        parts = [
+            F.scaled_dot_product_attention(q[None, :, a], k[None], v[None])[0]
+            for q, k, v, a in examples
+        ]
         return torch.cat([part.transpose(0, 1).flatten(1) for part in parts])

@@ -1,4 +1,5 @@
-"""Which of the frames that a step filled in are masked again for the next one (MAGNeT, Sec. 3.2 and App. B).
+"""Which of the frames that a step filled in are masked again for the next one (MAGNeT, Sec. 3.2 and
+App. B).
 
 Shapes: b examples, t frames, s spans. Masks are bool, True = to be predicted.
 """
@@ -32,8 +33,8 @@ def remask_grid(
 ) -> Tensor:
     """The worst spans of a fixed grid, among those just predicted: `b t` -> bool `b t`.
 
-    The last span of a sequence that is no multiple of the span is shorter. Scores are means or maxima over frames, so
-    it competes on equal terms.
+    The last span of a sequence that is no multiple of the span is shorter. Scores are means or
+    maxima over frames, so it competes on equal terms.
 
     Args:
         certainty: `b t`, probability of the chosen code.
@@ -41,8 +42,8 @@ def remask_grid(
         given: `b t`, frames that are never masked.
         share: share of the spans to mask, 0 to 1.
         span_len: length of a span, in frames.
-        scoring: "max" (a span is as certain as its most likely code), "prod" (the mean of its log probabilities) or
-            "random" (spans in random order).
+        scoring: "max" (a span is as certain as its most likely code), "prod" (the mean of its log
+            probabilities) or "random" (spans in random order).
         order_noise: `b t` uniform in [0, 1); each span uses the number of its first frame.
         order_temperature: scale of the noise that is added to the scores; 0 = none.
     """
@@ -80,11 +81,12 @@ def remask_sliding(
     order_noise: Tensor,
     order_temperature: float = 0.0,
 ) -> Tensor:
-    """The worst spans that may begin at every frame, as many as come closest to the share: `b t` -> bool `b t`.
+    """The worst spans that may begin at every frame, as many as come closest to the share: `b t` ->
+    bool `b t`.
 
-    Spans are taken in the order of their summed surprise. A frame is covered once the first span over it is taken, so
-    the number of frames that n spans cover is known for all n at once, without a search. Arguments as of `remask_grid`;
-    any scoring but "random" is "prod".
+    Spans are taken in the order of their summed surprise. A frame is covered once the first span
+    over it is taken, so the number of frames that n spans cover is known for all n at once, without
+    a search. Arguments as of `remask_grid`; any scoring but "random" is "prod".
     """
     t = certainty.shape[1]
     length = min(span_len, t)
@@ -96,10 +98,17 @@ def remask_sliding(
     score = surprise.unfold(1, length, 1).sum(-1)  # b s
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     never = t + 1
-    over = F.pad(rank, (length - 1, length - 1), value=never).unfold(1, length, 1)  # b t length, spans over a frame
+    over = F.pad(rank, (length - 1, length - 1), value=never).unfold(
+        1, length, 1
+    )  # b t length, spans over a frame
     first = over.amin(-1).masked_fill(~masked, never)
-    covered = torch.zeros(len(first), t + 2, device=first.device).scatter_add_(1, first, masked.float()).cumsum(1)
+    covered = (
+        torch.zeros(len(first), t + 2, device=first.device)
+        .scatter_add_(1, first, masked.float())
+        .cumsum(1)
+    )
     target = _count(share, (~given).sum(1))[:, None]
-    # Entry n of `covered` counts the frames of the first n + 1 spans; of equally close ones take the fewest.
+    # Entry n of `covered` counts the frames of the first n + 1 spans; of equally close ones take
+    # the fewest.
     last = (covered[:, : rank.shape[1]] - target).abs().argmin(1, keepdim=True)
     return (first <= last) & masked
