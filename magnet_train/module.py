@@ -1,6 +1,5 @@
 """The LightningModule: MAGNeT's training objective, its validation loss, and the optimizer."""
 
-import hashlib
 import math
 from dataclasses import asdict
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from magnet_train.codec.base import absolute_name, load_codec
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import absolute_path
+from magnet_train.common.randomness import generator_for
 from magnet_train.conditioning import TextEncoder, drop_captions, load_text_encoder
 from magnet_train.data.pipeline import Batch
 from magnet_train.loss import MaskedLoss, masked_cross_entropy
@@ -33,8 +33,7 @@ def step_generator(seed: int, *place: int) -> torch.Generator:
     resumed run draws what the uninterrupted one would have, and a validation in between changes
     nothing.
     """
-    digest = hashlib.sha256(repr((seed, *place)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return generator_for(repr((seed, *place)))
 
 
 MAX_CROP_S = 3600.0

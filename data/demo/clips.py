@@ -9,7 +9,6 @@ its caption.
 import argparse
 import hashlib
 import json
-import os
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,8 @@ from captions import caption
 from render import facts_of, level
 from synth import SYNTH_RATE, synthesise
 from tqdm import tqdm
+
+from magnet_train.common.folders import replacing
 
 
 class Form(NamedTuple):
@@ -127,12 +128,13 @@ def main() -> None:
         facts = facts_of(score, piece)
         players = "-".join(facts["instruments"])[:48].replace(" ", "-").lower()
         file = args.out / f"{name}_{players}.{form.suffix}"
-        aside = file.with_name(f".{file.name}")
-        soundfile.write(aside, excerpt(piece, form), form.rate, format=form.suffix.upper())
         file.with_suffix(".txt").write_text(
             caption(facts, np.random.default_rng(order(name))) + "\n"
         )
-        os.replace(aside, file)
+        with replacing(file) as temporary:
+            soundfile.write(
+                temporary, excerpt(piece, form), form.rate, format=form.suffix.upper()
+            )
 
 
 if __name__ == "__main__":

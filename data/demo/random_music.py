@@ -5,7 +5,6 @@ python data/demo/random_music.py --out AUDIO/random --hours 2
 
 import argparse
 import io
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import pretty_midi
 import soundfile
 import soxr
 from tqdm import tqdm
+
+from magnet_train.common.folders import replacing
 
 SAMPLE_RATE = 16_000
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10), "pentatonic": (0, 2, 4, 7, 9)}
@@ -78,8 +79,8 @@ def main() -> None:
         if path.exists():
             continue
         wav = render(random_piece(np.random.default_rng([args.seed, i]), args.piece_s), soundfont, args.piece_s)
-        soundfile.write(path.with_name("." + path.name), wav, SAMPLE_RATE, subtype="PCM_16")
-        os.replace(path.with_name("." + path.name), path)
+        with replacing(path) as temporary:
+            soundfile.write(temporary, wav, SAMPLE_RATE, subtype="PCM_16")
 
 
 if __name__ == "__main__":

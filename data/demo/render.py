@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import multiprocessing
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from captions import caption, key_name
 from scipy.signal import butter, sosfiltfilt
 from synth import mix
 from tqdm import tqdm
+
+from magnet_train.common.folders import replacing
 
 SAMPLE_RATE = 16_000
 HIGH_PASS_HZ = 25
@@ -97,11 +98,9 @@ def render(job: tuple[Path, Path, str, str, int]) -> float:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write aside and move, so that a reader meets complete files only."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    write(aside)
-    os.replace(aside, path)
+    with replacing(path) as temporary:
+        write(temporary)
 
 
 def plan(scores: Path, out: Path, splits: list[str]) -> list[tuple[Path, Path, str, str, int]]:

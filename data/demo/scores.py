@@ -20,7 +20,6 @@ import hashlib
 import itertools
 import json
 import multiprocessing
-import os
 import re
 import signal
 import sys
@@ -31,6 +30,8 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+from magnet_train.common.folders import write_text
 
 COLLECTIONS = {
     # folder of music21's corpus: (composer, style where the title names none, pattern of files)
@@ -248,8 +249,7 @@ def _convert(job: tuple[Path, Path, Path]) -> str | None:
     try:
         for score in read(path, root):
             file = out / f"{score['id']}.json"
-            file.with_suffix(".tmp").write_text(json.dumps(score))
-            os.replace(file.with_suffix(".tmp"), file)
+            write_text(file, json.dumps(score))
         done.touch()
     except Exception as error:  # a broken encoding costs its file, not the run
         return f"{path.relative_to(root)}: {type(error).__name__}: {error}"

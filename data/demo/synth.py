@@ -6,7 +6,6 @@ notes.
 """
 
 import io
-import os
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,8 @@ import pretty_midi
 import soundfile
 import soxr
 from arrange import DRUM_VOLUME, INSTRUMENTS, LEVELS_DB, Arrangement, Note, Voice
+
+from magnet_train.common.folders import replacing
 
 SYNTH_RATE = 48_000
 REVERB = 12
@@ -87,9 +88,8 @@ def _note(
     audible = np.flatnonzero(np.abs(wav) > 1e-3 * np.abs(wav).max())
     wav = wav[: audible[-1] + 1].astype(np.float32)
     bank.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{os.getpid()}_{path.name}")
-    np.save(aside, wav)
-    os.replace(aside, path)
+    with replacing(path) as temporary:
+        np.save(temporary, wav)
     return wav
 
 

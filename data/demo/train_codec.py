@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from magnet_train.codec.spectral_v1 import (
     save_codec,
     standardise,
 )
+from magnet_train.common.folders import replacing
 
 SAMPLE_RATE = 16_000
 
@@ -358,8 +358,8 @@ def evaluate(codec: Codec, folder: Path, count: int = 24) -> dict[str, float]:
 
 
 def save_atomically(state: dict, path: Path) -> None:
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 WEIGHTS = {

@@ -15,7 +15,6 @@ import re
 import shutil
 import stat
 import time
-import uuid
 import warnings
 from functools import cache
 from itertools import count
@@ -24,6 +23,7 @@ from typing import Any
 
 from magnet_train.common.downloads import cache_dir
 from magnet_train.common.errors import UserError
+from magnet_train.common.folders import replacing
 from magnet_train.common.pretrained import one_line
 from magnet_train.common.redact import redact
 
@@ -319,16 +319,12 @@ def _cache() -> Path:
 
 def _keep(content: bytes, path: Path) -> None:
     """Writes a file of the cache whole or not at all; without room or right to, it warns once."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(path.parent).free < MIN_FREE_BYTES + len(content):
             raise OSError(errno.ENOSPC, f"less than {MIN_FREE_BYTES / 1e9:g} GB are free")
-        try:
+        with replacing(path) as temporary:
             temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         _warn_once(
             f"{_cache()}: caches no more shards ({error.strerror}); each is fetched again when it "

@@ -10,7 +10,6 @@ Shapes: b examples, k codebooks, t frames, c entries, n steps. Masks are bool, T
     predicted.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.randomness import generator_for
 from magnet_train.decoding import audiocraft_compat
 from magnet_train.decoding.remask import remask_grid, remask_sliding
 from magnet_train.decoding.sampling import sample, share_noise
@@ -169,8 +169,7 @@ def item_noise(seed: int, items: Sequence[str], num_steps: int, num_frames: int)
     """
     codes, order = [], []
     for item in items:
-        digest = hashlib.sha256(f"{seed}/{item}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = generator_for(f"{seed}/{item}")
         codes.append(torch.rand(num_steps, num_frames, generator=generator))
         order.append(torch.rand(num_steps, num_frames, generator=generator))
     return ItemNoise(torch.stack(codes), torch.stack(order))
