@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["CONTRIBUTING.md", "METRICS.md", "TROUBLESHOOTING.md", "README.md", "EXPERIMENTS.md", "data/README.md"]
+DOCUMENTS = ["CONTRIBUTING.md", "README.md", "EXPERIMENTS.md"]
+DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 
 
 def sentences() -> list[str]:
@@ -19,8 +20,8 @@ def sentences() -> list[str]:
 
 
 def quoted_errors() -> list[str]:
-    """The first column of TROUBLESHOOTING.md's tables, but for what comes from elsewhere."""
-    lines = (ROOT / "TROUBLESHOOTING.md").read_text().splitlines()
+    """The first column of docs/troubleshooting.md's tables, but for what comes from elsewhere."""
+    lines = (ROOT / "docs/troubleshooting.md").read_text().splitlines()
     return [match[1] for line in lines if (match := re.match(r"\| `([^`]+)`", line))]
 
 

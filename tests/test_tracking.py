@@ -123,7 +123,7 @@ def test_hours_of_audio_stand_beside_the_figures_of_a_validation(run: Path):
 
 
 def test_the_document_has_the_table(run: Path):
-    assert logged.table() in (ROOT / "METRICS.md").read_text()
+    assert logged.table() in (ROOT / "docs/metrics.md").read_text()
 
 
 # --- one run of W&B -----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Every logged name: its meaning, which direction is better, and its place on the dashboard.
 
-The axes in W&B, the workspace of `dashboard` and METRICS.md are made from this list, and a test
+The axes in W&B, the workspace of `dashboard` and docs/metrics.md are made from this list, and a test
 compares it with what `fit` logs. To log something new, add a line.
 """
 
@@ -219,7 +219,7 @@ def find(key: str) -> Logged | None:
 
 
 def table() -> str:
-    """Markdown with a row for each name, as in METRICS.md."""
+    """Markdown with a row for each name, as in docs/metrics.md."""
     signs = {"lower": "↓", "higher": "↑", "": ""}
     rows = [[f"`{entry.name}`", signs[entry.better], entry.meaning] for entry in LOGGED]
     return markdown_table(["name", "better", "meaning"], rows, num_left=3)
