@@ -16,7 +16,6 @@ k codebooks.
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from magnet_train.codec.base import Codec, CodecFacts, check_weights, codes_hash, first_codebooks
+from magnet_train.common.folders import replacing, write_json
 
 MODEL_TYPE = "magnet_train_pitch_first"
 DECODER_SETTINGS = ("dim", "layers", "griffin_lim_steps")
@@ -321,16 +321,14 @@ class SpectralModel(nn.Module):
         return torch.stack(chosen).sum(0).transpose(1, 2)
 
     def save(self, folder: Path) -> None:
-        """Write config.json and model.safetensors, in half precision, aside and then into place."""
+        """Writes config.json and model.safetensors, in half precision."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.half().contiguous() for k, v in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors.tmp", {"format": "pt"})
-        config = {"model_type": MODEL_TYPE, **asdict(self.config)}
-        (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-        for name in ("model.safetensors", "config.json"):
-            os.replace(folder / f"{name}.tmp", folder / name)
+        with replacing(folder / "model.safetensors") as temporary:
+            save_file(weights, temporary, {"format": "pt"})
+        write_json(folder / "config.json", {"model_type": MODEL_TYPE, **asdict(self.config)})
 
     @classmethod
     def load(cls, folder: Path) -> Self:

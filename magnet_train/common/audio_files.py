@@ -2,8 +2,6 @@
 beside each."""
 
 import hashlib
-import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 import soundfile
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.folders import replacing, write_json
 from magnet_train.common.spectrogram import magnitude_spectrogram
 
 TARGET_LUFS = -14.0
@@ -110,25 +109,20 @@ def slug(text: str, seed: int | None = None) -> str:
 def write_audio(path: Path, wav: np.ndarray, sample_rate: int, about: dict[str, Any]) -> None:
     """Writes `t channels`, levelled, as a 16-bit wav or flac file, and `about` as JSON beside it.
 
-    The JSON also has the share of clipped samples in `wav`. Files are written aside and moved into
-    place.
+    The JSON also has the share of clipped samples in `wav`.
 
     Raises:
         UserError: if the folder cannot be written.
     """
     about = about | {"clipped_share": round(clipped_share(wav), 6)}
     levelled = normalize_for_listening(wav, sample_rate)
-    note = path.with_suffix(".json")
-    partial_audio = path.with_name(f".{path.name}")
-    partial_note = note.with_name(f".{note.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(
-            partial_audio, levelled, sample_rate, "PCM_16", format=path.suffix[1:].upper()
-        )
-        partial_note.write_text(json.dumps(about, indent=2) + "\n")
-        os.replace(partial_audio, path)
-        os.replace(partial_note, note)
+        with replacing(path) as temporary:
+            soundfile.write(
+                temporary, levelled, sample_rate, "PCM_16", format=path.suffix[1:].upper()
+            )
+        write_json(path.with_suffix(".json"), about)
     except (OSError, soundfile.LibsndfileError) as error:
         raise UserError(
             f"{path}: cannot be written ({error}); choose another folder or free some space"

@@ -7,8 +7,6 @@ paper asked the same two questions. All clips of a screen have the same loudness
 """
 
 import hashlib
-import json
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import numpy as np
 
 from magnet_train.common.audio_files import listening_loudness, normalize_for_listening
 from magnet_train.common.errors import UserError
+from magnet_train.common.folders import write_json
 from magnet_train.data.manifest import Clip
 from magnet_train.evaluation.page import audio_uri, read_sound, text, write_page
 
@@ -244,9 +243,7 @@ def mismatched(captions: Sequence[str]) -> dict[str, str]:
 
 def _write_key(path: Path, about: Mapping[str, Any]) -> None:
     try:
-        partial = path.with_name(f".{path.name}")
-        partial.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_json(path, about)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error}); choose another place or free some space"

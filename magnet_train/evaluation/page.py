@@ -17,6 +17,7 @@ import numpy as np
 import soundfile
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.folders import replacing
 from magnet_train.data.audio import duration_s, read_audio
 
 Audio = Path | tuple[np.ndarray, int]
@@ -117,9 +118,8 @@ def write_page(path: Path, title: str, body: str, script: str) -> int:
     ).encode("utf-8", errors="replace")  # a file name may hold what is no Unicode
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}")
-        aside.write_bytes(content)
-        os.replace(aside, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error}); choose another place or free some space"

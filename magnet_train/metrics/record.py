@@ -4,7 +4,6 @@ compared with."""
 import datetime
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import magnet_train
 from magnet_train.common import tables
 from magnet_train.common.errors import UserError
+from magnet_train.common.folders import write_json
 from magnet_train.metrics.published import Published
 
 MIN_CLIPS = 250
@@ -141,12 +141,10 @@ def compare(records: Sequence[Record], force: bool = False) -> list[str]:
 
 
 def write_records(path: str | Path, records: Sequence[Record]) -> None:
-    """Writes records as a JSON list, aside first, then moved into place."""
+    """Writes records as a JSON list, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps([asdict(record) for record in records], indent=2) + "\n")
-    os.replace(partial, path)
+    write_json(path, [asdict(record) for record in records])
 
 
 def read_records(path: str | Path) -> list[Record]:

@@ -6,7 +6,6 @@ Shapes: n windows of a clip, d dimensions, c classes.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.folders import replacing
 from magnet_train.metrics.fad import Moments
 
 FORMAT = 1
@@ -122,13 +122,12 @@ class ReferenceStatistics:
                 tensors[kind] = torch.cat([x.detach().cpu() for x in items.values()])
                 tensors[f"{kind}_windows"] = torch.tensor([len(x) for x in items.values()])
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()},
-            partial,
-            {"reference_statistics": json.dumps(about)},
-        )
-        os.replace(partial, path)
+        with replacing(path) as temporary:
+            save_file(
+                {k: v.contiguous() for k, v in tensors.items()},
+                temporary,
+                {"reference_statistics": json.dumps(about)},
+            )
 
     @classmethod
     def load(cls, path: str | Path, **expected: str) -> "ReferenceStatistics":
