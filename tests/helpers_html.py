@@ -3,6 +3,7 @@
 import base64
 import io
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -51,3 +52,17 @@ class Page(HTMLParser):
 def sound(uri: str) -> tuple[np.ndarray, int]:
     """What the `src` of an audio element plays."""
     return soundfile.read(io.BytesIO(base64.b64decode(uri.partition(",")[2])), always_2d=True)
+
+
+HOSTILE = (
+    """</script><b onclick="x">bold</b><img src="http://example.org/x.png"> & 'q' "q" \u2028"""
+)
+RATE = 16_000
+
+
+def tone(hertz: float = 440, seconds: float = 1.0, rate: int = RATE) -> np.ndarray:
+    return 0.3 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+
+
+def read(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))

@@ -1,4 +1,5 @@
-"""`evaluate`: through the command line, on real clips and damaged ones, and every mistake in one line."""
+"""`evaluate`: through the command line, on real clips and damaged ones, and every mistake in one
+line."""
 
 import json
 import os
@@ -17,7 +18,6 @@ from helpers_programs import LONGEST_S
 from magnet_train.__main__ import main
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
-from magnet_train.evaluation.clips import list_clips, load_captions, load_prompts, parse_systems
 from magnet_train.evaluation.evaluate import EvaluateOptions, evaluate
 from magnet_train.metrics.record import compare, read_records
 
@@ -28,7 +28,9 @@ SECONDS = 4
 def real(tmp_path_factory) -> Path:
     """The beginnings of eight of the demo's clips, with their captions."""
     folder = tmp_path_factory.mktemp("real")
-    for path in sorted(p for p in demo_path("clips").iterdir() if p.suffix in (".flac", ".mp3"))[:8]:
+    for path in sorted(p for p in demo_path("clips").iterdir() if p.suffix in (".flac", ".mp3"))[
+        :8
+    ]:
         wav, rate = soundfile.read(path, frames=SECONDS * 44_100)
         soundfile.write(folder / f"{path.stem}.wav", wav[: SECONDS * rate], rate)
         shutil.copy(path.with_suffix(".txt"), folder)
@@ -55,45 +57,107 @@ def low_pass(wav, rate):
     return sosfiltfilt(butter(8, 900, fs=rate, output="sos"), wav, axis=0)
 
 
-def test_a_table_records_a_report_and_a_listening_test_through_the_command_line(real, tmp_path, capsys):
+def test_a_table_records_a_report_and_a_listening_test_through_the_command_line(
+    real, tmp_path, capsys
+):
     bad = damaged(real, tmp_path / "noisy", noise(0.1))
-    args = ["--generated", f"same={real}", str(bad), "--reference", str(real), "--out", str(tmp_path / "r.json")]
-    args += ["--metrics", "fad/musicnn", "kl/musicnn", "text/musicnn", "text_shuffled/musicnn", "kad/musicnn"]
-    args += ["--save-reference", str(tmp_path / "reference"), "--report", str(tmp_path / "report.html")]
-    args += ["--listening-test", str(tmp_path / "listen.html"), "--loudness", "false", "--accelerator", "cpu"]
+    args = [
+        "--generated",
+        f"same={real}",
+        str(bad),
+        "--reference",
+        str(real),
+        "--out",
+        str(tmp_path / "r.json"),
+    ]
+    args += [
+        "--metrics",
+        "fad/musicnn",
+        "kl/musicnn",
+        "text/musicnn",
+        "text_shuffled/musicnn",
+        "kad/musicnn",
+    ]
+    args += [
+        "--save-reference",
+        str(tmp_path / "reference"),
+        "--report",
+        str(tmp_path / "report.html"),
+    ]
+    args += [
+        "--listening-test",
+        str(tmp_path / "listen.html"),
+        "--loudness",
+        "false",
+        "--accelerator",
+        "cpu",
+    ]
     assert main(["evaluate", *args]) == 0
     printed = capsys.readouterr().out
     assert "| same " in printed and "| noisy " in printed and "below 250" in printed
     records = {(r.system, r.metric): r for r in read_records(tmp_path / "r.json")}
     same, noisy = (records[name, "fad/musicnn"] for name in ("same", "noisy"))
     assert same.value == pytest.approx(0, abs=1e-6) and noisy.value > 5
-    assert same.protocol == noisy.protocol and same.num_clips == 8 and len(same.reference_hash or "") == 16
-    assert same.resampler == "soxr VHQ" and 44_100 in same.sample_rates and noisy.interval is not None
+    assert (
+        same.protocol == noisy.protocol
+        and same.num_clips == 8
+        and len(same.reference_hash or "") == 16
+    )
+    assert (
+        same.resampler == "soxr VHQ" and 44_100 in same.sample_rates and noisy.interval is not None
+    )
     assert noisy.baseline_real is not None and noisy.baseline_real > 0
     assert records["same", "kl/musicnn"].value == pytest.approx(0, abs=1e-4)
-    assert records["same", "text/musicnn"].value > records["same", "text_shuffled/musicnn"].value + 0.1
-    assert "noisy" in (tmp_path / "report.html").read_text() and (tmp_path / "listen_key.json").exists()
+    assert (
+        records["same", "text/musicnn"].value > records["same", "text_shuffled/musicnn"].value + 0.1
+    )
+    assert (
+        "noisy" in (tmp_path / "report.html").read_text()
+        and (tmp_path / "listen_key.json").exists()
+    )
     assert "noisy" not in re.sub(r'src="data:[^"]*"', "", (tmp_path / "listen.html").read_text())
     # The saved statistics give the same figures, without the audio.
-    again = ["--generated", str(bad), "--reference", str(tmp_path / "reference"), "--out", str(tmp_path / "s.json")]
-    again += ["--metrics", "fad/musicnn", "kl/musicnn", "kad/musicnn", "--loudness", "false", "--accelerator", "cpu"]
+    again = [
+        "--generated",
+        str(bad),
+        "--reference",
+        str(tmp_path / "reference"),
+        "--out",
+        str(tmp_path / "s.json"),
+    ]
+    again += [
+        "--metrics",
+        "fad/musicnn",
+        "kl/musicnn",
+        "kad/musicnn",
+        "--loudness",
+        "false",
+        "--accelerator",
+        "cpu",
+    ]
     assert main(["evaluate", *again]) == 0
     for record in read_records(tmp_path / "s.json"):
         assert record.value == pytest.approx(records["noisy", record.metric].value, rel=1e-9)
 
 
 def test_a_ladder_of_damage_comes_out_in_order(real, tmp_path):
-    """Real, codec, low-passed, noisy, white noise: farther and farther, and the ends' intervals do not meet."""
+    """Real, codec, low-passed, noisy, white noise: farther and farther, and the ends' intervals do
+    not meet."""
     steps = {
         "real": real,
         "low-passed": damaged(real, tmp_path / "low", low_pass),
         "noisy": damaged(real, tmp_path / "noisy", noise(0.3)),
-        "white noise": damaged(real, tmp_path / "white", lambda w, rate: 0.3 * noise(1)(0 * w, rate)),
+        "white noise": damaged(
+            real, tmp_path / "white", lambda w, rate: 0.3 * noise(1)(0 * w, rate)
+        ),
     }
     options = EvaluateOptions(
-        [f"{name}={folder}" for name, folder in steps.items()], str(real), metrics=["fad/musicnn", "kl/musicnn"],
-        codec="demo", accelerator="cpu",
-    )  # fmt: skip
+        [f"{name}={folder}" for name, folder in steps.items()],
+        str(real),
+        metrics=["fad/musicnn", "kl/musicnn"],
+        codec="demo",
+        accelerator="cpu",
+    )
     records = evaluate(options)
     fads = {r.system: r for r in records if r.metric == "fad/musicnn"}
     for r in records:
@@ -112,10 +176,18 @@ def test_a_model_is_generated_for_and_scored_in_one_go(tmp_path, tiny, real):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a slow waltz\ntwo flutes\n\na banjo\n")
     options = EvaluateOptions(
-        checkpoint=str(tmp_path / "release"), prompts=prompts, generated_to=tmp_path / "out", reference=str(real),
-        metrics=["fad/musicnn", "text/musicnn"], report=tmp_path / "report.html", batch_size=2, accelerator="cpu",
-    )  # fmt: skip
-    with pytest.raises(UserError, match=r"a-slow-waltz_\w+\.wav: .* too short for musicnn.*remove or replace it"):
+        checkpoint=str(tmp_path / "release"),
+        prompts=prompts,
+        generated_to=tmp_path / "out",
+        reference=str(real),
+        metrics=["fad/musicnn", "text/musicnn"],
+        report=tmp_path / "report.html",
+        batch_size=2,
+        accelerator="cpu",
+    )
+    with pytest.raises(
+        UserError, match=r"a-slow-waltz_\w+\.wav: .* too short for musicnn.*remove or replace it"
+    ):
         evaluate(options)  # the tiny model makes seconds
     tiny.crop_s, before = 3.2, tiny.crop_s
     try:
@@ -125,72 +197,22 @@ def test_a_model_is_generated_for_and_scored_in_one_go(tmp_path, tiny, real):
     finally:
         tiny.crop_s = before
     assert {r.metric: r.num_clips for r in records} == {"fad/musicnn": 3, "text/musicnn": 3}
-    assert records[0].decoding is not None and records[0].decoding["temperature"] == 2.0 and records[0].seed == 0
+    assert (
+        records[0].decoding is not None
+        and records[0].decoding["temperature"] == 2.0
+        and records[0].seed == 0
+    )
     folders = sorted(len(list(folder.glob("*.wav"))) for folder in (tmp_path / "out").iterdir())
     assert folders == [1, 3]  # one folder for each setting; the first ended at its first clip
     assert (tmp_path / "report.html").stat().st_size > 100_000
 
 
-def test_clips_have_ids_and_equal_ones_are_named(tmp_path):
-    wav = np.zeros(100)
-    for name in ("a/x.wav", "b/x.wav", "y.flac"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        soundfile.write(tmp_path / name, wav, 16_000)
-    assert list(list_clips(tmp_path)) == ["a/x", "b/x", "y"]
-    soundfile.write(tmp_path / "y.wav", wav, 16_000)
-    with pytest.raises(UserError, match=r"y\.flac and .*y\.wav: two clips named y"):
-        list_clips(tmp_path)
-    with pytest.raises(UserError, match="no such folder"):
-        list_clips(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: no audio files"):
-        list_clips(tmp_path / "empty")
-    with pytest.raises(UserError, match=r"a second system named x; write NAME="):
-        parse_systems(["one/x", "two/x"])
-
-
-def test_captions_of_a_manifest_must_be_those_of_the_clips(tmp_path):
-    soundfile.write(tmp_path / "one.wav", np.zeros(100), 16_000)
-    soundfile.write(tmp_path / "two.wav", np.zeros(100), 16_000)
-    manifest = tmp_path / "captions.jsonl"
-    for rows, message in (
-        (
-            '{"path": "one.wav", "caption": "a"}\n{"path": "three.wav", "caption": "b"}',
-            "2 captions for 2 clips; two has none",
-        ),
-        (
-            '{"path": "one.wav", "caption": "a"}\n{"path": "two", "caption": "b"}\n{"path": "x", "caption": "c"}',
-            "x is no clip",
-        ),
-        ('{"path": "one.wav", "caption": "a"}\n{"path": "one.flac", "caption": "b"}', "two clips named one"),
-        ('{"path": "../one.wav", "caption": "a"}', r"\.\./one\.wav leads out of the folder"),
-        ('{"path": "/one.wav", "caption": "a"}', r"/one\.wav leads out of the folder"),
-        ('{"path": "one.wav", "caption": "a"}\n{"path": "two.wav"}', r"two\.wav has no caption"),
-    ):
-        manifest.write_text(f"{rows}\n")
-        with pytest.raises(UserError, match=message):
-            load_captions(manifest, list_clips(tmp_path))
-    manifest.write_text('{"path": "one.wav", "caption": "a"}\n{"path": "two.wav", "caption": "b"}\n')
-    assert load_captions(manifest, list_clips(tmp_path)) == {"one": "a", "two": "b"}
-    (tmp_path / "one.json").write_text(json.dumps({"prompt": "from generate"}))
-    assert load_captions(None, list_clips(tmp_path)) == {"one": "from generate"}
-    (tmp_path / "twice.txt").write_text("a waltz\na waltz\n")
-    with pytest.raises(UserError, match="a line comes twice"):
-        load_prompts(tmp_path / "twice.txt")
-
-
-def test_hundreds_of_like_prompts_get_names_of_their_own(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_text(
-        "\n".join(f"a very slow and very long beginning that is the same for all of them, {i}" for i in range(2000))
-    )
-    assert len(load_prompts(file)) == 2000
-
-
 def test_a_reference_is_known_by_its_audio_and_not_by_its_names(real, tmp_path):
     other = damaged(real, tmp_path / "other", noise(0.1))
     options = {"metrics": ["fad/musicnn"], "loudness": False, "accelerator": "cpu"}
-    (one,), (two,) = (evaluate(EvaluateOptions([f"x={real}"], str(r), **options)) for r in (real, other))
+    (one,), (two,) = (
+        evaluate(EvaluateOptions([f"x={real}"], str(r), **options)) for r in (real, other)
+    )
     assert one.reference_hash != two.reference_hash
     with pytest.raises(UserError, match="differs in reference_hash"):
         compare([one, two])
@@ -199,11 +221,21 @@ def test_a_reference_is_known_by_its_audio_and_not_by_its_names(real, tmp_path):
 def test_what_must_fail_does_so_before_anything_is_generated(tmp_path, tiny, real):
     tiny.save(tmp_path / "release", "")
     (tmp_path / "p.txt").write_text("a waltz\n")
-    common = {"checkpoint": str(tmp_path / "release"), "prompts": tmp_path / "p.txt", "generated_to": tmp_path / "out"}
+    common = {
+        "checkpoint": str(tmp_path / "release"),
+        "prompts": tmp_path / "p.txt",
+        "generated_to": tmp_path / "out",
+    }
     for options, message in (
-        ({"reference": str(real)}, "kl/musicnn: clip a-waltz_.* has no counterpart in the reference"),
+        (
+            {"reference": str(real)},
+            "kl/musicnn: clip a-waltz_.* has no counterpart in the reference",
+        ),
         ({}, "fad/musicnn needs --reference"),
-        ({"metrics": ["vendi/musicnn"], "codec": "demo"}, "--codec: its baseline needs the reference as audio"),
+        (
+            {"metrics": ["vendi/musicnn"], "codec": "demo"},
+            "--codec: its baseline needs the reference as audio",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             evaluate(EvaluateOptions(**common, **options, accelerator="cpu"))
@@ -216,8 +248,12 @@ def test_figures_are_written_even_where_a_table_is_refused(real, tmp_path):
     for path in sorted(real.glob("*.wav"))[:6]:
         shutil.copy(path, fewer)
     options = EvaluateOptions(
-        [str(real), str(fewer)], str(real), metrics=["fad/musicnn"], out=tmp_path / "r.json", accelerator="cpu",
-    )  # fmt: skip
+        [str(real), str(fewer)],
+        str(real),
+        metrics=["fad/musicnn"],
+        out=tmp_path / "r.json",
+        accelerator="cpu",
+    )
     with pytest.raises(UserError, match="differs in num_clips, 8 and 6"):
         evaluate(options)
     assert len(read_records(tmp_path / "r.json")) == 2
@@ -226,13 +262,30 @@ def test_figures_are_written_even_where_a_table_is_refused(real, tmp_path):
 @pytest.mark.slow
 def test_two_processes_on_the_command_line_give_the_same_figure(real, tmp_path):
     """One real launch; an unreadable clip ends both with its message."""
-    command = [sys.executable, "-m", "magnet_train", "evaluate", "--reference", str(real), "--accelerator", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "magnet_train",
+        "evaluate",
+        "--reference",
+        str(real),
+        "--accelerator",
+        "cpu",
+    ]
     command += ["--metrics", "fad/musicnn", "kl/musicnn", "--devices"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
     def run(devices: int, generated: Path) -> subprocess.CompletedProcess:
-        options = [str(devices), "--generated", str(generated), "--out", str(tmp_path / f"{devices}.json")]
-        return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=LONGEST_S)
+        options = [
+            str(devices),
+            "--generated",
+            str(generated),
+            "--out",
+            str(tmp_path / f"{devices}.json"),
+        ]
+        return subprocess.run(
+            [*command, *options], env=environment, capture_output=True, text=True, timeout=LONGEST_S
+        )
 
     noisy = damaged(real, tmp_path / "noisy", noise(0.1))
     for devices in (1, 2):
@@ -240,11 +293,15 @@ def test_two_processes_on_the_command_line_give_the_same_figure(real, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
     alone, shared = (read_records(tmp_path / f"{devices}.json") for devices in (1, 2))
     assert [r.value for r in shared] == pytest.approx([r.value for r in alone], rel=1e-9)
-    assert shared[0].protocol == alone[0].protocol and shared[0].interval == pytest.approx(alone[0].interval)
+    assert shared[0].protocol == alone[0].protocol and shared[0].interval == pytest.approx(
+        alone[0].interval
+    )
     name = sorted(noisy.glob("*.wav"))[1].name  # the second rank's
     (noisy / name).write_bytes(b"RIFF but no wave")
     done = run(2, noisy)
-    assert done.returncode == 2 and f"error: rank 1: {noisy / name}: unreadable" in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 2 and f"error: rank 1: {noisy / name}: unreadable" in done.stderr, (
+        done.stderr[-2000:]
+    )
 
 
 @pytest.mark.parametrize(
@@ -275,15 +332,23 @@ def test_a_figure_without_meaning_is_an_error(tmp_path, real):
     path = next(iter(sorted(real.glob("*.wav"))))
     shutil.copy(path, one)
     common = {"reference": str(one), "accelerator": "cpu"}
-    soundfile.write(one / path.name, soundfile.read(path, frames=3 * 44_100)[0], 44_100)  # one window of musicnn's
+    soundfile.write(
+        one / path.name, soundfile.read(path, frames=3 * 44_100)[0], 44_100
+    )  # one window of musicnn's
     with pytest.raises(UserError, match=r"at least two .*windows"):
         evaluate(EvaluateOptions([str(one)], metrics=["fad/musicnn"], **common))
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(path, other / "unheard-of.wav")
-    with pytest.raises(UserError, match=r"kl/musicnn: clip unheard-of has no counterpart in the reference"):
-        evaluate(EvaluateOptions([str(other)], str(real), metrics=["kl/musicnn"], accelerator="cpu"))
-    with pytest.raises(UserError, match=r"text/musicnn: clip unheard-of has no caption; give --captions"):
+    with pytest.raises(
+        UserError, match=r"kl/musicnn: clip unheard-of has no counterpart in the reference"
+    ):
+        evaluate(
+            EvaluateOptions([str(other)], str(real), metrics=["kl/musicnn"], accelerator="cpu")
+        )
+    with pytest.raises(
+        UserError, match=r"text/musicnn: clip unheard-of has no caption; give --captions"
+    ):
         evaluate(EvaluateOptions([str(other)], metrics=["text/musicnn"], accelerator="cpu"))
 
 
@@ -303,16 +368,85 @@ def test_mistakes_in_the_options_are_named(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             EvaluateOptions(**({"generated": [str(tmp_path)]} | options))
-    with pytest.raises(UserError, match=r"--accelerator banana --devices 1: .*; choose cpu, gpu or auto"):
+    with pytest.raises(
+        UserError, match=r"--accelerator banana --devices 1: .*; choose cpu, gpu or auto"
+    ):
         evaluate(EvaluateOptions([str(tmp_path)], metrics=["vendi/musicnn"], accelerator="banana"))
     soundfile.write(tmp_path / "a.wav", np.zeros(100), 16_000)
     with pytest.raises(UserError, match="fad/musicnn needs --reference"):
         evaluate(EvaluateOptions([str(tmp_path)], accelerator="cpu"))
-    # Weights that are not there, and no network: an error here, with all that is needed to get them.
+    # Weights that are not there, and no network: an error here, with all that is needed to get
+    # them.
     monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"VGGish weights: not at .*vggish-10086976\.pth, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        UserError, match=r"VGGish weights: not at .*vggish-10086976\.pth, and HF_HUB_OFFLINE is set"
+    ):
         evaluate(EvaluateOptions([str(tmp_path)], metrics=["vendi/vggish"], accelerator="cpu"))
     wrong = tmp_path / "vggish.pth"
     torch.save({}, wrong)
     with pytest.raises(UserError, match=r"vggish\.pth: SHA-256 is .*, not 10086976… as published"):
-        evaluate(EvaluateOptions([str(tmp_path)], metrics=["vendi/vggish"], weights={"vggish": str(wrong)}))
+        evaluate(
+            EvaluateOptions(
+                [str(tmp_path)], metrics=["vendi/vggish"], weights={"vggish": str(wrong)}
+            )
+        )
+
+
+def chord(i: int) -> np.ndarray:
+    t = np.arange(SECONDS * 16_000) / 16_000
+    notes = [110 * 2 ** (k * (i + 3) / 12) for k in range(1, 5)]
+    return 0.1 * sum(np.sin(2 * np.pi * hz * t) for hz in notes)
+
+
+def test_mono_and_two_equal_channels_in_folders_with_an_equals_sign(tmp_path):
+    """The same sound has the same metrics and the same protocol, levelled or not."""
+    for i in range(4):
+        for name, channels in (("span_len=1", 1), ("span_len=2", 2)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            wav = np.repeat(chord(i)[:, None], channels, 1)
+            soundfile.write(tmp_path / name / f"c{i}.wav", wav, 16_000, "FLOAT")
+        (tmp_path / "real").mkdir(exist_ok=True)
+        soundfile.write(tmp_path / "real" / f"c{i}.wav", chord(i + 1), 16_000)
+    for loudness in (True, False):
+        records = evaluate(
+            EvaluateOptions(
+                [str(tmp_path / "span_len=1"), f"two={tmp_path / 'span_len=2'}"],
+                str(tmp_path / "real"),
+                metrics=["fad/musicnn", "kl/musicnn"],
+                loudness=loudness,
+                accelerator="cpu",
+            )
+        )
+        found = {(r.system, r.metric): r for r in records}
+        for metric in ("fad/musicnn", "kl/musicnn"):
+            mono, stereo = found["span_len=1", metric], found["two", metric]
+            assert mono.value == pytest.approx(stereo.value, rel=1e-5)
+            assert mono.protocol == stereo.protocol
+            assert mono.clipped_share == stereo.clipped_share
+
+
+def test_a_listening_test_takes_the_captions_that_scoring_takes(tmp_path, real):
+    """Generated clips without captions have those of the real clips; a gap is named at once."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in sorted(real.glob("*.wav"))[:3]:
+        shutil.copy(path, bare)
+    options = {
+        "metrics": ["vendi/musicnn"],
+        "accelerator": "cpu",
+        "listening_test": tmp_path / "t.html",
+    }
+    with pytest.raises(UserError, match=r"c\d?.*: no caption|bare.*: no caption"):
+        evaluate(EvaluateOptions([str(bare)], **options))
+    with pytest.raises(UserError, match=r"system bare: no clip for 5 of 8 captions"):
+        evaluate(EvaluateOptions([str(bare)], str(real), **options))
+    for path in sorted(real.glob("*.wav")):
+        shutil.copy(path, bare)
+    evaluate(EvaluateOptions([str(bare)], str(real), **options))
+    key = json.loads((tmp_path / "t_key.json").read_text())
+    assert key["systems"] == [
+        "bare",
+        "reference",
+        "anchor: low-pass 3.5 kHz",
+        "anchor: other caption",
+    ]

@@ -50,11 +50,11 @@ class GenerationCallback(Callback):
     before the averaging callback, so that it runs on the averaged weights.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  each is an option of the command line
         self,
         num_prompts: int = 32,
         batch_size: int = 4,
-        decoding: DecodingConfig = DecodingConfig(),
+        decoding: DecodingConfig = DecodingConfig(),  # noqa: B008  frozen
         num_media: int = 8,
         at_start: bool = True,
         baselines: bool = True,
@@ -128,7 +128,7 @@ class GenerationCallback(Callback):
         uses its own."""
         return {"decoding": asdict(self.decoding)}
 
-    # --- Collect ------------------------------------------------------------------------------------------------------
+    # --- Collect ----------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.monotonic()
@@ -181,7 +181,7 @@ class GenerationCallback(Callback):
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
-    # --- Decode, embed, score -----------------------------------------------------------------------------------------
+    # --- Decode, embed, score ---------------------------------------------------------------------
 
     def _validate(self, trainer: L.Trainer, module: MagnetModule) -> None:
         # Which rank read an item is chance; split again, all ranks have as many, plus or minus one.
@@ -434,7 +434,7 @@ class GenerationCallback(Callback):
             warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
             module.log_dict(values, sync_dist=False)
 
-    # --- Files --------------------------------------------------------------------------------------------------------
+    # --- Files ------------------------------------------------------------------------------------
 
     def _write(
         self,

@@ -119,10 +119,9 @@ def write_audio(path: Path, wav: np.ndarray, sample_rate: int, about: dict[str, 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            soundfile.write(
-                temporary, levelled, sample_rate, "PCM_16", format=path.suffix[1:].upper()
-            )
-        write_json(path.with_suffix(".json"), about)
+            form = path.suffix[1:].upper()
+            soundfile.write(temporary, levelled, sample_rate, "PCM_16", format=form)
+            write_json(path.with_suffix(".json"), about)
     except (OSError, soundfile.LibsndfileError) as error:
         raise UserError(
             f"{path}: cannot be written ({error}); choose another folder or free some space"

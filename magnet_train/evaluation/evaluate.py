@@ -252,11 +252,11 @@ class _Evaluation:
         if options.prompts is not None:
             self.prompts = load_prompts(options.prompts)
             self._add_decoded()
-        if options.reference is None:
-            if needing := [m for m in options.metrics if parse_metric(m)[0] in REFERENCE_METRICS]:
-                raise UserError(
-                    f"{needing[0]} needs --reference: a folder of real audio, or saved statistics"
-                )
+        needing = [m for m in options.metrics if parse_metric(m)[0] in REFERENCE_METRICS]
+        if needing and options.reference is None:
+            raise UserError(
+                f"{needing[0]} needs --reference: a folder of real audio, or saved statistics"
+            )
         self.embedders = scorer.load_embedders(
             options.metrics, options.weights, str(self.fabric.device)
         )
@@ -447,7 +447,7 @@ class _Evaluation:
             on_error=lambda metric, message: None,
             system=name,
         )
-        return {name: record.value for record in records}
+        return {name: records[0].value} if records else {}
 
     def _with_published_protocol(self, record: Record) -> Record:
         """With the name of the published protocol, if it was followed in full, with the whole
@@ -553,6 +553,4 @@ def _folder_name(
         sort_keys=True,
         default=str,
     )
-    return (
-        f"{Path(str(options.checkpoint)).stem}_seed{options.seed}_{hashlib.sha256(what.encode()).hexdigest()[:8]}"
-    )
+    return f"{Path(str(options.checkpoint)).stem}_seed{options.seed}_{hashlib.sha256(what.encode()).hexdigest()[:8]}"

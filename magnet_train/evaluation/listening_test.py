@@ -243,7 +243,7 @@ def mismatched(captions: Sequence[str]) -> dict[str, str]:
 
 def _write_key(path: Path, about: Mapping[str, Any]) -> None:
     try:
-        write_json(path, about)
+        write_json(path, dict(about))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error}); choose another place or free some space"
@@ -259,22 +259,24 @@ def _trial(number: int, caption: str, clips: Mapping[str, str]) -> str:
     cards = "\n".join(_card(blinded_id, clips[blinded_id]) for blinded_id in sorted(clips))
     return (
         f'<section class="trial" data-trial="{number}" hidden>\n<h2 tabindex="-1"></h2>\n'
-        f'<p class="faint">The text:</p>\n<blockquote class="caption">{text(caption or "(no text)")}</blockquote>\n'
+        f'<p class="faint">The text:</p>\n<blockquote class="caption">'
+        f"{text(caption or '(no text)')}</blockquote>\n"
         f"{cards}\n</section>"
     )
 
 
 def _card(blinded_id: str, source: str) -> str:
     sliders = "".join(
-        f'<div class="question"><label for="{name}-{blinded_id}">{text(question)}</label><output>–</output>'
-        f'<input type="range" class="untouched" id="{name}-{blinded_id}" data-question="{name}" min="1" max="100" '
-        f'value="50" aria-valuetext="not rated yet"><span class="ends"><span>1 {low}</span><span>100 {high}</span>'
-        "</span></div>"
+        f'<div class="question"><label for="{name}-{blinded_id}">{text(question)}</label>'
+        f'<output>–</output><input type="range" class="untouched" id="{name}-{blinded_id}" '
+        f'data-question="{name}" min="1" max="100" value="50" aria-valuetext="not rated yet">'
+        f'<span class="ends"><span>1 {low}</span><span>100 {high}</span></span></div>'
         for name, (question, low, high) in QUESTIONS.items()
     )
     return (
-        f'<article class="clip" data-id="{blinded_id}">\n<h3></h3>\n<audio controls preload="none" src="{source}">'
-        f'</audio>\n{sliders}<p class="state"></p></article>'
+        f'<article class="clip" data-id="{blinded_id}">\n<h3></h3>\n'
+        f'<audio controls preload="none" src="{source}"></audio>\n'
+        f'{sliders}<p class="state"></p></article>'
     )
 
 
@@ -290,13 +292,17 @@ def _body(
     return f"""<main class="study" data-study="{test_id}" data-played="{PLAYED_SHARE}">
 <header><h1>{text(title)}</h1></header>
 <section id="welcome">
-<p>You will hear {num_clips} short clips, {each} at a time, each time for one text. Please rate every clip from 1 to
-100 on two questions, and use the whole scale.{hidden}</p>
+<p>You will hear {num_clips} short clips, {each} at a time, each time for one text. Please rate
+every clip from 1 to 100 on two questions, and use the whole scale.{hidden}</p>
 <ul>
-<li>Wear headphones, in a quiet room, and set a comfortable level with the first clip; all are equally loud.</li>
-<li>Play every clip to its end before you rate it: otherwise its rating does not count. Play it again as you like.</li>
-<li>Your ratings are kept in this browser. You can stop at any time and go on later under the same name.</li>
-<li>At the end you save a CSV file; please send it to who gave you this page. Nothing is sent by itself.</li>
+<li>Wear headphones, in a quiet room, and set a comfortable level with the first clip; the clips
+for one text are equally loud.</li>
+<li>Play every clip to its end before you rate it: otherwise its rating does not count. You can play
+it again as often as you like.</li>
+<li>Your ratings are kept in this browser. You can stop at any time and continue later under the
+same name.</li>
+<li>At the end you save a CSV file; please send it to the person who gave you this page. Nothing is
+sent automatically.</li>
 </ul>
 <p><label for="rater">Your name, or an id that was given to you</label></p>
 <div class="steps"><input type="text" id="rater" autocomplete="off" maxlength="80">

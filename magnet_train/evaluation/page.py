@@ -18,6 +18,7 @@ import soundfile
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import replacing
+from magnet_train.common.redact import redact
 from magnet_train.data.audio import duration_s, read_audio
 
 Audio = Path | tuple[np.ndarray, int]
@@ -79,16 +80,16 @@ def data_uri(media_type: str, content: bytes) -> str:
 
 
 def text(value: Any) -> str:
-    """`value` as HTML text or attribute value, whatever it holds.
+    """`value` as HTML text or attribute value, whatever it holds, without credentials in addresses.
 
     >>> text('</script><b>"bold"</b>')
     '&lt;/script&gt;&lt;b&gt;&quot;bold&quot;&lt;/b&gt;'
     """
-    return html.escape(str(value), quote=True)
+    return html.escape(redact(value), quote=True)
 
 
 def write_page(path: Path, title: str, body: str, script: str) -> int:
-    """Write the page; its size in bytes comes back. Aside first, then moved.
+    """Writes the page and returns its size in bytes.
 
     The page's own policy allows no connection and no script but this one, so that nothing in a
     caption or a name could run even if it were not escaped.

@@ -71,7 +71,7 @@ class Report:
 
 
 def write_report(path: str | Path, report: Report) -> int:
-    """Write the report as one HTML file that loads nothing; its size in bytes comes back.
+    """Writes the report as one HTML file that loads nothing, and returns its size in bytes.
 
     A clip of 10 s takes about 100 kB of the page at 16 kHz and 150 kB at 44.1 kHz: MP3 (see
     `page.audio_uri`), a JPEG of 96 mel bands by 480 columns (12 kB, where a PNG of 64 shades takes
@@ -82,7 +82,7 @@ def write_report(path: str | Path, report: Report) -> int:
             cannot be written.
     """
     sections = {
-        "Figures": _records(report.records),
+        "Metrics": _records(report.records),
         "Curves": draw_charts(report.curves),
         "Best and worst": _ranked(report),
         "Clips": _clips(report),
@@ -128,9 +128,8 @@ def _number(value: Any) -> str:
 
 
 def _definitions(values: Mapping[str, Any]) -> str:
-    return (
-        f"<dl>{''.join(f'<dt>{text(k)}</dt><dd>{text(_number(v))}</dd>' for k, v in values.items())}</dl>"
-    )
+    rows = [f"<dt>{text(k)}</dt><dd>{text(_number(v))}</dd>" for k, v in values.items()]
+    return f"<dl>{''.join(rows)}</dl>"
 
 
 # --- Clips ----------------------------------------------------------------------------------------
@@ -149,7 +148,8 @@ def _clips(report: Report) -> str:
             for j, name in enumerate(_systems(report))
         )
         rows.append(
-            f'<article class="prompt">\n<h3>{heading}</h3>\n<div class="cells">\n{cells}\n</div>\n</article>'
+            f'<article class="prompt">\n<h3>{heading}</h3>\n'
+            f'<div class="cells">\n{cells}\n</div>\n</article>'
         )
     return "\n".join(rows)
 
@@ -171,11 +171,12 @@ def _cell(anchor: str, system: str, clip: ReportClip, report: Report) -> str:
     return (
         f'<section class="clip" id="{anchor}">\n'
         f"<header><h4>{text(system)}</h4>{score}</header>\n"
-        f'<figure class="spectrogram"><img alt="Spectrogram of {title}" src="{spectrogram_uri(wav, sample_rate)}">'
-        f"<i></i><figcaption><span>{sample_rate / 2000:g} kHz, "
-        f"mel</span><span>{len(wav) / sample_rate:.1f} s</span>"
-        "</figcaption></figure>\n"
-        f'<audio controls preload="metadata" aria-label="{title}" src="{audio_uri(wav, sample_rate)}"></audio>\n'
+        f'<figure class="spectrogram"><img alt="Spectrogram of {title}" '
+        f'src="{spectrogram_uri(wav, sample_rate)}"><i></i>'
+        f"<figcaption><span>{sample_rate / 2000:g} kHz, mel</span>"
+        f"<span>{len(wav) / sample_rate:.1f} s</span></figcaption></figure>\n"
+        f'<audio controls preload="metadata" aria-label="{title}" '
+        f'src="{audio_uri(wav, sample_rate)}"></audio>\n'
         f"{_grids(clip, name)}{details}</section>"
     )
 
@@ -201,46 +202,57 @@ def spectrogram_uri(wav: np.ndarray, sample_rate: int) -> str:
 
 def _grids(clip: ReportClip, name: str) -> str:
     """Codes and order as numbers, which the page's script draws once they are unfolded."""
-    arrays = {
-        what: np.asarray(x)
-        for what, x in (("codes", clip.codes), ("order", clip.order))
-        if x is not None
-    }
+    arrays = _checked_grids(clip, name)
     if not arrays:
         return ""
-    for what, array in arrays.items():
-        if array.ndim != 2 or array.size == 0 or array.shape != next(iter(arrays.values())).shape:
-            raise UserError(
-                f"{name}: {what} of shape {array.shape}; codes and order are both `k t`"
-            )
-        low, high = (0, 65_535) if what == "codes" else (-1, 32_767)
-        if not np.issubdtype(array.dtype, np.integer) or array.min() < low or array.max() > high:
-            raise UserError(f"{name}: {what} must be integers from {low} to {high}")
     rows, columns = next(iter(arrays.values())).shape
     numbers = " ".join(
         f'data-{what}="{base64.b64encode(array.astype(np.int64).astype("<u2").tobytes()).decode()}"'
         for what, array in arrays.items()
     )
     captions = {
-        "codes": f"Codes: {rows} codebooks, the lowest on top; {columns} frames; a colour for each code",
+        "codes": f"Codes: {rows} codebooks, the lowest on top; {columns} frames; a colour per code",
         "order": "Order of unmasking: dark = decided first in its codebook, grey = given",
     }
     canvases = "".join(
-        f'<figure class="grid"><canvas role="img" aria-label="{captions[what]}" data-shows="{what}"></canvas>'
+        f'<figure class="grid"><canvas role="img" aria-label="{captions[what]}" '
+        f'data-shows="{what}"></canvas>'
         f"<figcaption>{captions[what]}</figcaption></figure>"
         for what in arrays
     )
     slider = ""
     if "order" in arrays:
         slider = (
-            '<div class="passes"><label>Passes of decoding <input type="range" min="0" max="1" value="1">'
-            '<output></output></label><button type="button" class="small">Animate</button></div>'
+            '<div class="passes"><label>Passes of decoding '
+            '<input type="range" min="0" max="1" value="1"><output></output></label>'
+            '<button type="button" class="small">Animate</button></div>'
         )
     title = {2: "Codes and order of unmasking"}.get(len(arrays)) or next(iter(arrays)).capitalize()
     return (
-        f'<details class="grids"><summary>{title}</summary><div class="grids-data" data-rows="{rows}" '
-        f'data-columns="{columns}" {numbers}>{canvases}{slider}</div></details>\n'
+        f'<details class="grids"><summary>{title}</summary>'
+        f'<div class="grids-data" data-rows="{rows}" data-columns="{columns}" {numbers}>'
+        f"{canvases}{slider}</div></details>\n"
     )
+
+
+def _checked_grids(clip: ReportClip, name: str) -> dict[str, np.ndarray]:
+    """The arrays of a clip that are there.
+
+    Raises:
+        UserError: if their shapes differ or a value is out of range.
+    """
+    given = {"codes": clip.codes, "order": clip.order}
+    arrays = {what: np.asarray(array) for what, array in given.items() if array is not None}
+    shapes = {array.shape for array in arrays.values()}
+    for what, array in arrays.items():
+        if array.ndim != 2 or array.size == 0 or len(shapes) > 1:
+            raise UserError(
+                f"{name}: {what} of shape {array.shape}; codes and order are both `k t`"
+            )
+        low, high = (0, 65_535) if what == "codes" else (-1, 32_767)
+        if not np.issubdtype(array.dtype, np.integer) or array.min() < low or array.max() > high:
+            raise UserError(f"{name}: {what} must be integers from {low} to {high}")
+    return arrays
 
 
 def _finite(value: float, name: str) -> float:
@@ -276,13 +288,14 @@ def _ranked(report: Report) -> str:
 
 def _entries(ranked: Sequence[tuple[float, str, str]]) -> str:
     return "".join(
-        f'<li><button type="button" class="small" data-plays="{anchor}" aria-label="Play {text(caption)}">▶'
-        f'</button><span>{score:.3g}</span><a href="#{anchor}">{text(caption or "(no text)")}</a></li>'
+        f'<li><button type="button" class="small" data-plays="{anchor}" '
+        f'aria-label="Play {text(caption)}">▶</button><span>{score:.3g}</span>'
+        f'<a href="#{anchor}">{text(caption or "(no text)")}</a></li>'
         for score, anchor, caption in ranked
     )
 
 
-# --- Figures, settings ----------------------------------------------------------------------------
+# --- Metrics, settings ----------------------------------------------------------------------------
 
 
 def _records(records: Sequence[Mapping[str, Any]]) -> str:
@@ -318,15 +331,15 @@ def _records(records: Sequence[Mapping[str, Any]]) -> str:
         "<tr>" + "".join(f'<td class="{key}">{row.get(key, "")}</td>' for key in shown) + "</tr>"
         for row in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
     if not settings:
         return ""
-    return (
-        f"<details><summary>{_plural(len(settings), 'setting')}</summary>{_definitions(settings)}</details>"
-    )
+    summary = _plural(len(settings), "setting")
+    return f"<details><summary>{summary}</summary>{_definitions(settings)}</details>"
 
 
 def load_grids(audio: Path) -> tuple[np.ndarray | None, np.ndarray | None]:

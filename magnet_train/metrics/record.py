@@ -141,7 +141,7 @@ def compare(records: Sequence[Record], force: bool = False) -> list[str]:
 
 
 def write_records(path: str | Path, records: Sequence[Record]) -> None:
-    """Writes records as a JSON list, whole or not at all."""
+    """Writes records as a JSON list."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, [asdict(record) for record in records])

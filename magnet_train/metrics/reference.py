@@ -122,12 +122,9 @@ class ReferenceStatistics:
                 tensors[kind] = torch.cat([x.detach().cpu() for x in items.values()])
                 tensors[f"{kind}_windows"] = torch.tensor([len(x) for x in items.values()])
         path.parent.mkdir(parents=True, exist_ok=True)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with replacing(path) as temporary:
-            save_file(
-                {k: v.contiguous() for k, v in tensors.items()},
-                temporary,
-                {"reference_statistics": json.dumps(about)},
-            )
+            save_file(whole, temporary, {"reference_statistics": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path, **expected: str) -> "ReferenceStatistics":
@@ -145,7 +142,7 @@ class ReferenceStatistics:
         try:
             with safe_open(str(path), "pt") as file:
                 about = json.loads((file.metadata() or {})["reference_statistics"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if about["format"] != FORMAT:
                 raise UserError(
                     f"{path}: format {about['format']}, this version reads {FORMAT}; write it anew"

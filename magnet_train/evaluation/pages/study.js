@@ -1,11 +1,11 @@
 "use strict";
 const main = document.querySelector("main");
 const byId = id => document.getElementById(id);
-const study = main.dataset.study, heardShare = Number(main.dataset.heard);
+const study = main.dataset.study, playedShare = Number(main.dataset.played);
 const message = byId("message");
 let trials = [...document.querySelectorAll(".trial")];
 let rater = "";
-let state = {place: 0, ratings: {}, seconds: {}, heard: {}};
+let state = {place: 0, ratings: {}, seconds: {}, played: {}};
 
 // The order is drawn from study and rater, so that it is the rater's own, and the same when they come back.
 function randomNumbers(seed) {
@@ -60,14 +60,14 @@ function show(slider, value) {
 // What is still missing before a clip counts; "" when nothing is.
 function missing(card) {
   const id = card.dataset.id;
-  if (!state.heard[id]) return "not heard to its end yet";
+  if (!state.played[id]) return "not played to its end yet";
   const open = slidersOf(card).filter(slider => !state.ratings[id]?.[slider.dataset.question]);
   return open.length ? `${open.length} of ${slidersOf(card).length} ratings missing` : "";
 }
 
 function refresh(card) {
   const lack = missing(card), line = card.querySelector(".state");
-  line.textContent = lack || "heard and rated";
+  line.textContent = lack || "played and rated";
   line.classList.toggle("done", !lack);
 }
 
@@ -81,8 +81,8 @@ function setUp(card) {
     last = now;
     let covered = 0;
     for (let i = 0; i < audio.played.length; i++) covered += audio.played.end(i) - audio.played.start(i);
-    if (!state.heard[id] && covered >= heardShare * audio.duration) {
-      state.heard[id] = true;
+    if (!state.played[id] && covered >= playedShare * audio.duration) {
+      state.played[id] = true;
       state.seconds[id] = Math.max(state.seconds[id] ?? 0, covered);
       say("");
       keep();
@@ -166,7 +166,7 @@ function next() {
   }
   say(`${card.querySelector("h3").textContent}: ${missing(card)}.`);
   const open = slidersOf(card).find(slider => slider.classList.contains("untouched"));
-  (state.heard[card.dataset.id] && open ? open : card.querySelector("audio")).focus();
+  (state.played[card.dataset.id] && open ? open : card.querySelector("audio")).focus();
 }
 
 function cell(value) {
@@ -180,7 +180,7 @@ function table() {
   for (const trial of trials) for (const card of cardsOf(trial)) {
     order += 1;
     const id = card.dataset.id;
-    if (!state.heard[id]) continue;
+    if (!state.played[id]) continue;
     for (const {dataset: {question}} of slidersOf(card)) {
       const rating = state.ratings[id]?.[question];
       if (rating) rows.push([rater, trial.dataset.trial, id, question, rating, state.seconds[id].toFixed(2), order]);
@@ -191,7 +191,7 @@ function table() {
 
 function save() {
   const rows = table();
-  if (rows.length === 1) return say("No clip is heard and rated yet.");
+  if (rows.length === 1) return say("No clip is played and rated yet.");
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([rows.map(row => row.map(cell).join(",") + "\r\n").join("")], {type: "text/csv"}));
   link.download = `ratings_${study}_${rater.replace(/[^\p{L}\p{N}]+/gu, "-")}.csv`;

@@ -1,0 +1,227 @@
+"""Simulated raters come out as they rated, and any other content of a file is named in one line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers_listening import (
+    MISMATCH,
+    OPINION,
+    export,
+    ratings,
+    shifted,
+    write_csv,
+    write_ratings,
+    write_systems,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from magnet_train.common.errors import UserError
+from magnet_train.evaluation.ratings import RaterFilter, analyse_ratings
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    return export(write_systems(folder / "systems"), folder / "out" / "study.html")
+
+
+@pytest.fixture(scope="module")
+def key(study) -> dict:
+    return json.loads(study.key.read_text())
+
+
+def test_means_and_intervals_of_raters_who_differ(tmp_path, study, key):
+    offsets = (-6, -2, 0, 2, 6)
+    files = write_ratings(tmp_path, key, {f"rater {d}": shifted(d / 2) for d in offsets})
+    table = analyse_ratings(files, study.key, num_draws=4000)
+    assert table.num_raters == 5 and not table.dropped and len(table.rows) == 10
+    rows = {(r.system, r.question): r for r in table.rows}
+    assert rows["ours", "quality"].mean == 60 and rows["theirs", "quality"].mean == 40
+    assert (rows["ours", "quality"].num_ratings, rows["ours", "quality"].num_raters) == (15, 5)
+    # The mean of 5 raters drawn from these: standard error of 2.0 / sqrt(5), in this small set
+    # within a tenth.
+    low, high = rows["ours", "quality"].interval
+    assert abs((high - low) / 2 - 1.96 * np.std([d / 2 for d in offsets]) / np.sqrt(5)) < 0.2
+    assert rows["reference", "quality"].interval == (95, 95)
+
+
+def test_more_clips_of_the_same_rater_do_not_narrow_the_interval(tmp_path, study, key):
+    """The point of resampling raters: ratings of one rater are no independent witnesses."""
+    files = write_ratings(tmp_path, key, {f"r{d}": shifted(d) for d in (-4, 4)})
+    (row,) = [
+        r
+        for r in analyse_ratings(files, study.key).rows
+        if (r.system, r.question) == ("ours", "quality")
+    ]
+    assert row.interval == (56, 64)
+
+
+def test_the_same_seed_gives_the_same_table(tmp_path, study, key):
+    files = [
+        write_csv(tmp_path / f"{i}.csv", ratings(key, str(i), OPINION, 3, i)) for i in range(6)
+    ]
+    first, again, other = (
+        analyse_ratings(files, study.key, filters=RaterFilter(min_reference=1), seed=seed)
+        for seed in (0, 0, 1)
+    )
+    assert first == again and first.rows != other.rows
+    assert [r.mean for r in first.rows] == [r.mean for r in other.rows]
+
+
+def test_markdown_names_systems_intervals_and_who_was_left_out(tmp_path, study, key):
+    files = write_ratings(
+        tmp_path, key, {"Ann": OPINION, "Bob": shifted(2), "Cid": OPINION | {"reference": (50, 95)}}
+    )
+    markdown = analyse_ratings(files, study.key).to_markdown()
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert rows[0] == ["system", "quality", "relevance", "ratings"]
+    assert ["ours", "61.0 [60.0, 62.0]", "71.0 [70.0, 72.0]", "6 + 6"] in rows
+    assert "dropped: Cid (rated 3 of 3 hidden references below 85)" in markdown
+    assert "2 raters" in markdown and key["study"] in markdown
+    assert rows[2][0] == MISMATCH and rows[2][1].startswith("96.0")
+
+
+def test_raters_are_left_out_with_a_reason(tmp_path, study, key):
+    good = ratings(key, "good", OPINION)
+    lazy = [row | {"rater": "lazy", "seconds_listened": "0.20"} for row in good]
+    short = [row | {"rater": "short"} for row in good[:8]]
+    deaf = ratings(key, "deaf", OPINION | {"reference": (84, 95)})
+    once = [row | {"rater": "once"} for row in good]
+    once[0] = once[0] | {"seconds_listened": "0.5"}
+    groups = (good, lazy, short, deaf, once)
+    files = [write_csv(tmp_path / f"{rows[0]['rater']}.csv", rows) for rows in groups]
+    table = analyse_ratings(files, study.key)
+    assert dict(table.dropped) == {
+        "lazy": "did not play 30 of 30 rated clips to their end",
+        "short": "gave 8 of 30 ratings",
+        "deaf": "rated 3 of 3 hidden references below 85",
+    }
+    assert table.num_raters == 2 and table.num_unplayed == 1
+    assert sum(row.num_ratings for row in table.rows) == 59
+    assert analyse_ratings(files, study.key, filters=RaterFilter(min_reference=84)).num_raters == 3
+    assert analyse_ratings(files, study.key, filters=RaterFilter(min_answered=0.2)).num_raters == 3
+    assert "not played to its end: 1." in table.to_markdown()
+
+
+def test_one_rater_has_no_interval(tmp_path, study, key):
+    table = analyse_ratings(write_ratings(tmp_path, key, {"Ann": OPINION}), study.key)
+    assert {row.interval for row in table.rows} == {None}
+    assert "60.0 (one rater)" in table.to_markdown()
+
+
+def analysis_refused(files: list[Path], key: Path) -> str:
+    with pytest.raises(UserError) as error:
+        analyse_ratings(files, key)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_bad_csv_files_are_named_in_one_line(tmp_path, study, key):
+    good = ratings(key, "Ann", OPINION)
+
+    def refused_with(**change: str) -> str:
+        return analysis_refused(
+            [write_csv(tmp_path / "bad.csv", [*good[:3], good[3] | change])], study.key
+        )
+
+    assert "bad.csv line 5: ffff (relevance) is not in this study" in refused_with(
+        blinded_id="ffff"
+    )
+    assert "is not in this study" in refused_with(question="beauty")
+    for rating in ("0", "101", "50.5", "", "high", "-3", "²"):
+        assert (
+            f"bad.csv line 5: rating={rating!r} must be a whole number from 1 to 100"
+            in refused_with(rating=rating)
+        )
+    assert "seconds_listened='nan'" in refused_with(seconds_listened="nan")
+    ann = write_csv(tmp_path / "ann.csv", good)
+    again = write_csv(tmp_path / "ann_2.csv", good)
+    assert "ann_2.csv: the rater 'Ann' is in" in analysis_refused([ann, again], study.key)
+    assert "ann.csv: given twice" in analysis_refused([ann, ann], study.key)
+    twice = write_csv(tmp_path / "twice.csv", [*good, good[0]])
+    assert "rated" in analysis_refused([twice], study.key) and "2 times" in analysis_refused(
+        [twice], study.key
+    )
+    (tmp_path / "other.csv").write_text("name,score\nAnn,5\n")
+    assert "the column 'rater' is missing" in analysis_refused([tmp_path / "other.csv"], study.key)
+    assert "has no ratings" in analysis_refused([write_csv(tmp_path / "empty.csv", [])], study.key)
+    assert "gone.csv: no such file" in analysis_refused([tmp_path / "gone.csv"], study.key)
+    assert "no ratings; give the CSV files" in analysis_refused([], study.key)
+
+
+def test_a_missing_system_or_rater_is_named(tmp_path, study, key):
+    good = ratings(key, "Ann", OPINION)
+    without = [row for row in good if key["clips"][row["blinded_id"]]["system"] != "theirs"]
+    files = [write_csv(tmp_path / "a.csv", without)]
+    assert "system 'theirs' has no rating in any file (quality)" in analysis_refused(
+        files, study.key
+    )
+    deaf = write_csv(tmp_path / "deaf.csv", ratings(key, "Deaf", OPINION | {"reference": (10, 10)}))
+    assert "no rater is left: Deaf rated 3 of 3" in analysis_refused([deaf], study.key)
+
+
+def test_a_wrong_key_is_named(tmp_path, study, key):
+    ann = write_csv(tmp_path / "ann.csv", ratings(key, "Ann", OPINION))
+    (tmp_path / "k.json").write_text("{}")
+    assert "k.json: not the key of a listening test" in analysis_refused([ann], tmp_path / "k.json")
+    assert "ann.csv: no JSON" in analysis_refused([ann], ann)
+    assert "gone.json: no such file" in analysis_refused([ann], tmp_path / "gone.json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+    max_leaves=5,
+)
+
+
+def analysed_or_refused(files: list[Path], key: Path) -> None:
+    try:
+        analyse_ratings(files, key, num_draws=10)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_content_of_the_key_gives_one_line(data, tmp_path, study, key):
+    """A value anywhere in the key is replaced by anything that JSON can hold."""
+    changed = json.loads(json.dumps(key))
+    clip = data.draw(st.sampled_from(sorted(changed["clips"])))
+    place = data.draw(st.sampled_from([changed, changed["clips"], changed["clips"][clip]]))
+    place[data.draw(st.sampled_from(sorted(place)))] = data.draw(JSON)
+    file = tmp_path / "key.json"
+    file.write_text(json.dumps(changed))
+    ann = tmp_path / "ann.csv"
+    if not ann.exists():
+        write_csv(ann, ratings(key, "Ann", OPINION))
+    analysed_or_refused([ann], file)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(content=st.binary() | st.text().map(str.encode))
+def test_any_bytes_give_one_line(content: bytes, tmp_path, study, key):
+    file = tmp_path / "file"
+    file.write_bytes(content)
+    for arguments in (([file], study.key), ([tmp_path / "ann.csv"], file)):
+        if not (tmp_path / "ann.csv").exists():
+            write_csv(tmp_path / "ann.csv", ratings(key, "Ann", OPINION))
+        with pytest.raises(UserError):
+            analyse_ratings(*arguments)
+
+
+def test_a_deeply_nested_key_and_a_number_of_many_digits_are_named(tmp_path, study, key):
+    ann = write_csv(tmp_path / "ann.csv", ratings(key, "Ann", OPINION))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    assert "nested too deeply" in analysis_refused([ann], tmp_path / "deep.json")
+    good = ratings(key, "Ann", OPINION)
+    long = write_csv(tmp_path / "long.csv", [good[0] | {"rating": "1" * 5000}])
+    assert "must be a whole number from 1 to 100" in analysis_refused([long], study.key)
