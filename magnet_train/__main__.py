@@ -1,4 +1,4 @@
-"""Names the verbs and ends the process: each verb is imported when it is called, so that --help answers at once."""
+"""The entry point: names the verbs, imports the one that is called, and sets the exit status."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ VERBS = {
     "evaluate": "score folders of audio, or a model, against a reference",
     "convert": "convert audiocraft models to releases and back, and checkpoints to releases",
     "sweep": "run an ablation file without a W&B server, locally or as a SLURM array",
-    "doctor": "check whether a run of fit would start and last, and estimate its cost; takes fit's options",
+    "doctor": "check whether a run of fit would start and last; takes the options of fit",
     "dashboard": "create a W&B workspace with panels for all logged metrics",
     "bench": "measure time and memory of attention, training and decoding",
 }
@@ -25,7 +25,8 @@ def usage() -> str:
     """Text of `--help`."""
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:<{width}}  {text}" for name, text in VERBS.items())
-    return f"usage: python -m magnet_train VERB [options]\n\n{verbs}\n\n`VERB --help` lists a verb's options."
+    head = "usage: python -m magnet_train VERB [options]"
+    return f"{head}\n\n{verbs}\n\n`VERB --help` lists the options of a verb."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,9 +71,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _other_ranks_wait() -> bool:
-    """Whether this is a rank under NCCL, whose own exit would wait for ranks that wait for this one."""
+    """Whether this is a rank under NCCL: its exit would wait for ranks that wait for this one."""
     dist: Any = sys.modules.get("torch.distributed")
-    return dist is not None and dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() == "nccl"
+    return (
+        dist is not None
+        and dist.is_initialized()
+        and dist.get_world_size() > 1
+        and dist.get_backend() == "nccl"
+    )
 
 
 def _exit_now(status: int, mistake: Exception | None) -> None:

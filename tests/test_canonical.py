@@ -43,7 +43,7 @@ def test_encodec_and_t5_from_tokenize_to_generate(components, tmp_path: Path):
 
     made = tmp_path / "made"
     prompt = "a slow chorale for string quartet in G minor"
-    steps = ["--decoding.decoding_steps=[2,1,1,1]", "--pictures=false"]
+    steps = ["--decoding.decoding_steps=[2,1,1,1]", "--plots=false"]
     assert main(["generate", "--prompt", prompt, "--out", str(made), "--checkpoint", str(run), *steps]) == 0
     (wav,) = made.glob("*.wav")
     info = soundfile.info(wav)

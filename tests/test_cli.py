@@ -68,7 +68,7 @@ def run(shards, tmp_path_factory) -> Path:
 def test_fit_leaves_checkpoint_audio_pictures_and_summary(run):
     summary = json.loads((run / "summary.json").read_text())
     assert Path(summary["checkpoint"]).is_file()
-    assert all(Path(p).is_file() for p in summary["audio"] + summary["pictures"]) and summary["audio"]
+    assert all(Path(p).is_file() for p in summary["audio"] + summary["plots"]) and summary["audio"]
     for metric in ("val/ce/stage0", "val/fad/musicnn", "val/kl/musicnn", "val/fad/musicnn/floor_codec"):
         pair = summary["metrics"][metric]
         assert np.isfinite([pair["before"], pair["after"]]).all(), metric

@@ -32,7 +32,7 @@ def run(verb: str, args: list[str]) -> None:
 
 
 def _fit_module() -> Any:
-    """`cli.fit`, whose import takes seconds; fewer without garbage collection, since what it makes stays."""
+    """`cli.fit`; without garbage collection its import takes seconds less."""
     gc.disable()
     try:
         from magnet_train.cli import fit
@@ -67,7 +67,9 @@ def generate_verb(args: list[str]) -> None:
     from magnet_train.cli.parser import make_parser
     from magnet_train.decoding.decode import DecodingConfig
 
-    parser = make_parser("generate", "Generate audio from prompts, with a JSON of all settings beside each file.")
+    parser = make_parser(
+        "generate", "Generate audio from prompts, with a JSON of all settings beside each file."
+    )
     prompt = "Captions in quotes; one file each."
     parser.add_argument("-p", "--prompt", type=str, nargs="+", default=[], help=prompt)
     parser.add_class_arguments(GenerateOptions, nested_key=None, as_group=False, skip={"prompt"})
@@ -92,9 +94,15 @@ def evaluate_verb(args: list[str]) -> None:
     parser = make_parser("evaluate", "Score folders of audio, or a model, against a reference.")
     folders = "Folders of audio files, each FOLDER or NAME=FOLDER: a row of the table each."
     parser.add_argument("--generated", type=str, nargs="+", default=[], help=folders)
-    metrics = f"METRIC/EMBEDDER each; metrics: {', '.join(METRICS)}; embedders: {', '.join(EMBEDDERS)}."
-    parser.add_argument("--metrics", type=str, nargs="+", default=list(DEFAULT_METRICS), help=metrics)
-    parser.add_argument("--ratings", type=Path, nargs="+", default=[], help="CSV files that raters sent back.")
+    metrics = (
+        f"METRIC/EMBEDDER each; metrics: {', '.join(METRICS)}; embedders: {', '.join(EMBEDDERS)}."
+    )
+    parser.add_argument(
+        "--metrics", type=str, nargs="+", default=list(DEFAULT_METRICS), help=metrics
+    )
+    parser.add_argument(
+        "--ratings", type=Path, nargs="+", default=[], help="CSV files that raters sent back."
+    )
     separate = {"generated", "metrics", "ratings"}
     parser.add_class_arguments(EvaluateOptions, nested_key=None, as_group=False, skip=separate)
     parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
@@ -106,7 +114,9 @@ def evaluate_verb(args: list[str]) -> None:
     finally:
         import torch.distributed as dist
 
-        if dist.is_available() and dist.is_initialized():  # otherwise the interpreter may abort at exit
+        if (
+            dist.is_available() and dist.is_initialized()
+        ):  # otherwise the interpreter may abort at exit
             dist.destroy_process_group()
 
 
@@ -114,8 +124,13 @@ def convert_verb(args: list[str]) -> None:
     from magnet_train.audiocraft.convert import ConvertOptions, convert
     from magnet_train.cli.parser import make_parser
 
-    parser = make_parser("convert", "Convert audiocraft models to releases or back, or checkpoints to releases.")
-    source = "Folder or hub id with audiocraft's files (magnet-small-10secs …), or a release, checkpoint or run."
+    parser = make_parser(
+        "convert", "Convert audiocraft models to releases or back, or checkpoints to releases."
+    )
+    source = (
+        "Folder or hub id with audiocraft's files (magnet-small-10secs …), or a release, "
+        "checkpoint or run."
+    )
     parser.add_argument("source", type=str, help=source)
     parser.add_class_arguments(ConvertOptions, nested_key=None, as_group=False)
     config = parser.parse_args(args)
@@ -127,16 +142,22 @@ def sweep_verb(args: list[str]) -> None:
     from magnet_train.sweeps.ablation import write_ablation
     from magnet_train.sweeps.sweep import exec_run, read_sweep, sweep
 
-    parser = make_parser("sweep", "Run a W&B sweep file without a W&B server, resuming where it stopped.")
+    parser = make_parser(
+        "sweep", "Run a W&B sweep file without a W&B server, resuming where it stopped."
+    )
     parser.add_argument("file", type=Path, help="Sweep file with method: grid, as in conf/sweep.")
     folder = "Folder for the runs and the table; runs/NAME by default, with the file's name."
     parser.add_argument("--out", type=Path, help=folder)
     jobs = "Runs at a time; by default 1 on this machine, all under SLURM."
     parser.add_argument("--jobs", type=int, help=jobs)
-    parser.add_argument("--slurm", action="store_true", help="Submit an array job with a task for each run.")
+    parser.add_argument(
+        "--slurm", action="store_true", help="Submit an array job with a task for each run."
+    )
     run_help = "Run only this index of the grid (0-based); used by SLURM array tasks."
     parser.add_argument("--run", type=int, help=run_help)
-    parser.add_argument("--table", action="store_true", help="Only draw the table of the finished runs.")
+    parser.add_argument(
+        "--table", action="store_true", help="Only draw the table of the finished runs."
+    )
     config = parser.parse_args(args)
     out = (config.out or Path("runs") / config.file.stem).expanduser()
     runs = read_sweep(config.file, out)
@@ -196,7 +217,9 @@ def doctor_verb(args: list[str]) -> None:
     if plan is None:
         print("         the other checks need a valid configuration")
     if wrong := [finding.what for finding in findings if finding.status in ("missing", "failed")]:
-        raise UserError(f"{len(wrong)} of {len(findings)} checks failed; `fit` would fail too: {', '.join(wrong)}")
+        raise UserError(
+            f"{len(wrong)} of {len(findings)} checks failed; `fit` would too: {', '.join(wrong)}"
+        )
 
 
 def _reason(error: Exception) -> str:
@@ -241,7 +264,9 @@ def dashboard_verb(args: list[str]) -> None:
     from magnet_train.cli.parser import make_parser
     from magnet_train.tracking.dashboard import DashboardOptions, dashboard
 
-    parser = make_parser("dashboard", "Create or renew a W&B workspace with panels for all logged metrics.")
+    parser = make_parser(
+        "dashboard", "Create or renew a W&B workspace with panels for all logged metrics."
+    )
     parser.add_class_arguments(DashboardOptions, nested_key=None, as_group=False)
     print(dashboard(options_from(DashboardOptions, parser.parse_args(args))))
 

@@ -1,4 +1,4 @@
-"""`fit`, `validate`, `test` and `predict` as a LightningCLI; `doctor` builds the same without training."""
+"""`fit`, `validate`, `test`, `predict` as a LightningCLI; `doctor` builds it without training."""
 
 import os
 import sys
@@ -39,7 +39,7 @@ from magnet_train.common.errors import UserError, integer_from_environment
 from magnet_train.common.folders import writable_folder, write_json
 from magnet_train.common.pretrained import one_line
 from magnet_train.conditioning import load_text_encoder
-from magnet_train.data.datamodule import MagnetDataModule
+from magnet_train.data.datamodule import MagnetDataModule, check_shards_per_worker
 from magnet_train.evaluation.report import write_report
 from magnet_train.evaluation.run_report import report_from_run
 from magnet_train.model import MagnetConfig
@@ -53,7 +53,7 @@ LOGGERS = [
     {"class_path": "lightning.pytorch.loggers.WandbLogger"},
     {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
-        # Written at once: rows that a kill takes would not be logged again after a later checkpoint.
+        # Written at once: a row that a kill takes would not be logged again.
         "init_args": {"save_dir": ".", "name": "csv", "flush_logs_every_n_steps": 1},
     },
 ]
@@ -89,7 +89,8 @@ def build_without_training(args: list[str], errors: list[Exception]) -> "DryRunC
 
     Args:
         args: options of `fit`.
-        errors: receives a mistake in --ckpt_path or --model.init_from, without which the rest can still be checked.
+        errors: receives a mistake in --ckpt_path or --model.init_from; the rest is checked without
+            them.
 
     Raises:
         Exception: whatever the parser and Lightning make of a configuration that is not valid.
@@ -99,13 +100,16 @@ def build_without_training(args: list[str], errors: list[Exception]) -> "DryRunC
 
 
 def _refuse_interactive_srun() -> None:
-    """Raises UserError where each task of `srun` would take itself for the first rank of a run of its own."""
+    """Refuse `srun` in a job in which Lightning takes each task for a run of its own."""
     name = os.environ.get("SLURM_JOB_NAME")
-    several = integer_from_environment("SLURM_STEP_NUM_TASKS", 1) > 1 and not TorchElasticEnvironment.detect()
+    several = (
+        integer_from_environment("SLURM_STEP_NUM_TASKS", 1) > 1
+        and not TorchElasticEnvironment.detect()
+    )
     if several and name in ("bash", "interactive"):
         raise UserError(
-            f"srun with several tasks in a job named {name!r}: Lightning ignores SLURM there; write "
-            "SLURM_JOB_NAME=magnet srun …"
+            f"srun with several tasks in a job named {name!r}: Lightning ignores SLURM there; "
+            "write SLURM_JOB_NAME=magnet srun …"
         )
 
 
@@ -120,7 +124,7 @@ def _as_command_line(verb: str, args: list[str]) -> Iterator[None]:
         sys.argv = before
 
 
-# --- LightningCLI -------------------------------------------------------------------------------------------------
+# --- LightningCLI ---------------------------------------------------------------------------------
 
 
 @lru_cache
@@ -151,7 +155,6 @@ class FitParser(OneLineErrors, LightningArgumentParser):
 
 class MagnetCLI(private_api.lightning_cli()):
     """Runs a verb, from the command line to its end, when it is constructed."""
-
 
     def __init__(self, verb: str, args: list[str]):
         self.verb = verb
@@ -216,7 +219,8 @@ class MagnetCLI(private_api.lightning_cli()):
         check_seed(options)
         if options.ckpt_path is None and options.model.init_from is None:
             raise UserError(
-                f"{self.verb}: no trained weights; give --ckpt_path CHECKPOINT or --model.init_from RELEASE"
+                f"{self.verb}: no trained weights; give --ckpt_path CHECKPOINT or "
+                "--model.init_from RELEASE"
             )
 
     def defaults(self, given: Namespace) -> dict[str, Any]:
@@ -229,8 +233,12 @@ class MagnetCLI(private_api.lightning_cli()):
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
         facts, dim = self.component_sizes()
-        parser.link_arguments("model.codec", "model.network.num_codebooks", lambda name: facts(name).num_codebooks)
-        parser.link_arguments("model.codec", "model.network.codebook_size", lambda name: facts(name).codebook_size)
+        parser.link_arguments(
+            "model.codec", "model.network.num_codebooks", lambda name: facts(name).num_codebooks
+        )
+        parser.link_arguments(
+            "model.codec", "model.network.codebook_size", lambda name: facts(name).codebook_size
+        )
         parser.link_arguments("model.text_encoder", "model.network.text_dim", dim)
         parser.add_lightning_class_args(GenerationCallback, "generation")
         parser.add_lightning_class_args(WeightEMA, "averaging")
@@ -240,8 +248,21 @@ class MagnetCLI(private_api.lightning_cli()):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
 
     def component_sizes(self) -> tuple[Callable[[str], Any], Callable[[str], int]]:
-        """Functions from a codec's name to its facts, and from a text encoder's name to its width."""
+        """Functions: name of a codec to its facts, name of a text encoder to its width."""
         return _codec_facts, _text_dim
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse data that is missing or does not fit, before a logger writes anything."""
+        data, world_size = self.datamodule, self.trainer.world_size
+        if self.verb != "fit":
+            data.shards(
+                {"validate": "validation", "test": "test"}.get(self.verb, data.predict_split)
+            )
+            return
+        check_shards_per_worker(data.shards("train"), world_size, data.workers_per_rank(world_size))
+        data.batch_split(world_size, self.trainer.accumulate_grad_batches)
+        if self.trainer.limit_val_batches != 0:
+            data.shards("validation")
 
     def run_verb(self, run: Callable[[], None]) -> None:
         try:
@@ -289,12 +310,14 @@ class MagnetCLI(private_api.lightning_cli()):
         trial: Any = self.trainer
         validates = trial.limit_val_batches > 0 and not trial.fast_dev_run
         if generation.at_start and validates and not kwargs.get("ckpt_path"):
-            before = dict(self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)[0])
+            before = dict(
+                self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)[0]
+            )
             seconds["validation before training"] = time.monotonic() - start
         start = time.monotonic()
         self.trainer.fit(model, **kwargs)
         if not self.trainer.callback_metrics and validates:
-            # Resumed after the last step, killed in its validation: Lightning has nothing left to do.
+            # Killed in the validation after the last step: Lightning has nothing left to do.
             self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)
         spent = generation.seconds
         seconds["validation in training"] = spent
@@ -304,13 +327,15 @@ class MagnetCLI(private_api.lightning_cli()):
 
     def _write_summary(self, before: dict[str, float], seconds: dict[str, float]) -> None:
         generation = self.config_init[self.verb].generation
-        after = {k: v.item() for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
+        after = {
+            k: v.item() for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")
+        }
         saved: Any = self.trainer.checkpoint_callback
         summary = {
             "metrics": {k: {"before": before.get(k), "after": after[k]} for k in sorted(after)},
             "audio": [str(p) for p in generation.audio],
             "checkpoint": saved.last_model_path,
-            "pictures": [str(p) for p in generation.plots],
+            "plots": [str(p) for p in generation.plots],
             "seconds": {k: round(v, 1) for k, v in seconds.items()},
         }
         write_json(self.run_folder / "summary.json", summary)
@@ -321,7 +346,10 @@ class MagnetCLI(private_api.lightning_cli()):
 
 
 class DryRunCLI(MagnetCLI):
-    """Builds what `fit` builds, but weights without memory, and one process where the devices are missing."""
+    """Builds what `fit` builds, with weights on the meta device.
+
+    Where the requested devices are missing it builds for one process on the CPU.
+    """
 
     def __init__(self, verb: str, args: list[str], errors: list[Exception]):
         self.errors = errors
@@ -332,19 +360,25 @@ class DryRunCLI(MagnetCLI):
         parser = self.parser_of(self.verb)
         parser.prog = "python -m magnet_train doctor"
         parser.description = (
-            "Check whether a run of `fit` with these options would start and last, and estimate its memory, time and "
-            "cost. Nothing is trained."
+            "Check whether a run of `fit` with these options would start and last, and estimate "
+            "its memory, time and cost. Nothing is trained."
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--prefetch", action="store_true", help="Download the weights that are missing.")
-        price = "Price of one GPU for an hour, in any currency, for the estimate of what the run costs."
+        parser.add_argument(
+            "--prefetch", action="store_true", help="Download the weights that are missing."
+        )
+        price = (
+            "Price of one GPU for an hour, in any currency, for the estimate of what the run costs."
+        )
         parser.add_argument("--gpu_hour_price", type=float, help=price)
 
     def component_sizes(self) -> tuple[Callable[[str], Any], Callable[[str], int]]:
         """As published where a component is missing, which is for doctor to say."""
-        return _with_fallback(_codec_facts, MagnetConfig), _with_fallback(_text_dim, lambda: MagnetConfig.text_dim)
+        return _with_fallback(_codec_facts, MagnetConfig), _with_fallback(
+            _text_dim, lambda: MagnetConfig.text_dim
+        )
 
     def defaults(self, given: Namespace) -> dict[str, Any]:
         try:
@@ -375,9 +409,18 @@ class DryRunCLI(MagnetCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if not parse_devices(self.parsed.trainer).available:
-            kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None}
+            kwargs |= {
+                "accelerator": "cpu",
+                "devices": 1,
+                "num_nodes": 1,
+                "strategy": "auto",
+                "precision": None,
+            }
             kwargs["plugins"] = [LightningEnvironment()]
         return super().instantiate_trainer(**kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """Nothing: doctor checks the data."""
 
     def run_verb(self, run: Callable[[], None]) -> None:
         """Nothing: all is built."""
@@ -396,7 +439,11 @@ def prepare_loggers(config: Any, run_folder: Path, verb: str, resumes: bool) -> 
         UserError: if W&B refuses the key.
     """
     given = config.trainer.logger
-    loggers = [logger for logger in (given if isinstance(given, list) else [given]) if hasattr(logger, "class_path")]
+    loggers = [
+        logger
+        for logger in (given if isinstance(given, list) else [given])
+        if hasattr(logger, "class_path")
+    ]
     for logger in loggers:
         if logger.init_args.get("save_dir") in (None, "."):  # CSVLogger has no default
             logger.init_args.save_dir = str(run_folder)

@@ -47,7 +47,7 @@ class GenerateOptions:
     """Seconds of --continue_from that are kept."""
     format: Literal["wav", "flac"] = "wav"
     """Format of the audio files."""
-    pictures: bool = True
+    plots: bool = True
     """Write a spectrogram with the order of unmasking beside each file."""
     batch_size: int = 4
     """Prompts per batch."""
@@ -92,7 +92,7 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
         The audio files, in the order in which they were written.
 
     Raises:
-        UserError: if there is no prompt, or a setting or file is not valid; before the model is loaded if possible.
+        UserError: if there is no prompt, or a setting or file is not valid.
     """
     from magnet_train.decoding.decode import DecodingConfig
 
@@ -127,8 +127,9 @@ def all_prompts(options: GenerateOptions) -> list[str]:
     for prompt in prompts:
         if not prompt.strip():
             raise UserError("empty prompt; use --unconditional true to generate without text")
-        if not prompt.isprintable() and not prompt.encode(errors="replace").decode() == prompt:
-            raise UserError(f"prompt {prompt.encode(errors='replace').decode()!r}: not valid UTF-8; write it again")
+        readable = prompt.encode(errors="replace").decode()
+        if readable != prompt:
+            raise UserError(f"prompt {readable!r}: not valid UTF-8; write it again")
     if options.unconditional:
         prompts.append("")
     if not prompts:
@@ -164,12 +165,17 @@ def find_device(name: str) -> str:
         return "cuda" if count else "cpu"
     index = int(name.partition(":")[2] or 0)
     if name.startswith("cuda") and index >= count:
-        raise UserError(f"--device {name}: this machine has {count} CUDA devices; choose another, or cpu")
+        raise UserError(
+            f"--device {name}: this machine has {count} CUDA devices; choose another, or cpu"
+        )
     return name
 
 
 def _generate_files(
-    generator: "Generator", settings: "DecodingConfig", options: GenerateOptions, jobs: Sequence[Job]
+    generator: "Generator",
+    settings: "DecodingConfig",
+    options: GenerateOptions,
+    jobs: Sequence[Job],
 ) -> Iterator[Path]:
     from tqdm import tqdm
 
@@ -220,19 +226,23 @@ def _audio_prompt(generator: "Generator", file: Path, seconds: float) -> "torch.
     needed = math.floor(seconds * facts.sample_rate)
     if wav.shape[-1] < needed:
         length = wav.shape[-1] / facts.sample_rate
-        raise UserError(f"--continue_s {seconds:g}: {file} is {length:.2f} s long; give at most that")
+        raise UserError(
+            f"--continue_s {seconds:g}: {file} is {length:.2f} s long; give at most that"
+        )
     return generator.codec.encode(wav[None, :, :needed].to(generator.device))
 
 
-def _write(result: "Generated", row: int, job: Job, options: GenerateOptions, about: dict[str, Any]) -> Path:
-    """One audio file with its JSON, and its picture if asked for."""
+def _write(
+    result: "Generated", row: int, job: Job, options: GenerateOptions, about: dict[str, Any]
+) -> Path:
+    """One audio file with its JSON, and its plot if asked for."""
     from magnet_train.common.audio_files import save_plot, slug, write_audio
 
     path = options.out / f"{slug(job.prompt, job.seed)}.{options.format}"
     wav = result.wav[row].T.cpu().numpy()
     own = {"prompt": job.prompt, "seed": job.seed, "duration_s": len(wav) / result.sample_rate}
     write_audio(path, wav, result.sample_rate, own | about)
-    if options.pictures:
+    if options.plots:
         title = job.prompt or "(no text)"
         order = result.order[row].cpu().numpy()
         save_plot(path.with_suffix(".png"), {title: wav.mean(1)}, result.sample_rate, order)

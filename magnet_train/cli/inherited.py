@@ -1,4 +1,4 @@
-"""Defaults that a checkpoint or a release gives: network, codec, text encoder, lengths, decoding."""
+"""Defaults that a checkpoint or release gives: network, codec, text encoder, lengths, decoding."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +20,8 @@ NAMED_CHECKPOINTS = ("auto", "last", "best", "hpc", "registry")
 def fit_defaults(given: Namespace) -> dict[str, Any]:
     """Defaults of `fit`, `validate`, `test`, `predict` and `doctor`.
 
-    A checkpoint or release gives the model's settings. Without --config the embedded demo gives all others, or, for a
-    model that training starts from, conf/finetune.yaml.
+    A checkpoint or release gives the model's settings. Without --config the embedded demo gives all
+    others, or conf/finetune.yaml where training starts from a model.
 
     Args:
         given: what was given by file or flag.

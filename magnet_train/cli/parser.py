@@ -1,4 +1,4 @@
-"""The command line's parser: jsonargparse with one-line errors, shipped configurations and late defaults."""
+"""The parser of all verbs: jsonargparse with one-line errors and late defaults."""
 
 import difflib
 import math
@@ -27,7 +27,9 @@ Defaults = Callable[[Namespace], dict[str, Any]]
 class ConfigFile(ActionConfigFile):
     """`--config`: a YAML file, YAML text, or the name of a shipped configuration; repeatable."""
 
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
+    ) -> None:
         super().__call__(parser, cfg, find_config(values), option_string)
 
 
@@ -35,8 +37,8 @@ def config_help() -> str:
     """Help text of `--config`."""
     names = ", ".join(shipped_configurations())
     return (
-        "YAML file with any of these options; repeatable, later files and flags win. Shipped configurations are found "
-        f"by name: {names}."
+        "YAML file with any of these options; repeatable, later files and flags win. Shipped "
+        f"configurations are found by name: {names}."
     )
 
 
@@ -44,7 +46,7 @@ def find_config(text: str) -> str:
     """The path or YAML text that `--config` names.
 
     Args:
-        text: path of a file, name of a shipped configuration (`demo.yaml` or `conf/demo.yaml`), or YAML.
+        text: a path, the name of a shipped configuration (`demo.yaml`, `conf/demo.yaml`), or YAML.
 
     Raises:
         UserError: if the file is no regular file of UTF-8 text, or too large for a configuration.
@@ -74,21 +76,29 @@ def check_config_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"--config {path}: not a regular file; give a YAML file")
     if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise UserError(f"--config {path}: larger than {MAX_CONFIG_BYTES:,} bytes; give a YAML file of options")
+        raise UserError(
+            f"--config {path}: larger than {MAX_CONFIG_BYTES:,} bytes; give a YAML file of options"
+        )
     try:
         text = path.read_text(encoding="utf-8")
         events = yaml.parse(text, Loader=yaml.SafeLoader)
         num_aliases = sum(isinstance(event, yaml.AliasEvent) for event in events)
     except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise UserError(
+            f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(
+            f"--config {path}: not valid YAML ({' '.join(str(error).split())[:200]})"
+        ) from error
     if num_aliases > MAX_CONFIG_ALIASES:
-        raise UserError(f"--config {path}: {num_aliases} YAML aliases; at most {MAX_CONFIG_ALIASES} are read")
+        raise UserError(
+            f"--config {path}: {num_aliases} YAML aliases; at most {MAX_CONFIG_ALIASES} are read"
+        )
 
 
 class OneLineErrors(ArgumentParser):
-    """Parser whose errors are UserErrors, whose options need no exact dashes, and whose numbers are finite."""
+    """Parser that raises UserErrors, takes dashes for underscores, and refuses NaN and infinity."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -102,7 +112,9 @@ class OneLineErrors(ArgumentParser):
         if ex is not None and (found := user_error_from(ex)) is not None:
             return found
         text = parser_message(message)
-        unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", text)
+        unknown = re.search(
+            r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", text
+        )
         if unknown:
             text += did_you_mean(unknown[1] or unknown[2], self.option_names())
         return UserError(text)
@@ -112,7 +124,12 @@ class OneLineErrors(ArgumentParser):
         parsers: list[Any] = [self]
         for action in self._actions:
             parsers += (getattr(action, "_name_parser_map", None) or {}).values()
-        options = (option for parser in parsers for action in parser._actions for option in action.option_strings)
+        options = (
+            option
+            for parser in parsers
+            for action in parser._actions
+            for option in action.option_strings
+        )
         return [option.lstrip("-") for option in options]
 
     def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Namespace:  # type: ignore[override]
@@ -131,7 +148,9 @@ class OneLineErrors(ArgumentParser):
     def given(self, args: list[str]) -> Namespace:
         """What files and flags say, without defaults and links."""
         options = [with_underscores(arg) for arg in args]
-        asking = [o for o in options if o not in ("-h", "--help") and not o.startswith("--print_config")]
+        asking = [
+            o for o in options if o not in ("-h", "--help") and not o.startswith("--print_config")
+        ]
         return private_api.parse_without_defaults(self, asking)
 
 
@@ -155,7 +174,13 @@ def check_finite(config: Any) -> None:
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    items = vars(value).items() if isinstance(value, Namespace) else value.items() if isinstance(value, dict) else None
+    items = (
+        vars(value).items()
+        if isinstance(value, Namespace)
+        else value.items()
+        if isinstance(value, dict)
+        else None
+    )
     if items is not None:
         for key, inner in items:
             yield from _leaves(f"{name}.{key}" if name else str(key), inner)
@@ -178,8 +203,8 @@ def did_you_mean(word: str, known: list[str]) -> str:
 def parser_message(text: str) -> str:
     """A parser's message in one line, at most 600 characters.
 
-    >>> parser_message("Parser key \\"model.span_len\\":\\n  - Expected a <class 'int'>. Got value: three")
-    '--model.span_len three: give an integer'
+    >>> parser_message("Parser key \\"seed\\":\\n  - Expected a <class 'int'>. Got value: three")
+    '--seed three: give an integer'
     """
     lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
     message = " ".join(dict.fromkeys(lines))[:600]

@@ -1,4 +1,4 @@
-"""The folder of a run: one living process at a time, and what happens to an earlier run's checkpoints."""
+"""The folder of a run: one process at a time; an earlier run's checkpoints are kept."""
 
 import itertools
 import json
@@ -22,8 +22,8 @@ LOCK_WAIT_S = 10.0
 def prepare_run_folder(config: Any, is_fit: bool) -> Path:
     """Make the run folder, and set the paths that follow from it.
 
-    `--ckpt_path auto` becomes the newest intact checkpoint, or None. A new run in a folder that has one already moves
-    its checkpoints aside.
+    `--ckpt_path auto` becomes the newest intact checkpoint, or None. A new run in a folder that has
+    one already moves the old checkpoints aside.
 
     Args:
         config: options of the verb; changed in place.
@@ -68,8 +68,8 @@ class RunFolderLock:
             owner = self._read_owner()
             raise UserError(
                 f"run folder {self.owner.parent}: process {owner.get('pid', 'unknown')} on "
-                f"{owner.get('host', 'an unknown host')} trains there; wait for it, or choose another "
-                "--trainer.default_root_dir"
+                f"{owner.get('host', 'an unknown host')} trains there; wait for it, or choose "
+                "another --trainer.default_root_dir"
             ) from error
         except NotImplementedError:  # a file system without locks
             return
@@ -107,21 +107,21 @@ def _make_room(config: Any, folder: Path, own_checkpoints: Path) -> None:
     """
     if _is_within(config.model.init_from, own_checkpoints):
         raise UserError(
-            f"--model.init_from {config.model.init_from}: is in the run folder {folder}, which a new run would "
-            "overwrite; set --trainer.default_root_dir to another folder"
+            f"--model.init_from {config.model.init_from}: is in the run folder {folder}, which a "
+            "new run would overwrite; set --trainer.default_root_dir to another folder"
         )
     if Path(config.checkpoint.dirpath) == own_checkpoints:
         _move_aside(own_checkpoints)
     elif any(Path(config.checkpoint.dirpath).glob("*.ckpt")):
         raise UserError(
-            f"--checkpoint.dirpath {config.checkpoint.dirpath}: has checkpoints of an earlier run; give another "
-            "folder, or --ckpt_path auto to resume that run"
+            f"--checkpoint.dirpath {config.checkpoint.dirpath}: has checkpoints of an earlier run; "
+            "give another folder, or --ckpt_path auto to resume that run"
         )
 
 
 @rank_zero_only
 def _move_aside(checkpoints: Path) -> None:
-    """Keep an earlier run's checkpoints where `--ckpt_path auto` does not take them for this run's."""
+    """Keep an earlier run's checkpoints where `--ckpt_path auto` does not find them."""
     if not checkpoints.is_dir() or not any(checkpoints.glob("*.ckpt")):
         return
     names = (checkpoints.with_name(f"{checkpoints.name}-{n}") for n in itertools.count(1))

@@ -7,10 +7,12 @@ from typing import Any
 def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
     """The summary as people read it; metrics by mask rate and intervals stand in the JSON alone."""
     lines = ["", f"run folder  {run_folder}", f"checkpoint  {summary['checkpoint']}"]
-    for name in ("audio", "pictures"):
+    for name in ("audio", "plots"):
         paths = [Path(path) for path in summary[name]]
         if paths:
-            lines.append(f"{name:<11} {len(paths)} files in {paths[0].parent}, e.g. {paths[0].name}")
+            lines.append(
+                f"{name:<11} {len(paths)} files in {paths[0].parent}, e.g. {paths[0].name}"
+            )
     lines += ["", f"{'metric':<44}{'before':>10}{'after':>10}"]
     for key, values in summary["metrics"].items():
         if "/rate" not in key and not key.endswith("_ci95"):

@@ -1,4 +1,4 @@
-"""What counts as the user's mistake, and how it is said: one line that names the setting, its value and the remedy."""
+"""What counts as the user's mistake, and how it is said in one line."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ REMEDIES = {
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: one line that names the file or option, its value and the remedy.
+    """A mistake of the user: one line that names the file or option, its value and the remedy.
 
     The command line prints it without a traceback and exits with status 2.
     """
@@ -31,8 +31,9 @@ class UserError(Exception):
 def user_error_from(error: BaseException) -> UserError | None:
     """The user's mistake behind an error; None if the error is a bug, which keeps its traceback.
 
-    A mistake is a UserError (raised, wrapped, or in the traceback of a loader process or another rank), a setting that
-    Lightning refuses, an error of the operating system with a remedy, W&B's refusal, or too little memory.
+    A mistake is a UserError (raised, wrapped, or in the traceback of a loader process or another
+    rank), a setting that Lightning refuses, an error of the operating system with a remedy, a
+    refusal by W&B, or too little memory.
     """
     for cause in _causes(error):
         if isinstance(cause, UserError) and "\n" not in str(cause):

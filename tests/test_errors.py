@@ -1,0 +1,61 @@
+"""Which errors are the user's, and which are bugs and keep their traceback."""
+
+import errno
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from magnet_train.common.errors import REMEDIES, UserError, integer_from_environment, user_error_from
+
+
+def raised(*errors: BaseException) -> BaseException:
+    """The first error, raised from the second, which was raised from the third …"""
+    for error, cause in zip(errors, errors[1:], strict=False):
+        error.__cause__ = cause
+    return errors[0]
+
+
+REMOTE = """Caught UserError in DataLoader worker process 0.
+Traceback (most recent call last):
+  File "x.py", line 1, in f
+magnet_train.common.errors.UserError: shard a.tar: damaged; copy it again"""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("a: b"), "a: b"),
+        (raised(ValueError("x"), KeyError("y"), UserError("a: b")), "a: b"),
+        (RuntimeError(REMOTE), "shard a.tar: damaged; copy it again"),
+        (UserError(REMOTE), "shard a.tar: damaged; copy it again"),
+        (MisconfigurationException("no\n gpu"), "no gpu"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory (CUDA out of memory.);"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
+        *((OSError(number, "x", "f"), f"f: {text}") for number, text in REMEDIES.items()),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_a_mistake_is_one_line(error, line):
+    found = user_error_from(error)
+    assert found is not None and str(found).startswith(line) and "\n" not in str(found)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("x"), KeyError("x"), OSError(errno.EIO, "x"), AssertionError(), RuntimeError("x")],
+    ids=repr,
+)
+def test_a_bug_is_none(error):
+    assert user_error_from(error) is None
+    assert user_error_from(raised(RuntimeError("y"), error)) is None
+
+
+def test_numbers_in_the_environment_are_checked(monkeypatch):
+    monkeypatch.setenv("A_NUMBER", " 3 ")
+    assert integer_from_environment("A_NUMBER") == 3
+    monkeypatch.setenv("A_NUMBER", "")
+    assert integer_from_environment("A_NUMBER", 7) == 7
+    monkeypatch.setenv("A_NUMBER", "abc")
+    with pytest.raises(UserError, match="A_NUMBER=abc"):
+        integer_from_environment("A_NUMBER")

@@ -1,0 +1,84 @@
+"""`generate`: which files it makes of which prompts, and what it refuses before a model is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from magnet_train.cli.generate import GenerateOptions, all_prompts, generate, list_jobs
+from magnet_train.common.audio_files import slug
+from magnet_train.common.errors import UserError
+
+NOTHING: dict[str, object] = {}
+QUICK = {"decoding_steps": (1,)}
+
+
+@given(st.lists(st.text(min_size=1, max_size=3)), st.integers(0, 99), st.integers(1, 3))
+def test_every_prompt_and_variation_is_a_file_of_its_own(prompts, seed, variations):
+    jobs = list_jobs(prompts, seed, variations)
+    assert len(set(jobs)) == len(jobs) == len(prompts) * variations
+    assert [job.prompt for job in jobs] == [p for p in prompts for _ in range(variations)]
+    assert len({slug(job.prompt, job.seed) for job in jobs}) == len(jobs)
+
+
+def test_thousands_of_prompts_without_a_latin_letter_have_names_of_their_own():
+    assert len({slug(f"海{chr(0x4E00 + i)}", 0) for i in range(20_000)}) == 20_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", "\ufeffa piano\n\n a violin \r\n"),
+        ("p.jsonl", '{"caption": "a piano"}\n{"caption": "a violin", "path": "b.wav"}\n'),
+        ("p.csv", "path,caption\na.wav,a piano\nb.wav,a violin\n"),
+    ],
+)
+def test_prompts_come_from_text_and_from_manifests(name, content, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    options = GenerateOptions(prompt=["an organ"], prompts_file=tmp_path / name, unconditional=True)
+    assert all_prompts(options) == ["an organ", "a piano", "a violin", ""]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"prompt": []}, "no prompt"),
+        ({"prompt": [" "]}, "empty prompt"),
+        ({"prompt": ["caf\udce9"]}, "UTF-8"),
+        ({"prompts_file": Path("none.txt")}, "none.txt"),
+        ({"duration_s": float("nan")}, "duration_s"),
+        ({"duration_s": float("inf")}, "duration_s"),
+        ({"duration_s": 1e9}, "duration_s"),
+        ({"continue_s": 0.0}, "continue_s"),
+        ({"continue_s": -1.0}, "continue_s"),
+        ({"continue_from": Path("none.wav")}, "none.wav"),
+        ({"variations": 0}, "variations"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 10**20}, "seed"),
+        ({"format": "mp3"}, "format"),
+        ({"device": "gpu"}, "device"),
+        ({"device": "cuda:99"}, "cuda:99"),
+        ({"checkpoint": "none/here"}, "none/here"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_writes_nothing(settings, says, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=says):
+        generate(GenerateOptions(**({"prompt": ["a"]} | settings)), NOTHING)
+    assert not list(tmp_path.rglob("*.wav"))
+
+
+def test_a_prompt_that_is_given_twice_gets_two_clips_each_of_which_can_be_made_again(tmp_path):
+    options = {"duration_s": 0.2, "plots": False, "batch_size": 2}
+    paths = generate(GenerateOptions(prompt=["a", "a"], out=tmp_path, seed=7, **options), QUICK)
+    notes = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
+    assert [note["seed"] for note in notes] == [7, 8]
+    first, second = (path.read_bytes() for path in paths)
+    assert first != second
+    again = GenerateOptions(prompt=["a"], out=tmp_path / "again", seed=8, **options)
+    assert generate(again, QUICK)[0].read_bytes() == second

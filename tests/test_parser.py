@@ -1,0 +1,178 @@
+"""The parser of all verbs: what holds where nothing was given, and what is refused in one line."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from magnet_train.__main__ import main
+from magnet_train.cli.fit import build_without_training
+from magnet_train.cli.parser import (
+    MAX_CONFIG_ALIASES,
+    MAX_CONFIG_BYTES,
+    find_config,
+    make_parser,
+)
+from magnet_train.common.assets import conf_path, shipped_configurations
+from magnet_train.common.errors import UserError
+from magnet_train.release import SavedModel
+
+SMALL = {"dim": 32, "num_heads": 2, "num_layers": 1}
+
+
+def printed(capsys: Any, *args: str) -> dict[str, Any]:
+    """What `--print_config` writes, which is nothing but YAML."""
+    with pytest.raises(SystemExit) as ended:
+        main([*args, "--print_config"])
+    assert ended.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def refusal(capsys: Any, *args: str) -> str:
+    """The last line of what a mistake prints."""
+    assert main(list(args)) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["fit"],
+        ["fit", "--model.init_from", "demo"],
+        ["validate", "--model.init_from", "demo"],
+        ["generate", "--decoding.top_p", "0.5"],
+        ["evaluate", "--generated", "a", "--reference", "b"],
+        ["tokenize", "a", "--out", "b"],
+        ["convert", "demo", "--out", "b"],
+        ["sweep", "a.yaml"],
+        ["bench"],
+        ["dashboard", "--entity", "me"],
+    ],
+    ids=lambda args: " ".join(args[:2]),
+)
+def test_print_config_is_a_configuration_that_says_the_same(args, tmp_path, capsys):
+    first = printed(capsys, *args)
+    file = tmp_path / "my.yaml"
+    file.write_text(yaml.safe_dump(first))
+    assert printed(capsys, args[0], "--config", str(file)) == first
+
+
+@pytest.mark.parametrize("given", ["flag", "dashes", "config", "group file", "group text"])
+def test_decoding_is_as_given_whichever_way_and_else_as_the_checkpoint_says(
+    given, tmp_path, capsys
+):
+    settings = {"max_cfg_coef": 3.25, "top_p": 0.5}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"decoding": settings}))
+    (tmp_path / "d.yaml").write_text(yaml.safe_dump(settings))
+    args = {
+        "flag": ["--decoding.max_cfg_coef=3.25", "--decoding.top_p=0.5"],
+        "dashes": ["--decoding.max-cfg-coef", "3.25", "--decoding.top-p", "0.5"],
+        "config": ["--config", str(tmp_path / "c.yaml")],
+        "group file": ["--decoding", str(tmp_path / "d.yaml")],
+        "group text": ["--decoding", json.dumps(settings)],
+    }[given]
+    expected = asdict(SavedModel.open("demo").decoding) | settings
+    found = printed(capsys, "generate", *args)["decoding"]
+    assert found == json.loads(json.dumps(expected))
+
+
+@pytest.mark.parametrize("given", ["flag", "config", "group file"])
+def test_a_model_that_training_starts_from_gives_the_defaults(given, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("model: {init_from: demo, guidance_dropout: 0.125}")
+    (tmp_path / "m.yaml").write_text("{init_from: demo, guidance_dropout: 0.125}")
+    args = {
+        "flag": ["--model.init_from", "demo", "--model.guidance_dropout", "0.125"],
+        "config": ["--config", str(tmp_path / "c.yaml")],
+        "group file": ["--model", str(tmp_path / "m.yaml")],
+    }[given]
+    found = printed(capsys, "fit", *args)
+    saved = SavedModel.open("demo")
+    assert found["model"]["network"]["dim"] == saved.network.dim
+    assert found["model"]["crop_s"] == saved.crop_s
+    assert found["generation"]["decoding"]["temperature"] == saved.decoding.temperature
+    assert found["model"]["guidance_dropout"] == 0.125
+    finetune = yaml.safe_load(conf_path("finetune.yaml").read_text())
+    steps = found["trainer"]["max_steps"]
+    assert (steps == finetune["trainer"]["max_steps"]) == (given != "config")
+
+
+def test_help_shows_the_defaults_that_will_be_used(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    steps = yaml.safe_load(conf_path("demo.yaml").read_text())["trainer"]["max_steps"]
+    assert f"default: {steps}" in text and "hardware/gpu_1x24gb.yaml" in text
+
+
+def test_a_shipped_configuration_is_found_by_name_from_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("conf/music_small_10s.yaml", "music_small_10s.yaml"):
+        assert find_config(name) == str(conf_path("music_small_10s.yaml"))
+    (tmp_path / "music_small_10s.yaml").write_text("{}")  # a file that is here wins
+    assert Path(find_config("music_small_10s.yaml")).resolve().parent == tmp_path
+    assert not any(name.startswith(("sweep", "slurm")) for name in shipped_configurations())
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\xe3\x00\xff", "not UTF-8"),
+        (b"a: [", "not valid YAML"),
+        (b"a: &a x\nb: [" + b"*a, " * (MAX_CONFIG_ALIASES + 1) + b"]", "aliases"),
+        (b"#" * (MAX_CONFIG_BYTES + 1), "larger than"),
+        (None, "no such file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_is_no_configuration_is_named(content, says, tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    line = refusal(capsys, "bench", "--config", str(file))
+    assert str(file) in line and says in line
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["genrate"], "did you mean generate?"),
+        (["generate", "--promt", "a"], "did you mean prompt?"),
+        (["generate", "--pro", "a"], "--pro"),
+        (["fit", "--model.crop_z", "3"], "did you mean model.crop_s?"),
+        (["fit", "--model.optimizer.name", "sgd"], "choose adamw, dadapt_adam"),
+        (["fit", "--model.crop_s", "three"], "--model.crop_s three: give a number"),
+        (["fit", "--model.optimizer.lr", ".nan"], "--model.optimizer.lr nan"),
+        (["fit", "--model.crop_s", ".inf"], "--model.crop_s inf"),
+        (["fit", "--seed_everything", "100000000000000000000"], "seed_everything"),
+        (["fit", "--trainer.strategy", "foo"], "strategy"),
+        (["fit", "--trainer.devices", "0"], "devices"),
+        (["fit", "--checkpoint.save_top_k", "-7"], "save_top_k"),
+        (["validate"], "--ckpt_path"),
+        (["predict"], "--ckpt_path"),
+        (["fit", "--ckpt_path", "none.ckpt"], "none.ckpt"),
+        (["fit", "--model.init_from", "./none"], "./none"),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
+)
+def test_mistakes_are_the_last_line(args, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = refusal(capsys, *args)
+    assert line.startswith("error: ") and says in line
+
+
+def test_doctor_notes_a_missing_model_and_checks_the_rest(tmp_path):
+    errors: list[Exception] = []
+    built = build_without_training(["--ckpt_path", str(tmp_path / "none.ckpt")], errors)
+    assert len(errors) == 1 and isinstance(errors[0], UserError)
+    assert built.parsed.ckpt_path is None and built.parsed.trainer.max_steps > 0
+
+
+def test_numbers_within_lists_are_finite_too():
+    parser = make_parser("x", "")
+    parser.add_argument("--betas", type=list[float])
+    with pytest.raises(UserError, match="--betas"):
+        parser.parse_args(["--betas", "[0.9, .inf]"])
+    assert parser.parse_args(["--betas", "[0.9, 0.5]"]).betas == [0.9, 0.5]

@@ -1,0 +1,81 @@
+"""A run folder belongs to one living process, and keeps the checkpoints of earlier runs."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jsonargparse import Namespace
+
+from magnet_train.cli import run_folder
+from magnet_train.cli.run_folder import RunFolderLock, prepare_run_folder
+from magnet_train.common.errors import UserError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from magnet_train.cli.run_folder import RunFolderLock
+lock = RunFolderLock(Path(sys.argv[1]))
+lock.acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_second_process_is_told_which_one_has_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.1)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+    try:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        for _ in range(2):  # being refused leaves the owner's note as it is
+            with pytest.raises(UserError, match=rf"process {first.pid} on .+ trains there"):
+                RunFolderLock(tmp_path).acquire()
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 10.0)
+    lock = RunFolderLock(tmp_path)
+    lock.acquire()  # nothing of a killed process is in the way
+    lock.release()
+    RunFolderLock(tmp_path).acquire()
+
+
+def options(folder: Path, **given: object) -> Namespace:
+    return Namespace(
+        trainer=Namespace(default_root_dir=str(folder), fast_dev_run=False),
+        checkpoint=Namespace(dirpath=given.get("dirpath")),
+        model=Namespace(init_from=given.get("init_from")),
+        ckpt_path=given.get("ckpt_path"),
+    )
+
+
+def test_a_new_run_moves_earlier_checkpoints_aside(tmp_path):
+    for number in (1, 2):
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "last.ckpt").write_text(str(number))
+        prepare_run_folder(options(tmp_path), is_fit=True)
+        assert (tmp_path / f"checkpoints-{number}" / "last.ckpt").read_text() == str(number)
+        assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("setting", ["init_from", "dirpath"])
+def test_checkpoints_that_a_new_run_would_overwrite_are_refused(setting, tmp_path):
+    folder = tmp_path / ("checkpoints" if setting == "init_from" else "elsewhere")
+    folder.mkdir()
+    (folder / "last.ckpt").write_text("")
+    with pytest.raises(UserError, match=rf"--\w+\.{setting} .*{folder.name}"):
+        prepare_run_folder(options(tmp_path, **{setting: str(folder)}), is_fit=True)
+    assert (folder / "last.ckpt").exists()
+
+
+def test_auto_is_nothing_where_there_is_no_checkpoint_yet(tmp_path):
+    config = options(tmp_path / "new", ckpt_path="auto")
+    prepare_run_folder(config, is_fit=True)
+    assert config.ckpt_path is None and (tmp_path / "new").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"default_root_dir .*file"):
+        prepare_run_folder(options(tmp_path / "file" / "run"), is_fit=True)
