@@ -12,7 +12,7 @@ from magnet_train.common.audio_files import slug
 from magnet_train.common.errors import UserError
 
 NOTHING: dict[str, object] = {}
-QUICK = {"decoding_steps": (1,)}
+QUICK = {"decoding_steps": (4, 1, 1, 1)}
 
 
 @given(st.lists(st.text(min_size=1, max_size=3)), st.integers(0, 99), st.integers(1, 3))
