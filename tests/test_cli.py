@@ -202,6 +202,7 @@ def test_mistakes_of_fit(capsys, tmp_path, shards, clips):
     assert "x.ckpt" in mistake(capsys, *base, *data, f"--ckpt_path={tmp_path / 'x.ckpt'}")
     assert "num_workers" in mistake(capsys, *base, *data, "--data.num_workers=9")
     assert "index.json" in mistake(capsys, *base, f"--data.train={tmp_path}", data[1])
+    assert not (tmp_path / "run" / "validation").exists()  # refused before anything was computed
     index = json.loads((shards / "train" / "index.json").read_text())
     index["codec"]["hash"] = "0" * 16
     (tmp_path / "other").mkdir()
@@ -213,22 +214,6 @@ def test_mistakes_of_fit(capsys, tmp_path, shards, clips):
     )
     (tmp_path / "c.yaml").write_text("model: {crop_z: 3}")
     assert "crop_z" in mistake(capsys, *base, *data)
-
-
-def test_mistakes_of_generate(capsys, tmp_path):
-    assert "no prompt" in mistake(capsys, "generate", "--out", str(tmp_path))
-    assert "empty" in mistake(capsys, "generate", "--prompt", "", "--out", str(tmp_path))
-    assert "top_p" in mistake(capsys, "generate", "--prompt", "a", "--decoding.top_p", "7", "--out", str(tmp_path))
-    assert "some/model" in mistake(
-        capsys, "generate", "--prompt", "a", "--checkpoint", "some/model", "--out", str(tmp_path)
-    )
-    (tmp_path / "f").write_text("")
-    assert "--out" in mistake(capsys, "generate", "--prompt", "a", "--out", str(tmp_path / "f" / "g"))
-
-
-def test_unknown_verbs_and_help(capsys):
-    assert main(["dance"]) == 2 and "no verb 'dance'" in capsys.readouterr().err
-    assert main(["--help"]) == 0 and "tokenize" in capsys.readouterr().out
 
 
 @pytest.mark.slow

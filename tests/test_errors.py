@@ -1,6 +1,7 @@
 """Which errors are the user's, and which are bugs and keep their traceback."""
 
 import errno
+import itertools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from magnet_train.common.errors import REMEDIES, UserError, integer_from_environ
 
 def raised(*errors: BaseException) -> BaseException:
     """The first error, raised from the second, which was raised from the third …"""
-    for error, cause in zip(errors, errors[1:], strict=False):
+    for error, cause in itertools.pairwise(errors):
         error.__cause__ = cause
     return errors[0]
 

@@ -216,10 +216,11 @@ def doctor_verb(args: list[str]) -> None:
             print(f"estimate {found}", flush=True)
     if plan is None:
         print("         the other checks need a valid configuration")
-    if wrong := [finding.what for finding in findings if finding.status in ("missing", "failed")]:
-        raise UserError(
-            f"{len(wrong)} of {len(findings)} checks failed; `fit` would too: {', '.join(wrong)}"
-        )
+    wrong = [finding.what for finding in findings if finding.status in ("missing", "failed")]
+    if wrong:
+        names = ", ".join(wrong)
+        count = f"{len(wrong)} of {len(findings)} checks failed"
+        raise UserError(f"{count}; `fit` would fail too: {names}")
 
 
 def _reason(error: Exception) -> str:

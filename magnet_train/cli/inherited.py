@@ -1,5 +1,6 @@
 """Defaults that a checkpoint or release gives: network, codec, text encoder, lengths, decoding."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def fit_defaults(given: Namespace) -> dict[str, Any]:
     if given.get("config"):
         return inherited
     file = conf_path("demo.yaml" if init_from is None else "finetune.yaml")
+    print(f"no --config given: using {file}", file=sys.stderr)
     return _merged(yaml.safe_load(file.read_text(encoding="utf-8")), inherited)
 
 
