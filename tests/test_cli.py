@@ -69,7 +69,7 @@ def test_fit_leaves_checkpoint_audio_pictures_and_summary(run):
     summary = json.loads((run / "summary.json").read_text())
     assert Path(summary["checkpoint"]).is_file()
     assert all(Path(p).is_file() for p in summary["audio"] + summary["plots"]) and summary["audio"]
-    for metric in ("val/ce/stage0", "val/fad/musicnn", "val/kl/musicnn", "val/fad/musicnn/floor_codec"):
+    for metric in ("val/ce/stage0", "val/fad/musicnn", "val/kl/musicnn", "val/fad/musicnn/baseline_codec"):
         pair = summary["metrics"][metric]
         assert np.isfinite([pair["before"], pair["after"]]).all(), metric
     assert set(summary["seconds"]) >= {"training"}
@@ -83,7 +83,7 @@ def test_every_figure_of_a_validation_is_a_record(run):
         record = records[metric]
         assert record.value == pytest.approx(summary["metrics"][f"val/{metric}"]["after"], rel=1e-6)
         assert record.num_clips == 2 and record.seed == 0 and record.decoding["decoding_steps"] == [2, 1, 1, 1]
-        assert record.floor_codec is not None and record.embedder_hash
+        assert record.baseline_codec is not None and record.embedder_hash
 
 
 def test_metrics_without_weights_are_left_out_of_fit_and_an_error_elsewhere(run, shards, tmp_path, monkeypatch, capsys):

@@ -23,7 +23,7 @@ def cosines(audio: Tensor, text: Tensor) -> Tensor:
 
     Raises:
         ValueError: if the widths differ.
-        UserError: if an embedding holds NaN or an infinite number.
+        UserError: if an embedding is NaN or infinite.
     """
     if audio.dim() != 2 or text.dim() != 2 or audio.shape[1] != text.shape[1]:
         raise ValueError(
@@ -44,12 +44,11 @@ def retrieval(similarities: Tensor, k: int) -> float:
     """Share of captions whose own audio is among the k most similar ones (recall at k, text to
     audio).
 
-    Of audio that is equally similar the own comes last, so that embeddings without content score
-    nothing.
+    Ties rank the own audio last, so that constant embeddings score 0.
 
     Args:
         similarities: `b b`, audio by caption.
-        k: audio that is looked at.
+        k: number of most similar clips.
 
     >>> retrieval(torch.eye(3), k=1)
     1.0
@@ -60,16 +59,16 @@ def retrieval(similarities: Tensor, k: int) -> float:
 
 @dataclass(frozen=True)
 class ClapSummary:
-    """What is said of a set of pairs."""
+    """Statistics of a set of audio-caption pairs."""
 
     mean: float
     """The CLAP score, -1 to 1."""
     standard_error: float
-    """Of the mean; infinite for one pair."""
+    """Standard error of the mean; infinite for one pair."""
     interval: tuple[float, float] | None
-    """95 %, by bootstrap over pairs; None for one pair."""
+    """95 % interval by bootstrap over pairs; None for one pair."""
     shuffled: float | None
-    """Control: mean over all pairs of an audio and another's caption; None for one pair."""
+    """Control: mean over all pairs of audio and the caption of another; None for one pair."""
     recall_at_1: float
     recall_at_10: float
     """Text to audio; a set of ten pairs or fewer always scores 1, unless there are ties."""

@@ -1,10 +1,10 @@
-"""What is asked of whole sets of embeddings, beyond FAD: every item is needed, sums do not do.
+"""Metrics of sets of embeddings beyond FAD, which need every item and not only sums.
 
-Gather the items first (`items.all_gather_by_id`). Distances between all pairs take memory that
-grows with the square of the windows; above `MAX_WINDOWS` these functions refuse, and `subsample`
-chooses.
+Gather the items first (`distributed.all_gather_by_id`). Distances between all pairs take memory
+that grows with the square of the windows; above `MAX_WINDOWS` these functions raise: use
+`subsample`.
 
-Shapes: n windows generated, m of the reference, d dimensions. All is computed in float64.
+Shapes: n generated windows, m reference windows, d dimensions. Everything is in float64.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,17 +28,17 @@ def subsample(embeddings: Tensor, num_windows: int = MAX_WINDOWS, seed: int = 0)
     return embeddings[torch.from_numpy(np.sort(picks))]
 
 
-# --- FAD of endless clips, and of single ones -----------------------------------------------------
+# --- FAD extrapolated to infinitely many samples, and FAD of single clips -------------------------
 
 
 @dataclass(frozen=True)
 class FadInfinity:
-    """FAD against 1 / windows, and where the line meets endless windows."""
+    """A line fitted to FAD against 1 / windows."""
 
     value: float
-    """The intercept; unlike FAD it may fall below zero."""
+    """The intercept: FAD of infinitely many windows; unlike FAD it may be below zero."""
     slope: float
-    """Bias of FAD, times windows."""
+    """Slope of the line: the bias of FAD times the number of windows."""
     r2: float
     """Share of the points' variance that the line explains; well below 1, the value is noise."""
     sizes: tuple[int, ...]
@@ -78,8 +78,8 @@ def draws_of_clips(
 
 
 def fad_infinity(generated: Tensor, reference: Moments, draws: Sequence[Tensor]) -> FadInfinity:
-    """FAD of endless windows, by a straight line through FAD against 1 / n (Chong and Forsyth, CVPR
-    2020).
+    """FAD of infinitely many windows, by a straight line through FAD against 1 / n (Chong and
+    Forsyth, CVPR 2020).
 
     Equals fadtk's FAD-inf on the same draws.
 

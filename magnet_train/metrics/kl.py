@@ -1,4 +1,4 @@
-"""Kullback-Leibler divergences between what a classifier hears in the real clip and in the
+"""Kullback-Leibler divergences between a classifier's outputs for the real clip and for the
 generated one.
 
 A "KL" means nothing without its classifier, direction, window and averaging: on one set of logits

@@ -19,7 +19,7 @@ from magnet_train.common.folders import replacing
 from magnet_train.metrics.fad import Moments
 
 FORMAT = 1
-_HEARD = ("embedder", "embedder_hash", "resampler", "windowing")
+_PROTOCOL = ("embedder", "embedder_hash", "resampler", "windowing")
 
 
 def hash_of_ids(ids: Iterable[str]) -> str:
@@ -30,25 +30,25 @@ def hash_of_ids(ids: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """Moments of real clips, how they were heard, and on request what was heard in each."""
+    """Moments of real clips, how they were embedded, and on request the features of each."""
 
     moments: Moments
-    """Of all windows."""
+    """Moments of all windows."""
     num_clips: int
     ids_hash: str
-    """`hash_of_ids` of the clips: the reference set's name in a record."""
+    """`hash_of_ids` of the clips, as in a record."""
     embedder: str
     """Id of the network."""
     embedder_hash: str
-    """Of its weights."""
+    """Hash of its weights."""
     resampler: str
-    """Name of the one in use where a clip's rate is another than the network's."""
+    """Name of the resampler, for clips whose rate differs from the network's."""
     windowing: str
-    """Length and hop, as in "1 s every 0.5 s"."""
+    """Length and hop of the windows, as in "1 s every 0.5 s"."""
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
-    """By item id, `n d`; may be left out."""
+    """By item id, `n d`; may be empty."""
     logits: Mapping[str, Tensor] = field(default_factory=dict)
-    """By item id, `n c`: what KL compares; may be left out."""
+    """By item id, `n c`, compared by KL; may be empty."""
 
     @classmethod
     def of(
@@ -113,7 +113,7 @@ class ReferenceStatistics:
             "num_windows": self.moments.count,
             "num_clips": self.num_clips,
         }
-        about |= {name: getattr(self, name) for name in ("ids_hash", *_HEARD)}
+        about |= {name: getattr(self, name) for name in ("ids_hash", *_PROTOCOL)}
         tensors = {"mean": self.moments.mean, "covariance": self.moments.covariance("reference")}
         for kind in ("embeddings", "logits"):
             items: Mapping[str, Tensor] = getattr(self, kind)
@@ -135,7 +135,7 @@ class ReferenceStatistics:
             expected: what must agree, of embedder, embedder_hash, resampler and windowing.
 
         Raises:
-            UserError: if the file is missing or broken, or was heard otherwise.
+            UserError: if the file is missing or broken, or was embedded in another way.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -148,7 +148,7 @@ class ReferenceStatistics:
                     f"{path}: format {about['format']}, this version reads {FORMAT}; write it anew"
                 )
             moments = _moments(tensors, int(about["num_windows"]))
-            others: dict[str, Any] = {name: str(about[name]) for name in ("ids_hash", *_HEARD)}
+            others: dict[str, Any] = {name: str(about[name]) for name in ("ids_hash", *_PROTOCOL)}
             others |= {
                 kind: _split(tensors, kind, about[kind]) for kind in ("embeddings", "logits")
             }
@@ -159,8 +159,8 @@ class ReferenceStatistics:
                 f"{path}: missing, broken or no reference statistics ({reason}); write it anew"
             ) from error
         for name, value in expected.items():
-            if name not in _HEARD:
-                raise ValueError(f"{name} is none of {_HEARD}")
+            if name not in _PROTOCOL:
+                raise ValueError(f"{name} is none of {_PROTOCOL}")
             if getattr(read, name) != value:
                 raise UserError(
                     f"{path}: its {name} is {getattr(read, name)!r}, this run's {value!r}; "

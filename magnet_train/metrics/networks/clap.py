@@ -1,10 +1,9 @@
-"""LAION's CLAP: audio and captions as unit vectors of one space, whose cosine is the published CLAP
-score.
+"""LAION's CLAP: audio and captions as unit vectors of one space; their cosine is the CLAP score.
 
-Wu et al., "Large-scale contrastive language-audio pretraining", ICASSP 2023. The figures are of the
-checkpoint `music_audioset_epoch_15_esc_90.14.pt`; it runs here in transformers' ClapModel, its
-tensors renamed. The models that the hub holds under transformers' names are others and give other
-figures.
+Wu et al., "Large-scale contrastive language-audio pretraining", ICASSP 2023. Published scores use
+the checkpoint `music_audioset_epoch_15_esc_90.14.pt`; it runs here in transformers' ClapModel, with
+renamed tensors. The models on the hub under transformers' names are different and give different
+scores.
 
 Shapes: t samples, n captions.
 """
@@ -26,9 +25,9 @@ from magnet_train.metrics.networks.frontend import check_clip, resample
 
 SAMPLE_RATE = 48_000
 WINDOW = 10 * SAMPLE_RATE
-"""Samples that the network hears."""
+"""Samples of its input."""
 MAX_TOKENS = 77
-"""Of a caption, its two marks of beginning and end included; the rest is cut."""
+"""Tokens of a caption, including its start and end tokens; the rest is cut."""
 
 CONFIG: dict[str, Any] = {
     # RoBERTa's own epsilon; ClapTextConfig's default is another.
@@ -42,8 +41,7 @@ CONFIG: dict[str, Any] = {
     },
     "projection_dim": 512,
 }
-"""ClapConfig of LAION's HTSAT-base with RoBERTa-base, no fusion; all else is transformers'
-default."""
+"""ClapConfig of LAION's HTSAT-base with RoBERTa-base, no fusion; all else is at its default."""
 
 FEATURES: dict[str, Any] = {
     "sampling_rate": SAMPLE_RATE,
@@ -80,7 +78,7 @@ _UNRELATED = ("a slow waltz for solo piano", "a dog barks at a passing train")
 
 
 class AudioTextModel(Protocol):
-    """What embeds audio and captions into one space."""
+    """Embeds audio and captions into one space."""
 
     id: str
     sample_rate: int
@@ -102,10 +100,10 @@ class AudioTextModel(Protocol):
 
 
 def ten_seconds(wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
-    """The 480 000 samples of a clip, `t`, that the network hears.
+    """The 480,000 samples of a clip, `t`, that the network gets.
 
-    A shorter clip is repeated as often as it fits in whole, then zeros follow; of a longer one a
-    crop is taken, which LAION draws anew at every call and which here is a function of (seed, key).
+    A shorter clip is repeated as often as it fits, then padded with zeros; of a longer one a crop
+    is taken, which LAION draws at random at every call and which here depends on (seed, key) alone.
 
     Args:
         wav: mono at 48 kHz, not empty.
@@ -186,28 +184,27 @@ class Clap:
 
     @torch.no_grad()
     def embed_audio(self, wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
-        """A mono clip at 48 kHz, `t` -> its unit vector, `512`. Of more than 10 s one crop is
-        heard.
+        """A mono clip at 48 kHz, `t` -> its unit vector, `512`; of more than 10 s one crop is used.
 
         Args:
-            wav: Not empty; silence is heard like anything else.
-            key: Names the clip, so that its crop is always the same.
-            seed: Of the crop.
+            wav: not empty; silence is allowed.
+            key: id of the clip, so that its crop is always the same.
+            seed: of the crop.
 
         Raises:
-            UserError: if the clip is empty, or holds NaN or infinite samples.
+            UserError: if the clip is empty, or has NaN or infinite samples.
         """
         check_clip(wav, SAMPLE_RATE, self.min_duration_s, self.id)
-        heard = ten_seconds(wav.float().cpu(), key, seed).numpy()
-        features = self.features(heard, sampling_rate=SAMPLE_RATE, return_tensors="pt")[
+        crop = ten_seconds(wav.float().cpu(), key, seed).numpy()
+        features = self.features(crop, sampling_rate=SAMPLE_RATE, return_tensors="pt")[
             "input_features"
         ]
         return self.model.get_audio_features(features.to(self.model.device)).pooler_output[0].cpu()
 
     @torch.no_grad()
     def embed_text(self, captions: Sequence[str]) -> Tensor:
-        """Captions, as they are, without a template -> unit vectors, `n 512`."""
-        # Always filled up to 77 tokens, so that a caption's vector depends on no other caption.
+        """Captions, without a template -> unit vectors, `n 512`."""
+        # Always padded to 77 tokens, so that a vector does not depend on the other captions.
         tokens = self.tokenizer(
             list(captions),
             padding="max_length",
@@ -221,8 +218,7 @@ class Clap:
 
 
 class LaionClap:
-    """The package `laion-clap` behind the same interface; unproven here, where it could not be
-    imported."""
+    """The package `laion-clap` behind the same interface. Not tested: it could not be imported."""
 
     id = "laion-clap-music"
     sample_rate = SAMPLE_RATE
@@ -236,20 +232,17 @@ class LaionClap:
         """
         try:
             from laion_clap import CLAP_Module  # type: ignore[import-not-found]
-        except (
-            Exception
-        ) as error:  # OSError and RuntimeError too, from a torchvision built for another torch
+        except Exception as error:  # a torchvision for another torch raises OSError, RuntimeError
             raise UserError(
                 f"laion-clap cannot be imported ({one_line(error)}): pip install "
-                "'magnet-train[laion-clap]', "
-                "or leave it: transformers computes the same from the same weights"
+                "'magnet-train[laion-clap]', or use clap: transformers computes the same from the "
+                "same weights"
             ) from error
         self.hash = file.hash
         self.model = CLAP_Module(enable_fusion=False, amodel="HTSAT-base", device=device)
         state = _state(file)
-        state.pop(
-            "text_branch.embeddings.position_ids", None
-        )  # transformers has computed it since 4.31
+        # transformers has computed it since 4.31
+        state.pop("text_branch.embeddings.position_ids", None)
         self.model.model.load_state_dict(state)
         self.model.eval()
 
@@ -261,8 +254,8 @@ class LaionClap:
     def embed_audio(self, wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
         """As Clap's."""
         check_clip(wav, SAMPLE_RATE, self.min_duration_s, self.id)
-        heard = ten_seconds(wav.float(), key, seed)
-        return self.model.get_audio_embedding_from_data([heard], use_tensor=True)[0].cpu()
+        crop = ten_seconds(wav.float(), key, seed)
+        return self.model.get_audio_embedding_from_data([crop], use_tensor=True)[0].cpu()
 
     @torch.no_grad()
     def embed_text(self, captions: Sequence[str]) -> Tensor:
@@ -280,13 +273,13 @@ def load_clap(
     """The published CLAP, in evaluation mode.
 
     Args:
-        path: `music_audioset_epoch_15_esc_90.14.pt`; the cached or downloaded one if not given.
-        tokenizer: A folder or hub id with RoBERTa's tokenizer.
-        package: Let the package `laion-clap` compute, in place of transformers.
-        device: Where.
+        path: `music_audioset_epoch_15_esc_90.14.pt`; the cached or downloaded one if None.
+        tokenizer: folder or hub id of RoBERTa's tokenizer.
+        package: whether to use the package `laion-clap` instead of transformers.
+        device: where it runs.
 
     Raises:
-        UserError: if the weights or the tokenizer are not to be had, or are not these.
+        UserError: if the weights or the tokenizer cannot be found, or have another hash.
     """
     file = find_weights(CLAP_MUSIC, path)
     clap = LaionClap(file, device) if package else make_clap(file, CONFIG, tokenizer, device)

@@ -1,5 +1,4 @@
-"""PaSST, the classifier of the published KL divergences: logits of AudioSet's 527 classes for each
-segment of a clip.
+"""PaSST, the classifier of published KL divergences: logits of AudioSet's 527 classes by segment.
 
 Koutini et al., "Efficient training of audio transformers with patchout", Interspeech 2022; front
 end and names of the weights as in the package hear21passt, segments as in
@@ -22,12 +21,12 @@ from magnet_train.metrics.networks.frontend import check_clip, mel_filters, resa
 
 @dataclass(frozen=True)
 class PasstOutput:
-    """What the network says of each segment of a clip."""
+    """Outputs of PaSST for each segment of a clip."""
 
     logits: Tensor
     """`s 527`, before the softmax."""
     features: Tensor
-    """`s 768`, what the logits are computed from."""
+    """`s 768`, from which the logits are computed."""
 
 
 class Attention(nn.Module):
@@ -70,8 +69,7 @@ class Block(nn.Module):
 class Passt(nn.Module):
     """PaSST behind its front end, over segments of `segment_s` seconds.
 
-    The last segment is as long as it happens to be, without padding; what is 0.15 s or shorter is
-    not heard.
+    The last segment is not padded; a remainder of 0.15 s or less is dropped.
     """
 
     sample_rate = 32_000
@@ -86,8 +84,8 @@ class Passt(nn.Module):
         heads: int = 12,
         classes: int = 527,
     ):
-        """`segment_s` is 20 for music, 10 for sound, in the published figures; the other values are
-        the networks'."""
+        """`segment_s` is 20 for music and 10 for sound in published values; the rest is the size of
+        the network."""
         super().__init__()
         self.hash = ""
         self.id = f"passt-{segment_s}s"
@@ -135,17 +133,17 @@ class Passt(nn.Module):
 
     @torch.no_grad()
     def forward(self, wav: Tensor) -> PasstOutput:
-        """A mono clip at 32 kHz, `t`, longer than 0.15 s. Silence is heard like anything else.
+        """A mono clip at 32 kHz, `t`, longer than 0.15 s; silence is allowed.
 
         Raises:
-            UserError: if it is too short, or holds NaN or infinite samples.
+            UserError: if it is too short, or has NaN or infinite samples.
         """
         check_clip(wav, self.sample_rate, self.min_duration_s, self.id)
-        heard = [
+        outputs = [
             self.classify(self.log_mel(segment)[None])
             for segment in self.segments(wav.to(self.hann))
         ]
-        logits, features = (torch.cat(parts) for parts in zip(*heard, strict=True))
+        logits, features = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         return PasstOutput(logits, features)
 
     def classify(self, log_mel: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,12 +161,11 @@ def load_passt(path: str | None = None, segment_s: int = 20) -> Passt:
     """The published network, in evaluation mode.
 
     Args:
-        path: The package's file of weights; the cached or downloaded one if not given.
-        segment_s: 20 for music, 10 for sound; each has weights of its own.
+        path: the package's weights file; the cached or downloaded one if None.
+        segment_s: 20 for music, 10 for sound, in seconds; each has its own weights.
 
     Raises:
-        UserError: if the weights are not to be had, or are not these, or there are none for that
-            length.
+        UserError: if the weights cannot be found or have another hash, or for another length.
     """
     published = {10: PASST_10S, 20: PASST_20S}
     if segment_s not in published:

@@ -1,5 +1,4 @@
-"""VGGish, the network of the published Fréchet audio distances: one embedding for each second of a
-clip.
+"""VGGish, the network of published Fréchet audio distances: one embedding per second of a clip.
 
 Hershey et al., "CNN architectures for large-scale audio classification", ICASSP 2017; front end and
 windows as in google-research/frechet_audio_distance; weights and their names as torchvggish
@@ -18,8 +17,7 @@ from magnet_train.metrics.networks.frontend import check_clip, mel_filters, resa
 
 
 class Vggish(nn.Module):
-    """VGGish behind the front end of the published figures: 1 s every 0.5 s, each clip at its own
-    peak.
+    """VGGish with the front end of the papers: 1 s every 0.5 s, each clip at its own peak.
 
     No principal components, no 8-bit codes, and no activation after the last layer.
     """
@@ -86,11 +84,11 @@ class Vggish(nn.Module):
 
     @torch.no_grad()
     def forward(self, wav: Tensor) -> Tensor:
-        """A mono clip at 16 kHz, `t`, at least `min_duration_s` long -> embeddings `n 128`. Silence
-        is heard too.
+        """A mono clip at 16 kHz, `t`, at least `min_duration_s` long -> embeddings `n 128`;
+        silence is allowed.
 
         Raises:
-            UserError: if it is too short, or holds NaN or infinite samples.
+            UserError: if it is too short, or has NaN or infinite samples.
         """
         check_clip(wav, self.sample_rate, self.min_duration_s, self.id)
         windows = self.examples(self.level(wav.to(self.hann)))
@@ -100,17 +98,15 @@ class Vggish(nn.Module):
     def embed(self, examples: Tensor) -> Tensor:
         """`n 96 f` -> `n 128`."""
         maps = self.features(examples[:, None])  # n 512 6 4
-        return self.embeddings(
-            maps.permute(0, 2, 3, 1).flatten(1)
-        )  # channels last, as TensorFlow flattens
+        # Channels last, as TensorFlow flattens.
+        return self.embeddings(maps.permute(0, 2, 3, 1).flatten(1))
 
 
 class TorchVggish(Vggish):
-    """The same network behind torchvggish's front end: 0.96 s every 0.96 s, the clip's level as it
-    is.
+    """The same network with torchvggish's front end: 0.96 s every 0.96 s, the level unchanged.
 
-    What frechet-audio-distance and others compute, less their resampler; its figures are not the
-    published ones'.
+    As in frechet-audio-distance and others, but for their resampler; not comparable with published
+    values.
     """
 
     id = "torchvggish"
@@ -121,8 +117,7 @@ class TorchVggish(Vggish):
         return wav
 
     def examples(self, wav: Tensor) -> Tensor:
-        """`t` -> `n 96 f`: the clip's frames in blocks of 96; what is left at the end is
-        dropped."""
+        """`t` -> `n 96 f`: frames in blocks of 96; the remainder at the end is dropped."""
         return self.log_mel(wav).unfold(0, self.window_frames, self.window_frames).transpose(1, 2)
 
 
@@ -131,11 +126,11 @@ def load_vggish(path: str | None = None, front: type[Vggish] = Vggish) -> Vggish
     """The published network, in evaluation mode.
 
     Args:
-        path: torchvggish's `vggish-10086976.pth`; the cached or downloaded one if not given.
-        front: `Vggish` for the papers' front end, `TorchVggish` for the other in use.
+        path: torchvggish's `vggish-10086976.pth`; the cached or downloaded one if None.
+        front: `Vggish` for the papers' front end, `TorchVggish` for torchvggish's.
 
     Raises:
-        UserError: if the weights are not to be had, or are not these.
+        UserError: if the weights cannot be found, or have another hash.
     """
     file = find_weights(VGGISH, path)
     network = front()
