@@ -6,7 +6,6 @@ the position in the run only. So weights, optimizer and one number are all that 
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from magnet_train.common.errors import UserError
+from magnet_train.common.errors import UserError, integer_from_environment
 from magnet_train.common.pretrained import one_line
 from magnet_train.release import read_checkpoint
 
@@ -66,11 +65,7 @@ def requeue_count() -> int:
     Raises:
         UserError: if the environment variable is not a number.
     """
-    text = os.environ.get("SLURM_RESTART_COUNT", "0")
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"SLURM_RESTART_COUNT={text}: must be a whole number; unset it") from None
+    return integer_from_environment("SLURM_RESTART_COUNT")
 
 
 def newest_whole_checkpoint(folders: Iterable[Path]) -> Path | None:

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,3 +84,12 @@ def test_a_prompt_that_is_given_twice_gets_two_clips_each_of_which_can_be_made_a
     assert first != second
     again = GenerateOptions(prompt=["a"], out=tmp_path / "again", seed=8, **options)
     assert generate(again, QUICK)[0].read_bytes() == second
+
+
+def test_the_note_says_how_much_of_an_audio_prompt_was_kept(tmp_path):
+    soundfile.write(tmp_path / "c.wav", np.sin(np.arange(16_000) / 20), 16_000)
+    options = GenerateOptions(
+        prompt=["a"], out=tmp_path, duration_s=1.5, plots=False, continue_from=tmp_path / "c.wav"
+    )
+    (path,) = generate(options, QUICK)
+    assert json.loads(path.with_suffix(".json").read_text())["continue_s"] == 1.0

@@ -1,6 +1,5 @@
 """`generate`: prompts to audio files, each with a JSON of all settings beside it."""
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -44,7 +43,7 @@ class GenerateOptions:
     continue_from: Path | None = None
     """Audio prompt: every output starts with the first --continue_s seconds of this file."""
     continue_s: float = 3.0
-    """Seconds of --continue_from that are kept."""
+    """Seconds of --continue_from that are kept; all of a shorter file."""
     format: Literal["wav", "flac"] = "wav"
     """Format of the audio files."""
     plots: bool = True
@@ -179,16 +178,16 @@ def _generate_files(
 ) -> Iterator[Path]:
     from tqdm import tqdm
 
-    start = None
+    start = kept_s = None
     if options.continue_from is not None:
-        start = _audio_prompt(generator, options.continue_from, options.continue_s)
+        start, kept_s = _audio_prompt(generator, options.continue_from, options.continue_s)
     about = {
         "checkpoint": options.checkpoint,
         "decoding": asdict(settings),
         "precision": options.precision,
         "codec": generator.codec.facts.to_dict(),
         "continue_from": None if start is None else str(options.continue_from),
-        "continue_s": None if start is None else options.continue_s,
+        "continue_s": kept_s,
         "model": generator.about,
     }
     with tqdm(total=len(jobs), unit="file", disable=len(jobs) == 1) as bar:
@@ -215,21 +214,19 @@ def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
             yield of_seed[first : first + size]
 
 
-def _audio_prompt(generator: "Generator", file: Path, seconds: float) -> "torch.Tensor":
-    """Codes `1 k t` of the beginning of a file."""
+def _audio_prompt(
+    generator: "Generator", file: Path, seconds: float
+) -> tuple["torch.Tensor", float]:
+    """Codes `1 k t` of the beginning of a file, and their length in seconds."""
     import torch
 
     from magnet_train.data.audio import read_audio
 
     facts = generator.codec.facts
     wav = torch.from_numpy(read_audio(file, facts.sample_rate, facts.channels))
-    needed = math.floor(seconds * facts.sample_rate)
-    if wav.shape[-1] < needed:
-        length = wav.shape[-1] / facts.sample_rate
-        raise UserError(
-            f"--continue_s {seconds:g}: {file} is {length:.2f} s long; give at most that"
-        )
-    return generator.codec.encode(wav[None, :, :needed].to(generator.device))
+    wav = wav[:, : round(seconds * facts.sample_rate)]
+    codes = generator.codec.encode(wav[None].to(generator.device))
+    return codes, wav.shape[-1] / facts.sample_rate
 
 
 def _write(

@@ -89,4 +89,4 @@ def integer_from_environment(name: str, default: int = 0) -> int:
     try:
         return int(text) if text else default
     except ValueError as error:
-        raise UserError(f"environment variable {name}={text}: not an integer; unset it") from error
+        raise UserError(f"{name}={text}: must be a whole number; unset it") from error
