@@ -1,10 +1,12 @@
-"""Makes each fault happen to a tiny run in processes of its own, and draws a table of what happened and what was lost.
+"""Makes each fault happen to a tiny run in processes of its own, and draws a table of what happened
+and what was lost.
 
     python benchmarks/faults.py [--out benchmarks/records/faults.md] [--only disk signal …]
 
-"Nothing" in the last column was found out: the run went on after the fault, and its batches, validations, weights (raw
-and averaged), optimizer and counters are equal, bit for bit, to those of a run that was never disturbed. What a run has
-to do again, since its last checkpoint, is not counted as lost.
+"Nothing" in the last column was found out: the run went on after the fault, and its batches,
+validations, weights (raw and averaged), optimizer and counters are equal, bit for bit, to those of
+a run that was never disturbed. What a run has to do again, since its last checkpoint, is not
+counted as lost.
 """
 
 import argparse
@@ -57,7 +59,11 @@ class Place:
         assert status == 0, said
         found = differences(outcome(twin), outcome(run))
         one, two = ledger(twin), ledger(run)
-        found += [f"batch {place}" for place in one.keys() | two.keys() if one.get(place) != two.get(place)]
+        found += [
+            f"batch {place}"
+            for place in one.keys() | two.keys()
+            if one.get(place) != two.get(place)
+        ]
         return "nothing" if not found else f"{len(found)} differences: {'; '.join(found[:3])}"
 
 
@@ -65,7 +71,9 @@ def start(place: Place, run: Path, *options: str, **where: Any) -> tuple[int, Pa
     """A run's process group and its log."""
     log = run.with_suffix(".log")
     log.unlink(missing_ok=True)
-    return attempt(arguments(place.data, run, f"--trainer.max_steps={STEPS}", *options, **where), log), log
+    return attempt(
+        arguments(place.data, run, f"--trainer.max_steps={STEPS}", *options, **where), log
+    ), log
 
 
 def fit(place: Place, run: Path, *options: str, **where: Any) -> tuple[int, str]:
@@ -80,7 +88,9 @@ def fit(place: Place, run: Path, *options: str, **where: Any) -> tuple[int, str]
 
 def line(said: str, *words: str) -> str:
     """The line with all these words, in code quotes."""
-    lines = [text.partition("Warning: ")[2] or text for text in said.splitlines() if "warn(" not in text]
+    lines = [
+        text.partition("Warning: ")[2] or text for text in said.splitlines() if "warn(" not in text
+    ]
     found = [text for text in lines if all(word in text for word in words)]
     assert found, f"nothing with {words} in:\n{said[-3000:]}"
     return f"`{found[-1].strip()}`"
@@ -88,18 +98,25 @@ def line(said: str, *words: str) -> str:
 
 def wait_for_batch(run: Path, batch: int) -> None:
     ledger = run / "ledger.jsonl"
-    wait_for(lambda: ledger.exists() and len(ledger.read_text().splitlines()) > batch, f"batch {batch} in {run}")
+    wait_for(
+        lambda: ledger.exists() and len(ledger.read_text().splitlines()) > batch,
+        f"batch {batch} in {run}",
+    )
 
 
-# --- one function a fault -----------------------------------------------------------------------------------------
+# --- one function a fault -------------------------------------------------------------------------
 
 
 def kill(place: Place) -> Row:
-    """SIGKILL of the whole process group, 20 times at random moments (benchmarks/kill_and_resume.py)"""
+    """SIGKILL of the whole process group, 20 times at random moments
+    (benchmarks/kill_and_resume.py)"""
     folder = place.folder / "kills"
     folder.mkdir()
     found = killed_often(folder, kills=20, workers=2, ranks=1, accumulated=2, seed=0)
-    return "gone at once; each start went on from the newest whole checkpoint", "nothing" if not found else str(found)
+    return (
+        "gone at once; each start went on from the newest whole checkpoint",
+        "nothing" if not found else str(found),
+    )
 
 
 def signals(place: Place) -> Row:
@@ -113,17 +130,22 @@ def signals(place: Place) -> Row:
     status = ended(child, 240)
     seconds = time.monotonic() - begin
     assert status == 0, log.read_text()[-3000:]
-    return f"status {status} after {seconds:.1f} s: {line(log.read_text(), 'stopped at step')}", place.lost(
-        run, workers
+    return (
+        f"status {status} after {seconds:.1f} s: {line(log.read_text(), 'stopped at step')}",
+        place.lost(run, workers),
     )
 
 
 def service(place: Place) -> Row:
     """W&B's service process is killed, as by a kernel that is short of memory"""
     run = place.folder / "service"
-    child, log = start(place, run, "--trainer.logger=WandbLogger", "--trainer.log_every_n_steps=1", lasts_s=0.3)
+    child, log = start(
+        place, run, "--trainer.logger=WandbLogger", "--trainer.log_every_n_steps=1", lasts_s=0.3
+    )
     wait_for_batch(run, 2)
-    (pid,) = [p for p in descendants(child) if "wandb-core" in Path(f"/proc/{p}/cmdline").read_text()]
+    (pid,) = [
+        p for p in descendants(child) if "wandb-core" in Path(f"/proc/{p}/cmdline").read_text()
+    ]
     os.kill(pid, signal.SIGKILL)
     status = ended(child, 240)
     assert status == 1, log.read_text()[-3000:]
@@ -133,7 +155,11 @@ def service(place: Place) -> Row:
 
 def descendants(process: int) -> list[int]:
     """A process and all that it began."""
-    children = [p for task in Path(f"/proc/{process}/task").iterdir() for p in (task / "children").read_text().split()]
+    children = [
+        p
+        for task in Path(f"/proc/{process}/task").iterdir()
+        for p in (task / "children").read_text().split()
+    ]
     return [process, *itertools.chain.from_iterable(descendants(int(p)) for p in children)]
 
 
@@ -153,7 +179,9 @@ def disk(place: Place) -> Row:
     folder = run / "checkpoints"
     folder.mkdir(parents=True)
     size = (place.twin() / "checkpoints" / "last.ckpt").stat().st_size
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 5 // 2}", "tmpfs", folder])
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size * 5 // 2}", "tmpfs", folder]
+    )
     if mounted.returncode:
         return "not tried: no right to mount a small disk", "not known"
     try:
@@ -169,7 +197,9 @@ def not_finite(place: Place) -> Row:
     run = place.folder / "not_finite"
     status, said = fit(place, run, bad_gradients=[3])
     assert status == 0 and len(ledger(run)) == STEPS
-    return line(said, "left out"), "that step, for the weights; it is counted in `train/steps_skipped`"
+    return line(
+        said, "left out"
+    ), "that step, for the weights; it is counted in `train/steps_skipped`"
 
 
 def training_shard(place: Place) -> Row:
@@ -204,8 +234,9 @@ def rank_raises(place: Place) -> Row:
     begin = time.monotonic()
     status, said = fit(place, run, *two, stop_at=4, stop_rank=1)
     seconds = time.monotonic() - begin
-    return f"both end, status {status}, {seconds:.0f} s after the start: {line(said, 'as planned')}", place.lost(
-        run, *two
+    return (
+        f"both end, status {status}, {seconds:.0f} s after the start: {line(said, 'as planned')}",
+        place.lost(run, *two),
     )
 
 
@@ -238,8 +269,9 @@ def rank_hangs(place: Place) -> Row:
     os.kill(ranks[-1], signal.SIGCONT)
     status = ended(child, 240)
     assert status == 0, log.read_text()[-2000:]
-    return f"it goes on once the rank does; meanwhile {line(log.read_text(), 'rank ', 'usually')}", place.lost(
-        run, *two
+    return (
+        f"it goes on once the rank does; meanwhile {line(log.read_text(), 'rank ', 'usually')}",
+        place.lost(run, *two),
     )
 
 
@@ -281,25 +313,39 @@ def store(place: Place) -> Row:
         status, said = fit(place, run, f"--data.train={address}/train")
         del os.environ["MAGNET_TRAIN_CACHE"]
     assert status == 0 and len(ledger(run)) == STEPS, said[-3000:]
-    return line(said, "left out").replace(address, "http://…"), "its items, in each epoch; they are counted"
+    return line(said, "left out").replace(
+        address, "http://…"
+    ), "its items, in each epoch; they are counted"
 
 
 def key(place: Place) -> Row:
     """a W&B key that is refused"""
     with served(Refusing) as address:
         happens = refused(
-            "", "W&B", options=lambda _: ["--trainer.logger=WandbLogger"],
-            environment={"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address},
-        )  # fmt: skip
+            "",
+            "W&B",
+            options=lambda _: ["--trainer.logger=WandbLogger"],
+            environment={
+                "WANDB_MODE": "online",
+                "WANDB_API_KEY": "0" * 40,
+                "WANDB_BASE_URL": address,
+            },
+        )
         happened, lost = happens(place)
     return happened.replace(address, "http://…"), lost
 
 
 def outage(place: Place) -> Row:
     """W&B's server goes away while a run trains, and is still away when it ends"""
-    run, options = place.folder / "outage", ["--trainer.logger=WandbLogger", "--trainer.log_every_n_steps=1"]
+    run, options = (
+        place.folder / "outage",
+        ["--trainer.logger=WandbLogger", "--trainer.log_every_n_steps=1"],
+    )
     quick = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1", "WANDB_FINISH_TIMEOUT": "5"}
-    with recorder() as server, environment(WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL=server.url):
+    with (
+        recorder() as server,
+        environment(WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL=server.url),
+    ):
         with environment(**quick):
             child, log = start(place, run, *options, lasts_s=0.5)
         wait_for(lambda: bool(server.rows), f"a row of {run}")
@@ -312,8 +358,14 @@ def outage(place: Place) -> Row:
         text = line(log.read_text(), "not all was uploaded")
         command = [sys.executable, "-m", *text.split("`")[2].split()]
         subprocess.run(command, check=True, timeout=LONGEST_S, capture_output=True)
-    losses = [(row["trainer/global_step"], row["train/loss"]) for row in server.rows if "train/loss" in row]
-    assert arrived and {step for step, _ in losses} == set(range(STEPS)) and len(set(losses)) == STEPS
+    losses = [
+        (row["trainer/global_step"], row["train/loss"])
+        for row in server.rows
+        if "train/loss" in row
+    ]
+    assert (
+        arrived and {step for step, _ in losses} == set(range(STEPS)) and len(set(losses)) == STEPS
+    )
     return f"status 0: {text}, which it did", place.lost(run)
 
 
@@ -321,8 +373,14 @@ def preempted(place: Place) -> Row:
     """W&B's server is away as a run is preempted; it gets 3 s here, and else a minute"""
     from magnet_train.tracking import wandb_session as tracking
 
-    run, options = place.folder / "preempted", ["--trainer.logger=WandbLogger", "--trainer.log_every_n_steps=1"]
-    with recorder() as server, environment(WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL=server.url):
+    run, options = (
+        place.folder / "preempted",
+        ["--trainer.logger=WandbLogger", "--trainer.log_every_n_steps=1"],
+    )
+    with (
+        recorder() as server,
+        environment(WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL=server.url),
+    ):
         usual, tracking.FINISH_TIMEOUT_S = tracking.FINISH_TIMEOUT_S, 3.0
         child, log = start(place, run, *options, lasts_s=0.3)
         tracking.FINISH_TIMEOUT_S = usual
@@ -333,7 +391,10 @@ def preempted(place: Place) -> Row:
         status = ended(child, 240)
         seconds = time.monotonic() - begin
     assert status == 0 and "stopped at step" in log.read_text(), log.read_text()[-3000:]
-    return f"status 0 after {seconds:.1f} s: {line(log.read_text(), 'not all was uploaded')}", place.lost(run)
+    return (
+        f"status 0 after {seconds:.1f} s: {line(log.read_text(), 'not all was uploaded')}",
+        place.lost(run),
+    )
 
 
 @contextmanager
@@ -349,7 +410,8 @@ def environment(**values: str) -> Iterator[None]:
 
 
 def refused(what: str, *words: str, **of: Any) -> Callable[[Place], Row]:
-    """A fault that ends a start before anything is trained, and leaves what was trained as it was."""
+    """A fault that ends a start before anything is trained, and leaves what was trained as it
+    was."""
 
     def happens(place: Place) -> Row:
         run = place.folder / f"refused_{'_'.join(words)}".replace("/", "-").replace(" ", "_")
@@ -359,7 +421,9 @@ def refused(what: str, *words: str, **of: Any) -> Callable[[Place], Row]:
         with environment(**of.get("environment", {})):
             status, said = fit(place, run, *options)
         assert status == 2, said[-3000:]
-        assert before == {p: p.read_bytes() for p in run.rglob("*.ckpt")}, "a checkpoint has changed"
+        assert before == {p: p.read_bytes() for p in run.rglob("*.ckpt")}, (
+            "a checkpoint has changed"
+        )
         return f"status {status}: {line(said, 'error:', *words)}", place.lost(run)
 
     happens.__doc__ = what
@@ -383,7 +447,10 @@ def other_codec(place: Place) -> list[str]:
         make_data_codec(folder / "codec", seed=5)
         for split in ("train", "validation"):
             write_shards(folder / split, str(folder / "codec"), (5, 3))
-    return [f"--model.codec={folder / 'codec'}", *(f"--data.{s}={folder / s}" for s in ("train", "validation"))]
+    return [
+        f"--model.codec={folder / 'codec'}",
+        *(f"--data.{s}={folder / s}" for s in ("train", "validation")),
+    ]
 
 
 def other_text_encoder(place: Place) -> list[str]:
@@ -400,7 +467,10 @@ def sweep_value(place: Place) -> Row:
     file.write_text(sweep.replace("[1, 2, 3, 5, 7, 10]", "[1, 2, three]"))
     status = ended(attempt(["sweep", str(file), "--out", str(out)], log), 240)
     assert status == 2 and not [*out.rglob("*.ckpt")], log.read_text()[-2000:]
-    return f"status {status} before any run begins: {line(log.read_text(), 'error:', 'three')}", "nothing"
+    return (
+        f"status {status} before any run begins: {line(log.read_text(), 'error:', 'three')}",
+        "nothing",
+    )
 
 
 FAULTS: dict[str, Callable[[Place], Row]] = {
@@ -416,7 +486,8 @@ FAULTS: dict[str, Callable[[Place], Row]] = {
     "rank_hangs": rank_hangs,
     "store": store,
     "unreachable": refused(
-        "an object store that is not to be reached", "cannot be reached",
+        "an object store that is not to be reached",
+        "cannot be reached",
         options=lambda _: ["--data.train=http://127.0.0.1:9/train"],
     ),
     "key": key,
@@ -424,7 +495,8 @@ FAULTS: dict[str, Callable[[Place], Row]] = {
     "preempted": preempted,
     "service": service,
     "ranks": refused(
-        "more ranks than shards", "shards for 8 ranks",
+        "more ranks than shards",
+        "shards for 8 ranks",
         options=lambda _: ["--trainer.devices=8", "--trainer.strategy=ddp_fork"],
     ),
     "model": refused(
@@ -432,10 +504,14 @@ FAULTS: dict[str, Callable[[Place], Row]] = {
     ),
     "data": refused("a resume on other shards", "other shards", options=other_data),
     "codec": refused("a resume with another codec", "codec", options=other_codec),
-    "text": refused("a resume with another text encoder", "text encoder", options=other_text_encoder),
-    "type": refused("a value of the wrong type", "span_len", options=lambda _: ["--model.span_len=1e1"]),
+    "text": refused(
+        "a resume with another text encoder", "text encoder", options=other_text_encoder
+    ),
+    "type": refused(
+        "a value of the wrong type", "span_len", options=lambda _: ["--model.span_len=1e1"]
+    ),
     "sweep": sweep_value,
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -462,7 +538,17 @@ def main() -> None:
         head = (__doc__ or "").split("\n\n", 2)[2]
         table = ["| fault | what happened | what was lost |", "|---|---|---|", *rows]
         given.out.write_text(
-            "\n".join(["# Faults", "", f"`python benchmarks/faults.py --out {given.out}`", "", head, *table, ""])
+            "\n".join(
+                [
+                    "# Faults",
+                    "",
+                    f"`python benchmarks/faults.py --out {given.out}`",
+                    "",
+                    head,
+                    *table,
+                    "",
+                ]
+            )
         )
 
 

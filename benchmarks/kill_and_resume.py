@@ -1,9 +1,12 @@
-"""Trains a tiny model twice, once undisturbed and once killed with SIGKILL at random moments; the ends must be equal.
+"""Trains a tiny model twice, once undisturbed and once killed with SIGKILL at random moments; the
+ends must be equal.
 
-    python benchmarks/kill_and_resume.py --kills 20 [--workers 2] [--ranks 2] [--accumulated 3] [--seed 0]
+    python benchmarks/kill_and_resume.py --kills 20 [--workers 2] [--ranks 2] [--accumulated 3]
+    [--seed 0]
 
-Each attempt is the same command in a process group of its own, forked from this process, which has only imported what
-it needs; the whole group is killed, loader processes and other ranks too, as when a node fails.
+Each attempt is the same command in a process group of its own, forked from this process, which has
+only imported what it needs; the whole group is killed, loader processes and other ranks too, as
+when a node fails.
 """
 
 import argparse
@@ -25,10 +28,13 @@ from helpers_resume import arguments, differences, ledger, make_data, outcome
 
 
 def batches_done(run: Path) -> list[int]:
-    """Counts of the batches, over the whole run, that the ledger has; in the order in which they were done."""
+    """Counts of the batches, over the whole run, that the ledger has; in the order in which they
+    were done."""
     ledger = run / "ledger.jsonl"
     lines = ledger.read_text().split("\n")[:-1] if ledger.exists() else []
-    return [int(re.match(r'{"batch": (\d+)', line)[1]) for line in lines if line.endswith("}")]  # else cut off
+    return [
+        int(re.match(r'{"batch": (\d+)', line)[1]) for line in lines if line.endswith("}")
+    ]  # else cut off
 
 
 def logged_values(run: Path) -> dict[tuple[str, str], set[str]]:
@@ -38,29 +44,46 @@ def logged_values(run: Path) -> dict[tuple[str, str], set[str]]:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():
-                    if name and value and not name.startswith("speed/") and None not in row.values():
+                    if (
+                        name
+                        and value
+                        and not name.startswith("speed/")
+                        and None not in row.values()
+                    ):
                         found.setdefault((row["step"], name), set()).add(value)
     return found
 
 
 def come_to(child: int, run: Path, batches: int, within_s: float) -> int | None:
-    """Waits for so many batches in the ledger, or so long; exit status of a run that ends before."""
+    """Waits for so many batches in the ledger, or so long; exit status of a run that ends
+    before."""
     end = time.monotonic() + within_s
-    while (status := ended(child, 0.002)) is None and len(batches_done(run)) < batches and time.monotonic() < end:
+    while (
+        (status := ended(child, 0.002)) is None
+        and len(batches_done(run)) < batches
+        and time.monotonic() < end
+    ):
         pass
     return status
 
 
-def killed_often(folder: Path, kills: int, workers: int, ranks: int, accumulated: int, seed: int) -> list[str]:
+def killed_often(
+    folder: Path, kills: int, workers: int, ranks: int, accumulated: int, seed: int
+) -> list[str]:
     """Differences between the two ends: none, if all is well."""
     from magnet_train.callbacks import checkpoint
 
     data, steps = make_data(folder / "data"), 5 * kills + 5
     options = [
-        f"--trainer.max_steps={steps}", f"--data.num_workers={workers}", "--trainer.val_check_interval=8",
-        f"--trainer.accumulate_grad_batches={accumulated}", "--trainer.log_every_n_steps=1",
-        "--trainer.logger=CSVLogger", "--trainer.logger.flush_logs_every_n_steps=1", "--trainer.logger.name=csv",
-    ]  # fmt: skip
+        f"--trainer.max_steps={steps}",
+        f"--data.num_workers={workers}",
+        "--trainer.val_check_interval=8",
+        f"--trainer.accumulate_grad_batches={accumulated}",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.logger=CSVLogger",
+        "--trainer.logger.flush_logs_every_n_steps=1",
+        "--trainer.logger.name=csv",
+    ]
     if ranks > 1:
         options += [f"--trainer.devices={ranks}", "--trainer.strategy=ddp_fork"]
     twin, run = folder / "twin", folder / "run"
@@ -72,11 +95,16 @@ def killed_often(folder: Path, kills: int, workers: int, ranks: int, accumulated
     assert status == 0 and first is not None, twin.with_suffix(".log").read_text()[-3000:]
     training = time.monotonic() - start - first
     a_batch = training / (steps * accumulated)
-    print(f"undisturbed: {steps} steps, {first:.1f} s until the first batch, then {training:.1f} s", flush=True)
+    print(
+        f"undisturbed: {steps} steps, {first:.1f} s until the first batch, then {training:.1f} s",
+        flush=True,
+    )
 
     draw = random.Random(seed)
     for number in range(1, kills + 1):
-        checkpoint.SAVE_EVERY_S = 0.05 if number % 2 else 1800.0  # checkpoints between the steps too, in half of them
+        checkpoint.SAVE_EVERY_S = (
+            0.05 if number % 2 else 1800.0
+        )  # checkpoints between the steps too, in half of them
         before = len(batches_done(run))
         child = attempt(arguments(data, run, *options, lasts_s=0.01), run.with_suffix(".log"))
         begin = time.monotonic()
@@ -88,13 +116,17 @@ def killed_often(folder: Path, kills: int, workers: int, ranks: int, accumulated
         if status is None:  # the machine may be faster now than it was for the twin
             status = come_to(child, run, before + (batches + accumulated) * ranks, most_s)
         delay = time.monotonic() - begin
-        assert status is None, f"ended by itself ({status}): {run.with_suffix('.log').read_text()[-3000:]}"
+        assert status is None, (
+            f"ended by itself ({status}): {run.with_suffix('.log').read_text()[-3000:]}"
+        )
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
         done = batches_done(run)[before:]
         print(
-            f"kill {number:>2} after {delay:.2f} s: {f'batches {done[0]} to {done[-1]}' if done else 'no batch'}, "
-            f"{len(list(run.rglob('*.ckpt')))} checkpoints, {len(list(run.rglob('*.part')))} half written",
+            f"kill {number:>2} after {delay:.2f} s: "
+            f"{f'batches {done[0]} to {done[-1]}' if done else 'no batch'}, "
+            f"{len(list(run.rglob('*.ckpt')))} checkpoints, {len(list(run.rglob('*.part')))} half "
+            "written",
             flush=True,
         )
     child = attempt(arguments(data, run, *options, lasts_s=0.01), run.with_suffix(".log"))
@@ -102,14 +134,22 @@ def killed_often(folder: Path, kills: int, workers: int, ranks: int, accumulated
     assert status == 0, run.with_suffix(".log").read_text()[-3000:]
     found = differences(outcome(twin), outcome(run))
     one, two = ledger(twin), ledger(run)
-    found += [f"batch {place}" for place in one.keys() | two.keys() if one.get(place) != two.get(place)]
+    found += [
+        f"batch {place}" for place in one.keys() | two.keys() if one.get(place) != two.get(place)
+    ]
     validations = [set(Path(r / "ledger.validations").read_text().split("\n")) for r in (twin, run)]
     found += [f"validation {line}" for line in validations[0] ^ validations[1]]
     expected, rows = logged_values(twin), logged_values(run)
-    found += [f"logged {place}" for place in expected.keys() | rows.keys() if expected.get(place) != rows.get(place)]
+    found += [
+        f"logged {place}"
+        for place in expected.keys() | rows.keys()
+        if expected.get(place) != rows.get(place)
+    ]
     print(
-        f"{kills} kills, {workers} loader processes, {ranks} ranks, {accumulated} accumulated: {len(one)} batches and "
-        f"{len(validations[0]) - 1} validations and {len(expected)} logged values compared, {len(found)} differences"
+        f"{kills} kills, {workers} loader processes, {ranks} ranks, {accumulated} accumulated: "
+        f"{len(one)} batches and "
+        f"{len(validations[0]) - 1} validations and {len(expected)} logged values compared, "
+        f"{len(found)} differences"
     )
     return found
 
@@ -131,7 +171,9 @@ def main() -> int:
     import magnet_train.cli.fit  # noqa: F401
 
     with tempfile.TemporaryDirectory() as folder:
-        found = killed_often(Path(folder), given.kills, given.workers, given.ranks, given.accumulated, given.seed)
+        found = killed_often(
+            Path(folder), given.kills, given.workers, given.ranks, given.accumulated, given.seed
+        )
     print("\n".join(found[:20]) or "equal bit for bit")
     return int(bool(found))
 

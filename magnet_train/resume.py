@@ -1,7 +1,8 @@
 """Resuming a run: which checkpoint, whether it belongs to this run, and at which batch.
 
-A run is a function of its configuration and of the number of batches done: order, crops, masks and dropout depend on
-the position in the run only. So weights, optimizer and one number are all that a resume needs.
+A run is a function of its configuration and of the number of batches done: order, crops, masks and
+dropout depend on the position in the run only. So weights, optimizer and one number are all that a
+resume needs.
 """
 
 import hashlib
@@ -32,7 +33,8 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How an optimizer step is divided among ranks; with another layout the data comes in another order."""
+    """How an optimizer step is divided among ranks; with another layout the data comes in another
+    order."""
 
     ranks: int
     batch_size: int
@@ -44,12 +46,14 @@ class Layout:
 
     def __str__(self) -> str:
         return (
-            f"{self.ranks} ranks x {self.batch_size} examples x {self.accumulated} accumulated batches, "
+            f"{self.ranks} ranks x {self.batch_size} examples x {self.accumulated} accumulated "
+            "batches, "
             f"{self.workers} loader processes each"
         )
 
     def batches(self, done: int, before: "Layout") -> int:
-        """Batches of each rank that equal `done` batches of layout `before`: as many examples, or a few less.
+        """Batches of each rank that equal `done` batches of layout `before`: as many examples, or a
+        few less.
 
         >>> Layout(3, 4, 1, 0).batches(100, before=Layout(2, 4, 1, 0))
         66
@@ -71,11 +75,13 @@ def requeue_count() -> int:
 def newest_whole_checkpoint(folders: Iterable[Path]) -> Path | None:
     """The intact checkpoint in the folders with the most optimizer steps; None if there is none.
 
-    A damaged one, whatever the damage, is skipped with a warning that names it. Of two with as many steps the later one
-    is taken.
+    A damaged one, whatever the damage, is skipped with a warning that names it. Of two with as many
+    steps the later one is taken.
     """
     found: dict[Path, tuple[int, float]] = {}
-    for path in {path.resolve(): path for folder in folders for path in folder.glob("*.ckpt")}.values():
+    for path in {
+        path.resolve(): path for folder in folders for path in folder.glob("*.ckpt")
+    }.values():
         with _skipping_damaged(path):
             # Without verification, which would read all of each file.
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -92,7 +98,11 @@ def _skipping_damaged(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a flipped bit may raise anything in the readers of zip and pickle
-        reason = str(error) if isinstance(error, UserError) else f"{path}: damaged ({one_line(error, 200)})"
+        reason = (
+            str(error)
+            if isinstance(error, UserError)
+            else f"{path}: damaged ({one_line(error, 200)})"
+        )
         warnings.warn(f"skipping checkpoint {reason}", stacklevel=4)
 
 
@@ -100,13 +110,16 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint from which `fit` can resume, verified.
 
     Raises:
-        UserError: if the file is missing or damaged, holds more than plain data, or is no checkpoint of a run.
+        UserError: if the file is missing or damaged, holds more than plain data, or is no
+        checkpoint of a run.
     """
     checkpoint = read_checkpoint(path)
     _checked_step(path, checkpoint)
     for name, kind in PARTS.items():
         if not isinstance(checkpoint.get(name), kind):
-            raise UserError(f"{path}: not a checkpoint of a training run ({name} is missing); choose another")
+            raise UserError(
+                f"{path}: not a checkpoint of a training run ({name} is missing); choose another"
+            )
     if not isinstance(checkpoint["hyper_parameters"].get("network"), dict):
         raise UserError(f"{path}: not a checkpoint of magnet_train; choose another")
     return checkpoint
@@ -115,13 +128,18 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
 def _checked_step(path: Path, checkpoint: Mapping[str, Any]) -> int:
     step = checkpoint.get("global_step") if isinstance(checkpoint, Mapping) else None
     if type(step) is not int or step < 0:
-        raise UserError(f"{path}: not a checkpoint of a training run (global_step={step!r}); choose another")
+        raise UserError(
+            f"{path}: not a checkpoint of a training run (global_step={step!r}); choose another"
+        )
     return step
 
 
 def fingerprint(index: Mapping[str, Any]) -> str:
-    """16 hex digits that identify a set of shards: from its codec, and name, length and checksum of each shard."""
-    shards = [[shard["name"], shard["num_examples"], shard.get("sha256")] for shard in index["shards"]]
+    """16 hex digits that identify a set of shards: from its codec, and name, length and checksum of
+    each shard."""
+    shards = [
+        [shard["name"], shard["num_examples"], shard.get("sha256")] for shard in index["shards"]
+    ]
     content = json.dumps([index["codec"]["hash"], shards])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -140,16 +158,19 @@ def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
     changed = [text for name, text in differing(saved, current) if name.startswith(named)]
     if changed:
         raise UserError(
-            f"--ckpt_path: the checkpoint has another model: {', '.join(changed)}; use its settings, or another "
+            f"--ckpt_path: the checkpoint has another model: {', '.join(changed)}; use its "
+            "settings, or another "
             "--trainer.default_root_dir to start a new run"
         )
 
 
-def differing(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def differing(
+    saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, str]]:
     """Names of settings that both have and that differ, each with a text that shows both values.
 
-    >>> differing({"seed": 1, "optimizer": {"lr": 0.1}, "older": 2}, {"seed": 1, "optimizer": {"lr": 0.2}})
-    [('optimizer.lr', 'optimizer.lr=0.2 (checkpoint: 0.1)')]
+    >>> differing({"seed": 1, "optimizer": {"lr": 0.1}, "older": 2}, {"seed": 1, "optimizer": {"lr":
+    0.2}}) [('optimizer.lr', 'optimizer.lr=0.2 (checkpoint: 0.1)')]
     """
     found = []
     for name in sorted(saved.keys() & current.keys()):

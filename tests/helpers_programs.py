@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 LONGEST_S = 1000
-"""Seconds after which a program that a test launches hangs, whatever else the machine does. A test gets more, so that
-this limit, which says what hangs, comes first."""
+"""Seconds after which a program that a test launches hangs, whatever else the machine does. A test
+gets more, so that this limit, which says what hangs, comes first."""
 
 
 def wait_for(happened: Callable[[], object], what: str) -> None:
@@ -36,7 +36,9 @@ def attempt(arguments: list[str], log: Path, environment: Mapping[str, str] | No
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))  # a test's would catch what is said
+    sys.stdout, sys.stderr = (
+        os.fdopen(n, "w", 1, closefd=False) for n in (1, 2)
+    )  # a test's would catch what is said
     status = 1
     try:
         from magnet_train.__main__ import main

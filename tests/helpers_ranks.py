@@ -1,4 +1,5 @@
-"""Several ranks on one machine: processes forked from this one, which has imported all they need."""
+"""Several ranks on one machine: processes forked from this one, which has imported all they
+need."""
 
 import itertools
 import os
@@ -16,7 +17,8 @@ _numbers = itertools.count(os.getpid())
 
 
 def free_port() -> int:
-    """Below those that the kernel deals out, of which one might be taken before the ranks are there to take it."""
+    """Below those that the kernel deals out, of which one might be taken before the ranks are there
+    to take it."""
     while True:
         port = 20_000 + next(_numbers) % 10_000
         with socket.socket() as probe, suppress(OSError):
@@ -29,15 +31,24 @@ def torchrun_environment(ranks: int) -> list[dict[str, str]]:
     port = str(free_port())
     return [
         {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-            "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "GROUP_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "TORCHELASTIC_RUN_ID": "test",
         }
         for rank in range(ranks)
-    ]  # fmt: skip
+    ]
 
 
-def fit_on_ranks(ranks: int, arguments: list[str], log: Path, within_s: float = LONGEST_S) -> tuple[list[int], str]:
-    """Runs `python -m magnet_train ARGUMENTS` on so many ranks; their exit statuses, and all that they wrote.
+def fit_on_ranks(
+    ranks: int, arguments: list[str], log: Path, within_s: float = LONGEST_S
+) -> tuple[list[int], str]:
+    """Runs `python -m magnet_train ARGUMENTS` on so many ranks; their exit statuses, and all that
+    they wrote.
 
     Nobody ends a rank because another has failed, as a launcher would.
 

@@ -13,15 +13,25 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Ledger(Callback):
-    """Writes down what each batch was and what came of it, and disturbs the run where it is told to."""
+    """Writes down what each batch was and what came of it, and disturbs the run where it is told
+    to."""
 
     def __init__(
-        self, file: str, stop_at: int = -1, stop_in_validation: int = -1, save_at: int = -1,
-        bad_losses: tuple[int, ...] = (), bad_gradients: tuple[int, ...] = (),
-        signal_at: int = -1, signal: int = 0, lasts_s: float = 0.0,
-        stop_rank: int = -1, hog_at: int = -1,
-    ):  # fmt: skip
-        """Batches are counted from 0 over the whole run, validations by the step before them; -1 = never.
+        self,
+        file: str,
+        stop_at: int = -1,
+        stop_in_validation: int = -1,
+        save_at: int = -1,
+        bad_losses: tuple[int, ...] = (),
+        bad_gradients: tuple[int, ...] = (),
+        signal_at: int = -1,
+        signal: int = 0,
+        lasts_s: float = 0.0,
+        stop_rank: int = -1,
+        hog_at: int = -1,
+    ):
+        """Batches are counted from 0 over the whole run, validations by the step before them; -1 =
+        never.
 
         It stops on every rank, or on `stop_rank` alone; at `hog_at` the last rank takes 800 MB.
         """
@@ -35,7 +45,9 @@ class Ledger(Callback):
         self.signal_at, self.signal, self.lasts_s = signal_at, signal, lasts_s
         self.stop_rank, self.hog_at = stop_rank, hog_at
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int):
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ):
         count = trainer.fit_loop.total_batch_idx
         if count == self.stop_at and self.stop_rank in (-1, trainer.global_rank):
             raise RuntimeError("as planned")
@@ -46,7 +58,9 @@ class Ledger(Callback):
             self.hog = torch.ones(200_000_000)
         time.sleep(self.lasts_s)
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor):
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor
+    ):
         if trainer.fit_loop.total_batch_idx in self.bad_losses and trainer.is_global_zero:
             loss.data.fill_(float("nan"))
 
@@ -55,7 +69,10 @@ class Ledger(Callback):
             next(p for p in pl_module.parameters() if p.grad is not None).grad.fill_(float("inf"))  # type: ignore[union-attr]
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any):
-        if trainer.global_step == self.stop_in_validation and self.stop_rank in (-1, trainer.global_rank):
+        if trainer.global_step == self.stop_in_validation and self.stop_rank in (
+            -1,
+            trainer.global_rank,
+        ):
             raise RuntimeError("as planned")
 
     def on_train_batch_end(
@@ -74,7 +91,9 @@ class Ledger(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
     ):
         with self.file.with_suffix(".validated").open("a") as file:
-            file.writelines(f"{trainer.global_step} {trainer.global_rank} {key}\n" for key in batch["keys"])
+            file.writelines(
+                f"{trainer.global_step} {trainer.global_rank} {key}\n" for key in batch["keys"]
+            )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule):
         if trainer.is_global_zero:
@@ -99,16 +118,36 @@ def arguments(data: Path, run: Path, *options: str, **ledger: Any) -> list[str]:
     callbacks = [{"class_path": "helpers_resume.Ledger", "init_args": ledger}]
     config.write_text(json.dumps({"trainer": {"callbacks": callbacks}}))
     return [
-        "fit", f"--config={config}", f"--model.codec={data / 'codec'}", f"--data.train={data / 'train'}",
-        f"--data.validation={data / 'validation'}", f"--trainer.default_root_dir={run}", "--ckpt_path=auto",
-        "--model.network.dim=16", "--model.network.num_heads=2", "--model.network.num_layers=1", "--model.crop_s=1.0",
-        "--model.optimizer.warmup_steps=1", "--model.optimizer.lr=0.01", "--data.batch_size=2", "--data.num_workers=0",
-        "--averaging.every_n_steps=2", "--averaging.decay=0.9", "--checkpoint.every_n_train_steps=2",
-        "--trainer.accelerator=cpu", "--trainer.max_steps=8", "--trainer.val_check_interval=1000",
-        "--trainer.logger=false", "--trainer.enable_progress_bar=false",
-        "--trainer.enable_model_summary=false", "--trainer.num_sanity_val_steps=0", "--trainer.gradient_clip_val=1.0",
-        "--generation.num_prompts=0", "--generation.at_start=false", *options,
-    ]  # fmt: skip
+        "fit",
+        f"--config={config}",
+        f"--model.codec={data / 'codec'}",
+        f"--data.train={data / 'train'}",
+        f"--data.validation={data / 'validation'}",
+        f"--trainer.default_root_dir={run}",
+        "--ckpt_path=auto",
+        "--model.network.dim=16",
+        "--model.network.num_heads=2",
+        "--model.network.num_layers=1",
+        "--model.crop_s=1.0",
+        "--model.optimizer.warmup_steps=1",
+        "--model.optimizer.lr=0.01",
+        "--data.batch_size=2",
+        "--data.num_workers=0",
+        "--averaging.every_n_steps=2",
+        "--averaging.decay=0.9",
+        "--checkpoint.every_n_train_steps=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_steps=8",
+        "--trainer.val_check_interval=1000",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.num_sanity_val_steps=0",
+        "--trainer.gradient_clip_val=1.0",
+        "--generation.num_prompts=0",
+        "--generation.at_start=false",
+        *options,
+    ]
 
 
 def ledger(run: Path) -> dict[tuple[int, int], dict[str, Any]]:
@@ -130,11 +169,23 @@ def outcome(run: Path) -> dict[str, Any]:
     """What must be equal at the end: weights raw and averaged, optimizer, schedule, counters."""
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     loops = saved["loops"]["fit_loop"]
-    names = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
-    callbacks = {k.split("{")[0]: v for k, v in saved["callbacks"].items() if not k.startswith("RunCheckpoint")}
+    names = (
+        "state_dict",
+        "current_model_state",
+        "averaging_state",
+        "optimizer_states",
+        "lr_schedulers",
+    )
+    callbacks = {
+        k.split("{")[0]: v
+        for k, v in saved["callbacks"].items()
+        if not k.startswith("RunCheckpoint")
+    }
     return {name: saved[name] for name in names} | {
         "step": saved["global_step"],
-        "batches": {k: loops["epoch_loop.batch_progress"]["total"][k] for k in ("ready", "processed")},
+        "batches": {
+            k: loops["epoch_loop.batch_progress"]["total"][k] for k in ("ready", "processed")
+        },
         "logged": loops["epoch_loop.state_dict"],
         "callbacks": callbacks,
     }
@@ -145,7 +196,11 @@ def differences(one: Any, two: Any, at: str = "") -> list[str]:
     if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
         return [d for key in one for d in differences(one[key], two[key], f"{at}/{key}")]
     if isinstance(one, (list, tuple)) and type(one) is type(two) and len(one) == len(two):
-        return [d for i, (a, b) in enumerate(zip(one, two, strict=True)) for d in differences(a, b, f"{at}/{i}")]
+        return [
+            d
+            for i, (a, b) in enumerate(zip(one, two, strict=True))
+            for d in differences(a, b, f"{at}/{i}")
+        ]
     if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
         same = one.dtype == two.dtype and one.shape == two.shape
         return [] if same and torch.equal(one, two) else [at]

@@ -28,14 +28,19 @@ def test_loading():
     assert speed.ratio == pytest.approx(speed.baseline_median_s / speed.median_s)
     assert "60 shards" in first.name and first.median_s > 0 and first.baseline_median_s is None
     assert memory.peak_mb is not None and memory.baseline_peak_mb is not None
-    assert 0 < memory.peak_mb < 2 * memory.baseline_peak_mb and memory.ratio == memory.peak_mb / memory.baseline_peak_mb
+    assert (
+        0 < memory.peak_mb < 2 * memory.baseline_peak_mb
+        and memory.ratio == memory.peak_mb / memory.baseline_peak_mb
+    )
     assert all(row(m) for m in (speed, first, memory))
 
 
 def test_webdataset_yields_what_we_yield(tmp_path: Path):
     """Or the two would not be compared at the same work."""
     folder = bench_data._write_shards(tmp_path / "shards", 4)
-    ours, theirs = (list(islice(b, 4)) for b in (bench_data._ours(folder), bench_data._webdataset(folder)))
+    ours, theirs = (
+        list(islice(b, 4)) for b in (bench_data._ours(folder), bench_data._webdataset(folder))
+    )
     captions = {caption for batch in ours for caption in batch["captions"]}
     for one, two in zip(ours, theirs, strict=True):
         for name in ("codes", "valid"):
@@ -45,7 +50,9 @@ def test_webdataset_yields_what_we_yield(tmp_path: Path):
 
 
 def test_linked_shards_are_a_set(tmp_path: Path):
-    folder = bench_data._linked(bench_data._write_shards(tmp_path / "shards", 2), tmp_path / "linked", 5)
+    folder = bench_data._linked(
+        bench_data._write_shards(tmp_path / "shards", 2), tmp_path / "linked", 5
+    )
     found = ShardSet.open(folder)
     assert found.counts == [8] * 5 and [len(found.read(i)) for i in range(5)] == [8] * 5
 
@@ -65,11 +72,20 @@ def test_tokenizing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_the_model_is_the_published_one_at_half_its_width(tmp_path: Path):
     codec = bench_data.load_codec(bench_data._encodec(tmp_path))
     facts = codec.facts
-    assert (facts.sample_rate, facts.frame_rate, facts.num_codebooks, facts.codebook_size) == (32_000, 50.0, 4, 2048)
+    assert (facts.sample_rate, facts.frame_rate, facts.num_codebooks, facts.codebook_size) == (
+        32_000,
+        50.0,
+        4,
+        2048,
+    )
     assert 10e6 < sum(t.numel() for t in codec.state_dict().values()) < 20e6  # of 57e6
 
 
 @pytest.mark.slow
 def test_start():
     plain, fit = bench_data.start(OPTIONS, 1.0)
-    assert plain.name == "start, --help" and fit.name == "start, fit --help" and plain.median_s < fit.median_s
+    assert (
+        plain.name == "start, --help"
+        and fit.name == "start, fit --help"
+        and plain.median_s < fit.median_s
+    )

@@ -41,12 +41,16 @@ class Run:
 
     def validate(self, callback: RunCheckpoint, step: int, **metrics: float) -> None:
         self.global_step = step
-        self.callback_metrics = {f"val/{name}": torch.tensor(value) for name, value in metrics.items()}
+        self.callback_metrics = {
+            f"val/{name}": torch.tensor(value) for name, value in metrics.items()
+        }
         callback.on_validation_end(self, None)  # type: ignore[arg-type]
 
 
 def kept(folder: Path) -> dict[str, int]:
-    return {path.stem.removeprefix("step="): int(path.read_text()) for path in sorted(folder.iterdir())}
+    return {
+        path.stem.removeprefix("step="): int(path.read_text()) for path in sorted(folder.iterdir())
+    }
 
 
 @pytest.mark.parametrize(
@@ -61,7 +65,9 @@ def kept(folder: Path) -> dict[str, int]:
         ({"save_top_k": 2}, "0000004", ["0000003"]),
     ],
 )
-def test_the_best_and_the_last_are_kept(options: dict[str, Any], best: str | None, others: list[str], tmp_path: Path):
+def test_the_best_and_the_last_are_kept(
+    options: dict[str, Any], best: str | None, others: list[str], tmp_path: Path
+):
     callback = RunCheckpoint(str(tmp_path), **options)
     run = Run()
     for step, ce in enumerate((4.0, float("nan"), 2.0, 3.0), 1):
@@ -76,7 +82,9 @@ def test_the_best_and_the_last_are_kept(options: dict[str, Any], best: str | Non
         (tmp_path / f"step={best}.ckpt").rename(tmp_path / "moved" / f"step={best}.ckpt")
     resumed = RunCheckpoint(str(tmp_path / "moved"), **options)
     resumed.load_state_dict(callback.state_dict())
-    assert resumed.best_model_path == (str(tmp_path / "moved" / f"step={best}.ckpt") if best else "")
+    assert resumed.best_model_path == (
+        str(tmp_path / "moved" / f"step={best}.ckpt") if best else ""
+    )
 
 
 def test_a_metric_that_is_missing_costs_no_checkpoint(tmp_path: Path):
@@ -100,27 +108,40 @@ def test_options_out_of_range_are_named(options: dict[str, Any], named: str):
 
 
 def test_a_full_disk_is_one_line_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(self: AtomicCheckpointIO, checkpoint: Any, path: Path, storage_options: Any = None) -> None:
+    def fail(
+        self: AtomicCheckpointIO, checkpoint: Any, path: Path, storage_options: Any = None
+    ) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", fail)
     data = make_data(tmp_path / "data")
-    statuses, text = fit_on_ranks(2, arguments(data, tmp_path / "run", "--trainer.strategy=ddp"), tmp_path / "log")
+    statuses, text = fit_on_ranks(
+        2, arguments(data, tmp_path / "run", "--trainer.strategy=ddp"), tmp_path / "log"
+    )
     assert statuses == [2, 2], text[-3000:]
-    assert text.count(".ckpt: the disk is full; free some space and resume with --ckpt_path auto") == 2
+    assert (
+        text.count(".ckpt: the disk is full; free some space and resume with --ckpt_path auto") == 2
+    )
     assert "Traceback" not in text
 
 
-# --- which checkpoint a run resumes from ----------------------------------------------------------------------------
+# --- which checkpoint a run resumes from ----------------------------------------------------------
 
 
 def write(path: Path, step: Any, **changes: Any) -> Path:
     content = {
-        "global_step": step, "state_dict": {"x": torch.arange(500.0)}, "optimizer_states": [], "lr_schedulers": [],
-        "loops": {}, "callbacks": {}, "hyper_parameters": {"network": {}},
-    }  # fmt: skip
+        "global_step": step,
+        "state_dict": {"x": torch.arange(500.0)},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        "loops": {},
+        "callbacks": {},
+        "hyper_parameters": {"network": {}},
+    }
     path.parent.mkdir(exist_ok=True)
-    torch.save({name: value for name, value in (content | changes).items() if value is not None}, path)
+    torch.save(
+        {name: value for name, value in (content | changes).items() if value is not None}, path
+    )
     return path
 
 
@@ -148,7 +169,9 @@ def test_auto_takes_the_newest_that_is_intact_whatever_the_damage(tmp_path: Path
             assert found == best or torch.equal(
                 torch.load(last, weights_only=True)["state_dict"]["x"], torch.arange(500.0)
             )
-    assert any("skipping checkpoint" in str(w.message) and "last.ckpt" in str(w.message) for w in caught)
+    assert any(
+        "skipping checkpoint" in str(w.message) and "last.ckpt" in str(w.message) for w in caught
+    )
 
 
 def test_auto_executes_nothing(tmp_path: Path):
@@ -173,7 +196,9 @@ def test_auto_executes_nothing(tmp_path: Path):
         ({"hyper_parameters": {}}, "not a checkpoint of magnet_train"),
     ],
 )
-def test_what_is_no_checkpoint_of_a_run_is_refused_in_a_line(changes: dict[str, Any], named: str, tmp_path: Path):
+def test_what_is_no_checkpoint_of_a_run_is_refused_in_a_line(
+    changes: dict[str, Any], named: str, tmp_path: Path
+):
     path = write(tmp_path / "a.ckpt", 3, **changes)
     with pytest.raises(UserError, match=named) as error:
         read_training_checkpoint(path)

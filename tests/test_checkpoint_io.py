@@ -41,7 +41,9 @@ def test_name_and_content_survive_a_loss_of_power(tmp_path: Path, monkeypatch: p
 
     def synced(handle: int) -> None:
         is_folder = stat.S_ISDIR(os.fstat(handle).st_mode)
-        events.append(("sync", "folder" if is_folder else "file", (tmp_path / "last.ckpt").exists()))
+        events.append(
+            ("sync", "folder" if is_folder else "file", (tmp_path / "last.ckpt").exists())
+        )
 
     monkeypatch.setattr(os, "fsync", synced)
     AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")

@@ -1,4 +1,5 @@
-"""The workspace has a panel for each name that is defined, is made once, and its errors are one line."""
+"""The workspace has a panel for each name that is defined, is made once, and its errors are one
+line."""
 
 import json
 import os
@@ -36,7 +37,9 @@ def _session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def panels() -> dict[str, list[dict[str, Any]]]:
     """Section to the configurations of its panels, as W&B gets them."""
     spec = workspace(DashboardOptions("e", "p"))._to_model().spec
-    sections = json.loads(spec.model_dump_json(by_alias=True, exclude_none=True))["section"]["panelBankConfig"]
+    sections = json.loads(spec.model_dump_json(by_alias=True, exclude_none=True))["section"][
+        "panelBankConfig"
+    ]
     return {s["name"]: [panel["config"] for panel in s["panels"]] for s in sections["sections"]}
 
 
@@ -60,7 +63,9 @@ def test_every_defined_name_is_drawn_in_its_section_over_steps():
 
 def test_figures_are_drawn_over_hours_too():
     over_hours = panels()["over hours of audio"]
-    assert len(over_hours) == len(OVER_HOURS) and {config["xAxis"] for config in over_hours} == {HOURS}
+    assert len(over_hours) == len(OVER_HOURS) and {config["xAxis"] for config in over_hours} == {
+        HOURS
+    }
 
 
 def test_the_command_makes_one_workspace_however_often_it_is_called(monkeypatch, capsys):
@@ -71,7 +76,11 @@ def test_the_command_makes_one_workspace_however_often_it_is_called(monkeypatch,
         if "upsertView" in query:
             view = given.get("id") or f"view{len(views)}"
             views[view] = given
-            return 200, {"data": {"upsertView": {"view": {"id": view, "name": given["name"]}, "inserted": True}}}
+            return 200, {
+                "data": {
+                    "upsertView": {"view": {"id": view, "name": given["name"]}, "inserted": True}
+                }
+            }
         if "allViews" in query:
             found = [{"id": i, **v} for i, v in views.items() if v["name"] == given["viewName"]]
             project = {"allViews": {"edges": [{"node": node} for node in found]}}

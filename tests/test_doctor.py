@@ -1,4 +1,5 @@
-"""`doctor` names what would keep a run from starting, with the remedy, and leaves nothing behind."""
+"""`doctor` names what would keep a run from starting, with the remedy, and leaves nothing
+behind."""
 
 import copy
 import math
@@ -54,9 +55,11 @@ def parts(tmp_path_factory) -> Path:
     write_shards(folder / "validation", codec, (3,))
     network = "\n".join(f"    {name}: {value}" for name, value in NETWORK.items())
     (folder / "c.yaml").write_text(
-        f"model:\n  codec: {codec}\n  text_encoder: {folder / 't5'}\n  crop_s: 2.0\n  network:\n{network}\n"
+        f"model:\n  codec: {codec}\n  text_encoder: {folder / 't5'}\n  crop_s: 2.0\n  "
+        f"network:\n{network}\n"
         "  optimizer: {warmup_steps: 1}\n"
-        f"data: {{train: {folder / 'train'}, validation: {folder / 'validation'}, batch_size: 2, num_workers: 1}}\n"
+        f"data: {{train: {folder / 'train'}, validation: {folder / 'validation'}, "
+        "batch_size: 2, num_workers: 1}\n"
         "generation: {num_prompts: 2, metrics: [fad/codec]}\n"
         "trainer: {accelerator: cpu, max_steps: 4, val_check_interval: 2}\n"
     )
@@ -93,7 +96,8 @@ def look(check: str, plan: Plan, **options: object) -> list[str]:
 
 
 def ask(capsys, parts: Path, *options: str) -> tuple[int, dict[str, str], str]:
-    """Exit status, what each check says with its status first, and the error line; no speed is measured."""
+    """Exit status, what each check says with its status first, and the error line; no speed is
+    measured."""
     quick = mock.patch.object(estimate, "measure_speed", lambda _: ASSUMED)
     with quick, mock.patch.object(magnet_train.checks.doctor, "SAMPLING_S", math.inf):
         status = main(["doctor", "--config", str(parts / "c.yaml"), *options])
@@ -104,7 +108,7 @@ def ask(capsys, parts: Path, *options: str) -> tuple[int, dict[str, str], str]:
     return status, {m[2]: f"{m[1]} {m[3]}" for m in lines if m}, "".join(errors)
 
 
-# --- what holds -----------------------------------------------------------------------------------------------------
+# --- what holds -----------------------------------------------------------------------------------
 
 
 def test_the_embedded_default_is_ready_and_nothing_is_left_behind(tmp_path, monkeypatch, capsys):
@@ -121,12 +125,16 @@ def test_the_embedded_default_is_ready_and_nothing_is_left_behind(tmp_path, monk
 def test_a_whole_configuration_is_ready(parts, tmp_path, capsys):
     run = tmp_path / "a" / "run"
     status, said, _ = ask(capsys, parts, f"--trainer.default_root_dir={run}")
-    assert status == 0 and not [what for what, text in said.items() if text.startswith(("failed", "missing"))]
+    assert status == 0 and not [
+        what for what, text in said.items() if text.startswith(("failed", "missing"))
+    ]
     assert said["batch"] == "ok 1 devices x 2 examples x 1 accumulated batches = 2 per step"
     assert said["train shards"].startswith("ok 17 items in 4 shards")
     assert "4 read in full: 17 items of 100 to 100" in said["train shards"]
     assert said["shards per worker"] == "ok 4 shards for 1 ranks x 1 readers, 4 each"
-    assert said["start"] == "ok random weights" and said["validation"].startswith("ok every 2 steps")
+    assert said["start"] == "ok random weights" and said["validation"].startswith(
+        "ok every 2 steps"
+    )
     assert said["disk"].endswith("one of them being written") and "3 checkpoints of" in said["disk"]
     assert not run.parent.exists()
 
@@ -141,7 +149,9 @@ def test_the_published_medium_model_is_never_made(parts, monkeypatch, capsys):
         return network
 
     monkeypatch.setattr(magnet_train.module, "Magnet", spied)
-    monkeypatch.setattr(estimate, "training_pass", lambda *_: pytest.fail("a network was made to be measured"))
+    monkeypatch.setattr(
+        estimate, "training_pass", lambda *_: pytest.fail("a network was made to be measured")
+    )
     args = [
         "doctor",
         "--config",
@@ -158,10 +168,13 @@ def test_the_published_medium_model_is_never_made(parts, monkeypatch, capsys):
     assert "calculated for a GPU of 312 TFLOP/s (A100)" in printed.out
     assert re.search(r"[\d,]+ GPU-hours, [\d,]+ at 2 each", printed.out)
     assert "failed   shards per worker:" in printed.out and "4 shards for 8 ranks" in printed.out
-    assert re.search(r"failed   devices: 8 GPUs per node requested, (but torch .* without CUDA|\d visible)", printed.out)
+    assert re.search(
+        r"failed   devices: 8 GPUs per node requested, (but torch .* without CUDA|\d visible)",
+        printed.out,
+    )
 
 
-# --- what is wrong --------------------------------------------------------------------------------------------------
+# --- what is wrong --------------------------------------------------------------------------------
 
 
 def test_every_check_runs_whatever_the_others_found(parts, tmp_path, monkeypatch, capsys):
@@ -173,21 +186,29 @@ def test_every_check_runs_whatever_the_others_found(parts, tmp_path, monkeypatch
     content[700] ^= 1
     shard.write_bytes(content)
     status, said, error = ask(
-        capsys, parts, f"--model.codec={parts / 'other'}", f"--data.validation={tmp_path / 'validation'}",
-        "--trainer.max_steps=-1", f"--model.init_from={tmp_path}/gone", "--checkpoint.monitor=val/oops",
-        "--data.global_batch_size=4", "--trainer.accumulate_grad_batches=2",
+        capsys,
+        parts,
+        f"--model.codec={parts / 'other'}",
+        f"--data.validation={tmp_path / 'validation'}",
+        "--trainer.max_steps=-1",
+        f"--model.init_from={tmp_path}/gone",
+        "--checkpoint.monitor=val/oops",
+        "--data.global_batch_size=4",
+        "--trainer.accumulate_grad_batches=2",
         f"--trainer.default_root_dir={tmp_path / 'run'}",
     )  # fmt: skip
     assert status == 2 and re.match(r"error: \d+ of \d+ checks failed; `fit` would fail too: start, settings, ", error)
     for what, sign in {
         "start": f"checkpoint '{tmp_path}/gone': no such file or folder",
         "batch": "accumulate_grad_batches=2: give one of them",
-        "settings": "checkpoint.monitor=val/oops: nothing of that name is logged; choose val/ce, val/fad/codec",
+        "settings": "monitor=val/oops: nothing of that name is logged; choose val/ce, val/fad",
         "train shards": "tokenize again with it, or train with theirs",
         "disk": "0 MB free for 3 checkpoints of",
     }.items():
         assert said[what].startswith("failed ") and sign in said[what], (what, said[what])
-    assert "made with codec" in said["validation shards"] and said["metrics of codec"].startswith("ok ")
+    assert "made with codec" in said["validation shards"] and said["metrics of codec"].startswith(
+        "ok "
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -196,17 +217,31 @@ def test_shards_that_are_too_few_damaged_absent_or_empty(parts, plan, tmp_path, 
     shard = tmp_path / "damaged" / "shard-000003.tar"
     shard.write_bytes(shard.read_bytes()[:-2000])
     status, said, _ = ask(
-        capsys, parts, f"--data.train={tmp_path / 'damaged'}", f"--data.validation={tmp_path}", "--data.num_workers=9",
+        capsys,
+        parts,
+        f"--data.train={tmp_path / 'damaged'}",
+        f"--data.validation={tmp_path}",
+        "--data.num_workers=9",
         f"--data.test={tmp_path / 'nowhere'}",
-    )  # fmt: skip
+    )
     assert status == 2
-    assert "shard-000003.tar: broken" in said["train shards"] and "copy it again" in said["train shards"]
+    assert (
+        "shard-000003.tar: broken" in said["train shards"]
+        and "copy it again" in said["train shards"]
+    )
     assert "index.json: not there; make it with tokenize" in said["validation shards"]
     assert "nowhere/index.json: not there" in said["test shards"]
-    assert "4 shards for 1 ranks x 9 loader processes: set --data.num_workers 4" in said["shards per worker"]
+    assert (
+        "4 shards for 1 ranks x 9 loader processes: set --data.num_workers 4"
+        in said["shards per worker"]
+    )
     write_shards(tmp_path / "empty", str(parts / "codec"), (0,))
-    said = look("shards", plan, data__folders=plan.data.folders | {"validation": str(tmp_path / "empty")})
-    assert said[1].startswith("failed validation shards: ") and "lists no shards with items" in said[1]
+    said = look(
+        "shards", plan, data__folders=plan.data.folders | {"validation": str(tmp_path / "empty")}
+    )
+    assert (
+        said[1].startswith("failed validation shards: ") and "lists no shards with items" in said[1]
+    )
 
 
 def test_captions_and_lengths_are_told_with_numbers(parts, tmp_path, monkeypatch, capsys):
@@ -224,19 +259,34 @@ def test_captions_and_lengths_are_told_with_numbers(parts, tmp_path, monkeypatch
     assert said["train captions"].startswith("warning 17 read: 35% empty, 82% repeat another")
     assert "18% are cut after 512 tokens" in said["train captions"]
     assert "100% of them shorter than the 200 of an example" in said["train shards"]
-    assert said["train shards"].startswith("warning ") and "tokenize with --crop_s 4 or more" in said["train shards"]
+    assert (
+        said["train shards"].startswith("warning ")
+        and "tokenize with --crop_s 4 or more" in said["train shards"]
+    )
 
 
-def test_components_that_are_missing_are_named_with_their_source(parts, plan, tmp_path, monkeypatch, capsys):
+def test_components_that_are_missing_are_named_with_their_source(
+    parts, plan, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path))
-    options = ["--model.codec=facebook/encodec_32khz", "--model.text_encoder=t5-base", "--checkpoint.monitor=val/oops"]
+    options = [
+        "--model.codec=facebook/encodec_32khz",
+        "--model.text_encoder=t5-base",
+        "--checkpoint.monitor=val/oops",
+    ]
     metrics = "--generation.metrics=[fad/vggish,kl/passt]"
     status, said, error = ask(capsys, parts, *options, metrics)
     assert status == 2 and "codec facebook/encodec_32khz, text encoder t5-base" in error
-    assert said["metrics of vggish"].startswith("warning not in the cache") and "metrics of" not in error
+    assert (
+        said["metrics of vggish"].startswith("warning not in the cache")
+        and "metrics of" not in error
+    )
     assert "doctor --prefetch downloads" in said["metrics of vggish"]
     assert "vggish-10086976.pth (289 MB, licence Apache-2.0)" in said["metrics of vggish"]
-    assert said["text encoder t5-base"].startswith("missing ") and "doctor --prefetch" in said["text encoder t5-base"]
+    assert (
+        said["text encoder t5-base"].startswith("missing ")
+        and "doctor --prefetch" in said["text encoder t5-base"]
+    )
     # What does not need them is looked at all the same.
     assert said["train shards"].startswith("ok ") and said["shards per worker"].startswith("ok ")
     assert "nothing of that name is logged; choose val/ce, val/fad/vggish" in said["settings"]
@@ -266,7 +316,12 @@ def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch,
     stamp = {"codec": ShardSet.open(parts / "train").index["codec"]["hash"]}
     stamp["train"] = fingerprint(ShardSet.open(parts / "train").index)
     stamp["text_encoder"] = load_text_encoder(str(parts / "t5")).stamp
-    model = {"network": network, "codec": str(parts / "codec"), "text_encoder": str(parts / "t5"), "seed": 1}
+    model = {
+        "network": network,
+        "codec": str(parts / "codec"),
+        "text_encoder": str(parts / "t5"),
+        "seed": 1,
+    }
 
     def saved(name: str, **changes) -> str:
         content = {"hyper_parameters": model, "global_step": 3, "state_dict": {}, "run": stamp}
@@ -274,31 +329,45 @@ def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch,
         torch.save(content | changes, tmp_path / name)
         return str(tmp_path / name)
 
-    assert look("start", plan, ckpt_path=saved("a.ckpt")) == [f"ok start: resumes after step 3 of {tmp_path}/a.ckpt"]
+    assert look("start", plan, ckpt_path=saved("a.ckpt")) == [
+        f"ok start: resumes after step 3 of {tmp_path}/a.ckpt"
+    ]
     (said,) = look("start", plan, ckpt_path=saved("b.ckpt", run=stamp | {"train": "0"}))
     assert "failed start: --ckpt_path: trained on other shards" in said
     (said,) = look("start", plan, ckpt_path=saved("b.ckpt", run=stamp | {"text_encoder": "0"}))
     assert "failed start: --ckpt_path: trained with another text encoder" in said
     (said,) = look("start", plan, ckpt_path=saved("c.ckpt"), model__network__num_layers=3)
     assert "the checkpoint has another model: network.num_layers=3 (checkpoint: 2)" in said
-    (tmp_path / "d.ckpt").write_bytes(b"cut off")
+    (tmp_path / "d.ckpt").write_bytes(b"damaged")
     status, said, _ = ask(capsys, parts, f"--ckpt_path={tmp_path / 'd.ckpt'}")
-    assert status == 2 and "d.ckpt: damaged or truncated" in said["start"] and said["disk"].startswith("ok ")
+    assert (
+        status == 2
+        and "d.ckpt: damaged or truncated" in said["start"]
+        and said["disk"].startswith("ok ")
+    )
     (said,) = look("start", plan, ckpt_path=saved("d.ckpt", optimizer_states=None))
     assert "d.ckpt: not a checkpoint of a training run (optimizer_states is missing)" in said
     (tmp_path / "d.ckpt").unlink()
     # A job that is queued again goes on, whatever its script says.
-    given = {"checkpoint__dirpath": str(tmp_path), "trainer__default_root_dir": str(tmp_path / "run")}
+    given = {
+        "checkpoint__dirpath": str(tmp_path),
+        "trainer__default_root_dir": str(tmp_path / "run"),
+    }
     assert look("start", plan, **given) == ["ok start: random weights"]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert look("start", plan, **given)[0].startswith("ok start: resumes after step 3")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    assert look("start", plan, ckpt_path="auto", **given)[0].startswith("ok start: resumes after step 3")
-    assert "does not match the model configuration" in look("start", plan, model__init_from="demo")[0]
+    assert look("start", plan, ckpt_path="auto", **given)[0].startswith(
+        "ok start: resumes after step 3"
+    )
+    assert (
+        "does not match the model configuration" in look("start", plan, model__init_from="demo")[0]
+    )
 
 
 def test_checkpoints_that_will_be_replaced_have_their_room(plan, tmp_path, monkeypatch):
-    """Three are kept: a run that goes on over two of them needs one more, one that begins all three."""
+    """Three are kept: a run that goes on over two of them needs one more, one that begins all
+    three."""
     usage = namedtuple("usage", "total used free")
     size = estimate.checkpoint_bytes(plan)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 1.5 * size))
@@ -306,13 +375,18 @@ def test_checkpoints_that_will_be_replaced_have_their_room(plan, tmp_path, monke
     saved |= {"optimizer_states": [], "lr_schedulers": [], "loops": {}, "callbacks": {}}
     for name in ("last.ckpt", "step=0000003.ckpt"):
         torch.save(saved | {"state_dict": {"x": torch.zeros(int(size) // 4)}}, tmp_path / name)
-    given = {"checkpoint__dirpath": str(tmp_path), "trainer__default_root_dir": str(tmp_path / "run")}
+    given = {
+        "checkpoint__dirpath": str(tmp_path),
+        "trainer__default_root_dir": str(tmp_path / "run"),
+    }
     (said,) = look("disk", plan, ckpt_path="auto", **given)
     assert said.startswith("ok disk: ") and "of them are there" in said
     (said,) = look("disk", plan, **given)  # those there are set aside
     assert said.startswith("failed disk: ") and "free for 3 checkpoints" in said
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 0.9 * size))
-    assert look("disk", plan, ckpt_path="auto", **given)[0].startswith("failed disk: ")  # one is written beside them
+    assert look("disk", plan, ckpt_path="auto", **given)[0].startswith(
+        "failed disk: "
+    )  # one is written beside them
 
 
 def test_a_run_folder_that_cannot_be_written_is_named(plan, tmp_path):
@@ -321,21 +395,27 @@ def test_a_run_folder_that_cannot_be_written_is_named(plan, tmp_path):
     assert said.startswith("failed disk: ") and "set --trainer.default_root_dir" in said
 
 
-# --- what fit refuses, and what it starts with ----------------------------------------------------------------------
+# --- what fit refuses, and what it starts with ----------------------------------------------------
 
 
 def test_what_is_validated_is_reported(plan):
     assert look("validation", plan) == ["ok validation: every 2 steps and at the end, 2 prompts"]
     (said,) = look("validation", plan, trainer__limit_val_batches=0)
     assert said == "warning validation: this run does not validate: trainer.limit_val_batches=0"
-    assert look("validation", plan, trainer__limit_val_batches=1)[1].startswith("warning validation: sees 2 of 3 items")
-    assert look("validation", plan, trainer__fast_dev_run=True) == ["ok validation: once, at the end, 2 prompts"]
+    assert look("validation", plan, trainer__limit_val_batches=1)[1].startswith(
+        "warning validation: sees 2 of 3 items"
+    )
+    assert look("validation", plan, trainer__fast_dev_run=True) == [
+        "ok validation: once, at the end, 2 prompts"
+    ]
 
 
 def test_no_validation_shards_are_needed_where_nothing_is_validated(plan):
     plan = changed(plan, {"data.folders": plan.data.folders | {"validation": None}})
     assert "no validation shards: give --data.validation" in look("shards", plan)[1]
-    assert "ok validation shards: none given" in look("shards", plan, trainer__limit_val_batches=0)[1]
+    assert (
+        "ok validation shards: none given" in look("shards", plan, trainer__limit_val_batches=0)[1]
+    )
 
 
 def test_a_metric_whose_network_or_references_are_missing_matters_if_the_monitor_goes_by_it(
@@ -344,33 +424,49 @@ def test_a_metric_whose_network_or_references_are_missing_matters_if_the_monitor
     monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path))
     metrics = ("fad/codec", "fad/vggish", "kl/passt")
     said = look("components", plan, generation__metrics=metrics)[-2:]
-    assert [line.split(": ")[0] for line in said] == ["warning metrics of vggish", "warning metrics of passt"]
+    assert [line.split(": ")[0] for line in said] == [
+        "warning metrics of vggish",
+        "warning metrics of passt",
+    ]
     assert all(line.endswith("without it these metrics are skipped") for line in said)
-    said = look("components", plan, generation__metrics=metrics, checkpoint__monitor="val/fad/vggish")[-2:]
-    assert [line.split(": ")[0] for line in said] == ["missing metrics of vggish", "warning metrics of passt"]
+    said = look(
+        "components", plan, generation__metrics=metrics, checkpoint__monitor="val/fad/vggish"
+    )[-2:]
+    assert [line.split(": ")[0] for line in said] == [
+        "missing metrics of vggish",
+        "warning metrics of passt",
+    ]
 
     plan = changed(plan, {"generation.metrics": metrics})
     plan.samples["validation"] = [{"reference": None}]  # type: ignore[typeddict-item]
     none = "references of vggish: none, so no fad/vggish; give --generation.reference"
     for monitor, status in ((None, "warning"), ("val/kl/passt", "failed")):
         said = look("references", plan, checkpoint__monitor=monitor)
-        assert said[1] == f"warning {none}" and said[2].startswith(f"{status} references of passt: none")
+        assert said[1] == f"warning {none}" and said[2].startswith(
+            f"{status} references of passt: none"
+        )
     assert look("references", plan, checkpoint__monitor="val/fad/vggish")[1] == f"failed {none}"
     said = look("references", plan, generation__reference=str(tmp_path))
-    assert said[1].startswith(f"failed references of vggish: {tmp_path}/vggish.safetensors: no such file")
+    assert said[1].startswith(
+        f"failed references of vggish: {tmp_path}/vggish.safetensors: no such file"
+    )
 
 
-# --- machine --------------------------------------------------------------------------------------------------------
+# --- machine --------------------------------------------------------------------------------------
 
 
 def test_too_few_cores_files_and_shared_memory_are_warnings(plan, monkeypatch):
     usage = namedtuple("usage", "total used free")
     real = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda p: usage(1, 0, 64 << 20) if str(p) == "/dev/shm" else real(p))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda p: usage(1, 0, 64 << 20) if str(p) == "/dev/shm" else real(p)
+    )
     monkeypatch.setattr(magnet_train.checks.doctor.resource, "getrlimit", lambda _: (256, 256))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     said = look("CPU", plan, trainer__devices=2)
-    assert said[0].startswith("warning CPU: 2 cores for 2 ranks and 2 loader processes: request more cores")
+    assert said[0].startswith(
+        "warning CPU: 2 cores for 2 ranks and 2 loader processes: request more cores"
+    )
     assert said[-1].startswith("warning open files: 256 per process; raise it with ulimit -n")
     if Path("/dev/shm").is_dir():
         assert said[1].startswith("warning shared memory: 0.1 GB") and "--shm-size" in said[1]
@@ -385,14 +481,20 @@ def test_too_few_cores_files_and_shared_memory_are_warnings(plan, monkeypatch):
 def test_memory_is_what_may_still_be_had_within_the_jobs_limit(tmp_path):
     (tmp_path / "proc").mkdir()
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
-    (tmp_path / "proc/meminfo").write_text("MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  4000 kB\n")
+    (tmp_path / "proc/meminfo").write_text(
+        "MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  4000 kB\n"
+    )
     assert available_memory(tmp_path) == 4000 * 1024
     job = tmp_path / "sys/fs/cgroup/slurm/job_1/step_0"
     job.mkdir(parents=True)
     (tmp_path / "proc/self").mkdir()
     (tmp_path / "proc/self/cgroup").write_text("4:memory:/elsewhere\n0::/slurm/job_1/step_0\n")
     for limit, bytes_ in (("max", 4000 * 1024), ("3000000", 3e6), ("9000000", 4000 * 1024)):
-        for folder in (job, job.parent, tmp_path / "sys/fs/cgroup"):  # the nearest, the job's, a container's
+        for folder in (
+            job,
+            job.parent,
+            tmp_path / "sys/fs/cgroup",
+        ):  # the nearest, the job's, a container's
             (folder / "memory.max").write_text(f"{limit}\n")
             assert available_memory(tmp_path) == bytes_
             (folder / "memory.max").write_text("max\n")
@@ -401,13 +503,20 @@ def test_memory_is_what_may_still_be_had_within_the_jobs_limit(tmp_path):
 
 def test_a_tenth_of_the_memory_stays_free(plan, monkeypatch):
     monkeypatch.setattr(estimate, "measure_speed", lambda _: ASSUMED)
-    needed = Memory(weights=5e8, gradients=0, moments=0, average=0, copies=0, frozen=0, activations=5e8)
+    needed = Memory(
+        weights=5e8, gradients=0, moments=0, average=0, copies=0, frozen=0, activations=5e8
+    )
     monkeypatch.setattr(estimate.cost, "memory", lambda *_, **__: needed)
     for capacity, status in ((0.95e9, "failed"), (1.05e9, "warning"), (1.15e9, None)):
         monkeypatch.setattr(estimate, "_capacities", lambda _, c=capacity: [c])
         found = [x for x in CHECKS["estimate"](plan) if isinstance(x, Finding)]
-        assert [(x.status, x.what) for x in found] == ([] if status is None else [(status, "memory")])
-        assert all("less a reserve of 10 %" in x.detail and "set --data.batch_size 1" in x.detail for x in found)
+        assert [(x.status, x.what) for x in found] == (
+            [] if status is None else [(status, "memory")]
+        )
+        assert all(
+            "less a reserve of 10 %" in x.detail and "set --data.batch_size 1" in x.detail
+            for x in found
+        )
 
 
 def test_versions_are_held_to_what_the_package_needs(parts, monkeypatch, capsys):
@@ -415,10 +524,17 @@ def test_versions_are_held_to_what_the_package_needs(parts, monkeypatch, capsys)
     monkeypatch.setattr(magnet_train.checks.doctor, "_requirements", lambda: needs)
     found = [str(finding) for finding in magnet_train.checks.doctor.check_packages()]
     assert re.match(
-        r"failed   packages: lightning 2\.\S+ is installed, >=99 is needed: pip install 'lightning>=99'", found[0]
+        r"failed   packages: lightning 2\.\S+ is installed, >=99 is needed: pip install "
+        r"'lightning>=99'",
+        found[0],
     )
-    assert found[1] == "failed   packages: nowhere-to-be-had is missing: pip install 'nowhere-to-be-had'"
-    assert found[2].startswith("ok       packages: torch ") and not [line for line in found if "laion" in line]
+    assert (
+        found[1]
+        == "failed   packages: nowhere-to-be-had is missing: pip install 'nowhere-to-be-had'"
+    )
+    assert found[2].startswith("ok       packages: torch ") and not [
+        line for line in found if "laion" in line
+    ]
 
 
 @pytest.fixture
@@ -429,11 +545,19 @@ def online(plan, tmp_path, monkeypatch):
     wandb.teardown()
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": tmp_path, "WANDB_CONFIG_DIR": tmp_path / "w", "NETRC": tmp_path / "netrc"}.items():
+    for name, value in {
+        "HOME": tmp_path,
+        "WANDB_CONFIG_DIR": tmp_path / "w",
+        "NETRC": tmp_path / "netrc",
+    }.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "10")
-    logger = Namespace(class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(offline=False))
-    yield changed(plan, {"trainer.logger": [logger], "trainer.default_root_dir": str(tmp_path / "run")})
+    logger = Namespace(
+        class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(offline=False)
+    )
+    yield changed(
+        plan, {"trainer.logger": [logger], "trainer.default_root_dir": str(tmp_path / "run")}
+    )
     wandb.teardown()
 
 
@@ -441,11 +565,14 @@ def test_without_a_key_the_run_is_logged_offline_and_fast_dev_run_has_no_loggers
     assert look("W&B", online, trainer__fast_dev_run=True) == ["ok W&B: not a logger of this run"]
     (said,) = look("W&B", online)
     assert said.startswith(
-        "warning W&B: no API key (`wandb login` sets one): the run will be logged offline; wandb sync"
+        "warning W&B: no API key (`wandb login` sets one): the run will be logged offline; wandb "
+        "sync"
     )
     offline = online.config.trainer.logger[0].clone()
     offline.init_args.offline = True
-    assert look("W&B", online, trainer__logger=[offline])[0].startswith("ok W&B: offline: wandb sync")
+    assert look("W&B", online, trainer__logger=[offline])[0].startswith(
+        "ok W&B: offline: wandb sync"
+    )
 
 
 def test_a_refused_key_ends_a_run_that_begins_and_none_that_goes_on(online, tmp_path, monkeypatch):
@@ -453,30 +580,44 @@ def test_a_refused_key_ends_a_run_that_begins_and_none_that_goes_on(online, tmp_
     with server(lambda _: (401, {"errors": [{"message": "permission denied"}]})) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
         (said,) = look("W&B", online)
-        assert said.startswith("failed W&B: the key is refused, or there is no network (") and "WANDB_MODE" in said
-        assert look("W&B", online, ckpt_path="auto")[0].startswith("failed ")  # of a first submission
+        assert (
+            said.startswith("failed W&B: the key is refused, or there is no network (")
+            and "WANDB_MODE" in said
+        )
+        assert look("W&B", online, ckpt_path="auto")[0].startswith(
+            "failed "
+        )  # of a first submission
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "wandb_run_id").write_text("abc\n")
         (said,) = look("W&B", online, ckpt_path="auto")
-        assert said.startswith("warning W&B: the key is refused") and "the run will be logged offline" in said
+        assert (
+            said.startswith("warning W&B: the key is refused")
+            and "the run will be logged offline" in said
+        )
 
 
 def test_a_server_that_is_not_to_be_reached_ends_a_run_that_begins(online, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    assert look("W&B", online)[0].startswith("failed W&B: the key is refused, or there is no network (")
+    assert look("W&B", online)[0].startswith(
+        "failed W&B: the key is refused, or there is no network ("
+    )
 
 
 def test_host_and_mode_may_stand_in_the_settings_file_and_a_key_in_netrc(online, tmp_path):
     import wandb
 
     def accept(request: dict) -> tuple[int, dict]:
-        return 200, {"data": {"viewer": {"id": "a", "username": "ann", "entity": "ann", "flags": "{}"}}}
+        return 200, {
+            "data": {"viewer": {"id": "a", "username": "ann", "entity": "ann", "flags": "{}"}}
+        }
 
     (tmp_path / "w").mkdir()
     with server(accept) as url:
         (tmp_path / "w" / "settings").write_text(f"[default]\nbase_url = {url}\n")
-        (tmp_path / "netrc").write_text(f"machine {url.removeprefix('http://')}\n  login user\n  password {'k' * 40}\n")
+        (tmp_path / "netrc").write_text(
+            f"machine {url.removeprefix('http://')}\n  login user\n  password {'k' * 40}\n"
+        )
         (tmp_path / "netrc").chmod(0o600)
         assert look("W&B", online) == [f"ok W&B: online at {url}, which accepts the key"]
     wandb.teardown()
@@ -488,14 +629,27 @@ def test_help_says_what_it_is(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["doctor", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert said.startswith("usage: python -m magnet_train doctor [-c CONFIG]") and "Nothing is trained." in said
+    assert (
+        said.startswith("usage: python -m magnet_train doctor [-c CONFIG]")
+        and "Nothing is trained." in said
+    )
     assert "Price of one GPU for an hour, in any currency" in said
 
 
 def test_one_real_launch(parts, tmp_path):
-    args = [sys.executable, "-m", "magnet_train", "doctor", "--config", str(parts / "c.yaml"), "--data.num_workers=7"]
+    args = [
+        sys.executable,
+        "-m",
+        "magnet_train",
+        "doctor",
+        "--config",
+        str(parts / "c.yaml"),
+        "--data.num_workers=7",
+    ]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=LONGEST_S, cwd=tmp_path)
+    done = subprocess.run(
+        args, env=env, capture_output=True, text=True, timeout=LONGEST_S, cwd=tmp_path
+    )
     assert done.returncode == 2 and list(tmp_path.iterdir()) == []
     assert done.stderr.strip().splitlines()[-1].endswith("checks failed; `fit` would fail too: shards per worker")
     assert "set --data.num_workers 4" in done.stdout and "Traceback" not in done.stderr
@@ -522,16 +676,28 @@ def test_gpus_are_looked_at_as_they_are(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
 
     def look(devices: int, precision: str) -> list[str]:
-        trainer = SimpleNamespace(accelerator="gpu", devices=devices, num_nodes=4, precision=precision)
-        plan = SimpleNamespace(devices=parse_devices(trainer), config=SimpleNamespace(trainer=trainer))
+        trainer = SimpleNamespace(
+            accelerator="gpu", devices=devices, num_nodes=4, precision=precision
+        )
+        plan = SimpleNamespace(
+            devices=parse_devices(trainer), config=SimpleNamespace(trainer=trainer)
+        )
         return [str(finding) for finding in magnet_train.checks.doctor.check_devices(plan)]  # type: ignore[arg-type]
 
     first, second = look(8, "16-mixed")
-    assert first.startswith("ok       devices: 8 GPUs on each of 4 nodes, of which this one was checked: V100 with 32 GB")
+    assert first.startswith(
+        "ok       devices: 8 GPUs on each of 4 nodes, of which this one was checked: V100 with 32 "
+        "GB"
+    )
     assert second == "warning  devices: 50% of GPU memory is already in use by other processes"
-    with pytest.raises(UserError, match=r"precision=bf16-mixed: V100 has no bfloat16; set --trainer\.precision 16"):
+    with pytest.raises(
+        UserError, match=r"precision=bf16-mixed: V100 has no bfloat16; set --trainer\.precision 16"
+    ):
         look(2, "bf16-mixed")
-    with pytest.raises(UserError, match="16 GPUs per node requested, 8 visible here; run this where the job will run"):
+    with pytest.raises(
+        UserError,
+        match="16 GPUs per node requested, 8 visible here; run this where the job will run",
+    ):
         look(16, "16-mixed")
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     with pytest.raises(UserError, match=r"8 GPUs requested, but torch .* is built without NCCL"):

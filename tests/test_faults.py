@@ -16,10 +16,21 @@ def test_nothing_is_lost():
     environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
     faults = ["disk", "signal", "rank_dies", "rank_hangs", "text", "outage", "sweep", "preempted"]
     done = subprocess.run(
-        [sys.executable, script, "--only", *faults], env=environment, capture_output=True, text=True, timeout=LONGEST_S
+        [sys.executable, script, "--only", *faults],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LONGEST_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    rows = [
+        line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")
+    ]
     assert [lost for _, _, lost in rows] == ["nothing"] * len(faults)
-    assert "the disk is full: free some space" in rows[0][1] and "--model.span_len=three: give a whole" in rows[6][1]
-    assert re.search(r"rank [01], after step \d+: .* usually", rows[3][1])  # the one that stands, or the one that waits
+    assert (
+        "the disk is full: free some space" in rows[0][1]
+        and "--model.span_len=three: give a whole" in rows[6][1]
+    )
+    assert re.search(
+        r"rank [01], after step \d+: .* usually", rows[3][1]
+    )  # the one that stands, or the one that waits

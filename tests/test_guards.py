@@ -43,13 +43,23 @@ def test_a_bad_step_changes_nothing_and_is_named(kind: str, data: Path, tmp_path
         assert main(arguments(data, tmp_path / "run", *ALL, **{kind: (3,)})) == 0
     named = [str(w.message) for w in caught if "skipped" in str(w.message)]
     keys = ledger(tmp_path / "run")[3, 0]["keys"]
-    assert len(named) == 1 and all(key in named[0] for key in keys) and "step 3" in named[0] and "rank 0" in named[0]
+    assert (
+        len(named) == 1
+        and all(key in named[0] for key in keys)
+        and "step 3" in named[0]
+        and "rank 0" in named[0]
+    )
     before, after, later = (checkpoint(tmp_path / "run", step) for step in (3, 4, 5))
     for name, value in before["current_model_state"].items():
         assert torch.equal(value, after["current_model_state"][name])
     for name, value in before["optimizer_states"][0]["state"].items():
-        assert all(torch.equal(v, after["optimizer_states"][0]["state"][name][k]) for k, v in value.items())
-    assert any(not torch.equal(v, later["current_model_state"][k]) for k, v in before["current_model_state"].items())
+        assert all(
+            torch.equal(v, after["optimizer_states"][0]["state"][name][k]) for k, v in value.items()
+        )
+    assert any(
+        not torch.equal(v, later["current_model_state"][k])
+        for k, v in before["current_model_state"].items()
+    )
     assert all(v.isfinite().all() for v in later["state_dict"].values())
 
 
@@ -62,16 +72,22 @@ def test_with_accumulation_the_batch_that_was_bad_is_named(data: Path, tmp_path:
     assert ", ".join(lines[4, 0]["keys"]) in named and ", ".join(lines[3, 0]["keys"]) not in named
 
 
-def test_too_many_in_a_row_end_the_run_and_keep_the_last_good_checkpoint(data: Path, tmp_path: Path, capsys: Any):
+def test_too_many_in_a_row_end_the_run_and_keep_the_last_good_checkpoint(
+    data: Path, tmp_path: Path, capsys: Any
+):
     options = ("--nan_guard.max_consecutive=3",)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Two in a row are no three; the counter goes on in a resumed run.
-        assert main(arguments(data, tmp_path / "run", *options, bad_losses=(0, 1, 3, 5, 6, 7, 8))) == 2
+        assert (
+            main(arguments(data, tmp_path / "run", *options, bad_losses=(0, 1, 3, 5, 6, 7, 8))) == 2
+        )
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert "3 steps in a row" in line and "lr" in line
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == 6 and all(v.isfinite().all() for v in saved["current_model_state"].values())
+    assert saved["global_step"] == 6 and all(
+        v.isfinite().all() for v in saved["current_model_state"].values()
+    )
     assert saved["callbacks"]["NanGuard"] == {"skipped": 4, "consecutive": 1}
 
 
@@ -81,12 +97,25 @@ HALF = (
 )
 
 
-def test_a_scaler_looks_for_its_scale_and_is_not_let_look_for_ever(data: Path, tmp_path: Path, capsys: Any):
+def test_a_scaler_looks_for_its_scale_and_is_not_let_look_for_ever(
+    data: Path, tmp_path: Path, capsys: Any
+):
     """With torch's own scaler, on a CPU: it halves 65536 at each step that overflows."""
     options = (HALF, "--nan_guard.max_consecutive=3", "--trainer.max_steps=40", *ALL)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert main(arguments(data, tmp_path / "a", *options, "--trainer.max_steps=8", bad_gradients=(1, 2, 3, 4))) == 0
+        assert (
+            main(
+                arguments(
+                    data,
+                    tmp_path / "a",
+                    *options,
+                    "--trainer.max_steps=8",
+                    bad_gradients=(1, 2, 3, 4),
+                )
+            )
+            == 0
+        )
     assert not [w for w in caught if "skipped" in str(w.message)]
     before, after = (checkpoint(tmp_path / "a", step) for step in (1, 5))
     assert after["callbacks"]["NanGuard"] == {"skipped": 4, "consecutive": 4}
@@ -94,7 +123,9 @@ def test_a_scaler_looks_for_its_scale_and_is_not_let_look_for_ever(data: Path, t
     for name, value in before["current_model_state"].items():
         assert torch.equal(value, after["current_model_state"][name])
     with pytest.warns(UserWarning, match="step 17 skipped, rank 0: gradients"):
-        assert main(arguments(data, tmp_path / "b", *options, bad_gradients=tuple(range(1, 40)))) == 2
+        assert (
+            main(arguments(data, tmp_path / "b", *options, bad_gradients=tuple(range(1, 40)))) == 2
+        )
     assert "steps in a row without a finite loss and gradients" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="step 3 skipped, rank 0: loss nan"):  # no scale mends that
         assert main(arguments(data, tmp_path / "c", *options, bad_losses=(3, 4, 5))) == 2
@@ -113,7 +144,7 @@ def test_options_out_of_range_are_named(make: Any, word: str):
         make()
 
 
-# --- the watchdog -------------------------------------------------------------------------------------------------
+# --- the watchdog ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -154,7 +185,12 @@ def test_the_watchdog_names_rank_and_phase_once(passes: Callable[[float], None])
     assert heard(watchdog, 0) == []  # not ten times as long
     passes(0.02)
     (line,) = heard(watchdog, 1)
-    assert "rank 3" in line and "step 17" in line and "between steps" in line and "usually 0.02 s" in line
+    assert (
+        "rank 3" in line
+        and "step 17" in line
+        and "between steps" in line
+        and "usually 0.02 s" in line
+    )
     passes(100)
     assert heard(watchdog, 0) == []  # it has been told
     hooks[0](trainer, None, None, 0)  # type: ignore[arg-type]
@@ -173,7 +209,7 @@ def test_the_watchdog_names_rank_and_phase_once(passes: Callable[[float], None])
     assert watchdog._thread is None
 
 
-# --- throughput ---------------------------------------------------------------------------------------------------
+# --- throughput -----------------------------------------------------------------------------------
 
 
 class Slow(IterableDataset):
@@ -190,7 +226,8 @@ def test_the_loader_counts_what_it_is_waited_for(workers: int):
     for number, item in enumerate(loader):
         assert item == number and loader.waiting_since is None
         time.sleep(0.02)
-    # A process of its own makes the next one meanwhile: how much it is waited for, the machine decides.
+    # A process of its own makes the next one meanwhile: how much it is waited for, the machine
+    # decides.
     assert (0 if workers else 0.05 * 5) < loader.waited_s <= time.monotonic() - begin - 0.02 * 5
 
 
@@ -207,9 +244,14 @@ def test_the_first_signal_to_all_processes_of_a_job_costs_no_batch():
 
 
 def test_throughput_counts_all_that_is_heard(data: Path, tmp_path: Path):
-    """Two examples of one second a step; the ledger sleeps, so that the speed is known from above."""
+    """Two examples of one second a step; the ledger sleeps, so that the speed is known from
+    above."""
     run, logger = tmp_path / "run", "lightning.pytorch.loggers.CSVLogger"
-    options = (f"--trainer.logger={logger}", "--trainer.log_every_n_steps=2", f"--trainer.logger.save_dir={run}")
+    options = (
+        f"--trainer.logger={logger}",
+        "--trainer.log_every_n_steps=2",
+        f"--trainer.logger.save_dir={run}",
+    )
     assert main(arguments(data, run, *options, lasts_s=0.05)) == 0
     (file,) = run.rglob("metrics.csv")
     rows = [row for row in csv.DictReader(file.open()) if row.get("speed/examples_per_s")]
@@ -217,16 +259,25 @@ def test_throughput_counts_all_that_is_heard(data: Path, tmp_path: Path):
     for number, row in enumerate(rows, 1):
         assert float(row["train/audio_hours"]) == pytest.approx(number * 4 / 3600)
         assert 0 < float(row["speed/examples_per_s"]) < 2 / 0.05
-        assert float(row["speed/frames_per_s"]) == pytest.approx(50 * float(row["speed/examples_per_s"]), rel=1e-4)
+        assert float(row["speed/frames_per_s"]) == pytest.approx(
+            50 * float(row["speed/examples_per_s"]), rel=1e-4
+        )
         heard = float(row["speed/audio_hours_per_s"])
         assert heard == pytest.approx(float(row["speed/examples_per_s"]) / 3600, rel=1e-4)
-        assert 0 <= float(row["speed/data_share"]) < 1 and 0.05 < float(row["speed/peak_memory_gb"]) < 50
+        assert (
+            0 <= float(row["speed/data_share"]) < 1
+            and 0.05 < float(row["speed/peak_memory_gb"]) < 50
+        )
         assert not row.get("speed/mfu")  # no peak is known of a CPU
 
 
 def test_the_peak_of_a_device_is_known_or_left_out(monkeypatch: pytest.MonkeyPatch):
     device = torch.device("cuda")
     assert peak_flop(torch.device("cpu"), "bf16-mixed") is None
-    for name, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-40GB": 312e12, "GeForce RTX 1": None}.items():
+    for name, peak in {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA A100-SXM4-40GB": 312e12,
+        "GeForce RTX 1": None,
+    }.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak_flop(device, "bf16-mixed") == peak and peak_flop(device, "32-true") is None

@@ -23,12 +23,25 @@ from magnet_train.data.datamodule import MagnetDataModule
 from magnet_train.model import MagnetConfig
 
 TRAINER = {
-    "accelerator": "cpu", "devices": "auto", "num_nodes": 1, "strategy": "auto", "precision": None,
-    "fast_dev_run": False, "max_steps": 100, "max_epochs": None, "overfit_batches": 0.0,
-    "limit_train_batches": None, "limit_val_batches": None, "val_check_interval": 10, "check_val_every_n_epoch": None,
-    "accumulate_grad_batches": 1, "log_every_n_steps": None, "num_sanity_val_steps": None, "gradient_clip_val": None,
+    "accelerator": "cpu",
+    "devices": "auto",
+    "num_nodes": 1,
+    "strategy": "auto",
+    "precision": None,
+    "fast_dev_run": False,
+    "max_steps": 100,
+    "max_epochs": None,
+    "overfit_batches": 0.0,
+    "limit_train_batches": None,
+    "limit_val_batches": None,
+    "val_check_interval": 10,
+    "check_val_every_n_epoch": None,
+    "accumulate_grad_batches": 1,
+    "log_every_n_steps": None,
+    "num_sanity_val_steps": None,
+    "gradient_clip_val": None,
     "default_root_dir": None,
-}  # fmt: skip
+}
 
 
 def config(**changes: Any) -> Namespace:
@@ -39,10 +52,13 @@ def config(**changes: Any) -> Namespace:
         checkpoint=Namespace(monitor=None, dirpath=None),
         generation=Namespace(num_prompts=2, metrics=["fad/codec"], at_start=True),
         model=Namespace(
-            codec="demo", crop_s=10.0, span_len=3, network=Namespace(**MagnetConfig().to_dict()),
+            codec="demo",
+            crop_s=10.0,
+            span_len=3,
+            network=Namespace(**MagnetConfig().to_dict()),
             optimizer=Namespace(name="adamw", schedule="constant"),
         ),
-    )  # fmt: skip
+    )
     for name, value in changes.items():
         made[name.replace("__", ".")] = value
     return made
@@ -50,7 +66,9 @@ def config(**changes: Any) -> Namespace:
 
 def test_settings_that_work_are_accepted():
     check_settings(config())
-    check_settings(config(trainer__precision="bf16-mixed", trainer__limit_val_batches=0, trainer__max_steps=-1))
+    check_settings(
+        config(trainer__precision="bf16-mixed", trainer__limit_val_batches=0, trainer__max_steps=-1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,14 +85,20 @@ def test_settings_that_work_are_accepted():
         ({"trainer__gradient_clip_val": math.nan}, "gradient_clip_val=nan"),
         ({"trainer__val_check_interval": "00:00:30:00"}, "val_check_interval=00:00:30:00"),
         ({"trainer__val_check_interval": 0}, "val_check_interval=0"),
-        ({"trainer__limit_train_batches": 5, "trainer__accumulate_grad_batches": 2}, "limit_train_batches=5"),
+        (
+            {"trainer__limit_train_batches": 5, "trainer__accumulate_grad_batches": 2},
+            "limit_train_batches=5",
+        ),
         ({"trainer__devices": 0}, "devices=0"),
         ({"trainer__devices": "two"}, "devices=two"),
         ({"trainer__accelerator": "gpu", "trainer__devices": 99}, "99 GPUs per node requested"),
         ({"trainer__strategy": "fsdp2", "model__optimizer__name": "dadapt_adam"}, "dadapt_adam: "),
         ({"checkpoint__monitor": "val/nothing"}, "monitor=val/nothing"),
         ({"model__network__dim": 10**7}, "its weights take"),
-        ({"model__optimizer__schedule": "cosine", "trainer__max_steps": -1}, "schedule=cosine: the run has no end"),
+        (
+            {"model__optimizer__schedule": "cosine", "trainer__max_steps": -1},
+            "schedule=cosine: the run has no end",
+        ),
         ({"model__span_len": 10**9}, "span_len=1000000000: longer than an example"),
     ],
 )
@@ -86,7 +110,9 @@ def test_each_setting_that_cannot_work_is_named(changes: dict[str, Any], named: 
 
 
 def test_all_that_is_wrong_is_found():
-    wrong = config(seed_everything=-1, trainer__precision="16-true", checkpoint__monitor="val/nothing")
+    wrong = config(
+        seed_everything=-1, trainer__precision="16-true", checkpoint__monitor="val/nothing"
+    )
     assert len(list(settings_errors(wrong))) == 3 < len(SETTINGS_CHECKS)
     check_seed(config(seed_everything=True))  # Lightning draws one
     check_network_size(config())
@@ -96,7 +122,9 @@ def test_a_monitor_must_be_logged():
     for monitor in (None, "val/ce", "val/fad/codec", "train/loss", "val/num_clips"):
         check_monitor(config(checkpoint__monitor=monitor))
     for monitor, prompts in (("val/kl/codec", 2), ("val/fad/codec", 0), ("val/num_clips", 0)):
-        with pytest.raises(UserError, match=f"checkpoint.monitor={monitor}: nothing of that name is logged") as error:
+        with pytest.raises(
+            UserError, match=f"checkpoint.monitor={monitor}: nothing of that name is logged"
+        ) as error:
             check_monitor(config(checkpoint__monitor=monitor, generation__num_prompts=prompts))
         assert ("or set --generation.num_prompts above 0" in str(error.value)) == (not prompts)
 
@@ -124,7 +152,11 @@ def plan(global_batch_size: int | None = None, **changes: Any) -> Plan:
 def test_steps_and_validations_are_counted():
     assert plan(trainer__max_steps=-1).num_steps == math.inf
     assert plan(trainer__max_steps=-1, trainer__fast_dev_run=True).num_steps == 1
-    epochs = {"trainer__limit_train_batches": 10, "trainer__max_epochs": 6, "trainer__accumulate_grad_batches": 2}
+    epochs = {
+        "trainer__limit_train_batches": 10,
+        "trainer__max_epochs": 6,
+        "trainer__accumulate_grad_batches": 2,
+    }
     assert plan(trainer__max_steps=-1, **epochs).num_steps == 30
     assert plan(**epochs).num_steps == 30
     assert plan().num_validations == 11  # before training, and after each ten steps
@@ -141,5 +173,8 @@ def test_the_global_batch_is_divided():
 
 def test_sharded_strategies_are_known_by_name_and_class():
     model_parallel = Namespace(class_path="lightning.pytorch.strategies.ModelParallelStrategy")
-    assert plan(trainer__strategy="fsdp2").is_sharded and plan(trainer__strategy=model_parallel).is_sharded
+    assert (
+        plan(trainer__strategy="fsdp2").is_sharded
+        and plan(trainer__strategy=model_parallel).is_sharded
+    )
     assert not plan(trainer__strategy="ddp").is_sharded

@@ -24,19 +24,25 @@ class Probe(L.Callback):
         assert not private_api.saves_distributed_checkpoints(trainer)
         private_api.kill_launched_ranks(trainer)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
         private_api.forget_logged(trainer)
         if trainer.global_step != 1:
             pl_module.log("seldom", float(trainer.global_step))
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
         row = private_api.unwritten_row(trainer)
         self.rows.append(row and (row["step"], "seldom" in row["values"]))
 
     def __init__(self) -> None:
         self.rows: list[Any] = []
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         progress = private_api.Progress(copy.deepcopy(checkpoint))
         assert progress.num_batches == 4 and not progress.is_at_batch_end()
         progress.move_to_batch_end(3)
@@ -51,13 +57,26 @@ class Probe(L.Callback):
 def test_lightnings_trainer(tmp_path):
     probe = Probe()
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=4, limit_val_batches=0, callbacks=[probe], logger=False, log_every_n_steps=2,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
-    )  # fmt: skip
+        accelerator="cpu",
+        max_steps=4,
+        limit_val_batches=0,
+        callbacks=[probe],
+        logger=False,
+        log_every_n_steps=2,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
     module = BoringModel()
     assert private_api.attached_trainer(module) is None
     trainer.fit(module)
-    assert probe.rows == [None, (1, False), None, (3, True)]  # what was not logged at a step is not in its row
+    assert probe.rows == [
+        None,
+        (1, False),
+        None,
+        (3, True),
+    ]  # what was not logged at a step is not in its row
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     sharded: Any = SimpleNamespace(strategy=ModelParallelStrategy(save_distributed_checkpoint=True))
     assert private_api.saves_distributed_checkpoints(sharded)
@@ -89,7 +108,9 @@ def test_torch():
     private_api.set_last_lr(schedule, 0.25)
     assert schedule.get_last_lr() == [0.25]
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         torch.ones(1000)
     changes = private_api.memory_changes(profile)
     assert max(changes) >= 4000 and min(changes) <= -4000

@@ -24,22 +24,36 @@ def validated(run: Path) -> Counter[str]:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_three_ranks_of_which_one_has_nothing_to_validate(strategy: str, data: Path, tmp_path: Path):
+def test_three_ranks_of_which_one_has_nothing_to_validate(
+    strategy: str, data: Path, tmp_path: Path
+):
     """And of uneven shards each rank has as many full batches as the others."""
-    options = (f"--trainer.strategy={strategy}", "--trainer.val_check_interval=4", "--trainer.max_steps=4")
+    options = (
+        f"--trainer.strategy={strategy}",
+        "--trainer.val_check_interval=4",
+        "--trainer.max_steps=4",
+    )
     statuses, text = fit_on_ranks(3, arguments(data, tmp_path / "run", *options), tmp_path / "log")
     assert statuses == [0, 0, 0], text[-3000:]
     assert validated(tmp_path / "run") == {"item0000": 1, "item0001": 1}
     lines = ledger(tmp_path / "run")
     assert sorted(lines) == [(batch, rank) for batch in range(4) for rank in range(3)]
     assert all(len(line["keys"]) == 2 for line in lines.values())
-    assert len({key for line in lines.values() for key in line["keys"]}) > 16  # ranks have shards of their own
-    assert [p.name for p in tmp_path.glob("run/checkpoints/*.ckpt") if p.stem == "last"] == ["last.ckpt"]
+    assert (
+        len({key for line in lines.values() for key in line["keys"]}) > 16
+    )  # ranks have shards of their own
+    assert [p.name for p in tmp_path.glob("run/checkpoints/*.ckpt") if p.stem == "last"] == [
+        "last.ckpt"
+    ]
 
 
 def test_memory_is_that_of_the_rank_that_has_most(data: Path, tmp_path: Path):
     run = tmp_path / "run"
-    logger = ("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={run}", "--trainer.log_every_n_steps=1")
+    logger = (
+        "--trainer.logger=CSVLogger",
+        f"--trainer.logger.save_dir={run}",
+        "--trainer.log_every_n_steps=1",
+    )
     statuses, text = fit_on_ranks(2, arguments(data, run, *logger, hog_at=4), tmp_path / "log")
     assert statuses == [0, 0], text[-3000:]
     (file,) = run.rglob("metrics.csv")
@@ -57,7 +71,9 @@ def test_memory_is_that_of_the_rank_that_has_most(data: Path, tmp_path: Path):
         ("fsdp2", "stop_in_validation", 0),
     ],
 )
-def test_a_rank_that_raises_ends_all(strategy: str, where: str, rank: int, data: Path, tmp_path: Path):
+def test_a_rank_that_raises_ends_all(
+    strategy: str, where: str, rank: int, data: Path, tmp_path: Path
+):
     """Though no launcher ends the other; the last checkpoint stays."""
     options = (f"--trainer.strategy={strategy}", "--trainer.val_check_interval=3")
     given = arguments(data, tmp_path / "run", *options, **{where: 3}, stop_rank=rank)
@@ -85,9 +101,21 @@ LAUNCHED = ("--trainer.devices=2", "--trainer.max_steps=4", "--trainer.val_check
 
 @pytest.mark.slow
 def test_torchrun_launches_it(data: Path, tmp_path: Path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    command += ["-m", "magnet_train", *arguments(data, tmp_path / "run", "--trainer.strategy=fsdp2", *LAUNCHED)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LONGEST_S, cwd=tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
+    ]
+    command += [
+        "-m",
+        "magnet_train",
+        *arguments(data, tmp_path / "run", "--trainer.strategy=fsdp2", *LAUNCHED),
+    ]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=LONGEST_S, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert is_one_run(tmp_path / "run")
 
@@ -98,9 +126,15 @@ def test_srun_launches_it(data: Path, tmp_path: Path):
     command = [sys.executable, "-m", "magnet_train"]
     command += arguments(data, tmp_path / "run", "--trainer.strategy=ddp", *LAUNCHED)
     job = {
-        "SLURM_JOB_ID": "123456", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_NNODES": "1", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "MASTER_PORT": str(free_port()),
-    }  # fmt: skip
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NAME": "fit",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_NODEID": "0",
+        "MASTER_PORT": str(free_port()),
+    }
     tasks = []
     for rank in ("0", "1"):
         own = environment(**job, SLURM_PROCID=rank, SLURM_LOCALID=rank)

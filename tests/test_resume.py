@@ -54,14 +54,15 @@ def stopped(data: Path, run: Path, *options: str, **where: Any) -> None:
         main(arguments(data, run, *options, **where))
 
 
-# --- wherever it stops --------------------------------------------------------------------------------------------
+# --- wherever it stops ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("workers", "accumulated", "stop_at"), [(0, 1, 0), (2, 1, 5), (2, 3, 23)])
 def test_a_run_that_stops_anywhere_ends_like_its_twin(
     workers: int, accumulated: int, stop_at: int, data: Path, twins: Any, tmp_path: Path
 ):
-    """Between checkpoints, which are written at every second step; before the first one, and in the last step."""
+    """Between checkpoints, which are written at every second step; before the first one, and in the
+    last step."""
     options = f"--data.num_workers={workers}", f"--trainer.accumulate_grad_batches={accumulated}"
     stopped(data, tmp_path / "run", *options, stop_at=stop_at)
     assert main(arguments(data, tmp_path / "run", *options)) == 0
@@ -70,7 +71,14 @@ def test_a_run_that_stops_anywhere_ends_like_its_twin(
 
 def test_a_checkpoint_between_two_steps_loses_no_gradient(data: Path, twins: Any, tmp_path: Path):
     options = ("--data.num_workers=0", "--trainer.accumulate_grad_batches=3")
-    stopped(data, tmp_path / "run", *options, "--checkpoint.every_n_train_steps=100", save_at=13, stop_at=14)
+    stopped(
+        data,
+        tmp_path / "run",
+        *options,
+        "--checkpoint.every_n_train_steps=100",
+        save_at=13,
+        stop_at=14,
+    )
     assert [p.name for p in tmp_path.rglob("*.ckpt")] == ["between.ckpt"]
     assert main(arguments(data, tmp_path / "run", *options)) == 0
     assert equal(twins[options], tmp_path / "run")
@@ -84,7 +92,8 @@ def test_no_validation_is_skipped(data: Path, twins: Any, tmp_path: Path):
     """Also one that a run was killed in, right after the checkpoint of the step before it."""
     options = ("--trainer.val_check_interval=4", "--trainer.accumulate_grad_batches=2")
     stopped(data, tmp_path / "run", *options, stop_in_validation=4)
-    # Resumed, it saves step 4 once more, one batch later; the validation before it is done and counts once.
+    # Resumed, it saves step 4 once more, one batch later; the validation before it is done and
+    # counts once.
     stopped(data, tmp_path / "run", *options, stop_at=9)
     assert main(arguments(data, tmp_path / "run", *options)) == 0
     assert validations(tmp_path / "run") == validations(twins[options])
@@ -92,7 +101,9 @@ def test_no_validation_is_skipped(data: Path, twins: Any, tmp_path: Path):
     assert equal(twins[options], tmp_path / "run")
 
 
-def test_a_signal_in_the_last_batch_of_an_epoch_skips_no_validation(data: Path, twins: Any, tmp_path: Path):
+def test_a_signal_in_the_last_batch_of_an_epoch_skips_no_validation(
+    data: Path, twins: Any, tmp_path: Path
+):
     """An epoch of 6 batches and 3 steps, as many as lie between validations."""
     options = ("--trainer.limit_train_batches=6", "--trainer.val_check_interval=3")
     options = (*options, "--trainer.accumulate_grad_batches=2")
@@ -111,20 +122,32 @@ def test_the_last_validation_is_made_up_for(data: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [["--kills=5", "--workers=2"], ["--kills=1", "--workers=0", "--ranks=2"]])
+@pytest.mark.parametrize(
+    "options", [["--kills=5", "--workers=2"], ["--kills=1", "--workers=0", "--ranks=2"]]
+)
 def test_a_run_killed_at_random_moments_ends_like_its_twin(options: list[str]):
     script = Path(__file__).parents[1] / "benchmarks" / "kill_and_resume.py"
     environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
-    done = subprocess.run([sys.executable, script, *options], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, *options], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
-# --- signals ------------------------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "accumulated", "at"), [(signal.SIGUSR1, 1, 3), (signal.SIGTERM, 3, 13)])
+@pytest.mark.parametrize(
+    ("number", "accumulated", "at"), [(signal.SIGUSR1, 1, 3), (signal.SIGTERM, 3, 13)]
+)
 def test_a_signal_saves_and_stops(
-    number: signal.Signals, accumulated: int, at: int, data: Path, twins: Any, tmp_path: Path, capsys: Any
+    number: signal.Signals,
+    accumulated: int,
+    at: int,
+    data: Path,
+    twins: Any,
+    tmp_path: Path,
+    capsys: Any,
 ):
     options = ("--data.num_workers=0", f"--trainer.accumulate_grad_batches={accumulated}")
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
@@ -133,7 +156,12 @@ def test_a_signal_saves_and_stops(
         main(arguments(data, tmp_path / "run", *options, every, signal_at=at, signal=int(number)))
     assert ended.value.code == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "stopped at step" in line]
-    assert len(lines) == 1 and number.name in lines[0] and "last.ckpt" in lines[0] and "--ckpt_path auto" in lines[0]
+    assert (
+        len(lines) == 1
+        and number.name in lines[0]
+        and "last.ckpt" in lines[0]
+        and "--ckpt_path auto" in lines[0]
+    )
     assert max(batch for batch, _ in ledger(tmp_path / "run")) == at
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
     assert outcome(tmp_path / "run")["step"] == (at + 1) // accumulated
@@ -146,7 +174,8 @@ def test_a_signal_saves_and_stops(
 def test_checkpoints_are_written_between_validations_too(
     data: Path, twins: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Killed without warning in its third batch, a run that is due to save at each goes on with that batch."""
+    """Killed without warning in its third batch, a run that is due to save at each goes on with
+    that batch."""
     options = ("--data.num_workers=0", "--trainer.accumulate_grad_batches=1")
     twin = twins[options]
     with monkeypatch.context() as often:
@@ -176,26 +205,46 @@ def test_a_run_has_one_last_checkpoint_and_leaves_those_of_an_earlier_run(
     assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "last.ckpt"
     kept = tmp_path / "run" / "checkpoints-1"
     assert kept.is_dir() == earlier and (not earlier or (kept / "step=0000006.ckpt").is_file())
-    assert newest_whole_checkpoint([tmp_path / "run", tmp_path / "run" / "checkpoints"]).name == "last.ckpt"  # type: ignore[union-attr]
+    assert (
+        newest_whole_checkpoint([tmp_path / "run", tmp_path / "run" / "checkpoints"]).name
+        == "last.ckpt"
+    )  # type: ignore[union-attr]
 
 
-def test_a_run_folder_in_the_home_folder_is_one_folder(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_folder_in_the_home_folder_is_one_folder(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert main([*arguments(data, tmp_path / "run"), "--trainer.default_root_dir=~/run"]) == 0
     assert (tmp_path / "run" / "summary.json").is_file() and not (tmp_path / "~").exists()
 
 
-def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(data: Path, tmp_path: Path, caplog: Any):
-    """A real launch; before that, a bad loss on the other rank alone makes both leave out the step."""
-    options = ("--trainer.devices=2", "--trainer.strategy=ddp", "--checkpoint.every_n_train_steps=100")
+def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(
+    data: Path, tmp_path: Path, caplog: Any
+):
+    """A real launch; before that, a bad loss on the other rank alone makes both leave out the
+    step."""
+    options = (
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        "--checkpoint.every_n_train_steps=100",
+    )
     told = {"signal_at": 4, "signal": int(signal.SIGUSR1), "bad_losses": (2,)}
     tests = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-m", "magnet_train", *arguments(data, tmp_path / "run", *options, **told)],
+        [
+            sys.executable,
+            "-m",
+            "magnet_train",
+            *arguments(data, tmp_path / "run", *options, **told),
+        ],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
-        capture_output=True, text=True, timeout=LONGEST_S, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=LONGEST_S,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "stopped at step 5 by a signal to another rank" in done.stdout
     assert "step 2 skipped, rank 0: loss nan" in done.stderr
@@ -210,9 +259,12 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(data: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("later_s", "is_saving", "status"), [(0.0, False, 0), (11.0, False, -signal.SIGTERM), (11.0, True, 0)]
+    ("later_s", "is_saving", "status"),
+    [(0.0, False, 0), (11.0, False, -signal.SIGTERM), (11.0, True, 0)],
 )
-def test_only_a_second_signal_that_comes_later_ends_at_once(later_s: float, is_saving: bool, status: int):
+def test_only_a_second_signal_that_comes_later_ends_at_once(
+    later_s: float, is_saving: bool, status: int
+):
     """Within seconds it is the same one, from the scheduler and from a launcher."""
     child = os.fork()
     if not child:
@@ -245,7 +297,8 @@ def test_the_time_that_is_up_in_a_validation_queues_the_job_again(tmp_path: Path
 def test_under_slurm_a_job_is_queued_again_and_goes_on(
     data: Path, twins: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
-    """With a stand-in for scontrol. No file of Lightning's is left, which every later start would prefer."""
+    """With a stand-in for scontrol. No file of Lightning's is left, which every later start would
+    prefer."""
     options = ("--data.num_workers=0", "--trainer.accumulate_grad_batches=1")
     twin = twins[options]
     called = tmp_path / "called"
@@ -254,43 +307,63 @@ def test_under_slurm_a_job_is_queued_again_and_goes_on(
     before = [signal.getsignal(n) for n in numbers]
 
     def requeued() -> bool:
-        """Whether SLURM, which ends a job that it queues again, does not cut its end short; then they are as before."""
+        """Whether SLURM, which ends a job that it queues again, does not cut its end short; then
+        they are as before."""
         ignored = [signal.getsignal(n) for n in numbers] == [signal.SIG_IGN] * 2
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
         return ignored
 
     with monkeypatch.context() as slurm:
-        for name, value in {"JOB_ID": "7", "JOB_NAME": "fit", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}.items():
+        for name, value in {
+            "JOB_ID": "7",
+            "JOB_NAME": "fit",
+            "NTASKS": "1",
+            "PROCID": "0",
+            "LOCALID": "0",
+        }.items():
             slurm.setenv(f"SLURM_{name}", value)
         slurm.setenv("PATH", str(tmp_path), prepend=os.pathsep)
         with pytest.raises(Preempted):
-            main(arguments(data, tmp_path / "run", *options, signal_at=2, signal=int(signal.SIGUSR1)))
+            main(
+                arguments(data, tmp_path / "run", *options, signal_at=2, signal=int(signal.SIGUSR1))
+            )
         assert "job 7 is requeued" in capsys.readouterr().out and requeued()
         slurm.setenv("SLURM_RESTART_COUNT", "1")  # from now on a start goes on without being told
         slurm.setenv("SLURM_ARRAY_JOB_ID", "5")
         slurm.setenv("SLURM_ARRAY_TASK_ID", "2")
         with pytest.raises(Preempted):
-            main(arguments(data, tmp_path / "run", *options, signal_at=3, signal=int(signal.SIGUSR1)))
+            main(
+                arguments(data, tmp_path / "run", *options, signal_at=3, signal=int(signal.SIGUSR1))
+            )
         assert requeued()
         with pytest.raises(Preempted):  # SLURM itself queues again what it preempts
-            main(arguments(data, tmp_path / "run", *options, signal_at=5, signal=int(signal.SIGTERM)))
+            main(
+                arguments(data, tmp_path / "run", *options, signal_at=5, signal=int(signal.SIGTERM))
+            )
         assert [signal.getsignal(n) for n in numbers] == before
         assert called.read_text() == "requeue 7\nrequeue 5_2\n"
         program(tmp_path / "scontrol", "echo Job is gone >&2; exit 1")
         with pytest.raises(Preempted, match="1"):  # by which the job file knows
-            main(arguments(data, tmp_path / "run", *options, signal_at=6, signal=int(signal.SIGUSR1)))
-        assert "SLURM does not requeue job 5_2 (Job is gone): submit it again, unless" in capsys.readouterr().out
+            main(
+                arguments(data, tmp_path / "run", *options, signal_at=6, signal=int(signal.SIGUSR1))
+            )
+        assert (
+            "SLURM does not requeue job 5_2 (Job is gone): submit it again, unless"
+            in capsys.readouterr().out
+        )
         assert requeued()
         assert not [*(tmp_path / "run").glob("hpc*")]
         assert main(arguments(data, tmp_path / "run", *options)) == 0
     assert equal(twin, tmp_path / "run")
 
 
-# --- which checkpoint ---------------------------------------------------------------------------------------------
+# --- which checkpoint -----------------------------------------------------------------------------
 
 
-def test_a_truncated_checkpoint_costs_only_what_came_after_the_one_before(data: Path, twins: Any, tmp_path: Path):
+def test_a_truncated_checkpoint_costs_only_what_came_after_the_one_before(
+    data: Path, twins: Any, tmp_path: Path
+):
     options = ("--data.num_workers=0", "--trainer.accumulate_grad_batches=1")
     stopped(data, tmp_path / "run", *options, "--checkpoint.save_top_k=-1", stop_at=5)
     for name in ("last.ckpt", "step=0000004.ckpt"):
@@ -310,7 +383,7 @@ def test_resumes_write_no_further_versions_of_the_last_checkpoint(data: Path, tm
     assert [p.name for p in tmp_path.rglob("last*.ckpt")] == ["last.ckpt"]
 
 
-# --- whose checkpoint ---------------------------------------------------------------------------------------------
+# --- whose checkpoint -----------------------------------------------------------------------------
 
 
 def test_what_another_run_left_is_refused(data: Path, tmp_path: Path, capsys: Any, caplog: Any):
@@ -327,17 +400,24 @@ def test_what_another_run_left_is_refused(data: Path, tmp_path: Path, capsys: An
         (["--model.optimizer.name=dadapt_adam"], "optimizer.name=dadapt_adam (checkpoint: adamw)"),
         ([f"--data.train={tmp_path / 'fewer'}"], "other shards"),
         (
-            [f"--model.codec={other}", f"--data.train={tmp_path / 'other' / 'train'}",
-             f"--data.validation={tmp_path / 'other' / 'validation'}"], "codec",
+            [
+                f"--model.codec={other}",
+                f"--data.train={tmp_path / 'other' / 'train'}",
+                f"--data.validation={tmp_path / 'other' / 'validation'}",
+            ],
+            "codec",
         ),
-    ]  # fmt: skip
+    ]
     for options, says in changed:
         capsys.readouterr()
         assert main(arguments(data, tmp_path / "run", *options)) == 2
         (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
         assert says in line and "--ckpt_path" in line
     with caplog.at_level("INFO"):
-        assert main(arguments(data, tmp_path / "run", f"--data.validation={tmp_path / 'validation'}")) == 0
+        assert (
+            main(arguments(data, tmp_path / "run", f"--data.validation={tmp_path / 'validation'}"))
+            == 0
+        )
     assert any("another validation set" in r.getMessage() for r in caplog.records)
     assert outcome(tmp_path / "run")["step"] == 8  # nothing was lost
 
@@ -346,21 +426,37 @@ def test_a_run_goes_on_with_the_settings_that_it_is_given(data: Path, tmp_path: 
     """As after steps without a finite loss, where a lower learning rate is advised."""
     stopped(data, tmp_path / "run", "--model.optimizer.schedule=constant", stop_at=5)
     before = outcome(tmp_path / "run")
-    given = ("--model.optimizer.lr=0.001", "--model.optimizer.weight_decay=0.2", "--model.span_len=2")
+    given = (
+        "--model.optimizer.lr=0.001",
+        "--model.optimizer.weight_decay=0.2",
+        "--model.span_len=2",
+    )
     with caplog.at_level("INFO"):
-        assert main(arguments(data, tmp_path / "run", "--model.optimizer.schedule=constant", *given)) == 0
+        assert (
+            main(arguments(data, tmp_path / "run", "--model.optimizer.schedule=constant", *given))
+            == 0
+        )
     (line,) = [r.getMessage() for r in caplog.records if "settings that differ" in r.getMessage()]
-    for text in ("optimizer.lr=0.001 (checkpoint: 0.01)", "weight_decay=0.2 (checkpoint: 0.1)", "span_len=2 (checkpoint: 3)"):
+    for text in (
+        "optimizer.lr=0.001 (checkpoint: 0.01)",
+        "weight_decay=0.2 (checkpoint: 0.1)",
+        "span_len=2 (checkpoint: 3)",
+    ):
         assert text in line
     after = outcome(tmp_path / "run")
     (group,) = after["optimizer_states"][0]["param_groups"]
     assert (group["lr"], group["initial_lr"], group["weight_decay"]) == (0.001, 0.001, 0.2)
     assert (before["step"], after["step"]) == (4, 8)
-    moved = [(after["current_model_state"][k] - v).abs().max() for k, v in before["current_model_state"].items()]
-    assert 0.001 < float(max(moved)) < 0.008  # four steps, each at most about as long as the learning rate
+    moved = [
+        (after["current_model_state"][k] - v).abs().max()
+        for k, v in before["current_model_state"].items()
+    ]
+    assert (
+        0.001 < float(max(moved)) < 0.008
+    )  # four steps, each at most about as long as the learning rate
 
 
-# --- on other ranks -----------------------------------------------------------------------------------------------
+# --- on other ranks -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks", range(1, 6))
@@ -374,12 +470,18 @@ def test_as_many_examples_on_other_ranks(ranks: int, accumulated: int):
         assert 0 <= missing < ranks * 4 * accumulated and batches % accumulated == 0
 
 
-def test_another_layout_goes_on_at_the_same_example_and_says_so(data: Path, tmp_path: Path, caplog: Any):
+def test_another_layout_goes_on_at_the_same_example_and_says_so(
+    data: Path, tmp_path: Path, caplog: Any
+):
     stopped(data, tmp_path / "run", stop_at=5)  # saved after 4 batches of 2
     with caplog.at_level("INFO"):
         assert main(arguments(data, tmp_path / "run", "--data.batch_size=1")) == 0
     (line,) = [r.getMessage() for r in caplog.records if "bit-identical" in r.getMessage()]
-    assert "example 8 of 8" in line and "1 ranks x 1 examples" in line and "1 ranks x 2 examples" in line
+    assert (
+        "example 8 of 8" in line
+        and "1 ranks x 1 examples" in line
+        and "1 ranks x 2 examples" in line
+    )
     lines = (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
     assert [json.loads(x)["batch"] for x in lines] == [0, 1, 2, 3, 4, 8, 9, 10, 11]
 

@@ -22,7 +22,14 @@ from magnet_train.__main__ import main
 from magnet_train.common.errors import UserError
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.model import Magnet, MagnetConfig
-from magnet_train.sharding import full_tensor, gather_to_rank0, is_sharded, local_shard, shard, unsharded_copy
+from magnet_train.sharding import (
+    full_tensor,
+    gather_to_rank0,
+    is_sharded,
+    local_shard,
+    shard,
+    unsharded_copy,
+)
 
 STEPS = (3, 2, 1, 1)
 OPTIONS = (
@@ -35,12 +42,14 @@ OPTIONS = (
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 
 
-# --- the network alone --------------------------------------------------------------------------------------------
+# --- the network alone ----------------------------------------------------------------------------
 
 
 def on_rank(rank: int, size: int, folder: str, precision: torch.dtype, compiled: bool) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size
+    )
     torch.manual_seed(0)
     network = Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=2, codebook_size=64, text_dim=16))
     plain = copy.deepcopy(network)
@@ -59,7 +68,10 @@ def on_rank(rank: int, size: int, folder: str, precision: torch.dtype, compiled:
                 torch.randint(65, (2, 4, 45), generator=generator),
                 torch.randn(2, 6, 16, generator=generator),
             )
-            tokens, masked = torch.tensor([[True] * 6, [False] * 6]), torch.rand(2, 45, generator=generator) < 0.5
+            tokens, masked = (
+                torch.tensor([[True] * 6, [False] * 6]),
+                torch.rand(2, 45, generator=generator) < 0.5,
+            )
             of_ranks.append((codes, plain.config.stage(stage), states, tokens, masked))
         for model in (plain, network):  # not after a pass, where `network` has its weights whole
             model.zero_grad()
@@ -73,7 +85,10 @@ def on_rank(rank: int, size: int, folder: str, precision: torch.dtype, compiled:
         loss.backward()
         for (name, one), two in zip(plain.named_parameters(), network.parameters(), strict=True):
             assert two.grad is not None and one.grad is not None, name
-            assert torch.allclose(full_tensor(two.grad), one.grad, rtol=1e-4, atol=1e-7), (name, stage)
+            assert torch.allclose(full_tensor(two.grad), one.grad, rtol=1e-4, atol=1e-7), (
+                name,
+                stage,
+            )
     gathered = gather_to_rank0(dict(network.named_parameters()))
     assert list(gathered) == (list(dict(plain.named_parameters())) if rank == 0 else [])
     for model in (unsharded_copy(network), unsharded_copy(plain)):
@@ -85,18 +100,30 @@ def on_rank(rank: int, size: int, folder: str, precision: torch.dtype, compiled:
 
 @pytest.mark.parametrize(
     ("ranks", "precision", "compiled"),
-    [(2, torch.float32, False), (2, torch.bfloat16, False), (2, torch.float32, True), (8, torch.float32, False)],
+    [
+        (2, torch.float32, False),
+        (2, torch.bfloat16, False),
+        (2, torch.float32, True),
+        (8, torch.float32, False),
+    ],
 )
-def test_shards_give_the_logits_and_gradients_of_whole_weights(ranks, precision, compiled, tmp_path: Path):
+def test_shards_give_the_logits_and_gradients_of_whole_weights(
+    ranks, precision, compiled, tmp_path: Path
+):
     """On more ranks than there are stages too, each with an equal part."""
-    mp.start_processes(on_rank, (ranks, str(tmp_path), precision, compiled), nprocs=ranks, start_method="fork")
+    mp.start_processes(
+        on_rank, (ranks, str(tmp_path), precision, compiled), nprocs=ranks, start_method="fork"
+    )
 
 
 def begins_apart(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     torch.manual_seed(rank)
     with pytest.raises(UserError, match="the ranks begin with different weights"):
-        shard(Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=1, codebook_size=64, text_dim=16)), "cpu")
+        shard(
+            Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=1, codebook_size=64, text_dim=16)),
+            "cpu",
+        )
     dist.destroy_process_group()
 
 
@@ -104,7 +131,7 @@ def test_weights_that_differ_are_not_mixed(tmp_path: Path):
     mp.start_processes(begins_apart, (str(tmp_path),), nprocs=2, start_method="fork")
 
 
-# --- fit ----------------------------------------------------------------------------------------------------------
+# --- fit ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +144,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fit(strategy: str, data: Path, run: Path, *options: str, **disturbed: Any) -> str:
     """Two ranks; returns what they wrote."""
-    options = (f"--trainer.strategy={strategy}", f"--data.validation={data / 'uneven'}", *OPTIONS, *options)
-    statuses, text = fit_on_ranks(2, arguments(data, run, *options, **disturbed), run.with_suffix(".log"))
+    options = (
+        f"--trainer.strategy={strategy}",
+        f"--data.validation={data / 'uneven'}",
+        *OPTIONS,
+        *options,
+    )
+    statuses, text = fit_on_ranks(
+        2, arguments(data, run, *options, **disturbed), run.with_suffix(".log")
+    )
     assert statuses == [0, 0], text[-3000:]
     return text
 
@@ -155,7 +189,9 @@ def alike(one: Path, two: Path, done: int = 0) -> bool:
     for place, line in a.items():
         losses = [float.fromhex(x.pop("loss")) for x in (line, b[place])]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5) and line == b[place]
-    values = [float.fromhex((run / "ledger.validations").read_text().split()[-1]) for run in (one, two)]
+    values = [
+        float.fromhex((run / "ledger.validations").read_text().split()[-1]) for run in (one, two)
+    ]
     assert values[0] == pytest.approx(values[1], rel=1e-5)
     ends = [outcome(run) for run in (one, two)]
     for end in ends:
@@ -191,9 +227,13 @@ def test_what_it_decoded_is_what_its_checkpoint_decodes_in_one_process(fsdp2: Pa
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_its_checkpoint_is_validated_in_one_process_and_in_shards(ranks: int, fsdp2: Path, data: Path, tmp_path: Path):
+def test_its_checkpoint_is_validated_in_one_process_and_in_shards(
+    ranks: int, fsdp2: Path, data: Path, tmp_path: Path
+):
     run = tmp_path / "run"
-    given = arguments(data, run, f"--data.validation={data / 'uneven'}", f"--trainer.devices={ranks}")
+    given = arguments(
+        data, run, f"--data.validation={data / 'uneven'}", f"--trainer.devices={ranks}"
+    )
     given = ["validate", *(a for a in given[1:] if not a.startswith("--ckpt_path"))]
     given += [f"--ckpt_path={fsdp2 / 'checkpoints' / 'last.ckpt'}"]
     if ranks == 1:
@@ -221,9 +261,15 @@ def test_a_resumed_run_ends_like_its_twin_bit_for_bit(fsdp2: Path, data: Path, t
     run = begun(tmp_path / "run", fsdp2)
     fit("fsdp2", data, run)
     found = differences(outcome(fsdp2), outcome(run))
-    assert [d for d in found if d != "/optimizer_states/0/param_groups/0/betas: (0.9, 0.95) and [0.9, 0.95]"] == []
+    assert [
+        d
+        for d in found
+        if d != "/optimizer_states/0/param_groups/0/betas: (0.9, 0.95) and [0.9, 0.95]"
+    ] == []
     lines = ledger(run)
-    assert min(lines) == (4, 0) and all(ledger(fsdp2)[place] == line for place, line in lines.items())
+    assert min(lines) == (4, 0) and all(
+        ledger(fsdp2)[place] == line for place, line in lines.items()
+    )
     assert (run / "ledger.validations").read_text() == (fsdp2 / "ledger.validations").read_text()
 
 
@@ -257,7 +303,9 @@ def test_bad_gradients_of_one_rank_and_a_signal_to_the_other(data: Path, tmp_pat
         ),
     ],
 )
-def test_what_shards_cannot_do_is_refused_in_a_line(option: list[str], says: str, data: Path, tmp_path: Path):
+def test_what_shards_cannot_do_is_refused_in_a_line(
+    option: list[str], says: str, data: Path, tmp_path: Path
+):
     given = arguments(data, tmp_path / "run", "--trainer.strategy=fsdp2", *option)
     statuses, text = fit_on_ranks(1, given, tmp_path / "log")
     (line,) = [x for x in text.splitlines() if x.startswith("error:")]
@@ -265,12 +313,15 @@ def test_what_shards_cannot_do_is_refused_in_a_line(option: list[str], says: str
 
 
 def test_lightnings_own_name_and_sizes_do_too(data: Path, tmp_path: Path):
-    """Its default sizes ask for tensor parallelism in a node; weights are sharded over all ranks all the same."""
+    """Its default sizes ask for tensor parallelism in a node; weights are sharded over all ranks
+    all the same."""
     own = "--trainer.strategy.save_distributed_checkpoint=false"
     given = (
         "--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy",
         "--trainer.max_steps=2",
     )
-    statuses, text = fit_on_ranks(2, arguments(data, tmp_path / "run", *given, own), tmp_path / "log")
+    statuses, text = fit_on_ranks(
+        2, arguments(data, tmp_path / "run", *given, own), tmp_path / "log"
+    )
     assert statuses == [0, 0], text[-3000:]
     assert len(ledger(tmp_path / "run")) == 4

@@ -11,26 +11,43 @@ from helpers_programs import LONGEST_S, program
 ROOT = Path(__file__).parents[1]
 JOBS = sorted((ROOT / "conf" / "slurm").glob("*.sbatch"))
 TINY = [
-    "--model.network.dim=32", "--model.network.num_heads=2", "--model.network.num_layers=1", "--model.crop_s=3.2",
-    "--model.optimizer.warmup_steps=1", "--data.batch_size=2", "--data.num_workers=0", "--trainer.accelerator=cpu",
-    "--trainer.max_steps=6", "--trainer.limit_val_batches=1", "--generation.at_start=false",
-    "--generation.num_prompts=0", "--trainer.enable_progress_bar=false", "--trainer.val_check_interval=6",
-]  # fmt: skip
+    "--model.network.dim=32",
+    "--model.network.num_heads=2",
+    "--model.network.num_layers=1",
+    "--model.crop_s=3.2",
+    "--model.optimizer.warmup_steps=1",
+    "--data.batch_size=2",
+    "--data.num_workers=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_steps=6",
+    "--trainer.limit_val_batches=1",
+    "--generation.at_start=false",
+    "--generation.num_prompts=0",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.val_check_interval=6",
+]
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda p: p.stem)
 def test_a_job_file_is_what_its_head_says(job: Path):
     text = job.read_text()
     assert subprocess.run(["bash", "-n", str(job)]).returncode == 0
-    for option in ("--requeue", "--open-mode=append", "--signal=SIGUSR1@900"):  # of the steps, not of the batch script
+    for option in (
+        "--requeue",
+        "--open-mode=append",
+        "--signal=SIGUSR1@900",
+    ):  # of the steps, not of the batch script
         assert f"#SBATCH {option}\n" in text
     assert "HF_HUB_OFFLINE" in text and "WANDB_MODE" in text and f"conf/slurm/{job.name}" in text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("job", "nodes"), [("one_node", 1), ("several_nodes", 2)])
-def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(job: str, nodes: int, tmp_path: Path):
-    """srun starts both tasks with what SLURM sets, and sends SIGUSR1 to both once the first step is done."""
+def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(
+    job: str, nodes: int, tmp_path: Path
+):
+    """srun starts both tasks with what SLURM sets, and sends SIGUSR1 to both once the first step is
+    done."""
     tools, run = tmp_path / "tools", tmp_path / "run"
     tools.mkdir()
     program(tools / "python", f'exec {sys.executable} "$@"')
@@ -41,7 +58,8 @@ def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(job: str, nodes:
         [[ $1 == --* ]] && shift
         for i in 0 1; do
             node=$((i * {nodes - 1}))
-            SLURM_PROCID=$i SLURM_NODEID=$node SLURM_LOCALID=$((i - node)) "$@" > {tmp_path}/rank$i.txt 2>&1 &
+            SLURM_PROCID=$i SLURM_NODEID=$node SLURM_LOCALID=$((i - node)) \\
+                "$@" > {tmp_path}/rank$i.txt 2>&1 &
         done
         if [[ -z ${{SLURM_RESTART_COUNT:-}} ]]; then
             until [[ -f {run}/started || -z $(jobs -pr) ]]; do sleep 0.1; done
@@ -50,7 +68,8 @@ def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(job: str, nodes:
         status=0; for pid in $(jobs -p); do wait $pid || status=$?; done; exit $status""",
     )
     (tmp_path / "slow.py").write_text(
-        "import os\nimport time\nfrom pathlib import Path\nfrom lightning.pytorch.callbacks import Callback\n\n\n"
+        "import os\nimport time\nfrom pathlib import Path\nfrom lightning.pytorch.callbacks import "
+        "Callback\n\n\n"
         "class TillTold(Callback):\n"
         "    def on_train_batch_end(self, trainer, *args):\n"
         "        (Path(trainer.default_root_dir) / 'started').touch()\n"
@@ -59,19 +78,33 @@ def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(job: str, nodes:
         "            time.sleep(0.02)\n"
     )
     slurm = {
-        "JOB_ID": "7", "JOB_NAME": "magnet", "JOB_NUM_NODES": str(nodes), "NNODES": str(nodes), "NTASKS": "2",
-        "NTASKS_PER_NODE": str(2 // nodes), "NODELIST": ",".join(["localhost"] * nodes), "SUBMIT_DIR": str(ROOT),
+        "JOB_ID": "7",
+        "JOB_NAME": "magnet",
+        "JOB_NUM_NODES": str(nodes),
+        "NNODES": str(nodes),
+        "NTASKS": "2",
+        "NTASKS_PER_NODE": str(2 // nodes),
+        "NODELIST": ",".join(["localhost"] * nodes),
+        "SUBMIT_DIR": str(ROOT),
         "CPUS_PER_TASK": "1",
-        "NODEID": "0", "LOCALID": "0", "PROCID": "0",  # of the script itself
-    }  # fmt: skip
+        "NODEID": "0",
+        "LOCALID": "0",
+        "PROCID": "0",  # of the script itself
+    }
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     env |= {f"SLURM_{name}": value for name, value in slurm.items()}
     env |= {"PATH": f"{tools}:{env['PATH']}", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     command = ["bash", str(ROOT / f"conf/slurm/{job}.sbatch"), "--config", "conf/demo.yaml", *TINY]
-    command += [f"--trainer.default_root_dir={run}", "--trainer.callbacks+=slow.TillTold", "--trainer.strategy=ddp"]
+    command += [
+        f"--trainer.default_root_dir={run}",
+        "--trainer.callbacks+=slow.TillTold",
+        "--trainer.strategy=ddp",
+    ]
 
     def start(**more: str) -> str:
-        done = subprocess.run(command, env=env | more, capture_output=True, text=True, timeout=LONGEST_S)
+        done = subprocess.run(
+            command, env=env | more, capture_output=True, text=True, timeout=LONGEST_S
+        )
         said = (tmp_path / "rank0.txt").read_text() if (tmp_path / "rank0.txt").exists() else ""
         assert done.returncode == 0, done.stdout + done.stderr + said
         return said
@@ -82,9 +115,13 @@ def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(job: str, nodes:
     run_id = (run / "wandb_run_id").read_text().strip()
     said = start(SLURM_RESTART_COUNT="1")
     assert f"--ckpt_path auto: {run / 'checkpoints' / 'last.ckpt'}" in said
-    assert (run / "summary.json").is_file() and (tmp_path / "scontrol.txt").read_text() == "requeue 7\n"
+    assert (run / "summary.json").is_file() and (
+        tmp_path / "scontrol.txt"
+    ).read_text() == "requeue 7\n"
     sessions = [p.name for p in (run / "wandb").glob("offline-run-*")]
-    assert len(sessions) == 2 and all(name.endswith(f"-{run_id}") for name in sessions)  # of W&B they are one run
+    assert len(sessions) == 2 and all(
+        name.endswith(f"-{run_id}") for name in sessions
+    )  # of W&B they are one run
     assert (run / "config.yaml").is_file() and [p.name for p in tmp_path.glob("run*")] == ["run"]
 
 
@@ -95,7 +132,12 @@ def test_a_job_that_fails_is_queued_again_a_few_times(job: Path, tmp_path: Path)
     tools.mkdir()
     program(tools / "scontrol", f'echo "$@" >> {called}')
     program(tools / "python", "exit 0")
-    slurm = {"JOB_ID": "7", "JOB_NUM_NODES": "1", "NTASKS_PER_NODE": "2", "SUBMIT_DIR": str(tmp_path)}
+    slurm = {
+        "JOB_ID": "7",
+        "JOB_NUM_NODES": "1",
+        "NTASKS_PER_NODE": "2",
+        "SUBMIT_DIR": str(tmp_path),
+    }
     slurm |= {"ARRAY_JOB_ID": "5", "ARRAY_TASK_ID": "2"} if job.stem == "sweep" else {}
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {
         "PATH": f"{tools}:{os.environ['PATH']}"
@@ -106,10 +148,28 @@ def test_a_job_that_fails_is_queued_again_a_few_times(job: Path, tmp_path: Path)
         """Of scontrol, for a job whose srun ends so."""
         called.write_text("")
         program(tools / "srun", f"exit {status}")
-        assert subprocess.run(["bash", str(job)], env=env | more, capture_output=True).returncode == status
-        assert {*called.read_text().splitlines()} <= {"requeue 5_2" if job.stem == "sweep" else "requeue 7"}
+        assert (
+            subprocess.run(["bash", str(job)], env=env | more, capture_output=True).returncode
+            == status
+        )
+        assert {*called.read_text().splitlines()} <= {
+            "requeue 5_2" if job.stem == "sweep" else "requeue 7"
+        }
         return len(called.read_text().splitlines())
 
-    assert [calls(status) for status in (2, 137, 1, 137, 137, 137, 137, 2)] == [0, 1, 1, 1, 1, 1, 0, 0]
-    assert calls(137, SECONDS="4000") == 1 and calls(137) == 1  # as bash counts them from a job's start
-    assert [calls(status) for status in (0, 137)] == [0, 1] and len([*tmp_path.glob(".magnet-failures-*")]) == 1
+    assert [calls(status) for status in (2, 137, 1, 137, 137, 137, 137, 2)] == [
+        0,
+        1,
+        1,
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]
+    assert (
+        calls(137, SECONDS="4000") == 1 and calls(137) == 1
+    )  # as bash counts them from a job's start
+    assert [calls(status) for status in (0, 137)] == [0, 1] and len(
+        [*tmp_path.glob(".magnet-failures-*")]
+    ) == 1

@@ -1,4 +1,5 @@
-"""Sessions of a run are one run of W&B, offline too; what is logged is defined; a key that is refused costs nothing."""
+"""Sessions of a run are one run of W&B, offline too; what is logged is defined; a key that is
+refused costs nothing."""
 
 import csv
 import io
@@ -29,14 +30,28 @@ from magnet_train.tracking.wandb_session import prepare_wandb
 ROOT = Path(__file__).parents[1]
 # Scores of single clips need 6 seconds; everything else is as small as it gets.
 TINY = [
-    "--model.network.dim=16", "--model.network.num_heads=2", "--model.network.num_layers=1", "--model.crop_s=6.4",
-    "--model.optimizer.warmup_steps=1", "--model.optimizer.lr=0.01", "--data.batch_size=2", "--data.num_workers=0",
-    "--trainer.accelerator=cpu", "--trainer.max_steps=6", "--trainer.val_check_interval=2",
-    "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1",
-    "--trainer.enable_model_summary=false", "--trainer.num_sanity_val_steps=0", "--generation.num_prompts=2",
-    "--generation.batch_size=2", "--generation.num_media=2", "--generation.decoding.decoding_steps=[2,1,1,1]",
-    "--checkpoint.every_n_train_steps=4", "--ckpt_path=auto",
-]  # fmt: skip
+    "--model.network.dim=16",
+    "--model.network.num_heads=2",
+    "--model.network.num_layers=1",
+    "--model.crop_s=6.4",
+    "--model.optimizer.warmup_steps=1",
+    "--model.optimizer.lr=0.01",
+    "--data.batch_size=2",
+    "--data.num_workers=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_steps=6",
+    "--trainer.val_check_interval=2",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.enable_model_summary=false",
+    "--trainer.num_sanity_val_steps=0",
+    "--generation.num_prompts=2",
+    "--generation.batch_size=2",
+    "--generation.num_media=2",
+    "--generation.decoding.decoding_steps=[2,1,1,1]",
+    "--checkpoint.every_n_train_steps=4",
+    "--ckpt_path=auto",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +79,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fit(data: Path, run: Path, *options: str, stop_at: int = -1) -> int:
     run.mkdir(parents=True, exist_ok=True)
     config = run.parent / f"{run.name}.json"
-    ledger = {"class_path": "helpers_resume.Ledger", "init_args": {"file": str(run / "ledger"), "stop_at": stop_at}}
+    ledger = {
+        "class_path": "helpers_resume.Ledger",
+        "init_args": {"file": str(run / "ledger"), "stop_at": stop_at},
+    }
     config.write_text(json.dumps({"trainer": {"callbacks": [ledger]}}))
     folders = [f"--data.{split}={data / split}" for split in ("train", "validation")]
     args = ["fit", f"--config={config}", *TINY, *folders, f"--model.codec={data / 'codec'}"]
@@ -82,7 +100,9 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if stop_at > 0:
             with pytest.raises(RuntimeError, match="as planned"):
                 fit(data, folder, stop_at=stop_at)
-            (folder / "checkpoints" / "last.ckpt").unlink()  # leaves the one from before the validation of step 4
+            (
+                folder / "checkpoints" / "last.ckpt"
+            ).unlink()  # leaves the one from before the validation of step 4
         else:
             assert fit(data, folder) == 0
         wandb.finish()
@@ -95,10 +115,13 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def csv_rows(run: Path) -> list[list[dict[str, str]]]:
     """Rows of each session's file, empty cells left out."""
     files = sorted(run.glob("csv/version_*/metrics.csv"))
-    return [[{k: v for k, v in row.items() if v} for row in csv.DictReader(file.open())] for file in files]
+    return [
+        [{k: v for k, v in row.items() if v} for row in csv.DictReader(file.open())]
+        for file in files
+    ]
 
 
-# --- names --------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def test_everything_logged_is_defined_and_everything_defined_is_logged(run: Path):
@@ -110,7 +133,9 @@ def test_everything_logged_is_defined_and_everything_defined_is_logged(run: Path
     of_wandb = {key.split(".")[0] if key.startswith("gen/") else key for row in rows for key in row}
     assert {key for key in of_wandb if key[0] != "_"} == keys | media | {logged.STEP}
     never = {"speed/mfu", "train/steps_skipped"}  # without a known device, without a bad step
-    others = {entry.name for entry in logged.LOGGED if entry.section == "more of validation"}  # nobody asked for them
+    others = {
+        entry.name for entry in logged.LOGGED if entry.section == "more of validation"
+    }  # nobody asked for them
     found = {entry.name for key in keys | media if (entry := logged.find(key)) is not None}
     assert found == {entry.name for entry in logged.LOGGED} - never - others
 
@@ -126,20 +151,28 @@ def test_the_document_has_the_table(run: Path):
     assert logged.table() in (ROOT / "docs/metrics.md").read_text()
 
 
-# --- one run of W&B -----------------------------------------------------------------------------------------------
+# --- one run of W&B -------------------------------------------------------------------------------
 
 
-def test_sessions_have_one_id_and_the_second_does_not_add_what_the_checkpoint_did_not_hold(run: Path):
+def test_sessions_have_one_id_and_the_second_does_not_add_what_the_checkpoint_did_not_hold(
+    run: Path,
+):
     found = records(run)
     sessions = [r.run for r in found if r.WhichOneof("record_type") == "run" and r.run.project]
     assert len(list(run.glob("wandb/offline-run-*"))) == 2
     assert {s.run_id for s in sessions} == {(run / "wandb_run_id").read_text().strip()}
-    assert {(s.project, s.job_type, s.display_name) for s in sessions} == {("magnet_train", "fit", "run")}
+    assert {(s.project, s.job_type, s.display_name) for s in sessions} == {
+        ("magnet_train", "fit", "run")
+    }
     assert {s.resume for s in sessions} == {True}
     tables = [row for row in history(found) if "gen/clips.increment_num" in row]
-    steps, parts = [row[logged.STEP] for row in tables], [row["gen/clips.previous_increments_paths"] for row in tables]
+    steps, parts = (
+        [row[logged.STEP] for row in tables],
+        [row["gen/clips.previous_increments_paths"] for row in tables],
+    )
     assert steps == [0, 2, 4, 4, 6]
-    # The checkpoint of step 4 was written before that step's validation, so its rows are made again, and not twice.
+    # The checkpoint of step 4 was written before that step's validation, so its rows are made
+    # again, and not twice.
     own = [row["gen/clips.artifact_path"] for row in tables]
     assert parts[3] == own[:2] and parts[4] == [*own[:2], own[3]]
     assert [row["gen/clips.increment_num"] for row in tables] == [0, 1, 2, 2, 3]
@@ -147,8 +180,12 @@ def test_sessions_have_one_id_and_the_second_does_not_add_what_the_checkpoint_di
 
 def test_a_table_and_its_audio_wait_in_the_run_folder(run: Path):
     artifacts = [r.artifact for r in records(run) if r.WhichOneof("record_type") == "artifact"]
-    waiting = [{entry.path: Path(entry.local_path) for entry in a.manifest.contents} for a in artifacts]
-    assert len(waiting) == 5 and all(p.is_relative_to(run) and p.is_file() for files in waiting for p in files.values())
+    waiting = [
+        {entry.path: Path(entry.local_path) for entry in a.manifest.contents} for a in artifacts
+    ]
+    assert len(waiting) == 5 and all(
+        p.is_relative_to(run) and p.is_file() for files in waiting for p in files.values()
+    )
     (table,) = [path for name, path in waiting[0].items() if name.endswith(".table.json")]
     content = json.loads(table.read_text())
     assert tuple(content["columns"]) == Tracking.COLUMNS and len(content["data"]) == 2
@@ -162,13 +199,20 @@ def test_configuration_environment_and_data_are_known_to_every_logger(run: Path)
     config: dict[str, Any] = {}
     for record in records(run):
         if record.WhichOneof("record_type") == "config":
-            config |= {item.key: json.loads(item.value_json) for item in record.config.update if item.key}
+            config |= {
+                item.key: json.loads(item.value_json) for item in record.config.update if item.key
+            }
     assert config["model"]["network"]["dim"] == 16 and config["trainer"]["max_steps"] == 6
     sessions = json.loads((run / "environment.json").read_text())
     assert len(sessions) == 2 and config["environment"] == sessions[1]
-    assert sessions[0]["data"] == sessions[1]["data"] and set(sessions[0]["data"]) == {"train", "validation"}
+    assert sessions[0]["data"] == sessions[1]["data"] and set(sessions[0]["data"]) == {
+        "train",
+        "validation",
+    }
     assert sessions[0]["num_ranks"] == 1 and sessions[0]["torch"] and "gpu" in sessions[0]
-    assert not any("API_KEY" in text or str(Path.home()) in text for text in map(json.dumps, sessions))
+    assert not any(
+        "API_KEY" in text or str(Path.home()) in text for text in map(json.dumps, sessions)
+    )
 
 
 def test_steps_done_again_have_the_same_values_in_both_versions_of_the_csv(run: Path):
@@ -184,10 +228,15 @@ def test_steps_done_again_have_the_same_values_in_both_versions_of_the_csv(run: 
         assert all(mine[k] == v for k, v in again.items() if not k.startswith(drifting))
     # A row has the stage that its step trained, and its gradients.
     for row in (first | second).values():
-        assert len([key for key in row if key.startswith("train/ce/")]) == 1 and "train/grad_norm" in row
+        assert (
+            len([key for key in row if key.startswith("train/ce/")]) == 1
+            and "train/grad_norm" in row
+        )
 
 
-def test_a_run_begun_anew_in_a_folder_is_another_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_begun_anew_in_a_folder_is_another_run_of_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     ids = []
     for resumes in (False, True, False):
         for name in ("WANDB_RUN_ID", "WANDB_NAME"):
@@ -197,7 +246,9 @@ def test_a_run_begun_anew_in_a_folder_is_another_run_of_wandb(tmp_path: Path, mo
     assert ids[0] == ids[1] != ids[2]
     monkeypatch.setenv("WANDB_RUN_ID", "mine")  # an agent's, or one's own
     prepare_wandb(tmp_path, "fit", True, online=False)
-    assert os.environ["WANDB_RUN_ID"] == "mine" and (tmp_path / "wandb_run_id").read_text() == "mine\n"
+    assert (
+        os.environ["WANDB_RUN_ID"] == "mine" and (tmp_path / "wandb_run_id").read_text() == "mine\n"
+    )
     monkeypatch.delenv("WANDB_RUN_ID")
     prepare_wandb(tmp_path, "validate", True, online=False)
     assert "WANDB_RUN_ID" not in os.environ
@@ -214,19 +265,36 @@ def test_wandb_sync_makes_one_run_of_two_sessions(tmp_path: Path):
     given = {"WANDB_RUN_ID": "abcdef1234", "WANDB_RESUME": "allow", "WANDB_DIR": str(tmp_path)}
     for steps in ("012", "23"):
         subprocess.run(
-            [sys.executable, str(script), *steps], env=os.environ | given | {"WANDB_MODE": "offline"}, check=True,
-            capture_output=True, cwd=tmp_path,
-        )  # fmt: skip
+            [sys.executable, str(script), *steps],
+            env=os.environ | given | {"WANDB_MODE": "offline"},
+            check=True,
+            capture_output=True,
+            cwd=tmp_path,
+        )
     with recorder() as got:
-        env = os.environ | {"WANDB_BASE_URL": got.url, "WANDB_API_KEY": "k" * 40, "HOME": str(tmp_path)}
+        env = os.environ | {
+            "WANDB_BASE_URL": got.url,
+            "WANDB_API_KEY": "k" * 40,
+            "HOME": str(tmp_path),
+        }
         env.pop("WANDB_MODE")
         wandb = [sys.executable, "-m", "wandb", "sync", str(tmp_path / "wandb")]
-        subprocess.run(wandb, env=env, check=True, timeout=LONGEST_S, capture_output=True, cwd=tmp_path)
-    assert got.offsets[0] == 0 and 3 in got.offsets  # the second session begins where the first one ended
-    assert [(row["_step"], row["trainer/global_step"]) for row in got.rows] == [(0, 0), (1, 1), (2, 2), (3, 2), (4, 3)]
+        subprocess.run(
+            wandb, env=env, check=True, timeout=LONGEST_S, capture_output=True, cwd=tmp_path
+        )
+    assert (
+        got.offsets[0] == 0 and 3 in got.offsets
+    )  # the second session begins where the first one ended
+    assert [(row["_step"], row["trainer/global_step"]) for row in got.rows] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+        (3, 2),
+        (4, 3),
+    ]
 
 
-# --- keys and networks --------------------------------------------------------------------------------------------
+# --- keys and networks ----------------------------------------------------------------------------
 
 
 def refuse(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -243,7 +311,9 @@ def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
-def test_a_refused_key_ends_a_run_before_anything_is_trained(online: Path, data: Path, monkeypatch, capsys):
+def test_a_refused_key_ends_a_run_before_anything_is_trained(
+    online: Path, data: Path, monkeypatch, capsys
+):
     with server(refuse) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
         assert fit(data, online) == 2
@@ -253,13 +323,17 @@ def test_a_refused_key_ends_a_run_before_anything_is_trained(online: Path, data:
     assert list(online.iterdir()) == []
 
 
-def test_a_server_that_is_not_to_be_reached_ends_a_run_that_begins_but_none_that_goes_on(online: Path, monkeypatch):
+def test_a_server_that_is_not_to_be_reached_ends_a_run_that_begins_but_none_that_goes_on(
+    online: Path, monkeypatch
+):
     import wandb
 
     online.mkdir()
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"there is no network .*WANDB_MODE=offline"):
-        prepare_wandb(online, "fit", resumes=True, online=True)  # a first submission says --ckpt_path auto too
+        prepare_wandb(
+            online, "fit", resumes=True, online=True
+        )  # a first submission says --ckpt_path auto too
     assert not (online / "wandb_run_id").exists()
     (online / "wandb_run_id").write_text("abcdef1234\n")
     monkeypatch.delenv("WANDB_RUN_ID")
@@ -278,7 +352,7 @@ def test_without_a_key_a_run_is_logged_offline(online: Path, monkeypatch):
     assert wandb.setup().settings.mode == "offline"
 
 
-# --- the rest -----------------------------------------------------------------------------------------------------
+# --- the rest -------------------------------------------------------------------------------------
 
 
 def test_checkpoints_become_versions_with_aliases(run: Path, tmp_path: Path):
@@ -305,19 +379,32 @@ def test_tensorboard_gets_figures_audio_and_pictures(data: Path, tmp_path: Path)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
-    options = ("--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=.", "--trainer.max_steps=2")
+    options = (
+        "--trainer.logger=TensorBoardLogger",
+        "--trainer.logger.save_dir=.",
+        "--trainer.max_steps=2",
+    )
     assert fit(data, run, *options) == 0
     (folder,) = (run / "lightning_logs").iterdir()
     shown = EventAccumulator(str(folder)).Reload()
-    assert {"train/loss", "train/audio_hours", "val/ce", "val/num_clips"} <= {*shown.Tags()["scalars"]}
+    assert {"train/loss", "train/audio_hours", "val/ce", "val/num_clips"} <= {
+        *shown.Tags()["scalars"]
+    }
     summary = json.loads((run / "summary.json").read_text())
-    assert shown.Scalars("val/ce")[-1].value == pytest.approx(summary["metrics"]["val/ce"]["after"], rel=1e-6)
+    assert shown.Scalars("val/ce")[-1].value == pytest.approx(
+        summary["metrics"]["val/ce"]["after"], rel=1e-6
+    )
     files = sorted(run.glob("validation/step_0000002/*.wav"))
     assert shown.Tags()["audio"] == [f"gen/audio/{file.stem}" for file in files] and len(files) == 2
     for file in files:
-        audio, picture = shown.Audio(f"gen/audio/{file.stem}")[-1], shown.Images(f"gen/pictures/{file.stem}")[-1]
+        audio, picture = (
+            shown.Audio(f"gen/audio/{file.stem}")[-1],
+            shown.Images(f"gen/pictures/{file.stem}")[-1],
+        )
         wav, rate = soundfile.read(io.BytesIO(audio.encoded_audio_string))
-        assert (audio.step, rate) == (2, 8000) and np.abs(wav - soundfile.read(file)[0]).max() < 2**-14
+        assert (audio.step, rate) == (2, 8000) and np.abs(
+            wav - soundfile.read(file)[0]
+        ).max() < 2**-14
         drawn = matplotlib.image.imread(file.with_suffix(".png"))
         assert picture.step == 2 and (picture.height, picture.width) == drawn.shape[:2]
 

@@ -30,11 +30,17 @@ def validated_steps(run: Path) -> list[int]:
     return [int(line.split()[0]) for line in (run / "ledger.validations").read_text().splitlines()]
 
 
-WORSE_EACH_TIME = ("--checkpoint.monitor=val/ce", "--checkpoint.mode=max", "--model.optimizer.schedule=constant")
+WORSE_EACH_TIME = (
+    "--checkpoint.monitor=val/ce",
+    "--checkpoint.mode=max",
+    "--model.optimizer.schedule=constant",
+)
 """val/ce falls, so that under mode=max only the first validation is a new best."""
 
 
-def test_a_run_validates_at_its_interval_and_at_its_end_and_saves_what_it_scored(data: Path, tmp_path: Path):
+def test_a_run_validates_at_its_interval_and_at_its_end_and_saves_what_it_scored(
+    data: Path, tmp_path: Path
+):
     run = tmp_path / "run"
     options = (*WORSE_EACH_TIME, "--checkpoint.every_n_train_steps=null", "--trainer.max_steps=5")
     options = (*options, "--trainer.val_check_interval=2", "--trainer.accumulate_grad_batches=2")
@@ -55,7 +61,10 @@ def test_a_run_validates_at_its_interval_and_at_its_end_and_saves_what_it_scored
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--trainer.limit_val_batches=0", "--checkpoint.every_n_train_steps=null"], {"last.ckpt": 3}),
+        (
+            ["--trainer.limit_val_batches=0", "--checkpoint.every_n_train_steps=null"],
+            {"last.ckpt": 3},
+        ),
         (
             ["--trainer.max_steps=-1", "--trainer.limit_train_batches=2", "--trainer.max_epochs=2"],
             {"last.ckpt": 4, "step=0000004.ckpt": 4},
@@ -72,7 +81,8 @@ def test_the_end_is_saved_without_a_validation_and_where_epochs_end(
 
 
 def test_averaged_weights_are_those_of_the_step_that_is_saved(data: Path, tmp_path: Path):
-    """By whichever callback: in a validation, where the module has them, and at the end of a batch."""
+    """By whichever callback: in a validation, where the module has them, and at the end of a
+    batch."""
     runs = []
     for name, every in (("a", "1"), ("b", "null")):
         every = f"--checkpoint.every_n_train_steps={every}"
@@ -81,7 +91,10 @@ def test_averaged_weights_are_those_of_the_step_that_is_saved(data: Path, tmp_pa
     for name in ("state_dict", "current_model_state"):
         assert all(torch.equal(value, runs[1][name][key]) for key, value in runs[0][name].items())
     assert runs[0]["averaging_state"]["latest_update_step"] == 4
-    assert any(not torch.equal(v, runs[0]["state_dict"][k]) for k, v in runs[0]["current_model_state"].items())
+    assert any(
+        not torch.equal(v, runs[0]["state_dict"][k])
+        for k, v in runs[0]["current_model_state"].items()
+    )
 
 
 def test_a_run_that_validates_less_than_it_might_says_so(data: Path, tmp_path: Path):
@@ -116,5 +129,7 @@ def test_any_other_schedule_is_refused(settings: tuple[Any, Any, Any], named: st
 def test_an_epoch_ends_with_a_step():
     check_epoch(6, 3)
     check_epoch(1.0, 3)
-    with pytest.raises(UserError, match="limit_train_batches=5: must be a multiple of the 2 batches"):
+    with pytest.raises(
+        UserError, match="limit_train_batches=5: must be a multiple of the 2 batches"
+    ):
         check_epoch(5, 2)

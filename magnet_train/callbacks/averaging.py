@@ -1,4 +1,5 @@
-"""Averaged weights: what validation sees and checkpoints hold, with the reference's bias correction."""
+"""Averaged weights: what validation sees and checkpoints hold, with the reference's bias
+correction."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,15 +18,17 @@ from magnet_train.sharding import gather_to_rank0, local_shard
 
 
 class WeightEMA(Callback):
-    """Exponential average of the trained weights, on which validation runs and which checkpoints hold.
+    """Exponential average of the trained weights, on which validation runs and which checkpoints
+    hold.
 
-    A checkpoint's `state_dict` has the average, `current_model_state` the raw weights, and `averaging_state` the number
-    of updates. The average is corrected for its start (audiocraft `optim/ema.py`): the n-th update weighs
-    1 / (1 + d + … + d^n), so that the random initial weights are gone at once instead of lingering for a thousand
-    steps.
+    A checkpoint's `state_dict` has the average, `current_model_state` the raw weights, and
+    `averaging_state` the number of updates. The average is corrected for its start (audiocraft
+    `optim/ema.py`): the n-th update weighs 1 / (1 + d + … + d^n), so that the random initial
+    weights are gone at once instead of lingering for a thousand steps.
 
-    The average is on the weights' device and sharded as they are: each rank averages its own part. Lightning's own
-    callback, whose names in checkpoints these are, refuses shards, and averages on the CPU what is trained on a GPU.
+    The average is on the weights' device and sharded as they are: each rank averages its own part.
+    Lightning's own callback, whose names in checkpoints these are, refuses shards, and averages on
+    the CPU what is trained on a GPU.
     """
 
     def __init__(self, decay: float = 0.99, every_n_steps: int = 10):
@@ -36,7 +39,10 @@ class WeightEMA(Callback):
             every_n_steps: Optimizer steps between updates of the average.
         """
         if not 0 <= decay < 1 or every_n_steps < 1:
-            raise UserError(f"averaging: decay={decay} must be in [0, 1), every_n_steps={every_n_steps} at least 1")
+            raise UserError(
+                f"averaging: decay={decay} must be in [0, 1), every_n_steps={every_n_steps} at "
+                "least 1"
+            )
         self.decay = decay
         self.every_n_steps = every_n_steps
         self._average: dict[str, Tensor] = {}
@@ -48,7 +54,9 @@ class WeightEMA(Callback):
 
     def updated(self, average: Tensor, current: Tensor, num_updates: Tensor | int) -> Tensor:
         """The average after one more update; `num_updates` came before."""
-        return average + (current - average) * ((1 - self.decay) / (1 - self.decay ** (num_updates + 1)))
+        return average + (current - average) * (
+            (1 - self.decay) / (1 - self.decay ** (num_updates + 1))
+        )
 
     def is_due(self, step: int) -> bool:
         """Whether the average is updated after that many optimizer steps."""
@@ -56,7 +64,8 @@ class WeightEMA(Callback):
 
     @contextmanager
     def averaged(self, module: L.LightningModule) -> Iterator[None]:
-        """Gives the module the averaged weights for a while; those it has if there is no average yet."""
+        """Gives the module the averaged weights for a while; those it has if there is no average
+        yet."""
         self._swap(module)
         self._is_swapped = True
         try:
@@ -68,10 +77,14 @@ class WeightEMA(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._average:
             self._average = _copies(pl_module)
-        for name, parameter in trainable_parameters(pl_module).items():  # loaded before the module had its device
+        for name, parameter in trainable_parameters(
+            pl_module
+        ).items():  # loaded before the module had its device
             self._average[name] = self._average[name].to(parameter.device)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
         self._update_if_due(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -87,7 +100,9 @@ class WeightEMA(Callback):
         for average, current in self._pairs(pl_module):
             current.copy_(average)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if not self._average:
             return
         self._update_if_due(trainer, pl_module)  # whichever callback saves, and whenever
@@ -101,19 +116,26 @@ class WeightEMA(Callback):
             "latest_update_step": self._latest_update_step,
         }
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """By now the module has the average, as `state_dict`."""
         if trainer.state.fn != "fit":
             return
         self._average = _copies(pl_module)
         if "current_model_state" not in checkpoint:
-            rank_zero_warn("the checkpoint has no averaged weights: the average starts with the checkpoint's weights")
+            rank_zero_warn(
+                "the checkpoint has no averaged weights: the average starts with the checkpoint's "
+                "weights"
+            )
             return
         state = checkpoint["averaging_state"]
         self._num_updates = state["n_averaged"].clone()
         self._latest_update_step = state["latest_update_step"]
         set_model_state_dict(
-            pl_module, checkpoint["current_model_state"], options=StateDictOptions(full_state_dict=True)
+            pl_module,
+            checkpoint["current_model_state"],
+            options=StateDictOptions(full_state_dict=True),
         )
 
     @torch.no_grad()
@@ -122,7 +144,9 @@ class WeightEMA(Callback):
         if self._is_swapped or step == self._latest_update_step or not self.is_due(step):
             return
         for average, current in self._pairs(module):
-            average.copy_(self.updated(average, current, self._num_updates) if self._num_updates else current)
+            average.copy_(
+                self.updated(average, current, self._num_updates) if self._num_updates else current
+            )
         self._num_updates += 1
         self._latest_update_step = step
 
@@ -141,4 +165,6 @@ class WeightEMA(Callback):
 
 
 def _copies(module: L.LightningModule) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in trainable_parameters(module).items()}
+    return {
+        name: parameter.detach().clone() for name, parameter in trainable_parameters(module).items()
+    }

@@ -13,11 +13,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from magnet_train.common.errors import UserError
 
 SAVE_EVERY_S = 1800.0
-"""Seconds between checkpoints: validations may be hours apart, and no signal announces that a node fails."""
+"""Seconds between checkpoints: validations may be hours apart, and no signal announces that a node
+fails."""
 
 
 class RunCheckpoint(Checkpoint):
-    """Saves `last.ckpt` after each validation, every half hour and at the end; and the best `step=N.ckpt`.
+    """Saves `last.ckpt` after each validation, every half hour and at the end; and the best
+    `step=N.ckpt`.
 
     So `last.ckpt` always holds the newest weights, those that the last validation scored.
     """
@@ -34,17 +36,23 @@ class RunCheckpoint(Checkpoint):
 
         Args:
             dirpath: Folder for checkpoints; `checkpoints` in the run folder if not given.
-            monitor: Logged metric that decides which checkpoints are best, e.g. val/ce; the newest are if not given.
+            monitor: Logged metric that decides which checkpoints are best, e.g. val/ce; the newest
+                are if not given.
             mode: Whether a lower (min) or a higher (max) value of the metric is better.
             save_top_k: How many of the best checkpoints to keep beside last.ckpt; -1 keeps all.
-            every_n_train_steps: Optimizer steps between checkpoints, in addition to those after validations.
+            every_n_train_steps: Optimizer steps between checkpoints, in addition to those after
+                validations.
         """
         if mode not in ("min", "max"):
             raise UserError(f"checkpoint.mode={mode}: choose min or max")
         if save_top_k < -1:
-            raise UserError(f"checkpoint.save_top_k={save_top_k}: must be at least 0, or -1 to keep all")
+            raise UserError(
+                f"checkpoint.save_top_k={save_top_k}: must be at least 0, or -1 to keep all"
+            )
         if every_n_train_steps is not None and every_n_train_steps < 1:
-            raise UserError(f"checkpoint.every_n_train_steps={every_n_train_steps}: must be at least 1")
+            raise UserError(
+                f"checkpoint.every_n_train_steps={every_n_train_steps}: must be at least 1"
+            )
         self.dirpath = dirpath
         self.monitor = monitor
         self.mode = mode
@@ -68,7 +76,11 @@ class RunCheckpoint(Checkpoint):
     @property
     def best_model_path(self) -> str:
         """The best of those that were kept; "" if none was."""
-        return str(self.folder / min(self._scores, key=self._scores.__getitem__)) if self._scores else ""
+        return (
+            str(self.folder / min(self._scores, key=self._scores.__getitem__))
+            if self._scores
+            else ""
+        )
 
     @property
     def state_key(self) -> str:
@@ -79,7 +91,11 @@ class RunCheckpoint(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Only of what is still in the folder, wherever that lies by now."""
-        self._scores = {name: score for name, score in state_dict["scores"].items() if (self.folder / name).is_file()}
+        self._scores = {
+            name: score
+            for name, score in state_dict["scores"].items()
+            if (self.folder / name).is_file()
+        }
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.dirpath is None:
@@ -89,7 +105,9 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
         if trainer.fast_dev_run or trainer.global_step == self._saved_step:  # type: ignore[attr-defined]
             return
         if self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0:
@@ -139,7 +157,9 @@ class RunCheckpoint(Checkpoint):
             return -float(trainer.global_step)
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
-            rank_zero_warn(f"checkpoint.monitor={self.monitor} was not logged; only last.ckpt is saved")
+            rank_zero_warn(
+                f"checkpoint.monitor={self.monitor} was not logged; only last.ckpt is saved"
+            )
             return None
         if math.isnan(value):
             return math.inf
@@ -156,7 +176,8 @@ def _save(trainer: L.Trainer, path: Path) -> None:
     try:
         trainer.save_checkpoint(path, weights_only=False)
     except OSError as error:
-        problem = f"{path}: cannot be written ({error.strerror or error}); resume elsewhere with --ckpt_path FILE"
+        reason = error.strerror or str(error)
+        problem = f"{path}: cannot be written ({reason}); resume elsewhere with --ckpt_path FILE"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             problem = f"{path}: the disk is full; free some space and resume with --ckpt_path auto"
         trainer.strategy.barrier()  # in which the other ranks wait for this one

@@ -9,13 +9,16 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and moves into place, so that a full disk or a kill leaves the previous file whole.
+    """Writes beside the target and moves into place, so that a full disk or a kill leaves the
+    previous file whole.
 
-    Lightning's own writes into the system's temporary folder and copies from there, which is no move where that is
-    another file system.
+    Lightning's own writes into the system's temporary folder and copies from there, which is no
+    move where that is another file system.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
         """Save to a local path; an address such as s3:// is left to Lightning.
 
         Raises:
@@ -26,7 +29,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in target.parent.glob(".*.ckpt.part"):  # what a kill has left, as large as a checkpoint
+        for stale in target.parent.glob(
+            ".*.ckpt.part"
+        ):  # what a kill has left, as large as a checkpoint
             stale.unlink(missing_ok=True)
         beside = target.with_name(f".{target.name}.part")
         try:
@@ -36,7 +41,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             os.replace(beside, target)
             _sync_folder(target.parent)
-        except (OSError, RuntimeError) as error:  # torch's zip writer can fail anew while the first failure unwinds it
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # torch's zip writer can fail anew while the first failure unwinds it
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise
@@ -46,7 +54,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _sync_folder(folder: Path) -> None:
-    """Without it the file is safe but its new name may be lost with the power; some file systems know no such thing."""
+    """Without it the file is safe but its new name may be lost with the power; some file systems
+    know no such thing."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -14,11 +14,13 @@ from magnet_train.sharding import full_tensor
 
 
 class NanGuard(Callback):
-    """Skips optimizer steps whose loss or gradients are not finite, and ends the run after many in a row.
+    """Skips optimizer steps whose loss or gradients are not finite, and ends the run after many in
+    a row.
 
-    A skipped step changes neither weights nor the optimizer's state, on any rank; it counts as a step for schedule and
-    averaging. `train/steps_skipped` counts them. In 16-mixed precision gradients that are not finite are how the scaler
-    finds its scale, so there these steps are counted too, but named, and a reason to end, only once the scale is 1.
+    A skipped step changes neither weights nor the optimizer's state, on any rank; it counts as a
+    step for schedule and averaging. `train/steps_skipped` counts them. In 16-mixed precision
+    gradients that are not finite are how the scaler finds its scale, so there these steps are
+    counted too, but named, and a reason to end, only once the scale is 1.
     """
 
     def __init__(self, max_consecutive: int = 10):
@@ -42,10 +44,14 @@ class NanGuard(Callback):
         self.skipped = state_dict["skipped"]
         self.consecutive = state_dict["consecutive"]
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *args: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *args: Any
+    ) -> None:
         self._keys.append(", ".join(batch["keys"]))
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
+    ) -> None:
         self._losses.append(loss.detach())
 
     def on_before_optimizer_step(
@@ -71,21 +77,31 @@ class NanGuard(Callback):
         self.consecutive += 1
         pl_module.log("train/steps_skipped", float(self.skipped))
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and all_ranks(bool(losses.isfinite().all())) and scaler.get_scale() > 1:
+        if (
+            scaler is not None
+            and all_ranks(bool(losses.isfinite().all()))
+            and scaler.get_scale() > 1
+        ):
             return  # it skips the step itself, and tries the next one at half the scale
         self._warn(trainer, keys, losses.tolist())
         for parameter in parameters:
             parameter.grad = None
         if self.consecutive >= self.max_consecutive:
             raise UserError(
-                f"{self.consecutive} steps in a row without a finite loss and gradients, the last is step "
-                f"{trainer.global_step}: the last checkpoint is good; resume from it with --ckpt_path auto and a lower "
-                "--model.optimizer.lr or --trainer.precision bf16-mixed, or look at the items named above"
+                f"{self.consecutive} steps in a row without a finite loss and gradients, the last "
+                "is step "
+                f"{trainer.global_step}: the last checkpoint is good; resume from it with "
+                "--ckpt_path auto and a lower "
+                "--model.optimizer.lr or --trainer.precision bf16-mixed, or look at the items "
+                "named above"
             )
 
     def _warn(self, trainer: L.Trainer, keys: list[str], losses: list[float]) -> None:
         bad = [(k, x) for k, x in zip(keys, losses, strict=True) if not torch.tensor(x).isfinite()]
         what = "; ".join(f"loss {loss} of {items}" for items, loss in bad)
         if not bad:
-            what = f"gradients that are not finite, here or on another rank; the items were {'; '.join(keys)}"
-        warnings.warn(f"step {trainer.global_step} skipped, rank {trainer.global_rank}: {what}", stacklevel=1)
+            items = "; ".join(keys)
+            what = f"gradients that are not finite, here or on another rank; the items were {items}"
+        warnings.warn(
+            f"step {trainer.global_step} skipped, rank {trainer.global_rank}: {what}", stacklevel=1
+        )

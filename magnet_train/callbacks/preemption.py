@@ -22,22 +22,23 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class Preempted(SystemExit):
     """Ends the process with status 0: what the signal asks for is done, and nothing is lost.
 
-    A launcher takes any other status for a failure, kills the other ranks while they end, and counts a retry. So the
-    status is 1 only if the job should have been requeued and was not. `summary.json` tells a run that is finished from
-    one that was stopped.
+    A launcher takes any other status for a failure, kills the other ranks while they end, and
+    counts a retry. So the status is 1 only if the job should have been requeued and was not.
+    `summary.json` tells a run that is finished from one that was stopped.
     """
 
 
 class Preemption(Callback):
     """Saves `last.ckpt` at the end of the batch in which a signal arrives, then stops.
 
-    A signal that arrives in a validation waits for its end, since ranks have different numbers of validation batches
-    and cannot agree before. A second one, more than TOGETHER_S later, ends the process at once unless it is saving.
+    A signal that arrives in a validation waits for its end, since ranks have different numbers of
+    validation batches and cannot agree before. A second one, more than TOGETHER_S later, ends the
+    process at once unless it is saving.
 
-    The handler only notes the signal: a checkpoint saved from within it could catch a step half done (Lightning issue
-    21406). The ranks agree, whichever of them received it. Under SLURM with automatic requeue the requeue signal also
-    requeues the job. Lightning's own handler would save to a file that every later start prefers, however far the run
-    has come since.
+    The handler only notes the signal: a checkpoint saved from within it could catch a step half
+    done (Lightning issue 21406). The ranks agree, whichever of them received it. Under SLURM with
+    automatic requeue the requeue signal also requeues the job. Lightning's own handler would save
+    to a file that every later start prefers, however far the run has come since.
     """
 
     def __init__(self) -> None:
@@ -56,36 +57,56 @@ class Preemption(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._handle_signals(trainer)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
         any_rank = partial(trainer.strategy.reduce_boolean_decision, all=False)
         if not any_rank(self._received is not None):
             return
         saved = self._save(trainer)
-        requeues = any_rank(self._requeue_signal is not None and self._received == self._requeue_signal)
-        if requeues:  # upon which SLURM signals all processes, and that must not cut W&B's last seconds short
+        requeues = any_rank(
+            self._requeue_signal is not None and self._received == self._requeue_signal
+        )
+        if (
+            requeues
+        ):  # upon which SLURM signals all processes, and that must not cut W&B's last seconds short
             for number in self._handlers:
                 signal.signal(number, signal.SIG_IGN)
             self._handlers = {}
             private_api.keep_signal_handlers(trainer)
         if trainer.is_global_zero:
-            name = signal.Signals(self._received).name if self._received else "a signal to another rank"
-            what_next, is_requeued = _requeue() if requeues else ("resume with --ckpt_path auto", True)
-            print(f"stopped at step {trainer.global_step} by {name}: {saved}; {what_next}", flush=True)
+            name = (
+                signal.Signals(self._received).name
+                if self._received
+                else "a signal to another rank"
+            )
+            what_next, is_requeued = (
+                _requeue() if requeues else ("resume with --ckpt_path auto", True)
+            )
+            print(
+                f"stopped at step {trainer.global_step} by {name}: {saved}; {what_next}", flush=True
+            )
             if not is_requeued:  # the job script may do it
                 raise Preempted(1)
         if private_api.waits_for_results(trainer):
-            raise RuntimeError(f"ranks of ddp_fork and ddp_spawn cannot exit without a failure: {saved}")
+            raise RuntimeError(
+                f"ranks of ddp_fork and ddp_spawn cannot exit without a failure: {saved}"
+            )
         raise Preempted(0)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._restore_handlers()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         self._restore_handlers()
 
     def _handle_signals(self, trainer: L.Trainer) -> None:
         """Instead of Lightning, whose handler of SIGTERM calls a collective from within itself."""
-        is_main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
+        is_main_thread = (
+            threading.current_thread() is threading.main_thread()
+        )  # Python allows handlers only there
         if self._handlers or not is_main_thread:
             return
         self._is_first_rank = trainer.is_global_zero
@@ -111,28 +132,41 @@ class Preemption(Callback):
             self._received = number
             self._received_at = now
         elif now - self._received_at > TOGETHER_S and not self._is_saving:
-            if self._received == self._requeue_signal and self._is_first_rank:  # the time is up in a validation
+            if (
+                self._received == self._requeue_signal and self._is_first_rank
+            ):  # the time is up in a validation
                 print(f"ended before a checkpoint could be saved: {_requeue()[0]}", flush=True)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
-            if signal.getsignal(number) == self._note:  # otherwise Lightning has put back what was there before it
+            if (
+                signal.getsignal(number) == self._note
+            ):  # otherwise Lightning has put back what was there before it
                 signal.signal(number, handler)
         self._handlers = {}
 
 
 def _requeue() -> tuple[str, bool]:
-    """Asks SLURM to requeue this job, or this task of its array; the result as a text, and whether it will."""
+    """Asks SLURM to requeue this job, or this task of its array; the result as a text, and whether
+    it will."""
     job = os.environ["SLURM_JOB_ID"]
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     name = job if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True)
     except OSError as error:
-        return f"job {name} could not be requeued ({error}): submit it again, unless the job script does", False
+        return (
+            f"job {name} could not be requeued ({error}): submit it again, unless the job script "
+            "does",
+            False,
+        )
     if done.returncode:
         reason = " ".join(done.stderr.split())[:300]
-        return f"SLURM does not requeue job {name} ({reason}): submit it again, unless the job script does", False
+        return (
+            f"SLURM does not requeue job {name} ({reason}): submit it again, unless the job "
+            "script does",
+            False,
+        )
     return f"job {name} is requeued", True

@@ -16,15 +16,17 @@ from magnet_train.resume import Layout, fingerprint
 
 
 class ExactResume(Callback):
-    """Writes into each checkpoint what its progress means, and corrects the progress when one is loaded.
+    """Writes into each checkpoint what its progress means, and corrects the progress when one is
+    loaded.
 
     Lightning restores weights, optimizer, schedule and counters. That leaves three cases:
 
-    - Saved between two optimizer steps (with accumulation), the gradients so far are lost; the batches since the last
-      step are done again, on the weights on which they were done.
-    - Saved at the end of a batch after which a validation is due, Lightning would continue without that validation.
-    - With another number of ranks or batch size, as many batches are other examples; they are counted anew, and a line
-      says that results will not be bit-identical.
+    - Saved between two optimizer steps (with accumulation), the gradients so far are lost; the
+      batches since the last step are done again, on the weights on which they were done.
+    - Saved at the end of a batch after which a validation is due, Lightning would continue without
+      that validation.
+    - With another number of ranks or batch size, as many batches are other examples; they are
+      counted anew, and a line says that results will not be bit-identical.
     """
 
     def __init__(self) -> None:
@@ -33,16 +35,24 @@ class ExactResume(Callback):
         self._has_skipped = False
         """Whether this rank could not read some of its shards."""
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *args: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *args: Any
+    ) -> None:
         self._has_skipped |= bool(batch["shards_skipped"] or batch["items_skipped"])
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any
+    ) -> None:
         self._open_batches += 1
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+    ) -> None:
         self._open_batches = 0
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, MagnetModule)
         checkpoint["run"] = {
@@ -55,11 +65,14 @@ class ExactResume(Callback):
             "text_encoder": pl_module.text_encoder.stamp,
         }
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Corrects the progress.
 
         Raises:
-            UserError: if the checkpoint was trained on other shards, or with another codec or text encoder.
+            UserError: if the checkpoint was trained on other shards, or with another codec or text
+            encoder.
         """
         saved = checkpoint.get("run")
         if trainer.state.fn != "fit" or saved is None:
@@ -68,12 +81,15 @@ class ExactResume(Callback):
         assert isinstance(pl_module, MagnetModule)
         check_data(data.shards("train"), saved, pl_module.text_encoder)
         if saved["validation"] != _validation_fingerprint(data):
-            rank_zero_info("another validation set than before: metrics under val/ do not compare with earlier ones")
+            rank_zero_info(
+                "another validation set than before: metrics under val/ do not compare with "
+                "earlier ones"
+            )
         self._has_skipped = saved["has_skipped"]
         if self._has_skipped:
             rank_zero_info(
-                "shards were skipped before this checkpoint was saved: results are bit-identical to a run without the "
-                "interruption only if the same shards are unreadable still"
+                "shards were skipped before this checkpoint was saved: results are bit-identical "
+                "to a run without the interruption only if the same shards are still unreadable"
             )
         progress = private_api.Progress(checkpoint)
         # Otherwise a validation that was once done late would look interrupted forever.
@@ -85,7 +101,9 @@ class ExactResume(Callback):
         self._convert(progress, Layout(**saved["layout"]), _layout(trainer))
         if was_at_batch_end and _validation_is_due(trainer, progress.num_batches):
             progress.complete_batch()
-            progress.set_validation(1)  # as if saved while the first batch of that validation was running
+            progress.set_validation(
+                1
+            )  # as if saved while the first batch of that validation was running
 
     @staticmethod
     def _convert(progress: private_api.Progress, before: Layout, now: Layout) -> None:
@@ -95,7 +113,8 @@ class ExactResume(Callback):
         batches = now.batches(done, before)
         progress.move_to_batch_end(batches)
         rank_zero_info(
-            f"layout changed from {before} to {now}: resuming at example {batches * now.ranks * now.batch_size} of "
+            f"layout changed from {before} to {now}: resuming at example "
+            f"{batches * now.ranks * now.batch_size} of "
             f"{done * before.ranks * before.batch_size}; results will not be bit-identical"
         )
 
@@ -123,20 +142,25 @@ def check_data(found: ShardSet, saved: dict[str, Any], text_encoder: TextEncoder
     """
     if text_encoder is not None and saved["text_encoder"] != text_encoder.stamp:
         raise UserError(
-            f"--ckpt_path: trained with another text encoder than {text_encoder.id}; set --model.text_encoder as in "
+            f"--ckpt_path: trained with another text encoder than {text_encoder.id}; set "
+            "--model.text_encoder as in "
             "the run's config.yaml, or start a new run"
         )
     if saved["codec"] != found.index["codec"]["hash"]:
         raise UserError(
-            f"--ckpt_path: trained on codes of codec {saved['codec']}, but {found.name} has those of "
+            f"--ckpt_path: trained on codes of codec {saved['codec']}, but {found.name} has those "
+            "of "
             f"{found.index['codec']['hash']}; give the shards it was trained on, or start a new run"
         )
     if saved["train"] != fingerprint(found.index):
         raise UserError(
-            f"--ckpt_path: trained on other shards than those of {found.name}; give those it was trained on, or start "
+            f"--ckpt_path: trained on other shards than those of {found.name}; give those it was "
+            "trained on, or start "
             "a new run from its weights with --model.init_from CHECKPOINT"
         )
 
 
 def _validation_fingerprint(data: Any) -> str | None:
-    return None if data.folders["validation"] is None else fingerprint(data.shards("validation").index)
+    return (
+        None if data.folders["validation"] is None else fingerprint(data.shards("validation").index)
+    )

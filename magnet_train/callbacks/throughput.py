@@ -16,21 +16,25 @@ from magnet_train.module import MagnetModule
 
 
 class Throughput(Callback):
-    """Logs speed over the steps since the last row, every `trainer.log_every_n_steps`; validation does not count.
+    """Logs speed over the steps since the last row, every `trainer.log_every_n_steps`; validation
+    does not count.
 
-    Over all ranks, if the others are as fast as the first and their items as long: `speed/examples_per_s`,
-    `speed/frames_per_s` (without padding), `speed/audio_hours_per_s`, and `train/audio_hours` (since the run began).
-    Of the rank with the highest value: `speed/data_share` (share of the time spent waiting for a batch) and
-    `speed/peak_memory_gb` (of the GPU's allocator, or of the process on a CPU). `speed/mfu`, where the device's peak is
-    known: FLOP that the model needs, not those that were computed, over those of the device at its peak.
+    Over all ranks, if the others are as fast as the first and their items as long:
+    `speed/examples_per_s`, `speed/frames_per_s` (without padding), `speed/audio_hours_per_s`, and
+    `train/audio_hours` (since the run began). Of the rank with the highest value:
+    `speed/data_share` (share of the time spent waiting for a batch) and `speed/peak_memory_gb` (of
+    the GPU's allocator, or of the process on a CPU). `speed/mfu`, where the device's peak is
+    known: FLOP that the model needs, not those that were computed, over those of the device at its
+        peak.
 
-    `data/shards_skipped` and `data/items_skipped`, since the process began: what loader processes of all ranks could
-    not read, each time it was its turn.
+    `data/shards_skipped` and `data/items_skipped`, since the process began: what loader processes
+    of all ranks could not read, each time it was its turn.
     """
 
     def __init__(self) -> None:
         self.frames = 0
-        """Of all ranks, up to the last optimizer step; what came after is trained again by a resumed run."""
+        """Of all ranks, up to the last optimizer step; what came after is trained again by a
+        resumed run."""
         self._open_frames = 0
         """Since that step."""
         self._step = 0
@@ -72,7 +76,12 @@ class Throughput(Callback):
             pl_module.log("train/audio_hours", _hours(self.frames, trainer))
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, MagnetModule)
         self._count(batch, trainer.world_size)
@@ -105,7 +114,9 @@ class Throughput(Callback):
         }
         peak = peak_flop(module.device, str(trainer.precision))
         if peak is not None:
-            flop = self._examples / trainer.world_size * _flop_per_example(module.config, num_frames)
+            flop = (
+                self._examples / trainer.world_size * _flop_per_example(module.config, num_frames)
+            )
             values["speed/mfu"] = flop / seconds / peak
         highest = {
             "speed/data_share": (waited_s - self._waited_s) / seconds,

@@ -1,4 +1,5 @@
-"""A run in W&B and TensorBoard: one W&B run over all its sessions, its settings and environment, generated clips."""
+"""A run in W&B and TensorBoard: one W&B run over all its sessions, its settings and environment,
+generated clips."""
 
 import json
 import re
@@ -62,10 +63,11 @@ class GeneratedClip:
 
 
 class Tracking(Callback):
-    """Gives W&B the axes, environment, clips and, as an option, checkpoints of a run; TensorBoard the clips.
+    """Gives W&B the axes, environment, clips and, as an option, checkpoints of a run; TensorBoard
+    the clips.
 
-    Whatever the logger, `environment.json` in the run folder has the environment of each session. The clips of all
-    ranks are logged, from the folder that the ranks share.
+    Whatever the logger, `environment.json` in the run folder has the environment of each session.
+    The clips of all ranks are logged, from the folder that the ranks share.
     """
 
     COLUMNS = ("step", "item", "caption", "audio", "picture", "FAD of the clip alone")
@@ -74,9 +76,10 @@ class Tracking(Callback):
         """What W&B gets beside metrics and clips.
 
         Args:
-            upload_checkpoints: Upload the last and the best checkpoint to W&B after training, as versions of an artifact
-                with the aliases latest, best and step-N. Each takes 16 bytes per parameter, or 20 with D-Adaptation
-                (8 GB for the small published model), and until it is uploaded as much again in the run folder.
+            upload_checkpoints: Upload the last and the best checkpoint to W&B after training, as
+                versions of an artifact with the aliases latest, best and step-N. Each takes 16
+                bytes per parameter, or 20 with D-Adaptation (8 GB for the small published model),
+                and until it is uploaded as much again in the run folder.
         """
         self.upload_checkpoints = upload_checkpoints
         self._is_set_up = False
@@ -86,7 +89,8 @@ class Tracking(Callback):
         """Parts of the table that were logged, and the W&B run that has them."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The table of a resumed run continues after the rows that it had at the checkpoint, offline too."""
+        """The table of a resumed run continues after the rows that it had at the checkpoint,
+        offline too."""
         return {"table": self._logged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -106,15 +110,22 @@ class Tracking(Callback):
                 logger.experiment.config.update({"environment": session}, allow_val_change=True)
                 _define_metrics(logger.experiment)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
         """A logged row has what was measured at its step, and nothing of an earlier one."""
         private_api.forget_logged(trainer)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Loggers get the row of a step after its checkpoint is written; a kill in between would lose it."""
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Loggers get the row of a step after its checkpoint is written; a kill in between would
+        lose it."""
         checkpoint["unwritten_row"] = private_api.unwritten_row(trainer)
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self._unwritten_row = checkpoint.get("unwritten_row")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -126,7 +137,12 @@ class Tracking(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         generation = next((c for c in trainer.callbacks if isinstance(c, GenerationCallback)), None)  # type: ignore[attr-defined]
-        if generation is None or not generation.audio or not trainer.is_global_zero or trainer.sanity_checking:
+        if (
+            generation is None
+            or not generation.audio
+            or not trainer.is_global_zero
+            or trainer.sanity_checking
+        ):
             return
         assert isinstance(pl_module, MagnetModule)
         step = generation.step(trainer, pl_module)
@@ -146,19 +162,30 @@ class Tracking(Callback):
         if self._table is None:
             self._table = wandb.Table(columns=list(self.COLUMNS), log_mode="INCREMENTAL")
             if self._logged.get("run") == run.id:
-                # W&B does this itself if a server tells it to; but then with rows of steps that are done again.
-                private_api.continue_table(self._table, self._logged["count"], self._logged["parts"])
+                # W&B does this itself if a server tells it to; but then with rows of steps that are
+                # done again.
+                private_api.continue_table(
+                    self._table, self._logged["count"], self._logged["parts"]
+                )
         for clip in clips:
             audio = wandb.Audio(str(clip.audio))
-            self._table.add_data(step, clip.item, clip.caption, audio, wandb.Image(str(clip.picture)), clip.score)
+            self._table.add_data(
+                step, clip.item, clip.caption, audio, wandb.Image(str(clip.picture)), clip.score
+            )
         names = [clip.audio.stem for clip in clips]
         media = {
             "gen/clips": self._table,
-            "gen/audio": [wandb.Audio(str(c.audio), caption=n) for c, n in zip(clips, names, strict=True)],
-            "gen/pictures": [wandb.Image(str(c.picture), caption=n) for c, n in zip(clips, names, strict=True)],
+            "gen/audio": [
+                wandb.Audio(str(c.audio), caption=n) for c, n in zip(clips, names, strict=True)
+            ],
+            "gen/pictures": [
+                wandb.Image(str(c.picture), caption=n) for c, n in zip(clips, names, strict=True)
+            ],
         }
         run.log(media | {STEP: step})
-        if (logged := run.summary.get("gen/clips")) is not None:  # with WANDB_MODE=disabled there is nothing
+        if (
+            logged := run.summary.get("gen/clips")
+        ) is not None:  # with WANDB_MODE=disabled there is nothing
             parts = [*logged["previous_increments_paths"], logged["artifact_path"]]
             self._logged = {"run": run.id, "count": len(parts), "parts": parts}
 
@@ -176,7 +203,8 @@ class Tracking(Callback):
 
 def _define_metrics(run: Any) -> None:
     """Plots every metric over optimizer steps."""
-    # Only the last value as summary: with another one it would become a group, which sweeps do not look into.
+    # Only the last value as summary: with another one it would become a group, which sweeps do not
+    # look into.
     run.define_metric(STEP)
     for name in dict.fromkeys([HOURS, *(entry.name.split("{")[0] for entry in LOGGED)]):
         glob = name if any(entry.name == name for entry in LOGGED) else f"{name}*"
@@ -184,14 +212,17 @@ def _define_metrics(run: Any) -> None:
 
 
 def upload(run: Any, checkpoint: Path, alias: str) -> None:
-    """Logs a checkpoint as a version of the run's artifact `checkpoint-ID`, with aliases `alias` and `step-N`."""
+    """Logs a checkpoint as a version of the run's artifact `checkpoint-ID`, with aliases `alias`
+    and `step-N`."""
     import wandb
 
     from magnet_train.release import read_checkpoint
 
     step = int(read_checkpoint(checkpoint)["global_step"])
     artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata={"step": step})
-    artifact.add_file(str(checkpoint), name="model.ckpt", skip_cache=True)  # the cache is in the home folder
+    artifact.add_file(
+        str(checkpoint), name="model.ckpt", skip_cache=True
+    )  # the cache is in the home folder
     run.log_artifact(artifact, aliases=[alias, f"step-{step}"])
 
 
@@ -209,6 +240,10 @@ def to_tensorboard(writer: Any, clips: list[GeneratedClip], step: int) -> None:
 
     for clip in clips:
         wav, sample_rate = soundfile.read(clip.audio, dtype="float32", always_2d=True)
-        writer.add_audio(f"gen/audio/{clip.audio.stem}", torch.from_numpy(wav.mean(1))[None], step, sample_rate)
+        writer.add_audio(
+            f"gen/audio/{clip.audio.stem}", torch.from_numpy(wav.mean(1))[None], step, sample_rate
+        )
         picture = matplotlib.image.imread(clip.picture)  # height, width, channels; 0 to 1
-        writer.add_image(f"gen/pictures/{clip.audio.stem}", torch.from_numpy(picture), step, dataformats="HWC")
+        writer.add_image(
+            f"gen/pictures/{clip.audio.stem}", torch.from_numpy(picture), step, dataformats="HWC"
+        )

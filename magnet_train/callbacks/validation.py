@@ -1,4 +1,5 @@
-"""When a run validates: every `trainer.val_check_interval` optimizer steps, and always at its end."""
+"""When a run validates: every `trainer.val_check_interval` optimizer steps, and always at its
+end."""
 
 from typing import Any
 
@@ -9,7 +10,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from magnet_train.common.errors import UserError
 
 
-def check_validation(val_check_interval: Any, check_val_every_n_epoch: Any, limit_val_batches: Any) -> None:
+def check_validation(
+    val_check_interval: Any, check_val_every_n_epoch: Any, limit_val_batches: Any
+) -> None:
     """Checks that the settings are those of the one schedule there is.
 
     Training data has no end, so an epoch, and any share of one, has no length.
@@ -24,29 +27,34 @@ def check_validation(val_check_interval: Any, check_val_every_n_epoch: Any, limi
     """
     if check_val_every_n_epoch is not None:
         raise UserError(
-            f"trainer.check_val_every_n_epoch={check_val_every_n_epoch}: training data has no epochs; leave it null "
+            f"trainer.check_val_every_n_epoch={check_val_every_n_epoch}: training data has no "
+            "epochs; leave it null "
             "and set --trainer.val_check_interval to a number of optimizer steps"
         )
     if type(val_check_interval) is not int or val_check_interval < 1:
         raise UserError(
-            f"trainer.val_check_interval={val_check_interval}: training data has no end; give a whole number of "
+            f"trainer.val_check_interval={val_check_interval}: training data has no end; give a "
+            "whole number of "
             "optimizer steps, at least 1"
         )
     if isinstance(limit_val_batches, float) and limit_val_batches != 1.0:
         raise UserError(
-            f"trainer.limit_val_batches={limit_val_batches}: give a whole number of batches per rank, or leave it out"
+            f"trainer.limit_val_batches={limit_val_batches}: give a whole number of batches per "
+            "rank, or leave it out"
         )
 
 
 def check_epoch(limit_train_batches: Any, accumulate_grad_batches: int) -> None:
-    """Checks that an epoch of `limit_train_batches`, if it has so many, ends with an optimizer step.
+    """Checks that an epoch of `limit_train_batches`, if it has so many, ends with an optimizer
+    step.
 
     Raises:
         UserError: if it does not.
     """
     if isinstance(limit_train_batches, int) and limit_train_batches % accumulate_grad_batches:
         raise UserError(
-            f"trainer.limit_train_batches={limit_train_batches}: must be a multiple of the {accumulate_grad_batches} "
+            f"trainer.limit_train_batches={limit_train_batches}: must be a multiple of the "
+            f"{accumulate_grad_batches} "
             "batches accumulated for an optimizer step"
         )
 
@@ -54,8 +62,8 @@ def check_epoch(limit_train_batches: Any, accumulate_grad_batches: int) -> None:
 class ValidationSchedule(Callback):
     """Validates every `val_check_interval` optimizer steps, and after the last one.
 
-    Lightning counts batches; this callback converts, whatever is accumulated. A run without validation
-    (`limit_val_batches=0`), or with one that does not see every item, says so.
+    Lightning counts batches; this callback converts, whatever is accumulated. A run without
+    validation (`limit_val_batches=0`), or with one that does not see every item, says so.
     """
 
     def __init__(self) -> None:
@@ -80,7 +88,8 @@ class ValidationSchedule(Callback):
             num_seen = limit * trainer.datamodule.batch_size * trainer.world_size
             if num_seen < num_items:
                 rank_zero_warn(
-                    f"each validation sees {num_seen} of {num_items} items: trainer.limit_val_batches={limit}"
+                    f"each validation sees {num_seen} of {num_items} items: "
+                    f"trainer.limit_val_batches={limit}"
                 )
 
     def on_train_batch_end(self, trainer: Any, pl_module: L.LightningModule, *args: Any) -> None:
@@ -92,5 +101,9 @@ def is_last_step(trainer: Any) -> bool:
     """Whether the batch that was just trained ends the run."""
     if trainer.max_steps >= 0 and trainer.global_step >= trainer.max_steps:
         return True
-    is_last_epoch = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1
-    return is_last_epoch and trainer.fit_loop.epoch_loop.batch_idx + 1 >= trainer.num_training_batches
+    is_last_epoch = (
+        trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1
+    )
+    return (
+        is_last_epoch and trainer.fit_loop.epoch_loop.batch_idx + 1 >= trainer.num_training_batches
+    )

@@ -21,10 +21,12 @@ HISTORY = 200
 
 
 class Watchdog(Callback):
-    """Warns once when a phase of a step takes far longer than it usually does; it never ends anything.
+    """Warns once when a phase of a step takes far longer than it usually does; it never ends
+    anything.
 
-    A rank that hangs makes all others wait for it in their next collective, so that all of them warn: the culprit is
-    the one that waits for data, or that says nothing. The first time of a phase has nothing to be compared with.
+    A rank that hangs makes all others wait for it in their next collective, so that all of them
+    warn: the culprit is the one that waits for data, or that says nothing. The first time of a
+    phase has nothing to be compared with.
     """
 
     def __init__(self, factor: float = 10.0, min_seconds: float = 60.0):
@@ -35,7 +37,9 @@ class Watchdog(Callback):
             min_seconds: But never below this many seconds.
         """
         if not factor > 1 or not min_seconds > 0:
-            raise UserError(f"watchdog: factor={factor} must be above 1, min_seconds={min_seconds} above 0")
+            raise UserError(
+                f"watchdog: factor={factor} must be above 1, min_seconds={min_seconds} above 0"
+            )
         self.factor = factor
         self.min_seconds = min_seconds
         self._history: dict[str, deque[float]] = {}
@@ -47,7 +51,9 @@ class Watchdog(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._ended.clear()
         self._enter(BETWEEN)
-        self._thread = threading.Thread(target=self._watch, args=(trainer,), name="watchdog", daemon=True)
+        self._thread = threading.Thread(
+            target=self._watch, args=(trainer,), name="watchdog", daemon=True
+        )
         self._thread.start()
 
     def on_train_batch_start(self, *args: Any) -> None:
@@ -65,7 +71,9 @@ class Watchdog(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._end()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         self._end()
 
     def _enter(self, phase: str) -> None:
@@ -95,7 +103,8 @@ class Watchdog(Callback):
                 reported = current
                 name = DATA if phase == BETWEEN and _waits_for_data(trainer) else phase
                 warnings.warn(
-                    f"rank {trainer.global_rank}, after step {trainer.global_step}: {name} for {seconds:.0f} s, "
+                    f"rank {trainer.global_rank}, after step {trainer.global_step}: {name} for "
+                    f"{seconds:.0f} s, "
                     f"usually {median(history):.3g} s",
                     stacklevel=1,
                 )

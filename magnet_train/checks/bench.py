@@ -51,22 +51,30 @@ LONG = 12_000
 SHORT = 1500
 """Frames of two sequences whose times show how attention grows with length."""
 
-# --- attention ------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def attention(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
-    """Windowed attention against a dense mask, forward and backward, and how it grows with length."""
+    """Windowed attention against a dense mask, forward and backward, and how it grows with
+    length."""
     heads = 4
     width = 64
     shape = (options.batch_size, heads, options.num_frames, width)
     for context in (5, 25, 100):
         for backward in (False, True):
             inputs = _inputs(shape, options.device, backward)
-            bias = window_bias(inputs[0], context)  # masks are made once per forward pass, so they are not measured
+            bias = window_bias(
+                inputs[0], context
+            )  # masks are made once per forward pass, so they are not measured
             yield compare(
                 f"attention, {'forward and backward' if backward else 'forward'}",
                 _attend(windowed_attention, inputs, backward, context=context, bias=bias),
-                _attend(scaled_dot_product_attention, inputs, backward, attn_mask=_dense_mask(inputs[0], context)),
+                _attend(
+                    scaled_dot_product_attention,
+                    inputs,
+                    backward,
+                    attn_mask=_dense_mask(inputs[0], context),
+                ),
                 options,
                 limit,
                 num_frames=options.num_frames,
@@ -78,9 +86,17 @@ def attention(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
     calls = []
     for num_frames in (LONG, SHORT):
         inputs = _inputs((options.batch_size, heads, num_frames, width), options.device, True)
-        calls.append(_attend(windowed_attention, inputs, True, context=5, bias=window_bias(inputs[0], 5)))
+        calls.append(
+            _attend(windowed_attention, inputs, True, context=5, bias=window_bias(inputs[0], 5))
+        )
     long, short = timed(calls, options.repeats, options.device)
-    growth = result("attention, 12 000 frames over 1 500", {"context": 5}, long, short, flop=count_flop(calls[0]))
+    growth = result(
+        "attention, 12 000 frames over 1 500",
+        {"context": 5},
+        long,
+        short,
+        flop=count_flop(calls[0]),
+    )
     peaks = [peak_mb(call, options.device) for call in calls]
     ratio = growth.median_s / (growth.baseline_median_s or 1.0)
     yield replace(growth, peak_mb=peaks[0], baseline_peak_mb=peaks[1], ratio=ratio)
@@ -104,7 +120,7 @@ def _attend(
     return lambda: function(*inputs, **mask)
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def _model(options: BenchOptions) -> tuple[Magnet, Tensor, Tensor]:
@@ -159,7 +175,7 @@ def training(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
         )
 
 
-# --- decoding -------------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -179,21 +195,33 @@ def decoding(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
         return Networks(*dense_networks(model, states, text_mask))
 
     def cached() -> Networks:
-        return Networks(CachedForward(model, model.encode_text(states, text_mask)), CachedForward(model, None))
+        return Networks(
+            CachedForward(model, model.encode_text(states, text_mask)), CachedForward(model, None)
+        )
 
-    # A decoding takes half a minute and more: none is done for nothing, and memory is that of a few steps.
+    # A decoding takes half a minute and more: none is done for nothing, and memory is that of a few
+    # steps.
     found = {make: _Decoded() for make in (exact, dense, cached)}
     for _ in range(max(1, min(options.repeats, 2))):
         for make, decoded in found.items():
             _decode(make, codes, DECODING_STEPS, options.device, decoded)
     peaks = {
-        make: peak_mb(partial(_decode, make, codes, (1,), options.device, _Decoded()), options.device)
+        make: peak_mb(
+            partial(_decode, make, codes, (1,), options.device, _Decoded()), options.device
+        )
         for make in (exact, dense)
     }
     flop = _decoding_flop(model, codes, model.encode_text(states, text_mask))
-    settings = {"num_frames": options.num_frames, "batch_size": options.batch_size, "steps": list(DECODING_STEPS)}
+    settings = {
+        "num_frames": options.num_frames,
+        "batch_size": options.batch_size,
+        "steps": list(DECODING_STEPS),
+    }
     settings |= asdict(model.config)
-    same = {make: (found[exact].codes == found[make].codes).float().mean().item() for make in (dense, cached)}
+    same = {
+        make: (found[exact].codes == found[make].codes).float().mean().item()
+        for make in (dense, cached)
+    }
     yield result(
         "decoding, all stages",
         settings | {"same_codes": same[dense]},
@@ -219,7 +247,8 @@ def decoding(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
 
 
 class _Decoded:
-    """Seconds of each decoding, in all and of the stages with a window, and the codes of the last."""
+    """Seconds of each decoding, in all and of the stages with a window, and the codes of the
+    last."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -228,7 +257,11 @@ class _Decoded:
 
 
 def _decode(
-    make: Callable[[], Networks], codes: Tensor, steps: tuple[int, ...], device: str, decoded: _Decoded
+    make: Callable[[], Networks],
+    codes: Tensor,
+    steps: tuple[int, ...],
+    device: str,
+    decoded: _Decoded,
 ) -> None:
     batch_size, _, num_frames = codes.shape
     noise = item_noise(0, [str(i) for i in range(batch_size)], 50, num_frames)
@@ -258,17 +291,22 @@ def _decoding_flop(model: Magnet, codes: Tensor, text: Any) -> float:
     return total
 
 
-# --- logging --------------------------------------------------------------------------------------------------------
+# --- logging --------------------------------------------------------------------------------------
 
 
 def reading(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
-    """What logging, metrics and progress cost a training step of the demo, by the trainer's own profiler."""
+    """What logging, metrics and progress cost a training step of the demo, by the trainer's own
+    profiler."""
     steps = 30
     command = [sys.executable, "-m", "magnet_train", "fit", "--trainer.profiler=simple"]
     command += [f"--trainer.max_steps={steps}", "--model.optimizer.warmup_steps=10"]
     command += ["--trainer.limit_val_batches=0", "--trainer.log_every_n_steps=20"]
     with TemporaryDirectory() as folder:
-        environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": str(options.threads), "COLUMNS": "400"}
+        environment = os.environ | {
+            "WANDB_MODE": "offline",
+            "OMP_NUM_THREADS": str(options.threads),
+            "COLUMNS": "400",
+        }
         command.append(f"--trainer.default_root_dir={folder}")
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -281,14 +319,18 @@ def reading(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
     work += seconds["[Callback]WeightEMA.on_train_batch_end"]
     spent = total - work + seconds["[LightningModule]MagnetModule.on_before_optimizer_step"]
     settings = {"steps": steps, "config": "demo"}
-    step = result("logging and progress, of a training step", settings, [spent / steps], [total / steps])
+    step = result(
+        "logging and progress, of a training step", settings, [spent / steps], [total / steps]
+    )
     yield replace(step, ratio=spent / total)
 
 
-# --- a GPU ----------------------------------------------------------------------------------------------------------
+# --- a GPU ----------------------------------------------------------------------------------------
 
 
-def gpu(options: BenchOptions, limit: float, config: MagnetConfig | None = None) -> Iterator[BenchmarkResult]:
+def gpu(
+    options: BenchOptions, limit: float, config: MagnetConfig | None = None
+) -> Iterator[BenchmarkResult]:
     """One prompt and a training step on a GPU, in bfloat16 and compiled.
 
     Args:
@@ -341,14 +383,18 @@ def _compiled_decoding(options: BenchOptions, limit: float, model: Magnet) -> Be
     )
 
 
-def _compiled_training(options: BenchOptions, limit: float, model: Magnet) -> Iterator[BenchmarkResult]:
+def _compiled_training(
+    options: BenchOptions, limit: float, model: Magnet
+) -> Iterator[BenchmarkResult]:
     config = model.config
     batch_size = options.batch_size
     num_frames = options.num_frames
     device = torch.device(options.device)
     states = torch.randn(batch_size, NUM_TEXT, config.text_dim, device=device)
     text_mask = torch.ones(batch_size, NUM_TEXT, dtype=torch.bool, device=device)
-    codes = torch.randint(config.codebook_size, (batch_size, config.num_codebooks, num_frames), device=device)
+    codes = torch.randint(
+        config.codebook_size, (batch_size, config.num_codebooks, num_frames), device=device
+    )
     masked = _draw_mask(batch_size, num_frames, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -373,7 +419,7 @@ def _compiled_training(options: BenchOptions, limit: float, model: Magnet) -> It
         )
 
 
-# --- all of them ----------------------------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[BenchOptions, float], Iterator[BenchmarkResult]]] = {
     "start": start,

@@ -1,7 +1,8 @@
-"""Speed of loading, beside plain webdataset; of tokenizing, beside its codec; and of the start of a command.
+"""Speed of loading, beside plain webdataset; of tokenizing, beside its codec; and of the start of a
+command.
 
-All on synthetic data in a temporary folder, of realistic size: 30 s of codes at 50 Hz with captions, and stereo FLAC at
-44.1 kHz.
+All on synthetic data in a temporary folder, of realistic size: 30 s of codes at 50 Hz with
+captions, and stereo FLAC at 44.1 kHz.
 """
 
 import contextlib
@@ -55,26 +56,43 @@ MANY = 10_000
 FEW = 100
 """Shards of a large set, and of one to compare it with."""
 ENCODEC_32KHZ: dict[str, Any] = {
-    "sampling_rate": 32_000, "audio_channels": 1, "upsampling_ratios": [8, 5, 4, 4], "codebook_size": 2048,
-    "hidden_size": 128, "codebook_dim": 128, "target_bandwidths": [2.2], "norm_type": "weight_norm",
-    "use_causal_conv": False, "use_conv_shortcut": False, "pad_mode": "reflect", "normalize": False,
+    "sampling_rate": 32_000,
+    "audio_channels": 1,
+    "upsampling_ratios": [8, 5, 4, 4],
+    "codebook_size": 2048,
+    "hidden_size": 128,
+    "codebook_dim": 128,
+    "target_bandwidths": [2.2],
+    "norm_type": "weight_norm",
+    "use_causal_conv": False,
+    "use_conv_shortcut": False,
+    "pad_mode": "reflect",
+    "normalize": False,
     "chunk_length_s": None,
-}  # fmt: skip
+}
 """As `facebook/encodec_32khz` is configured, but for `num_filters`, which is 64 there."""
 
 
 def loading(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
     """Batches from one loader process; plain webdataset does the same on the same shards.
 
-    Then the time to the first batch of `MANY` shards, and the memory of reading them beside that of `FEW`.
+    Then the time to the first batch of `MANY` shards, and the memory of reading them beside that of
+    `FEW`.
     """
     with TemporaryDirectory() as temporary:
         shards = _write_shards(Path(temporary) / "shards", 16)
         batches = [iter(_ours(shards)), iter(_webdataset(shards))]
-        calls = [lambda loader=loader: deque(islice(loader, NUM_BATCHES), maxlen=0) for loader in batches]
+        calls = [
+            lambda loader=loader: deque(islice(loader, NUM_BATCHES), maxlen=0) for loader in batches
+        ]
         ours, theirs = timed(calls, options.repeats, "cpu")
         examples = NUM_BATCHES * BATCH_SIZE
-        settings = {"examples": examples, "batch_size": BATCH_SIZE, "workers": 1, "num_frames": CROP_FRAMES}
+        settings = {
+            "examples": examples,
+            "batch_size": BATCH_SIZE,
+            "workers": 1,
+            "num_frames": CROP_FRAMES,
+        }
         settings["examples_per_s"] = examples / median(ours)
         settings["baseline_examples_per_s"] = examples / median(theirs)
         yield result(f"loading {examples} examples, one worker", settings, ours, theirs)
@@ -93,17 +111,25 @@ def loading(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
 
 
 def tokenizing(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
-    """All of `tokenize` beside its codec alone on the same crops, in memory already and in the same batches.
+    """All of `tokenize` beside its codec alone on the same crops, in memory already and in the same
+    batches.
 
-    The ratio is the share of the codec's own speed that is reached; 1 would be audio that costs nothing to read.
+    The ratio is the share of the codec's own speed that is reached; 1 would be audio that costs
+    nothing to read.
     """
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name, codec_id, num_crops in (("EnCodec", _encodec(folder), 6), ("demo codec", "demo", 48)):
+        for name, codec_id, num_crops in (
+            ("EnCodec", _encodec(folder), 6),
+            ("demo codec", "demo", 48),
+        ):
             source = _write_audio(folder / name, num_crops, CROP_S)
             codec = load_codec(codec_id)
             settings = {"crops": num_crops, "crop_s": CROP_S, "batch_size": TOKENIZE_BATCH_SIZE}
-            calls = [partial(_tokenize, source, codec_id, count()), partial(_encode, codec, _batches(source, codec))]
+            calls = [
+                partial(_tokenize, source, codec_id, count()),
+                partial(_encode, codec, _batches(source, codec)),
+            ]
             ours, alone = timed(calls, min(options.repeats, 3), "cpu")
             settings["times_real_time"] = num_crops * CROP_S / median(ours)
             yield result(f"tokenizing over codec alone, {name}", settings, ours, alone)
@@ -124,7 +150,10 @@ def _batches(source: Path, codec: Any) -> list[torch.Tensor]:
     """All crops of a folder, batched, `b channels t`."""
     facts = codec.facts
     length = round(CROP_S * facts.sample_rate)
-    files = [read_audio(path, facts.sample_rate, facts.channels) for path in sorted(source.glob("*.flac"))]
+    files = [
+        read_audio(path, facts.sample_rate, facts.channels)
+        for path in sorted(source.glob("*.flac"))
+    ]
     crops = [crop for file in files for crop in torch.from_numpy(file).split(length, 1)]
     starts = range(0, len(crops), TOKENIZE_BATCH_SIZE)
     return [torch.stack(crops[i : i + TOKENIZE_BATCH_SIZE]) for i in starts]
@@ -143,7 +172,7 @@ def start(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
         yield result(" ".join(["start,", *args, "--help"]), {}, seconds)
 
 
-# --- loading ------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def _stream(folder: Path) -> TrainingStream:
@@ -155,7 +184,8 @@ def _ours(folder: Path) -> DataLoader:
 
 
 def _webdataset(folder: Path) -> DataLoader:
-    """What one writes with webdataset: shards and examples shuffled, decoded, cropped at random, batched."""
+    """What one writes with webdataset: shards and examples shuffled, decoded, cropped at random,
+    batched."""
     import webdataset
 
     rng = np.random.default_rng(0)
@@ -169,16 +199,27 @@ def _webdataset(folder: Path) -> DataLoader:
     def collate(samples: list[Any]) -> dict[str, Any]:
         codes, valid, infos = zip(*samples, strict=True)
         captions = [info["caption"] for info in infos]
-        return {"codes": torch.stack(codes), "valid": torch.stack(valid), "captions": captions, "infos": infos}
+        return {
+            "codes": torch.stack(codes),
+            "valid": torch.stack(valid),
+            "captions": captions,
+            "infos": infos,
+        }
 
     paths = sorted(map(str, folder.glob("*.tar")))
     stream: Any = webdataset.WebDataset(paths, shardshuffle=len(paths))  # type: ignore[attr-defined]
-    stream = stream.shuffle(1000).decode().map(crop).batched(BATCH_SIZE, collation_fn=collate, partial=False)
+    stream = (
+        stream.shuffle(1000)
+        .decode()
+        .map(crop)
+        .batched(BATCH_SIZE, collation_fn=collate, partial=False)
+    )
     return DataLoader(stream.repeat(), batch_size=None, num_workers=1)
 
 
 def _memory_of_reading(folder: Path) -> tuple[float, float]:
-    """Seconds for `NUM_BATCHES` batches after opening a set, and the peak MB that Python and NumPy held."""
+    """Seconds for `NUM_BATCHES` batches after opening a set, and the peak MB that Python and NumPy
+    held."""
     gc.collect()
     tracemalloc.start()
     begin = time.perf_counter()
@@ -200,11 +241,20 @@ def _write_shards(folder: Path, number: int) -> Path:
                 key, codes = f"track-{shard:04d}-{item:04d}_00000000", io.BytesIO()
                 np.save(codes, rng.integers(2048, size=(4, ITEM_FRAMES), dtype=np.uint16))
                 about = {
-                    "key": key, "caption": "a slow waltz for flute and guitar in D major, warm and calm",
-                    "source": f"album/{key}.flac", "offset_s": 0.0, "duration_s": ITEM_FRAMES / 50, "codec": "none",
-                    "codec_hash": "0" * 16, "licence": "CC0-1.0", "audio_sha256": "0" * 64,
-                }  # fmt: skip
-                for kind, content in (("codes.npy", codes.getvalue()), ("json", json.dumps(about).encode())):
+                    "key": key,
+                    "caption": "a slow waltz for flute and guitar in D major, warm and calm",
+                    "source": f"album/{key}.flac",
+                    "offset_s": 0.0,
+                    "duration_s": ITEM_FRAMES / 50,
+                    "codec": "none",
+                    "codec_hash": "0" * 16,
+                    "licence": "CC0-1.0",
+                    "audio_sha256": "0" * 64,
+                }
+                for kind, content in (
+                    ("codes.npy", codes.getvalue()),
+                    ("json", json.dumps(about).encode()),
+                ):
                     member = tarfile.TarInfo(f"{key}.{kind}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -219,21 +269,34 @@ def _linked(shards: Path, folder: Path, number: int) -> Path:
     entry = _entry(original)
     for shard in range(number):
         os.link(original, folder / f"shard-{shard:06d}.tar")
-    return _write_index(folder, [entry | {"name": f"shard-{shard:06d}.tar"} for shard in range(number)])
+    return _write_index(
+        folder, [entry | {"name": f"shard-{shard:06d}.tar"} for shard in range(number)]
+    )
 
 
 def _entry(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"name": path.name, "num_examples": PER_SHARD, "num_frames": PER_SHARD * ITEM_FRAMES, "sha256": digest}
+    return {
+        "name": path.name,
+        "num_examples": PER_SHARD,
+        "num_frames": PER_SHARD * ITEM_FRAMES,
+        "sha256": digest,
+    }
 
 
 def _write_index(folder: Path, entries: list[dict[str, Any]]) -> Path:
-    codec = {"id": "none", "hash": "0" * 16, "num_codebooks": 4, "codebook_size": 2048, "frame_rate": 50.0}
+    codec = {
+        "id": "none",
+        "hash": "0" * 16,
+        "num_codebooks": 4,
+        "codebook_size": 2048,
+        "frame_rate": 50.0,
+    }
     (folder / "index.json").write_text(json.dumps({"format": 1, "codec": codec, "shards": entries}))
     return folder
 
 
-# --- tokenizing ---------------------------------------------------------------------------------------------------
+# --- tokenizing -----------------------------------------------------------------------------------
 
 
 def _encodec(folder: Path) -> str:

@@ -1,8 +1,9 @@
-"""`doctor`: whether a run of `fit` would start and last, and what it would take, before hours are spent on it.
+"""`doctor`: whether a run of `fit` would start and last, and what it would take, before hours are
+spent on it.
 
-A check is a function of a `Plan` that yields findings. A UserError that it meets becomes a finding too, so that each
-check runs whatever the others found. Nothing is trained, nothing is written but a probe that is removed, and nothing is
-downloaded unless `--prefetch` is given.
+A check is a function of a `Plan` that yields findings. A UserError that it meets becomes a finding
+too, so that each check runs whatever the others found. Nothing is trained, nothing is written but a
+probe that is removed, and nothing is downloaded unless `--prefetch` is given.
 """
 
 import contextlib
@@ -27,7 +28,15 @@ from magnet_train.callbacks.resume import check_data
 from magnet_train.checks.estimate import checkpoint_bytes, estimate_run, gigabytes
 from magnet_train.checks.plan import Plan, check_accelerator, none_if_missing, settings_errors
 from magnet_train.codec.base import load_codec
-from magnet_train.common.downloads import CLAP_MUSIC, PASST_10S, PASST_20S, VGGISH, Weights, cached, find_weights
+from magnet_train.common.downloads import (
+    CLAP_MUSIC,
+    PASST_10S,
+    PASST_20S,
+    VGGISH,
+    Weights,
+    cached,
+    find_weights,
+)
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import one_line
 from magnet_train.common.torchaudio_import import import_torchaudio
@@ -80,7 +89,7 @@ def warn_if(is_bad: bool, what: str, detail: str) -> Finding:
     return Finding("warning" if is_bad else "ok", what, detail)
 
 
-# --- configuration --------------------------------------------------------------------------------------------------
+# --- configuration --------------------------------------------------------------------------------
 
 
 def check_options(plan: Plan) -> Iterator[Finding]:
@@ -112,7 +121,11 @@ def check_schedule(plan: Plan) -> Iterator[Finding]:
     text = f"{optimizer.name}, {optimizer.schedule}"
     if math.isfinite(plan.num_steps):
         warmup_steps = optimizer.warmup_within(plan.num_steps)
-        yield Finding("ok", "schedule", f"{text} after {warmup_steps} steps of warm-up, {plan.num_steps:,.0f} steps")
+        yield Finding(
+            "ok",
+            "schedule",
+            f"{text} after {warmup_steps} steps of warm-up, {plan.num_steps:,.0f} steps",
+        )
     else:
         text += "; the run has no end: give --trainer.max_steps or max_time"
         yield warn_if(plan.config.trainer.max_time is None, "schedule", text)
@@ -122,7 +135,9 @@ def check_validation(plan: Plan) -> Iterator[Finding]:
     trainer = plan.config.trainer
     prompts = f"{plan.config.generation.num_prompts} prompts"
     if trainer.limit_val_batches == 0:
-        yield Finding("warning", "validation", "this run does not validate: trainer.limit_val_batches=0")
+        yield Finding(
+            "warning", "validation", "this run does not validate: trainer.limit_val_batches=0"
+        )
     elif trainer.fast_dev_run:
         yield Finding("ok", "validation", f"once, at the end, {prompts}")
     else:
@@ -132,7 +147,8 @@ def check_validation(plan: Plan) -> Iterator[Finding]:
         num_items = sum(plan.shards("validation").counts)
         num_seen = trainer.limit_val_batches * plan.batch[0] * plan.devices.ranks
         if num_seen < num_items:
-            text = f"sees {num_seen} of {num_items} items: trainer.limit_val_batches={trainer.limit_val_batches}"
+            limit = f"trainer.limit_val_batches={trainer.limit_val_batches}"
+            text = f"sees {num_seen} of {num_items} items: {limit}"
             yield Finding("warning", "validation", text)
     plan.decoding.steps_per_stage(plan.network.num_codebooks)
 
@@ -146,7 +162,9 @@ def check_start(plan: Plan) -> Iterator[Finding]:
         check_same_model(checkpoint["hyper_parameters"], own)
         if "run" in checkpoint:
             check_data(plan.shards("train"), checkpoint["run"], plan.text_encoder)
-        yield Finding("ok", "start", f"resumes after step {checkpoint['global_step']} of {plan.checkpoint}")
+        yield Finding(
+            "ok", "start", f"resumes after step {checkpoint['global_step']} of {plan.checkpoint}"
+        )
     elif config.model.init_from is not None:
         start = SavedModel.open(config.model.init_from)
         check_weights(start.weights(), plan.network, start.file)
@@ -154,30 +172,44 @@ def check_start(plan: Plan) -> Iterator[Finding]:
             check_codec(start.codec, plan.codec, start.file)
         yield Finding("ok", "start", f"weights of {start.file}: shapes match")
     else:
-        yield Finding("ok", "start", "random weights" + (", no checkpoint yet" if plan.ckpt_path else ""))
+        yield Finding(
+            "ok", "start", "random weights" + (", no checkpoint yet" if plan.ckpt_path else "")
+        )
 
 
-# --- weights and data -----------------------------------------------------------------------------------------------
+# --- weights and data -----------------------------------------------------------------------------
 
 
 def check_components(plan: Plan) -> Iterator[Finding]:
-    """Codec, text encoder and the metrics' networks: loaded, as a node without network access will load them."""
+    """Codec, text encoder and the metrics' networks: loaded, as a node without network access will
+    load them."""
     config = plan.config
     metrics = config.generation.metrics if config.generation.num_prompts else []
     embedders = dict.fromkeys(parse_metric(metric)[1] for metric in metrics)
     loads: dict[str, Callable[[], str]] = {
         f"codec {config.model.codec}": lambda: load_codec(config.model.codec).facts.hash,
-        f"text encoder {config.model.text_encoder}": lambda: load_text_encoder(config.model.text_encoder).id,
+        f"text encoder {config.model.text_encoder}": lambda: (
+            load_text_encoder(config.model.text_encoder).id
+        ),
     }
-    loads |= {f"metrics of {name}": lambda name=name: _embedder(name, config.prefetch) for name in embedders}
+    loads |= {
+        f"metrics of {name}": lambda name=name: _embedder(name, config.prefetch)
+        for name in embedders
+    }
     optional = {f"metrics of {name}" for name in embedders if not plan.monitors(name)}
     for what, load in loads.items():
         try:
             yield Finding("ok", what, str(load()))
         except UserError as error:
-            remedy = "" if config.prefetch or "--prefetch" in str(error) else "; or fetch it with doctor --prefetch"
+            remedy = (
+                ""
+                if config.prefetch or "--prefetch" in str(error)
+                else "; or fetch it with doctor --prefetch"
+            )
             if what in optional:
-                yield Finding("warning", what, f"{error}{remedy}; without it these metrics are skipped")
+                yield Finding(
+                    "warning", what, f"{error}{remedy}; without it these metrics are skipped"
+                )
             else:
                 yield Finding("missing", what, f"{error}{remedy}")
 
@@ -197,7 +229,8 @@ def _embedder(name: str, prefetch: bool) -> str:
 
 
 def check_shards(plan: Plan) -> Iterator[Finding]:
-    """Each split: its index, the codec, and a sample of its shards, read in full and compared with their checksums."""
+    """Each split: its index, the codec, and a sample of its shards, read in full and compared with
+    their checksums."""
     validates = plan.config.trainer.limit_val_batches != 0
     for split, needed in (("train", True), ("validation", validates), ("test", False)):
         what = f"{split} shards"
@@ -214,24 +247,33 @@ def _shards_of(plan: Plan, split: str) -> Finding:
     found = plan.shards(split)
     items, num_read = _sample(found)
     plan.samples[split] = items
-    text = f"{sum(found.counts):,} items in {len(found.counts):,} shards of {plan.data.folders[split]}"
+    text = (
+        f"{sum(found.counts):,} items in {len(found.counts):,} shards of {plan.data.folders[split]}"
+    )
     text += f", codec {found.index['codec']['id']}"
     if not items:
-        return Finding("failed", f"{split} shards", f"{text}: no item in {num_read} shards; run tokenize again")
+        return Finding(
+            "failed", f"{split} shards", f"{text}: no item in {num_read} shards; run tokenize again"
+        )
     frames = sorted(item["codes"].shape[1] for item in items)
     text += f"; {num_read} read in full: {len(items)} items of {frames[0]} to {frames[-1]} frames"
     short = sum(n < plan.num_frames for n in frames) / len(frames)
     if short:
-        text += f", {short:.0%} of them shorter than the {plan.num_frames} of an example, and padded"
+        text += (
+            f", {short:.0%} of them shorter than the {plan.num_frames} of an example, and padded"
+        )
     if short > 0.5:
-        text += f"; tokenize with --crop_s {plan.config.model.crop_s:g} or more, or set --model.crop_s lower"
+        crop_s = f"{plan.config.model.crop_s:g}"
+        text += f"; tokenize with --crop_s {crop_s} or more, or set --model.crop_s lower"
     return warn_if(short > 0.5, f"{split} shards", text)
 
 
 def _sample(found: ShardSet) -> tuple[list[Item], int]:
     """Items of the first shard, the last, and others at random; and how many shards that were."""
     count = len(found.counts)
-    others = random.Random(0).sample(range(1, max(1, count - 1)), max(0, min(SAMPLED_SHARDS, count) - 2))
+    others = random.Random(0).sample(
+        range(1, max(1, count - 1)), max(0, min(SAMPLED_SHARDS, count) - 2)
+    )
     numbers = list(dict.fromkeys([0, count - 1, *others]))
     start = time.monotonic()
     items: list[Item] = []
@@ -276,13 +318,21 @@ def _reference_of(plan: Plan, name: str, metrics: list[str]) -> Finding:
     if name == "musicnn" and any(item["reference"] for item in plan.samples["validation"]):
         return Finding("ok", what, f"in the validation shards, for {names}")
     if folder is None:
-        remedy = "tokenize with --embedder musicnn" if name == "musicnn" else "give --generation.reference"
+        remedy = (
+            "tokenize with --embedder musicnn"
+            if name == "musicnn"
+            else "give --generation.reference"
+        )
         monitor = str(plan.config.checkpoint.monitor)
         is_monitored = any(monitor.startswith(f"val/{metric}") for metric in metrics)
-        return Finding("failed" if is_monitored else "warning", what, f"none, so no {names}; {remedy}")
+        return Finding(
+            "failed" if is_monitored else "warning", what, f"none, so no {names}; {remedy}"
+        )
     file = Path(folder).expanduser() / f"{name}.safetensors"
     if not file.is_file():
-        remedy = f"write it with evaluate --save_reference, or remove {names} from --generation.metrics"
+        remedy = (
+            f"write it with evaluate --save_reference, or remove {names} from --generation.metrics"
+        )
         return Finding("failed", what, f"{file}: no such file; {remedy}")
     return Finding("ok", what, f"{file}, for {names}")
 
@@ -302,7 +352,9 @@ def _captions_of(plan: Plan, split: str, items: list[Item]) -> Finding:
     text = f"{len(captions)} read: {empty:.0%} empty, {repeated:.0%} repeat another"
     problems = []
     if empty:
-        problems.append("empty captions teach nothing about text: add them to the manifest and tokenize again")
+        problems.append(
+            "empty captions teach nothing about text: add them to the manifest and tokenize again"
+        )
     if repeated > 0.5:
         problems.append("more variety teaches more: caption each file by itself")
     if plan.text_encoder is not None and filled:
@@ -310,11 +362,13 @@ def _captions_of(plan: Plan, split: str, items: list[Item]) -> Finding:
         lengths = sorted(plan.text_encoder.num_tokens(filled))
         text += f", {lengths[len(lengths) // 2]} tokens in the median and {lengths[-1]} at most"
         if cut := sum(n > limit for n in lengths):
-            problems.append(f"{cut / len(captions):.0%} are cut after {limit} tokens: put what matters first")
+            problems.append(
+                f"{cut / len(captions):.0%} are cut after {limit} tokens: put what matters first"
+            )
     return warn_if(bool(problems), f"{split} captions", "; ".join([text, *problems]))
 
 
-# --- machine --------------------------------------------------------------------------------------------------------
+# --- machine --------------------------------------------------------------------------------------
 
 
 def check_devices(plan: Plan) -> Iterator[Finding]:
@@ -325,7 +379,11 @@ def check_devices(plan: Plan) -> Iterator[Finding]:
         yield from _gpus(devices.per_node, devices.nodes, precision)
     elif devices.kind == "cpu":
         if precision == "16-mixed":
-            yield Finding("warning", "precision", "16-mixed is not available on a CPU, Lightning uses bf16-mixed")
+            yield Finding(
+                "warning",
+                "precision",
+                "16-mixed is not available on a CPU, Lightning uses bf16-mixed",
+            )
         yield Finding("ok", "devices", f"{devices.ranks} on the CPU, precision {precision}")
     else:
         yield Finding("warning", "devices", f"accelerator {devices.kind} is not checked")
@@ -334,20 +392,24 @@ def check_devices(plan: Plan) -> Iterator[Finding]:
 def _gpus(per_node: int, nodes: int, precision: str) -> Iterator[Finding]:
     if per_node * nodes > 1 and not torch.distributed.is_nccl_available():
         raise UserError(
-            f"{per_node * nodes} GPUs requested, but torch {torch.__version__} is built without NCCL, by which they "
+            f"{per_node * nodes} GPUs requested, but torch {torch.__version__} is built without "
+            "NCCL, by which they "
             "communicate; install the build for your CUDA version, or set --trainer.devices 1"
         )
     properties = [torch.cuda.get_device_properties(i) for i in range(per_node)]
     names = sorted({f"{p.name} with {p.total_memory / 1e9:.0f} GB" for p in properties})
     where = f" on each of {nodes} nodes, of which this one was checked" if nodes > 1 else ""
-    yield Finding("ok", "devices", f"{per_node} GPUs{where}: {', '.join(names)}, precision {precision}")
+    yield Finding(
+        "ok", "devices", f"{per_node} GPUs{where}: {', '.join(names)}, precision {precision}"
+    )
     used = [1 - free / total for free, total in map(torch.cuda.mem_get_info, range(per_node))]
     if max(used) > GPU_BUSY_SHARE:
         text = f"{max(used):.0%} of GPU memory is already in use by other processes"
         yield Finding("warning", "devices", text)
     if precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
-            f"trainer.precision={precision}: {properties[0].name} has no bfloat16; set --trainer.precision 16-mixed"
+            f"trainer.precision={precision}: {properties[0].name} has no bfloat16; set "
+            "--trainer.precision 16-mixed"
         )
 
 
@@ -358,7 +420,10 @@ def check_packages(plan: Plan | None = None) -> Iterator[Finding]:
     for requirement in map(Requirement, _requirements()):
         if requirement.marker is None:
             yield from _requirement(requirement)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "transformers", "wandb")}
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "lightning", "transformers", "wandb")
+    }
     text = ", ".join(f"{name} {version}" for name, version in versions.items())
     if torch.backends.cuda.is_built():
         text += f", CUDA {torch.version.cuda}, NCCL {_nccl_version()}"
@@ -366,7 +431,8 @@ def check_packages(plan: Plan | None = None) -> Iterator[Finding]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         other = importlib.metadata.version("pytorch-lightning")
         if other != versions["lightning"]:
-            text = f"lightning {versions['lightning']} beside pytorch-lightning {other}: install one version of both"
+            both = f"lightning {versions['lightning']} beside pytorch-lightning {other}"
+            text = f"{both}: install one version of both"
             yield Finding("warning", "packages", text)
     yield from _torchaudio()
 
@@ -386,7 +452,9 @@ def _requirement(requirement: Any) -> Iterator[Finding]:
 def _nccl_version() -> str:
     from torch.cuda import nccl
 
-    return ".".join(map(str, nccl.version())) if torch.distributed.is_nccl_available() else "missing"
+    return (
+        ".".join(map(str, nccl.version())) if torch.distributed.is_nccl_available() else "missing"
+    )
 
 
 def _torchaudio() -> Iterator[Finding]:
@@ -408,7 +476,9 @@ def _requirements() -> list[str]:
 
 def check_host(plan: Plan) -> Iterator[Finding]:
     """CPU cores, shared memory, open files."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     ranks = plan.devices.per_node
     given = plan.data.num_workers
     workers = (2 if given is None else given) * ranks
@@ -436,30 +506,41 @@ def check_disk(plan: Plan) -> Iterator[Finding]:
     """Whether the run folder is writable and has room for the checkpoints that are kept."""
     folder = plan.run_folder
     try:
-        with tempfile.NamedTemporaryFile(dir=_existing(folder), prefix=".magnet_train_doctor_") as probe:
+        with tempfile.NamedTemporaryFile(
+            dir=_existing(folder), prefix=".magnet_train_doctor_"
+        ) as probe:
             probe.write(bytes(4096))
             probe.flush()
     except OSError as error:
         raise UserError(
-            f"run folder {folder}: not writable ({error.strerror}); set --trainer.default_root_dir to another folder"
+            f"run folder {folder}: not writable ({error.strerror}); set --trainer.default_root_dir "
+            "to another folder"
         ) from error
     disk = _existing(plan.checkpoint_folder)
     size = checkpoint_bytes(plan)
     kept = _kept_checkpoints(plan)
     free = shutil.disk_usage(disk).free
-    text = f"{kept:.0f} checkpoints of {gigabytes(size)} in {plan.checkpoint_folder}, one of them being written"
+    text = f"{kept:.0f} checkpoints of {gigabytes(size)} in {plan.checkpoint_folder}"
+    text += ", one of them being written"
     # Those of a run that is resumed are replaced; those of an earlier run are moved aside and stay.
-    present = sum(file.stat().st_size for file in plan.checkpoint_folder.glob("*.ckpt")) if plan.checkpoint else 0
+    present = (
+        sum(file.stat().st_size for file in plan.checkpoint_folder.glob("*.ckpt"))
+        if plan.checkpoint
+        else 0
+    )
     if present:
         text += f"; {gigabytes(present)} of them are there"
     if free < max(size, kept * size - present):
         raise UserError(
-            f"{gigabytes(free)} free for {text}: free some space, keep fewer with --checkpoint.save_top_k, or set "
+            f"{gigabytes(free)} free for {text}: free some space, keep fewer with "
+            "--checkpoint.save_top_k, or set "
             "--trainer.default_root_dir to another disk"
         )
     inodes = os.statvfs(disk)
     if inodes.f_files > 0 and inodes.f_favail < MIN_INODES:
-        raise UserError(f"{disk}: only {inodes.f_favail} inodes left; remove files that you do not need")
+        raise UserError(
+            f"{disk}: only {inodes.f_favail} inodes left; remove files that you do not need"
+        )
     yield Finding("ok", "disk", f"{gigabytes(free)} free for {text}")
 
 
@@ -482,7 +563,11 @@ def check_wandb(plan: Plan) -> Iterator[Finding]:
     """Mode and key, as `fit` will find them; the server is asked to verify a key."""
     given = plan.config.trainer.logger
     loggers = given if isinstance(given, list) else [given]
-    ours = [one.init_args for one in loggers if str(getattr(one, "class_path", "")).endswith(".WandbLogger")]
+    ours = [
+        one.init_args
+        for one in loggers
+        if str(getattr(one, "class_path", "")).endswith(".WandbLogger")
+    ]
     if not ours or plan.config.trainer.fast_dev_run:
         yield Finding("ok", "W&B", "not a logger of this run")
         return
@@ -519,12 +604,13 @@ def check_memory(plan: Plan) -> Iterator[Finding | str]:
     remedy = "shard the model over more devices, or use larger ones"
     if found.max_batch_size:
         remedy = f"set --data.batch_size {found.max_batch_size}"
-    text = f"{gigabytes(found.needed_bytes)} needed, {gigabytes(room)} available less a reserve of 10 % (estimated)"
+    text = f"{gigabytes(found.needed_bytes)} needed, {gigabytes(room)} available"
+    text += " less a reserve of 10 % (estimated)"
     is_too_much = not found.max_batch_size or found.needed_bytes > room
     yield Finding("failed" if is_too_much else "warning", "memory", f"{text}; {remedy}")
 
 
-# --- all of them ----------------------------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------------------
 
 CHECKS: dict[str, Callable[[Plan], Iterator[Finding | str]]] = {
     "settings": check_options,
@@ -544,7 +630,8 @@ CHECKS: dict[str, Callable[[Plan], Iterator[Finding | str]]] = {
     "W&B": check_wandb,
     "estimate": check_memory,
 }
-"""In the order in which they run: references and captions use the items that the check of shards has read."""
+"""In the order in which they run: references and captions use the items that the check of shards
+has read."""
 
 
 def doctor(plan: Plan | None, already_reported: Collection[str] = ()) -> Iterator[Finding | str]:

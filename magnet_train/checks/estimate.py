@@ -63,16 +63,23 @@ def measure_speed(plan: "Plan") -> Speed:
     if device == "cuda" and not torch.cuda.is_available():
         peak = 1e12 * cost.PEAK_TFLOP[ASSUMED_GPU]
         rate = ASSUMED_SHARE * peak
-        source = f"calculated for a GPU of {peak / 1e12:.0f} TFLOP/s ({ASSUMED_GPU}) used at {ASSUMED_SHARE:.0%}"
+        gpu = f"{peak / 1e12:.0f} TFLOP/s ({ASSUMED_GPU})"
+        source = f"calculated for a GPU of {gpu} used at {ASSUMED_SHARE:.0%}"
         return Speed(rate, rate, 1.0, source)
-    few = MagnetConfig(**network.to_dict() | {"num_layers": min(network.num_layers, MEASURED_LAYERS)})
+    few = MagnetConfig(
+        **network.to_dict() | {"num_layers": min(network.num_layers, MEASURED_LAYERS)}
+    )
     batch_size = 1 if device == "cpu" else min(plan.batch[0], 4)
     flop = [batch_size * cost.training_flop(few, plan.num_frames, stage) for stage in (0, 1)]
     if device == "cpu" and flop[0] / ASSUMED_CPU_FLOP > MAX_PASS_S:
         rate = matmul_limit("cpu") / 2
-        return Speed(rate, rate, 1.0, "calculated at half the speed of a matrix product on this CPU")
+        return Speed(
+            rate, rate, 1.0, "calculated at half the speed of a matrix product on this CPU"
+        )
     num_predicted = round(cost.MEAN_MASK_RATE * plan.num_frames)
-    step, weights = training_pass(few, batch_size, plan.num_frames, num_predicted, cost.NUM_TEXT, device, half)
+    step, weights = training_pass(
+        few, batch_size, plan.num_frames, num_predicted, cost.NUM_TEXT, device, half
+    )
     other = min(1, network.num_codebooks - 1)
     seconds = timed([lambda: step(0), lambda: step(other)], 2, device)
     peak_bytes = peak_mb(lambda: step(0), device) * 1e6
@@ -89,15 +96,25 @@ def estimate_run(plan: "Plan") -> Estimate:
     needed = _memory(plan, speed)
     capacities = _capacities(plan)
     batch_size = plan.batch[0]
-    parts = ", ".join(f"{name} {gigabytes(value)}" for name, value in needed.in_training.items() if value)
+    parts = ", ".join(
+        f"{name} {gigabytes(value)}" for name, value in needed.in_training.items() if value
+    )
     if needed.validation:
         parts += f"; in a validation, with unsharded weights, {gigabytes(needed.validation)}"
-    how = "calculated" if speed.memory_factor == 1 else f"calculated x {speed.memory_factor:.2f} as measured"
-    fits = [f"{cost.largest_batch(needed, batch_size, size)} in {gigabytes(size)}" for size in capacities]
+    how = (
+        "calculated"
+        if speed.memory_factor == 1
+        else f"calculated x {speed.memory_factor:.2f} as measured"
+    )
+    fits = [
+        f"{cost.largest_batch(needed, batch_size, size)} in {gigabytes(size)}"
+        for size in capacities
+    ]
     lines = [
         f"model: {cost.num_parameters(plan.network) / 1e6:,.1f} M parameters, "
         f"{gigabytes(checkpoint_bytes(plan))} per checkpoint",
-        f"memory per device: {gigabytes(needed.total)} at {batch_size} examples (activations {how}): {parts}",
+        f"memory per device: {gigabytes(needed.total)} at {batch_size} examples (activations "
+        f"{how}): {parts}",
         f"largest batch per device, with 10 % headroom: {', '.join(fits)}",
         *_time_lines(plan, speed),
     ]
@@ -125,13 +142,18 @@ def _time_lines(plan: "Plan", speed: Speed) -> Iterator[str]:
     stages = plan.network.num_codebooks
     batch_size, accumulated = plan.batch
     flop = [cost.training_flop(plan.network, plan.num_frames, stage) for stage in range(stages)]
-    step_s = batch_size * accumulated * (flop[0] / speed.first + sum(flop[1:]) / speed.others) / stages
-    yield f"time per step: {duration(step_s)} ({speed.source}; without communication and waiting for data)"
+    step_s = (
+        batch_size * accumulated * (flop[0] / speed.first + sum(flop[1:]) / speed.others) / stages
+    )
+    without = "without communication and waiting for data"
+    yield f"time per step: {duration(step_s)} ({speed.source}; {without})"
     if math.isinf(plan.num_steps):
         return
     ranks = plan.devices.ranks
     clips = math.ceil(plan.config.generation.num_prompts / ranks)
-    clip_flop = cost.decoding_flop(plan.network, plan.num_frames, plan.decoding.steps_per_stage(stages))
+    clip_flop = cost.decoding_flop(
+        plan.network, plan.num_frames, plan.decoding.steps_per_stage(stages)
+    )
     decoding_s = plan.num_validations * clips * clip_flop / speed.first
     run_s = plan.num_steps * step_s + decoding_s
     text = f"run: {duration(run_s)} for {plan.num_steps:,.0f} steps"
@@ -140,37 +162,53 @@ def _time_lines(plan: "Plan", speed: Speed) -> Iterator[str]:
         gpu_hours = run_s / 3600 * ranks
         text += f"; {gpu_hours:,.0f} GPU-hours"
         if plan.config.gpu_hour_price is not None:
-            text += f", {gpu_hours * plan.config.gpu_hour_price:,.0f} at {plan.config.gpu_hour_price:g} each"
+            price = plan.config.gpu_hour_price
+            text += f", {gpu_hours * price:,.0f} at {price:g} each"
     yield text
 
 
 def checkpoint_bytes(plan: "Plan") -> float:
-    return cost.checkpoint_bytes(plan.network, plan.optimizer.name, precision=plan.config.trainer.precision)
+    return cost.checkpoint_bytes(
+        plan.network, plan.optimizer.name, precision=plan.config.trainer.precision
+    )
 
 
 def _capacities(plan: "Plan") -> list[float]:
     """Memory of a device in bytes: of those here, or what GPUs usually have."""
     if plan.devices.kind == "gpu":
-        sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+        sizes = [
+            torch.cuda.get_device_properties(i).total_memory
+            for i in range(torch.cuda.device_count())
+        ]
         return [float(min(sizes))] if sizes else [24e9, 40e9, 80e9]
     return [available_memory() / plan.devices.per_node]
 
 
 def available_memory(root: Path = Path("/")) -> float:
-    """Bytes that a process may still get: of the machine, or up to a limit of its cgroups if that is less.
+    """Bytes that a process may still get: of the machine, or up to a limit of its cgroups if that
+    is less.
 
     Args:
         root: root of the file system that has /proc and /sys.
     """
     found = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
     with contextlib.suppress(OSError, KeyError):  # not Linux
-        lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+        lines = dict(
+            line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines()
+        )
         found.append(1024.0 * int(lines["MemAvailable"].split()[0]))
     with contextlib.suppress(OSError):
         groups = (root / "proc/self/cgroup").read_text().splitlines()
         # "0::" is version 2 of cgroups; limits of version 1 are not looked at.
-        own = root / "sys/fs/cgroup" / next((g[3:].strip("/") for g in groups if g.startswith("0::")), "")
-        for folder in (own, *own.parents):  # a job's or a container's limit is above the process's own
+        own = (
+            root
+            / "sys/fs/cgroup"
+            / next((g[3:].strip("/") for g in groups if g.startswith("0::")), "")
+        )
+        for folder in (
+            own,
+            *own.parents,
+        ):  # a job's or a container's limit is above the process's own
             file = folder / "memory.max"
             if file.is_file() and (limit := file.read_text().strip()) != "max":
                 found.append(float(limit))
@@ -194,5 +232,9 @@ def duration(seconds: float) -> str:
     """
     for unit, size, limit in (("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 3 * 86400.0)):
         if seconds < limit:
-            return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.2g} {unit}"
+            return (
+                f"{seconds / size:.0f} {unit}"
+                if seconds >= 10 * size
+                else f"{seconds / size:.2g} {unit}"
+            )
     return f"{seconds / 86400:.0f} days"

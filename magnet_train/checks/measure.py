@@ -1,8 +1,9 @@
-"""Measurements for `bench`: seconds in turns with a baseline, memory of live tensors, floating-point operations.
+"""Measurements for `bench`: seconds in turns with a baseline, memory of live tensors,
+floating-point operations.
 
-Times are medians over calls that take turns (ours, baseline, ours …), so that other load on the machine slows both
-alike. Memory is the peak of live tensors beyond what was there before, as the allocator counts it. The hardware's limit
-is measured too: a large matrix product.
+Times are medians over calls that take turns (ours, baseline, ours …), so that other load on the
+machine slows both alike. Memory is the peak of live tensors beyond what was there before, as the
+allocator counts it. The hardware's limit is measured too: a large matrix product.
 """
 
 import gc
@@ -28,8 +29,8 @@ class BenchOptions:
     """What is measured, and how often."""
 
     only: list[str] = field(default_factory=list)
-    """Parts to measure: start, attention, training, decoding, loading, tokenizing, reading, and gpu on one; all if none
-    is given."""
+    """Parts to measure: start, attention, training, decoding, loading, tokenizing, reading, and gpu
+    on one; all if none is given."""
     repeats: int = 5
     """Counted calls of each."""
     threads: int = 2
@@ -60,7 +61,8 @@ class BenchmarkResult:
     baseline_median_s: float | None = None
     baseline_peak_mb: float | None = None
     ratio: float | None = None
-    """The baseline's median over ours: how many times faster; for rates and growth, what `name` says."""
+    """The baseline's median over ours: how many times faster; for rates and growth, what `name`
+    says."""
 
 
 def result(
@@ -115,7 +117,8 @@ def compare(
 
 
 def timed(calls: list[Callable[[], Any]], repeats: int, device: str) -> list[list[float]]:
-    """Seconds of each call, `repeats` of each, in turns; one more of each before that does not count."""
+    """Seconds of each call, `repeats` of each, in turns; one more of each before that does not
+    count."""
     seconds: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
@@ -143,9 +146,14 @@ def peak_mb(call: Callable[[], Any], device: str) -> float:
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports its own start and end
-    # The memory of the process would say more about malloc, which keeps and gives back pages as it likes.
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "6"
+    )  # else the profiler reports its own start and end
+    # The memory of the process would say more about malloc, which keeps and gives back pages as it
+    # likes.
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         call()
     now = peak = 0
     for change in private_api.memory_changes(profile):
@@ -172,9 +180,16 @@ def matmul_limit(device: str, dtype: torch.dtype = torch.float32) -> float:
 
 
 def training_pass(
-    config: MagnetConfig, batch_size: int, num_frames: int, num_predicted: int, num_text: int, device: str, half: bool
+    config: MagnetConfig,
+    batch_size: int,
+    num_frames: int,
+    num_predicted: int,
+    num_text: int,
+    device: str,
+    half: bool,
 ) -> tuple[Callable[[int], None], int]:
-    """A forward and backward pass of a fresh network at a given stage, and the bytes of its parameters.
+    """A forward and backward pass of a fresh network at a given stage, and the bytes of its
+    parameters.
 
     The gradients' memory is there beforehand.
 
@@ -189,7 +204,9 @@ def training_pass(
     """
     with torch.random.fork_rng(devices=[]):
         network = Magnet(config).to(device)
-        codes = torch.randint(config.codebook_size, (batch_size, config.num_codebooks, num_frames)).to(device)
+        codes = torch.randint(
+            config.codebook_size, (batch_size, config.num_codebooks, num_frames)
+        ).to(device)
         states = torch.randn(batch_size, num_text, config.text_dim).to(device)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -198,11 +215,14 @@ def training_pass(
 
     def step(stage: int) -> None:
         with torch.autocast(device, torch.bfloat16, enabled=half):
-            features = network.trunk(codes, network.config.stage(stage), network.encode_text(states, allowed))
-            loss = masked_cross_entropy(network.logits(features[masked], stage), codes[:, stage], masked).mean()
+            logits = network.masked_logits(
+                codes, network.config.stage(stage), states, allowed, masked
+            )
+            loss = masked_cross_entropy(logits, codes[:, stage], masked).mean()
         loss.backward()
 
     return step, sum(p.numel() * p.element_size() for p in network.parameters())
+
 
 @contextmanager
 def threads_set(number: int) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """What a run of `fit` will do, from its options and the number of its ranks alone.
 
-`fit` calls `check_settings` before it makes anything. `doctor` reports the same, and builds on `Plan` what it checks
-and estimates beyond.
+`fit` calls `check_settings` before it makes anything. `doctor` reports the same, and builds on
+`Plan` what it checks and estimates beyond.
 """
 
 import math
@@ -35,7 +35,7 @@ MAX_SEED = 2**32 - 1
 """The largest that NumPy takes."""
 
 
-# --- devices --------------------------------------------------------------------------------------------------------
+# --- devices --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,16 @@ def parse_devices(trainer: Any) -> Devices:
         raise UserError(f"trainer.devices={given}: give a number of devices, or auto") from error
     if number < 1 or int(trainer.num_nodes) < 1:
         raise UserError(
-            f"trainer.devices={given}, trainer.num_nodes={trainer.num_nodes}: both must be at least 1; give a number, "
+            f"trainer.devices={given}, trainer.num_nodes={trainer.num_nodes}: both must be at "
+            "least 1; give a number, "
             "or --trainer.devices auto"
         )
     return Devices(kind, number, int(trainer.num_nodes))
 
 
 def is_sharded(strategy: Any) -> bool:
-    """Whether a strategy, by name or as a class with options, divides the weights among the ranks."""
+    """Whether a strategy, by name or as a class with options, divides the weights among the
+    ranks."""
     name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
     return any(part in name.lower() for part in ("fsdp", "modelparallel"))
 
@@ -118,7 +120,7 @@ def none_if_missing(load: Callable[[], T]) -> T | None:
         return None
 
 
-# --- settings -------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 def check_seed(config: Any) -> None:
@@ -128,19 +130,32 @@ def check_seed(config: Any) -> None:
 
 
 def check_trainer(config: Any) -> None:
-    """Settings of the trainer that Lightning takes and that do not work here, or that it refuses with a traceback."""
+    """Settings of the trainer that Lightning takes and that do not work here, or that it refuses
+    with a traceback."""
     trainer = config.trainer
     if trainer.precision not in PRECISIONS:
         raise UserError(
-            f"trainer.precision={trainer.precision}: weights stay in float32; choose 32-true, bf16-mixed or 16-mixed"
+            f"trainer.precision={trainer.precision}: weights stay in float32; choose 32-true, "
+            "bf16-mixed or 16-mixed"
         )
     if trainer.overfit_batches:
         raise UserError(
-            f"trainer.overfit_batches={trainer.overfit_batches}: training data has no end, so each epoch would have "
+            f"trainer.overfit_batches={trainer.overfit_batches}: training data has no end, so each "
+            "epoch would have "
             "other batches; to learn a few items by heart, give --data.train a set of that many"
         )
-    at_least = {"accumulate_grad_batches": 1, "log_every_n_steps": 1, "max_steps": -1, "max_epochs": -1}
-    at_least |= {"limit_train_batches": 0, "limit_val_batches": 0, "num_sanity_val_steps": -1, "gradient_clip_val": 0}
+    at_least = {
+        "accumulate_grad_batches": 1,
+        "log_every_n_steps": 1,
+        "max_steps": -1,
+        "max_epochs": -1,
+    }
+    at_least |= {
+        "limit_train_batches": 0,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": -1,
+        "gradient_clip_val": 0,
+    }
     for name, lowest in at_least.items():
         value = getattr(trainer, name)
         if isinstance(value, int | float) and not lowest <= value < math.inf:
@@ -150,7 +165,9 @@ def check_trainer(config: Any) -> None:
 def check_schedule_of_validation(config: Any) -> None:
     trainer = config.trainer
     if not trainer.fast_dev_run:
-        check_validation(trainer.val_check_interval, trainer.check_val_every_n_epoch, trainer.limit_val_batches)
+        check_validation(
+            trainer.val_check_interval, trainer.check_val_every_n_epoch, trainer.limit_val_batches
+        )
         check_epoch(trainer.limit_train_batches, trainer.accumulate_grad_batches)
 
 
@@ -169,7 +186,9 @@ def check_monitor(config: Any) -> None:
         return
     more = "" if generation.num_prompts else ", or set --generation.num_prompts above 0"
     choices = ", ".join(("val/ce", *generated))
-    raise UserError(f"checkpoint.monitor={monitor}: nothing of that name is logged; choose {choices}{more}")
+    raise UserError(
+        f"checkpoint.monitor={monitor}: nothing of that name is logged; choose {choices}{more}"
+    )
 
 
 def check_network_size(config: Any) -> None:
@@ -178,7 +197,8 @@ def check_network_size(config: Any) -> None:
     memory = available_memory()
     if size > memory:
         raise UserError(
-            f"model.network: its weights take {gigabytes(size)}, this machine has {gigabytes(memory)}; set a smaller "
+            f"model.network: its weights take {gigabytes(size)}, this machine has "
+            f"{gigabytes(memory)}; set a smaller "
             "--model.network.dim or num_layers"
         )
 
@@ -191,7 +211,8 @@ def check_span(config: Any) -> None:
     num_frames = round(config.model.crop_s * codec.frame_rate)
     if config.model.span_len > num_frames:
         raise UserError(
-            f"model.span_len={config.model.span_len}: longer than an example, crop_s={config.model.crop_s:g} s are "
+            f"model.span_len={config.model.span_len}: longer than an example, "
+            f"crop_s={config.model.crop_s:g} s are "
             f"{num_frames} frames; set a smaller --model.span_len or a larger --model.crop_s"
         )
 
@@ -208,12 +229,14 @@ def check_accelerator(config: Any) -> None:
         return
     if not torch.backends.cuda.is_built():
         raise UserError(
-            f"{devices.per_node} GPUs per node requested, but torch {torch.__version__} is built without CUDA; install "
+            f"{devices.per_node} GPUs per node requested, but torch {torch.__version__} is built "
+            "without CUDA; install "
             "the build for your CUDA version, or set --trainer.accelerator cpu"
         )
     if not devices.available:
         raise UserError(
-            f"{devices.per_node} GPUs per node requested, {devices.visible} visible here; run this where the job will "
+            f"{devices.per_node} GPUs per node requested, {devices.visible} visible here; run this "
+            "where the job will "
             f"run (srun --gpus-per-node {devices.per_node} …), or set --trainer.devices"
         )
 
@@ -253,7 +276,7 @@ def settings_errors(config: Any) -> Iterator[UserError]:
             yield error
 
 
-# --- the run --------------------------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -291,7 +314,9 @@ class Plan:
         Raises:
             UserError: if the devices cannot have equal shares of the global batch.
         """
-        return self.data.batch_split(self.devices.ranks, self.config.trainer.accumulate_grad_batches)
+        return self.data.batch_split(
+            self.devices.ranks, self.config.trainer.accumulate_grad_batches
+        )
 
     @cached_property
     def codec(self) -> CodecFacts | None:
@@ -306,7 +331,9 @@ class Plan:
     @property
     def num_frames(self) -> int:
         """Frames of an example; at the published 50 Hz if the codec is not available."""
-        return round(self.config.model.crop_s * (50.0 if self.codec is None else self.codec.frame_rate))
+        return round(
+            self.config.model.crop_s * (50.0 if self.codec is None else self.codec.frame_rate)
+        )
 
     @property
     def num_steps(self) -> float:
@@ -321,15 +348,21 @@ class Plan:
 
     @property
     def num_validations(self) -> int:
-        """Validations of a run that ends, the one before training and the one at the end included."""
+        """Validations of a run that ends, the one before training and the one at the end
+        included."""
         if math.isinf(self.steps_between_validations):
             return 0
-        return math.ceil(self.num_steps / self.steps_between_validations) + self.config.generation.at_start
+        return (
+            math.ceil(self.num_steps / self.steps_between_validations)
+            + self.config.generation.at_start
+        )
 
     @property
     def ckpt_path(self) -> str | None:
         """As given; a job that was requeued resumes."""
-        return "auto" if self.config.ckpt_path is None and requeue_count() else self.config.ckpt_path
+        return (
+            "auto" if self.config.ckpt_path is None and requeue_count() else self.config.ckpt_path
+        )
 
     @cached_property
     def checkpoint(self) -> str | None:
@@ -353,7 +386,8 @@ class Plan:
         return monitor.startswith("val/") and f"/{embedder}" in monitor
 
     def shards(self, split: str) -> ShardSet:
-        """Shards of a split, compared with the codec; with that of the training shards if the codec is missing.
+        """Shards of a split, compared with the codec; with that of the training shards if the codec
+        is missing.
 
         Raises:
             UserError: if they are missing, or were made with another codec.

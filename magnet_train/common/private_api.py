@@ -1,7 +1,7 @@
 """Private parts of Lightning, jsonargparse, wandb and torch that this package uses; no other file uses any.
 
-Each function is named after what it is for, and says in which version the part was seen. tests/test_private_api.py
-calls them all, so that an update which removes one is noticed there.
+Each function is named after what it is for, and says in which version the part was seen.
+tests/test_private_api.py calls them all, so that an update which removes one is noticed there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as L
     from lightning.pytorch.cli import LightningCLI
 
-# --- Lightning 2.6.6: trainer ---------------------------------------------------------------------------------------
+# --- Lightning 2.6.6: trainer ---------------------------------------------------------------------
 
 
 def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
@@ -36,21 +36,24 @@ def keep_signal_handlers(trainer: L.Trainer) -> None:
 
 
 def waits_for_results(trainer: L.Trainer) -> bool:
-    """Whether ranks are forked or spawned by a launcher that waits for a result of each, for ever."""
+    """Whether ranks are forked or spawned by a launcher that waits for a result of each, for
+    ever."""
     from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def kill_launched_ranks(trainer: L.Trainer) -> None:
-    """Kills the ranks that this process has started as scripts, if it has; they might wait for this one for long."""
+    """Kills the ranks that this process has started as scripts, if it has; they might wait for this
+    one for long."""
     from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
         for process in launcher.procs:
             process.kill()
-        launcher.procs.clear()  # or Lightning, which watches them, would kill this one before it has said why
+        # Or Lightning, which watches them, would kill this one before it has said why.
+        launcher.procs.clear()
 
 
 def saves_distributed_checkpoints(trainer: L.Trainer) -> bool:
@@ -58,30 +61,39 @@ def saves_distributed_checkpoints(trainer: L.Trainer) -> bool:
     return bool(getattr(trainer.strategy, "_save_distributed_checkpoint", False))
 
 
-# --- Lightning 2.6.6: what is logged --------------------------------------------------------------------------------
+# --- Lightning 2.6.6: what is logged --------------------------------------------------------------
 
 
 def forget_logged(trainer: L.Trainer) -> None:
-    """Drops the values that `self.log` has kept of earlier training batches, which else are logged again and again."""
+    """Drops the values that `self.log` has kept of earlier training batches, which else are logged
+    again and again."""
     trainer.fit_loop.epoch_loop._results.reset()
 
 
 def unwritten_row(trainer: L.Trainer) -> dict[str, Any] | None:
-    """`values` that loggers will get for the batch that is ending, and their `step`; None if nothing is due."""
+    """`values` that loggers will get for the batch that is ending, and their `step`; None if
+    nothing is due."""
     loop = trainer.fit_loop.epoch_loop
     counts = loop.batch_progress.current
     is_batch_ending = trainer.training and counts.completed < counts.processed
-    if not is_batch_ending or loop._should_accumulate() or not trainer._logger_connector.should_update_logs:
+    if (
+        not is_batch_ending
+        or loop._should_accumulate()
+        or not trainer._logger_connector.should_update_logs
+    ):
         return None
-    values = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
+    values = {
+        name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()
+    }
     return {"values": values, "step": loop._batches_that_stepped}
 
 
-# --- Lightning 2.6.6: progress in a checkpoint ----------------------------------------------------------------------
+# --- Lightning 2.6.6: progress in a checkpoint ----------------------------------------------------
 
 
 class Progress:
-    """Counters of batches in a checkpoint of `fit`, which Lightning restores; changes are made in place."""
+    """Counters of batches in a checkpoint of `fit`, which Lightning restores; changes are made in
+    place."""
 
     def __init__(self, checkpoint: Mapping[str, Any]):
         loops = checkpoint["loops"]["fit_loop"]
@@ -95,7 +107,8 @@ class Progress:
         return self._training["total"]["processed"]
 
     def is_at_batch_end(self) -> bool:
-        """Whether it was saved at the end of a batch; afterwards, e.g. in a validation, the batch is completed."""
+        """Whether it was saved at the end of a batch; afterwards, e.g. in a validation, the batch
+        is completed."""
         return self._training["total"]["completed"] == self.num_batches - 1
 
     def move_to_batch_end(self, num_batches: int) -> None:
@@ -103,7 +116,12 @@ class Progress:
         difference = num_batches - self.num_batches
         for counts in (self._training["total"], self._training["current"]):
             done = max(0, counts["processed"] + difference)
-            counts |= {"ready": done, "started": done, "processed": done, "completed": max(0, done - 1)}
+            counts |= {
+                "ready": done,
+                "started": done,
+                "processed": done,
+                "completed": max(0, done - 1),
+            }
         self._training["is_last_batch"] = False
 
     def complete_batch(self) -> None:
@@ -158,7 +176,7 @@ def lightning_cli() -> type[LightningCLI]:
     return Base
 
 
-# --- torch 2.11 to 2.13 ---------------------------------------------------------------------------------------------
+# --- torch 2.11 to 2.13 ---------------------------------------------------------------------------
 
 
 def softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
@@ -177,7 +195,8 @@ def set_last_lr(schedule: torch.optim.lr_scheduler.LRScheduler, lr: float) -> No
 
 
 def memory_changes(profile: torch.profiler.profile) -> list[int]:
-    """Bytes that tensors took (> 0) and gave back (< 0) under `profile_memory=True`, in order of time."""
+    """Bytes that tensors took (> 0) and gave back (< 0) under `profile_memory=True`, in order of
+    time."""
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events: list[Any] = profile.profiler.kineto_results.events()
     memory = [event for event in events if event.name() == "[memory]"]
@@ -185,19 +204,22 @@ def memory_changes(profile: torch.profiler.profile) -> list[int]:
 
 
 def cpu_attention_flop() -> dict[Any, Callable[..., int]]:
-    """For FlopCounterMode's `custom_mapping`: the CPU's fused attention, which torch does not count by itself."""
+    """For FlopCounterMode's `custom_mapping`: the CPU's fused attention, which torch does not count
+    by itself."""
     from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
     aten = torch.ops.aten
     return {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+            q, k, v
+        ),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: (
             lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
         ),
     }
 
 
-# --- wandb 0.31, wandb-workspaces 0.4 -------------------------------------------------------------------------------
+# --- wandb 0.31, wandb-workspaces 0.4 -------------------------------------------------------------
 
 
 def continue_table(table: Any, num_parts: int, parts: list[str]) -> None:

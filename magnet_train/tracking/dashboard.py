@@ -36,7 +36,9 @@ def workspace(options: DashboardOptions) -> Any:
     sections = [
         ws.Section(
             name=section,
-            panels=[_panel(entry, STEP) for entry in LOGGED if entry.section == section and entry.shown],
+            panels=[
+                _panel(entry, STEP) for entry in LOGGED if entry.section == section and entry.shown
+            ],
             is_open=section in SECTIONS[:2],
         )
         for section in SECTIONS
@@ -44,32 +46,45 @@ def workspace(options: DashboardOptions) -> Any:
     over_hours = [_panel(entry, HOURS) for entry in LOGGED if entry.name in OVER_HOURS]
     sections.insert(3, ws.Section(name="over hours of audio", panels=over_hours))
     settings = ws.WorkspaceSettings(x_axis=STEP)
-    return ws.Workspace(entity=options.entity, project=options.project, name=NAME, sections=sections, settings=settings)
+    return ws.Workspace(
+        entity=options.entity,
+        project=options.project,
+        name=NAME,
+        sections=sections,
+        settings=settings,
+    )
 
 
 def dashboard(options: DashboardOptions) -> str:
     """Saves the workspace, replacing that of an earlier call; returns its address.
 
     Raises:
-        UserError: if the package or a key is missing, W&B refuses the key or the project, or cannot be reached.
+        UserError: if the package or a key is missing, W&B refuses the key or the project, or cannot
+        be reached.
     """
     made = workspace(options)
     ws = _workspaces()
     state, reason = check_wandb_login()
     if state == "off":
-        raise UserError(f"W&B is {reason} here, but the workspace is on its server: unset WANDB_MODE, with network access")
+        raise UserError(
+            f"W&B is {reason} here, but the workspace is on its server: unset WANDB_MODE, with "
+            "network access"
+        )
     remedy = "`wandb login` on a machine with network sets a key, or WANDB_API_KEY"
     if state != "online":
         raise UserError(f"W&B: {reason}; {remedy}")
     try:
         private_api.name_workspace(made, f"nw-{ID}-v")
         try:  # without an id W&B would create another workspace of this name
-            before = ws.Workspace.from_url(f"https://wandb.ai/{options.entity}/{options.project}?nw={ID}")
+            before = ws.Workspace.from_url(
+                f"https://wandb.ai/{options.entity}/{options.project}?nw={ID}"
+            )
             private_api.replace_workspace(made, before)
         except ValueError as error:
             if not str(error).startswith("Workspace"):
                 raise UserError(
-                    f"--entity {options.entity} --project {options.project}: W&B has no such project, or not for this "
+                    f"--entity {options.entity} --project {options.project}: W&B has no such "
+                    "project, or not for this "
                     "key; log a run into it first"
                 ) from error
         return made.save().url

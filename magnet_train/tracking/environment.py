@@ -36,14 +36,18 @@ def environment(num_ranks: int) -> dict[str, Any]:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The git commit of a folder's code, with `-dirty` if tracked files have changed since; None outside git.
+    """The git commit of a folder's code, with `-dirty` if tracked files have changed since; None
+    outside git.
 
-    A package installed inside somebody's repository, e.g. in `.venv`, does not belong to its commits.
+    A package installed inside somebody's repository, e.g. in `.venv`, does not belong to its
+    commits.
     """
 
     def git(*args: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=30)
+            done = subprocess.run(
+                ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=30
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -15,18 +15,23 @@ from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import write_text
 
-LOGIN_HINT = "set another WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` later, or --trainer.logger false"
+LOGIN_HINT = (
+    "set another WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` later, "
+    "or --trainer.logger false"
+)
 
 
-# --- before a run starts --------------------------------------------------------------------------------------------
+# --- before a run starts --------------------------------------------------------------------------
 
 
-def prepare_wandb(folder: Path, verb: str, resumes: bool, online: bool, uploads: bool = False) -> None:
+def prepare_wandb(
+    folder: Path, verb: str, resumes: bool, online: bool, uploads: bool = False
+) -> None:
     """Sets those of W&B's environment variables that are not set, and checks the login.
 
-    A training run has one id, kept in `wandb_run_id` in its folder, so that its sessions are one W&B run, online and
-    offline. Files wait for their upload in the run folder: W&B's default is the home folder, which is small on clusters
-    and not synchronised with the run.
+    A training run has one id, kept in `wandb_run_id` in its folder, so that its sessions are one
+    W&B run, online and offline. Files wait for their upload in the run folder: W&B's default is the
+    home folder, which is small on clusters and not synchronised with the run.
 
     Args:
         folder: Run folder.
@@ -42,8 +47,10 @@ def prepare_wandb(folder: Path, verb: str, resumes: bool, online: bool, uploads:
         "WANDB_PROJECT": "magnet_train",
         "WANDB_JOB_TYPE": verb,
         "WANDB_DATA_DIR": str((folder / "wandb").absolute()),
-        "WANDB_X_SERVICE_WAIT": "300",  # seconds in which its service must start; 30 by default, too few on a busy disk
-        "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # seconds of rows that a SIGKILL may cost; 15 by default
+        # Seconds in which its service must start; 30 by default, too few on a busy disk.
+        "WANDB_X_SERVICE_WAIT": "300",
+        # Seconds of rows that a SIGKILL may cost; 15 by default.
+        "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",
         "WANDB_FINISH_TIMEOUT": "0" if uploads else "900",  # seconds; 0 = no limit
         "WANDB_FINISH_TIMEOUT_RAISES": "true",
     }
@@ -67,8 +74,8 @@ def prepare_wandb(folder: Path, verb: str, resumes: bool, online: bool, uploads:
 def require_wandb_login(folder: Path, resumes: bool) -> None:
     """Checks within seconds, and before anything is trained, that W&B accepts the run.
 
-    Without a key the run is logged offline. If login fails, a new run stops; a resumed run, perhaps requeued at night,
-    continues offline, and its W&B run loses nothing by that.
+    Without a key the run is logged offline. If login fails, a new run stops; a resumed run, perhaps
+    requeued at night, continues offline, and its W&B run loses nothing by that.
 
     Args:
         folder: Run folder.
@@ -85,14 +92,17 @@ def require_wandb_login(folder: Path, resumes: bool) -> None:
     if state == "refused" and not resumes:
         raise UserError(f"W&B: {reason}; {LOGIN_HINT}")
     wandb.setup().settings.mode = "offline"
-    rank_zero_warn(f"W&B: {reason}; this run is logged offline, and `wandb sync {folder / 'wandb'}` uploads it")
+    rank_zero_warn(
+        f"W&B: {reason}; this run is logged offline, and `wandb sync {folder / 'wandb'}` uploads it"
+    )
 
 
 def check_wandb_login() -> tuple[Literal["online", "off", "no key", "refused"], str]:
     """Whether W&B can be online, and a text that says why, or where.
 
-    `off`: its settings, wherever they are, name a mode without network, which is then the text. `refused`: the server
-    does not accept the key or cannot be reached. Verifying a key takes seconds if the server does not answer.
+    `off`: its settings, wherever they are, name a mode without network, which is then the text.
+    `refused`: the server does not accept the key or cannot be reached. Verifying a key takes
+    seconds if the server does not answer.
     """
     import wandb
     from wandb.errors import CommError
@@ -102,20 +112,28 @@ def check_wandb_login() -> tuple[Literal["online", "off", "no key", "refused"], 
         return "off", settings.mode
     try:
         with _quick_answers(settings):
-            if wandb.login(verify=True, prompt=False):  # a prompt would wait all night for an answer
+            if wandb.login(
+                verify=True, prompt=False
+            ):  # a prompt would wait all night for an answer
                 return "online", settings.base_url
     except CommError as error:
-        return "refused", f"the key is refused, or there is no network ({' '.join(str(error).split()).rstrip('.')})"
+        return (
+            "refused",
+            "the key is refused, or there is no network "
+            f"({' '.join(str(error).split()).rstrip('.')})",
+        )
     return "no key", "no API key (`wandb login` sets one)"
 
 
 @contextmanager
 def _quick_answers(settings: Any) -> Iterator[None]:
-    """W&B's service tries twice, each time for WANDB_HTTP_TIMEOUT seconds, and then says why it failed.
+    """W&B's service tries twice, each time for WANDB_HTTP_TIMEOUT seconds, and then says why it
+    failed.
 
-    By default it tries for minutes, and `wandb.login` stops waiting after WANDB_HTTP_TIMEOUT and reports only that the
-    service is busy; a process that ends soon after may wait ten minutes for the service to end (wandb 0.31, a third of
-    the times). That still happens if the server asks for a long pause (Retry-After).
+    By default it tries for minutes, and `wandb.login` stops waiting after WANDB_HTTP_TIMEOUT and
+    reports only that the service is busy; a process that ends soon after may wait ten minutes for
+    the service to end (wandb 0.31, a third of the times). That still happens if the server asks for
+    a long pause (Retry-After).
     """
     from wandb.env import HTTP_TIMEOUT, get_http_timeout
 
@@ -126,7 +144,9 @@ def _quick_answers(settings: Any) -> Iterator[None]:
     try:
         for name, value in quick.items():
             setattr(settings, name, value)
-        os.environ[HTTP_TIMEOUT] = str(2 * attempt_s + 10)  # so that `wandb.login` outlasts both attempts
+        os.environ[HTTP_TIMEOUT] = str(
+            2 * attempt_s + 10
+        )  # so that `wandb.login` outlasts both attempts
         yield
     finally:
         for name, value in before.items():
@@ -136,24 +156,28 @@ def _quick_answers(settings: Any) -> Iterator[None]:
             os.environ[HTTP_TIMEOUT] = timeout
 
 
-# --- at its end -----------------------------------------------------------------------------------------------------
+# --- at its end -----------------------------------------------------------------------------------
 
 FINISH_TIMEOUT_S = 60.0
-"""Seconds for W&B's last uploads of a run that has to end: its GPUs are needed elsewhere, or other ranks wait."""
+"""Seconds for W&B's last uploads of a run that has to end: its GPUs are needed elsewhere, or other
+ranks wait."""
 
 
 def finish_wandb(status: int, quickly: bool = False) -> None:
-    """Ends this process's W&B run, if it has one, and says how to upload what could not be uploaded.
+    """Ends this process's W&B run, if it has one, and says how to upload what could not be
+    uploaded.
 
     Args:
         status: Exit status of the process, which W&B shows.
-        quickly: Whether within FINISH_TIMEOUT_S, whatever WANDB_FINISH_TIMEOUT says. If not all is uploaded by then
-            this ends the process, at whose exit W&B would try again.
+        quickly: Whether within FINISH_TIMEOUT_S, whatever WANDB_FINISH_TIMEOUT says. If not all is
+            uploaded by then this ends the process, at whose exit W&B would try again.
     """
     wandb: Any = sys.modules.get("wandb")
     if wandb is None or wandb.run is None:
         return
-    remedy = f"it is kept, and `wandb sync --include-online {wandb.run.settings.sync_dir}` uploads it"
+    remedy = (
+        f"it is kept, and `wandb sync --include-online {wandb.run.settings.sync_dir}` uploads it"
+    )
     if not quickly:
         _finish(wandb, status, remedy)
         return
@@ -175,4 +199,6 @@ def _finish(wandb: Any, status: int, remedy: str) -> None:
         wandb.teardown(exit_code=status)  # which writes what its service still holds
         rank_zero_warn(f"W&B: not all was uploaded within {settings.finish_timeout:g} s; {remedy}")
     except Exception as error:  # its service was killed, as by a signal to all processes
-        rank_zero_warn(f"W&B: not all may have been uploaded ({type(error).__name__}: {error}); {remedy}")
+        rank_zero_warn(
+            f"W&B: not all may have been uploaded ({type(error).__name__}: {error}); {remedy}"
+        )
