@@ -47,8 +47,7 @@ class Layout:
     def __str__(self) -> str:
         return (
             f"{self.ranks} ranks x {self.batch_size} examples x {self.accumulated} accumulated "
-            "batches, "
-            f"{self.workers} loader processes each"
+            f"batches, {self.workers} loader processes each"
         )
 
     def batches(self, done: int, before: "Layout") -> int:
@@ -159,8 +158,7 @@ def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
     if changed:
         raise UserError(
             f"--ckpt_path: the checkpoint has another model: {', '.join(changed)}; use its "
-            "settings, or another "
-            "--trainer.default_root_dir to start a new run"
+            "settings, or another --trainer.default_root_dir to start a new run"
         )
 
 

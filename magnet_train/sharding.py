@@ -1,11 +1,9 @@
-"""FSDP2: each rank holds a part of every weight, and the whole of a block only while it computes
-with it.
+"""FSDP2: each rank holds a shard of every weight, and all of a block only while it computes it.
 
-A pass through sharded weights is a collective: all ranks must make it, as often as each other.
-Training does; validation, whose batches are not as many on every rank, and decoding run on a whole
-copy (`unsharded_copy`).
+A forward pass with sharded weights is a collective: every rank must run as many. Training does;
+validation, with its different numbers of batches per rank, and decoding use an unsharded copy.
 
-Everything here holds for plain weights too: they are their own only part.
+All functions accept plain tensors too, which are not divided.
 """
 
 from collections.abc import Mapping
@@ -23,39 +21,37 @@ from magnet_train.model import Magnet
 
 
 def shard(network: Magnet, device_type: str) -> None:
-    """Deal out the weights to all ranks, in place; names stay as they are, and so do the numbers
-    but for the order of sums over ranks.
+    """Divides the weights among all ranks, in place.
 
-    Weights travel in the precision in which they are stored, and autocast rounds them where it does
-    without shards: so a mixed precision is the same as under DDP, float32 positions and norms
-    included.
+    Names stay the same, and so do results but for the order of sums over ranks. Weights are
+    gathered in the precision in which they are stored, and autocast rounds them where it does
+    without shards. So mixed precision is the same as under DDP, with positions and norms in
+    float32.
 
     Args:
-        network: the same on every rank, compiled or not.
-        device_type: of the ranks' devices, "cuda" or "cpu".
+        network: The same on every rank, compiled or not.
+        device_type: Type of the ranks' devices, "cuda" or "cpu".
 
     Raises:
-        UserError: if the ranks' weights are not the same, which DDP would make so and shards would
-        mix.
+        UserError: if the ranks have different weights, which shards would mix (DDP broadcasts).
     """
     ranks = dist.get_world_size()
-    # Of the bits, as integers: exact, whatever the number of threads.
+    # Sums of the bits as integers: exact, whatever the number of threads.
     sums = [
         weight.detach().view(torch.int16).sum(dtype=torch.int64).item()
         for weight in network.parameters()
     ]
-    of_all: list[Any] = [None] * ranks
-    dist.all_gather_object(of_all, sums)
-    if any(other != sums for other in of_all):
+    gathered: list[Any] = [None] * ranks
+    dist.all_gather_object(gathered, sums)
+    if any(other != sums for other in gathered):
         raise UserError(
-            "the ranks begin with different weights: did --model.init_from name the folder of a "
-            "run that goes on, or "
-            "do unlike CPUs draw them differently? Give --model.init_from a checkpoint file"
+            "the ranks start with different weights: does --model.init_from name the folder of a "
+            "running run, or do different CPUs draw them differently? Give --model.init_from a "
+            "checkpoint file"
         )
 
     def place(weight: nn.Parameter) -> Shard | None:
-        """Of stages' tables and heads, `k n d`, each rank has a slice of each: there may be fewer
-        stages than ranks."""
+        """Slices of the last axis for tables and heads, `k n d`: k may be less than the ranks."""
         return Shard(2) if weight.dim() == 3 and weight.shape[2] % ranks == 0 else None
 
     mesh = init_device_mesh(device_type, (ranks,))
@@ -69,11 +65,11 @@ def shard(network: Magnet, device_type: str) -> None:
 
 
 def check_shardable(precision: str, optimizer: str) -> None:
-    """Whether a run works with sharded weights.
+    """Checks that a run works with sharded weights.
 
     Args:
         precision: Lightning's name.
-        optimizer: name in an OptimizerConfig.
+        optimizer: `name` of an OptimizerConfig.
 
     Raises:
         UserError: if it does not.
@@ -86,8 +82,8 @@ def check_shardable(precision: str, optimizer: str) -> None:
     if optimizer == "dadapt_adam":
         raise UserError(
             "optimizer name=dadapt_adam: its step size is a sum over all weights, which are "
-            "sharded here; use "
-            "--model.optimizer.name adamw --model.optimizer.lr 1e-4, or --trainer.strategy ddp"
+            "sharded here; use --model.optimizer.name adamw --model.optimizer.lr 1e-4, or "
+            "--trainer.strategy ddp"
         )
 
 
@@ -96,20 +92,19 @@ def is_sharded(network: nn.Module) -> bool:
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """What of a tensor lies on this rank, as a plain tensor that shares its memory."""
+    """This rank's part of a tensor, as a plain tensor that shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every rank; a collective if it is sharded."""
+    """The unsharded tensor on every rank; a collective if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_to_rank0(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as a checkpoint holds them: sharded ones whole, on the CPU, and on the first rank
-    alone; a collective.
+    """Gathers sharded tensors for a checkpoint, on the CPU of the first rank only; a collective.
 
-    One after another, so that a device never has more than one of them.
+    One after another, so that a device never has more than one of them unsharded.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -124,8 +119,7 @@ def gather_to_rank0(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def unsharded_copy(network: Magnet) -> Magnet:
-    """A plain network of the same weights, whole on every rank and beside the shards; a
-    collective."""
+    """A plain network with the same weights on every rank, beside the shards; a collective."""
     with torch.device("meta"):
         copy = Magnet(network.config)
     copy.text_multiple = network.text_multiple

@@ -119,7 +119,7 @@ def test_shards_give_the_logits_and_gradients_of_whole_weights(
 def begins_apart(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     torch.manual_seed(rank)
-    with pytest.raises(UserError, match="the ranks begin with different weights"):
+    with pytest.raises(UserError, match="the ranks start with different weights"):
         shard(
             Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=1, codebook_size=64, text_dim=16)),
             "cpu",

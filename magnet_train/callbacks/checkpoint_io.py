@@ -1,6 +1,7 @@
-"""Checkpoints that are whole or not there."""
+"""Checkpoints that are written completely or not at all."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,19 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and moves into place, so that a full disk or a kill leaves the
-    previous file whole.
+    """Writes beside the target, then moves: a full disk or a kill leaves the previous file intact.
 
-    Lightning's own writes into the system's temporary folder and copies from there, which is no
-    move where that is another file system.
+    Lightning's own writes to the system's temporary folder and copies from there, which is not
+    atomic if that is another file system.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Save to a local path; an address such as s3:// is left to Lightning.
+        """Saves to a local path; an address such as s3:// is left to Lightning.
 
         Raises:
-            OSError: if the disk is full or not writable; what stood at `path` stays.
+            OSError: if the disk is full or not writable; the previous file at `path` stays.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -41,10 +41,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             os.replace(beside, target)
             _sync_folder(target.parent)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch's zip writer can fail anew while the first failure unwinds it
+        except (OSError, RuntimeError) as error:
+            # torch's zip writer may fail again while the first failure unwinds it.
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise
@@ -54,15 +52,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _sync_folder(folder: Path) -> None:
-    """Without it the file is safe but its new name may be lost with the power; some file systems
-    know no such thing."""
-    try:
+    """Without it the new name of the file may be lost in a power failure."""
+    with suppress(OSError):  # some file systems cannot sync folders
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -89,11 +89,9 @@ class NanGuard(Callback):
         if self.consecutive >= self.max_consecutive:
             raise UserError(
                 f"{self.consecutive} steps in a row without a finite loss and gradients, the last "
-                "is step "
-                f"{trainer.global_step}: the last checkpoint is good; resume from it with "
-                "--ckpt_path auto and a lower "
-                "--model.optimizer.lr or --trainer.precision bf16-mixed, or look at the items "
-                "named above"
+                f"is step {trainer.global_step}: the last checkpoint is good; resume from it with "
+                "--ckpt_path auto and a lower --model.optimizer.lr or --trainer.precision "
+                "bf16-mixed, or look at the items named above"
             )
 
     def _warn(self, trainer: L.Trainer, keys: list[str], losses: list[float]) -> None:

@@ -114,8 +114,8 @@ class ExactResume(Callback):
         progress.move_to_batch_end(batches)
         rank_zero_info(
             f"layout changed from {before} to {now}: resuming at example "
-            f"{batches * now.ranks * now.batch_size} of "
-            f"{done * before.ranks * before.batch_size}; results will not be bit-identical"
+            f"{batches * now.ranks * now.batch_size} of {done * before.ranks * before.batch_size}; "
+            "results will not be bit-identical"
         )
 
 
@@ -143,20 +143,18 @@ def check_data(found: ShardSet, saved: dict[str, Any], text_encoder: TextEncoder
     if text_encoder is not None and saved["text_encoder"] != text_encoder.stamp:
         raise UserError(
             f"--ckpt_path: trained with another text encoder than {text_encoder.id}; set "
-            "--model.text_encoder as in "
-            "the run's config.yaml, or start a new run"
+            "--model.text_encoder as in the run's config.yaml, or start a new run"
         )
     if saved["codec"] != found.index["codec"]["hash"]:
         raise UserError(
             f"--ckpt_path: trained on codes of codec {saved['codec']}, but {found.name} has those "
-            "of "
-            f"{found.index['codec']['hash']}; give the shards it was trained on, or start a new run"
+            f"of {found.index['codec']['hash']}; give the shards it was trained on, or start a new "
+            "run"
         )
     if saved["train"] != fingerprint(found.index):
         raise UserError(
             f"--ckpt_path: trained on other shards than those of {found.name}; give those it was "
-            "trained on, or start "
-            "a new run from its weights with --model.init_from CHECKPOINT"
+            "trained on, or start a new run from its weights with --model.init_from CHECKPOINT"
         )
 
 

@@ -28,14 +28,13 @@ def check_validation(
     if check_val_every_n_epoch is not None:
         raise UserError(
             f"trainer.check_val_every_n_epoch={check_val_every_n_epoch}: training data has no "
-            "epochs; leave it null "
-            "and set --trainer.val_check_interval to a number of optimizer steps"
+            "epochs; leave it null and set --trainer.val_check_interval to a number of optimizer "
+            "steps"
         )
     if type(val_check_interval) is not int or val_check_interval < 1:
         raise UserError(
             f"trainer.val_check_interval={val_check_interval}: training data has no end; give a "
-            "whole number of "
-            "optimizer steps, at least 1"
+            "whole number of optimizer steps, at least 1"
         )
     if isinstance(limit_val_batches, float) and limit_val_batches != 1.0:
         raise UserError(
@@ -54,8 +53,7 @@ def check_epoch(limit_train_batches: Any, accumulate_grad_batches: int) -> None:
     if isinstance(limit_train_batches, int) and limit_train_batches % accumulate_grad_batches:
         raise UserError(
             f"trainer.limit_train_batches={limit_train_batches}: must be a multiple of the "
-            f"{accumulate_grad_batches} "
-            "batches accumulated for an optimizer step"
+            f"{accumulate_grad_batches} batches accumulated for an optimizer step"
         )
 
 

@@ -104,8 +104,7 @@ class Watchdog(Callback):
                 name = DATA if phase == BETWEEN and _waits_for_data(trainer) else phase
                 warnings.warn(
                     f"rank {trainer.global_rank}, after step {trainer.global_step}: {name} for "
-                    f"{seconds:.0f} s, "
-                    f"usually {median(history):.3g} s",
+                    f"{seconds:.0f} s, usually {median(history):.3g} s",
                     stacklevel=1,
                 )
 

@@ -158,7 +158,9 @@ def training(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
         if dense:
             logits = dense_logits(model, shown, stage, states, text_mask)[:, stage][masked]
         else:
-            logits = model.masked_logits(shown, model.config.stage(stage), states, text_mask, masked)
+            logits = model.masked_logits(
+                shown, model.config.stage(stage), states, text_mask, masked
+            )
         masked_cross_entropy(logits, codes[:, stage], masked).mean().backward()
         optimizer.step()
 
@@ -189,7 +191,9 @@ def decoding(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
     def exact() -> Networks:
         text = model.encode_text(states, text_mask)
         stage = model.config.stage
-        return Networks(lambda c, s: model(c, stage(s), text), lambda c, s: model(c, stage(s), None))
+        return Networks(
+            lambda c, s: model(c, stage(s), text), lambda c, s: model(c, stage(s), None)
+        )
 
     def dense() -> Networks:
         return Networks(*dense_networks(model, states, text_mask))
@@ -363,7 +367,9 @@ def _compiled_decoding(options: BenchOptions, limit: float, model: Magnet) -> Be
 
     @torch.no_grad()
     def generate() -> Tensor:
-        networks = Networks(conditional, lambda codes, stage: forward(codes, config.stage(stage), None))
+        networks = Networks(
+            conditional, lambda codes, stage: forward(codes, config.stage(stage), None)
+        )
         return decode(networks, codes, given, config.codebook_size, settings, noise)
 
     steps = settings.steps_per_stage(config.num_codebooks)
@@ -402,7 +408,9 @@ def _compiled_training(
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16):
             shown = _mask_codes(codes, stage, masked, config.mask_id)
-            logits = model.masked_logits(shown, model.config.stage(stage), states, text_mask, masked)
+            logits = model.masked_logits(
+                shown, model.config.stage(stage), states, text_mask, masked
+            )
         masked_cross_entropy(logits, codes[:, stage], masked).mean().backward()
         optimizer.step()
 

@@ -393,8 +393,8 @@ def _gpus(per_node: int, nodes: int, precision: str) -> Iterator[Finding]:
     if per_node * nodes > 1 and not torch.distributed.is_nccl_available():
         raise UserError(
             f"{per_node * nodes} GPUs requested, but torch {torch.__version__} is built without "
-            "NCCL, by which they "
-            "communicate; install the build for your CUDA version, or set --trainer.devices 1"
+            "NCCL, by which they communicate; install the build for your CUDA version, or set "
+            "--trainer.devices 1"
         )
     properties = [torch.cuda.get_device_properties(i) for i in range(per_node)]
     names = sorted({f"{p.name} with {p.total_memory / 1e9:.0f} GB" for p in properties})
@@ -533,8 +533,7 @@ def check_disk(plan: Plan) -> Iterator[Finding]:
     if free < max(size, kept * size - present):
         raise UserError(
             f"{gigabytes(free)} free for {text}: free some space, keep fewer with "
-            "--checkpoint.save_top_k, or set "
-            "--trainer.default_root_dir to another disk"
+            "--checkpoint.save_top_k, or set --trainer.default_root_dir to another disk"
         )
     inodes = os.statvfs(disk)
     if inodes.f_files > 0 and inodes.f_favail < MIN_INODES:

@@ -83,8 +83,7 @@ def parse_devices(trainer: Any) -> Devices:
     if number < 1 or int(trainer.num_nodes) < 1:
         raise UserError(
             f"trainer.devices={given}, trainer.num_nodes={trainer.num_nodes}: both must be at "
-            "least 1; give a number, "
-            "or --trainer.devices auto"
+            "least 1; give a number, or --trainer.devices auto"
         )
     return Devices(kind, number, int(trainer.num_nodes))
 
@@ -141,8 +140,8 @@ def check_trainer(config: Any) -> None:
     if trainer.overfit_batches:
         raise UserError(
             f"trainer.overfit_batches={trainer.overfit_batches}: training data has no end, so each "
-            "epoch would have "
-            "other batches; to learn a few items by heart, give --data.train a set of that many"
+            "epoch would have other batches; to learn a few items by heart, give --data.train a "
+            "set of that many"
         )
     at_least = {
         "accumulate_grad_batches": 1,
@@ -198,8 +197,7 @@ def check_network_size(config: Any) -> None:
     if size > memory:
         raise UserError(
             f"model.network: its weights take {gigabytes(size)}, this machine has "
-            f"{gigabytes(memory)}; set a smaller "
-            "--model.network.dim or num_layers"
+            f"{gigabytes(memory)}; set a smaller --model.network.dim or num_layers"
         )
 
 
@@ -212,8 +210,8 @@ def check_span(config: Any) -> None:
     if config.model.span_len > num_frames:
         raise UserError(
             f"model.span_len={config.model.span_len}: longer than an example, "
-            f"crop_s={config.model.crop_s:g} s are "
-            f"{num_frames} frames; set a smaller --model.span_len or a larger --model.crop_s"
+            f"crop_s={config.model.crop_s:g} s are {num_frames} frames; set a smaller "
+            "--model.span_len or a larger --model.crop_s"
         )
 
 
@@ -230,14 +228,14 @@ def check_accelerator(config: Any) -> None:
     if not torch.backends.cuda.is_built():
         raise UserError(
             f"{devices.per_node} GPUs per node requested, but torch {torch.__version__} is built "
-            "without CUDA; install "
-            "the build for your CUDA version, or set --trainer.accelerator cpu"
+            "without CUDA; install the build for your CUDA version, or set --trainer.accelerator "
+            "cpu"
         )
     if not devices.available:
         raise UserError(
             f"{devices.per_node} GPUs per node requested, {devices.visible} visible here; run this "
-            "where the job will "
-            f"run (srun --gpus-per-node {devices.per_node} …), or set --trainer.devices"
+            f"where the job will run (srun --gpus-per-node {devices.per_node} …), or set "
+            "--trainer.devices"
         )
 
 

@@ -84,8 +84,7 @@ def dashboard(options: DashboardOptions) -> str:
             if not str(error).startswith("Workspace"):
                 raise UserError(
                     f"--entity {options.entity} --project {options.project}: W&B has no such "
-                    "project, or not for this "
-                    "key; log a run into it first"
+                    "project, or not for this key; log a run into it first"
                 ) from error
         return made.save().url
     except Exception as error:
@@ -112,7 +111,7 @@ def _workspaces() -> Any:
         import wandb_workspaces.workspaces as ws
     except ModuleNotFoundError as error:
         raise UserError(
-            "dashboard: the package wandb-workspaces is missing; "
-            "install it with `pip install -e '.[dashboard]'`"
+            "dashboard: the package wandb-workspaces is missing; install it with `pip install -e "
+            "'.[dashboard]'`"
         ) from error
     return ws

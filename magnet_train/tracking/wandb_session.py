@@ -16,8 +16,8 @@ from magnet_train.common.errors import UserError
 from magnet_train.common.folders import write_text
 
 LOGIN_HINT = (
-    "set another WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` later, "
-    "or --trainer.logger false"
+    "set another WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` later, or --trainer.logger "
+    "false"
 )
 
 
