@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder
-from magnet_train.data.pipeline import ShardSet
+from magnet_train.data.shards import ShardSet
 from magnet_train.module import MagnetModule
 from magnet_train.resume import Layout, fingerprint
 

@@ -2,7 +2,6 @@
 generated clips."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from magnet_train.callbacks.generation import GenerationCallback
 from magnet_train.common import private_api
 from magnet_train.common.folders import write_text
+from magnet_train.common.redact import redact
 from magnet_train.module import MagnetModule
 from magnet_train.resume import fingerprint
 from magnet_train.tracking.environment import add_environment, environment
@@ -26,20 +26,11 @@ class SaveConfig(SaveConfigCallback):
     """Writes `config.yaml` into the run folder, without credentials, and gives W&B the same."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        text = without_secrets(self.parser.dump(self.config, skip_none=False))
+        text = redact(self.parser.dump(self.config, skip_none=False))
         write_text(Path(trainer.default_root_dir) / "config.yaml", text)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(yaml.safe_load(text), allow_val_change=True)
-
-
-def without_secrets(text: str) -> str:
-    """Addresses without user, password and query, where credentials may stand.
-
-    >>> without_secrets("train: https://me:secret@host/shards?X-Amz-Signature=abc")
-    'train: https://host/shards'
-    """
-    return re.sub(r"(\w+://)(?:[^/\s@'\"]+@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?", r"\1\2", text)
 
 
 @dataclass(frozen=True)

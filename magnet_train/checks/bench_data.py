@@ -180,7 +180,9 @@ def _stream(folder: Path) -> TrainingStream:
 
 
 def _ours(folder: Path) -> DataLoader:
-    return DataLoader(_stream(folder), batch_size=None, num_workers=1, collate_fn=compress_for_worker)
+    return DataLoader(
+        _stream(folder), batch_size=None, num_workers=1, collate_fn=compress_for_worker
+    )
 
 
 def _webdataset(folder: Path) -> DataLoader:

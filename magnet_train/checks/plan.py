@@ -20,7 +20,7 @@ from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder, load_text_encoder
 from magnet_train.cost import num_parameters
 from magnet_train.data.datamodule import MagnetDataModule, check_codec
-from magnet_train.data.pipeline import Item, ShardSet
+from magnet_train.data.shards import Item, ShardSet
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.model import MagnetConfig
 from magnet_train.optimizer import OptimizerConfig
