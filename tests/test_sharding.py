@@ -33,10 +33,16 @@ from magnet_train.sharding import (
 
 STEPS = (3, 2, 1, 1)
 OPTIONS = (
-    "--trainer.val_check_interval=8", "--checkpoint.save_top_k=-1", "--generation.num_prompts=3",
-    "--generation.batch_size=2", "--generation.num_media=3", "--generation.metrics=[]", "--generation.baselines=false",
-    f"--generation.decoding.decoding_steps={list(STEPS)}", "--trainer.log_every_n_steps=1",
-)  # fmt: skip
+    "--trainer.val_check_interval=8",
+    "--checkpoint.save_top_k=-1",
+    "--generation.num_prompts=3",
+    "--generation.batch_size=2",
+    "--generation.num_media=3",
+    "--generation.metrics=[]",
+    "--generation.baselines=false",
+    f"--generation.decoding.decoding_steps={list(STEPS)}",
+    "--trainer.log_every_n_steps=1",
+)
 # Both add the same gradients of two ranks; only the norm by which they are clipped is summed in another order, and a
 # rounding of it (6e-8) passes through 8 steps of AdamW at a rate of 0.01.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}

@@ -42,7 +42,7 @@ from magnet_train.common.pretrained import one_line
 from magnet_train.common.torchaudio_import import import_torchaudio
 from magnet_train.conditioning import load_text_encoder
 from magnet_train.data.datamodule import check_shards_per_worker
-from magnet_train.data.pipeline import Item, ShardSet
+from magnet_train.data.shards import Item, ShardSet
 from magnet_train.metrics.embedders import load_embedder
 from magnet_train.metrics.scoring import REFERENCE_METRICS, parse_metric
 from magnet_train.release import SavedModel, check_codec, check_weights
@@ -303,7 +303,9 @@ def check_workers(plan: Plan) -> Iterator[Finding]:
 def check_references(plan: Plan) -> Iterator[Finding]:
     """What the metrics compare with."""
     generation = plan.config.generation
-    needing = [metric for metric in generation.metrics if parse_metric(metric)[0] in REFERENCE_METRICS]
+    needing = [
+        metric for metric in generation.metrics if parse_metric(metric)[0] in REFERENCE_METRICS
+    ]
     if not generation.num_prompts or "validation" not in plan.samples:
         return
     for name in dict.fromkeys(parse_metric(metric)[1] for metric in needing):

@@ -1,4 +1,4 @@
-"""Private parts of Lightning, jsonargparse, wandb and torch that this package uses; no other file uses any.
+"""Private parts of Lightning, jsonargparse, wandb and torch that this package uses.
 
 Each function is named after what it is for, and says in which version the part was seen.
 tests/test_private_api.py calls them all, so that an update which removes one is noticed there.
@@ -139,7 +139,7 @@ class Progress:
         self._loop["_batches_that_stepped"] -= 1
 
 
-# --- jsonargparse 4.53 ----------------------------------------------------------------------------------------------
+# --- jsonargparse 4.53 ----------------------------------------------------------------------------
 
 
 def parse_without_defaults(parser: Any, args: list[str]) -> Any:
@@ -151,7 +151,7 @@ def parse_without_defaults(parser: Any, args: list[str]) -> Any:
         return ArgumentParser.parse_args(parser, args, defaults=False, _skip_validation=True)
 
 
-# --- Lightning 2.6.6: command line ----------------------------------------------------------------------------------
+# --- Lightning 2.6.6: command line ----------------------------------------------------------------
 
 
 @lru_cache

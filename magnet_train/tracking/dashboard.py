@@ -12,7 +12,13 @@ NAME = "magnet_train"
 """The workspace's name as people see it."""
 ID = "magnettrain"
 """Its name in its address."""
-OVER_HOURS = ("val/ce", "val/fad/{embedder}", "val/kl/{embedder}", "val/text/{embedder}", "train/loss")
+OVER_HOURS = (
+    "val/ce",
+    "val/fad/{embedder}",
+    "val/kl/{embedder}",
+    "val/text/{embedder}",
+    "train/loss",
+)
 """Metrics that are plotted over hours of audio too, where runs with other batch sizes compare."""
 
 
