@@ -1,4 +1,4 @@
-"""Folders as audiocraft exports them: numbers that it computed itself, configurations cut down to what is read."""
+"""Folders as audiocraft exports them, with its own numbers and short configurations."""
 
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,35 @@ def codec_settings(ratios: list[int], rate: int) -> dict[str, Any]:
         "sample_rate": rate,
         "channels": 1,
         "encodec": {
-            "autoencoder": "seanet", "quantizer": "rvq", "sample_rate": "${sample_rate}", "channels": "${channels}",
-            "causal": False, "renormalize": False,
+            "autoencoder": "seanet",
+            "quantizer": "rvq",
+            "sample_rate": "${sample_rate}",
+            "channels": "${channels}",
+            "causal": False,
+            "renormalize": False,
         },
         "seanet": {
-            "dimension": 16, "channels": "${channels}", "causal": "${encodec.causal}", "n_filters": 4,
-            "n_residual_layers": 1, "ratios": ratios, "activation": "ELU", "norm": "weight_norm", "kernel_size": 7,
-            "residual_kernel_size": 3, "last_kernel_size": 7, "dilation_base": 2, "pad_mode": "constant",
-            "true_skip": True, "compress": 2, "lstm": 2, "disable_norm_outer_blocks": 0,
+            "dimension": 16,
+            "channels": "${channels}",
+            "causal": "${encodec.causal}",
+            "n_filters": 4,
+            "n_residual_layers": 1,
+            "ratios": ratios,
+            "activation": "ELU",
+            "norm": "weight_norm",
+            "kernel_size": 7,
+            "residual_kernel_size": 3,
+            "last_kernel_size": 7,
+            "dilation_base": 2,
+            "pad_mode": "constant",
+            "true_skip": True,
+            "compress": 2,
+            "lstm": 2,
+            "disable_norm_outer_blocks": 0,
             "decoder": {"trim_right_ratio": 1.0, "final_activation": None},
         },
         "rvq": {"n_q": 4, "bins": 64},
-    }  # fmt: skip
+    }
 
 
 CODECS = {"music32k": ([8, 5, 4, 4], 32_000), "sound16k": ([8, 5, 4, 2], 16_000)}
@@ -42,7 +59,12 @@ def codec_package(name: str = "music32k", **seanet: Any) -> dict[str, Any]:
     settings = codec_settings(*CODECS[name])
     settings["seanet"] |= seanet
     weights = load_file(FIXTURES / "encodec_tiny" / f"{name}_state_dict.safetensors")
-    return {"best_state": weights, "xp.cfg": yaml.safe_dump(settings), "version": "1.4.0a2", "exported": True}
+    return {
+        "best_state": weights,
+        "xp.cfg": yaml.safe_dump(settings),
+        "version": "1.4.0a2",
+        "exported": True,
+    }
 
 
 def model_settings() -> dict[str, Any]:
@@ -55,29 +77,59 @@ def model_settings() -> dict[str, Any]:
         "masking": {"span_len": 3},
         "lm_model": "transformer_lm_magnet",
         "transformer_lm": {
-            "dim": 64, "num_heads": 4, "num_layers": 2, "hidden_scale": 4, "n_q": 4, "card": 64, "causal": False,
-            "norm_first": True, "activation": "gelu", "positional_embedding": "sin", "norm": "layer_norm",
-            "bias_ff": False, "bias_attn": False, "bias_proj": False, "subcodes_context": 5, "segment_duration": 0,
+            "dim": 64,
+            "num_heads": 4,
+            "num_layers": 2,
+            "hidden_scale": 4,
+            "n_q": 4,
+            "card": 64,
+            "causal": False,
+            "norm_first": True,
+            "activation": "gelu",
+            "positional_embedding": "sin",
+            "norm": "layer_norm",
+            "bias_ff": False,
+            "bias_attn": False,
+            "bias_proj": False,
+            "subcodes_context": 5,
+            "segment_duration": 0,
             "span_len": -1,
         },
         "codebooks_pattern": {"modeling": "parallel", "parallel": {"empty_initial": -1}},
-        "conditioners": {"description": {"model": "t5", "t5": {"name": "t5-base", "word_dropout": 0.3}}},
-        "fuser": {"sum": [], "prepend": [], "cross": ["description"], "cross_attention_pos_emb": False},
+        "conditioners": {
+            "description": {"model": "t5", "t5": {"name": "t5-base", "word_dropout": 0.3}}
+        },
+        "fuser": {
+            "sum": [],
+            "prepend": [],
+            "cross": ["description"],
+            "cross_attention_pos_emb": False,
+        },
         "classifier_free_guidance": {"training_dropout": 0.25, "inference_coef": 3.0},
         "generate": {
             "lm": {
-                "use_sampling": True, "temp": 3.0, "top_k": 0, "top_p": 0.9, "max_cfg_coef": 10.0, "min_cfg_coef": 1.0,
-                "decoding_steps": [8, 4, 4, 4], "anneal_temp": True, "span_scoring": "max",
+                "use_sampling": True,
+                "temp": 3.0,
+                "top_k": 0,
+                "top_p": 0.9,
+                "max_cfg_coef": 10.0,
+                "min_cfg_coef": 1.0,
+                "decoding_steps": [8, 4, 4, 4],
+                "anneal_temp": True,
+                "span_scoring": "max",
                 "span_arrangement": "nonoverlap",
             }
         },
-    }  # fmt: skip
+    }
 
 
 def write_audiocraft(
-    folder: Path, dtype: torch.dtype = torch.float16, settings: dict[str, Any] | None = None, codec: Any = None
+    folder: Path,
+    dtype: torch.dtype = torch.float16,
+    settings: dict[str, Any] | None = None,
+    codec: Any = None,
 ) -> Path:
-    """A model's folder: the weights of the tiny reference model, and the tiny music codec unless another is given."""
+    """Folder of the tiny reference model, with the tiny music codec unless another is given."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = load_file(FIXTURES / "lm_tiny" / "state_dict.safetensors")
     package = {
@@ -94,8 +146,14 @@ def write_audiocraft(
 def reference_model(context: int = 5) -> Magnet:
     """The tiny reference model, with its own weights."""
     theirs = load_file(FIXTURES / "lm_tiny" / "state_dict.safetensors")
-    model = Magnet(MagnetConfig(dim=64, num_heads=4, num_layers=2, codebook_size=64, text_dim=768, context=context))
-    model.load_state_dict({name: make() for name, make in to_ours(theirs, correspondence(2, 4)).items()})
+    model = Magnet(
+        MagnetConfig(
+            dim=64, num_heads=4, num_layers=2, codebook_size=64, text_dim=768, context=context
+        )
+    )
+    model.load_state_dict(
+        {name: make() for name, make in to_ours(theirs, correspondence(2, 4)).items()}
+    )
     return model.eval()
 
 

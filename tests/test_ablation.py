@@ -1,4 +1,4 @@
-"""The ablation's table and plot from made-up run folders: the figures by hand, and what must not go unsaid."""
+"""The ablation's table and plot from made-up run folders."""
 
 import json
 import math
@@ -19,7 +19,11 @@ FAD = {1: [30.0, 31.0, 32.0], 3: [10.0, 11.0, 12.0], 5: [12.0, 13.0, 14.0]}
 def make(folder: Path, values: dict[int, list[float]], **parameters: object) -> list[Run]:
     """Finished runs of a sweep over span lengths with a seed for each value."""
     seeds = list(range(max(map(len, values.values()))))
-    grid = {"seed_everything": {"values": seeds}, "model.span_len": {"values": list(values)}, **parameters}
+    grid = {
+        "seed_everything": {"values": seeds},
+        "model.span_len": {"values": list(values)},
+        **parameters,
+    }
     content = {"method": "grid", "parameters": grid, "command": ["magnet_train", "fit", "${args}"]}
     file = folder / "spans.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -33,7 +37,12 @@ def make(folder: Path, values: dict[int, list[float]], **parameters: object) -> 
 
 def finish(run: Run, config: dict | None = None, **after: float) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
-    after |= {"val/ce/stage0": 1.0, "val/ce/stage0/rate0.5": 1.0, "val/fad/musicnn_ci95": 2.0, "val/num_clips": 24.0}
+    after |= {
+        "val/ce/stage0": 1.0,
+        "val/ce/stage0/rate0.5": 1.0,
+        "val/fad/musicnn_ci95": 2.0,
+        "val/num_clips": 24.0,
+    }
     metrics = {k: {"before": None, "after": v} for k, v in after.items()}
     (run.folder / "summary.json").write_text(json.dumps({"metrics": metrics}))
     own = {"model": {"span_len": run.values["model.span_len"]}, "trainer": {"max_steps": 800}}
@@ -50,7 +59,9 @@ def test_the_interval_is_students_over_seeds():
     assert mean.value == 2 and mean.half_width == pytest.approx(4.3026527 / math.sqrt(3), rel=1e-6)
     assert Mean.of([5.0]) == Mean(5.0, None, 1)
     assert Mean.of([2.0, 2.0]).half_width == 0
-    assert Mean.of([1.0, 2.0, 3.0]).overlaps(Mean.of([6.0, 6.5, 7.0])) is (4.5 <= 2.4841377 + 1.2420689)
+    assert Mean.of([1.0, 2.0, 3.0]).overlaps(Mean.of([6.0, 6.5, 7.0])) is (
+        4.5 <= 2.4841377 + 1.2420689
+    )
 
 
 def test_a_row_for_each_setting_and_what_overlaps_below(tmp_path):
@@ -61,7 +72,9 @@ def test_a_row_for_each_setting_and_what_overlaps_below(tmp_path):
     assert rows[2:5] == [["1", "3", "31 ± 2.5"], ["3", "3", "11 ± 2.5"], ["5", "3", "13 ± 2.5"]]
     assert rows[5] == ["run", "val/fad/musicnn"]  # one by one
     singles = sorted(float(value) for _, value in rows[7:])
-    assert len(singles) == 9 and singles == sorted(value for values in FAD.values() for value in values)
+    assert len(singles) == 9 and singles == sorted(
+        value for values in FAD.values() for value in values
+    )
     overlap = [line for line in lines if "overlap" in line]
     assert overlap == [
         "- `val/fad/musicnn`: no difference (intervals overlap) between span_len=3 and span_len=5."
@@ -76,7 +89,9 @@ def test_all_or_none_overlapping_is_said_too(tmp_path):
         return read_ablation(make(tmp_path / name, values)).verdict("val/fad/musicnn")
 
     assert "all settings differ" in said("none", {1: [1.0, 1.1, 1.2], 3: [9.0, 9.1, 9.2]})
-    assert "no difference between any settings" in said("all", {1: [1.0, 2.0, 3.0], 3: [1.5, 2.5, 3.5]})
+    assert "no difference between any settings" in said(
+        "all", {1: [1.0, 2.0, 3.0], 3: [1.5, 2.5, 3.5]}
+    )
     assert "only one setting, nothing to compare" in said("alone", {1: [1.0, 2.0, 3.0]})
     assert "no interval with a single seed" in said("one seed", {1: [1.0], 3: [9.0]})
 
@@ -103,7 +118,9 @@ def test_a_metric_that_some_runs_lack_is_named(tmp_path):
     ablation = read_ablation(runs)
     assert ablation.notes == ["`val/kl/musicnn`: missing in runs of 3 of 3 settings."]
     lines = ablation.markdown("x").splitlines()
-    assert [cells(line)[1:] for line in lines if line.startswith("| 1 ")] == [["3", "31 ± 2.5", "1"]]
+    assert [cells(line)[1:] for line in lines if line.startswith("| 1 ")] == [
+        ["3", "31 ± 2.5", "1"]
+    ]
     assert [cells(line)[1:] for line in lines if line.startswith("| 3 ")] == [["3", "11 ± 2.5", ""]]
 
 
@@ -115,9 +132,13 @@ def test_settings_that_differ_beside_the_varied_ones_are_named(tmp_path, monkeyp
     finish(runs[1], resumed, **{"val/fad/musicnn": 10.0})
     csv = {"trainer": {"max_steps": 800, "default_root_dir": str(runs[2].folder.absolute())}}
     finish(runs[2], csv, **{"val/fad/musicnn": 12.0})
-    assert read_ablation(runs).notes == []  # neither varied values, nor the run's own folder, nor that it was resumed
+    assert (
+        read_ablation(runs).notes == []
+    )  # neither varied values, nor the run's own folder, nor that it was resumed
     finish(runs[4], {"trainer": {"max_steps": 400}}, **{"val/fad/musicnn": 11.0})
-    assert any("Runs also differ in trainer.max_steps** (800, 400)" in n for n in read_ablation(runs).notes)
+    assert any(
+        "Runs also differ in trainer.max_steps** (800, 400)" in n for n in read_ablation(runs).notes
+    )
     (runs[4].folder / "config.yaml").unlink()
     assert any("No config.yaml" in n and runs[4].name in n for n in read_ablation(runs).notes)
 
@@ -133,12 +154,18 @@ def test_what_is_no_result_stops_the_table(tmp_path, capsys):
     (runs[0].folder / "summary.json").write_text('{"metrics": {}}')
     with pytest.raises(UserError, match="holds no metrics"):
         read_ablation(runs)
-    assert main(["sweep", str(tmp_path / "spans.yaml"), "--out", str(tmp_path / "other"), "--table"]) == 2
+    assert (
+        main(["sweep", str(tmp_path / "spans.yaml"), "--out", str(tmp_path / "other"), "--table"])
+        == 2
+    )
     assert "no run is finished" in capsys.readouterr().err
 
 
 def test_the_verb_draws_the_table_again_and_runs_nothing(tmp_path, capsys):
     make(tmp_path, FAD | {5: [12.0]})
-    assert main(["sweep", str(tmp_path / "spans.yaml"), "--out", str(tmp_path / "spans"), "--table"]) == 0
+    assert (
+        main(["sweep", str(tmp_path / "spans.yaml"), "--out", str(tmp_path / "spans"), "--table"])
+        == 0
+    )
     assert str(tmp_path / "spans" / "table.md") in capsys.readouterr().out
     assert "2 of 9 runs are not finished" in (tmp_path / "spans" / "table.md").read_text()

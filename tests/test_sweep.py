@@ -1,4 +1,4 @@
-"""Sweeps: the shipped files as W&B's agent and our own parser read them, and what happens to runs that fail or stop."""
+"""Sweeps: shipped files as W&B's agent and our parser read them; runs that fail or stop."""
 
 import itertools
 import json
@@ -25,9 +25,12 @@ ROOT = Path(__file__).parents[1]
 SBATCH = ROOT / "conf" / "slurm"
 SWEEPS = sorted(p.name for p in (ROOT / "conf" / "sweep").glob("*.yaml"))
 ABLATIONS = sorted(p.name for p in (ROOT / "conf" / "ablation").glob("*.yaml"))
-HEAD = {"method": "grid", "command": ["${env}", "${interpreter}", "-m", "magnet_train", "fit", "${args}"]}
+HEAD = {
+    "method": "grid",
+    "command": ["${env}", "${interpreter}", "-m", "magnet_train", "fit", "${args}"],
+}
 
-# A `fit` that takes no time. It notes when it ran, with which checkpoint, and whether it ended as it was told to.
+# A `fit` that takes no time. It notes when it ran, with which checkpoint, and how it ended.
 FAKE_FIT = """
 import json, os, pathlib, signal, sys, time
 given = dict(a[2:].split("=", 1) for a in sys.argv[1:] if a.startswith("--"))
@@ -37,14 +40,16 @@ def note(**what):
     with open(folder / "notes", "a") as file:
         file.write(json.dumps(what) + "\\n")
 signal.signal(signal.SIGTERM, lambda *_: (note(told_to_end=time.time()), os._exit(143)))
-note(pid=os.getpid(), start=time.time(), ckpt=given.get("ckpt_path"), mode=os.environ.get("WANDB_MODE"))
+mode = os.environ.get("WANDB_MODE")
+note(pid=os.getpid(), start=time.time(), ckpt=given.get("ckpt_path"), mode=mode)
 if given.get("x") == "bad":
     print("epoch 0\\nerror: the shards are gone\\n\\x1b[1;34mwandb\\x1b[0m: goodbye")
     sys.exit(2)
 time.sleep(float(given.get("wait", "0")))
 while not all(map(os.path.exists, filter(None, given.get("until", "").split(":")))):
     time.sleep(0.02)
-(folder / "summary.json").write_text(json.dumps({"metrics": {"val/ce": {"before": None, "after": 1.0}}}))
+metrics = {"val/ce": {"before": None, "after": 1.0}}
+(folder / "summary.json").write_text(json.dumps({"metrics": metrics}))
 note(end=time.time())
 """
 
@@ -76,24 +81,28 @@ def status(*args: object) -> int:
         return int(end.code or 0)
 
 
-# --- the shipped files --------------------------------------------------------------------------------------------
+# --- the shipped files ----------------------------------------------------------------------------
 
 
 def agents_argv(name: str, point: dict, folder: Path) -> list[str]:
-    """What a W&B agent starts for a point of a shipped sweep, as the process itself gets it; after `fit`."""
+    """Arguments after `fit` of the process that a W&B agent starts for a point of a sweep."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     config = yaml.safe_load((ROOT / "conf" / "sweep" / name).read_text())
     given = create_sweep_command_args({"args": {k: {"value": v} for k, v in point.items()}})
     given |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [config["program"]]}
     argv: list[str] = []
-    for word in create_sweep_command(list(config["command"])):  # as wandb_agent.Agent._command_run puts it together
+    for word in create_sweep_command(
+        list(config["command"])
+    ):  # as wandb_agent.Agent._command_run puts it together
         argv += given[word[2:-1]] if word.startswith("${") and word.endswith("}") else [word]
     python = folder / "python"
     python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     python.chmod(0o755)
     env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "WANDB_RUN_ID": "abc123"}
-    said = subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    said = subprocess.run(
+        argv, env=env, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert said[:3] == ["-m", "magnet_train", "fit"]
     return said[3:]
 
@@ -106,7 +115,9 @@ def points(name: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_what_wandbs_agent_starts_our_parser_takes_and_our_sweep_starts_too(name, tmp_path, monkeypatch, capsys):
+def test_what_wandbs_agent_starts_our_parser_takes_and_our_sweep_starts_too(
+    name, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(ROOT)
     file = Path("conf/sweep") / name
     runs = read_sweep(file, tmp_path)
@@ -125,22 +136,32 @@ def test_what_wandbs_agent_starts_our_parser_takes_and_our_sweep_starts_too(name
             found = found[part]
         assert found == value, parameter
     logger = config["trainer"]["logger"][0]["init_args"]
-    assert not logger["offline"] and logger["name"] is None  # or an agent's runs never reach the server
+    assert (
+        not logger["offline"] and logger["name"] is None
+    )  # or an agent's runs never reach the server
 
 
 @pytest.mark.parametrize("base", ["training", "decoding"])
 def test_every_ablation_is_parsed_over_its_base(base, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    mine = [n for n in ABLATIONS if n.startswith(("span_len", "context", "stage")) == (base == "training")]
+    mine = [
+        n
+        for n in ABLATIONS
+        if n.startswith(("span_len", "context", "stage")) == (base == "training")
+    ]
     mine = [f"{base}.yaml", *(n for n in mine if n not in ("training.yaml", "decoding.yaml"))]
-    configs = (["conf/demo.yaml"] if base == "training" else []) + [f"conf/ablation/{n}" for n in mine]
+    configs = (["conf/demo.yaml"] if base == "training" else []) + [
+        f"conf/ablation/{n}" for n in mine
+    ]
     with pytest.raises(SystemExit) as end:
         main(["fit", *(f"--config={c}" for c in configs), "--print_config"])
     assert end.value.code == 0 and len(mine) > 5
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [f"ablation/{n}" for n in ABLATIONS] + [f"sweep/{n}" for n in SWEEPS])
+@pytest.mark.parametrize(
+    "name", [f"ablation/{n}" for n in ABLATIONS] + [f"sweep/{n}" for n in SWEEPS]
+)
 def test_a_file_begins_with_question_base_command_cost_and_expectation(name):
     lines = (ROOT / "conf" / name).read_text().splitlines()
     head = [line for line in lines if line.startswith("#")]
@@ -153,7 +174,9 @@ def test_a_file_begins_with_question_base_command_cost_and_expectation(name):
 
 def test_the_sweeps_hold_what_they_promise():
     def values(name: str, parameter: str) -> list:
-        return yaml.safe_load((ROOT / "conf" / "sweep" / name).read_text())["parameters"][parameter]["values"]
+        return yaml.safe_load((ROOT / "conf" / "sweep" / name).read_text())["parameters"][
+            parameter
+        ]["values"]
 
     assert values("span_len.yaml", "model.span_len") == [1, 2, 3, 5, 7, 10]
     assert values("context.yaml", "model.network.context") == [2, 5, 10, 25, -1]
@@ -164,7 +187,7 @@ def test_the_sweeps_hold_what_they_promise():
     }
 
 
-# --- the grid -----------------------------------------------------------------------------------------------------
+# --- the grid -------------------------------------------------------------------------------------
 
 
 def test_the_grid_is_in_the_order_of_the_file_and_names_come_from_values(tmp_path):
@@ -176,18 +199,26 @@ def test_the_grid_is_in_the_order_of_the_file_and_names_come_from_values(tmp_pat
     }
     runs = read_sweep(write(tmp_path / "s.yaml", parameters=parameters), tmp_path / "out")
     assert [r.name for r in runs[:3]] == [
-        "seed_everything=1,steps=20-5,on=True", "seed_everything=1,steps=20-5,on=False",
+        "seed_everything=1,steps=20-5,on=True",
+        "seed_everything=1,steps=20-5,on=False",
         "seed_everything=1,steps=1,on=True",
-    ]  # fmt: skip
+    ]
     assert len(runs) == len({r.folder for r in runs}) == 8
     assert runs[0].args == [
-        "--seed_everything=1", "--model.lr=0.1", "--a.steps=[20, 5]", "--b.on=True",
+        "--seed_everything=1",
+        "--model.lr=0.1",
+        "--a.steps=[20, 5]",
+        "--b.on=True",
         f"--trainer.default_root_dir={runs[0].folder}",
-    ]  # fmt: skip
+    ]
 
 
 def test_parameters_of_the_same_last_name_are_named_in_full(tmp_path):
-    parameters = {"model.seed": {"values": [-1]}, "data.seed": {"values": [0, 1]}, "x.lr": {"values": [5, 6]}}
+    parameters = {
+        "model.seed": {"values": [-1]},
+        "data.seed": {"values": [0, 1]},
+        "x.lr": {"values": [5, 6]},
+    }
     runs = read_sweep(write(tmp_path / "s.yaml", parameters=parameters), tmp_path)
     assert runs[0].name == "model.seed=-1,data.seed=0,lr=5"
 
@@ -196,31 +227,49 @@ BAD = {
     "nothing there": (None, "unreadable"),
     "no sweep": ({"trainer": {"max_steps": 4}}, "a sweep needs"),
     "not YAML": ("a: [", "unreadable"),
-    "bayes": (HEAD | {"method": "bayes", "parameters": {"x": {"min": 0, "max": 1}}}, "method=bayes needs a W&B server"),
-    "random": (HEAD | {"method": "random", "parameters": {"x": {"values": [1]}}}, "method=random needs a W&B server"),
+    "bayes": (
+        HEAD | {"method": "bayes", "parameters": {"x": {"min": 0, "max": 1}}},
+        "method=bayes needs a W&B server",
+    ),
+    "random": (
+        HEAD | {"method": "random", "parameters": {"x": {"values": [1]}}},
+        "method=random needs a W&B server",
+    ),
     "a range": (HEAD | {"parameters": {"x": {"min": 0, "max": 1}}}, "parameter x: a grid needs"),
     "no values": (HEAD | {"parameters": {"x": {"values": []}}}, "parameter x: a grid needs"),
-    "nested": (HEAD | {"parameters": {"x": {"parameters": {"y": {"values": [1]}}}}}, "parameter x: a grid needs"),
+    "nested": (
+        HEAD | {"parameters": {"x": {"parameters": {"y": {"values": [1]}}}}},
+        "parameter x: a grid needs",
+    ),
     "nothing to vary": (HEAD | {"parameters": {}}, "no parameters"),
     "None": (HEAD | {"parameters": {"x": {"values": [1, None]}}}, '"null" in quotes'),
     "twice": (HEAD | {"parameters": {"x": {"values": [1, 2, 1]}}}, "two runs are named x=1"),
-    "alike in a name": (HEAD | {"parameters": {"x": {"values": ["a b", "a/b"]}}}, "two runs are named x=a-b"),
+    "alike in a name": (
+        HEAD | {"parameters": {"x": {"values": ["a b", "a/b"]}}},
+        "two runs are named x=a-b",
+    ),
     "another program": (
         HEAD | {"parameters": {"x": {"values": [1]}}, "command": ["train.py", "${args}"]},
         "command is not",
     ),
     "a macro": (
-        HEAD | {"parameters": {"x": {"values": [1]}}, "command": ["magnet_train", "fit", "${args_json}", "${args}"]},
+        HEAD
+        | {
+            "parameters": {"x": {"values": [1]}},
+            "command": ["magnet_train", "fit", "${args_json}", "${args}"],
+        },
         "only W&B's agent fills in",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_file_gets_one_line(case, tmp_path, capsys, fake):
     content, want = BAD[case]
     if content is not None:
-        (tmp_path / "s.yaml").write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        (tmp_path / "s.yaml").write_text(
+            content if isinstance(content, str) else yaml.safe_dump(content)
+        )
     assert status(tmp_path / "s.yaml", "--out", fake) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and want in lines[0] and "s.yaml" in lines[0]
@@ -237,11 +286,13 @@ def test_a_value_of_the_wrong_type_is_found_before_anything_starts(tmp_path, cap
     assert status(file, "--jobs", 0) == 2 and "--jobs 0" in capsys.readouterr().err
 
 
-# --- the scheduler ------------------------------------------------------------------------------------------------
+# --- the scheduler --------------------------------------------------------------------------------
 
 
 def test_runs_go_one_after_another_and_finished_ones_stay(tmp_path, fake, capsys):
-    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [3, 1, 2]}, "wait": {"value": 0.1}})
+    file = write(
+        tmp_path / "s.yaml", parameters={"x": {"values": [3, 1, 2]}, "wait": {"value": 0.1}}
+    )
     assert status(file, "--out", fake) == 0
     said = [notes(fake / f"x={x}") for x in (3, 1, 2)]
     assert [len(n) for n in said] == [2, 2, 2]
@@ -255,8 +306,13 @@ def test_runs_go_one_after_another_and_finished_ones_stay(tmp_path, fake, capsys
 
 
 def test_as_many_run_together_as_jobs_say(tmp_path, fake):
-    until = ":".join(str(fake / f"x={x}" / "notes") for x in (1, 2))  # neither of these ends before both have begun
-    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2, 3, 4, 5]}, "until": {"value": until}})
+    until = ":".join(
+        str(fake / f"x={x}" / "notes") for x in (1, 2)
+    )  # neither of these ends before both have begun
+    file = write(
+        tmp_path / "s.yaml",
+        parameters={"x": {"values": [1, 2, 3, 4, 5]}, "until": {"value": until}},
+    )
     assert status(file, "--out", fake, "--jobs", 2) == 0
     spans = [(n[0]["start"], n[1]["end"]) for n in (notes(fake / f"x={x}") for x in range(1, 6))]
     together = [sum(a <= start < b for a, b in spans) for start, _ in spans]
@@ -278,7 +334,10 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, fake, capsys):
     file = write(tmp_path / "s.yaml", parameters={"x": {"values": ["bad", 2]}})
     assert status(file, "--out", fake) == 1
     out = capsys.readouterr().out
-    assert "failed, exit status 2: error: the shards are gone" in out and "1 of 2 runs are finished" in out
+    assert (
+        "failed, exit status 2: error: the shards are gone" in out
+        and "1 of 2 runs are finished" in out
+    )
     assert (fake / "x=2" / "summary.json").is_file()
     assert "1 of 2 runs are not finished" in (fake / "table.md").read_text()
 
@@ -286,14 +345,20 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, fake, capsys):
 def start_sweep(file: Path, out: Path) -> "subprocess.Popen[str]":
     """The command in a process of its own, with FAKE_FIT."""
     code = (
-        "import sys, magnet_train.cli.commands, magnet_train.sweeps.sweep\nfrom magnet_train.__main__ import main\n"
-        f"magnet_train.sweeps.sweep.FIT = {magnet_train.sweeps.sweep.FIT!r}\nmagnet_train.cli.commands.check_fit = lambda args: None\n"
+        "import sys, magnet_train.cli.commands, magnet_train.sweeps.sweep\n"
+        "from magnet_train.__main__ import main\n"
+        f"magnet_train.sweeps.sweep.FIT = {magnet_train.sweeps.sweep.FIT!r}\n"
+        "magnet_train.cli.commands.check_fit = lambda args: None\n"
         f"sys.exit(main(['sweep', {str(file)!r}, '--out', {str(out)!r}, '--jobs', '2']))"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
 
 
 def wait_for_files(*files: Path) -> None:
@@ -310,8 +375,12 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_the_runs_and_says_one_line(number, tmp_path, fake):
-    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2, 3]}, "wait": {"value": 500}})
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    file = write(
+        tmp_path / "s.yaml", parameters={"x": {"values": [1, 2, 3]}, "wait": {"value": 500}}
+    )
+    previous = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore it
     try:
         process = start_sweep(file, fake)
     finally:
@@ -326,10 +395,17 @@ def test_an_interruption_ends_the_runs_and_says_one_line(number, tmp_path, fake)
     assert not (fake / "x=3").exists()
 
 
-def test_an_interruption_as_a_run_is_started_leaves_none_behind(tmp_path, fake, monkeypatch, capsys):
-    file, started = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2]}, "wait": {"value": 500}}), []
+def test_an_interruption_as_a_run_is_started_leaves_none_behind(
+    tmp_path, fake, monkeypatch, capsys
+):
+    file, started = (
+        write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2]}, "wait": {"value": 500}}),
+        [],
+    )
 
-    def start_told(run: magnet_train.sweeps.sweep.Run, jobs: int, start: Any = magnet_train.sweeps.sweep._start) -> Any:
+    def start_told(
+        run: magnet_train.sweeps.sweep.Run, jobs: int, start: Any = magnet_train.sweeps.sweep._start
+    ) -> Any:
         started.append(start(run, jobs))
         os.kill(os.getpid(), signal.SIGTERM)
         return started[-1]
@@ -353,9 +429,13 @@ def test_under_nohup_a_sweep_outlives_its_terminal(tmp_path, fake):
     assert process.returncode == 0 and (fake / "x=1" / "summary.json").is_file()
 
 
-def test_a_run_that_a_killed_sweep_left_behind_is_waited_for_not_started_twice(tmp_path, fake, monkeypatch):
+def test_a_run_that_a_killed_sweep_left_behind_is_waited_for_not_started_twice(
+    tmp_path, fake, monkeypatch
+):
     until, said = tmp_path / "until", []
-    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1]}, "until": {"value": str(until)}})
+    file = write(
+        tmp_path / "s.yaml", parameters={"x": {"values": [1]}, "until": {"value": str(until)}}
+    )
     process = start_sweep(file, fake)
     wait_for_files(fake / "x=1" / "notes")
     process.kill()
@@ -371,12 +451,16 @@ def test_a_run_that_a_killed_sweep_left_behind_is_waited_for_not_started_twice(t
     assert len([n for n in notes(fake / "x=1") if "start" in n]) == 1
 
 
-# --- SLURM --------------------------------------------------------------------------------------------------------
+# --- SLURM ----------------------------------------------------------------------------------------
 
 
-def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(tmp_path, fake, capsys, monkeypatch):
+def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(
+    tmp_path, fake, capsys, monkeypatch
+):
     fake = tmp_path / "runs of 'mine'"
-    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [0, 1, 2]}, "y": {"value": "a b"}})
+    file = write(
+        tmp_path / "s.yaml", parameters={"x": {"values": [0, 1, 2]}, "y": {"value": "a b"}}
+    )
     (fake / "x=0").mkdir(parents=True)
     (fake / "x=0" / "summary.json").write_text('{"metrics": {"val/ce": {"after": 1.0}}}')
     tools = tmp_path / "tools"
@@ -384,8 +468,15 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(tmp_path, 
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
     assert status(file, "--out", fake, "--slurm", "--jobs", 4) == 2
     said = capsys.readouterr().err.strip()
-    words = shlex.split(said.removeprefix("error: no sbatch here, nothing was submitted; run where there is one: "))
-    assert words[2] == "--array=1,2%4" and words[4:] == [str(SBATCH / "sweep.sbatch"), str(file), "--out", str(fake)]
+    words = shlex.split(
+        said.removeprefix("error: no sbatch here, nothing was submitted; run where there is one: ")
+    )
+    assert words[2] == "--array=1,2%4" and words[4:] == [
+        str(SBATCH / "sweep.sbatch"),
+        str(file),
+        "--out",
+        str(fake),
+    ]
     # The job as SLURM would run it, with the interpreter that has the fake `fit`.
     program(tools / "srun", 'shift; exec "$@"')
     program(tools / "python", f'shift 2\nexec {sys.executable} {tmp_path / "with_fake.py"} "$@"')
@@ -394,7 +485,11 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(tmp_path, 
         f"magnet_train.sweeps.sweep.FIT = {magnet_train.sweeps.sweep.FIT!r}\nsys.exit(main())\n"
     )
     for task in ("0", "1", "2"):
-        env = os.environ | {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": task, "PYTHONPATH": str(ROOT)}
+        env = os.environ | {
+            "SLURM_ARRAY_JOB_ID": "5",
+            "SLURM_ARRAY_TASK_ID": task,
+            "PYTHONPATH": str(ROOT),
+        }
         subprocess.run(["bash", *words[4:]], env=env, check=True, cwd=tmp_path)
     assert not (fake / "x=0" / "notes").exists()
     assert [notes(fake / f"x={x}")[0]["mode"] for x in (1, 2)] == ["offline"] * 2
@@ -415,7 +510,9 @@ def test_a_task_leaves_a_run_alone_that_another_process_has(tmp_path, fake, caps
     os.close(lock)
 
 
-def test_sbatch_is_called_where_it_is_and_its_refusal_is_one_line(tmp_path, fake, capsys, monkeypatch):
+def test_sbatch_is_called_where_it_is_and_its_refusal_is_one_line(
+    tmp_path, fake, capsys, monkeypatch
+):
     file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2]}})
     program(tmp_path / "sbatch", f'echo "$@" > {tmp_path / "asked"}; echo "Submitted batch job 77"')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -424,31 +521,59 @@ def test_sbatch_is_called_where_it_is_and_its_refusal_is_one_line(tmp_path, fake
     assert "--array=0,1 " in (tmp_path / "asked").read_text()
     program(tmp_path / "sbatch", 'echo "invalid partition" >&2; exit 1')
     assert status(file, "--out", fake, "--slurm") == 2
-    assert "sbatch refuses the job (invalid partition); set SBATCH_PARTITION" in capsys.readouterr().err
+    assert (
+        "sbatch refuses the job (invalid partition); set SBATCH_PARTITION"
+        in capsys.readouterr().err
+    )
 
 
-# --- for real -----------------------------------------------------------------------------------------------------
+# --- for real -------------------------------------------------------------------------------------
 
 TINY = [
-    "--model.network.dim=32", "--model.network.num_heads=2", "--model.network.num_layers=2", "--model.crop_s=3.2",
-    "--model.optimizer.warmup_steps=1", "--data.batch_size=2", "--data.num_workers=0", "--trainer.accelerator=cpu",
-    "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null",
-    "--trainer.limit_val_batches=1", "--generation.at_start=false", "--trainer.num_sanity_val_steps=0",
-    "--trainer.enable_model_summary=false", "--trainer.enable_progress_bar=false", "--trainer.logger=false",
+    "--model.network.dim=32",
+    "--model.network.num_heads=2",
+    "--model.network.num_layers=2",
+    "--model.crop_s=3.2",
+    "--model.optimizer.warmup_steps=1",
+    "--data.batch_size=2",
+    "--data.num_workers=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_steps=2",
+    "--trainer.val_check_interval=2",
+    "--trainer.check_val_every_n_epoch=null",
+    "--trainer.limit_val_batches=1",
+    "--generation.at_start=false",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.enable_model_summary=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.logger=false",
     "--generation.num_prompts=0",
-]  # fmt: skip
+]
 
 
 @pytest.mark.slow
 def test_a_real_sweep_that_was_stopped_after_its_first_run_goes_on_with_the_second(tmp_path):
     (tmp_path / "base.yaml").write_text("{}\n")
-    command = ["-m", "magnet_train", "fit", "--config", str(tmp_path / "base.yaml"), *TINY, "${args}"]
+    command = [
+        "-m",
+        "magnet_train",
+        "fit",
+        "--config",
+        str(tmp_path / "base.yaml"),
+        *TINY,
+        "${args}",
+    ]
     parameters = {"seed_everything": {"values": [1, 2]}, "model.span_len": {"value": 5}}
-    file, out = write(tmp_path / "spans.yaml", command=command, parameters=parameters), tmp_path / "out"
+    file, out = (
+        write(tmp_path / "spans.yaml", command=command, parameters=parameters),
+        tmp_path / "out",
+    )
     first, second = (out / f"seed_everything={seed}" for seed in (1, 2))
     words = [sys.executable, "-m", "magnet_train", "sweep", str(file), "--out", str(out)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     wait_for_files(first / "summary.json", second / "log.txt")
     process.terminate()
     said, err = process.communicate(timeout=LONGEST_S)
@@ -460,7 +585,12 @@ def test_a_real_sweep_that_was_stopped_after_its_first_run_goes_on_with_the_seco
     assert "2 of 2 runs are finished" in done.stdout
     assert (first / "summary.json").stat().st_mtime_ns == before
     table = (out / "table.md").read_text()
-    assert "| all |" not in table and "± " in table and "Runs also differ" not in table and "No config" not in table
+    assert (
+        "| all |" not in table
+        and "± " in table
+        and "Runs also differ" not in table
+        and "No config" not in table
+    )
     config = yaml.safe_load((second / "config.yaml").read_text())
     assert config["model"]["span_len"] == 5 and config["seed_everything"] == 2
 
@@ -472,12 +602,24 @@ def test_the_base_of_decoding_ablations_validates_the_model_as_it_was_loaded(tmp
     from magnet_train.release import SavedModel
 
     monkeypatch.chdir(ROOT)
-    quick = ["--trainer.logger=false", "--trainer.limit_val_batches=1", "--generation.num_prompts=0"]
+    quick = [
+        "--trainer.logger=false",
+        "--trainer.limit_val_batches=1",
+        "--generation.num_prompts=0",
+    ]
     folder = f"--trainer.default_root_dir={tmp_path}"
-    assert main(["fit", "--config=conf/ablation/decoding.yaml", "--data.num_workers=0", *quick, folder]) == 0
+    assert (
+        main(
+            ["fit", "--config=conf/ablation/decoding.yaml", "--data.num_workers=0", *quick, folder]
+        )
+        == 0
+    )
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     loaded = SavedModel.open("demo").weights()
-    assert all(torch.equal(checkpoint["state_dict"][f"network.{k}"], v.float()) for k, v in loaded.items())
+    assert all(
+        torch.equal(checkpoint["state_dict"][f"network.{k}"], v.float()) for k, v in loaded.items()
+    )
     assert any(  # and it is the average that does it: the raw weights have moved
-        not torch.equal(checkpoint["current_model_state"][f"network.{k}"], v.float()) for k, v in loaded.items()
+        not torch.equal(checkpoint["current_model_state"][f"network.{k}"], v.float())
+        for k, v in loaded.items()
     )

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.torchaudio_import import import_torchaudio, ensure_torchaudio_imports
+from magnet_train.common.torchaudio_import import ensure_torchaudio_imports, import_torchaudio
 
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Puts a pretended torchaudio first on the path; `package` and `extension` are the code of its modules."""
+    """Puts a fake torchaudio first on the path, from the code of its modules."""
     held = {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "torchaudio"}
     for name in held:
         del sys.modules[name]
@@ -37,7 +37,9 @@ def forced_align(): ...
 """
 
 
-@pytest.mark.parametrize("failure", ["OSError('libcudart')", "RuntimeError('CUDA mismatch')", "ImportError('lib')"])
+@pytest.mark.parametrize(
+    "failure", ["OSError('libcudart')", "RuntimeError('CUDA mismatch')", "ImportError('lib')"]
+)
 def test_a_broken_extension_is_left_out(install, failure: str):
     install(PACKAGE, f"raise {failure}")
     ensure_torchaudio_imports()
