@@ -7,7 +7,12 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from magnet_train.common.errors import REMEDIES, UserError, integer_from_environment, user_error_from
+from magnet_train.common.errors import (
+    REMEDIES,
+    UserError,
+    integer_from_environment,
+    user_error_from,
+)
 
 
 def raised(*errors: BaseException) -> BaseException:
