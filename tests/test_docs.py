@@ -12,11 +12,10 @@ DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs"
 
 
 def sentences() -> list[str]:
-    """Every literal text of the package; an f-string's parts between its values count as texts of their own."""
+    """Every literal text of the package; the parts of an f-string count separately."""
     trees = [ast.parse(path.read_text()) for path in sorted((ROOT / "magnet_train").rglob("*.py"))]
-    return [
-        n.value for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-    ]
+    nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return [node.value for node in nodes if isinstance(node.value, str)]
 
 
 def quoted_errors() -> list[str]:
@@ -40,11 +39,27 @@ def test_links_lead_somewhere(name):
 
 
 def test_contributing_quotes_the_code_as_it_is():
-    code = "\n".join(
-        path.read_text() for folder in ("magnet_train", "tests") for path in sorted((ROOT / folder).rglob("*.py"))
-    )
+    folders = (ROOT / "magnet_train", ROOT / "tests")
+    code = "\n".join(path.read_text() for folder in folders for path in folder.rglob("*.py"))
     flat = re.sub(r"\s+", " ", code)
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
     assert len(examples) == 3
     for example in examples:
         assert re.sub(r"\s+", " ", example).strip() in flat, example.splitlines()[0]
+
+
+def drawing(document: str) -> str:
+    """The layout in a document, without its fences."""
+    return (ROOT / document).read_text().split("## Layout")[1].split("```")[1]
+
+
+def test_the_layout_is_drawn_once_and_has_every_file_of_the_package():
+    assert drawing("README.md") == drawing("CONTRIBUTING.md")
+    for path in (ROOT / "magnet_train").iterdir():
+        name = f"{path.name}/" if path.is_dir() else path.name
+        if not name.startswith("_") and name != "py.typed":
+            assert re.search(rf"(?m)[ ─]{re.escape(name)}( |$)", drawing("README.md")), name
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 8_000
