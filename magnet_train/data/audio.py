@@ -1,7 +1,20 @@
-"""Audio files to waveforms at the codec's rate: wav, flac, ogg, mp3, any rate, any number of channels."""
+"""Audio files to waveforms at the codec's rate, any rate, any number of channels.
 
+libsndfile reads what it can; ffmpeg, where it is installed, what libsndfile cannot. The length of a
+file is what its decoder delivers: headers of MP3 estimate it, files joined end to end hold several
+streams, and programs that write to a pipe do not know it.
+"""
+
+import io
 import os
+import re
+import shutil
+import stat
+import subprocess
+import threading
+from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 import numpy as np
 import soundfile
@@ -9,32 +22,39 @@ import soxr
 
 from magnet_train.common.errors import UserError
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif")
+SOUNDFILE_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus", ".aiff", ".aif")
+FFMPEG_SUFFIXES = (".m4a", ".m4b", ".aac", ".wma", ".ape", ".wv", ".webm", ".ac3", ".amr")
+SUFFIXES = SOUNDFILE_SUFFIXES + FFMPEG_SUFFIXES
+MIN_RATE, MAX_RATE = 1_000, 768_000
+"""Sample rates that are read, in Hz."""
+MAX_PEAK = 10.0
+"""20 dB above full scale; louder samples are integers that were written as floats."""
+MAX_VALUES = 1 << 31
+"""Samples of all channels of a file; they are held in memory as float32."""
+FFMPEG_TIMEOUT_S = 600
+SIZE_TOLERANCE = 8
+"""Bytes by which programs count a WAV wrongly: its own head, or a pad byte that is not there."""
+BLOCK_FRAMES = 1 << 20
 
 
 def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
-    """The whole file as float32 `channels t`; mono is the mean of all channels, stereo of a mono file its copy.
+    """The whole file as float32 `channels t`; mono is the mean of all channels, stereo its copy.
 
     Args:
-        path: of a file that libsndfile reads.
+        path: of the file.
         sample_rate: wanted, in Hz; resampled by soxr where the file's differs.
         channels: wanted, 1 or 2.
 
     Raises:
-        UserError: if the file is unreadable, empty, truncated, or holds NaN or infinite samples.
+        UserError: if the file is unreadable, empty, truncated, or holds samples that are not finite
+            or far above full scale.
     """
-    try:
-        with soundfile.SoundFile(os.fsencode(path)) as file:  # type: ignore[arg-type]
-            promised, rate = file.frames, file.samplerate
-            wav = file.read(dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
-        raise UserError(f"{path}: unreadable ({error}); convert or remove it") from error
-    if len(wav) == 0:
-        raise UserError(f"{path}: empty; remove it")
-    if len(wav) < promised or _is_cut_off(path):
-        raise UserError(f"{path}: truncated after {len(wav)} samples; copy it again or remove it")
-    if not np.isfinite(wav).all():
+    wav, rate = decode(path)
+    peak = float(np.abs(wav).max())
+    if not np.isfinite(peak):
         raise UserError(f"{path}: holds NaN or infinite samples; repair or remove it")
+    if peak > MAX_PEAK:
+        raise UserError(f"{path}: samples up to {peak:.3g}, full scale is 1; scale it down")
     if channels == 1:
         wav = _mean(wav)
     elif wav.shape[1] != channels:
@@ -44,31 +64,250 @@ def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
     return np.ascontiguousarray(wav.T, dtype=np.float32)
 
 
-def _mean(wav: np.ndarray) -> np.ndarray:
-    """Of all channels, `t 1`; of stereo by hand, to the same bit: numpy takes as long for it as the file to decode."""
-    return (wav[:, :1] + wav[:, 1:]) / np.float32(2) if wav.shape[1] == 2 else wav.mean(axis=1, keepdims=True)
-
-
-def _is_cut_off(path: Path) -> bool:
-    """Whether a WAV or AIFF promises more bytes than it has; libsndfile takes it for a short one."""
-    with open(path, "rb") as file:
-        kind, size = file.read(4), file.read(4)
-    if kind not in (b"RIFF", b"FORM"):
-        return False
-    promised = int.from_bytes(size, "little" if kind == b"RIFF" else "big")
-    return promised < 0x7FFFF000 and promised + 8 > path.stat().st_size  # what writes to a pipe promises the most
-
-
 def duration_s(path: Path) -> float:
-    """Length in seconds by the header alone.
+    """Length in seconds; by the header alone where that can be trusted.
 
     Raises:
         UserError: if the file is unreadable or empty.
     """
+    frames, rate = _trusted_length(path) or _decoded_length(path)
+    if frames == 0:
+        raise UserError(f"{path}: empty; remove it")
+    return frames / rate
+
+
+def decode(path: Path) -> tuple[np.ndarray, int]:
+    """All samples `t channels`, float32, and their rate in Hz.
+
+    Raises:
+        UserError: if the file is unreadable, empty, or truncated.
+    """
+    _check_regular(path)
+    try:
+        if path.suffix.lower() in FFMPEG_SUFFIXES or _is_flac_of_unknown_length(path):
+            wav, rate = _decode_by_ffmpeg(path)
+        else:
+            wav, rate = _decode_by_soundfile(path)
+    except _ERRORS as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path}: unreadable ({reason}); convert or remove it") from error
+    if len(wav) == 0:
+        raise UserError(f"{path}: empty; remove it")
+    _check_rate(path, rate)
+    return wav, rate
+
+
+# A damaged file makes soundfile raise TypeError, ValueError and AssertionError too.
+_ERRORS = (OSError, RuntimeError, ValueError, TypeError, AssertionError, MemoryError)
+
+
+def _mean(wav: np.ndarray) -> np.ndarray:
+    """Of all channels, `t 1`; of stereo by hand, to the same bit and much faster than numpy."""
+    if wav.shape[1] == 2:
+        return (wav[:, :1] + wav[:, 1:]) / np.float32(2)
+    return wav.mean(axis=1, keepdims=True)
+
+
+def _check_regular(path: Path) -> None:
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: unreadable ({reason}); convert or remove it") from error
+    if not is_file:  # opening a named pipe would wait for its writer
+        raise UserError(f"{path}: not a regular file; remove it")
+
+
+def _check_rate(path: Path, rate: int) -> None:
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise UserError(
+            f"{path}: a sample rate of {rate} Hz, not {MIN_RATE} to {MAX_RATE}; resample it"
+        )
+
+
+# --- length ---------------------------------------------------------------------------------------
+
+
+def _trusted_length(path: Path) -> tuple[int, int] | None:
+    """Frames and rate by the header of a WAV, FLAC or AIFF that gives them; else None."""
+    if path.suffix.lower() not in (".wav", ".flac", ".aiff", ".aif"):
+        return None
+    _check_regular(path)
     try:
         info = soundfile.info(os.fsencode(path))  # type: ignore[arg-type]
-    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
-        raise UserError(f"{path}: unreadable ({error}); convert or remove it") from error
-    if info.frames == 0:
-        raise UserError(f"{path}: empty; remove it")
-    return info.frames / info.samplerate
+    except _ERRORS:
+        return None
+    is_pcm = info.subtype.startswith(("PCM", "FLOAT", "DOUBLE"))
+    if not is_pcm or not 0 < info.frames < 1 << 40:
+        return None
+    _check_rate(path, info.samplerate)
+    return info.frames, info.samplerate
+
+
+def _decoded_length(path: Path) -> tuple[int, int]:
+    wav, rate = decode(path)
+    return len(wav), rate
+
+
+# --- libsndfile -----------------------------------------------------------------------------------
+
+
+def _decode_by_soundfile(path: Path) -> tuple[np.ndarray, int]:
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    if head.startswith(b"OggS"):
+        content = path.read_bytes()
+        parts = [_read(io.BytesIO(part), path) for part in split_ogg(content, path)]
+    elif path.suffix.lower() == ".mp3":
+        parts = [_read_mp3(part, path) for part in split_mp3(path.read_bytes())]
+    elif head.startswith((b"RIFF", b"FORM")):
+        with _open_with_sizes(path, head) as file:
+            parts = [_read(file, path)]
+    else:
+        with path.open("rb") as file:
+            parts = [_read(file, path)]
+    if len({(rate, wav.shape[1]) for wav, rate in parts}) > 1:
+        raise UserError(f"{path}: joined from files of different rates or channels; split it")
+    return np.concatenate([wav for wav, _ in parts]), parts[0][1]
+
+
+def _read(file: BinaryIO | int, path: Path, is_stream: bool = False) -> tuple[np.ndarray, int]:
+    """Block by block up to the end of one stream, whose length may be unknown."""
+    blocks: list[np.ndarray] = []
+    values = 0
+    with soundfile.SoundFile(file, closefd=False) as sound:  # type: ignore[arg-type]
+        promised, rate = sound.frames, sound.samplerate
+        while True:
+            block = sound.read(BLOCK_FRAMES, dtype="float32", always_2d=True)
+            blocks.append(block)
+            values += block.size
+            if values > MAX_VALUES:
+                raise UserError(f"{path}: more than {MAX_VALUES:,} samples; split it")
+            if len(block) < BLOCK_FRAMES:
+                break
+    wav = np.concatenate(blocks)
+    if len(wav) < promised < 1 << 40 and not is_stream:
+        raise UserError(
+            f"{path}: truncated after {len(wav)} of {promised} samples; copy it again or remove it"
+        )
+    return wav, rate
+
+
+_XING = re.compile(rb"Xing|Info|VBRI")
+
+
+def split_mp3(content: bytes) -> list[bytes]:
+    """The streams of MP3 files that were joined: each begins with a frame that counts the
+    others."""
+    starts = []
+    for match in _XING.finditer(content):
+        for distance in (36, 21, 13):  # by version and channels
+            at = match.start() - distance
+            if at >= 0 and content[at] == 0xFF and content[at + 1] & 0xE6 == 0xE2:
+                starts.append(at)
+                break
+    bounds = [0, *starts[1:], len(content)]
+    return [content[a:b] for a, b in pairwise(bounds)]
+
+
+def _read_mp3(content: bytes, path: Path) -> tuple[np.ndarray, int]:
+    """Through a pipe if no frame counts the others: of a file, libsndfile would guess by its
+    size."""
+    if _XING.search(content[: 1 << 18]) is not None:
+        return _read(io.BytesIO(content), path)
+    source, sink = os.pipe()
+
+    def feed() -> None:
+        try:
+            with os.fdopen(sink, "wb") as file:
+                file.write(content)
+        except BrokenPipeError:  # nobody reads to the end
+            pass
+
+    threading.Thread(target=feed, daemon=True).start()
+    try:
+        return _read(source, path, is_stream=True)
+    finally:
+        os.close(source)
+
+
+def split_ogg(content: bytes, path: Path) -> list[bytes]:
+    """The links of a chained Ogg file, of which libsndfile reads the first only.
+
+    Raises:
+        UserError: if the last page is cut off, or does not say that it is the last.
+    """
+    starts: list[int] = []
+    was_first = is_last = False
+    at = 0
+    while content[at : at + 4] == b"OggS" and at + 27 <= len(content):
+        flags, segments = content[at + 5], content[at + 26]
+        is_first, is_last = bool(flags & 2), bool(flags & 4)
+        if is_first and not was_first:
+            starts.append(at)
+        was_first = is_first
+        at += 27 + segments + sum(content[at + 27 : at + 27 + segments])
+    if at > len(content) or not is_last:
+        raise UserError(f"{path}: truncated after {len(content)} bytes; copy it again or remove it")
+    bounds = [*starts, len(content)]
+    return [content[a:b] for a, b in pairwise(bounds)]
+
+
+def _open_with_sizes(path: Path, head: bytes) -> BinaryIO:
+    """A WAV or AIFF; sizes that were never filled in are what the file has.
+
+    Raises:
+        UserError: if it promises more bytes than it has.
+    """
+    size = path.stat().st_size
+    order: Literal["little", "big"] = "little" if head.startswith(b"RIFF") else "big"
+    at = 12
+    while at + 8 <= len(head):
+        kind = head[at : at + 4]
+        promised = int.from_bytes(head[at + 4 : at + 8], order)
+        start = at + 8
+        if kind in (b"data", b"SSND"):
+            is_placeholder = (
+                promised == 0 or promised >= 0x7FFF0000 or promised % 1_000_000_000 == 0
+            )
+            if start + promised <= size + SIZE_TOLERANCE and promised:
+                break
+            if not is_placeholder:
+                raise UserError(
+                    f"{path}: truncated after {size - start} of {promised} bytes; copy it again or "
+                    "remove it"
+                )
+            content = bytearray(path.read_bytes())
+            content[4:8] = (size - 8).to_bytes(4, order)
+            content[at + 4 : at + 8] = (size - start).to_bytes(4, order)
+            return io.BytesIO(content)
+        at = start + promised + promised % 2
+    return path.open("rb")
+
+
+# --- ffmpeg ---------------------------------------------------------------------------------------
+
+
+def _is_flac_of_unknown_length(path: Path) -> bool:
+    """Whether a FLAC gives 0 samples, as programs do that write to a pipe."""
+    with path.open("rb") as file:
+        head = file.read(26)
+    return head[:4] == b"fLaC" and len(head) == 26 and not (head[21] & 15 or any(head[22:]))
+
+
+def _decode_by_ffmpeg(path: Path) -> tuple[np.ndarray, int]:
+    if shutil.which("ffmpeg") is None:
+        raise UserError(f"{path}: needs ffmpeg; install it, or convert the file to FLAC")
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-protocol_whitelist", "file,pipe"]
+    command += ["-i", f"file:{path}", "-map", "0:a:0", "-c:a", "pcm_f32le", "-f", "wav", "-"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=FFMPEG_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"{path}: ffmpeg needs more than {FFMPEG_TIMEOUT_S} s; convert it"
+        ) from error
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        reason = lines[-1][:200] if lines else f"status {done.returncode}"
+        raise UserError(f"{path}: unreadable by ffmpeg ({reason}); convert or remove it")
+    return _read(io.BytesIO(done.stdout), path, is_stream=True)
