@@ -278,8 +278,8 @@ def open_shards(sources: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def check_headers(content: bytes) -> None:
     """Checks checksum, kind and size of each member's header, before the tar is read.
 
-    `tarfile`, and WebDataset, which reads with it, uncompress, follow sparse files, seek by whatever
-    size a header gives, and take a damaged header for the end.
+    `tarfile`, and WebDataset, which reads with it, uncompress, follow sparse files, seek by any
+    size that a header gives, and take a damaged header for the end.
 
     Raises:
         ValueError: with what is wrong.

@@ -1,0 +1,247 @@
+"""What `tokenize` will do, before it does it: which crops of which clips go into which shard.
+
+The plan is a function of the clips and the options alone, so that every process finds the same. It
+grows: a later call appends the clips that are new, in shards of their own, and the shards that
+are there stay as they are. A clip that was planned and is gone or changed is refused.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from magnet_train.common.errors import UserError
+from magnet_train.data.audio import duration_s
+from magnet_train.data.manifest import Clip
+
+MIN_HOP_S = 0.01
+MAX_CROP_S = 3600.0
+MAX_MIXTURES = 100.0
+SAMPLED_BYTES = 1 << 16
+"""Bytes at the beginning, the middle and the end of a file by which changed audio is noticed."""
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """How audio becomes shards."""
+
+    codec: str = "demo"
+    """Codec that encodes: "demo", a folder or a hub id."""
+    crop_s: float = 30.0
+    """Length of a crop, in seconds."""
+    hop_s: float | None = None
+    """Distance between the starts of two crops, in seconds (default: the length of a crop)."""
+    min_s: float = 1.0
+    """Shortest last crop that is kept, in seconds."""
+    silence_db: float = -60.0
+    """Skip crops whose RMS level is below this, in dB of full scale."""
+    mixtures: float = 0.0
+    """Mixing augmentation: extra crops per crop, each the sum of two crops from different files."""
+    mixture_snr_db: float = 5.0
+    """Largest difference in level between the two parts of a mixture, in dB, drawn uniformly."""
+    split: str = "shard"
+    """Prefix of the shards' file names."""
+    shard_size: int = 256
+    """Crops per shard."""
+    batch_size: int = 8
+    """Crops encoded together."""
+    processes: int = 1
+    """Processes on this machine; others may be started on the same folder at any time."""
+    embedder: Literal["none", "musicnn"] = "none"
+    """Also store this network's embeddings of the original audio, as references for FAD and KL."""
+
+    def __post_init__(self) -> None:
+        hop_s = self.crop_s if self.hop_s is None else self.hop_s
+        for name, is_valid, expected in (
+            (
+                "crop_s",
+                MIN_HOP_S <= self.crop_s <= MAX_CROP_S,
+                f"{MIN_HOP_S:g} to {MAX_CROP_S:g} s",
+            ),
+            ("hop_s", MIN_HOP_S <= hop_s <= MAX_CROP_S, f"{MIN_HOP_S:g} to {MAX_CROP_S:g} s"),
+            ("min_s", 0 < self.min_s <= self.crop_s, "above 0 s and at most --crop_s"),
+            ("silence_db", -math.inf <= self.silence_db <= 0, "at most 0 dB"),
+            ("mixtures", 0 <= self.mixtures <= MAX_MIXTURES, f"0 to {MAX_MIXTURES:g}"),
+            ("mixture_snr_db", 0 <= self.mixture_snr_db <= 100, "0 to 100 dB"),
+            ("shard_size", 1 <= self.shard_size <= 100_000, "1 to 100,000 crops"),
+            ("batch_size", self.batch_size >= 1, "at least 1 crop"),
+            ("processes", 1 <= self.processes <= 1024, "1 to 1,024"),
+            ("split", re.fullmatch(r"[A-Za-z0-9_-]{1,80}", self.split), "letters, digits, - and _"),
+        ):
+            if not is_valid:
+                raise UserError(f"--{name} {getattr(self, name)}: must be {expected}")
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A part of a clip; with another one that is added to it, a mixture."""
+
+    clip: Clip
+    key: str
+    """Id of the example: letters, digits, - and _."""
+    offset_s: float
+    """Start in the file, in seconds."""
+    duration_s: float
+    mixed_with: "Crop | None" = None
+    snr_db: float = 0.0
+    """By how much the crop is louder than the one that is added to it, in dB."""
+
+
+@dataclass(frozen=True)
+class UsableClip:
+    """A clip whose audio can be read and that has a caption."""
+
+    clip: Clip
+    start_s: float
+    length_s: float
+    fingerprint: str
+    """Changes with the clip's name, audio, caption, fields and segment; not with its folder."""
+
+
+def find_usable(
+    clips: list[Clip], options: TokenizeOptions
+) -> tuple[dict[str, UsableClip], list[dict[str, str]]]:
+    """Usable clips by fingerprint, and `file` and `reason` of those that are skipped.
+
+    Raises:
+        UserError: if no clip can be used.
+    """
+    usable: dict[str, UsableClip] = {}
+    skipped: list[dict[str, str]] = []
+    for clip in tqdm(clips, desc="reading lengths", unit="file", leave=False):
+        try:
+            start_s, length_s = _usable_part(clip, options)
+            fingerprint = _fingerprint(clip)
+            if fingerprint in usable:
+                raise UserError(f"{clip.name}: listed twice with the same caption")
+            usable[fingerprint] = UsableClip(clip, start_s, length_s, fingerprint)
+        except UserError as error:
+            skipped.append({"file": clip.name, "reason": str(error)})
+    if not usable:
+        reasons = "; ".join(entry["reason"] for entry in skipped[:3])
+        raise UserError(f"none of {len(clips)} files can be used: {reasons}")
+    return usable, skipped
+
+
+def append_round(usable: dict[str, UsableClip], rounds: list[list[str]]) -> list[list[str]]:
+    """The rounds of fingerprints of earlier calls, and one of all clips that are new.
+
+    Raises:
+        UserError: if a clip of an earlier round is gone, changed or unreadable.
+    """
+    planned = {fingerprint for part in rounds for fingerprint in part}
+    if missing := planned - usable.keys():
+        raise UserError(
+            f"{len(missing)} of the {len(planned)} clips of an earlier call are gone, unreadable, "
+            "or have other audio, captions or fields"
+        )
+    new = [fingerprint for fingerprint in usable if fingerprint not in planned]
+    return [*rounds, new] if new else rounds
+
+
+def plan_shards(
+    usable: dict[str, UsableClip], rounds: list[list[str]], options: TokenizeOptions
+) -> list[list[Crop]]:
+    """The crops of each shard; a shard holds crops of one round."""
+    shards: list[list[Crop]] = []
+    for part in rounds:
+        crops = [crop for fingerprint in part for crop in _crops(usable[fingerprint], options)]
+        if options.mixtures:
+            crops = with_mixtures(crops, options)
+        size = options.shard_size
+        shards += [crops[first : first + size] for first in range(0, len(crops), size)]
+    return shards
+
+
+def _usable_part(clip: Clip, options: TokenizeOptions) -> tuple[float, float]:
+    """Start and length of the clip in its file, in seconds."""
+    if clip.error:
+        raise UserError(clip.error)
+    start_s, length_s = clip.segment(duration_s(clip.path))
+    if not clip.caption:
+        raise UserError(f"{clip.name}: no caption")
+    if length_s < options.min_s:
+        raise UserError(f"{clip.name}: {length_s:.2f} s, shorter than --min_s {options.min_s}")
+    return start_s, length_s
+
+
+def _fingerprint(clip: Clip) -> str:
+    digest = hashlib.sha256()
+    try:
+        size = clip.path.stat().st_size
+        with clip.path.open("rb") as file:
+            for start in sorted({0, max(0, size // 2), max(0, size - SAMPLED_BYTES)}):
+                file.seek(start)
+                digest.update(file.read(SAMPLED_BYTES))
+    except OSError as error:
+        raise UserError(f"{clip.path}: unreadable ({error.strerror})") from error
+    about = [clip.name, size, clip.caption, clip.fields, clip.offset_s, clip.duration_s]
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    return digest.hexdigest()[:32]
+
+
+def _crops(part: UsableClip, options: TokenizeOptions) -> Iterator[Crop]:
+    """Crops up to the end of the clip; one within the crop before would bring nothing new."""
+    hop_s = options.hop_s or options.crop_s
+    length_s = part.length_s
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", part.clip.id).strip("-")[:80] or "clip"
+    number = 0
+    while number == 0 or (
+        length_s - number * hop_s >= options.min_s
+        and (number - 1) * hop_s + options.crop_s < length_s
+    ):
+        offset_s = part.start_s + number * hop_s
+        key = f"{stem}-{part.fingerprint[:10]}_{round(offset_s * 1000):08d}"
+        yield Crop(part.clip, key, offset_s, min(options.crop_s, length_s - number * hop_s))
+        number += 1
+
+
+def with_mixtures(crops: list[Crop], options: TokenizeOptions) -> list[Crop]:
+    """The crops, each followed by its mixtures with crops of other files.
+
+    The mixing augmentation of the published sound models (audiocraft `data/sound_dataset.py`) draws
+    new mixtures for each batch. Codes cannot be added, so here their number is finite: with 1 a
+    crop, half of what is trained on is mixed, as published.
+    """
+    if len({crop.clip.path for crop in crops}) < 2:
+        raise UserError("--mixtures: needs crops of at least two files")
+    rng = np.random.default_rng(len(crops))
+    with_all: list[Crop] = []
+    for number, crop in enumerate(crops):
+        with_all.append(crop)
+        before, after = int(options.mixtures * number), int(options.mixtures * (number + 1))
+        for mixture in range(after - before):
+            other = crop
+            while other.clip.path == crop.clip.path:
+                other = crops[rng.integers(len(crops))]
+            snr_db = float(rng.uniform(-options.mixture_snr_db, options.mixture_snr_db))
+            key = f"{crop.key}_mix{mixture}"
+            with_all.append(
+                Crop(crop.clip, key, crop.offset_s, crop.duration_s, other, round(snr_db, 2))
+            )
+    return with_all
+
+
+def plan_settings(options: TokenizeOptions) -> dict[str, Any]:
+    """The options that decide what is in the shards."""
+    unimportant = ("processes", "batch_size", "codec")
+    return {name: value for name, value in asdict(options).items() if name not in unimportant}
+
+
+def check_captions(source: Path, clips: list[Clip]) -> None:
+    """Raises UserError if no clip has a caption."""
+    if any(clip.caption for clip in clips):
+        return
+    if error := next((clip.error for clip in clips if clip.error), ""):
+        raise UserError(error)
+    raise UserError(
+        f"{source}: no captions: put a .txt with one line beside each of the {len(clips)} audio "
+        f'files, e.g. {Path(clips[0].name).with_suffix(".txt")}, or a .json with a "caption"'
+    )
