@@ -49,12 +49,7 @@ def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
         UserError: if the file is unreadable, empty, truncated, or holds samples that are not finite
             or far above full scale.
     """
-    wav, rate = decode(path)
-    peak = float(np.abs(wav).max())
-    if not np.isfinite(peak):
-        raise UserError(f"{path}: holds NaN or infinite samples; repair or remove it")
-    if peak > MAX_PEAK:
-        raise UserError(f"{path}: samples up to {peak:.3g}, full scale is 1; scale it down")
+    wav, rate = _read_checked(path)
     if channels == 1:
         wav = _mean(wav)
     elif wav.shape[1] != channels:
@@ -62,6 +57,28 @@ def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
     if rate != sample_rate:
         wav = soxr.resample(wav, rate, sample_rate)
     return np.ascontiguousarray(wav.T, dtype=np.float32)
+
+
+def read_as_recorded(path: Path) -> tuple[np.ndarray, int]:
+    """The whole file as float32 `t channels`, one or two channels, and its own rate in Hz.
+
+    Raises:
+        UserError: as `read_audio`.
+    """
+    wav, rate = _read_checked(path)
+    if wav.shape[1] > 2:
+        wav = np.repeat(_mean(wav), 2, axis=1)
+    return wav, rate
+
+
+def _read_checked(path: Path) -> tuple[np.ndarray, int]:
+    wav, rate = decode(path)
+    peak = float(np.abs(wav).max())
+    if not np.isfinite(peak):
+        raise UserError(f"{path}: holds NaN or infinite samples; repair or remove it")
+    if peak > MAX_PEAK:
+        raise UserError(f"{path}: samples up to {peak:.3g}, full scale is 1; scale it down")
+    return wav, rate
 
 
 def duration_s(path: Path) -> float:

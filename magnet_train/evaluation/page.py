@@ -9,7 +9,6 @@ import base64
 import hashlib
 import html
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import soundfile
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import replacing
 from magnet_train.common.redact import redact
-from magnet_train.data.audio import duration_s, read_audio
+from magnet_train.data.audio import read_as_recorded
 
 Audio = Path | tuple[np.ndarray, int]
 """A file, or a waveform `t` or `t channels` in [-1, 1] and its rate in Hz."""
@@ -39,9 +38,7 @@ def read_sound(audio: Audio, name: str = "audio") -> tuple[np.ndarray, int]:
         UserError: if the file is unreadable, empty or truncated, or samples are NaN or infinite.
     """
     if isinstance(audio, Path):
-        duration_s(audio)  # says what is wrong with a file that cannot be opened
-        info = soundfile.info(os.fsencode(audio))  # type: ignore[arg-type]
-        return read_audio(audio, info.samplerate, min(info.channels, 2)).T, info.samplerate
+        return read_as_recorded(audio)
     wav, sample_rate = audio
     wav = np.asarray(wav, dtype=np.float32)
     wav = wav[:, None] if wav.ndim == 1 else wav
