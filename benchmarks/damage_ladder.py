@@ -29,7 +29,9 @@ RATE = 16_000
 def through_codec(wav: np.ndarray) -> np.ndarray:
     codec = load_codec("demo")
     with torch.no_grad():
-        return codec.decode(codec.encode(torch.from_numpy(wav).float()[None, None]))[0, 0, : len(wav)].numpy()
+        return codec.decode(codec.encode(torch.from_numpy(wav).float()[None, None]))[
+            0, 0, : len(wav)
+        ].numpy()
 
 
 def low_passed(wav: np.ndarray) -> np.ndarray:
@@ -51,8 +53,12 @@ LADDER: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--metrics", nargs="+", default=list(DEFAULT_METRICS), help="METRIC/EMBEDDER each.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", default=list(DEFAULT_METRICS), help="METRIC/EMBEDDER each."
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for name, damage in LADDER.items():
@@ -62,7 +68,11 @@ def main() -> None:
                 soundfile.write(Path(folder) / name / f"{key}.wav", np.clip(wav, -1, 1), RATE)
                 shutil.copy(clip.path.with_suffix(".txt"), Path(folder) / name / f"{key}.txt")
         systems = [f"{name}={Path(folder) / name}" for name in LADDER]
-        evaluate(EvaluateOptions(systems, str(Path(folder) / "real"), metrics=args.metrics, loudness=False))
+        evaluate(
+            EvaluateOptions(
+                systems, str(Path(folder) / "real"), metrics=args.metrics, loudness=False
+            )
+        )
 
 
 if __name__ == "__main__":

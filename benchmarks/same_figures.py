@@ -67,7 +67,8 @@ def rank_of(rank: int, case: str, folder: str) -> None:
     statistics = real.all_gather().statistics()
     captions = {key: caption for key, caption, _ in everything}
     figures = {
-        name: score(f"{name}/musicnn", features, statistics, captions, system="").value for name in METRICS
+        name: score(f"{name}/musicnn", features, statistics, captions, system="").value
+        for name in METRICS
     }
     torch.save({"figures": figures, "codes": codes}, Path(folder, f"{rank}.pt"))
     dist.barrier()
@@ -75,7 +76,9 @@ def rank_of(rank: int, case: str, folder: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="Markdown file for the table.")
     args = parser.parse_args()
     columns, codes = {}, {}
@@ -83,16 +86,23 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             mp.start_processes(rank_of, (case, folder), nprocs=len(shares), start_method="spawn")
             parts = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(len(shares))]
-        assert all(part["figures"] == parts[0]["figures"] for part in parts), f"{case}: ranks disagree"
+        assert all(part["figures"] == parts[0]["figures"] for part in parts), (
+            f"{case}: ranks disagree"
+        )
         columns[case] = parts[0]["figures"]
         codes[case] = {key: value for part in parts for key, value in part["codes"].items()}
         print(case, columns[case], flush=True)
     first = codes["1 process"]
-    differing = {case: sum(int((own[key] != first[key]).sum()) for key in first) for case, own in codes.items()}
+    differing = {
+        case: sum(int((own[key] != first[key]).sum()) for key in first)
+        for case, own in codes.items()
+    }
     total = sum(x.numel() for x in first.values())
     lines = [f"| metric (musicnn) | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {k} | {' | '.join(f'{c[k]:.8g}' for c in columns.values())} |" for k in METRICS]
-    lines += [f"| codes that differ, of {total:,} | {' | '.join(str(differing[case]) for case in columns)} |"]
+    lines += [
+        f"| codes that differ, of {total:,} | {' | '.join(str(differing[case]) for case in columns)} |"
+    ]
     text = f"# Figures on any number of processes\n\n{__doc__}\n" + "\n".join(lines) + "\n"
     print(text)
     if args.out is not None:

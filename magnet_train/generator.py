@@ -247,10 +247,17 @@ class Generator:
             batch = keys[first : first + batch_size]
             padding = batch_size - len(batch)
             prompts = [captions[key] for key in batch] + [""] * padding
-            result = self.generate(prompts, seed, batch + ["padding"] * padding, duration_s, decoding)
+            result = self.generate(
+                prompts, seed, batch + ["padding"] * padding, duration_s, decoding
+            )
             for i, key in enumerate(batch):
                 yield DecodedItem(
-                    key, captions[key], result.wav[i], result.sample_rate, result.codes[i], result.order[i]
+                    key,
+                    captions[key],
+                    result.wav[i],
+                    result.sample_rate,
+                    result.codes[i],
+                    result.order[i],
                 )
 
     def save(self, out: str | Path, card: str | None = None) -> None:

@@ -116,7 +116,8 @@ class MagnetConfig:
             )
         if not 0 <= self.convolution < 1024 or (self.convolution and self.convolution % 2 == 0):
             raise UserError(
-                f"convolution={self.convolution} must be an odd number of frames below 1024, or 0 for none"
+                f"convolution={self.convolution} must be an odd number of frames below 1024, "
+                "or 0 for none"
             )
 
     @property

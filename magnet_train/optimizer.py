@@ -67,7 +67,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         ranges = {
             "lr": (0 < self.lr < math.inf, "above 0"),
-            "betas": (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"),
+            "betas": (
+                len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+                "two numbers in [0, 1)",
+            ),
             "eps": (0 < self.eps < math.inf, "above 0"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
             "warmup_steps": (self.warmup_steps >= 0, "0 or more"),

@@ -27,7 +27,9 @@ def make_data_codec(folder: Path, seed: int = 0) -> str:
     return str(folder)
 
 
-def tone(seconds: float, rate: int = RATE, channels: int = 1, hz: float = 440.0, seed: int = 0) -> np.ndarray:
+def tone(
+    seconds: float, rate: int = RATE, channels: int = 1, hz: float = 440.0, seed: int = 0
+) -> np.ndarray:
     """A sine with a little noise, alike in all channels but for the noise: `t channels`, float32."""
     t = np.arange(round(seconds * rate)) / rate
     noise = np.random.default_rng(seed).standard_normal((len(t), channels))
@@ -49,11 +51,17 @@ def write_clip(
 def codes_of(item: int, num_frames: int) -> np.ndarray:
     """Codes that tell where they come from: `4 t` with the item, and the frame in two digits to base 64."""
     t = np.arange(num_frames)
-    return np.stack([np.full_like(t, item % 64), t % 64, t // 64, np.full_like(t, item // 64)]).astype(np.uint16)
+    return np.stack(
+        [np.full_like(t, item % 64), t % 64, t // 64, np.full_like(t, item // 64)]
+    ).astype(np.uint16)
 
 
 def write_shards(
-    folder: Path, codec: str, counts: Sequence[int], num_frames: int = 100, seconds: Sequence[float] | None = None
+    folder: Path,
+    codec: str,
+    counts: Sequence[int],
+    num_frames: int = 100,
+    seconds: Sequence[float] | None = None,
 ) -> Path:
     """A shard set as the design lays it down, written without our own writer; item n is called `item000n`.
 
@@ -76,7 +84,11 @@ def write_shards(
                 np.save(codes, codes_of(number, num_frames))
                 about = {"key": key, "caption": f"caption {number}", "duration_s": duration}
                 reference = io.BytesIO()
-                np.savez(reference, embeddings=np.full((2, 200), number, np.float32), tags=np.ones((2, 50), np.float32))
+                np.savez(
+                    reference,
+                    embeddings=np.full((2, 200), number, np.float32),
+                    tags=np.ones((2, 50), np.float32),
+                )
                 for name, content in (
                     ("codes.npy", codes.getvalue()),
                     ("json", json.dumps(about).encode()),
@@ -88,6 +100,11 @@ def write_shards(
                 number += 1
         entry = {"name": path.name, "num_examples": count, "num_frames": count * num_frames}
         entries.append(entry | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
-    index = {"format": 1, "codec": load_codec(codec).facts.to_dict(), "num_examples": number, "shards": entries}
+    index = {
+        "format": 1,
+        "codec": load_codec(codec).facts.to_dict(),
+        "num_examples": number,
+        "shards": entries,
+    }
     (folder / "index.json").write_text(json.dumps(index | {"skipped": [], "embedder": None}))
     return folder

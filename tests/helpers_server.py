@@ -45,7 +45,9 @@ class FaultyServer:
                 elif fault == "hang":
                     time.sleep(3)
                 elif fault == "reset":
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.connection.setsockopt(
+                        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                    )
                     self.connection.close()
                 else:
                     content = (folder / path).read_bytes()
@@ -53,7 +55,9 @@ class FaultyServer:
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
                     half = content[: len(content) // 2]
-                    self.wfile.write(half if fault == "cut" else half + bytes(len(content) - len(half)))
+                    self.wfile.write(
+                        half if fault == "cut" else half + bytes(len(content) - len(half))
+                    )
 
             def handle(self) -> None:
                 with suppress(OSError):

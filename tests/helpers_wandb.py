@@ -45,7 +45,12 @@ def history(found: list[Any]) -> list[dict[str, Any]]:
     for record in found:
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
-            rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
+            rows.append(
+                {
+                    item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                    for item in items
+                }
+            )
     return rows
 
 
@@ -57,7 +62,11 @@ def server(answer: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]) -> It
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
-            request = json.loads(body) if self.path.endswith(("/graphql", "/file_stream")) and body else {}
+            request = (
+                json.loads(body)
+                if self.path.endswith(("/graphql", "/file_stream")) and body
+                else {}
+            )
             status, content = answer(request)
             reply = json.dumps(content).encode()
             self.send_response(status)
@@ -77,7 +86,14 @@ def server(answer: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]) -> It
         http_server.shutdown()
 
 
-VIEWER = {"id": "u", "entity": "e", "username": "e", "email": "", "flags": "{}", "teams": {"edges": []}}
+VIEWER = {
+    "id": "u",
+    "entity": "e",
+    "username": "e",
+    "email": "",
+    "flags": "{}",
+    "teams": {"edges": []},
+}
 """Whose key it is."""
 
 
@@ -98,7 +114,13 @@ def recorder() -> Iterator[Recorder]:
     """A server that knows a user, takes any run, and keeps its rows."""
     got = Recorder()
     bucket = {"id": "b", "displayName": "x", "summaryMetrics": "{}", "logLineCount": 0}
-    bucket |= {"eventsLineCount": 0, "eventsTail": "[]", "config": "{}", "tags": [], "wandbConfig": '{"t": 1}'}
+    bucket |= {
+        "eventsLineCount": 0,
+        "eventsTail": "[]",
+        "config": "{}",
+        "tags": [],
+        "wandbConfig": '{"t": 1}',
+    }
     project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
 
     def answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -110,7 +132,11 @@ def recorder() -> Iterator[Recorder]:
             got.rows.extend(map(json.loads, content["content"]))
         tail = json.dumps([json.dumps(got.rows[-1])] if got.rows else [])
         kind, more = request.get("operationName"), request.get("variables", {})
-        known = bucket | {"historyLineCount": len(got.rows), "historyTail": tail, "project": project}
+        known = bucket | {
+            "historyLineCount": len(got.rows),
+            "historyTail": tail,
+            "project": project,
+        }
         known["name"] = more.get("name") or more.get("run")
         if kind == "UpsertBucket":
             return 200, {"data": {"upsertBucket": {"bucket": known, "inserted": not got.rows}}}
@@ -118,7 +144,9 @@ def recorder() -> Iterator[Recorder]:
             return 200, {"data": {"model": project | {"bucket": known if got.rows else None}}}
         if kind == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{got.url}/{name}"} for name in more["files"]]
-            return 200, {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
+            return 200, {
+                "data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+            }
         return 200, {"data": {"viewer": VIEWER} if "viewer" in request.get("query", "") else {}}
 
     with server(answer) as got.url:

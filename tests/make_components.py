@@ -83,7 +83,10 @@ def make_tokenizer(folder: Path, with_vocabulary: bool = True) -> int:
     learner = Tokenizer(models.Unigram())
     learner.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
     trainer = trainers.UnigramTrainer(
-        vocab_size=160, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+        vocab_size=160,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
     )
     learner.train_from_iterator(CORPUS, trainer)
     pieces = [(piece, score) for piece, score in json.loads(learner.to_str())["model"]["vocab"]]
@@ -107,7 +110,8 @@ def make_t5(folder: Path, seed: int = 0, with_vocabulary: bool = True, dim: int 
 
     size = make_tokenizer(folder, with_vocabulary)
     settings: dict[str, Any] = {
-        "vocab_size": -(-size // 32) * 32,  # published T5 models pad their embeddings too: 32128 for 32100 tokens
+        "vocab_size": -(-size // 32)
+        * 32,  # published T5 models pad their embeddings too: 32128 for 32100 tokens
         "d_model": dim,
         "d_kv": 8,
         "d_ff": 64,
@@ -140,7 +144,9 @@ def make_roberta_tokenizer(folder: Path, size: int = 300) -> int:
     )
     learner.train_from_iterator(CORPUS, trainer)
     learnt = json.loads(learner.to_str())["model"]
-    tokenizer = RobertaTokenizer(vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]])
+    tokenizer = RobertaTokenizer(
+        vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]]
+    )
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
 

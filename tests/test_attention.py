@@ -14,12 +14,17 @@ def test_blocks_equal_the_dense_mask(context, num_frames, padded):
     q, k, v = (torch.randn(2, 3, num_frames, 8, requires_grad=True) for _ in range(3))
     valid = None
     if padded:
-        valid = torch.arange(num_frames)[None] < torch.tensor([num_frames, max(1, num_frames // 2)])[:, None]
+        valid = (
+            torch.arange(num_frames)[None]
+            < torch.tensor([num_frames, max(1, num_frames // 2)])[:, None]
+        )
     weight = torch.randn(2, 3, num_frames, 8)
     if valid is not None:
         weight = weight * valid[:, None, :, None]
     fast = windowed_attention(q, k, v, context, valid)
-    slow = F.scaled_dot_product_attention(q, k, v, attn_mask=dense_window(num_frames, context, valid))
+    slow = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=dense_window(num_frames, context, valid)
+    )
     assert torch.allclose(fast * weight, slow * weight, atol=1e-5)
     for a, b in zip(
         torch.autograd.grad((fast * weight).sum(), (q, k, v)),
@@ -60,4 +65,6 @@ def test_half_precision_by_autocast_trains_and_stays_near_float32(padded):
 def test_a_context_beyond_the_sequence_costs_no_more_than_the_sequence():
     q, k, v = torch.randn(3, 1, 1, 20, 8)
     assert torch.equal(windowed_attention(q, k, v, 10_000), windowed_attention(q, k, v, 19))
-    assert torch.allclose(windowed_attention(q, k, v, 19), F.scaled_dot_product_attention(q, k, v), atol=1e-6)
+    assert torch.allclose(
+        windowed_attention(q, k, v, 19), F.scaled_dot_product_attention(q, k, v), atol=1e-6
+    )

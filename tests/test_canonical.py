@@ -1,4 +1,4 @@
-"""The published kinds of codec and text encoder, from local folders, through the options that take a hub id."""
+"""The published kinds of codec and text encoder, from local folders, by their options."""
 
 import json
 from pathlib import Path
@@ -31,10 +31,17 @@ def test_encodec_and_t5_from_tokenize_to_generate(components, tmp_path: Path):
         options = ["--codec", components["codec"], "--embedder", embedder]
         assert main(["tokenize", str(clips), "--out", str(out), *options]) == 0
         facts = json.loads((out / "index.json").read_text())["codec"]
-        assert facts["sample_rate"] == 32_000 and facts["codebook_size"] == 2048 and facts["num_codebooks"] == 4
+        assert (
+            facts["sample_rate"] == 32_000
+            and facts["codebook_size"] == 2048
+            and facts["num_codebooks"] == 4
+        )
 
     run = tmp_path / "run"
-    chosen = [f"--model.codec={components['codec']}", f"--model.text_encoder={components['text_encoder']}"]
+    chosen = [
+        f"--model.codec={components['codec']}",
+        f"--model.text_encoder={components['text_encoder']}",
+    ]
     longer = ["--trainer.max_steps=20", "--trainer.val_check_interval=20", "--averaging.decay=0.5"]
     assert fit(tmp_path / "shards", run, *chosen, *longer) == 0
     metrics = json.loads((run / "summary.json").read_text())["metrics"]
@@ -44,7 +51,10 @@ def test_encodec_and_t5_from_tokenize_to_generate(components, tmp_path: Path):
     made = tmp_path / "made"
     prompt = "a slow chorale for string quartet in G minor"
     steps = ["--decoding.decoding_steps=[2,1,1,1]", "--plots=false"]
-    assert main(["generate", "--prompt", prompt, "--out", str(made), "--checkpoint", str(run), *steps]) == 0
+    assert (
+        main(["generate", "--prompt", prompt, "--out", str(made), "--checkpoint", str(run), *steps])
+        == 0
+    )
     (wav,) = made.glob("*.wav")
     info = soundfile.info(wav)
     assert info.samplerate == 32_000 and info.frames == round(3.2 * 32_000)

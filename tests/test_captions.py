@@ -6,7 +6,14 @@ import pytest
 from magnet_train.common.errors import UserError
 from magnet_train.data.captions import CaptionAugmentation, augmented
 
-INFO = {"caption": "A slow waltz.", "bpm": 90, "moods": ["calm", "warm"], "music_key": "G minor", "genre": None, "x": 1}
+INFO = {
+    "caption": "A slow waltz.",
+    "bpm": 90,
+    "moods": ["calm", "warm"],
+    "music_key": "G minor",
+    "genre": None,
+    "x": 1,
+}
 
 
 def many(config: CaptionAugmentation, n: int = 4000) -> list[str]:
@@ -24,13 +31,23 @@ def test_fields_are_merged_and_parts_dropped_in_the_shares_asked_for():
     assert own == pytest.approx(0.5, abs=0.03) and merged == pytest.approx(0.25 * 7 / 8, abs=0.03)
     assert made.count("") / len(made) == pytest.approx(0.5 * (1 - 0.25 * 7 / 8), abs=0.03)
     parts = {part for c in made for part in c.split(". ")}
-    assert parts == {"", "A slow waltz", "A slow waltz.", "bpm: 90", "moods: calm, warm", "key: G minor"}
+    assert parts == {
+        "",
+        "A slow waltz",
+        "A slow waltz.",
+        "bpm: 90",
+        "moods: calm, warm",
+        "key: G minor",
+    }
 
 
 def test_words_are_dropped_in_the_share_asked_for_and_keep_their_order():
     made = many(CaptionAugmentation(word_dropout=0.3))
     assert np.mean([len(c.split()) for c in made]) == pytest.approx(3 * 0.7, abs=0.05)
-    assert all(c in ("", "A", "slow", "waltz.", "A slow", "A waltz.", "slow waltz.", "A slow waltz.") for c in made)
+    assert all(
+        c in ("", "A", "slow", "waltz.", "A slow", "A waltz.", "slow waltz.", "A slow waltz.")
+        for c in made
+    )
     assert "" in made  # nothing left: without text
 
 

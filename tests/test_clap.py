@@ -79,14 +79,20 @@ def laion_state() -> dict[str, Tensor]:
     """A tiny checkpoint under LAION's names, query, key and value in one, at weights that the names determine."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, x in tiny_model().state_dict().items():
-        if name.endswith(("position_ids", "token_type_ids", "relative_position_index", "num_batches_tracked")):
+        if name.endswith(
+            ("position_ids", "token_type_ids", "relative_position_index", "num_batches_tracked")
+        ):
             continue
         name, shape = laion_name(name), tuple(x.shape)
         if name.startswith("audio_branch") and ".attn.query." in name:
             name, shape = name.replace("query", "qkv"), (3 * shape[0], *shape[1:])
-        if not (name.startswith("audio_branch") and (".attn.key." in name or ".attn.value." in name)):
+        if not (
+            name.startswith("audio_branch") and (".attn.key." in name or ".attn.value." in name)
+        ):
             shapes[name] = shape
-    return named_weights(shapes | UNUSED) | {"audio_branch.bn0.num_batches_tracked": torch.tensor(9)}
+    return named_weights(shapes | UNUSED) | {
+        "audio_branch.bn0.num_batches_tracked": torch.tensor(9)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +104,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def saved(path: Path, state: dict[str, Tensor], **others: object) -> WeightsFile:
     """A checkpoint as LAION's training on several GPUs writes it."""
-    torch.save({"epoch": 15, "state_dict": {f"module.{name}": x for name, x in state.items()}} | others, path)
+    torch.save(
+        {"epoch": 15, "state_dict": {f"module.{name}": x for name, x in state.items()}} | others,
+        path,
+    )
     return WeightsFile(path, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -112,7 +121,9 @@ def clap(folder: Path, laion_state: dict[str, Tensor]) -> Clap:
 
 def test_the_names_are_laions(laion_state: dict[str, Tensor]):
     """Those of its own classes at the same depths, but for buffers and what the classes around them hold."""
-    theirs = {name for name in GOLD["clap_names"] if not name.endswith(("attn_mask", "index", "_ids"))}
+    theirs = {
+        name for name in GOLD["clap_names"] if not name.endswith(("attn_mask", "index", "_ids"))
+    }
     theirs -= {name for name in theirs if ".tscam_conv." in name or ".head." in name}
     assert theirs == laion_state.keys() - UNUSED.keys()
 
@@ -120,12 +131,16 @@ def test_the_names_are_laions(laion_state: dict[str, Tensor]):
 def test_every_tensor_arrives_and_the_unused_are_listed(clap: Clap, laion_state: dict[str, Tensor]):
     assert set(clap.unused) == set(UNUSED)
     ours = clap.model.state_dict()
-    renamed, _ = to_transformers({k: x for k, x in laion_state.items() if k not in UNUSED}, set(ours))
+    renamed, _ = to_transformers(
+        {k: x for k, x in laion_state.items() if k not in UNUSED}, set(ours)
+    )
     for name, x in renamed.items():
         torch.testing.assert_close(ours[name], x, rtol=0, atol=0)
     qkv = laion_state["audio_branch.layers.1.blocks.0.attn.qkv.bias"]
     layer = "audio_model.audio_encoder.layers.1.blocks.0.attention.self."
-    torch.testing.assert_close(torch.cat([ours[f"{layer}{part}.bias"] for part in ("query", "key", "value")]), qkv)
+    torch.testing.assert_close(
+        torch.cat([ours[f"{layer}{part}.bias"] for part in ("query", "key", "value")]), qkv
+    )
     assert not clap.model.training and not any(p.requires_grad for p in clap.model.parameters())
 
 
@@ -149,14 +164,23 @@ def test_the_real_configuration_is_of_200_million_parameters():
         model = ClapModel(ClapConfig(**CONFIG))
     # The package counts 199.6 million, with 5.7 of a classifier, two transforms and mel filters, which nothing uses.
     assert sum(p.numel() for p in model.parameters()) == 193_913_882
-    assert model.config.audio_config.hidden_size == 1024 and model.config.text_config.layer_norm_eps == 1e-5
+    assert (
+        model.config.audio_config.hidden_size == 1024
+        and model.config.text_config.layer_norm_eps == 1e-5
+    )
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"audio_branch.norm.weight": None}, r"missing tensors: 1, such as audio_model\.audio_encoder\.norm\.weight"),
-        ({"text_projection.0.weight": torch.zeros(2, 2)}, "not CLAP of the expected kind: .*size mismatch"),
+        (
+            {"audio_branch.norm.weight": None},
+            r"missing tensors: 1, such as audio_model\.audio_encoder\.norm\.weight",
+        ),
+        (
+            {"text_projection.0.weight": torch.zeros(2, 2)},
+            "not CLAP of the expected kind: .*size mismatch",
+        ),
         ({"text_projection.0.weight": "a word"}, "holds other things than named tensors"),
     ],
 )
@@ -189,7 +213,9 @@ def test_the_published_one_loads_by_its_hash(
 
 
 @pytest.mark.parametrize("cosine, is_good", [(0.2, True), (0.95, False), (float("nan"), False)])
-def test_the_check_of_captions(clap: Clap, monkeypatch: pytest.MonkeyPatch, cosine: float, is_good: bool):
+def test_the_check_of_captions(
+    clap: Clap, monkeypatch: pytest.MonkeyPatch, cosine: float, is_good: bool
+):
     vectors = torch.tensor([[1.0, 0.0], [cosine, 0.0]])
     monkeypatch.setattr(clap, "embed_text", lambda captions: vectors)
     if is_good:
@@ -203,7 +229,11 @@ def test_the_check_of_captions(clap: Clap, monkeypatch: pytest.MonkeyPatch, cosi
 
 
 def test_a_caption_is_embedded_as_it_would_be_alone(clap: Clap):
-    captions = ["a slow waltz", "", "a fast reel on the flute with guitar at 120 beats per minute " * 9]
+    captions = [
+        "a slow waltz",
+        "",
+        "a fast reel on the flute with guitar at 120 beats per minute " * 9,
+    ]
     together = clap.embed_text(captions)
     assert together.shape == (3, clap.dim) and clap.dim == 16
     torch.testing.assert_close(together.norm(dim=1), torch.ones(3))
@@ -219,7 +249,9 @@ def test_another_tokenizer_is_named(folder: Path, laion_state: dict[str, Tensor]
     with pytest.raises(UserError, match="280 tokens where CLAP knows 300"):
         make_clap(file, TINY, str(tmp_path / "small"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"CLAP tokenizer .*no config\.json or tokenizer_config\.json"):
+    with pytest.raises(
+        UserError, match=r"CLAP tokenizer .*no config\.json or tokenizer_config\.json"
+    ):
         make_clap(file, TINY, str(tmp_path / "empty"))
     with pytest.raises(UserError, match=r"CLAP tokenizer 'roberta-base': .*HF_HUB_OFFLINE"):
         make_clap(file, TINY, "roberta-base")
@@ -233,7 +265,9 @@ def test_the_feature_extractor_is_set_as_laion_computes():
     assert required == FEATURES
 
 
-@pytest.mark.parametrize("case", FRONTENDS["clap_repeatpad"]["cases"], ids=lambda c: str(c["samples"]))
+@pytest.mark.parametrize(
+    "case", FRONTENDS["clap_repeatpad"]["cases"], ids=lambda c: str(c["samples"])
+)
 def test_ten_seconds_of_a_clip(case: dict):
     wav = 1 + torch.arange(case["samples"], dtype=torch.float64)  # no zeros of its own
     heard = ten_seconds(wav, "clip")
@@ -248,9 +282,13 @@ def test_ten_seconds_of_a_clip(case: dict):
 
 def test_a_crop_is_a_function_of_seed_and_name():
     wav = torch.arange(30 * 48_000)
-    starts = {(seed, key): int(ten_seconds(wav, key, seed)[0]) for seed in (0, 1) for key in "abcdefgh"}
+    starts = {
+        (seed, key): int(ten_seconds(wav, key, seed)[0]) for seed in (0, 1) for key in "abcdefgh"
+    }
     assert len(set(starts.values())) == len(starts)
-    assert all(int(ten_seconds(wav, key, seed)[0]) == start for (seed, key), start in starts.items())
+    assert all(
+        int(ten_seconds(wav, key, seed)[0]) == start for (seed, key), start in starts.items()
+    )
     assert starts[0, "a"] == int.from_bytes(hashlib.sha256(b"0/a").digest()[:8], "little") % 960_001
 
 
@@ -284,7 +322,9 @@ def test_a_missing_laion_clap_is_one_line(
 ):
     file = saved(folder / "clap.pt", laion_state)
     monkeypatch.setitem(sys.modules, "laion_clap", None)
-    monkeypatch.setattr(clap_module, "CLAP_MUSIC", Weights("CLAP", CLAP_MUSIC.url, 1, "CC0-1.0", "", "tests"))
+    monkeypatch.setattr(
+        clap_module, "CLAP_MUSIC", Weights("CLAP", CLAP_MUSIC.url, 1, "CC0-1.0", "", "tests")
+    )
     with pytest.raises(UserError, match=r"pip install 'magnet-train\[laion-clap\]'") as error:
         load_clap(str(file.path), package=True)
     assert "\n" not in str(error.value)

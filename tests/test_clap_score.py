@@ -34,7 +34,9 @@ def test_score_of_each_clip_and_its_mean(pairs: dict[str, Tensor]):
 def test_other_captions_fit_no_better_than_chance(pairs: dict[str, Tensor]):
     """The fixture's control is one of many: each audio with the next one's caption."""
     similarities = cosines(pairs["audio"], pairs["text"])
-    assert near(similarities.roll(-1, 1).diagonal().mean().item(), CLAP["shuffled_text_control"], 1e-9)
+    assert near(
+        similarities.roll(-1, 1).diagonal().mean().item(), CLAP["shuffled_text_control"], 1e-9
+    )
     controls = [similarities.roll(-i, 1).diagonal().mean().item() for i in range(1, 37)]
     shuffled = clap_summary(pairs["audio"], pairs["text"]).shuffled
     assert shuffled == pytest.approx(sum(controls) / 36)

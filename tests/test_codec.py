@@ -55,9 +55,16 @@ def message(name: object) -> str:
 def test_facts_of_the_32_khz_configuration(codec: EncodecCodec, folder: Path):
     facts = codec.facts
     assert (facts.sample_rate, facts.frame_rate, facts.hop_samples) == (32_000, 50.0, HOP)
-    assert (facts.num_codebooks, facts.codebook_size, facts.channels, facts.pad_mode) == (4, 2048, 1, "reflect")
+    assert (facts.num_codebooks, facts.codebook_size, facts.channels, facts.pad_mode) == (
+        4,
+        2048,
+        1,
+        "reflect",
+    )
     assert facts.id == str(folder.resolve()) and len(facts.hash) == 16
-    assert CodecFacts.from_dict(json.loads(json.dumps(facts.to_dict())) | {"added_later": 1}) == facts
+    assert (
+        CodecFacts.from_dict(json.loads(json.dumps(facts.to_dict())) | {"added_later": 1}) == facts
+    )
     with pytest.raises(ValueError, match="hash"):
         CodecFacts.from_dict({k: v for k, v in facts.to_dict().items() if k != "hash"})
 
@@ -78,7 +85,9 @@ def test_codes_and_audio_are_those_of_transformers(codec: EncodecCodec, folder: 
 
 @pytest.mark.parametrize("samples", [1, HOP - 1, HOP, HOP + 1, 7 * HOP, 7 * HOP + 1, 11 * HOP - 1])
 @pytest.mark.parametrize("pad_mode", ["reflect", "constant"])
-def test_a_begun_frame_counts(codec: EncodecCodec, folder: Path, tmp_path: Path, samples: int, pad_mode: str):
+def test_a_begun_frame_counts(
+    codec: EncodecCodec, folder: Path, tmp_path: Path, samples: int, pad_mode: str
+):
     if pad_mode != "reflect":
         codec = load_codec(str(clone_with(folder, tmp_path, pad_mode=pad_mode)))
     codes = codec.encode(noise(1, 1, samples))
@@ -99,7 +108,9 @@ def test_hash_is_of_what_decides_the_codes(folder: Path, codec: EncodecCodec, tm
     def saved(change: str) -> str:
         model = EncodecModel.from_pretrained(folder, dtype=torch.float32)
         with torch.no_grad():
-            dict(model.named_parameters(), **dict(model.named_buffers()))[change].flatten()[0] += 1.0
+            dict(model.named_parameters(), **dict(model.named_buffers()))[change].flatten()[0] += (
+                1.0
+            )
         model.save_pretrained(tmp_path / change)
         return load_codec(str(tmp_path / change)).facts.hash
 
@@ -153,7 +164,9 @@ def test_a_batch_gives_what_each_gives_alone(codec: EncodecCodec):
     wav = noise(3, 1, 20 * HOP)
     together, alone = codec.encode(wav), torch.cat([codec.encode(w[None]) for w in wav])
     assert (together != alone).float().mean() < 0.01  # ties in floating point
-    assert torch.allclose(codec.decode(alone), torch.cat([codec.decode(c[None]) for c in alone]), atol=1e-5)
+    assert torch.allclose(
+        codec.decode(alone), torch.cat([codec.decode(c[None]) for c in alone]), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -165,7 +178,13 @@ def test_audio_that_is_not_finite_is_refused(codec: EncodecCodec, value: float):
 
 
 @pytest.mark.parametrize(
-    "wav", [torch.zeros(1, 4 * HOP), torch.zeros(1, 3, HOP), torch.zeros(1, 1, 0), torch.zeros(1, 1, HOP).short()]
+    "wav",
+    [
+        torch.zeros(1, 4 * HOP),
+        torch.zeros(1, 3, HOP),
+        torch.zeros(1, 1, 0),
+        torch.zeros(1, 1, HOP).short(),
+    ],
 )
 def test_audio_of_the_wrong_shape_or_kind_is_refused(codec: EncodecCodec, wav: torch.Tensor):
     with pytest.raises(ValueError, match="wav must be float"):
@@ -200,7 +219,11 @@ def test_an_untrained_model_is_refused(tmp_path: Path):
 
 def test_the_first_codebooks_are_a_codec_of_their_own(folder: Path, codec: EncodecCodec):
     two = load_codec(f"{folder}@2")
-    assert two.facts.num_codebooks == 2 and two.facts.id.endswith("@2") and two.facts.hash != codec.facts.hash
+    assert (
+        two.facts.num_codebooks == 2
+        and two.facts.id.endswith("@2")
+        and two.facts.hash != codec.facts.hash
+    )
     wav = noise(1, 1, 20 * HOP)
     assert torch.equal(two.encode(wav), codec.encode(wav)[:, :2])
     assert "codebooks" in message(f"{folder}@9")
@@ -243,14 +266,20 @@ def test_a_pickle_with_code_in_it_is_not_run(folder: Path, tmp_path: Path):
     assert not (tmp_path / "harmed").exists()
 
 
-def test_folders_and_ids_that_do_not_lead_to_a_codec(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_folders_and_ids_that_do_not_lead_to_a_codec(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert "config.json" in message(tmp_path)
     assert "no such folder" in message(tmp_path / "absent")
     assert "config.json" in message(folder / "config.json")
     text = message("facebook/encodec_no_such_model")
-    assert "facebook/encodec_no_such_model" in text and "HF_HUB_OFFLINE" in text and "local folder" in text
+    assert (
+        "facebook/encodec_no_such_model" in text
+        and "HF_HUB_OFFLINE" in text
+        and "local folder" in text
+    )
     (tmp_path / "config.json").write_text("{")
     assert str(tmp_path) in message(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
@@ -292,10 +321,16 @@ def test_training_quantiser_and_exported_model_give_the_same_codes(train_codec, 
     model = EncodecModel(config).eval().half().float()
     wav = noise(2, 1, 64_000)
     latents = model.encoder(wav)
-    quantizer = train_codec.ResidualQuantizer(config.num_quantizers, config.codebook_size, config.codebook_dim).eval()
+    quantizer = train_codec.ResidualQuantizer(
+        config.num_quantizers, config.codebook_size, config.codebook_dim
+    ).eval()
     scale = latents.std(dim=(0, 2))
     for k, embed in enumerate(quantizer.embed):
-        embed.copy_((latents.mean(dim=(0, 2)) * (k == 0) + scale * 0.7**k * torch.randn_like(embed)).half().float())
+        embed.copy_(
+            (latents.mean(dim=(0, 2)) * (k == 0) + scale * 0.7**k * torch.randn_like(embed))
+            .half()
+            .float()
+        )
     quantised, codes, _ = quantizer(latents)
     train_codec.export(model, quantizer, tmp_path)
 
@@ -310,7 +345,12 @@ def test_embedded_codec():
         pytest.skip("the embedded codec is not there yet")
     codec = load_codec()
     facts = codec.facts
-    assert facts.id == "demo" and facts.sample_rate == 16_000 and facts.frame_rate == 50 and facts.num_codebooks == 4
+    assert (
+        facts.id == "demo"
+        and facts.sample_rate == 16_000
+        and facts.frame_rate == 50
+        and facts.num_codebooks == 4
+    )
     assert demo_path("codec/model.safetensors").stat().st_size < 15e6
     codes = codec.encode(noise(1, 1, 48_000))
     assert codes.shape == (1, 4, 150) and codec.decode(codes).isfinite().all()

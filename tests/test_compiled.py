@@ -33,7 +33,9 @@ def outputs(model: Magnet, stage: int, valid: torch.Tensor | None) -> tuple[torc
     tokens = torch.tensor([[True] * 6, [False] * 6])
     text = model.encode_text(torch.randn(2, 6, 16, generator=generator), tokens)
     logits = model.logits(model.trunk(codes, model.config.stage(stage), text, valid), stage)
-    return logits, *torch.autograd.grad(logits.square().mean(), list(model.parameters()), materialize_grads=True)
+    return logits, *torch.autograd.grad(
+        logits.square().mean(), list(model.parameters()), materialize_grads=True
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -53,9 +55,13 @@ def test_the_option_compiles_with_the_real_compiler_and_copies_stay_plain():
     config = MagnetConfig(dim=32, num_heads=2, num_layers=1, codebook_size=SIZE, text_dim=16)
     module, plain = MagnetModule(config, compiled=True), MagnetModule(config)
     block = module.network.blocks[0]
-    assert block._compiled_call_impl is not None and copy.deepcopy(block)._compiled_call_impl is None
+    assert (
+        block._compiled_call_impl is not None and copy.deepcopy(block)._compiled_call_impl is None
+    )
     assert "compiled" not in module.hparams
-    for one, two in zip(outputs(module.network, 1, None), outputs(plain.network, 1, None), strict=True):
+    for one, two in zip(
+        outputs(module.network, 1, None), outputs(plain.network, 1, None), strict=True
+    ):
         assert torch.allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
@@ -68,8 +74,12 @@ def test_a_compiled_generator_gives_the_same_codes(tiny, monkeypatch, compiled):
         return torch._dynamo.optimize("aot_eager", nopython=options["fullgraph"])(function)
 
     monkeypatch.setattr(torch, "compile", compile_)
-    other = Generator(tiny.network, tiny.codec, tiny.text_encoder, tiny.decoding, tiny.crop_s, compiled=compiled)
-    assert torch.equal(other.generate(["a slow waltz", ""]).codes, tiny.generate(["a slow waltz", ""]).codes)
+    other = Generator(
+        tiny.network, tiny.codec, tiny.text_encoder, tiny.decoding, tiny.crop_s, compiled=compiled
+    )
+    assert torch.equal(
+        other.generate(["a slow waltz", ""]).codes, tiny.generate(["a slow waltz", ""]).codes
+    )
     assert asked == ({"mode": "reduce-overhead", "fullgraph": True} if compiled else {})
 
 
@@ -99,7 +109,9 @@ def test_the_compiler_never_gives_up_over_what_a_fit_asks_of_it(monkeypatch):
 
 
 @pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
-@pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"top_p": 0.0, "top_k": 10}, {"greedy": True}])
+@pytest.mark.parametrize(
+    "sampling", [{"top_p": 0.9}, {"top_p": 0.0, "top_k": 10}, {"greedy": True}]
+)
 def test_decoding_never_waits_for_the_device(arrangement, sampling):
     """Tensors without values: whatever asked for one, to decide a shape or a branch, would raise."""
     config = DecodingConfig(decoding_steps=(4, 2, 2, 2), span_arrangement=arrangement, **sampling)
@@ -121,6 +133,9 @@ def test_bfloat16_generates_and_stays_near_float32():
     model, half = network(), network().to(torch.bfloat16)
     codes = torch.randint(SIZE + 1, (2, 4, T))
     for stage in range(4):
-        exact, rounded = model(codes, model.config.stage(stage), None), half(codes, half.config.stage(stage), None)
+        exact, rounded = (
+            model(codes, model.config.stage(stage), None),
+            half(codes, half.config.stage(stage), None),
+        )
         assert rounded.dtype == torch.bfloat16
         assert (exact - rounded).abs().max() < 0.1 * exact.abs().max()

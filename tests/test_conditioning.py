@@ -13,7 +13,11 @@ from safetensors.torch import load_file, save_file
 from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder, _demo_folder, drop_captions, load_text_encoder
 
-CAPTIONS = ["a dog barks", "a slow chorale for string quartet in G minor, with organ and drums", "solo piano"]
+CAPTIONS = [
+    "a dog barks",
+    "a slow chorale for string quartet in G minor, with organ and drums",
+    "solo piano",
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,10 @@ def message(name: object, **options: int) -> str:
 def test_states_are_those_of_transformers(encoder: TextEncoder, folder: Path):
     from transformers import AutoTokenizer, T5EncoderModel
 
-    model, tokenizer = T5EncoderModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        T5EncoderModel.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     states, mask = encoder(CAPTIONS[:1])
     with torch.no_grad():
         expected = model(**tokenizer(CAPTIONS[:1], return_tensors="pt")).last_hidden_state
@@ -72,8 +79,13 @@ def test_neighbours_and_their_padding_change_nothing(encoder: TextEncoder):
 def test_embedded_encoder(demo: TextEncoder):
     assert (demo.id, demo.dim) == ("demo", 384)
     check_independence(demo)
-    states, mask = demo(["flute and harp", "a duet of harp and flute", "heavy drums, very fast", None])
-    a, b, c = (torch.nn.functional.normalize(s[m].mean(0), dim=0) for s, m in zip(states[:3], mask[:3], strict=True))
+    states, mask = demo(
+        ["flute and harp", "a duet of harp and flute", "heavy drums, very fast", None]
+    )
+    a, b, c = (
+        torch.nn.functional.normalize(s[m].mean(0), dim=0)
+        for s, m in zip(states[:3], mask[:3], strict=True)
+    )
     assert a @ b > a @ c + 0.2  # it understands
 
 
@@ -150,7 +162,9 @@ def test_a_module_that_holds_it_in_a_tuple_does_not_save_it(encoder: TextEncoder
     assert set(holder.state_dict()) == {"project.weight", "project.bias"}
     assert copy.deepcopy(holder).frozen[0] is encoder
     states, _ = holder.frozen[0](CAPTIONS)
-    holder.project(states).sum().backward()  # states made without gradient still serve a trained layer
+    holder.project(
+        states
+    ).sum().backward()  # states made without gradient still serve a trained layer
     assert holder.project.weight.grad is not None
 
 
@@ -161,7 +175,9 @@ def test_an_empty_tokenizer_is_an_error(tmp_path: Path):
     assert "tokenizer" in message(tmp_path)
 
 
-def test_folders_that_hold_no_text_encoder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_folders_that_hold_no_text_encoder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "no such folder" in message(tmp_path / "absent")
     assert "config.json" in message(tmp_path)
@@ -193,7 +209,9 @@ def test_the_stamp_is_of_what_makes_the_states(demo: TextEncoder, folder: Path, 
     """A copy elsewhere and without the pooler has the same, whatever is drawn for that; another encoder another."""
     elsewhere = tmp_path / "copy"
     shutil.copytree(_demo_folder(), elsewhere)
-    weights = {k: v for k, v in load_file(elsewhere / "model.safetensors").items() if "pooler" not in k}
+    weights = {
+        k: v for k, v in load_file(elsewhere / "model.safetensors").items() if "pooler" not in k
+    }
     save_file(weights, elsewhere / "model.safetensors", metadata={"format": "pt"})
     for seed in (0, 1):
         torch.manual_seed(seed)

@@ -12,7 +12,14 @@ from magnet_train.audiocraft.convert import ConvertOptions, convert
 
 CONF = Path(__file__).parents[1] / "conf"
 MODELS = sorted(p.name for p in CONF.glob("*.yaml"))
-NARROW = ["--model.network.dim", "32", "--model.network.num_heads", "2", "--model.network.num_layers", "2"]
+NARROW = [
+    "--model.network.dim",
+    "32",
+    "--model.network.num_heads",
+    "2",
+    "--model.network.num_layers",
+    "2",
+]
 QUICK = [
     "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1", "--trainer.logger", "false",
     "--trainer.strategy", "auto",  # in this process, DDP would leave its process group to the tests that follow
@@ -54,13 +61,17 @@ def test_a_configuration_trains(name, parts, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (CONF / "hardware").glob("*.yaml")))
 def test_a_machine_is_laid_over_a_model(name, parts, tmp_path, capsys):
-    assert launch(["music_small_10s.yaml", f"hardware/{name}"], parts, tmp_path / "run") == 0, capsys.readouterr().err
+    assert launch(["music_small_10s.yaml", f"hardware/{name}"], parts, tmp_path / "run") == 0, (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_configuration_begins_with_what_it_is_and_how_to_run_it(name):
     head = [line for line in (CONF / name).read_text().splitlines() if line.startswith("#")]
-    assert any("python -m magnet_train fit" in line for line in head) and head[0].rstrip().endswith((".", "?"))
+    assert any("python -m magnet_train fit" in line for line in head) and head[0].rstrip().endswith(
+        (".", "?")
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n.startswith(("music", "sound"))])

@@ -1,4 +1,4 @@
-"""A schedule of crop lengths: batches hold the same audio, and a resumed run goes on exactly across its borders."""
+"""A schedule of crop lengths: batches hold the same audio, and a run resumes exactly."""
 
 from itertools import islice
 from pathlib import Path
@@ -19,13 +19,20 @@ PHASES = (CropPhase(3, 10, 12), CropPhase(4, 20, 6))
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> ShardSet:
     folder = tmp_path_factory.mktemp("shards")
-    return ShardSet.open(write_shards(folder, make_data_codec(folder / "codec"), [7, 5, 6, 9, 4, 8]))
+    return ShardSet.open(
+        write_shards(folder, make_data_codec(folder / "codec"), [7, 5, 6, 9, 4, 8])
+    )
 
 
 def draw(shards: ShardSet, workers: int, number: int, start: int = 0) -> list:
     stream = TrainingStream(shards, 30, 4, seed=5, start_batch=start, shorter=PHASES)
     return list(
-        islice(DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=compress_for_worker), number)
+        islice(
+            DataLoader(
+                stream, batch_size=None, num_workers=workers, collate_fn=compress_for_worker
+            ),
+            number,
+        )
     )
 
 

@@ -35,7 +35,9 @@ def run(num_frames=30, prompt=0, items=("a", "b"), config=None, on_step=None, se
     fixed = torch.zeros(len(items), num_frames, dtype=torch.bool)
     fixed[:, :prompt] = True
     noise = item_noise(seed, items, sum(config.steps_per_stage(4)), num_frames)
-    return codes, decode(Networks(scripted(1), scripted(2)), codes, fixed, SIZE, config, noise, on_step)
+    return codes, decode(
+        Networks(scripted(1), scripted(2)), codes, fixed, SIZE, config, noise, on_step
+    )
 
 
 configs = st.builds(
@@ -139,7 +141,9 @@ def test_random_order_with_shared_noise_decodes_a_chain_as_it_is_and_the_publish
     assert log_p == pytest.approx(own_log_p, abs=0.15)
     assert repeats == pytest.approx(0.76, abs=0.05)
     log_p, repeats = chain_statistics(DecodingConfig(decoding_steps=(20,)), chain)
-    print(f"published: log P {log_p:.2f}, repeats {repeats:.2f}; the chain's own {own_log_p:.2f}, 0.76")
+    print(
+        f"published: log P {log_p:.2f}, repeats {repeats:.2f}; the chain's own {own_log_p:.2f}, 0.76"
+    )
     assert abs(log_p - own_log_p) > 0.15 or abs(repeats - 0.76) > 0.05
 
 
@@ -169,7 +173,9 @@ def test_no_unconditional_pass_where_guidance_vanishes():
 
     codes, fixed = torch.zeros(1, 4, 9, dtype=torch.long), torch.zeros(1, 9, dtype=torch.bool)
     config = DecodingConfig(decoding_steps=(2,), max_cfg_coef=1.0, min_cfg_coef=1.0)
-    decode(Networks(scripted(0), unconditional), codes, fixed, SIZE, config, item_noise(0, ["x"], 8, 9))
+    decode(
+        Networks(scripted(0), unconditional), codes, fixed, SIZE, config, item_noise(0, ["x"], 8, 9)
+    )
     assert not calls
 
 
@@ -230,7 +236,9 @@ def test_a_stage_without_steps_is_refused():
 def test_the_race_in_the_nucleus_has_the_winner_of_the_sorted_one(top_p, sharpness):
     probs, noise = (sharpness * torch.randn(3, 400, 200)).softmax(-1), torch.rand(3, 400)
     sorted_first = (top_p_filter(probs, top_p) / exponential(noise, 200)).argmax(-1)
-    assert (sample(probs, top_p, 0, noise) != sorted_first).sum() <= 1  # the mass before an entry is rounded
+    assert (
+        sample(probs, top_p, 0, noise) != sorted_first
+    ).sum() <= 1  # the mass before an entry is rounded
 
 
 def test_the_null_condition_is_not_asked_where_guidance_has_ended():
@@ -243,5 +251,12 @@ def test_the_null_condition_is_not_asked_where_guidance_has_ended():
         asked.append(stage)
         return torch.zeros(1, 12, 8)
 
-    decode(Networks(lambda c, s: torch.zeros(1, 12, 8), null), codes, fixed, 8, config, item_noise(0, ["a"], 7, 12))
+    decode(
+        Networks(lambda c, s: torch.zeros(1, 12, 8), null),
+        codes,
+        fixed,
+        8,
+        config,
+        item_noise(0, ["a"], 7, 12),
+    )
     assert asked == [0, 0, 1, 2, 3]  # a single step begins with everything masked

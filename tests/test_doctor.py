@@ -197,7 +197,9 @@ def test_every_check_runs_whatever_the_others_found(parts, tmp_path, monkeypatch
         "--trainer.accumulate_grad_batches=2",
         f"--trainer.default_root_dir={tmp_path / 'run'}",
     )  # fmt: skip
-    assert status == 2 and re.match(r"error: \d+ of \d+ checks failed; `fit` would fail too: start, settings, ", error)
+    assert status == 2 and re.match(
+        r"error: \d+ of \d+ checks failed; `fit` would fail too: start, settings, ", error
+    )
     for what, sign in {
         "start": f"checkpoint '{tmp_path}/gone': no such file or folder",
         "batch": "accumulate_grad_batches=2: give one of them",
@@ -307,8 +309,14 @@ def test_components_that_are_missing_are_named_with_their_source(
 )
 def test_a_configuration_that_does_not_hold_is_said_as_fit_says_it(options, sign, parts, capsys):
     status, said, error = ask(capsys, parts, *options)
-    assert status == 2 and said["configuration"].startswith("failed ") and sign in said["configuration"]
-    assert "checks failed; `fit` would fail too: configuration" in error and said["packages"].startswith("ok ")
+    assert (
+        status == 2
+        and said["configuration"].startswith("failed ")
+        and sign in said["configuration"]
+    )
+    assert "checks failed; `fit` would fail too: configuration" in error and said[
+        "packages"
+    ].startswith("ok ")
 
 
 def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch, capsys):
@@ -651,7 +659,11 @@ def test_one_real_launch(parts, tmp_path):
         args, env=env, capture_output=True, text=True, timeout=LONGEST_S, cwd=tmp_path
     )
     assert done.returncode == 2 and list(tmp_path.iterdir()) == []
-    assert done.stderr.strip().splitlines()[-1].endswith("checks failed; `fit` would fail too: shards per worker")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .endswith("checks failed; `fit` would fail too: shards per worker")
+    )
     assert "set --data.num_workers 4" in done.stdout and "Traceback" not in done.stderr
 
 

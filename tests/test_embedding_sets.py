@@ -47,9 +47,14 @@ def test_draws_for_fad_infinity_are_whole_clips():
     assert [clip_of_row[rows].unique().numel() for rows in draws] == [2, 3, 4, 5, 6, 7, 8]
     for rows in draws:
         clips = clip_of_row[rows].unique().tolist()
-        assert sorted(rows.tolist()) == [i for i, clip in enumerate(clip_of_row.tolist()) if clip in clips]
+        assert sorted(rows.tolist()) == [
+            i for i, clip in enumerate(clip_of_row.tolist()) if clip in clips
+        ]
     assert all(torch.equal(a, b) for a, b in zip(draws, draws_of_clips(lengths, 7), strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(draws, draws_of_clips(lengths, 7, seed=1), strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(draws, draws_of_clips(lengths, 7, seed=1), strict=True)
+    )
 
 
 def test_fad_infinity_takes_the_bias_of_few_clips_away():
@@ -61,14 +66,18 @@ def test_fad_infinity_takes_the_bias_of_few_clips_away():
         own, common = (torch.randn(100, n, 8, generator=generator) for n in (5, 1))
         windows = ((own + common) / 2**0.5).flatten(0, 1)
         plain.append(Moments.of(windows).distance(reference))
-        extrapolated.append(fad_infinity(windows, reference, draws_of_clips([5] * 100, seed=seed)).value)
+        extrapolated.append(
+            fad_infinity(windows, reference, draws_of_clips([5] * 100, seed=seed)).value
+        )
     assert abs(sum(extrapolated)) < 0.2 * sum(plain)
 
 
 def test_fad_of_each_clip(sets: dict[str, Tensor]):
     clips = {str(i): sets["gen"][sets["gen_clip"] == i] for i in range(6)}
     found = fad_per_clip(clips, Moments.of(sets["ref"]))
-    assert [found[str(i)] for i in range(6)] == pytest.approx(ADDONS["per_clip_fad"]["expected"], rel=TOLERANCE)
+    assert [found[str(i)] for i in range(6)] == pytest.approx(
+        ADDONS["per_clip_fad"]["expected"], rel=TOLERANCE
+    )
     assert list(found) == ["4", "5", "2", "1", "3", "0"]
     with pytest.raises(UserError, match="clip short: FAD needs at least two generated windows"):
         fad_per_clip({"short": torch.randn(1, 16)}, Moments.of(sets["ref"]))
@@ -96,7 +105,9 @@ def test_kernel_distances_are_unbiased(distance):
 
 
 def test_kid_is_torchmetrics(sets: dict[str, Tensor]):
-    assert kid(sets["gen"], sets["ref"][:60]) == pytest.approx(ADDONS["kid"]["expected"], rel=TOLERANCE)
+    assert kid(sets["gen"], sets["ref"][:60]) == pytest.approx(
+        ADDONS["kid"]["expected"], rel=TOLERANCE
+    )
 
 
 def test_neighbourhoods_are_prdcs(sets: dict[str, Tensor]):
@@ -115,11 +126,15 @@ def test_the_border_of_a_neighbourhood_is_outside():
 def test_vendi_score_is_vendi_scores(sets: dict[str, Tensor]):
     for side in ("gen", "ref"):
         assert vendi_score(sets[side]) == pytest.approx(ADDONS["vendi"][side], rel=TOLERANCE)
-    assert vendi_score(sets["gen"][:1].repeat(7, 1)) == pytest.approx(ADDONS["vendi"]["identical_rows"])
+    assert vendi_score(sets["gen"][:1].repeat(7, 1)) == pytest.approx(
+        ADDONS["vendi"]["identical_rows"]
+    )
     few = sets["gen"][:5]  # fewer windows than dimensions: the other of two matrices
     unit = few.double() / few.double().norm(dim=1, keepdim=True)
     shares = torch.linalg.svdvals(unit).square() / 5
-    assert vendi_score(few) == pytest.approx((-(shares * shares.log()).sum()).exp().item(), rel=TOLERANCE)
+    assert vendi_score(few) == pytest.approx(
+        (-(shares * shares.log()).sum()).exp().item(), rel=TOLERANCE
+    )
 
 
 def test_a_subsample_keeps_windows_and_their_order():

@@ -28,7 +28,9 @@ def cache(tmp_path: Path):
 def package_model(name: str, cache: Path):
     """A random model of published size, its weights where the package would have put them."""
     torch.manual_seed(0)
-    model = getattr(encodec.EncodecModel, f"encodec_model_{name.split('_')[1]}")(pretrained=False).eval()
+    model = getattr(encodec.EncodecModel, f"encodec_model_{name.split('_')[1]}")(
+        pretrained=False
+    ).eval()
     for layer in model.quantizer.vq.layers:
         layer._codebook.embed.normal_(std=0.3)
     torch.save(model.state_dict(), cache / PACKAGE_MODELS[name][0])
@@ -42,7 +44,12 @@ def test_24_khz_gives_the_codes_and_audio_of_the_package(cache, length):
     theirs.set_target_bandwidth(6.0)  # 8 codebooks
     ours = load_codec("encodec_24khz@8")
     facts = ours.facts
-    assert (facts.sample_rate, facts.frame_rate, facts.num_codebooks, facts.codebook_size) == (24_000, 75, 8, 1024)
+    assert (facts.sample_rate, facts.frame_rate, facts.num_codebooks, facts.codebook_size) == (
+        24_000,
+        75,
+        8,
+        1024,
+    )
     assert facts.pad_mode == "reflect" and facts.channels == 1
     wav = 0.3 * torch.randn(2, 1, length)
     ((codes, _),) = theirs.encode(wav)
@@ -60,7 +67,9 @@ def test_48_khz_gives_the_codes_of_the_package_and_a_steady_frame_rate(cache):
     codes, scale = theirs.encode(second)[0]  # a second frame holds the hundredth of overlap
     assert torch.equal(ours.encode(second), codes)
     assert torch.allclose(
-        ours.decode(codes), theirs._decode_frame((codes, scale)) / scale * NORMALISED_LEVEL, atol=1e-6
+        ours.decode(codes),
+        theirs._decode_frame((codes, scale)) / scale * NORMALISED_LEVEL,
+        atol=1e-6,
     )
     # A quiet second behind a loud one stays quieter, and every second has 150 frames.
     wav = torch.cat([second, 0.01 * second, second[..., :24_000]], 2)
@@ -81,5 +90,7 @@ def test_without_network_the_message_says_where_the_file_goes(cache, monkeypatch
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(UserError, match=r"no route to host.*put the file to .*encodec_48khz-7e698e3e\.th"):
+    with pytest.raises(
+        UserError, match=r"no route to host.*put the file to .*encodec_48khz-7e698e3e\.th"
+    ):
         load_codec("encodec_48khz")

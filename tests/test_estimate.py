@@ -12,10 +12,14 @@ SMALL = MagnetConfig(dim=96, num_heads=4, num_layers=3, codebook_size=512, text_
 WIDE = MagnetConfig(dim=256, num_heads=8, num_layers=2, codebook_size=1024, text_dim=64)
 
 
-@pytest.mark.parametrize("config", [SMALL, WIDE, MagnetConfig(), MagnetConfig(dim=1536, num_heads=24, num_layers=48)])
+@pytest.mark.parametrize(
+    "config", [SMALL, WIDE, MagnetConfig(), MagnetConfig(dim=1536, num_heads=24, num_layers=48)]
+)
 def test_parameters_are_counted_without_the_network(config):
     with torch.device("meta"):
-        assert estimate.num_parameters(config) == sum(p.numel() for p in Magnet(config).parameters())
+        assert estimate.num_parameters(config) == sum(
+            p.numel() for p in Magnet(config).parameters()
+        )
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -26,9 +30,13 @@ def test_activations_are_within_a_fifth_of_what_the_allocator_counts(
 ):
     num_predicted = round(estimate.MEAN_MASK_RATE * num_frames)
     half = precision.startswith("bf16")
-    step, weights = training_pass(config, batch_size, num_frames, num_predicted, estimate.NUM_TEXT, "cpu", half)
+    step, weights = training_pass(
+        config, batch_size, num_frames, num_predicted, estimate.NUM_TEXT, "cpu", half
+    )
     step(stage)
-    measured = peak_mb(lambda: step(stage), "cpu") - (weights / 2e6 if half else 0)  # autocast's copies
+    measured = peak_mb(lambda: step(stage), "cpu") - (
+        weights / 2e6 if half else 0
+    )  # autocast's copies
     calculated = estimate.activation_bytes(config, batch_size, num_frames, precision) / 1e6
     with capsys.disabled():
         print(
@@ -45,11 +53,19 @@ def test_the_whole_of_a_training_is_within_a_fifth_of_what_the_allocator_counts(
     def train() -> None:
         network, average = Magnet(WIDE), Magnet(WIDE)
         optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-        codes, masked = torch.randint(1024, (4, 4, 400)), torch.rand(4, 400) < estimate.MEAN_MASK_RATE
-        text = torch.randn(4, estimate.NUM_TEXT, 64), torch.ones(4, estimate.NUM_TEXT, dtype=torch.bool)
+        codes, masked = (
+            torch.randint(1024, (4, 4, 400)),
+            torch.rand(4, 400) < estimate.MEAN_MASK_RATE,
+        )
+        text = (
+            torch.randn(4, estimate.NUM_TEXT, 64),
+            torch.ones(4, estimate.NUM_TEXT, dtype=torch.bool),
+        )
         for stage in (0, 1, 2):
             features = network.trunk(codes, network.config.stage(stage), network.encode_text(*text))
-            masked_cross_entropy(network.logits(features[masked], stage), codes[:, stage], masked).mean().backward()
+            masked_cross_entropy(
+                network.logits(features[masked], stage), codes[:, stage], masked
+            ).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         assert len(average.blocks) == 2
@@ -57,7 +73,10 @@ def test_the_whole_of_a_training_is_within_a_fifth_of_what_the_allocator_counts(
     measured = peak_mb(train, "cpu")
     calculated = estimate.memory(WIDE, 4, 400, "32-true", "adamw").total / 1e6
     with capsys.disabled():
-        print(f"\na whole training: {calculated:.0f} MB calculated, {measured:.0f} MB measured", end="")
+        print(
+            f"\na whole training: {calculated:.0f} MB calculated, {measured:.0f} MB measured",
+            end="",
+        )
     assert 0.8 * measured < calculated < 1.2 * measured
 
 
@@ -68,7 +87,12 @@ def test_the_state_is_what_an_optimizer_and_an_average_really_take():
         p.grad = torch.ones_like(p)
     optimizer.step()
     moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
-    held = [*network.parameters(), *average.parameters(), *(p.grad for p in network.parameters()), *moments]
+    held = [
+        *network.parameters(),
+        *average.parameters(),
+        *(p.grad for p in network.parameters()),
+        *moments,
+    ]
     given = estimate.memory(SMALL, 1, 100, "32-true", "adamw")
     assert given.state == sum(x.numel() * x.element_size() for x in held)
     assert given.copies == given.frozen == 0
@@ -100,9 +124,14 @@ def test_sharding_divides_the_state_and_not_the_activations():
 
 def test_a_validation_in_shards_has_all_weights_once_more():
     """However many the ranks: it may be what does not fit."""
-    many = estimate.memory(WIDE, 1, 100, "bf16-mixed", "adamw", ranks=1000, sharded=True, frozen=1e6)
+    many = estimate.memory(
+        WIDE, 1, 100, "bf16-mixed", "adamw", ranks=1000, sharded=True, frozen=1e6
+    )
     weights = 4 * estimate.num_parameters(WIDE)
-    assert many.validation == pytest.approx(1.5 * weights + 1e6, rel=0.01) and many.total == many.validation
+    assert (
+        many.validation == pytest.approx(1.5 * weights + 1e6, rel=0.01)
+        and many.total == many.validation
+    )
     assert many.total > sum(many.in_training.values()) > 0
     assert estimate.largest_batch(many, 1, many.validation) == 0
     assert estimate.largest_batch(many, 1, 1.2 * many.validation) > 0
@@ -134,9 +163,13 @@ def test_the_largest_batch_is_the_last_that_fits():
 
 def test_operations_are_those_that_are_counted():
     """Stage 0, where the window hides nothing; torch's counter sees the recomputed parts too, which hold no product."""
-    step, _ = training_pass(SMALL, 2, 500, round(estimate.MEAN_MASK_RATE * 500), estimate.NUM_TEXT, "cpu", False)
+    step, _ = training_pass(
+        SMALL, 2, 500, round(estimate.MEAN_MASK_RATE * 500), estimate.NUM_TEXT, "cpu", False
+    )
     counted = count_flop(lambda: step(0))
     assert 2 * estimate.training_flop(SMALL, 500, 0) == pytest.approx(counted, rel=0.15)
     steps = (4, 2, 2, 2)
     twice = tuple(2 * n for n in steps)
-    assert estimate.decoding_flop(SMALL, 500, twice) == 2 * estimate.decoding_flop(SMALL, 500, steps)
+    assert estimate.decoding_flop(SMALL, 500, twice) == 2 * estimate.decoding_flop(
+        SMALL, 500, steps
+    )

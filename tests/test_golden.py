@@ -36,8 +36,18 @@ def losses(folder: Path) -> list[float]:
         "--generation.at_start",
         "false",
     ]
-    args += ["--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "10", "--data.num_workers", "0"]
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": ".", "name": "csv"}}
+    args += [
+        "--trainer.limit_val_batches",
+        "1",
+        "--trainer.val_check_interval",
+        "10",
+        "--data.num_workers",
+        "0",
+    ]
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": ".", "name": "csv"},
+    }
     args += ["--trainer.logger", json.dumps([logger])]
     args += ["--trainer.enable_progress_bar", "false"]
     assert main(args) == 0
@@ -65,7 +75,7 @@ def test_the_shipped_model_plays_as_it_did():
     from safetensors.torch import load_file
 
     expected, measured = load_file(GOLDEN / "codes.safetensors")["codes"].long(), codes()
-    # All the same on the same kind of CPU; elsewhere a tie may fall the other way, and what follows it.
+    # Equal on the same kind of CPU; elsewhere a tie may fall the other way.
     assert (measured == expected).float().mean() > 0.9
 
 

@@ -30,7 +30,8 @@ def test_interval_of_fad_holds_what_other_clips_give(dim: int, num_clips: int, s
     others = [fad(clips_of(num_clips, dim, shift, generator), reference) for _ in range(300)]
     expected, deviation = float(np.mean(others)), float(np.std(others))
     intervals = [
-        frechet_interval(clips_of(num_clips, dim, shift, generator), reference, draws=100, seed=i) for i in range(150)
+        frechet_interval(clips_of(num_clips, dim, shift, generator), reference, draws=100, seed=i)
+        for i in range(150)
     ]
     held = np.mean([low <= expected <= high for low, high in intervals])
     width = np.mean([high - low for low, high in intervals])
@@ -53,7 +54,9 @@ def test_drawing_with_replacement_raises_fad():
     reference = Moments.of(torch.randn(20_000, 32, generator=generator))
     clips = clips_of(40, 32, 0.3, generator)
     picks = torch.randint(40, (200, 40), generator=generator)
-    times_drawn = torch.zeros(200, 40, dtype=torch.float64).scatter_add_(1, picks, torch.ones(200, 40).double())
+    times_drawn = torch.zeros(200, 40, dtype=torch.float64).scatter_add_(
+        1, picks, torch.ones(200, 40).double()
+    )
     draws = frechet_of_samples(clips, reference, times_drawn)
     assert torch.quantile(draws, 0.025) > fad(clips, reference)
 
@@ -63,7 +66,9 @@ def test_a_sample_is_the_fad_of_its_clips():
     generator = torch.Generator().manual_seed(0)
     clips = [torch.randn(n, 6, generator=generator) + 1000 for n in (3, 1, 0, 4)]
     reference = Moments.of(torch.randn(50, 6, generator=generator) + 1000)
-    times_drawn = torch.tensor([[1.0, 1, 1, 1], [0, 2, 0, 1], [3, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64)
+    times_drawn = torch.tensor(
+        [[1.0, 1, 1, 1], [0, 2, 0, 1], [3, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64
+    )
     values = frechet_of_samples(clips, reference, times_drawn)
     for row, value in zip(times_drawn.int().tolist(), values.tolist(), strict=True):
         drawn = [clip for clip, times in zip(clips, row, strict=True) for _ in range(times)]

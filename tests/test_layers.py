@@ -1,4 +1,4 @@
-"""Imports point down only: the layers of the drawing in CONTRIBUTING.md, read from the import lines."""
+"""Imports point down only: the layers of the drawing in CONTRIBUTING.md."""
 
 import ast
 from pathlib import Path
@@ -19,7 +19,14 @@ LAYERS = [
     {"attention", "masking", "loss", "optimizer", "common"},
 ]
 """From the top down: a file imports from its own layer and from those below."""
-LIGHTNING = {"cli", "module", "data.datamodule", "callbacks", "evaluation", "tracking.wandb_session"}
+LIGHTNING = {
+    "cli",
+    "module",
+    "data.datamodule",
+    "callbacks",
+    "evaluation",
+    "tracking.wandb_session",
+}
 LIGHTNING |= {"common.private_api"}
 WANDB = {"tracking", "callbacks", "common.private_api"}
 
@@ -47,7 +54,10 @@ def test_imports_point_down():
     for name, path in modules().items():
         for other in imports(path):
             target = other.removeprefix("magnet_train.").split(".")[0]
-            if other.startswith("magnet_train.") and layer.get(target, 99) < layer[name.split(".")[0]]:
+            if (
+                other.startswith("magnet_train.")
+                and layer.get(target, 99) < layer[name.split(".")[0]]
+            ):
                 wrong.append(f"{name} imports {other}")
     assert not wrong
 

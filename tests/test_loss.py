@@ -19,14 +19,20 @@ def test_it_is_the_mean_cross_entropy_over_masked_frames():
 
 def test_no_masked_frame_is_zero_not_nan():
     masked = torch.zeros(2, 5, dtype=torch.bool)
-    loss = masked_cross_entropy(torch.zeros(0, 7, requires_grad=True), torch.zeros(2, 5, dtype=torch.long), masked)
+    loss = masked_cross_entropy(
+        torch.zeros(0, 7, requires_grad=True), torch.zeros(2, 5, dtype=torch.long), masked
+    )
     assert loss.mean() == 0 and loss.count.sum() == 0
     loss.mean().backward()
 
 
 def test_logits_of_other_frames_are_refused():
     with pytest.raises(ValueError, match="masked frames"):
-        masked_cross_entropy(torch.zeros(3, 7), torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 5, dtype=torch.bool))
+        masked_cross_entropy(
+            torch.zeros(3, 7),
+            torch.zeros(1, 5, dtype=torch.long),
+            torch.ones(1, 5, dtype=torch.bool),
+        )
 
 
 def test_schedules_are_those_of_the_reference():

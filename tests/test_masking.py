@@ -37,7 +37,11 @@ def test_mask_rate_statistics_are_those_of_the_reference():
     for name, by_rate in rates.items():
         num_frames, span_len = (int(part.lstrip("Tspan")) for part in name.split("."))
         for rate in ("0.0", "0.25", "0.5", "0.75", "0.97"):
-            masked = span_mask(torch.full((400,), float(rate)), num_frames, span_len, generator).float().mean(1)
+            masked = (
+                span_mask(torch.full((400,), float(rate)), num_frames, span_len, generator)
+                .float()
+                .mean(1)
+            )
             spread = 4 * (masked.std().item() + by_rate[rate]["std_over_draws"]) / 400**0.5 + 1e-6
             assert abs(masked.mean().item() - by_rate[rate]["mean"]) < spread, (name, rate)
 
@@ -49,7 +53,9 @@ def test_every_mask_is_made_of_whole_spans_and_never_empty(num_frames, span_len,
         with pytest.raises(ValueError, match="span_len"):
             span_mask(torch.tensor([rate]), num_frames, span_len)
         return
-    mask = span_mask(torch.tensor([rate]), num_frames, span_len, torch.Generator().manual_seed(seed))[0].tolist()
+    mask = span_mask(
+        torch.tensor([rate]), num_frames, span_len, torch.Generator().manual_seed(seed)
+    )[0].tolist()
     assert any(mask)
     runs = "".join("x" if m else " " for m in mask)
     *inner, last = runs.rstrip().split(" ") if runs.strip() else [""]
@@ -58,5 +64,9 @@ def test_every_mask_is_made_of_whole_spans_and_never_empty(num_frames, span_len,
 
 
 def test_cosine_goes_from_all_to_nothing():
-    assert cosine_mask_rate(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
-    assert cosine_mask_rate(torch.rand(100_000)).mean().item() == pytest.approx(2 / torch.pi, abs=0.005)
+    assert cosine_mask_rate(torch.tensor([0.0, 1.0])).tolist() == pytest.approx(
+        [1.0, 0.0], abs=1e-6
+    )
+    assert cosine_mask_rate(torch.rand(100_000)).mean().item() == pytest.approx(
+        2 / torch.pi, abs=0.005
+    )

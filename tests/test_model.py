@@ -59,7 +59,9 @@ def test_padding_and_neighbours_change_nothing():
     codes[1, :, 17:] = TINY.mask_id
     for stage in range(4):
         both = model(codes, TINY.stage(stage), model.encode_text(text, tokens), valid)
-        alone = model(codes[1:, :, :17], TINY.stage(stage), model.encode_text(text[1:, :2], tokens[1:, :2]))
+        alone = model(
+            codes[1:, :, :17], TINY.stage(stage), model.encode_text(text[1:, :2], tokens[1:, :2])
+        )
         assert torch.allclose(both[1:, :17], alone, atol=1e-5)
 
 
@@ -73,17 +75,25 @@ def test_no_text_equals_the_null_condition():
 def test_positions_stay_apart_in_low_precision():
     far = sinusoidal_positions(1500, 64)
     assert far.dtype == torch.float32 and (far[1400] - far[1401]).abs().max() > 1e-2
-    assert torch.allclose(far[7, 0], torch.tensor(7.0).cos()) and torch.allclose(far[7, 32], torch.tensor(7.0).sin())
+    assert torch.allclose(far[7, 0], torch.tensor(7.0).cos()) and torch.allclose(
+        far[7, 32], torch.tensor(7.0).sin()
+    )
 
 
-@pytest.mark.parametrize("change", [{"dim": 30, "num_heads": 4}, {"context": -2}, {"num_layers": 0}])
+@pytest.mark.parametrize(
+    "change", [{"dim": 30, "num_heads": 4}, {"context": -2}, {"num_layers": 0}]
+)
 def test_impossible_shapes_are_named(change):
     with pytest.raises(UserError, match=next(iter(change))):
         MagnetConfig(**change)
 
 
 def test_codes_that_lie_together_in_the_codec_begin_together():
-    model = Magnet(MagnetConfig(dim=16, num_heads=2, num_layers=1, num_codebooks=2, codebook_size=32, text_dim=4))
+    model = Magnet(
+        MagnetConfig(
+            dim=16, num_heads=2, num_layers=1, num_codebooks=2, codebook_size=32, text_dim=4
+        )
+    )
     mask = model.embedding[:, -1].clone()
     codebooks = torch.randn(2, 32, 8)
     model.start_from_codebooks(codebooks, torch.Generator().manual_seed(0))

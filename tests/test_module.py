@@ -28,7 +28,9 @@ class FakeText(torch.nn.Module):
 
 @pytest.fixture
 def module() -> MagnetModule:
-    config = MagnetConfig(dim=32, num_heads=2, num_layers=2, codebook_size=SIZE, text_dim=8, context=2)
+    config = MagnetConfig(
+        dim=32, num_heads=2, num_layers=2, codebook_size=SIZE, text_dim=8, context=2
+    )
     module = MagnetModule(config, seed=1)
     module._frozen = (FakeText(),)
     return module
@@ -74,7 +76,9 @@ def test_the_caption_matters_and_its_absence_is_the_null_condition(module):
 
 
 def test_draws_belong_to_their_place_in_the_run():
-    a, b, c = (torch.rand(4, generator=step_generator(1, *place)) for place in ((5, 0), (5, 0), (5, 1)))
+    a, b, c = (
+        torch.rand(4, generator=step_generator(1, *place)) for place in ((5, 0), (5, 0), (5, 1))
+    )
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
@@ -90,10 +94,17 @@ def test_initial_weights_are_a_function_of_the_seed(module):
     ("make", "word"),
     [
         (
-            lambda: MagnetModule(guidance_dropout=1.5, network=MagnetConfig(dim=8, num_heads=1, num_layers=1)),
+            lambda: MagnetModule(
+                guidance_dropout=1.5, network=MagnetConfig(dim=8, num_heads=1, num_layers=1)
+            ),
             "guidance",
         ),
-        (lambda: MagnetModule(span_len=0, network=MagnetConfig(dim=8, num_heads=1, num_layers=1)), "span_len"),
+        (
+            lambda: MagnetModule(
+                span_len=0, network=MagnetConfig(dim=8, num_heads=1, num_layers=1)
+            ),
+            "span_len",
+        ),
         (lambda: MagnetModule(stage_sampling="step"), "stage_sampling=step"),  # type: ignore[arg-type]
         (lambda: OptimizerConfig(lr=-1), "lr=-1"),
         (lambda: OptimizerConfig(schedule="linear"), "schedule=linear"),  # type: ignore[arg-type]
@@ -116,7 +127,9 @@ def drawn(module, rank, batch_index, accumulated=1):
         raise Seen
 
     epoch, update = SimpleNamespace(total_batch_idx=batch_index), batch_index // accumulated
-    module._trainer = SimpleNamespace(global_rank=rank, global_step=update, fit_loop=SimpleNamespace(epoch_loop=epoch))
+    module._trainer = SimpleNamespace(
+        global_rank=rank, global_step=update, fit_loop=SimpleNamespace(epoch_loop=epoch)
+    )
     module.stage_loss = stop
     with pytest.raises(Seen):
         module.training_step(batch(valid=(24, 24)), 0)
@@ -152,13 +165,15 @@ def test_each_example_may_have_a_stage_of_its_own(module):
     groups = [module._drawn_stages(count, size=8) for count in range(40)]
     assert all(sorted(row for _, rows in step for row in rows) == [*range(8)] for step in groups)
     drawn = [stage for step in groups for stage, rows in step for _ in rows]
-    assert all(abs(drawn.count(stage) / 320 - 0.25) < 0.1 for stage in range(4))  # four deviations of a fair draw
+    assert all(
+        abs(drawn.count(stage) / 320 - 0.25) < 0.1 for stage in range(4)
+    )  # four deviations of a fair draw
     module._trainer.global_rank = 1
     assert groups == [module._drawn_stages(count, size=8) for count in range(40)]
 
 
 def test_stages_of_their_own_are_trained_as_each_alone(module):
-    """The loss is the mean over all masked frames, whichever stage they are of, and so is its gradient."""
+    """The loss is the mean over all masked frames of all stages, and so is its gradient."""
     module.stage_sampling, size = "example", 6
     data = batch(valid=(24, 24, 24, 20, 24, 9))
     module._trainer = SimpleNamespace(
@@ -177,15 +192,22 @@ def test_stages_of_their_own_are_trained_as_each_alone(module):
     loss = module.training_step(data, 0)
     assert len(parts) > 1 and sum(len(captions) for _, captions, *_ in parts) == size
     alone = [
-        stage_loss({n: part[n][i : i + 1] for n in ("codes", "valid")}, [captions[i]], stage, masked[i : i + 1])
+        stage_loss(
+            {n: part[n][i : i + 1] for n in ("codes", "valid")},
+            [captions[i]],
+            stage,
+            masked[i : i + 1],
+        )
         for part, captions, stage, masked in parts
         for i in range(len(captions))
     ]
     total = sum(one.ce.sum() for one in alone) / sum(one.count.sum() for one in alone)
-    assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-6) and logged["train/loss"] == float(
-        loss.detach()
-    )
-    assert {n for n in logged if n.startswith("train/ce")} == {f"train/ce/stage{stage}" for *_, stage, _ in parts}
+    assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-6) and logged[
+        "train/loss"
+    ] == float(loss.detach())
+    assert {n for n in logged if n.startswith("train/ce")} == {
+        f"train/ce/stage{stage}" for *_, stage, _ in parts
+    }
     own, expected = (torch.autograd.grad(x, [*module.network.parameters()]) for x in (loss, total))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(own, expected, strict=True))
 
@@ -195,7 +217,10 @@ def test_d_adaptation_finds_a_step_size(module):
     pytest.importorskip("dadaptation")
     module.optimizer_config = OptimizerConfig(name="dadapt_adam", lr=1.0, warmup_steps=2)
     module._trainer = SimpleNamespace(
-        estimated_stepping_batches=200, fast_dev_run=False, precision="32-true", gradient_clip_val=None
+        estimated_stepping_batches=200,
+        fast_dev_run=False,
+        precision="32-true",
+        gradient_clip_val=None,
     )
     made = module.configure_optimizers()
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]

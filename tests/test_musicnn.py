@@ -39,14 +39,18 @@ def four_notes() -> Tensor:
 def test_mel_filters_are_librosas():
     filters = mel_filters(16_000, 512, 96, "slaney")
     assert filters.shape == (96, 257)
-    torch.testing.assert_close(filters.sum(1), torch.tensor(MUSICNN["mel_row_sums"]), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        filters.sum(1), torch.tensor(MUSICNN["mel_row_sums"]), rtol=1e-4, atol=1e-7
+    )
     assert filters.argmax(1).tolist() == MUSICNN["mel_peak_bins"]
 
 
 def test_spectrogram_is_librosas():
     spectrogram = load_musicnn().spectrogram(four_notes())
     assert spectrogram.shape == (251, 96)
-    torch.testing.assert_close(spectrogram.mean(0), torch.tensor(MUSICNN["log_mel_mean"]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        spectrogram.mean(0), torch.tensor(MUSICNN["log_mel_mean"]), rtol=0, atol=1e-3
+    )
 
 
 def test_musicnn_is_the_published_network():
@@ -56,7 +60,9 @@ def test_musicnn_is_the_published_network():
     assert heard.tags.shape[1:] == (50,)
     assert heard.features.shape[1:] == (1506,)
     torch.testing.assert_close(heard.tags[0], torch.tensor(MUSICNN["tags"]), rtol=0, atol=3e-3)
-    torch.testing.assert_close(heard.embeddings[0], torch.tensor(MUSICNN["embeddings"]), rtol=0, atol=2e-2)
+    torch.testing.assert_close(
+        heard.embeddings[0], torch.tensor(MUSICNN["embeddings"]), rtol=0, atol=2e-2
+    )
 
 
 @pytest.mark.parametrize("seconds, windows", [(2.992, 1), (4.5, 2), (10, 5), (13, 7)])
@@ -80,7 +86,9 @@ def test_a_window_hears_its_own_three_seconds():
 def test_a_tone_at_44_kHz_is_resampled():
     """440 Hz stays 440 Hz: the strongest bin of 16 kHz audio with a 1 s spectrum."""
     t = np.arange(44_100) / 44_100
-    wav = load_musicnn().resample(torch.from_numpy(np.sin(2 * np.pi * 440 * t).astype(np.float32)), 44_100)
+    wav = load_musicnn().resample(
+        torch.from_numpy(np.sin(2 * np.pi * 440 * t).astype(np.float32)), 44_100
+    )
     assert abs(len(wav) - 16_000) <= 1
     assert torch.fft.rfft(wav).abs().argmax().item() == 440
 
@@ -125,14 +133,27 @@ def test_missing_or_broken_weights_are_named(tmp_path: Path, monkeypatch: pytest
         load_musicnn.__wrapped__()
 
 
-NAMED_BY = {"piano": "piano", "steel-string guitar": "guitar", "flute": "flute", "choir": "choir", "recorder": "flute"}
+NAMED_BY = {
+    "piano": "piano",
+    "steel-string guitar": "guitar",
+    "flute": "flute",
+    "choir": "choir",
+    "recorder": "flute",
+}
 
 
 def shipped_solos() -> list[tuple[Path, str]]:
     found = []
     for path in sorted((DEMO / "clips").glob("*.json")):
         instruments = json.loads(path.read_text()).get("instruments", [])
-        audio = next((a for a in (path.with_suffix(s) for s in (".flac", ".wav", ".ogg", ".mp3")) if a.exists()), None)
+        audio = next(
+            (
+                a
+                for a in (path.with_suffix(s) for s in (".flac", ".wav", ".ogg", ".mp3"))
+                if a.exists()
+            ),
+            None,
+        )
         if len(instruments) == 1 and instruments[0] in NAMED_BY and audio:
             found.append((audio, NAMED_BY[instruments[0]]))
     return found
@@ -177,7 +198,14 @@ def test_reader_of_tensorflow_checkpoints():
 
     def entry(kind: int, shape: list[int], offset: int, size: int) -> bytes:
         dims = b"".join(field(2, field(1, n)) for n in shape)
-        return field(1, kind) + field(2, dims) + field(4, offset) + field(5, size) + varint(6 << 3 | 5) + b"crc!"
+        return (
+            field(1, kind)
+            + field(2, dims)
+            + field(4, offset)
+            + field(5, size)
+            + varint(6 << 3 | 5)
+            + b"crc!"
+        )
 
     matrix = np.arange(200, dtype="<f4").reshape(2, 100)
     data = matrix.tobytes() + np.float32(7).tobytes() + np.int64(3).tobytes()

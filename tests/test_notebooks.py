@@ -57,14 +57,25 @@ def outputs_of(source: str, namespace: dict[str, Any], number: int) -> list[dict
         exec(compile(ast.Module(body, []), f"cell {number}", "exec"), namespace)
         value = None if last is None else eval(compile(last, f"cell {number}", "eval"), namespace)
     if printed.getvalue():
-        outputs.append({"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(True)})
+        outputs.append(
+            {"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(True)}
+        )
     if value is not None:
         data: dict[str, Any] = {"text/plain": repr(value).splitlines(True)}
         if hasattr(value, "_repr_html_"):
-            assert value._repr_html_()  # players and scripts run only where the notebook does, so they are not stored
+            assert (
+                value._repr_html_()
+            )  # players and scripts run only where the notebook does, so they are not stored
         if hasattr(value, "_repr_png_"):
             data["image/png"] = base64.b64encode(value._repr_png_()).decode()
-        outputs.append({"output_type": "execute_result", "execution_count": number, "metadata": {}, "data": data})
+        outputs.append(
+            {
+                "output_type": "execute_result",
+                "execution_count": number,
+                "metadata": {},
+                "data": data,
+            }
+        )
     for figure in map(plt.figure, plt.get_fignums()):
         data = {"text/plain": ["<Figure>"], **picture_of(figure)}
         outputs.append({"output_type": "display_data", "metadata": {}, "data": data})
@@ -88,7 +99,9 @@ def renew(names: list[str]) -> None:
     for name in names:
         notebook = read(name)
         run(notebook)
-        (NOTEBOOKS / f"{name}.ipynb").write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+        (NOTEBOOKS / f"{name}.ipynb").write_text(
+            json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+        )
 
 
 @pytest.mark.slow
@@ -102,11 +115,17 @@ def test_a_notebook_runs_from_top_to_bottom(name, monkeypatch):
     with matplotlib.rc_context():
         run(notebook)
     shown = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
-    assert sum(any(kind.startswith("image/") for kind in output.get("data", {})) for output in shown) >= 2
+    assert (
+        sum(any(kind.startswith("image/") for kind in output.get("data", {})) for output in shown)
+        >= 2
+    )
 
 
 def test_a_cell_that_raises_is_named_and_magics_are_passed_over():
-    good = {"cell_type": "code", "source": ["%matplotlib inline\n", "x = 2\n", "print(x)\n", "x + 1"]}
+    good = {
+        "cell_type": "code",
+        "source": ["%matplotlib inline\n", "x = 2\n", "print(x)\n", "x + 1"],
+    }
     bad = {"cell_type": "code", "source": ["x / 0"]}
     with pytest.raises(ZeroDivisionError) as failure:
         run({"cells": [{"cell_type": "markdown", "source": []}, good, bad]})
@@ -137,7 +156,9 @@ def test_a_stored_notebook_is_small_and_names_no_machine(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_links_of_a_notebook_lead_somewhere(name):
-    text = "".join("".join(c["source"]) for c in read(name)["cells"] if c["cell_type"] == "markdown")
+    text = "".join(
+        "".join(c["source"]) for c in read(name)["cells"] if c["cell_type"] == "markdown"
+    )
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in link:
             assert (NOTEBOOKS / link).exists(), link

@@ -21,7 +21,9 @@ SEGMENTS = json.loads((FIXTURES / "frontends.json").read_text())["passt"]["examp
 def small(segment_s: int = 20) -> Passt:
     """Narrow, at weights that their names determine."""
     network = Passt(segment_s, width=24, layers=2, heads=3)
-    network.load_state_dict(named_weights({name: x.shape for name, x in network.state_dict().items()}))
+    network.load_state_dict(
+        named_weights({name: x.shape for name, x in network.state_dict().items()})
+    )
     return network.eval().requires_grad_(False)
 
 
@@ -67,10 +69,20 @@ def test_parameters_and_names_are_the_packages(segment_s: int, parameters: int):
     with torch.device("meta"):
         network = Passt(segment_s)
     assert sum(p.numel() for p in network.parameters()) == parameters
-    assert network.state_dict().keys() >= {"cls_token", "dist_token", "patch_embed.proj.weight", "head.1.weight"}
+    assert network.state_dict().keys() >= {
+        "cls_token",
+        "dist_token",
+        "patch_embed.proj.weight",
+        "head.1.weight",
+    }
     assert network.state_dict()["blocks.11.attn.qkv.weight"].shape == (2304, 768)
     assert network.state_dict()["freq_new_pos_embed"].shape == (1, 768, 12, 1)
-    assert network.state_dict()["time_new_pos_embed"].shape == (1, 768, 1, {10: 99, 20: 200}[segment_s])
+    assert network.state_dict()["time_new_pos_embed"].shape == (
+        1,
+        768,
+        1,
+        {10: 99, 20: 200}[segment_s],
+    )
 
 
 @pytest.mark.parametrize("segment_s", [10, 20])
@@ -78,7 +90,9 @@ def test_the_network_is_hear21passts(segment_s: int):
     """Its own classes gave these numbers at the same weights, front end included."""
     found, gold = small(segment_s)(wave(segment_s * 32_000, 32_000)), GOLD[f"passt_{segment_s}s"]
     assert found.logits.shape == (1, 527) and found.features.shape == (1, 24)
-    torch.testing.assert_close(found.logits[0, :64], torch.tensor(gold["logits"]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        found.logits[0, :64], torch.tensor(gold["logits"]), rtol=0, atol=1e-4
+    )
     torch.testing.assert_close(found.features[0], torch.tensor(gold["features"]), rtol=0, atol=1e-4)
 
 
@@ -109,14 +123,18 @@ def test_bad_clips_are_named(wav: Tensor, message: str):
 
 def test_weights_load_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """PaSST's files have no published hash, so any file can be tried; one of the other length is named."""
-    monkeypatch.setattr("magnet_train.metrics.networks.passt.Passt", lambda segment_s: Passt(segment_s, 24, 2, 3))
+    monkeypatch.setattr(
+        "magnet_train.metrics.networks.passt.Passt", lambda segment_s: Passt(segment_s, 24, 2, 3)
+    )
     path = tmp_path / "passt.pt"
     torch.save(small(20).state_dict(), path)
     network = load_passt(str(path))
     assert len(network.hash) == 16 and not network.training
     wav = wave(32_000, 32_000)
     torch.testing.assert_close(network(wav).logits, small(20)(wav).logits)
-    with pytest.raises(UserError, match=r"passt\.pt: weights of another network: .*time_new_pos_embed"):
+    with pytest.raises(
+        UserError, match=r"passt\.pt: weights of another network: .*time_new_pos_embed"
+    ):
         load_passt(str(path), 10)
     with pytest.raises(UserError, match="segment_s=15: "):
         load_passt(str(path), 15)

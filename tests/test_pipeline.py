@@ -73,7 +73,9 @@ def load(dataset: Any, workers: int) -> Any:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_item_once_over_ranks_and_workers(ranks: int, workers: int, shards: ShardSet):
-    each = [list(load(EvaluationDataset(shards, 50, 3, rank, ranks), workers)) for rank in range(ranks)]
+    each = [
+        list(load(EvaluationDataset(shards, 50, 3, rank, ranks), workers)) for rank in range(ranks)
+    ]
     assert sorted(k for batches in each for k in keys(batches)) == all_keys()
     sizes = [len(keys(batches)) for batches in each]
     assert max(sizes) - min(sizes) <= 1
@@ -82,14 +84,19 @@ def test_every_item_once_over_ranks_and_workers(ranks: int, workers: int, shards
         for batch in batches:
             assert [f"item{i:04d}" for i in batch["indices"]] == batch["keys"]
     if workers:  # the order does not depend on them
-        alone = [keys(load(EvaluationDataset(shards, 50, 3, rank, ranks), 0)) for rank in range(ranks)]
+        alone = [
+            keys(load(EvaluationDataset(shards, 50, 3, rank, ranks), 0)) for rank in range(ranks)
+        ]
         assert [keys(batches) for batches in each] == alone
 
 
 @pytest.mark.parametrize(
-    ("counts", "ranks", "batch_size"), [((1,), 3, 4), ((2, 1), 2, 1), ((7,), 2, 16), ((1,) * 9, 4, 2)]
+    ("counts", "ranks", "batch_size"),
+    [((1,), 3, 4), ((2, 1), 2, 1), ((7,), 2, 16), ((1,) * 9, 4, 2)],
 )
-def test_few_items_and_few_shards(counts: tuple[int, ...], ranks: int, batch_size: int, codec: str, tmp_path: Path):
+def test_few_items_and_few_shards(
+    counts: tuple[int, ...], ranks: int, batch_size: int, codec: str, tmp_path: Path
+):
     """More ranks than items, or one shard for all: still each once."""
     found = ShardSet.open(write_shards(tmp_path, codec, counts))
     for workers in (0, 3):
@@ -99,12 +106,23 @@ def test_few_items_and_few_shards(counts: tuple[int, ...], ranks: int, batch_siz
 
 def test_validation_takes_the_first_frames_and_the_references(shards: ShardSet):
     for batch in EvaluationDataset(shards, 60, 5):
-        assert batch["codes"].shape == (len(batch["keys"]), 4, 60) and batch["codes"].dtype == torch.int64
+        assert (
+            batch["codes"].shape == (len(batch["keys"]), 4, 60)
+            and batch["codes"].dtype == torch.int64
+        )
         assert batch["valid"].all() and batch["valid"].dtype == torch.bool
         for i, index in enumerate(batch["indices"]):
-            assert (batch["codes"][i, 0] == index).all() and batch["codes"][i, 1].tolist() == list(range(60))
-            assert batch["captions"][i] == f"caption {index}" and batch["infos"][i]["key"] == batch["keys"][i]
-            assert torch.as_tensor(batch["references"][i]["embeddings"]).tolist() == [[index] * 200] * 2
+            assert (batch["codes"][i, 0] == index).all() and batch["codes"][i, 1].tolist() == list(
+                range(60)
+            )
+            assert (
+                batch["captions"][i] == f"caption {index}"
+                and batch["infos"][i]["key"] == batch["keys"][i]
+            )
+            assert (
+                torch.as_tensor(batch["references"][i]["embeddings"]).tolist()
+                == [[index] * 200] * 2
+            )
 
 
 def test_an_unreadable_shard_ends_a_validation(codec: str, tmp_path: Path):
@@ -131,18 +149,26 @@ def test_an_epoch_is_every_item_once(ranks: int, workers: int, codec: str, tmp_p
     drawn = [list(islice(stream, 2 * batches)) for stream in streams]
     first = [k for batches_of_rank in drawn for k in keys(batches_of_rank[:batches])]
     second = [k for batches_of_rank in drawn for k in keys(batches_of_rank[batches:])]
-    assert sorted(first) == sorted(second) == all_keys(48) and first != second and first != all_keys(48)
+    assert (
+        sorted(first) == sorted(second) == all_keys(48)
+        and first != second
+        and first != all_keys(48)
+    )
 
 
 def test_unequal_shares_even_out(shards: ShardSet):
     """Shards of different size on two ranks: over many epochs no item is seen much more than another."""
-    counts = Counter(k for rank in range(2) for k in keys(islice(TrainingStream(shards, 50, 4, 0, rank, 2), 600)))
+    counts = Counter(
+        k for rank in range(2) for k in keys(islice(TrainingStream(shards, 50, 4, 0, rank, 2), 600))
+    )
     assert set(counts) == set(all_keys()) and max(counts.values()) < 1.25 * min(counts.values())
 
 
 def same(one: list[Batch], two: list[Batch]) -> bool:
     return len(one) == len(two) and all(
-        a["keys"] == b["keys"] and torch.equal(a["codes"], b["codes"]) and torch.equal(a["valid"], b["valid"])
+        a["keys"] == b["keys"]
+        and torch.equal(a["codes"], b["codes"])
+        and torch.equal(a["valid"], b["valid"])
         for a, b in zip(one, two, strict=True)
     )
 
@@ -192,7 +218,9 @@ def test_random_crops_reach_both_ends(codec: str, tmp_path: Path):
         for row, index in zip(batch["codes"], batch["indices"], strict=True):
             frames = row[1] + 64 * row[2]
             starts.append(int(frames[0]))
-            assert (row[0] == index).all() and frames.tolist() == list(range(starts[-1], starts[-1] + 30))
+            assert (row[0] == index).all() and frames.tolist() == list(
+                range(starts[-1], starts[-1] + 30)
+            )
     counts = Counter(starts)
     assert set(counts) == set(range(6)) and min(counts.values()) > 10
 
@@ -206,11 +234,17 @@ def test_short_items_are_padded_and_marked(codec: str, tmp_path: Path):
     assert batch["valid"].sum(1).tolist() == [50, 31, 30, 30]
     for row, valid in zip(batch["codes"], batch["valid"], strict=True):
         real = int(valid.sum())
-        assert valid[:real].all() and row[1, :real].tolist() == list(range(real)) and not row[:, real:].any()
+        assert (
+            valid[:real].all()
+            and row[1, :real].tolist() == list(range(real))
+            and not row[:, real:].any()
+        )
     for batch in islice(TrainingStream(found, 31, 4, 0), 30):
         for row, valid, index in zip(batch["codes"], batch["valid"], batch["indices"], strict=True):
             frames, real = row[1][valid], round(np.ceil(round(seconds[index] * FRAME_RATE, 6)))
-            assert len(frames) == min(31, real) and int(frames.max()) < real  # never the codec's padding
+            assert (
+                len(frames) == min(31, real) and int(frames.max()) < real
+            )  # never the codec's padding
             assert frames.tolist() == list(range(int(frames[0]), int(frames[0]) + len(frames)))
 
 
@@ -249,15 +283,43 @@ def rewrite_index(folder: Path, change: Callable[[Any], Any]) -> None:
         (lambda f: (f / "index.json").write_text("{"), "broken"),
         (lambda f: (f / "index.json").write_text("[]"), "broken"),
         (lambda f: rewrite_index(f, lambda index: index["shards"].clear()), "no shards"),
-        (lambda f: rewrite_index(f, lambda index: index["shards"].append(index["shards"][0])), "twice"),
+        (
+            lambda f: rewrite_index(f, lambda index: index["shards"].append(index["shards"][0])),
+            "twice",
+        ),
         (lambda f: rewrite_index(f, lambda index: index["shards"].append("x")), "broken"),
         (lambda f: rewrite_index(f, lambda index: index["codec"].pop("frame_rate")), "frame_rate"),
-        (lambda f: rewrite_index(f, lambda index: index["codec"].update(num_codebooks=10**8)), "num_codebooks"),
-        *((lambda f, name=name, value=value: rewrite_index(f, lambda i: i["shards"][0].update({name: value})), name)
-          for name, value in (("num_examples", 10**12), ("num_examples", -1), ("num_examples", True), ("sha256", 5))),
-        *((lambda f, name=name: rewrite_index(f, lambda i: i["shards"][0].update(name=name)), "is called")
-          for name in ("../a.tar", "/a.tar", "a/b.tar", ".a.tar")),
-        (lambda f: (f / "index.json").write_text('{"shards": [{"name": "a", "num_examples": 1}]}'), "broken"),
+        (
+            lambda f: rewrite_index(f, lambda index: index["codec"].update(num_codebooks=10**8)),
+            "num_codebooks",
+        ),
+        *(
+            (
+                lambda f, name=name, value=value: rewrite_index(
+                    f, lambda i: i["shards"][0].update({name: value})
+                ),
+                name,
+            )
+            for name, value in (
+                ("num_examples", 10**12),
+                ("num_examples", -1),
+                ("num_examples", True),
+                ("sha256", 5),
+            )
+        ),
+        *(
+            (
+                lambda f, name=name: rewrite_index(f, lambda i: i["shards"][0].update(name=name)),
+                "is called",
+            )
+            for name in ("../a.tar", "/a.tar", "a/b.tar", ".a.tar")
+        ),
+        (
+            lambda f: (f / "index.json").write_text(
+                '{"shards": [{"name": "a", "num_examples": 1}]}'
+            ),
+            "broken",
+        ),
         (lambda f: (f / "index.json").write_bytes(b"[" * 100_000), "broken"),
     ],
 )
@@ -271,12 +333,19 @@ def test_wrong_folders(damage: Callable[[Path], Any], says: str, codec: str, tmp
 def test_what_a_shard_holds(folder: Path):
     found = read_shard(folder / "shard-000001.tar")
     assert [item["info"]["key"] for item in found] == ["item0005", "item0006", "item0007"]
-    assert all(item["codes"].dtype == np.uint16 and item["codes"].shape == (4, 100) for item in found)
+    assert all(
+        item["codes"].dtype == np.uint16 and item["codes"].shape == (4, 100) for item in found
+    )
     assert all(item["reference"] is None for item in found)
-    assert all(item["reference"] is not None for item in read_shard(folder / "shard-000001.tar", with_references=True))
+    assert all(
+        item["reference"] is not None
+        for item in read_shard(folder / "shard-000001.tar", with_references=True)
+    )
 
 
-def write_tar(path: Path, members: list[tuple[str, bytes]], change: Any = None, **kind: Any) -> Path:
+def write_tar(
+    path: Path, members: list[tuple[str, bytes]], change: Any = None, **kind: Any
+) -> Path:
     """A tar with these members; `change` may alter the header of the first."""
     with tarfile.open(path, **({"mode": "w"} | kind)) as tar:
         for number, (name, content) in enumerate(members):
@@ -304,7 +373,9 @@ def members(
 def test_tars_of_every_format_are_read(kind: int, key: str, tmp_path: Path):
     if len(key) > 100 and kind == tarfile.USTAR_FORMAT:
         return  # which has no such names
-    path = write_tar(tmp_path / "a.tar", members(key), lambda m: setattr(m, "mtime", 1.5), format=kind)
+    path = write_tar(
+        tmp_path / "a.tar", members(key), lambda m: setattr(m, "mtime", 1.5), format=kind
+    )
     (item,) = read_shard(path)
     assert item["info"]["key"] == key and item["codes"].tolist() == [[1] * 10] * 4
 
@@ -367,20 +438,28 @@ def test_a_shard_that_is_no_file_is_not_opened(tmp_path: Path):
 def test_arrays_are_not_believed_further_than_their_bytes(tmp_path: Path):
     one, two = members()
     claimed = one[1].replace(b"(4, 10)", b"(4, 1" + b"0" * 12 + b")")
-    assert "a.codes.npy" in refusal(read_shard, write_tar(tmp_path / "a.tar", [(one[0], claimed), two]))
+    assert "a.codes.npy" in refusal(
+        read_shard, write_tar(tmp_path / "a.tar", [(one[0], claimed), two])
+    )
 
 
 @pytest.mark.parametrize("num_frames", [80, 100, 130])
 def test_a_loader_process_changes_nothing(num_frames: int, codec: str, tmp_path: Path):
     """Though batches are compress_for_worker on their way: types, padding and references too."""
-    found = ShardSet.open(write_shards(tmp_path, codec, (4, 3), seconds=[2, 1.5, 0.1, 2, 1, 2, 1.99]))
-    for dataset in (TrainingStream(found, num_frames, 3, 0), EvaluationDataset(found, num_frames, 3)):
+    found = ShardSet.open(
+        write_shards(tmp_path, codec, (4, 3), seconds=[2, 1.5, 0.1, 2, 1, 2, 1.99])
+    )
+    for dataset in (
+        TrainingStream(found, num_frames, 3, 0),
+        EvaluationDataset(found, num_frames, 3),
+    ):
         for one, two in zip(islice(load(dataset, 0), 3), islice(load(dataset, 1), 3), strict=True):
             assert type(one) is type(two) is dict and list(one) == list(two)
             for name in ("codes", "valid"):
                 assert one[name].dtype == two[name].dtype and torch.equal(one[name], two[name])
             references = [
-                [r and {k: v.tolist() for k, v in r.items()} for r in b.pop("references")] for b in (one, two)
+                [r and {k: v.tolist() for k, v in r.items()} for r in b.pop("references")]
+                for b in (one, two)
             ]
             assert references[0] == references[1]
             rest = [{k: v for k, v in b.items() if k not in ("codes", "valid")} for b in (one, two)]
@@ -438,7 +517,9 @@ def data_module(codec: str, train: Path, validation: Path, **options: Any) -> An
     from magnet_train.data.datamodule import MagnetDataModule
 
     folders = {"train": str(train), "validation": str(validation), "test": str(validation)}
-    return MagnetDataModule(**(folders | {"batch_size": 2, "num_workers": 0, "crop_s": 1.0, "codec": codec} | options))
+    return MagnetDataModule(
+        **(folders | {"batch_size": 2, "num_workers": 0, "crop_s": 1.0, "codec": codec} | options)
+    )
 
 
 def fit(
@@ -514,17 +595,25 @@ def test_shards_of_another_codec(codec: str, folder: Path, tmp_path: Path):
     other = make_data_codec(tmp_path / "codec", seed=1)
     text = refusal(data_module(other, folder, folder).setup, "fit")
     assert str(folder) in text and "codec" in text and other in text
-    data_module(make_data_codec(tmp_path / "copy"), folder, folder).setup("fit")  # the same under another path
+    data_module(make_data_codec(tmp_path / "copy"), folder, folder).setup(
+        "fit"
+    )  # the same under another path
 
 
 def test_splits_that_are_missing(codec: str, folder: Path, tmp_path: Path):
     from magnet_train.data.datamodule import MagnetDataModule
 
-    assert "--data.validation" in refusal(MagnetDataModule(train=str(folder), codec=codec).setup, "fit")
-    assert str(tmp_path / "gone") in refusal(data_module(codec, tmp_path / "gone", folder).setup, "fit")
+    assert "--data.validation" in refusal(
+        MagnetDataModule(train=str(folder), codec=codec).setup, "fit"
+    )
+    assert str(tmp_path / "gone") in refusal(
+        data_module(codec, tmp_path / "gone", folder).setup, "fit"
+    )
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"num_workers": -1}, {"predict_split": "dev"}])
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"num_workers": -1}, {"predict_split": "dev"}]
+)
 def test_options_out_of_range(options: dict[str, Any], codec: str, folder: Path):
     name, value = next(iter(options.items()))
     assert f"{name}={value}" in refusal(data_module, codec, folder, folder, **options)
@@ -554,7 +643,9 @@ class Ranks:
         (1, 1, 2, False),
     ],
 )
-def test_fewer_shards_than_workers(shards: int, ranks: int, workers: int, fits: bool, codec: str, tmp_path: Path):
+def test_fewer_shards_than_workers(
+    shards: int, ranks: int, workers: int, fits: bool, codec: str, tmp_path: Path
+):
     train = write_shards(tmp_path / "train", codec, [2] * shards)
     data = data_module(codec, train, train, num_workers=workers)
     data.trainer = Ranks(ranks)
@@ -573,7 +664,9 @@ def test_fewer_shards_than_workers(shards: int, ranks: int, workers: int, fits: 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_epochs_go_on_where_the_last_one_stopped(workers: int, codec: str, folder: Path, tmp_path: Path):
+def test_epochs_go_on_where_the_last_one_stopped(
+    workers: int, codec: str, folder: Path, tmp_path: Path
+):
     def data() -> Any:
         return data_module(codec, folder, folder, num_workers=workers)
 
@@ -585,9 +678,16 @@ def test_epochs_go_on_where_the_last_one_stopped(workers: int, codec: str, folde
     assert rest == whole[6:]
 
 
-def test_a_checkpoint_saved_on_an_exception_loses_no_batch(codec: str, folder: Path, tmp_path: Path):
+def test_a_checkpoint_saved_on_an_exception_loses_no_batch(
+    codec: str, folder: Path, tmp_path: Path
+):
     whole, _ = fit(data_module(codec, folder, folder), max_steps=9)
-    fit(data_module(codec, folder, folder), stop_in=4, max_steps=9, **saved(tmp_path, 100, save_on_exception=True))
+    fit(
+        data_module(codec, folder, folder),
+        stop_in=4,
+        max_steps=9,
+        **saved(tmp_path, 100, save_on_exception=True),
+    )
     (checkpoint,) = tmp_path.glob("*step=4.ckpt")
     rest, _ = fit(data_module(codec, folder, folder), checkpoint, max_steps=9)
     assert rest == whole[4:]

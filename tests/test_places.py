@@ -34,7 +34,12 @@ from magnet_train.common.errors import UserError
 from magnet_train.data import pipeline
 from magnet_train.data import remote as places
 from magnet_train.data.datamodule import MagnetDataModule
-from magnet_train.data.pipeline import EvaluationDataset, TrainingStream, compress_for_worker, training_order
+from magnet_train.data.pipeline import (
+    EvaluationDataset,
+    TrainingStream,
+    compress_for_worker,
+    training_order,
+)
 from magnet_train.data.remote import find_folders
 from magnet_train.data.shards import ShardSet
 from magnet_train.resume import fingerprint
@@ -100,7 +105,11 @@ def shard(number: int) -> str:
 def cached() -> list[str]:
     """Names of the shards in the cache; nothing else may be there."""
     root = places._cache()
-    files = [p for p in root.rglob("*") if p.is_file() and "index" not in p.parts] if root.exists() else []
+    files = (
+        [p for p in root.rglob("*") if p.is_file() and "index" not in p.parts]
+        if root.exists()
+        else []
+    )
     assert all(p.suffix == ".tar" and len(p.stem) == 64 for p in files)
     return [p.stem for p in files]
 
@@ -130,10 +139,15 @@ def test_patterns_name_folders_in_order(tmp_path: Path, monkeypatch: pytest.Monk
     assert find_folders("train_{b,a}") == [("train_b", "*"), ("train_a", "*")]
     assert find_folders("{other,train_?}") == [("other", "*"), ("train_a", "*"), ("train_b", "*")]
     assert find_folders("odd{1,2}") == [("odd{1,2}", "*")]  # it exists
-    assert find_folders("x/part-{08..11}") == [(f"x/part-{n}", "*") for n in ("08", "09", "10", "11")]
+    assert find_folders("x/part-{08..11}") == [
+        (f"x/part-{n}", "*") for n in ("08", "09", "10", "11")
+    ]
     assert find_folders("x/shard-{2..3}.tar") == [("x", "shard-2.tar"), ("x", "shard-3.tar")]
     assert find_folders("shard-*.tar") == [(".", "shard-*.tar")]
-    assert find_folders("train_*/s-[01].tar") == [("train_a", "s-[01].tar"), ("train_b", "s-[01].tar")]
+    assert find_folders("train_*/s-[01].tar") == [
+        ("train_a", "s-[01].tar"),
+        ("train_b", "s-[01].tar"),
+    ]
     assert find_folders("s3://music/{a,b}") == [("s3://music/a", "*"), ("s3://music/b", "*")]
     assert find_folders("https://host/train/s-*.tar") == [("https://host/train", "s-*.tar")]
     assert "no folder matches" in refusal(find_folders, "valid_*")
@@ -153,8 +167,14 @@ def test_joined_sets_are_one_set_of_the_same_shards(
     names = split(folder, parts, tmp_path_factory.mktemp("split"))
     whole = ShardSet.open(folder)
     root = Path(names[0]).parent
-    for joined in (ShardSet.open(names), ShardSet.open(f"{root}/part*"), ShardSet.open(f"{root}/*/shard-*.tar")):
-        assert joined.counts == whole.counts and fingerprint(joined.index) == fingerprint(whole.index)
+    for joined in (
+        ShardSet.open(names),
+        ShardSet.open(f"{root}/part*"),
+        ShardSet.open(f"{root}/*/shard-*.tar"),
+    ):
+        assert joined.counts == whole.counts and fingerprint(joined.index) == fingerprint(
+            whole.index
+        )
         for rank in range(2):
             streams = [islice(TrainingStream(s, 50, 3, 1, rank, 2), 8) for s in (whole, joined)]
             assert keys(streams[0]) == keys(streams[1])
@@ -168,7 +188,9 @@ def test_joined_sets_are_one_set_of_the_same_shards(
     counts=st.lists(st.integers(0, 7), min_size=1, max_size=12).filter(any),
     ranks=st.integers(1, 4), workers=st.integers(1, 3), seed=st.integers(0, 9),
 )  # fmt: skip
-def test_an_epoch_of_all_readers_is_every_item_once(counts: list[int], ranks: int, workers: int, seed: int):
+def test_an_epoch_of_all_readers_is_every_item_once(
+    counts: list[int], ranks: int, workers: int, seed: int
+):
     """Whatever the number of shards, ranks and loader processes, and however uneven the shards."""
     heard: Counter[tuple[int, int, int]] = Counter()
     parts = ranks * workers
@@ -182,7 +204,9 @@ def test_an_epoch_of_all_readers_is_every_item_once(counts: list[int], ranks: in
             if group[0].epoch >= 2:
                 break
             heard.update(group)
-    assert heard == Counter((e, s, i) for e in range(2) for s, n in enumerate(counts) for i in range(n))
+    assert heard == Counter(
+        (e, s, i) for e in range(2) for s, n in enumerate(counts) for i in range(n)
+    )
 
 
 def test_picked_shards(folder: Path):
@@ -218,7 +242,10 @@ def test_sets_of_two_codecs_are_not_joined(folder: Path, tmp_path: Path):
 
 def test_a_fingerprint_is_what_it_was(folder: Path):
     """Or no older checkpoint would go on. The number is that of the version before patterns."""
-    index = {"codec": {"hash": "c"}, "shards": [{"name": "a.tar", "num_examples": 2, "sha256": "0"}]}
+    index = {
+        "codec": {"hash": "c"},
+        "shards": [{"name": "a.tar", "num_examples": 2, "sha256": "0"}],
+    }
     assert fingerprint(index) == "643c76b11039bfe4"
 
 
@@ -234,19 +261,28 @@ def test_items_of_one_key_are_no_validation(codec: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_shards_of_a_web_server_are_those_of_the_folder(workers: int, server: FaultyServer, folder: Path):
+def test_shards_of_a_web_server_are_those_of_the_folder(
+    workers: int, server: FaultyServer, folder: Path
+):
     """Also in loader processes forked after the first fetch; each is fetched once, by two at a time perhaps twice."""
     near, far = ShardSet.open(folder), ShardSet.open(f"{server.address}/train")
     assert fingerprint(near.index) == fingerprint(far.index)
     streams = [islice(load(TrainingStream(s, 50, 4, 3), workers), 16) for s in (near, far)]
     assert keys(streams[0]) == keys(streams[1])
     assert keys(load(EvaluationDataset(far, 50, 3), workers)) == all_keys()
-    assert server.requests.pop("train/index.json") == 1 and set(server.requests) == {shard(n) for n in range(4)}
+    assert server.requests.pop("train/index.json") == 1 and set(server.requests) == {
+        shard(n) for n in range(4)
+    }
     assert max(server.requests.values()) == 1 or workers
     assert sorted(cached()) == sorted(s["sha256"] for s in far.index["shards"])
     assert not server.during(lambda: keys(EvaluationDataset(far, 50, 3)))
-    picked = ShardSet.open([f"{server.address}/train/shard-00000[01].tar", f"{folder}/shard-000003.tar"])
-    assert picked.counts == [4, 3, 4] and keys(EvaluationDataset(picked, 50, 9)) == all_keys()[:7] + all_keys()[12:]
+    picked = ShardSet.open(
+        [f"{server.address}/train/shard-00000[01].tar", f"{folder}/shard-000003.tar"]
+    )
+    assert (
+        picked.counts == [4, 3, 4]
+        and keys(EvaluationDataset(picked, 50, 9)) == all_keys()[:7] + all_keys()[12:]
+    )
 
 
 def test_other_stores_by_what_stands_for_them(folder: Path):
@@ -254,7 +290,9 @@ def test_other_stores_by_what_stands_for_them(folder: Path):
     memory = fsspec.filesystem("memory")
     for name in ("b", "a"):
         memory.put(str(folder), f"/music/train_{name}", recursive=True)
-    assert find_folders("memory://music/train_*") == [(f"memory:///music/train_{name}", "*") for name in "ab"]
+    assert find_folders("memory://music/train_*") == [
+        (f"memory:///music/train_{name}", "*") for name in "ab"
+    ]
     found = ShardSet.open("memory://music/train_[a]")
     assert keys(EvaluationDataset(found, 50, 4)) == all_keys() and len(cached()) == 4
     assert "memory://music/c/index.json: not there" in refusal(ShardSet.open, "memory://music/c")
@@ -269,8 +307,12 @@ def test_what_a_store_needs_is_named(monkeypatch: pytest.MonkeyPatch):
     assert "nfs://music" in refusal(ShardSet.open, "nfs://music")
 
 
-@pytest.mark.parametrize("faults", [["503", "503"], ["cut"], ["reset"], ["hang"], ["429", "cut", "500"], ["other"]])
-def test_what_passes_is_waited_for(faults: list[str], server: FaultyServer, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "faults", [["503", "503"], ["cut"], ["reset"], ["hang"], ["429", "cut", "500"], ["other"]]
+)
+def test_what_passes_is_waited_for(
+    faults: list[str], server: FaultyServer, monkeypatch: pytest.MonkeyPatch
+):
     for name in ("SHARD_PATIENCE_S", "INDEX_PATIENCE_S"):
         monkeypatch.setattr(places, name, 60.0)
     found = ShardSet.open(f"{server.address}/train")
@@ -299,12 +341,16 @@ def test_what_does_not_pass_is_named(
     server.always[shard(1)] = fault
     begin = time.monotonic()
     text = refusal(list, EvaluationDataset(found, 50, 4))
-    assert f"{server.address}/{shard(1)}" in text and says in text and time.monotonic() - begin < 300
+    assert (
+        f"{server.address}/{shard(1)}" in text and says in text and time.monotonic() - begin < 300
+    )
     requests = server.requests[shard(1)]
     # 0.6 s hold six pauses at most; and a connection that breaks aiohttp itself tries twice.
     assert requests == tries or (tries is None and 2 <= requests <= 7 * 2)
     with pytest.warns(UserWarning, match=r"skipping shard .*shard-000001"):
-        assert set(keys(islice(TrainingStream(found, 50, 4, 0), 8))) == set(all_keys()) - set(all_keys(7)[4:])
+        assert set(keys(islice(TrainingStream(found, 50, 4, 0), 8))) == set(all_keys()) - set(
+            all_keys(7)[4:]
+        )
     assert len(cached()) == 3
     del server.always[shard(1)]
     assert keys(EvaluationDataset(found, 50, 4)) == all_keys()  # it came back
@@ -321,7 +367,9 @@ def test_a_damaged_file_of_the_cache_is_fetched_again(server: FaultyServer):
         assert path.read_bytes() == content and len(found.read(2)) == len(whole)
 
 
-def test_an_index_is_read_anew_and_outlives_its_store(server: FaultyServer, codec: str, tmp_path: Path):
+def test_an_index_is_read_anew_and_outlives_its_store(
+    server: FaultyServer, codec: str, tmp_path: Path
+):
     write_shards(tmp_path / "set", codec, (2,))
     store = FaultyServer(tmp_path)
     assert ShardSet.open(f"{store.address}/set").counts == [2]
@@ -336,7 +384,9 @@ def test_an_index_is_read_anew_and_outlives_its_store(server: FaultyServer, code
     store.stop()
     with pytest.warns(UserWarning, match="cannot be reached"):
         again = ShardSet.open(f"{store.address}/set")
-    assert again.counts == [2, 3] and keys(EvaluationDataset(again, 50, 5)) == all_keys(5)  # all of it from the cache
+    assert again.counts == [2, 3] and keys(EvaluationDataset(again, 50, 5)) == all_keys(
+        5
+    )  # all of it from the cache
     begin = time.monotonic()
     text = refusal(ShardSet.open, f"{store.address}/elsewhere")
     assert "elsewhere/index.json: cannot be reached" in text and time.monotonic() - begin < 300
@@ -349,7 +399,9 @@ def no_room(path: Path, content: bytes) -> int:
 
 
 @pytest.mark.parametrize("how", ["little left", "full", "no folder"])
-def test_a_full_disk_costs_a_warning(how: str, server: FaultyServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_full_disk_costs_a_warning(
+    how: str, server: FaultyServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     if how == "little left":
         monkeypatch.setattr(places, "MIN_FREE_BYTES", 10**18)
     elif how == "full":
@@ -399,7 +451,9 @@ def test_processes_share_a_cache(server: FaultyServer):
     for process in processes:
         process.join()
     assert len(cached()) == 4  # and nothing else, half a file for one
-    assert not server.during(lambda: keys(EvaluationDataset(ShardSet.open(args[0]), 50, 4))) - Counter(["train/index.json"])
+    assert not server.during(
+        lambda: keys(EvaluationDataset(ShardSet.open(args[0]), 50, 4))
+    ) - Counter(["train/index.json"])
 
 
 # --- what is left out ---------------------------------------------------------------------------------------------
@@ -415,17 +469,25 @@ def test_batches_count_what_was_left_out(workers: int, codec: str, tmp_path: Pat
         batches = list(islice(load(TrainingStream(found, 50, 2, 0), workers), 120))
     shards, items = (sum(b[f"{what}_skipped"] for b in batches) for what in ("shards", "items"))
     epochs = len(keys(batches)) / 12
-    assert items == 6 * shards and abs(shards - epochs) <= 2 and {b["shards_skipped"] for b in batches} == {0, 1}
+    assert (
+        items == 6 * shards
+        and abs(shards - epochs) <= 2
+        and {b["shards_skipped"] for b in batches} == {0, 1}
+    )
 
 
-def test_a_reader_without_any_shard_ends_the_run(codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_reader_without_any_shard_ends_the_run(
+    codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Here one of two readers, whose disk has gone; the other would wait for it in vain."""
     found = ShardSet.open(write_shards(tmp_path, codec, (2, 2, 2)))
     for path in found.paths:
         Path(path).unlink()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert "none of the last 100 shards" in refusal(next, iter(TrainingStream(found, 50, 2, 0, 1, 2)))
+        assert "none of the last 100 shards" in refusal(
+            next, iter(TrainingStream(found, 50, 2, 0, 1, 2))
+        )
     assert len([w for w in caught if w.category is UserWarning]) == 3  # each named once
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock.now))
@@ -448,7 +510,10 @@ def bucket(data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
-    given = {"ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()), "DEFAULT_REGION": "us-east-1"}
+    given = {
+        "ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
+        "DEFAULT_REGION": "us-east-1",
+    }
     for name, value in (given | {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret"}).items():
         monkeypatch.setenv(f"AWS_{name}", value)
     s3fs.S3FileSystem.clear_instance_cache()
@@ -469,7 +534,10 @@ def test_a_run_from_a_bucket_is_that_from_a_folder(
     assert main(arguments(data, tmp_path / "folder", workers)) == 0
     given = [f"--data.{split}=s3://shards/{split[:5]}*" for split in ("train", "validation")]
     assert main(arguments(data, tmp_path / "bucket", workers, *given)) == 0
-    assert ledger(tmp_path / "folder") == ledger(tmp_path / "bucket") and len(ledger(tmp_path / "bucket")) == 8
+    assert (
+        ledger(tmp_path / "folder") == ledger(tmp_path / "bucket")
+        and len(ledger(tmp_path / "bucket")) == 8
+    )
     assert differences(outcome(tmp_path / "folder"), outcome(tmp_path / "bucket")) == []
     for address in ("s3://shards/elsewhere", "s3://no-such-bucket/train"):
         assert main(arguments(data, tmp_path / "none", f"--data.train={address}")) == 2
@@ -480,21 +548,30 @@ def test_a_run_from_a_bucket_is_that_from_a_folder(
         for name, value in {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}.items():
             nobody.setenv(name, value)
         type(bucket).clear_instance_cache()
-        with pytest.warns(UserWarning, match="cannot be reached .Unable to locate credentials.; using"):
+        with pytest.warns(
+            UserWarning, match="cannot be reached .Unable to locate credentials.; using"
+        ):
             ShardSet.open("s3://shards/train")
         nobody.setenv("MAGNET_TRAIN_CACHE", str(tmp_path / "empty"))
         assert main(arguments(data, tmp_path / "none", "--data.train=s3://shards/train")) == 2
-        assert "s3://shards/train/index.json: access denied (Unable to locate cred" in capsys.readouterr().err
+        assert (
+            "s3://shards/train/index.json: access denied (Unable to locate cred"
+            in capsys.readouterr().err
+        )
         type(bucket).clear_instance_cache()
     bucket.rm("shards/train/shard-000001.tar")
     places._warn_once.cache_clear()
     with pytest.warns(UserWarning, match=r"skipping shard s3://.*shard-000001.tar: not there"):
         found = ShardSet.open("s3://shards/train")
         shutil.rmtree(os.environ["MAGNET_TRAIN_CACHE"])
-        assert len(set(keys(list(islice(load(TrainingStream(found, 50, 2, 0), 0), 24))))) == 21  # of 24 items
+        assert (
+            len(set(keys(list(islice(load(TrainingStream(found, 50, 2, 0), 0), 24))))) == 21
+        )  # of 24 items
 
 
-def test_a_slow_model_is_no_store_that_fails(codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_slow_model_is_no_store_that_fails(
+    codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Time and shards in a row are counted from the last batch that was asked for, whatever the model does with it."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock.now))
@@ -547,15 +624,23 @@ def mistake(capfd: Any, args: list[str]) -> str:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_goes_wrong_in_a_loader_process_is_one_line(workers: int, data: Path, tmp_path: Path, capfd: Any):
+def test_what_goes_wrong_in_a_loader_process_is_one_line(
+    workers: int, data: Path, tmp_path: Path, capfd: Any
+):
     shutil.copytree(data, tmp_path / "data")
     for path in (tmp_path / "data" / "train").glob("*.tar"):
         path.unlink()
-    line = mistake(capfd, arguments(tmp_path / "data", tmp_path / "run", f"--data.num_workers={workers}"))
+    line = mistake(
+        capfd, arguments(tmp_path / "data", tmp_path / "run", f"--data.num_workers={workers}")
+    )
     assert "none of the last" in line and "missing; copy it again" in line
     (path,) = (tmp_path / "data" / "validation").glob("*.tar")
     path.write_bytes(path.read_bytes()[:700])
-    options = ["--generation.at_start=true", f"--data.num_workers={workers}", f"--data.train={data / 'train'}"]
+    options = [
+        "--generation.at_start=true",
+        f"--data.num_workers={workers}",
+        f"--data.train={data / 'train'}",
+    ]
     line = mistake(capfd, arguments(tmp_path / "data", tmp_path / "run2", *options))
     assert line.startswith(f"error: {path}: broken")
 
@@ -586,7 +671,9 @@ def test_two_ranks_train_on_from_a_server_that_misses_a_shard(data: Path, tmp_pa
     found = ShardSet.open(f"{store.address}/train")
     with warnings.catch_warnings():  # the same once more, without a model
         warnings.simplefilter("ignore")
-        each = [islice(load(TrainingStream(found, 50, 2, 2036, rank, 2), 2), 12) for rank in range(2)]
+        each = [
+            islice(load(TrainingStream(found, 50, 2, 2036, rank, 2), 2), 12) for rank in range(2)
+        ]
         own = [sum(batch["shards_skipped"] for batch in batches) for batches in each]
     assert len(rows) == 3 and shards == sum(own) > max(own) and items == 4 * shards
     store.stop()
@@ -602,7 +689,9 @@ def test_two_ranks_train_on_from_a_server_that_misses_a_shard(data: Path, tmp_pa
         ("--trainer.limit_val_batches=0.5", "limit_val_batches=0.5"),
     ],
 )
-def test_mistakes_by_the_command(option: str, says: str, data: Path, tmp_path: Path, capfd: Any, monkeypatch: Any):
+def test_mistakes_by_the_command(
+    option: str, says: str, data: Path, tmp_path: Path, capfd: Any, monkeypatch: Any
+):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     assert says in mistake(capfd, arguments(data, tmp_path / "run", option))
 
@@ -610,7 +699,11 @@ def test_mistakes_by_the_command(option: str, says: str, data: Path, tmp_path: P
 def test_ranks_that_found_other_checkpoints_are_told(codec: str, folder: Path):
     """Of two folders of the same name on two nodes, say; under DDP they would train on as two runs."""
     found = MagnetDataModule(str(folder), str(folder), codec=codec, crop_s=1.0)
-    found.trainer = SimpleNamespace(global_rank=1, strategy=SimpleNamespace(broadcast=lambda x: "run/a.ckpt"))  # type: ignore[assignment]
+    found.trainer = SimpleNamespace(
+        global_rank=1, strategy=SimpleNamespace(broadcast=lambda x: "run/a.ckpt")
+    )  # type: ignore[assignment]
     found.resumes_from = "run/b.ckpt"
-    with pytest.raises(UserError, match=r"rank 1 goes on from run/b\.ckpt, rank 0 from run/a\.ckpt; the run folder"):
+    with pytest.raises(
+        UserError, match=r"rank 1 goes on from run/b\.ckpt, rank 0 from run/a\.ckpt; the run folder"
+    ):
         found.setup("fit")

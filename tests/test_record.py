@@ -34,7 +34,16 @@ def test_records_survive_json(tmp_path: Path):
     assert len(row["date"]) == 10
 
 
-PROTOCOL = ("metric", "convention", "embedder", "embedder_hash", "resampler", "windowing", "level", "reference_hash")
+PROTOCOL = (
+    "metric",
+    "convention",
+    "embedder",
+    "embedder_hash",
+    "resampler",
+    "windowing",
+    "level",
+    "reference_hash",
+)
 
 
 @pytest.mark.parametrize("name", [*PROTOCOL, "num_clips"])
@@ -51,7 +60,14 @@ def test_each_part_of_the_protocol_must_agree(name: str):
 
 @pytest.mark.parametrize(
     "change",
-    [{"value": 1.0}, {"seed": 1}, {"decoding": None}, {"date": "2020-01-01"}, {"version": "9"}, {"num_windows": 5}],
+    [
+        {"value": 1.0},
+        {"seed": 1},
+        {"decoding": None},
+        {"date": "2020-01-01"},
+        {"version": "9"},
+        {"num_windows": 5},
+    ],
 )
 def test_what_a_system_brings_may_differ(change: dict):
     assert compare([FAD, replace(FAD, **change)]) == []
@@ -92,11 +108,17 @@ def test_broken_files_of_records_are_named(tmp_path: Path):
 
 
 def cells(table: str) -> list[list[str]]:
-    return [[c.strip() for c in line.strip("|").split(" | ")] for line in table.splitlines() if line.startswith("| ")]
+    return [
+        [c.strip() for c in line.strip("|").split(" | ")]
+        for line in table.splitlines()
+        if line.startswith("| ")
+    ]
 
 
 def test_table_of_systems_and_metrics():
-    table = markdown_table([FAD, KL, replace(FAD, system="a|b", value=5.25, interval=None, num_clips=5469)])
+    table = markdown_table(
+        [FAD, KL, replace(FAD, system="a|b", value=5.25, interval=None, num_clips=5469)]
+    )
     assert cells(table) == [
         ["system", "clips", "fad/vggish", "kl/passt"],
         ["ours", "5,469", "4.500 [4.400, 4.600]", "1.250 [1.200, 1.300]"],
@@ -120,7 +142,10 @@ def test_a_table_of_different_protocols():
     with pytest.raises(UserError, match="ours and theirs: fad/vggish differs in windowing"):
         markdown_table(records)
     table = markdown_table(records, force=True)
-    assert "Not comparable: ours and theirs: fad/vggish differs in windowing, '1 s every 0.5 s' and '0.96 s'." in table
+    assert (
+        "Not comparable: ours and theirs: fad/vggish differs in windowing, '1 s every 0.5 s' and '0.96 s'."
+        in table
+    )
     assert "1.200 to 1.300" in table
     with pytest.raises(UserError, match="ours has two records of fad/vggish"):
         markdown_table([FAD, FAD])
@@ -136,13 +161,20 @@ def test_published_figures_stand_beside_the_same_protocol_and_set_only():
     assert "audio-magnet" not in table
     assert "Published: audiocraft, model_cards/MAGNET_MODEL_CARD.md." in table
     own = replace(KL, published_protocol=None)
-    assert ["magnet-small-10secs (published)", "", "4.22", ""] in cells(markdown_table([FAD, own], published=PUBLISHED))
+    assert ["magnet-small-10secs (published)", "", "4.22", ""] in cells(
+        markdown_table([FAD, own], published=PUBLISHED)
+    )
     assert "published" not in markdown_table([own], published=PUBLISHED)
     mixed = [FAD, replace(FAD, system="theirs", published_protocol=None)]
     assert "published" not in markdown_table(mixed, published=PUBLISHED)
 
 
 def test_every_published_figure_is_one_of_its_metric():
-    ranges = {"fad/vggish": (1, 6), "kl/passt": (1, 2), "kl/passt-10s": (1, 2), "text/clap": (0.2, 0.4)}
+    ranges = {
+        "fad/vggish": (1, 6),
+        "kl/passt": (1, 2),
+        "kl/passt-10s": (1, 2),
+        "text/clap": (0.2, 0.4),
+    }
     assert all(ranges[p.metric][0] < p.value < ranges[p.metric][1] for p in PUBLISHED)
     assert len({(p.model, p.dataset, p.metric) for p in PUBLISHED}) == len(PUBLISHED) == 31

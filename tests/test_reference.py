@@ -18,10 +18,17 @@ DECODES = json.loads((FIXTURES / "lm_tiny" / "decode.json").read_text())
 
 def settings(case: dict, **changes) -> DecodingConfig:
     given = case["params"]
-    ours = {name: given[name] for name in ("top_k", "top_p", "max_cfg_coef", "min_cfg_coef", "decoding_steps")}
+    ours = {
+        name: given[name]
+        for name in ("top_k", "top_p", "max_cfg_coef", "min_cfg_coef", "decoding_steps")
+    }
     ours |= {name: given[name] for name in ("span_scoring", "span_arrangement")}
     ours |= {"temperature": given["temp"], "anneal_temperature": given["anneal_temp"]}
-    ours |= {"greedy": not given["use_sampling"], "span_len": case["span_len"], "reference_compat": True}
+    ours |= {
+        "greedy": not given["use_sampling"],
+        "span_len": case["span_len"],
+        "reference_compat": True,
+    }
     return DecodingConfig.from_dict(ours | changes)
 
 
@@ -38,7 +45,9 @@ def run(network, unconditional, case: dict, data: dict, batch: int, num_frames: 
         rows.append(codes[:, stage].clone())
         return network(codes, stage)
 
-    noise = item_noise(0, [str(i) for i in range(batch)], sum(config.steps_per_stage(4)), num_frames)
+    noise = item_noise(
+        0, [str(i) for i in range(batch)], sum(config.steps_per_stage(4)), num_frames
+    )
     return decode(Networks(watched, unconditional), codes, fixed, size, config, noise), rows
 
 
@@ -64,7 +73,12 @@ def test_scripted_decoding_takes_the_same_steps(case, parity):
     codes, rows = run(network, unconditional, case, data, batch, case["T"], case["card"])
     assert_rows(rows, data, case["name"])
     assert torch.equal(codes, data[f"{case['name']}.tokens"])
-    parity(f"decode, scripted: {case['name']}", f"{codes.numel()} codes, {len(rows)} steps", "the same", "0")
+    parity(
+        f"decode, scripted: {case['name']}",
+        f"{codes.numel()} codes, {len(rows)} steps",
+        "the same",
+        "0",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +87,19 @@ def reference() -> Magnet:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", [c for c in DECODES if not c["params"]["use_sampling"]], ids=lambda case: case["name"])
+@pytest.mark.parametrize(
+    "case", [c for c in DECODES if not c["params"]["use_sampling"]], ids=lambda case: case["name"]
+)
 def test_greedy_decoding_gives_the_same_codes(case, reference, parity):
-    data, states = (load_file(FIXTURES / "lm_tiny" / f"{n}.safetensors") for n in ("decode", "decode_conditions"))
+    data, states = (
+        load_file(FIXTURES / "lm_tiny" / f"{n}.safetensors")
+        for n in ("decode", "decode_conditions")
+    )
     batch = len(case["texts"])
     which = {1: "one", 2: "two", 3: "three_null"}[batch]
-    text = as_the_reference_sees(reference, states[f"{which}.t5_hidden"][:batch], states[f"{which}.mask"][:batch])
+    text = as_the_reference_sees(
+        reference, states[f"{which}.t5_hidden"][:batch], states[f"{which}.mask"][:batch]
+    )
     config = reference.config
     try:
         object.__setattr__(config, "context", case["subcodes_context"])
@@ -102,7 +123,12 @@ def test_greedy_decoding_gives_the_same_codes(case, reference, parity):
         return
     assert_rows(rows, data, case["name"])
     assert torch.equal(codes, wanted)
-    parity(f"decode, greedy: {case['name']}", f"{codes.numel()} codes, {len(rows)} steps", "the same", "0")
+    parity(
+        f"decode, greedy: {case['name']}",
+        f"{codes.numel()} codes, {len(rows)} steps",
+        "the same",
+        "0",
+    )
 
 
 def test_the_search_for_sliding_spans_ends_where_the_reference_ends(parity):

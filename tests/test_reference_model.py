@@ -21,7 +21,12 @@ def data() -> dict[str, torch.Tensor]:
 def difference(model: Magnet, data: dict[str, torch.Tensor], case: str, stage: int) -> float:
     """Largest one over all frames and conditions; two of the four rows are null conditions, others padded."""
     text = as_the_reference_sees(model, data["cond.t5_hidden"], data["cond.mask"])
-    return (model(data[f"{case}.tokens"], model.config.stage(stage), text) - data[f"{case}.logits"]).abs().max().item()
+    return (
+        (model(data[f"{case}.tokens"], model.config.stage(stage), text) - data[f"{case}.logits"])
+        .abs()
+        .max()
+        .item()
+    )
 
 
 @torch.no_grad()
@@ -29,7 +34,12 @@ def difference(model: Magnet, data: dict[str, torch.Tensor], case: str, stage: i
 @pytest.mark.parametrize("stage", range(4))
 def test_logits_of_every_stage(num_frames, stage, data, parity):
     worst = difference(reference_model(), data, f"T{num_frames}.stage{stage}", stage)
-    parity(f"logits, T {num_frames}, stage {stage}", "4 rows, 2 of them null", "all frames", f"{worst:.1e}")
+    parity(
+        f"logits, T {num_frames}, stage {stage}",
+        "4 rows, 2 of them null",
+        "all frames",
+        f"{worst:.1e}",
+    )
     assert worst < TOLERANCE
 
 
@@ -37,7 +47,12 @@ def test_logits_of_every_stage(num_frames, stage, data, parity):
 @pytest.mark.parametrize("context", [-1, 0, 2, 20])
 def test_logits_at_every_context(context, data, parity):
     worst = difference(reference_model(context), data, f"ctx{context}.stage1", 1)
-    parity(f"logits, context {context}, stage 1", "4 rows, 2 of them null", "all frames", f"{worst:.1e}")
+    parity(
+        f"logits, context {context}, stage 1",
+        "4 rows, 2 of them null",
+        "all frames",
+        f"{worst:.1e}",
+    )
     assert worst < TOLERANCE
 
 
@@ -64,7 +79,9 @@ def test_each_caption_gets_what_the_reference_gives_it_alone(data, parity):
 
         pairs = [block.cross_attention.keys_values(projected) for block in model.blocks]
         return model(
-            tokens, model.config.stage(0), TextKeyValues([k for k, _ in pairs], [v for _, v in pairs], allowed)
+            tokens,
+            model.config.stage(0),
+            TextKeyValues([k for k, _ in pairs], [v for _, v in pairs], allowed),
         )
 
     alone, beside = data["pad.cond_alone"], data["pad.cond_beside"]
@@ -73,7 +90,12 @@ def test_each_caption_gets_what_the_reference_gives_it_alone(data, parity):
     as_alone = (logits(beside, own) - data["pad.logits_alone"]).abs().max().item()
     as_there = (logits(beside, everything) - data["pad.logits_beside_longer"]).abs().max().item()
     moved = (data["pad.logits_beside_longer"] - data["pad.logits_alone"]).abs().max().item()
-    parity("a caption beside a longer one", f"moves its logits by {moved:.2f}", "moves nothing", f"{as_alone:.1e}")
+    parity(
+        "a caption beside a longer one",
+        f"moves its logits by {moved:.2f}",
+        "moves nothing",
+        f"{as_alone:.1e}",
+    )
     parity("the same with padding attended to", "its logits", "the same", f"{as_there:.1e}")
     assert as_alone < TOLERANCE and as_there < TOLERANCE and moved > 0.1
 
@@ -105,6 +127,15 @@ def test_initial_weights_have_the_references_statistics(parity):
         relative = abs(tensor.std().item() / want["std"] - 1)
         worst = max(worst, relative / spread)
         assert relative < spread, f"{name}: deviation {tensor.std():.5f}, there {want['std']:.5f}"
-        assert abs(tensor.mean().item() - want["mean"]) < 9 * want["std"] / tensor.numel() ** 0.5, name
-        assert abs(tensor.abs().max().item() / want["absmax"] - 1) < 0.1, name  # truncated where theirs is
-    parity("initial weights of magnet-small", f"{len(expected)} tensors", "deviations", f"{6 * worst:.1f} std errors")
+        assert abs(tensor.mean().item() - want["mean"]) < 9 * want["std"] / tensor.numel() ** 0.5, (
+            name
+        )
+        assert abs(tensor.abs().max().item() / want["absmax"] - 1) < 0.1, (
+            name
+        )  # truncated where theirs is
+    parity(
+        "initial weights of magnet-small",
+        f"{len(expected)} tensors",
+        "deviations",
+        f"{6 * worst:.1f} std errors",
+    )

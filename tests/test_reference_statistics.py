@@ -1,4 +1,4 @@
-"""A reference set in a file: what is written is read, and nothing that was heard otherwise is used."""
+"""A reference set in a file is read as written, and refused under another protocol."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,19 @@ from torch import Tensor
 from magnet_train.common.errors import UserError
 from magnet_train.metrics.reference import ReferenceStatistics, hash_of_ids
 
-HEARD = {"embedder": "vggish", "embedder_hash": "0123", "resampler": "julius 32000 to 16000 Hz", "windowing": "1 s"}
+HEARD = {
+    "embedder": "vggish",
+    "embedder_hash": "0123",
+    "resampler": "julius 32000 to 16000 Hz",
+    "windowing": "1 s",
+}
 
 
 def clips() -> dict[str, Tensor]:
-    return {f"set/{name}": torch.randn(n, 4) + 3 for name, n in (("b", 3), ("a", 2), ("ü | c", 4), ("none", 0))}
+    return {
+        f"set/{name}": torch.randn(n, 4) + 3
+        for name, n in (("b", 3), ("a", 2), ("ü | c", 4), ("none", 0))
+    }
 
 
 def test_what_is_written_is_read(tmp_path: Path):
@@ -55,7 +63,9 @@ def test_neither_order_nor_parts_of_the_set_change_its_name():
 def test_what_was_heard_otherwise_is_refused(name: str, tmp_path: Path):
     path = tmp_path / "r.safetensors"
     ReferenceStatistics.of(clips(), **HEARD).save(path)
-    with pytest.raises(UserError, match=rf"r\.safetensors: its {name} is '{HEARD[name]}', this run's 'other'") as error:
+    with pytest.raises(
+        UserError, match=rf"r\.safetensors: its {name} is '{HEARD[name]}', this run's 'other'"
+    ) as error:
         ReferenceStatistics.load(path, **HEARD | {name: "other"})
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="hop is none of"):

@@ -31,7 +31,9 @@ def loss_of(model: Magnet, case: str) -> torch.Tensor:
     text = as_the_reference_sees(model, data["cond.t5_hidden"], data["cond.mask"])
     counted = masked & valid
     return masked_cross_entropy(
-        model.logits(model.trunk(asked, model.config.stage(stage), text)[counted], stage), codes[:, stage], counted
+        model.logits(model.trunk(asked, model.config.stage(stage), text)[counted], stage),
+        codes[:, stage],
+        counted,
     ).mean()
 
 
@@ -55,7 +57,12 @@ def test_loss_and_gradients(case, parity):
             worst = max(worst, abs(own[name].norm().item() / norm - 1))
     total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
     assert total == pytest.approx(want["total_grad_norm"], rel=1e-5)
-    parity(f"loss, {case}", f"CE {want['ce']:.6f}", f"CE {loss.item():.6f}", f"{abs(loss.item() - want['ce']):.1e}")
+    parity(
+        f"loss, {case}",
+        f"CE {want['ce']:.6f}",
+        f"CE {loss.item():.6f}",
+        f"{abs(loss.item() - want['ce']):.1e}",
+    )
     parity(f"gradient norms, {case}", f"{len(own)} tensors", "relative", f"{worst:.1e}")
     assert loss.item() == pytest.approx(want["ce"], abs=1e-5) and worst < 1e-4
 
@@ -95,7 +102,9 @@ def test_the_optimizer_moves_every_parameter_as_adamw_does():
             second = 0.95 * moments[name][1] + 0.05 * gradient**2
             moments[name] = (first, second)
             unbiased = first / (1 - 0.9 ** (update + 1)), second / (1 - 0.95 ** (update + 1))
-            before[name] = before[name] * (1 - rate * 0.1) - rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+            before[name] = before[name] * (1 - rate * 0.1) - rate * unbiased[0] / (
+                unbiased[1].sqrt() + 1e-8
+            )
         optimizer.step()
         scheduler.step()
         for name, parameter in model.named_parameters():
@@ -107,20 +116,31 @@ def test_the_average_is_the_references():
     """audiocraft `optim/ema.py`: count = count * d + 1 and a weight of 1 / count, every 10 updates."""
     callback = WeightEMA(decay=0.99, every_n_steps=10)
     assert [n for n in range(1, 41) if callback.is_due(n)] == [10, 20, 30, 40]
-    weights, ours, theirs, count = torch.randn(40, 7, dtype=torch.float64), torch.full((7,), 9.0).double(), 0.0, 0.0
+    weights, ours, theirs, count = (
+        torch.randn(40, 7, dtype=torch.float64),
+        torch.full((7,), 9.0).double(),
+        0.0,
+        0.0,
+    )
     for n, current in enumerate(weights):
         count = count * 0.99 + 1
         theirs = theirs + (current - theirs) / count
         ours = callback.updated(ours, current, n)
-        assert torch.allclose(ours, theirs, rtol=1e-12)  # after the first, nothing of the initial 9 is left
+        assert torch.allclose(
+            ours, theirs, rtol=1e-12
+        )  # after the first, nothing of the initial 9 is left
 
 
 def test_frames_at_the_edge_are_masked_as_seldom_as_there():
-    expected = json.loads((FIXTURES / "train" / "mask_rates.json").read_text())["per_position_at_0_5"]
+    expected = json.loads((FIXTURES / "train" / "mask_rates.json").read_text())[
+        "per_position_at_0_5"
+    ]
     generator = torch.Generator().manual_seed(0)
     for name, positions in expected.items():
         num_frames, span_len = (int(part.lstrip("Tspan")) for part in name.split("."))
-        masked = span_mask(torch.full((2000,), 0.5), num_frames, span_len, generator).float().mean(0)
+        masked = (
+            span_mask(torch.full((2000,), 0.5), num_frames, span_len, generator).float().mean(0)
+        )
         spread = 5 * (0.25 / 2000 + 0.25 / 1000) ** 0.5  # theirs are shares of 1000 draws
         for ends, own in (("first12", masked[:12]), ("last12", masked[-12:])):
             assert (own - torch.tensor(positions[ends])).abs().max() < spread, (name, ends)

@@ -1,4 +1,4 @@
-"""The text-audio scorer: its parts on made-up embeddings, the shipped one on the shipped test split."""
+"""The text-audio scorer: parts on made-up embeddings, the shipped one on the test split."""
 
 import importlib.util
 import io
@@ -34,10 +34,15 @@ class Spelling(nn.Module):
 
     def forward(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         longest = max(1, *map(len, captions))
-        states, mask = torch.zeros(len(captions), longest, 4), torch.zeros(len(captions), longest, dtype=torch.bool)
+        states, mask = (
+            torch.zeros(len(captions), longest, 4),
+            torch.zeros(len(captions), longest, dtype=torch.bool),
+        )
         for row, caption in enumerate(captions):
             for place, letter in enumerate(caption):
-                states[row, place] = torch.tensor([float(ord(letter) >> shift & 1) for shift in range(4)])
+                states[row, place] = torch.tensor(
+                    [float(ord(letter) >> shift & 1) for shift in range(4)]
+                )
                 mask[row, place] = True
         return states, mask
 
@@ -59,7 +64,9 @@ def test_features_of_a_clip_are_means_and_deviations():
     torch.testing.assert_close(features[:200], clip.embeddings.mean(0))
     torch.testing.assert_close(features[450:], torch.logit(clip.tags).std(0, unbiased=False))
     assert (clip_features(heard(1))[250:] == 0).all()
-    certain = MusicnnOutput(torch.zeros(2, 200), torch.tensor([[0.0] * 25 + [1.0] * 25] * 2), torch.zeros(2, 1506))
+    certain = MusicnnOutput(
+        torch.zeros(2, 200), torch.tensor([[0.0] * 25 + [1.0] * 25] * 2), torch.zeros(2, 1506)
+    )
     assert torch.isfinite(clip_features(certain)).all()
 
 
@@ -90,7 +97,9 @@ def test_gap_of_true_and_shuffled_captions():
     mean, low, high = true_minus_shuffled(noise + 0.5 * torch.eye(200))
     assert low < mean < high
     assert mean == pytest.approx(0.5, abs=0.03)
-    assert high - low == pytest.approx(2 * 1.96 * 0.1 / 200**0.5, rel=0.2)  # the normal interval of the mean
+    assert high - low == pytest.approx(
+        2 * 1.96 * 0.1 / 200**0.5, rel=0.2
+    )  # the normal interval of the mean
     assert true_minus_shuffled(noise + 0.5 * torch.eye(200)) == (mean, low, high)
     _, low, high = true_minus_shuffled(noise)
     assert low < 0 < high
@@ -98,7 +107,9 @@ def test_gap_of_true_and_shuffled_captions():
 
 def test_gap_counts_each_clip_against_the_others_alone():
     """By hand: 1.0 - (0.2 + 0.4) / 2, 0.8 - 0.3, 0.5 - 0.1."""
-    mean, *_ = true_minus_shuffled(torch.tensor([[1.0, 0.2, 0.4], [0.2, 0.8, 0.4], [0.1, 0.1, 0.5]]))
+    mean, *_ = true_minus_shuffled(
+        torch.tensor([[1.0, 0.2, 0.4], [0.2, 0.8, 0.4], [0.1, 0.1, 0.5]])
+    )
     assert mean == pytest.approx((0.7 + 0.5 + 0.4) / 3, abs=1e-6)
 
 
@@ -152,8 +163,12 @@ def originals_of_the_test_split(limit: int) -> list[tuple[str, MusicnnOutput]]:
             files = {m.name: m for m in tar.getmembers()}
             for name, member in files.items():
                 if name.endswith(".reference.npz"):
-                    about = json.load(tar.extractfile(files[name.replace(".reference.npz", ".json")]))  # type: ignore[arg-type]
-                    with np.load(io.BytesIO(tar.extractfile(member).read()), allow_pickle=False) as kept:  # type: ignore[union-attr]
+                    about = json.load(
+                        tar.extractfile(files[name.replace(".reference.npz", ".json")])
+                    )  # type: ignore[arg-type]
+                    with np.load(
+                        io.BytesIO(tar.extractfile(member).read()), allow_pickle=False
+                    ) as kept:  # type: ignore[union-attr]
                         parts = [torch.from_numpy(kept[side]) for side in ("embeddings", "tags")]
                     found.append((about["caption"], MusicnnOutput(*parts, features=torch.zeros(0))))
     return found[:limit]

@@ -25,7 +25,11 @@ OPTIONS = [
 
 @pytest.fixture(params=OPTIONS, ids=["published", "rotary", "convolution", "all"])
 def model(request) -> Magnet:
-    return Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=3, codebook_size=SIZE, text_dim=16, **request.param))
+    return Magnet(
+        MagnetConfig(
+            dim=32, num_heads=2, num_layers=3, codebook_size=SIZE, text_dim=16, **request.param
+        )
+    )
 
 
 def text(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,18 +42,29 @@ def text(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("padded", [False, True])
 def test_logits_and_gradients(model, stage, padded):
     codes, (states, tokens) = torch.randint(SIZE + 1, (3, 4, T)), text(3)
-    valid = torch.arange(T)[None] < torch.tensor([[T], [50], [13]]) if padded else torch.ones(3, T, dtype=torch.bool)
+    valid = (
+        torch.arange(T)[None] < torch.tensor([[T], [50], [13]])
+        if padded
+        else torch.ones(3, T, dtype=torch.bool)
+    )
     masked = (torch.rand(3, T) < 0.5) & valid
     targets = torch.randint(SIZE, (3, T))
     features = model.trunk(
-        codes, model.config.stage(stage), model.encode_text(states, tokens), valid if padded else None
+        codes,
+        model.config.stage(stage),
+        model.encode_text(states, tokens),
+        valid if padded else None,
     )
     slow = dense_logits(model, codes, stage, states, tokens, valid if padded else None)[:, stage]
     assert torch.allclose(model.logits(features, stage)[valid], slow[valid], atol=1e-5)
     gradients = []
     for logits in (model.logits(features[masked], stage), slow[masked]):
         loss = masked_cross_entropy(logits, targets, masked).mean()
-        gradients.append(torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, materialize_grads=True))
+        gradients.append(
+            torch.autograd.grad(
+                loss, list(model.parameters()), retain_graph=True, materialize_grads=True
+            )
+        )
     for one, two in zip(*gradients, strict=True):
         assert torch.allclose(one, two, rtol=1e-4, atol=1e-6)
 
@@ -66,7 +81,8 @@ def test_decoded_codes(model, arrangement):
     memory = model.encode_text(states, tokens)
     fast = decode(
         Networks(
-            lambda c, s: model(c, model.config.stage(s), memory), lambda c, s: model(c, model.config.stage(s), None)
+            lambda c, s: model(c, model.config.stage(s), memory),
+            lambda c, s: model(c, model.config.stage(s), None),
         ),
         codes,
         fixed,
@@ -75,7 +91,8 @@ def test_decoded_codes(model, arrangement):
         noise,
     )
     assert torch.equal(
-        fast, decode(Networks(*dense_networks(model, states, tokens)), codes, fixed, SIZE, config, noise)
+        fast,
+        decode(Networks(*dense_networks(model, states, tokens)), codes, fixed, SIZE, config, noise),
     )
 
 
@@ -84,12 +101,22 @@ def test_bench_prints_a_table_and_writes_its_lines(tmp_path, capsys):
     args = ["--num_frames", "64", "--repeats", "1", "--threads", "1", "--json", str(file)]
     assert main(["bench", "--only", "training", *args]) == 0
     lines = json.loads(file.read_text())
-    assert [line["name"] for line in lines] == ["training step, stage 0", "training step, stages 1 and up"]
+    assert [line["name"] for line in lines] == [
+        "training step, stage 0",
+        "training step, stages 1 and up",
+    ]
     for line in lines:
-        assert line["median_s"] > 0 and line["flop"] > 1e6 and line["ratio"] > 0 and line["peak_mb"] is not None
+        assert (
+            line["median_s"] > 0
+            and line["flop"] > 1e6
+            and line["ratio"] > 0
+            and line["peak_mb"] is not None
+        )
         assert line["min_s"] <= line["median_s"] <= line["max_s"]
         limit = 1e9 * line["settings"]["limit_gflops"]  # rounded
-        assert line["share_of_limit"] == pytest.approx(line["flop"] / line["median_s"] / limit, rel=0.05)
+        assert line["share_of_limit"] == pytest.approx(
+            line["flop"] / line["median_s"] / limit, rel=0.05
+        )
     assert "training step, stage 0" in capsys.readouterr().out
 
 
@@ -113,10 +140,16 @@ def test_the_lines_of_a_gpu_come_out_on_a_cpu_too(monkeypatch):
 
     forward = lambda function, **_: torch._dynamo.optimize("aot_eager", nopython=True)(function)  # noqa: E731
     monkeypatch.setattr(torch, "compile", forward)
-    monkeypatch.setattr(Magnet, "compile_blocks", lambda self: [b.compile(backend="aot_eager") for b in self.blocks])
+    monkeypatch.setattr(
+        Magnet, "compile_blocks", lambda self: [b.compile(backend="aot_eager") for b in self.blocks]
+    )
     config = MagnetConfig(dim=32, num_heads=2, num_layers=1, codebook_size=SIZE, text_dim=16)
     lines = list(gpu(BenchOptions(num_frames=96, repeats=1, threads=1), 1e9, config))
-    assert [line.name.split(",")[0] for line in lines] == ["codes of one prompt", "training step", "training step"]
+    assert [line.name.split(",")[0] for line in lines] == [
+        "codes of one prompt",
+        "training step",
+        "training step",
+    ]
     assert all(line.flop and line.share_of_limit for line in lines)
     torch._dynamo.reset()
 
@@ -128,6 +161,8 @@ def test_flop_that_count_are_those_of_the_products(model):
 
     states, tokens = torch.randn(1, 6, 16), torch.ones(1, 6, dtype=torch.bool)
     codes = torch.zeros(1, 4, T, dtype=torch.long)
-    counted = count_flop(lambda: model(codes, model.config.stage(0), model.encode_text(states, tokens)))
+    counted = count_flop(
+        lambda: model(codes, model.config.stage(0), model.encode_text(states, tokens))
+    )
     assert useful_flop(model.config, T, 0, T, 6) == pytest.approx(counted, rel=1e-6)
     assert useful_flop(model.config, T, 1, T, 6) < counted

@@ -31,7 +31,10 @@ def without_network(front: type[Vggish]) -> Vggish:
     """The front end; of the 72 million parameters only their shapes."""
     with torch.device("meta"):
         network = front()
-    network.hann, network.mel = torch.hann_window(400), mel_filters(16_000, 512, 64, "htk", 125, 7500)
+    network.hann, network.mel = (
+        torch.hann_window(400),
+        mel_filters(16_000, 512, 64, "htk", 125, 7500),
+    )
     return network
 
 
@@ -52,7 +55,10 @@ def network() -> Vggish:
         network = Vggish()
     weights = named_weights({name: x.shape for name, x in network.state_dict().items()}, gain=1.4)
     network.load_state_dict(weights, assign=True)
-    network.hann, network.mel = torch.hann_window(400), mel_filters(16_000, 512, 64, "htk", 125, 7500)
+    network.hann, network.mel = (
+        torch.hann_window(400),
+        mel_filters(16_000, 512, 64, "htk", 125, 7500),
+    )
     return network.eval().requires_grad_(False)
 
 
@@ -103,7 +109,9 @@ def test_each_clip_is_heard_at_its_own_peak(google: Vggish, torchvggish: Vggish)
 def test_silence_is_heard(google: Vggish, torchvggish: Vggish):
     for front in (google, torchvggish):
         examples = front.examples(front.level(torch.zeros(16_000)))
-        torch.testing.assert_close(examples, torch.full_like(examples, FRONTEND["silence"]["value"]))
+        torch.testing.assert_close(
+            examples, torch.full_like(examples, FRONTEND["silence"]["value"])
+        )
 
 
 def test_resampling_is_julius_then_the_mean():
@@ -128,7 +136,14 @@ def test_a_tone_survives_resampling():
 def test_parameters_and_names_are_the_releases(google: Vggish):
     assert sum(p.numel() for p in google.parameters()) == 72_141_184
     shapes = {name: tuple(x.shape) for name, x in google.state_dict().items()}
-    convolutions = {0: (64, 1), 3: (128, 64), 6: (256, 128), 8: (256, 256), 11: (512, 256), 13: (512, 512)}
+    convolutions = {
+        0: (64, 1),
+        3: (128, 64),
+        6: (256, 128),
+        8: (256, 256),
+        11: (512, 256),
+        13: (512, 512),
+    }
     linears = {0: (4096, 12288), 2: (4096, 4096), 4: (128, 4096)}
     expected = {f"features.{i}.weight": (*shape, 3, 3) for i, shape in convolutions.items()}
     expected |= {f"features.{i}.bias": shape[:1] for i, shape in convolutions.items()}
@@ -141,7 +156,9 @@ def test_the_network_is_torchvggishs(network: Vggish, given: dict[str, Tensor]):
     """Its own class gave these numbers at the same weights, its last activation taken off: some are negative."""
     expected = torch.tensor(GOLD["vggish"]["embedding_0"])
     assert expected.min() < 0
-    torch.testing.assert_close(network.embed(given["google_fad_examples"])[0], expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        network.embed(given["google_fad_examples"])[0], expected, rtol=1e-4, atol=1e-3
+    )
 
 
 def test_a_window_hears_its_own_second(network: Vggish):
@@ -174,7 +191,9 @@ def test_bad_clips_are_named(google: Vggish, wav: Tensor, message: str):
 
 def test_missing_and_other_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"VGGish weights: not at .*vggish-10086976\.pth.*HF_HUB_OFFLINE"):
+    with pytest.raises(
+        UserError, match=r"VGGish weights: not at .*vggish-10086976\.pth.*HF_HUB_OFFLINE"
+    ):
         load_vggish()
     other = tmp_path / "other.pth"
     torch.save({"features.0.weight": torch.zeros(1)}, other)
@@ -199,8 +218,12 @@ def sines(count: int, noise: float) -> list[Tensor]:
     return clips
 
 
-@pytest.mark.skipif(not (cache_dir() / VGGISH.file).is_file(), reason="VGGish's weights are not in the cache")
-@pytest.mark.parametrize("test_set, noise", [("background_vs_test1", 1e-4), ("background_vs_test2", 1e-5)])
+@pytest.mark.skipif(
+    not (cache_dir() / VGGISH.file).is_file(), reason="VGGish's weights are not in the cache"
+)
+@pytest.mark.parametrize(
+    "test_set, noise", [("background_vs_test1", 1e-4), ("background_vs_test2", 1e-5)]
+)
 def test_googles_own_distances(test_set: str, noise: float):
     network = load_vggish()
 

@@ -132,9 +132,7 @@ def main() -> None:
             caption(facts, np.random.default_rng(order(name))) + "\n"
         )
         with replacing(file) as temporary:
-            soundfile.write(
-                temporary, excerpt(piece, form), form.rate, format=form.suffix.upper()
-            )
+            soundfile.write(temporary, excerpt(piece, form), form.rate, format=form.suffix.upper())
 
 
 if __name__ == "__main__":

@@ -103,34 +103,58 @@ def ours(tensors: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
     def norm(number: int) -> dict[str, np.ndarray]:
         name = "batch_normalization" + (f"_{number}" if number else "")
-        scale = tensors[f"{name}/gamma"] / np.sqrt(tensors[f"{name}/moving_variance"] + BATCH_NORM_EPSILON)
-        return {"scale": scale, "shift": tensors[f"{name}/beta"] - scale * tensors[f"{name}/moving_mean"]}
+        scale = tensors[f"{name}/gamma"] / np.sqrt(
+            tensors[f"{name}/moving_variance"] + BATCH_NORM_EPSILON
+        )
+        return {
+            "scale": scale,
+            "shift": tensors[f"{name}/beta"] - scale * tensors[f"{name}/moving_mean"],
+        }
 
     def weight(layer: str) -> np.ndarray:
         kernel = tensors[f"{layer}/kernel"]
         return kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T
 
-    out = {f"input_norm.{k}": v for k, v in norm(0).items()} | {f"pool_norm.{k}": v for k, v in norm(9).items()}
+    out = {f"input_norm.{k}": v for k, v in norm(0).items()} | {
+        f"pool_norm.{k}": v for k, v in norm(9).items()
+    }
     for name, (layer, number) in LAYERS.items():
-        out |= {f"{name}.layer.weight": weight(layer), f"{name}.layer.bias": tensors[f"{layer}/bias"]}
+        out |= {
+            f"{name}.layer.weight": weight(layer),
+            f"{name}.layer.bias": tensors[f"{layer}/bias"],
+        }
         out |= {f"{name}.norm.{k}": v for k, v in norm(number).items()}
     out |= {"tags.weight": weight("dense_1"), "tags.bias": tensors["dense_1/bias"]}
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in out.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("wheel", type=Path, help="The musicnn wheel, as downloaded.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "musicnn", help="Folder for the weights.")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "musicnn",
+        help="Folder for the weights.",
+    )
     args = parser.parse_args()
     with zipfile.ZipFile(args.wheel) as wheel:
-        tensors = read_bundle(wheel.read(FOLDER + ".index"), wheel.read(FOLDER + ".data-00000-of-00001"))
+        tensors = read_bundle(
+            wheel.read(FOLDER + ".index"), wheel.read(FOLDER + ".data-00000-of-00001")
+        )
         licence = next(n for n in wheel.namelist() if n.endswith("LICENSE.md"))
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "LICENSE").write_bytes(wheel.read(licence))
     weights = {k: v.half() for k, v in ours(tensors).items()}
     save_file(weights, args.out / "model.safetensors", {"format": "pt"})
-    config = {"model": "MTT_musicnn", "source": "musicnn 0.1.0 (PyPI)", "licence": "ISC", "sample_rate": 16000}
+    config = {
+        "model": "MTT_musicnn",
+        "source": "musicnn 0.1.0 (PyPI)",
+        "licence": "ISC",
+        "sample_rate": 16000,
+    }
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     print(f"{sum(v.numel() for v in weights.values()):,} numbers in {args.out}")
 

@@ -18,7 +18,11 @@ from tqdm import tqdm
 from magnet_train.common.folders import replacing
 
 SAMPLE_RATE = 16_000
-SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10), "pentatonic": (0, 2, 4, 7, 9)}
+SCALES = {
+    "major": (0, 2, 4, 5, 7, 9, 11),
+    "minor": (0, 2, 3, 5, 7, 8, 10),
+    "pentatonic": (0, 2, 4, 7, 9),
+}
 
 
 def random_piece(rng: np.random.Generator, length_s: float) -> pretty_midi.PrettyMIDI:
@@ -42,7 +46,9 @@ def random_piece(rng: np.random.Generator, length_s: float) -> pretty_midi.Prett
                     pitch = 12 * (octave + 1 + turn) + tonic + scale[place]
                     if 24 <= pitch <= 103:
                         sounding = duration * rng.uniform(0.5, 1.0)
-                        voice.notes.append(pretty_midi.Note(int(rng.integers(50, 115)), pitch, now, now + sounding))
+                        voice.notes.append(
+                            pretty_midi.Note(int(rng.integers(50, 115)), pitch, now, now + sounding)
+                        )
             now += duration
         midi.instruments.append(voice)
     if rng.random() < 0.33:
@@ -50,7 +56,11 @@ def random_piece(rng: np.random.Generator, length_s: float) -> pretty_midi.Prett
         pattern = rng.choice([35, 38, 42, 42, 46, 49, 45], size=8)
         for i, now in enumerate(np.arange(0, length_s, beat / 2)):
             if rng.random() < 0.8:
-                drums.notes.append(pretty_midi.Note(int(rng.integers(50, 110)), int(pattern[i % 8]), now, now + 0.1))
+                drums.notes.append(
+                    pretty_midi.Note(
+                        int(rng.integers(50, 110)), int(pattern[i % 8]), now, now + 0.1
+                    )
+                )
         midi.instruments.append(drums)
     return midi
 
@@ -59,17 +69,25 @@ def render(midi: pretty_midi.PrettyMIDI, soundfont: bytes, length_s: float) -> n
     """16 kHz mono at -20 dB RMS, peaks at most 0.97."""
     file = io.BytesIO()
     midi.write(file)
-    wav, rate = soundfile.read(io.BytesIO(bytes(midirenderer.render_wave_from(soundfont, file.getvalue()))))
+    wav, rate = soundfile.read(
+        io.BytesIO(bytes(midirenderer.render_wave_from(soundfont, file.getvalue())))
+    )
     wav = soxr.resample(wav.mean(1), rate, SAMPLE_RATE)[: round(length_s * SAMPLE_RATE)]
     wav *= 0.1 / max(np.sqrt(np.mean(wav**2)), 1e-4)
     return wav * min(1.0, 0.97 / max(np.abs(wav).max(), 1e-4))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="Folder for the .flac files.")
-    parser.add_argument("--hours", type=float, default=2.0, help="Length of all files together, in hours.")
-    parser.add_argument("--piece_s", type=float, default=20.0, help="Length of one file, in seconds.")
+    parser.add_argument(
+        "--hours", type=float, default=2.0, help="Length of all files together, in hours."
+    )
+    parser.add_argument(
+        "--piece_s", type=float, default=20.0, help="Length of one file, in seconds."
+    )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the notes.")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -78,7 +96,11 @@ def main() -> None:
         path = args.out / f"random_{args.seed}_{i:05d}.flac"
         if path.exists():
             continue
-        wav = render(random_piece(np.random.default_rng([args.seed, i]), args.piece_s), soundfont, args.piece_s)
+        wav = render(
+            random_piece(np.random.default_rng([args.seed, i]), args.piece_s),
+            soundfont,
+            args.piece_s,
+        )
         with replacing(path) as temporary:
             soundfile.write(temporary, wav, SAMPLE_RATE, subtype="PCM_16")
 

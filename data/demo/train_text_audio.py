@@ -27,7 +27,9 @@ def features_of(folder: Path, cache: Path, limit: int | None) -> tuple[Tensor, l
     """Features of a random 10 s of each file (the length that the demo generates), and the files' facts."""
     musicnn = load_musicnn()
     rows, facts = [], []
-    files = sorted(folder.glob("*.flac"), key=lambda p: hashlib.sha256(p.stem.encode()).digest())[:limit]
+    files = sorted(folder.glob("*.flac"), key=lambda p: hashlib.sha256(p.stem.encode()).digest())[
+        :limit
+    ]
     for path in tqdm(files, desc=folder.name, unit="clip"):
         kept = cache / folder.name / f"{path.stem}.npy"
         if not kept.exists():
@@ -57,11 +59,18 @@ def retrieval(head: TextAudioHead, audio: Tensor, text: Tensor) -> dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--audio", type=Path, required=True, help="Folder with train, validation and test folders.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--audio", type=Path, required=True, help="Folder with train, validation and test folders."
+    )
     parser.add_argument("--cache", type=Path, required=True, help="Folder for the clips' features.")
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "text_audio", help="Folder for the weights."
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "text_audio",
+        help="Folder for the weights.",
     )
     parser.add_argument("--limit", type=int, help="Use only so many training clips.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of weights and batches.")
@@ -71,7 +80,9 @@ def main() -> None:
     encoder = load_text_encoder("demo")
     data = {}
     for split in ("train", "validation", "test"):
-        audio, facts = features_of(args.audio / split, args.cache, args.limit if split == "train" else None)
+        audio, facts = features_of(
+            args.audio / split, args.cache, args.limit if split == "train" else None
+        )
         data[split] = audio, sentence_features(encoder, [f["caption"] for f in facts])
     head = TextAudioHead()
     audio, text = data["train"]
@@ -83,7 +94,11 @@ def main() -> None:
         head.train()
         for batch in torch.randperm(len(audio)).split(128):
             noisy = audio[batch] + 0.1 * head.audio_std * torch.randn_like(audio[batch])
-            logits = head.embed_audio(noisy) @ head.embed_text(text[batch]).T * head.log_scale.exp().clamp(max=50)
+            logits = (
+                head.embed_audio(noisy)
+                @ head.embed_text(text[batch]).T
+                * head.log_scale.exp().clamp(max=50)
+            )
             target = torch.arange(len(batch))
             loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
             optimizer.zero_grad()
@@ -100,9 +115,17 @@ def main() -> None:
     head.load_state_dict(best_state)
     report = {split: retrieval(head, *data[split]) for split in ("validation", "test")}
     args.out.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half().contiguous() for k, v in best_state.items()}, args.out / "model.safetensors")
-    config = {"head": {}, "trained_on": f"{len(audio)} clips of the training split", "epochs": best_epoch + 1}
-    (args.out / "config.json").write_text(json.dumps(config | {"retrieval": report}, indent=2) + "\n")
+    save_file(
+        {k: v.half().contiguous() for k, v in best_state.items()}, args.out / "model.safetensors"
+    )
+    config = {
+        "head": {},
+        "trained_on": f"{len(audio)} clips of the training split",
+        "epochs": best_epoch + 1,
+    }
+    (args.out / "config.json").write_text(
+        json.dumps(config | {"retrieval": report}, indent=2) + "\n"
+    )
     print(json.dumps(report, indent=2))
 
 

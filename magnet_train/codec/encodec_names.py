@@ -53,7 +53,9 @@ def to_audiocraft(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]
     # In the decoder every upsampling is a transposed convolution: behind the first two layers (convolution, LSTM)
     # each ratio has an activation, the upsampling, and its residual blocks.
     per_ratio = 2 + config.num_residual_layers
-    transposed = {f"decoder.layers.{3 + i * per_ratio}" for i in range(len(config.upsampling_ratios))}
+    transposed = {
+        f"decoder.layers.{3 + i * per_ratio}" for i in range(len(config.upsampling_ratios))
+    }
 
     def rename(name: str) -> str:
         layer = re.match(r"decoder\.layers\.\d+", name)
@@ -63,7 +65,9 @@ def to_audiocraft(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]
         name = name.replace(".parametrizations.weight.original0", ".weight_g")
         name = name.replace(".parametrizations.weight.original1", ".weight_v")
         name = re.sub(r"^(encoder|decoder)\.layers\.", r"\1.model.", name)
-        return re.sub(r"^quantizer\.layers\.(\d+)\.codebook\.", r"quantizer.vq.layers.\1._codebook.", name)
+        return re.sub(
+            r"^quantizer\.layers\.(\d+)\.codebook\.", r"quantizer.vq.layers.\1._codebook.", name
+        )
 
     return {rename(name): tensor for name, tensor in state.items()}
 
@@ -85,17 +89,25 @@ def transformers_config(audiocraft: Mapping[str, Any], where: str) -> dict[str, 
     }  # fmt: skip
     for key, value in wanted.items():
         if audiocraft.get(key, value) != value:
-            raise UserError(f"{where}: {key}={audiocraft[key]!r}; only codecs with {key}={value!r} are supported")
+            raise UserError(
+                f"{where}: {key}={audiocraft[key]!r}; only codecs with {key}={value!r} are supported"
+            )
     if audiocraft.get("seanet.pad_mode") not in ("constant", "reflect", "replicate"):
         raise UserError(
             f"{where}: seanet.pad_mode={audiocraft.get('seanet.pad_mode')!r} is no padding; download it again"
         )
     if audiocraft.get("seanet.norm") not in ("weight_norm", "time_group_norm"):
-        raise UserError(f"{where}: seanet.norm={audiocraft.get('seanet.norm')!r}; only weight_norm and time_group_norm")
+        raise UserError(
+            f"{where}: seanet.norm={audiocraft.get('seanet.norm')!r}; only weight_norm and time_group_norm"
+        )
     try:
         rate, ratios = int(audiocraft["sample_rate"]), [int(r) for r in audiocraft["seanet.ratios"]]
         hop = math.prod(ratios)
-        bits_per_s = int(audiocraft["rvq.n_q"]) * -(-rate // hop) * math.ceil(math.log2(int(audiocraft["rvq.bins"])))
+        bits_per_s = (
+            int(audiocraft["rvq.n_q"])
+            * -(-rate // hop)
+            * math.ceil(math.log2(int(audiocraft["rvq.bins"])))
+        )
         dimension = int(audiocraft["seanet.dimension"])
         return {
             "sampling_rate": rate,
@@ -124,7 +136,9 @@ def transformers_config(audiocraft: Mapping[str, Any], where: str) -> dict[str, 
             "overlap": None,
         }
     except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        raise UserError(f"{where}: the codec's configuration has no usable {error}; download the file again") from error
+        raise UserError(
+            f"{where}: the codec's configuration has no usable {error}; download the file again"
+        ) from error
 
 
 def audiocraft_config(config: Any) -> dict[str, Any]:

@@ -82,18 +82,27 @@ class Spectrum(nn.Module):
         frames = torch.fft.irfft(spectrum * (size / 2), n=size, dim=1) * self.window[:, None]
         length = (spectrum.shape[2] - 1) * self.hop + size
         square = self.window.square()[:, None].expand(-1, spectrum.shape[2])[None]
-        wav, weight = (F.fold(x, (1, length), (1, size), stride=(1, self.hop))[:, 0, 0] for x in (frames, square))
+        wav, weight = (
+            F.fold(x, (1, length), (1, size), stride=(1, self.hop))[:, 0, 0]
+            for x in (frames, square)
+        )
         return (wav / weight.clamp(min=1e-3))[:, edge : length - edge]
 
     def log_magnitude(self, wav: Tensor) -> Tensor:
         """`b 1 n` -> `b (s f) t`, in natural logarithms, -8.1 (silence) to about -0.7 (a full-scale sine)."""
         wav = F.pad(wav[:, 0], (0, -wav.shape[2] % self.config.hop_samples))
         magnitude = (self.transform(wav).abs() + self.floor).log()
-        return magnitude.unflatten(2, (-1, self.config.sub_frames)).permute(0, 3, 1, 2).flatten(1, 2)
+        return (
+            magnitude.unflatten(2, (-1, self.config.sub_frames)).permute(0, 3, 1, 2).flatten(1, 2)
+        )
 
     def waveform(self, log_magnitude: Tensor) -> Tensor:
         """`b (s f) t` -> `b 1 (t hop)`: phases by peak following, then fast Griffin-Lim."""
-        folded = log_magnitude.unflatten(1, (self.config.sub_frames, self.bins)).permute(0, 2, 3, 1).flatten(2)
+        folded = (
+            log_magnitude.unflatten(1, (self.config.sub_frames, self.bins))
+            .permute(0, 2, 3, 1)
+            .flatten(2)
+        )
         magnitude = (folded.exp() - self.floor).clamp(min=0)  # b f m
         phase = self._peak_phases(magnitude)
         estimate = torch.polar(magnitude, phase)
@@ -113,16 +122,24 @@ class Spectrum(nn.Module):
         is_peak = F.pad((mid > left) & (mid >= right), (0, 0, 1, 1))
         # The parabola through a peak and its neighbours has its top at the true frequency, in bins.
         offset = 0.5 * (left - right) / (left - 2 * mid + right - 1e-9)
-        top = torch.arange(f, device=level.device)[None, :, None] + F.pad(offset.clamp(-0.5, 0.5), (0, 0, 1, 1))
+        top = torch.arange(f, device=level.device)[None, :, None] + F.pad(
+            offset.clamp(-0.5, 0.5), (0, 0, 1, 1)
+        )
         bin_index = torch.arange(f, device=level.device)[None, :, None].expand(b, f, m)
         before = torch.where(is_peak, bin_index, -1).cummax(1).values
         after = torch.where(is_peak, bin_index, 4 * f).flip(1).cummin(1).values.flip(1)
-        nearest = torch.where(bin_index - before.clamp(min=-2 * f) <= after - bin_index, before, after)
+        nearest = torch.where(
+            bin_index - before.clamp(min=-2 * f) <= after - bin_index, before, after
+        )
         nearest = torch.where((before < 0) & (after >= 4 * f), bin_index, nearest).clamp(0, f - 1)
-        advance = top.expand(b, f, m).gather(1, nearest) * (2 * math.pi * self.hop / self.config.window_samples)
+        advance = top.expand(b, f, m).gather(1, nearest) * (
+            2 * math.pi * self.hop / self.config.window_samples
+        )
         phase = torch.zeros(b, f, device=level.device)
         phases = []
-        for i in range(m):  # a bin takes the phase that its peak's bin had, so that a partial stays whole as it moves
+        for i in range(
+            m
+        ):  # a bin takes the phase that its peak's bin had, so that a partial stays whole as it moves
             phase = phase.gather(1, nearest[:, :, i]) + advance[:, :, i]
             phase = torch.remainder(phase, 2 * math.pi)
             phases.append(phase)
@@ -234,7 +251,11 @@ def save_codec(model: EncodecModel, weights: dict[str, Tensor], folder: Path) ->
 
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": MODEL_TYPE, **asdict(model.encoder.spectrum.config)}  # type: ignore[union-attr]
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors.tmp", {"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in weights.items()},
+        folder / "model.safetensors.tmp",
+        {"format": "pt"},
+    )
     (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("model.safetensors", "config.json"):
         os.replace(folder / f"{name}.tmp", folder / name)
@@ -253,7 +274,11 @@ def load_spectral_codec(folder: Path) -> EncodecModel:
     model = build(SpectralCodecConfig(**{k: v for k, v in config.items() if k != "model_type"}))
     weights = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
     report = model.load_state_dict(weights, strict=False)
-    missing = [k for k in report.missing_keys if not k.endswith(("embed_avg", "cluster_size", "inited"))]
+    missing = [
+        k for k in report.missing_keys if not k.endswith(("embed_avg", "cluster_size", "inited"))
+    ]
     if missing or report.unexpected_keys:
-        raise RuntimeError(f"{folder}: missing {missing[:1]}, unexpected {report.unexpected_keys[:1]}")
+        raise RuntimeError(
+            f"{folder}: missing {missing[:1]}, unexpected {report.unexpected_keys[:1]}"
+        )
     return model

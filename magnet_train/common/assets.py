@@ -1,4 +1,4 @@
-"""Finds the data that ships with the package, wherever it was installed and whatever the current folder."""
+"""Finds the files that ship with the package, wherever it is installed."""
 
 from pathlib import Path
 
@@ -18,7 +18,8 @@ def demo_path(name: str = "") -> Path:
         if (root / name).exists():
             return root / name
     raise UserError(
-        f"the embedded demo has no {name or 'folder'!r}: reinstall magnet-train, or run from a full checkout"
+        f"the embedded demo has no {name or 'folder'!r}: reinstall magnet-train, or run from a full "
+        "checkout"
     )
 
 

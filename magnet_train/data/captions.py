@@ -40,7 +40,9 @@ class CaptionAugmentation:
                 raise UserError(f"augmentation {name}={value}: give a share from 0 to 1")
 
 
-def augmented(info: Mapping[str, Any], config: CaptionAugmentation, rng: np.random.Generator) -> str:
+def augmented(
+    info: Mapping[str, Any], config: CaptionAugmentation, rng: np.random.Generator
+) -> str:
     """The caption of an example with its fields `info`, varied.
 
     >>> info = {"caption": "a waltz", "bpm": 90, "moods": ["calm", "warm"]}

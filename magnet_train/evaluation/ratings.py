@@ -113,7 +113,7 @@ class RaterFilter:
 def analyse_ratings(
     csv_files: Sequence[str | Path],
     key: str | Path,
-    filters: RaterFilter = RaterFilter(),  # noqa: B008  frozen
+    filters: RaterFilter = RaterFilter(),
     num_draws: int = 2000,
     seed: int = 0,
 ) -> RatingsTable:
