@@ -44,7 +44,7 @@ class MagnetModule(L.LightningModule):
 
     def __init__(
         self,
-        network: MagnetConfig = MagnetConfig(),  # noqa: B008  frozen
+        network: MagnetConfig = MagnetConfig(),
         optimizer: OptimizerConfig = OptimizerConfig(),
         codec: str = "demo",
         text_encoder: str = "demo",
