@@ -43,8 +43,8 @@ OPTIONS = (
     f"--generation.decoding.decoding_steps={list(STEPS)}",
     "--trainer.log_every_n_steps=1",
 )
-# Both add the same gradients of two ranks; only the norm by which they are clipped is summed in another order, and a
-# rounding of it (6e-8) passes through 8 steps of AdamW at a rate of 0.01.
+# Both add the same gradients of two ranks; only the norm by which they are clipped is summed in
+# another order, and a rounding of it (6e-8) passes through 8 steps of AdamW at a rate of 0.01.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 
 
