@@ -198,7 +198,7 @@ def not_finite(place: Place) -> Row:
     status, said = fit(place, run, bad_gradients=[3])
     assert status == 0 and len(ledger(run)) == STEPS
     return line(
-        said, "left out"
+        said, "skipped"
     ), "that step, for the weights; it is counted in `train/steps_skipped`"
 
 
@@ -211,7 +211,7 @@ def training_shard(place: Place) -> Row:
     run = place.folder / "training_shard"
     status, said = fit(place, run, f"--data.train={data / 'train'}")
     assert status == 0 and len(ledger(run)) == STEPS
-    return line(said, "left out"), "its items, in each epoch; they are counted"
+    return line(said, "skipping shard"), "its items, in each epoch; they are counted"
 
 
 def validation_shard(place: Place) -> Row:
@@ -313,7 +313,7 @@ def store(place: Place) -> Row:
         status, said = fit(place, run, f"--data.train={address}/train")
         del os.environ["MAGNET_TRAIN_CACHE"]
     assert status == 0 and len(ledger(run)) == STEPS, said[-3000:]
-    return line(said, "left out").replace(
+    return line(said, "skipping shard").replace(
         address, "http://…"
     ), "its items, in each epoch; they are counted"
 

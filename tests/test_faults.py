@@ -28,7 +28,7 @@ def test_nothing_is_lost():
     ]
     assert [lost for _, _, lost in rows] == ["nothing"] * len(faults)
     assert (
-        "the disk is full: free some space" in rows[0][1]
+        "the disk is full; free some space" in rows[0][1]
         and "--model.span_len=three: give a whole" in rows[6][1]
     )
     assert re.search(
