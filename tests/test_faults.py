@@ -29,7 +29,7 @@ def test_nothing_is_lost():
     assert [lost for _, _, lost in rows] == ["nothing"] * len(faults)
     assert (
         "the disk is full; free some space" in rows[0][1]
-        and "--model.span_len=three: give a whole" in rows[6][1]
+        and "--model.span_len three: give an integer" in rows[6][1]
     )
     assert re.search(
         r"rank [01], after step \d+: .* usually", rows[3][1]
