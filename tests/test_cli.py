@@ -20,7 +20,27 @@ from magnet_train.__main__ import main
 from magnet_train.common.errors import UserError
 from magnet_train.metrics.record import read_records
 
-TINY_FIT = ["--model.network.dim=32", "--model.network.num_heads=2", "--model.network.num_layers=2", "--model.crop_s=3.2", "--model.optimizer.warmup_steps=1", "--model.optimizer.lr=0.001", "--data.batch_size=2", "--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0", "--generation.num_prompts=2", "--generation.batch_size=2", "--generation.num_media=1", "--generation.decoding.decoding_steps=[2,1,1,1]", "--trainer.enable_model_summary=false"]
+TINY_FIT = [
+    "--model.network.dim=32",
+    "--model.network.num_heads=2",
+    "--model.network.num_layers=2",
+    "--model.crop_s=3.2",
+    "--model.optimizer.warmup_steps=1",
+    "--model.optimizer.lr=0.001",
+    "--data.batch_size=2",
+    "--data.num_workers=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_steps=4",
+    "--trainer.val_check_interval=4",
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.num_sanity_val_steps=0",
+    "--generation.num_prompts=2",
+    "--generation.batch_size=2",
+    "--generation.num_media=1",
+    "--generation.decoding.decoding_steps=[2,1,1,1]",
+    "--trainer.enable_model_summary=false",
+]
 
 
 @pytest.fixture(scope="module")
