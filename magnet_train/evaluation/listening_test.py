@@ -25,7 +25,8 @@ QUESTIONS = {
     "quality": ("How good does it sound, whatever the text says?", "bad", "excellent"),
     "relevance": ("How well does it match the text?", "not at all", "perfectly"),
 }
-LOWPASS, MISMATCH = "anchor: low-pass 3.5 kHz", "anchor: other caption"
+LOWPASS = "anchor: low-pass 3.5 kHz"
+MISMATCH = "anchor: other caption"
 PLAYED_SHARE = 0.95
 """Share of a clip that must have been played before its ratings count."""
 

@@ -189,7 +189,9 @@ def spectrogram_uri(wav: np.ndarray, sample_rate: int) -> str:
     """
     from matplotlib.image import imsave
 
-    window, columns, bands = 2048, 480, 96
+    window = 2048
+    columns = 480
+    bands = 96
     mono = np.pad(wav.mean(1), window // 2)
     power = magnitude_spectrogram(mono, window, math.ceil(len(wav) / columns)) ** 2
     mel = mel_filters(sample_rate, window, bands, "slaney").numpy() @ power.T
@@ -309,7 +311,8 @@ def _records(records: Sequence[Mapping[str, Any]]) -> str:
     rows: list[dict[str, str]] = []
     for record in records:
         record = {name: value for name, value in record.items() if value is not None}
-        metric, value = record.get("metric", ""), record.get("value")
+        metric = record.get("metric", "")
+        value = record.get("value")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"record {metric!r}: value={value!r} is no number; leave it out")
         _finite(value, f"record {metric!r}")

@@ -90,7 +90,8 @@ def clap_summary(audio: Tensor, text: Tensor, draws: int = 1000, seed: int = 0) 
     if not len(audio):
         raise UserError("the CLAP score has no clips: score at least one")
     similarities = cosines(audio, text)
-    scores, b = similarities.diagonal(), len(audio)
+    scores = similarities.diagonal()
+    b = len(audio)
     several = b > 1
     return ClapSummary(
         mean=scores.mean().item(),

@@ -105,7 +105,8 @@ def frechet_of_samples(clips: Sequence[Tensor], reference: Moments, times_drawn:
         UserError: if a sample has fewer than two windows.
         ValueError: if the widths differ.
     """
-    dim, covariance = len(reference.mean), reference.covariance("reference")
+    dim = len(reference.mean)
+    covariance = reference.covariance("reference")
     if any(clip.dim() != 2 or clip.shape[1] != dim for clip in clips):
         raise ValueError(f"embeddings of clips are not all n x {dim}, as those of the reference")
     # About the reference's mean, so that plain sums lose nothing.
@@ -124,7 +125,8 @@ def frechet_of_samples(clips: Sequence[Tensor], reference: Moments, times_drawn:
         for some in torch.arange(len(centred)).split(size):
             squares = torch.stack([(centred[i].T @ centred[i]).flatten() for i in some.tolist()])
             outer += times_drawn[rows][:, some] @ squares
-        n, mean = counts[rows, None, None], means[rows]
+        n = counts[rows, None, None]
+        mean = means[rows]
         sampled = (outer.view(-1, dim, dim) - n * mean[:, :, None] * mean[:, None, :]) / (n - 1)
         # tr (A B)^½ = tr (A^½ B A^½)^½: with A's root kept, a sample costs eigenvalues alone.
         roots = torch.linalg.eigvalsh(root @ sampled @ root).clamp(min=0).sqrt().sum(-1)

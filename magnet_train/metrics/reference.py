@@ -170,7 +170,8 @@ class ReferenceStatistics:
 
 
 def _moments(tensors: dict[str, Tensor], count: int) -> Moments:
-    mean, covariance = tensors["mean"], tensors["covariance"]
+    mean = tensors["mean"]
+    covariance = tensors["covariance"]
     if count < 2 or mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(
             f"{count} windows, mean {tuple(mean.shape)}, covariance {tuple(covariance.shape)}"

@@ -12,8 +12,10 @@ from typing import Literal
 from magnet_train.common.tables import markdown_table
 from magnet_train.metrics.scoring import METRICS
 
-STEP, HOURS = "trainer/global_step", "train/audio_hours"
-"""The axes: optimizer steps, for every logger, and hours of audio seen, in every row of W&B."""
+STEP = "trainer/global_step"
+"""Axis of every logger: optimizer steps."""
+HOURS = "train/audio_hours"
+"""Second axis, in every row of W&B: hours of audio seen."""
 PLACEHOLDERS = {
     "k": r"\d+",
     "rate": r"[\d.]+",

@@ -104,7 +104,8 @@ class Layer(nn.Module):
 
     def __init__(self, layer: nn.Module, channels: int):
         super().__init__()
-        self.layer, self.norm = layer, ScaleShift(channels)
+        self.layer = layer
+        self.norm = ScaleShift(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(F.relu(self.layer(x)))
@@ -134,7 +135,8 @@ class Musicnn(nn.Module):
         self.register_buffer(
             "mel", mel_filters(self.sample_rate, 512, 96, "slaney"), persistent=False
         )
-        self.input_norm, self.pool_norm = ScaleShift(1), ScaleShift(1506)
+        self.input_norm = ScaleShift(1)
+        self.pool_norm = ScaleShift(1506)
         # Tall filters capture timbre, long ones rhythm; both are pooled over all frequencies.
         self.timbral = nn.ModuleList(
             Layer(nn.Conv2d(1, 204, (7, w), padding=(3, 0)), 204) for w in (38, 67)
@@ -192,7 +194,8 @@ class Musicnn(nn.Module):
             length: int = layer.layer.weight.shape[2]  # type: ignore[union-attr,assignment]
             maps.append(layer(F.pad(x, (0, 0, (length - 1) // 2, length // 2))).amax(3))
         front = torch.cat(maps, 1)  # n 561 t
-        levels, y = [front], front
+        levels = [front]
+        y = front
         for i, layer in enumerate(self.middle):
             z = layer(F.pad(y.transpose(1, 2)[:, None], (0, 0, 3, 3)))[..., 0]  # n 64 t
             y = z if i == 0 else z + y

@@ -57,7 +57,8 @@ class TextAudioHead(nn.Module):
                 nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim)
             )
 
-        self.audio, self.text = tower(audio_dim), tower(text_dim)
+        self.audio = tower(audio_dim)
+        self.text = tower(text_dim)
         self.log_scale = nn.Parameter(torch.tensor(2.5))
 
     def embed_audio(self, features: Tensor) -> Tensor:
@@ -73,7 +74,9 @@ class TextAudioScorer:
     """The trained head with the encoder of captions."""
 
     def __init__(self, head: TextAudioHead, encoder: TextEncoder, hash: str):
-        self.head, self.encoder, self.hash = head.eval(), encoder, hash
+        self.head = head.eval()
+        self.encoder = encoder
+        self.hash = hash
 
     @torch.no_grad()
     def similarities(self, captions: Sequence[str], clips: Sequence[MusicnnOutput]) -> Tensor:

@@ -27,7 +27,8 @@ class Vggish(nn.Module):
     dim = 128
     min_duration_s = 1.0
     window_frames = 96
-    frame_samples, hop_samples = 400, 160
+    frame_samples = 400
+    hop_samples = 160
 
     def __init__(self):
         super().__init__()
