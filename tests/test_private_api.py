@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.flop_counter import FlopCounterMode
@@ -139,3 +140,11 @@ def test_wandb_workspaces():
     private_api.name_workspace(first, "nw-x-v")
     private_api.replace_workspace(first, second)
     assert first._internal_name == "nw-x-v" and first._internal_id == second._internal_id
+
+
+def test_options_are_parsed_without_defaults():
+    parser = ArgumentParser()
+    parser.add_argument("--given", type=int, default=1)
+    parser.add_argument("--left", type=int, default=2)
+    found = private_api.parse_without_defaults(parser, ["--given", "3"])
+    assert found.given == 3 and "left" not in found
