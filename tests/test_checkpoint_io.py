@@ -51,6 +51,6 @@ def test_name_and_content_survive_a_loss_of_power(tmp_path: Path, monkeypatch: p
 
 
 def test_what_a_kill_left_half_written_goes(tmp_path: Path):
-    (tmp_path / ".step=0000002.ckpt.part").write_bytes(b"half")
+    (tmp_path / ".step=0000002.ckpt.0a1b2c3d.part").write_bytes(b"half")
     AtomicCheckpointIO().save_checkpoint({"step": 4}, tmp_path / "step=0000004.ckpt")
     assert [p.name for p in tmp_path.iterdir()] == ["step=0000004.ckpt"]

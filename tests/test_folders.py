@@ -26,7 +26,7 @@ def test_a_failed_write_leaves_the_previous_file_and_nothing_else(durable, tmp_p
         raise ZeroDivisionError
     assert json.loads(file.read_text()) == [1] and list(tmp_path.iterdir()) == [file]
     with replacing(file, durable) as temporary:
-        assert temporary.suffix == ".json" and temporary.name.startswith(".")
+        assert temporary.suffix == ".part" and temporary.name.startswith(".")
         temporary.write_text("[2]")
         assert json.loads(file.read_text()) == [1]
     assert json.loads(file.read_text()) == [2] and list(tmp_path.iterdir()) == [file]
@@ -58,10 +58,10 @@ def test_a_new_folder_appears_when_all_is_written(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    assert writable_folder(tmp_path / "b" / "c").is_dir()
+    assert writable_folder(tmp_path / "b" / "c", "--out").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/run: cannot be written"):
-        writable_folder(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=r"file/run: cannot be written.*--out"):
+        writable_folder(tmp_path / "file" / "run", "--out")
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=0, max_size=300)

@@ -102,7 +102,7 @@ def main() -> None:
             args.piece_s,
         )
         with replacing(path) as temporary:
-            soundfile.write(temporary, wav, SAMPLE_RATE, subtype="PCM_16")
+            soundfile.write(temporary, wav, SAMPLE_RATE, subtype="PCM_16", format="FLAC")
 
 
 if __name__ == "__main__":

@@ -88,8 +88,8 @@ def _note(
     audible = np.flatnonzero(np.abs(wav) > 1e-3 * np.abs(wav).max())
     wav = wav[: audible[-1] + 1].astype(np.float32)
     bank.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        np.save(temporary, wav)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, wav)
     return wav
 
 

@@ -26,14 +26,14 @@ MIN_FREE_BYTES = 2**20
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """A path to write to that becomes `path` when the block ends; an exception leaves nothing.
 
-    Readers see the previous file or the new one, never a part. The temporary file lies in the same
-    folder and has the same suffix, hidden, with ".part" before the suffix.
+    Readers see the previous file or the new one, never a part. The temporary file is hidden in the
+    same folder; its name ends with ".part", so that no search for a suffix finds it.
 
     Args:
         path: the file to write; its folder must exist.
         durable: whether the content is on the disk, not only in its cache, before `path` changes.
     """
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         yield temporary
         if durable:
