@@ -10,12 +10,20 @@ from magnet_train.codec.base import CodecFacts, load_codec
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.data.captions import CaptionAugmentation
-from magnet_train.data.pipeline import CropPhase, EvaluationDataset, ShardSet, TrainingStream, compress_for_worker
+from magnet_train.data.pipeline import (
+    CropPhase,
+    EvaluationDataset,
+    ShardSet,
+    TrainingStream,
+    compress_for_worker,
+)
 from magnet_train.data.timed_loader import TimedLoader
 from magnet_train.resume import fingerprint
 
 
-def split_global_batch(global_batch_size: int, world_size: int, max_batch_size: int) -> tuple[int, int]:
+def split_global_batch(
+    global_batch_size: int, world_size: int, max_batch_size: int
+) -> tuple[int, int]:
     """Examples per batch on each device, and batches to accumulate, for one optimizer step.
 
     >>> split_global_batch(192, world_size=8, max_batch_size=16)
@@ -28,10 +36,13 @@ def split_global_batch(global_batch_size: int, world_size: int, max_batch_size: 
     if rest:
         below = share * world_size
         raise UserError(
-            f"data: global_batch_size={global_batch_size} cannot be divided equally among {world_size} devices; "
+            f"data: global_batch_size={global_batch_size} cannot be divided equally among "
+            f"{world_size} devices; "
             f"give {below or world_size} or {below + world_size}, or use other devices"
         )
-    accumulated = next(n for n in range(math.ceil(share / max_batch_size), share + 1) if share % n == 0)
+    accumulated = next(
+        n for n in range(math.ceil(share / max_batch_size), share + 1) if share % n == 0
+    )
     return share // accumulated, accumulated
 
 
@@ -49,13 +60,16 @@ def check_shards_per_worker(found: ShardSet, world_size: int, num_workers: int) 
     available = len(found.counts) // world_size
     if available == 0:
         raise UserError(
-            f"{found.name}: {len(found.counts)} shards for {world_size} ranks: use fewer devices, or tokenize with a "
+            f"{found.name}: {len(found.counts)} shards for {world_size} ranks: use fewer "
+            "devices, or tokenize with a "
             "smaller --shard_size"
         )
     if max(1, num_workers) > available:
         raise UserError(
-            f"{found.name}: {len(found.counts)} shards for {world_size} ranks x {max(1, num_workers)} loader "
-            f"processes: set --data.num_workers {available}, use fewer devices, or tokenize with a smaller --shard_size"
+            f"{found.name}: {len(found.counts)} shards for {world_size} ranks x "
+            f"{max(1, num_workers)} loader "
+            f"processes: set --data.num_workers {available}, use fewer devices, or tokenize with "
+            "a smaller --shard_size"
         )
 
 
@@ -68,7 +82,8 @@ def check_codec(found: ShardSet, codec: CodecFacts) -> None:
     made = found.index["codec"]
     if made["hash"] != codec.hash:
         raise UserError(
-            f"{found.name}: made with codec {made['id']!r} ({made['hash']}), but --model.codec {codec.id!r} is "
+            f"{found.name}: made with codec {made['id']!r} ({made['hash']}), but --model.codec "
+            f"{codec.id!r} is "
             f"{codec.hash}: tokenize again with it, or train with theirs"
         )
 
@@ -94,29 +109,38 @@ class MagnetDataModule(L.LightningDataModule):
         """Where the shards are and how they are batched.
 
         Args:
-            train: folder of training shards that `tokenize` made, here or at s3://, gs://, http:// or https://; several
-                by a pattern (shards/train_*, part-{00..07}) or as a list; some of a folder's shards by their names
-                (train/shard-{000000..000099}.tar). The embedded demo's if none of the three is given.
+            train: folder of training shards that `tokenize` made, here or at s3://, gs://, http://
+                or https://; several by a pattern (shards/train_*, part-{00..07}) or as a list; some
+                of a folder's shards by their names (train/shard-{000000..000099}.tar). The embedded
+                demo's if none of the three is given.
             validation: the same of the validation shards.
             test: the same of the test shards.
-            batch_size: examples per batch on each device; with global_batch_size, the most that a device can hold.
-            global_batch_size: examples per optimizer step over all devices. The batch per device and the number of
-                batches accumulated follow from it.
+            batch_size: examples per batch on each device; with global_batch_size, the most that a
+                device can hold.
+            global_batch_size: examples per optimizer step over all devices. The batch per device
+                and the number of batches accumulated follow from it.
             augmentation: how training captions vary.
-            num_workers: loader processes per device; none given = 2, or as many as there are shards for.
+            num_workers: loader processes per device; none given = 2, or as many as there are shards
+                for.
             crop_s: length of an example, in seconds; linked to the model's.
-            crop_schedule: Pairs of a crop length in seconds and a number of optimizer steps: training begins with these
-                crops, in order, and goes on with crop_s. Batches are larger as crops are shorter, so that a batch
-                holds the same number of seconds. Validation always sees crop_s.
+            crop_schedule: Pairs of a crop length in seconds and a number of optimizer steps:
+                training begins with these crops, in order, and goes on with crop_s. Batches are
+                larger as crops are shorter, so that a batch holds the same number of seconds.
+                Validation always sees crop_s.
             codec: codec that the shards must have been made with; linked to the model's.
             seed: of order and crops.
             predict_split: whose captions `predict` takes: train, validation or test.
         """
         super().__init__()
         if batch_size < 1 or (num_workers is not None and num_workers < 0):
-            raise UserError(f"data: batch_size={batch_size} must be at least 1, num_workers={num_workers} at least 0")
+            raise UserError(
+                f"data: batch_size={batch_size} must be at least 1, num_workers={num_workers} at "
+                "least 0"
+            )
         if predict_split not in ("train", "validation", "test"):
-            raise UserError(f"data: predict_split={predict_split}: choose train, validation or test")
+            raise UserError(
+                f"data: predict_split={predict_split}: choose train, validation or test"
+            )
         demo = train is None and validation is None and test is None
         self.folders = {
             name: str(demo_path(f"shards/{name}")) if demo else given
@@ -130,7 +154,8 @@ class MagnetDataModule(L.LightningDataModule):
         for length, steps in self.crop_schedule:
             if not 0 < length <= crop_s or steps < 1:
                 raise UserError(
-                    f"data: crop_schedule=[{length}, {steps}]: give a length above 0 and at most crop_s={crop_s} "
+                    f"data: crop_schedule=[{length}, {steps}]: give a length above 0 and at most "
+                    f"crop_s={crop_s} "
                     "seconds, and at least 1 step"
                 )
         self._is_batch_split = False
@@ -149,7 +174,9 @@ class MagnetDataModule(L.LightningDataModule):
         if split not in self._sets:
             folder = self.folders[split]
             if folder is None:
-                raise UserError(f"no {split} shards: give --data.{split} FOLDER (made with tokenize)")
+                raise UserError(
+                    f"no {split} shards: give --data.{split} FOLDER (made with tokenize)"
+                )
             found = ShardSet.open(folder)
             self._facts = self._facts or load_codec(self.codec_name).facts
             check_codec(found, self._facts)
@@ -167,29 +194,38 @@ class MagnetDataModule(L.LightningDataModule):
         return round(self.crop_s * facts.frame_rate)
 
     def setup(self, stage: str) -> None:
-        """Opens the shards that the stage needs, so that mistakes show before any weight is loaded."""
+        """Opens the shards that the stage needs, so that mistakes show before any weight is
+        loaded."""
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}
         if self.trainer is not None:
-            rank, first = self.trainer.global_rank, self.trainer.strategy.broadcast(self.resumes_from)
+            rank, first = (
+                self.trainer.global_rank,
+                self.trainer.strategy.broadcast(self.resumes_from),
+            )
             if first != self.resumes_from:
                 raise UserError(
-                    f"--ckpt_path: rank {rank} goes on from {self.resumes_from}, rank 0 from {first}; the run folder "
+                    f"--ckpt_path: rank {rank} goes on from {self.resumes_from}, rank 0 from "
+                    f"{first}; the run folder "
                     "must be one that all nodes see"
                 )
         if stage == "fit" and self.trainer is not None and self.trainer.limit_val_batches == 0:
             needed["fit"] = ["train"]
         for split in needed.get(stage, [self.predict_split]):
             found = self.shards(split)
-            if self.trainer is not None:  # nodes may have copies of their own, or one of them a cached index
+            if (
+                self.trainer is not None
+            ):  # nodes may have copies of their own, or one of them a cached index
                 own = fingerprint(found.index)
                 if self.trainer.strategy.broadcast(own) != own:
                     raise UserError(
-                        f"{found.name}: rank {self.trainer.global_rank} finds other shards there than rank 0; make the "
+                        f"{found.name}: rank {self.trainer.global_rank} finds other shards there "
+                        "than rank 0; make the "
                         "copies on all nodes alike"
                     )
         if stage == "fit" and self.trainer is not None:
             self._apply_batch_split(self.trainer)
-        # Under limit_train_batches an epoch begins with a loader of its own, which goes on where the last one stopped.
+        # Under limit_train_batches an epoch begins with a loader of its own, which goes on where
+        # the last one stopped.
         if self.trainer is not None:
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
@@ -201,13 +237,15 @@ class MagnetDataModule(L.LightningDataModule):
             accumulated: trainer.accumulate_grad_batches as given.
 
         Raises:
-            UserError: if the devices cannot have equal shares, or accumulation is given beside the global batch.
+            UserError: if the devices cannot have equal shares, or accumulation is given beside the
+                global batch.
         """
         if self.global_batch_size is None:
             return self.batch_size, accumulated
         if accumulated != 1:
             raise UserError(
-                f"data.global_batch_size={self.global_batch_size} and trainer.accumulate_grad_batches={accumulated}: "
+                f"data.global_batch_size={self.global_batch_size} and "
+                f"trainer.accumulate_grad_batches={accumulated}: "
                 "give one of them, the other follows"
             )
         return split_global_batch(self.global_batch_size, world_size, self.batch_size)
@@ -222,7 +260,8 @@ class MagnetDataModule(L.LightningDataModule):
         self._is_batch_split = True
         if trainer.is_global_zero:
             print(
-                f"global batch of {self.global_batch_size} = {trainer.world_size} devices x {self.batch_size} examples "
+                f"global batch of {self.global_batch_size} = {trainer.world_size} devices x "
+                f"{self.batch_size} examples "
                 f"x {trainer.accumulate_grad_batches} accumulated batches"
             )
 
@@ -230,7 +269,11 @@ class MagnetDataModule(L.LightningDataModule):
         """The crop schedule in batches, of which `accumulated` make an optimizer step."""
         frame_rate = self.num_frames / self.crop_s
         return [
-            CropPhase(steps * accumulated, round(length * frame_rate), round(self.batch_size * self.crop_s / length))
+            CropPhase(
+                steps * accumulated,
+                round(length * frame_rate),
+                round(self.batch_size * self.crop_s / length),
+            )
             for length, steps in self.crop_schedule
         ]
 
@@ -248,20 +291,37 @@ class MagnetDataModule(L.LightningDataModule):
         # Batches that are done, so that a resumed run goes on with the next.
         start = trainer.fit_loop.epoch_loop.batch_progress.total.processed
         stream = TrainingStream(
-            found, self.num_frames, self.batch_size, self.seed, trainer.global_rank, trainer.world_size, start,
-            self.augmentation, self.crop_phases(trainer.accumulate_grad_batches),
-        )  # fmt: skip
+            found,
+            self.num_frames,
+            self.batch_size,
+            self.seed,
+            trainer.global_rank,
+            trainer.world_size,
+            start,
+            self.augmentation,
+            self.crop_phases(trainer.accumulate_grad_batches),
+        )
         return TimedLoader(
-            stream, batch_size=None, num_workers=workers, collate_fn=compress_for_worker, persistent_workers=workers > 0
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=compress_for_worker,
+            persistent_workers=workers > 0,
         )
 
     def _once(self, split: str) -> DataLoader:
         trainer: Any = self.trainer
         workers = min(1, self.num_workers) if self.num_workers is not None else 0
         items = EvaluationDataset(
-            self.shards(split), self.num_frames, self.batch_size, trainer.global_rank, trainer.world_size
+            self.shards(split),
+            self.num_frames,
+            self.batch_size,
+            trainer.global_rank,
+            trainer.world_size,
         )
-        return TimedLoader(items, batch_size=None, num_workers=workers, collate_fn=compress_for_worker)
+        return TimedLoader(
+            items, batch_size=None, num_workers=workers, collate_fn=compress_for_worker
+        )
 
     def val_dataloader(self) -> DataLoader:
         return self._once("validation")

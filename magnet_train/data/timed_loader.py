@@ -10,16 +10,18 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 TOGETHER_S = 10.0
-"""Seconds within which signals are one: schedulers and launchers each tell all processes of a job."""
+"""Seconds within which signals are one: schedulers and launchers each tell all processes of a
+job."""
 LONGEST_WAIT_S = 1800.0
-"""Seconds for a batch, far above what reading that fails may take; a store that never answers would hang all ranks."""
+"""Seconds for a batch, far above what reading that fails may take; a store that never answers would
+hang all ranks."""
 
 
 class TimedLoader(DataLoader):
     """As torch's: it counts the seconds in which a batch was asked for and not there yet.
 
-    Its processes let the first SIGTERM and any SIGUSR1 pass, since a scheduler sends these to all processes of a job:
-    the run wants its last batches to save in peace.
+    Its processes let the first SIGTERM and any SIGUSR1 pass, since a scheduler sends these to all
+    processes of a job: the run wants its last batches to save in peace.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -30,7 +32,8 @@ class TimedLoader(DataLoader):
         self.waited_s = 0.0
         """In all, in seconds."""
         self.waiting_since: float | None = None
-        """When the batch that is not there yet was asked for, by `time.monotonic`; None = nobody waits."""
+        """When the batch that is not there yet was asked for, by `time.monotonic`; None = nobody
+        waits."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()  # starts the processes now, not at the first batch
@@ -54,7 +57,8 @@ def _let_signals_pass(worker: int) -> None:
     first: float | None = None
 
     def end_at_the_second(number: int, frame: FrameType | None) -> None:
-        """The loader's own way with a process that hangs; of several at once, each from a launcher, the rest pass."""
+        """The loader's own way with a process that hangs; of several at once, each from a launcher,
+        the rest pass."""
         nonlocal first
         now = time.monotonic()
         first = first or now
