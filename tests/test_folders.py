@@ -60,7 +60,7 @@ def test_a_new_folder_appears_when_all_is_written(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert writable_folder(tmp_path / "b" / "c", "--out").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/run: cannot be written.*--out"):
+    with pytest.raises(UserError, match=r"--out .*file/run: cannot be written"):
         writable_folder(tmp_path / "file" / "run", "--out")
 
 
