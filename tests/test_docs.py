@@ -29,7 +29,9 @@ def test_errors_are_quoted_as_they_are_raised():
     assert len(quotes) >= 20
     for quote in quotes:
         for part in filter(None, (part.strip() for part in quote.split("…"))):
-            assert any(part in text for text in known), f"{quote!r}: nothing in the package says {part!r}"
+            assert any(part in text for text in known), (
+                f"{quote!r}: nothing in the package says {part!r}"
+            )
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -40,8 +40,14 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(codec: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Tokenize `tmp_path/in` into `tmp_path/out`, with two-second crops in shards of three."""
 
-    def run(source: Path = tmp_path / "in", out: Path = tmp_path / "out", **options: Any) -> dict[str, Any]:
-        return tokenize(source, out, TokenizeOptions(**{"codec": codec, "crop_s": 2.0, "shard_size": 3} | options))
+    def run(
+        source: Path = tmp_path / "in", out: Path = tmp_path / "out", **options: Any
+    ) -> dict[str, Any]:
+        return tokenize(
+            source,
+            out,
+            TokenizeOptions(**{"codec": codec, "crop_s": 2.0, "shard_size": 3} | options),
+        )
 
     return run
 
@@ -54,7 +60,10 @@ def items(out: Path) -> list[Any]:
 def shards(out: Path) -> dict[str, str]:
     """What people would copy, by name and content; nothing unfinished lies among it."""
     assert not list(out.glob("*.tmp"))
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in [*out.glob("*.tar"), out / "index.json"]}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in [*out.glob("*.tar"), out / "index.json"]
+    }
 
 
 def refusal(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -88,7 +97,9 @@ def test_every_format_rate_and_channel_count(kind: str, rate: int, channels: int
     assert wav.dtype == np.float32 and wav.shape[0] == 1 and np.isfinite(wav).all()
     assert wav.shape[1] == pytest.approx(1.5 * 16_000, abs=0.1 * 16_000)  # mp3 pads
     spectrum = np.abs(np.fft.rfft(wav[0, :16_000]))
-    assert spectrum.argmax() == pytest.approx(440, abs=1)  # the pitch is what a wrong rate would change
+    assert spectrum.argmax() == pytest.approx(
+        440, abs=1
+    )  # the pitch is what a wrong rate would change
     assert wav[0].std() == pytest.approx(0.3 / 2**0.5, rel=0.1)
 
 
@@ -100,12 +111,16 @@ def test_channels_are_averaged_or_copied(tmp_path: Path):
     soundfile.write(tmp_path / "m.wav", left, RATE, "FLOAT")
     assert np.array_equal(*read_audio(tmp_path / "m.wav", RATE, 2))
     soundfile.write(tmp_path / "six.wav", np.stack([left] * 5 + [right], 1), RATE, "FLOAT")
-    assert np.allclose(read_audio(tmp_path / "six.wav", RATE, 1)[0], (5 * left + right) / 6, atol=1e-6)
+    assert np.allclose(
+        read_audio(tmp_path / "six.wav", RATE, 1)[0], (5 * left + right) / 6, atol=1e-6
+    )
 
 
 def broken_files(folder: Path) -> dict[str, str]:
     """Files that cannot be used, and a word that must stand in the reason."""
-    whole = {s: write_clip(folder / f"whole.{s}").read_bytes() for s in ("wav", "flac", "mp3", "ogg")}
+    whole = {
+        s: write_clip(folder / f"whole.{s}").read_bytes() for s in ("wav", "flac", "mp3", "ogg")
+    }
     content = {
         "zero.wav": (b"", ""),
         "text.wav": (b"this is no audio at all\n" * 50, "unreadable"),
@@ -132,7 +147,9 @@ def broken_files(folder: Path) -> dict[str, str]:
     return reasons
 
 
-def test_broken_files_are_left_out_and_listed(run: Callable[..., dict], tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_broken_files_are_left_out_and_listed(
+    run: Callable[..., dict], tmp_path: Path, capsys: pytest.CaptureFixture
+):
     reasons = broken_files(tmp_path / "in")
     write_clip(tmp_path / "in/good.wav", 4, "good")
     index = run()
@@ -181,7 +198,10 @@ def test_silent_and_short(run: Callable[..., dict], tmp_path: Path):
 def test_captions_beside_the_files(run: Callable[..., dict], tmp_path: Path):
     write_clip(tmp_path / "in/deep/er/a.wav", 2, "from\n  text ")
     for name, about in (
-        ("b", {"caption": "from caption", "key": "G minor", "tempo_bpm": 70, "instruments": ["oboe"]}),
+        (
+            "b",
+            {"caption": "from caption", "key": "G minor", "tempo_bpm": 70, "instruments": ["oboe"]},
+        ),
         ("c", {"description": "from description"}),
         ("d", {"text": "from text field", "licence": "CC0"}),
     ):
@@ -198,9 +218,13 @@ def test_captions_beside_the_files(run: Callable[..., dict], tmp_path: Path):
         "d.flac": "from text field",
     }
     b = found["b.flac"]
-    assert (b["music_key"], b["tempo_bpm"], b["instruments"]) == ("G minor", 70, ["oboe"]) and b["key"] != "G minor"
+    assert (b["music_key"], b["tempo_bpm"], b["instruments"]) == ("G minor", 70, ["oboe"]) and b[
+        "key"
+    ] != "G minor"
     assert found["d.flac"]["licence"] == "CC0"
-    assert [entry["file"] for entry in index["skipped"]] == ["e.wav"] and "no caption" in index["skipped"][0]["reason"]
+    assert [entry["file"] for entry in index["skipped"]] == ["e.wav"] and "no caption" in index[
+        "skipped"
+    ][0]["reason"]
 
 
 def test_no_captions_at_all(run: Callable[..., dict], tmp_path: Path):
@@ -234,7 +258,9 @@ def test_names_of_all_kinds_give_different_keys(run: Callable[..., dict], tmp_pa
         n: n for n in names if n not in ("a/b.wav", "a/b.flac")
     }
     keys = [item["info"]["key"] for item in found]
-    assert len(set(keys)) == len(names) and all(re.fullmatch(r"[A-Za-z0-9_-]+", key) for key in keys)
+    assert len(set(keys)) == len(names) and all(
+        re.fullmatch(r"[A-Za-z0-9_-]+", key) for key in keys
+    )
 
 
 def test_long_file_names(run: Callable[..., dict], tmp_path: Path):
@@ -242,7 +268,9 @@ def test_long_file_names(run: Callable[..., dict], tmp_path: Path):
         write_clip(tmp_path / f"in/{'very-long-' * 12}{end}.wav", 2, end)
     run()
     found = items(tmp_path / "out")
-    assert [item["info"]["caption"] for item in found] == ["a", "b"] and len({i["info"]["key"] for i in found}) == 2
+    assert [item["info"]["caption"] for item in found] == ["a", "b"] and len(
+        {i["info"]["key"] for i in found}
+    ) == 2
 
 
 def manifest(folder: Path, kind: str, rows: list[dict[str, str]]) -> Path:
@@ -263,10 +291,17 @@ def manifest(folder: Path, kind: str, rows: list[dict[str, str]]) -> Path:
 def test_manifest(kind: str, path: str, caption: str, run: Callable[..., dict], tmp_path: Path):
     absolute = str(write_clip(tmp_path / "elsewhere/b.wav", 2, None))
     write_clip(tmp_path / "in/sub/ä.wav", 2, None)
-    rows = [{path: "sub/ä.wav", caption: "one, quoted", "mood": "calm"}, {path: absolute, caption: "two", "mood": ""}]
+    rows = [
+        {path: "sub/ä.wav", caption: "one, quoted", "mood": "calm"},
+        {path: absolute, caption: "two", "mood": ""},
+    ]
     run(manifest(tmp_path / "in", kind, rows))
     first, second = (item["info"] for item in items(tmp_path / "out"))
-    assert (first["caption"], first["mood"], first["source"]) == ("one, quoted", "calm", "sub/ä.wav")
+    assert (first["caption"], first["mood"], first["source"]) == (
+        "one, quoted",
+        "calm",
+        "sub/ä.wav",
+    )
     assert second["caption"] == "two" and "mood" not in second
 
 
@@ -306,8 +341,16 @@ def test_crops_cover_the_clip(run: Callable[..., dict], codec: str, tmp_path: Pa
     write_clip(tmp_path / "in/b.wav", 5.0, seed=2, subtype="FLOAT")
     index = run(split="train")
     found = items(tmp_path / "out")
-    crops = [(item["info"]["source"], item["info"]["offset_s"], item["info"]["duration_s"]) for item in found]
-    a = [("a.wav", 0.0, 2.0), ("a.wav", 2.0, 2.0), ("a.wav", 4.0, 2.0), ("a.wav", 6.0, pytest.approx(1.3))]
+    crops = [
+        (item["info"]["source"], item["info"]["offset_s"], item["info"]["duration_s"])
+        for item in found
+    ]
+    a = [
+        ("a.wav", 0.0, 2.0),
+        ("a.wav", 2.0, 2.0),
+        ("a.wav", 4.0, 2.0),
+        ("a.wav", 6.0, pytest.approx(1.3)),
+    ]
     assert crops == [*a, ("b.wav", 0.0, 2.0), ("b.wav", 2.0, 2.0), ("b.wav", 4.0, 1.0)]
     network = load_codec(codec)
     for item in found:
@@ -320,8 +363,12 @@ def test_crops_cover_the_clip(run: Callable[..., dict], codec: str, tmp_path: Pa
         assert (info["codec"], info["codec_hash"]) == (network.facts.id, network.facts.hash)
     assert [entry["name"] for entry in index["shards"]] == [f"train-{i:06d}.tar" for i in range(3)]
     assert [entry["num_examples"] for entry in index["shards"]] == [3, 3, 1]
-    assert index["num_examples"] == 7 and index["num_frames"] == sum(item["codes"].shape[1] for item in found)
-    assert index["hours"] == pytest.approx(12.3 / 3600) and index["codec"] == network.facts.to_dict()
+    assert index["num_examples"] == 7 and index["num_frames"] == sum(
+        item["codes"].shape[1] for item in found
+    )
+    assert (
+        index["hours"] == pytest.approx(12.3 / 3600) and index["codec"] == network.facts.to_dict()
+    )
     assert (index["crop_s"], index["hop_s"], index["skipped"]) == (2.0, 2.0, [])
     for entry in index["shards"]:
         content = (tmp_path / "out" / entry["name"]).read_bytes()
@@ -362,11 +409,15 @@ def test_references_of_the_original_audio(run: Callable[..., dict], tmp_path: Pa
         heard = network(network.resample(wav, RATE))
         assert torch.equal(torch.as_tensor(item["reference"]["embeddings"]), heard.embeddings)
         assert torch.equal(torch.as_tensor(item["reference"]["tags"]), heard.tags)
-        assert item["info"]["embedder"] == network.id and item["info"]["embedder_hash"] == network.hash
+        assert (
+            item["info"]["embedder"] == network.id and item["info"]["embedder_hash"] == network.hash
+        )
 
 
 def items_with_references(out: Path) -> list[Any]:
-    return [item for path in ShardSet.open(out).paths for item in read_shard(path, with_references=True)]
+    return [
+        item for path in ShardSet.open(out).paths for item in read_shard(path, with_references=True)
+    ]
 
 
 @pytest.mark.skipif(
@@ -375,7 +426,10 @@ def items_with_references(out: Path) -> list[Any]:
 def test_references_where_a_crop_is_too_short_for_them(run: Callable[..., dict], tmp_path: Path):
     write_clip(tmp_path / "in/a.wav", 6, rate=16_000)
     run(crop_s=4.0, embedder="musicnn")
-    assert [item["reference"] is not None for item in items_with_references(tmp_path / "out")] == [True, False]
+    assert [item["reference"] is not None for item in items_with_references(tmp_path / "out")] == [
+        True,
+        False,
+    ]
 
 
 def test_the_shipped_clips(tmp_path: Path):
@@ -385,12 +439,16 @@ def test_the_shipped_clips(tmp_path: Path):
         demo_path("codec/model.safetensors")
     except UserError as error:
         pytest.skip(str(error))
-    first = next(p for p in sorted(clips.iterdir()) if p.suffix in (".flac", ".ogg", ".mp3", ".wav"))
+    first = next(
+        p for p in sorted(clips.iterdir()) if p.suffix in (".flac", ".ogg", ".mp3", ".wav")
+    )
     for file in clips.glob(f"{first.stem}.*"):
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / file.name).write_bytes(file.read_bytes())
     index = tokenize(tmp_path / "in", tmp_path / "out", TokenizeOptions(crop_s=5.0))
-    assert index["num_examples"] >= 1 and all(item["info"]["caption"] for item in items(tmp_path / "out"))
+    assert index["num_examples"] >= 1 and all(
+        item["info"]["caption"] for item in items(tmp_path / "out")
+    )
 
 
 # --- reading ahead ------------------------------------------------------------------------------------------------
@@ -443,10 +501,15 @@ def test_a_process_ends_though_items_are_being_made():
     code = "from itertools import count; from magnet_train.data.tokenize import prefetch; items = prefetch(count(), 3)"
     code += "; next(items); raise SystemExit(7)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=LONGEST_S).returncode == 7
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment, timeout=LONGEST_S).returncode
+        == 7
+    )
 
 
-def test_a_failure_of_the_codec_ends_the_reading(run: Callable[..., dict], tmp_path: Path, monkeypatch: Any):
+def test_a_failure_of_the_codec_ends_the_reading(
+    run: Callable[..., dict], tmp_path: Path, monkeypatch: Any
+):
     """And what is finished stays: the same call goes on from there."""
     many_clips(tmp_path / "in", 4)
     run(out=tmp_path / "expected")
@@ -546,14 +609,18 @@ def test_killed_at_random_moments(undisturbed: Any, tmp_path: Path):
     process.join()
     assert process.exitcode == 0 and shards(out) == expected
     keys = [item["info"]["key"] for item in items(out)]
-    assert len(keys) == len(set(keys)) == json.loads((out / "index.json").read_text())["num_examples"]
+    assert (
+        len(keys) == len(set(keys)) == json.loads((out / "index.json").read_text())["num_examples"]
+    )
 
 
 def tokenize_killed_at_a_move(move: int, source: Path, out: Path, options: TokenizeOptions) -> None:
     """Killed when a file is whole beside its place, for the time of that number."""
     moves = itertools.count()
     replace = os.replace
-    os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL) if next(moves) == move else replace(*paths)
+    os.replace = lambda *paths: (
+        os.kill(os.getpid(), signal.SIGKILL) if next(moves) == move else replace(*paths)
+    )
     tokenize_quietly(source, out, options)
 
 
@@ -601,7 +668,9 @@ def test_a_damaged_or_missing_shard_is_made_again(run: Callable[..., dict], tmp_
         damage(out / "shard-000001.tar")
         untouched = (out / "shard-000000.tar").stat().st_mtime_ns
         run()
-        assert shards(out) == expected and (out / "shard-000000.tar").stat().st_mtime_ns == untouched
+        assert (
+            shards(out) == expected and (out / "shard-000000.tar").stat().st_mtime_ns == untouched
+        )
 
 
 @pytest.mark.parametrize("change", ["option", "codec", "caption", "file", "gone"])
@@ -648,7 +717,9 @@ def test_full_disk(run: Callable[..., dict], tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "fsync", fsync)
     assert "disk is full" in refusal(run)
     monkeypatch.undo()
-    assert not (tmp_path / "out/index.json").exists() and not list((tmp_path / "out").rglob("*.tar.tmp"))
+    assert not (tmp_path / "out/index.json").exists() and not list(
+        (tmp_path / "out").rglob("*.tar.tmp")
+    )
     run()
     assert shards(tmp_path / "out") == shards(tmp_path / "expected")
 
@@ -670,13 +741,28 @@ def tokenize_stopped_in_a_shard(source: Path, out: Path, options: TokenizeOption
 def test_killed_on_the_command_line(codec: str, tmp_path: Path):
     """`python -m magnet_train tokenize` on two processes, killed with both of them after its first shard."""
     many_clips(tmp_path / "in", 60)
-    command = [sys.executable, "-m", "magnet_train", "tokenize", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "magnet_train",
+        "tokenize",
+        str(tmp_path / "in"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     command += ["--codec", codec, "--crop_s", "2", "--shard_size", "4", "--processes", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     process = subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    wait_for(lambda: list((tmp_path / "out").glob("*.tar")) != [] or process.poll() is not None, "a shard")
+    wait_for(
+        lambda: list((tmp_path / "out").glob("*.tar")) != [] or process.poll() is not None,
+        "a shard",
+    )
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "out/index.json").exists()
     options = TokenizeOptions(codec=codec, crop_s=2.0, shard_size=4)
@@ -697,7 +783,9 @@ def test_two_captions_for_one_file(run: Callable[..., dict], tmp_path: Path):
 
 def test_fields_called_path_and_name(run: Callable[..., dict], tmp_path: Path):
     write_clip(tmp_path / "in/a.wav", 2, None)
-    (tmp_path / "in/a.json").write_text(json.dumps({"caption": "x", "name": "electro_1", "path": "/their/place.wav"}))
+    (tmp_path / "in/a.json").write_text(
+        json.dumps({"caption": "x", "name": "electro_1", "path": "/their/place.wav"})
+    )
     run()
     (item,) = items(tmp_path / "out")
     assert item["info"]["source"] == "a.wav" and item["info"]["name"] == "electro_1"
@@ -711,7 +799,9 @@ def test_the_same_codec_under_another_path(run: Callable[..., dict], tmp_path: P
     assert shards(tmp_path / "out") == expected
 
 
-def test_the_same_folder_under_another_path(run: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_same_folder_under_another_path(
+    run: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     write_clip(tmp_path / "in/a.wav", 5)
     run()
     expected = shards(tmp_path / "out")
@@ -741,12 +831,18 @@ def test_new_files_are_appended_and_those_that_came_back(run: Callable[..., dict
     write_clip(tmp_path / "in/a.wav", 5, seed=2)
     index = run()
     after = shards(tmp_path / "out")
-    assert index["num_examples"] == 9 and index["skipped"] == [] and index["num_examples"] == len(items(tmp_path / "out"))
+    assert (
+        index["num_examples"] == 9
+        and index["skipped"] == []
+        and index["num_examples"] == len(items(tmp_path / "out"))
+    )
     assert {k: v for k, v in before.items() if k != "index.json"}.items() <= after.items()
     assert run() == index and shards(tmp_path / "out") == after
 
 
-def test_a_file_that_fails_while_it_is_encoded_is_tried_again(run, tmp_path: Path, monkeypatch: Any):
+def test_a_file_that_fails_while_it_is_encoded_is_tried_again(
+    run, tmp_path: Path, monkeypatch: Any
+):
     write_clip(tmp_path / "in/a.wav", 4)
     write_clip(tmp_path / "in/b.wav", 4, seed=1)
     real = read_audio
@@ -773,7 +869,9 @@ def test_a_plan_that_is_none(content: str, run: Callable[..., dict], tmp_path: P
 
 def test_segments_are_clips_of_their_own(run: Callable[..., dict], tmp_path: Path):
     write_clip(tmp_path / "in/a.wav", 9, None)
-    rows = [{"path": "a.wav", "offset": o, "duration": 3.0, "text": str(o)} for o in (0.0, 3.0, 6.0)]
+    rows = [
+        {"path": "a.wav", "offset": o, "duration": 3.0, "text": str(o)} for o in (0.0, 3.0, 6.0)
+    ]
     run(manifest(tmp_path / "in", "jsonl", rows), crop_s=4.0)
     found = [item["info"] for item in items(tmp_path / "out")]
     assert [(i["caption"], i["offset_s"], i["duration_s"]) for i in found] == [
@@ -812,7 +910,10 @@ def test_overlapping_crops_end_with_the_clip(run: Callable[..., dict], tmp_path:
 def test_who_waits_for_another_finishes_its_shards(undisturbed: Any, tmp_path: Path):
     source, options, expected, _ = undisturbed
     first = start(source, tmp_path, options, target=tokenize_stopped_in_a_shard)
-    wait_for(lambda: Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "its stop")
+    wait_for(
+        lambda: Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T",
+        "its stop",
+    )
     second = start(source, tmp_path, options)
     second.join(5)
     assert second.exitcode is None and not (tmp_path / "index.json").exists()
@@ -832,7 +933,9 @@ def test_a_file_is_listed_once(run: Callable[..., dict], tmp_path: Path):
 def test_mixtures_are_sums_of_two_files_with_both_captions(run, codec, tmp_path):
     for i, caption in enumerate(("a dog barks.", "rain", "a door")):
         path = write_clip(tmp_path / "in" / f"{i}.wav", 4.0, None, seed=i)
-        path.with_suffix(".json").write_text(json.dumps({"caption": caption, "bpm": 90, "licence": f"L{i}"}))
+        path.with_suffix(".json").write_text(
+            json.dumps({"caption": caption, "bpm": 90, "licence": f"L{i}"})
+        )
     index = run(mixtures=1.0)
     found = items(tmp_path / "out")
     plain, mixed = ([i for i in found if ("mixed_with" in i["info"]) is m] for m in (False, True))
@@ -843,9 +946,13 @@ def test_mixtures_are_sums_of_two_files_with_both_captions(run, codec, tmp_path)
         info, part = item["info"], item["info"]["mixed_with"]
         assert part["source"] != info["source"] and abs(part["snr_db"]) <= 5 and "bpm" not in info
         assert info["caption"] == f"{of[info['source']].rstrip('.')}, {of[part['source']]}"
-        assert info["licence"] == ", ".join(sorted({f"L{info['source'][0]}", f"L{part['source'][0]}"}))
+        assert info["licence"] == ", ".join(
+            sorted({f"L{info['source'][0]}", f"L{part['source'][0]}"})
+        )
         one, two = (
-            read_audio(tmp_path / "in" / x["source"], RATE, 1)[:, round(x["offset_s"] * RATE) :][:, : 2 * RATE]
+            read_audio(tmp_path / "in" / x["source"], RATE, 1)[:, round(x["offset_s"] * RATE) :][
+                :, : 2 * RATE
+            ]
             for x in (info, part)
         )
         level = np.sqrt(np.mean(one**2) / np.mean(two**2)) * 10 ** (-part["snr_db"] / 20)
@@ -855,7 +962,9 @@ def test_mixtures_are_sums_of_two_files_with_both_captions(run, codec, tmp_path)
         assert (codes == item["codes"]).mean() > 0.99  # a rounding may tip a code
     first = shards(tmp_path / "out")
     run(out=tmp_path / "again", mixtures=1.0)
-    assert {k: v for k, v in shards(tmp_path / "again").items() if k != "index.json"}.items() <= first.items()
+    assert {
+        k: v for k, v in shards(tmp_path / "again").items() if k != "index.json"
+    }.items() <= first.items()
 
 
 def test_a_single_file_has_nothing_to_be_mixed_with(run, tmp_path):
