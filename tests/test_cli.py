@@ -162,7 +162,7 @@ def test_metrics_without_weights_are_skipped_in_fit_and_an_error_elsewhere(
         f"--trainer.default_root_dir={tmp_path / 'v'}",
     ]
     line = mistake(capsys, "validate", *options)
-    assert "VGGish weights: not at" in line
+    assert "VGGish weights: not in the cache" in line
 
 
 def test_half_precision_trains_every_stage(shards, tmp_path):
@@ -183,7 +183,7 @@ def test_the_best_checkpoint_cannot_be_chosen_by_a_missing_metric(
     options = ["--generation.metrics=[fad/vggish]", "--checkpoint.monitor=val/fad/vggish"]
     assert fit(shards, tmp_path / "run", *options) == 2
     assert (
-        "error: checkpoint.monitor is a metric of vggish, and VGGish weights: not at"
+        "error: checkpoint.monitor is a metric of vggish, and VGGish weights: not in the cache"
         in capsys.readouterr().err
     )
 
