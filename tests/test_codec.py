@@ -1,6 +1,5 @@
 """The codec against transformers itself, at its edges, and on files that are wrong."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -297,47 +296,6 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(HfApi, "model_info", unreachable)
     text = message("facebook/encodec_no_such_model")
     assert "no network (Name or service not known)" in text
-
-
-@pytest.fixture(scope="module")
-def train_codec():
-    """The script that trained the embedded codec, as a module."""
-    path = demo_path("train_codec.py")
-    spec = importlib.util.spec_from_file_location("train_codec", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@torch.no_grad()
-def test_training_quantiser_and_exported_model_give_the_same_codes(train_codec, tmp_path: Path):
-    from transformers import EncodecModel
-
-    torch.manual_seed(0)
-    config = train_codec.encodec_config()
-    config.num_filters = 4
-    # Half precision is what the export keeps; both sides start from values that survive it.
-    model = EncodecModel(config).eval().half().float()
-    wav = noise(2, 1, 64_000)
-    latents = model.encoder(wav)
-    quantizer = train_codec.ResidualQuantizer(
-        config.num_quantizers, config.codebook_size, config.codebook_dim
-    ).eval()
-    scale = latents.std(dim=(0, 2))
-    for k, embed in enumerate(quantizer.embed):
-        embed.copy_(
-            (latents.mean(dim=(0, 2)) * (k == 0) + scale * 0.7**k * torch.randn_like(embed))
-            .half()
-            .float()
-        )
-    quantised, codes, _ = quantizer(latents)
-    train_codec.export(model, quantizer, tmp_path)
-
-    codec = load_codec(str(tmp_path))
-    assert codec.facts.frame_rate == 50 and codec.facts.num_codebooks == len(quantizer.embed) == 4
-    assert torch.equal(codec.encode(wav), codes)
-    assert torch.allclose(codec.decode(codes), model.decoder(quantised), atol=1e-5)
 
 
 def test_embedded_codec():

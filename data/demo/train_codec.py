@@ -1,26 +1,19 @@
-"""Trains the demo's codec: the spectral one that ships, or a small EnCodec, which wants a GPU.
+"""Train the demo's codec (magnet_train/codec/spectral.py) on rendered music and its notes.
 
-transformers' `EncodecModel` can run a codec but not train one: it has no straight-through estimator, no
-commitment loss and no codebook update. So its own encoder and decoder are trained here around a quantiser
-of ours, whose codebooks are then written into the model. `tests/test_codec.py` checks that both give the
-same codes.
+The first phase fits encoder and codebooks, which decide the codes: the linear reading of pitches
+by logistic regression on the notes, the levels by principal components, the codebooks by k-means.
+The second trains the decoder alone, so shards made after the first phase stay good. It follows the
+clock, not a number of steps, and resumes from its last checkpoint.
 
-A second phase, `--decoder --adversarial`, trains the decoder alone, against a discriminator; the codes stay as they
-are, so shards made after the first phase remain good.
-
-The run is measured in minutes, not steps: the learning rate follows the clock, so a busy machine ends with
-a finished model all the same. It resumes from its last checkpoint.
-
-    python data/demo/train_codec.py --audio AUDIO/random AUDIO/train --out RUN --minutes 30
-    python data/demo/train_codec.py --audio AUDIO/random AUDIO/train --out RUN --minutes 60 --decoder --adversarial
-    python data/demo/train_codec.py --audio AUDIO/random AUDIO/train --out ELSEWHERE --architecture encodec
+    python data/demo/train_codec.py codes --audio AUDIO/train --out RUN --clips 360
+    python data/demo/train_codec.py decoder --audio AUDIO/train --out RUN --minutes 45
 """
 
 import argparse
-import itertools
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,446 +22,343 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import EncodecConfig, EncodecModel
 
-from magnet_train.codec.spectral_v1 import (
+from magnet_train.codec.spectral import (
     SpectralCodecConfig,
     SpectralDecoder,
     SpectralEncoder,
-    Spectrum,
-    build,
-    save_codec,
-    standardise,
+    SpectralModel,
+    mel_filters,
+    nearest,
 )
 from magnet_train.common.folders import replacing
 
-SAMPLE_RATE = 16_000
+WEIGHTS = {"log": 1.0, "linear": 0.5, "mel": 1.0, "rise": 1.5}
+"""Of the decoder's losses."""
+
+Note = tuple[float, float, int, int, bool]
+"""Onset and duration in seconds, MIDI pitch, velocity, whether it belongs to the lead."""
 
 
-def encodec_config() -> EncodecConfig:
-    """EnCodec at 16 kHz, 50 Hz, 4 x 1024 entries (2 kbit/s), shaped for two CPU cores.
-
-    EnCodec as published halves the rate first and spends most of its time on wide layers at thousands of
-    frames a second. Here the first layer already divides by 8, so the same budget buys wider layers.
-    """
-    return EncodecConfig(
-        sampling_rate=SAMPLE_RATE,
-        audio_channels=1,
-        num_filters=32,
-        upsampling_ratios=[5, 8, 8],  # of the decoder; the encoder walks them backwards
-        hidden_size=128,
-        codebook_dim=128,
-        codebook_size=1024,
-        target_bandwidths=[2.0],
-        num_lstm_layers=1,
-        num_residual_layers=1,
-        norm_type="weight_norm",
-        use_causal_conv=False,
-        use_conv_shortcut=False,
-        pad_mode="reflect",
-        normalize=False,
-        chunk_length_s=None,
-        overlap=None,
-    )
+def audio_files(folder: Path, most: int | None = None) -> list[Path]:
+    """Return the .flac files that have notes beside them, at most so many, spread over all."""
+    files = sorted(p for p in folder.glob("*.flac") if p.with_suffix(".notes.json").exists())
+    if not files:
+        raise SystemExit(f"error: {folder} holds no .flac files with notes; run render.py first")
+    return files if most is None else files[:: max(1, len(files) // most)][:most]
 
 
-class ResidualQuantizer(nn.Module):
-    """Residual vector quantiser whose codebooks follow the latents by exponential averages (EnCodec, Sec. 3.2).
-
-    Entries that fall below `min_share` of a fair share of the latents are moved onto latents of the current batch.
-    """
-
-    def __init__(self, num_codebooks: int, codebook_size: int, dim: int, decay: float = 0.995, min_share: float = 0.05):
-        super().__init__()
-        self.decay, self.min_share = decay, min_share
-        self.embed: Tensor
-        self.uses: Tensor
-        self.sums: Tensor
-        self.register_buffer("embed", torch.zeros(num_codebooks, codebook_size, dim))
-        self.register_buffer("uses", torch.ones(num_codebooks, codebook_size))
-        self.register_buffer("sums", torch.zeros(num_codebooks, codebook_size, dim))
-
-    @staticmethod
-    def nearest(x: Tensor, embed: Tensor) -> Tensor:
-        """Index of the closest entry: `n d`, `c d` -> `n`."""
-        return (x @ embed.T - 0.5 * embed.square().sum(1)).argmax(1)
-
-    @torch.no_grad()
-    def fit(self, latents: Tensor, iterations: int = 12) -> None:
-        """k-means of `latents` (`n d`), residual after residual, as the starting point."""
-        residual = latents
-        for k in range(len(self.embed)):
-            size = self.embed.shape[1]
-            embed = residual[torch.randperm(len(residual))[:size]].clone()
-            for _ in range(iterations):
-                index = self.nearest(residual, embed)
-                uses = torch.bincount(index, minlength=size).to(embed)
-                sums = torch.zeros_like(embed).index_add_(0, index, residual)
-                empty = uses == 0
-                embed = sums / uses.clamp(min=1)[:, None]
-                embed[empty] = residual[torch.randint(len(residual), (int(empty.sum()),))]
-            self.embed[k] = embed
-            self.uses[k].copy_(uses / len(residual)).clamp_(min=0.1 / size)
-            self.sums[k] = embed * self.uses[k][:, None]
-            residual = residual - embed[self.nearest(residual, embed)]
-
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`b d t` -> quantised latents with a straight-through gradient, codes `b k t`, commitment loss."""
-        b, d, t = latents.shape
-        x = latents.transpose(1, 2).reshape(-1, d)
-        residual, total, codes, commitment = x, torch.zeros_like(x), [], x.new_zeros(())
-        variance = x.detach().var() + 1e-8  # the encoder chooses its own scale; the loss should not depend on it
-        for k in range(len(self.embed)):
-            index = self.nearest(residual.detach(), self.embed[k])
-            if self.training:
-                self._update(k, residual.detach(), index)
-            chosen = self.embed[k][index]
-            commitment = commitment + F.mse_loss(residual, chosen) / variance
-            total = total + chosen
-            residual = residual - chosen
-            codes.append(index)
-        quantised = x + (total - x).detach()
-        return (
-            quantised.view(b, t, d).transpose(1, 2),
-            torch.stack(codes).view(-1, b, t).transpose(0, 1),
-            commitment / len(self.embed),
-        )
-
-    @torch.no_grad()
-    def _update(self, k: int, x: Tensor, index: Tensor) -> None:
-        size = self.embed.shape[1]
-        uses = torch.bincount(index, minlength=size).to(x) / len(x)  # shares, so that batches of any size count alike
-        sums = torch.zeros_like(self.embed[k]).index_add_(0, index, x / len(x))
-        self.uses[k].mul_(self.decay).add_(uses, alpha=1 - self.decay)
-        self.sums[k].mul_(self.decay).add_(sums, alpha=1 - self.decay)
-        dead = self.uses[k] < self.min_share / size
-        if dead.any():
-            self.uses[k][dead] = 1 / size
-            self.sums[k][dead] = x[torch.randint(len(x), (int(dead.sum()),))] / size
-        self.embed[k] = self.sums[k] / self.uses[k][:, None]
+def read(path: Path, config: SpectralCodecConfig) -> Tensor:
+    """Read whole frames of a file: `1 n`."""
+    wav, rate = soundfile.read(path, dtype="float32")
+    if rate != config.sample_rate or wav.ndim != 1:
+        raise SystemExit(f"error: {path} is not mono at {config.sample_rate} Hz; run render.py")
+    return torch.from_numpy(wav[: len(wav) // config.hop_samples * config.hop_samples])[None]
 
 
-class WaveLosses(nn.Module):
-    """Log-mel and log-magnitude distances at several resolutions (EnCodec, Sec. 3.4, with linear bins for pitch).
+def notes_with_lead(path: Path) -> list[Note]:
+    """Read a file's notes; where no voice is called the lead, the highest sounding note is."""
+    notes = json.loads(path.with_suffix(".notes.json").read_text())
+    if any(note[4] for note in notes):
+        return notes
 
-    Mel bands alone leave harmonics smeared: above 1 kHz a band is wider than a semitone.
-    """
+    def is_highest(onset: float, duration: float, pitch: int) -> bool:
+        middle = onset + duration / 2
+        return not any(t < middle < t + d and p > pitch for t, d, p, _, _ in notes)
 
-    def __init__(self, windows: tuple[int, ...] = (128, 512, 2048), num_mels: tuple[int, ...] = (20, 64, 128)):
-        super().__init__()
-        self.windows = windows
-        for window, mels in zip(windows, num_mels, strict=True):
-            self.register_buffer(f"hann{window}", torch.hann_window(window), persistent=False)
-            self.register_buffer(f"mel{window}", mel_filters(window, mels), persistent=False)
-
-    def forward(self, estimate: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """`b t` waveforms, twice."""
-        loss = estimate.new_zeros(())
-        for window in self.windows:
-            hann, mel = getattr(self, f"hann{window}"), getattr(self, f"mel{window}")
-            x, y = (
-                torch.stft(w, window, window // 4, window=hann, return_complex=True).abs().clamp(min=1e-5)
-                for w in (estimate, target)
-            )
-            scale = window**-0.5
-            x, y = x * scale, y * scale
-            x_mel, y_mel = mel @ x, mel @ y
-            loss = loss + F.l1_loss((x_mel + 1e-3).log(), (y_mel + 1e-3).log())
-            loss = loss + F.l1_loss((x + 1e-2).log(), (y + 1e-2).log())
-            loss = loss + torch.linalg.vector_norm(x - y) / torch.linalg.vector_norm(y).clamp(min=1e-3)
-        wave = (estimate - target).abs().mean() / target.abs().mean()
-        return {"spectral": loss / len(self.windows), "wave": wave}
+    return [(t, d, p, v, is_highest(t, d, p)) for t, d, p, v, _ in notes]
 
 
-def mel_filters(window: int, num_mels: int) -> Tensor:
-    """Triangular filters, evenly spaced in mel (O'Shaughnessy): `mels bins`."""
-    edges_mel = np.linspace(0, 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700), num_mels + 2)
-    edges = 700 * (10 ** (edges_mel / 2595) - 1)
-    freqs = np.fft.rfftfreq(window, 1 / SAMPLE_RATE)
-    up = (freqs - edges[:-2, None]) / np.diff(edges)[:-1, None]
-    down = (edges[2:, None] - freqs) / np.diff(edges)[1:, None]
-    return torch.from_numpy(np.maximum(0, np.minimum(up, down))).float()
+def piano_roll(notes: list[Note], num_frames: int, config: SpectralCodecConfig) -> Tensor:
+    """Return the share of each frame during which each pitch sounds: `t pitches`."""
+    frame_s = config.hop_samples / config.sample_rate
+    roll = torch.zeros(num_frames, config.num_pitches)
+    for onset, duration, pitch, _, _ in notes:
+        row = min(max(pitch - config.lowest_pitch, 0), config.num_pitches - 1)
+        end = onset + max(duration, 0.05)
+        frames = range(int(onset / frame_s), min(num_frames, int(end / frame_s) + 1))
+        for frame in frames:
+            overlap = min(frame_s * (frame + 1), end) - max(frame_s * frame, onset)
+            share = max(0.0, overlap / frame_s)
+            roll[frame, row] = max(roll[frame, row].item(), share)
+    return roll
 
 
-class MagnitudeLosses(nn.Module):
-    """Distances of the spectral codec's magnitudes: bin by bin, logarithmic and linear, and of the power in mel bands.
+@dataclass
+class Frames:
+    """What encoder and codebooks are fitted to, one row per frame."""
 
-    Bin by bin alone, the best guess at noise is its median, which is too soft; bands keep its power.
-    """
-
-    def __init__(self, config: SpectralCodecConfig, num_mels: int = 96):
-        super().__init__()
-        self.sub_frames = config.sub_frames
-        self.register_buffer("mel", mel_filters(config.window_samples, num_mels), persistent=False)
-
-    def forward(self, given: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-        """Log magnitudes `b (s f) t`, twice."""
-        given_linear, wanted_linear = given.exp(), wanted.exp()
-        bands = [
-            torch.log(self.mel @ x.unflatten(1, (self.sub_frames, -1)).square() + 1e-7)
-            for x in (given_linear, wanted_linear)
-        ]
-        linear = (given_linear - wanted_linear).abs().sum((1, 2)) / wanted_linear.sum((1, 2))
-        # Halved: a power's logarithm is twice its magnitude's.
-        return {"log": F.l1_loss(given, wanted), "linear": linear.mean(), "mel": 0.5 * F.l1_loss(*bands)}
+    harmonics: Tensor
+    """The spectrum that pitches are read from, `n f`."""
+    levels: Tensor
+    """Band levels, `n (s bands)`."""
+    sounding: Tensor
+    """The share of the frame during which each pitch sounds: of the lead, of all notes; `n 2p`."""
 
 
 @torch.no_grad()
-def start_from_components(model: EncodecModel, quantizer: ResidualQuantizer, crops: "Crops", frames: int) -> None:
-    """Principal components for the spectral codec's linear parts, and codebooks by k-means: a working codec at once."""
-    encoder, decoder = model.encoder, model.decoder
-    assert isinstance(encoder, SpectralEncoder) and isinstance(decoder, SpectralDecoder)
-    spectra = []
-    while sum(map(len, spectra)) < frames:
-        x = standardise(encoder.spectrum.log_magnitude(crops.batch(16)[:, None]))
-        spectra.append(x.transpose(1, 2).flatten(0, 1))
-    x = torch.cat(spectra)
-    mean = x.mean(0)
-    components = torch.linalg.eigh(torch.cov(x.T)).eigenvectors.flip(1)[:, : len(encoder.components.weight)]
-    encoder.components.weight.copy_(components.T)
-    encoder.components.bias.copy_(-mean @ components)
-    decoder.components.weight.copy_(components)
-    decoder.components.bias.copy_(mean)
-    for layer in (encoder.correction[-1], decoder.last):
-        layer.weight.zero_()
-        layer.bias.zero_()
-    quantizer.fit(encoder.components(x))
+def collect(files: list[Path], encoder: SpectralEncoder, rng: np.random.Generator) -> Frames:
+    """Read files at levels that vary; a codec that has heard one loudness fails on the others."""
+    harmonics, levels, sounding = [], [], []
+    for path in tqdm(files, unit="clip"):
+        gain = 10 ** (rng.uniform(-4, 2) / 20)
+        wav = (read(path, encoder.config) * gain).clamp(-1, 1)
+        harmonics.append(encoder.harmonics(wav)[0])
+        levels.append(encoder.band_levels(wav)[0])
+        notes = notes_with_lead(path)
+        count = len(harmonics[-1])
+        lead = piano_roll([n for n in notes if n[4]], count, encoder.config)
+        sounding.append(torch.cat([lead, piano_roll(notes, count, encoder.config)], dim=1))
+    return Frames(torch.cat(harmonics), torch.cat(levels), torch.cat(sounding))
 
 
-class Judge(nn.Module):
-    """Discriminator of log-magnitude spectrograms, patch by patch, told where in frequency a patch lies."""
+def fit_pitches(layer: nn.Linear, frames: Frames, steps: int = 4000, lr: float = 4e-3) -> float:
+    """Fit the reading of pitches by logistic regression; return the last loss."""
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
+    loss = torch.zeros(())
+    for _ in range(steps):
+        batch = torch.randint(len(frames.harmonics), (512,))
+        logits = layer(frames.harmonics[batch])
+        loss = F.binary_cross_entropy_with_logits(logits, frames.sounding[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return loss.item()
 
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 96)):
-        super().__init__()
-        norm = nn.utils.parametrizations.weight_norm
-        self.layers = nn.ModuleList(
-            norm(nn.Conv2d(a, b, 5, stride=(3, 2), padding=2)) for a, b in itertools.pairwise((2, *widths))
-        )
-        self.last = norm(nn.Conv2d(widths[-1], 1, 3, padding=1))
 
-    def forward(self, spectrogram: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`b f m` -> scores of patches, features of each layer."""
-        height = torch.linspace(-1, 1, spectrogram.shape[1]).view(1, -1, 1).expand_as(spectrogram)
-        x = torch.stack([(spectrogram + 5) / 2, height], dim=1)
-        features = []
-        for layer in self.layers:
-            x = F.leaky_relu(layer(x), 0.2)
-            features.append(x)
-        return self.last(x), features
+@torch.no_grad()
+def fit_levels(layer: nn.Linear, levels: Tensor) -> None:
+    """Set the layer to the first principal components, scaled to a total variance of about 1."""
+    mean, covariance = levels.mean(0), torch.cov(levels.T)
+    components = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : layer.out_features]
+    scale = covariance.trace().sqrt()
+    layer.weight.copy_(components.T / scale)
+    layer.bias.copy_(-mean @ components / scale)
 
-    def own_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Hinge: above 1 for what is real, below -1 for what is not."""
-        return F.relu(1 - self(real)[0]).mean() + F.relu(1 + self(fake.detach())[0]).mean()
 
-    def losses_of_decoder(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """What the decoder is to make small: being found out, and features unlike those of the real thing."""
-        self.requires_grad_(False)
-        with torch.no_grad():
-            wanted = self(real)[1]
-        scores, features = self(fake)
-        self.requires_grad_(True)
-        distances = [F.l1_loss(x, y) / y.abs().mean() for x, y in zip(features, wanted, strict=True)]
-        return {"adversarial": F.relu(1 - scores).mean(), "features": torch.stack(distances).mean()}
+def k_means(x: Tensor, size: int, iterations: int = 18, least_share: float = 2e-4) -> Tensor:
+    """Return entries `c d` for the rows of x; entries that few rows use begin anew at some row."""
+    entries = x[torch.randperm(len(x))[:size]].clone()
+    for step in range(iterations):
+        index = nearest(x, entries)
+        uses = torch.bincount(index, minlength=size)
+        sums = torch.zeros_like(entries).index_add_(0, index, x)
+        entries = sums / uses.clamp(min=1)[:, None]
+        unused = uses < len(x) * least_share
+        if step < iterations - 3:
+            entries[unused] = x[torch.randint(len(x), (int(unused.sum()),))]
+    return entries
+
+
+@torch.no_grad()
+def fit_codebooks(latents: Tensor, config: SpectralCodecConfig) -> Tensor:
+    """Fit codebooks `k c d` to latents `n d`, residual after residual.
+
+    The first ones cluster the pitches and hold, for levels, what is usual with these pitches; the
+    others cluster what is left of the levels.
+    """
+    residual = latents.clone()
+    pitches = slice(0, 2 * config.num_pitches)
+    levels = slice(pitches.stop, config.latent_dim)
+    codebooks = []
+    for k in range(config.num_codebooks):
+        part = pitches if k < config.pitch_codebooks else levels
+        index = nearest(residual[:, part], k_means(residual[:, part], config.codebook_size))
+        uses = torch.bincount(index, minlength=config.codebook_size).clamp(min=1)
+        entries = torch.zeros(config.codebook_size, config.latent_dim)
+        entries.index_add_(0, index, residual)
+        entries /= uses[:, None]
+        if part is levels:
+            entries[:, pitches] = 0
+        residual -= entries[nearest(residual, entries)]
+        codebooks.append(entries)
+        left = [residual[:, p].var(0).sum() / latents[:, p].var(0).sum() for p in (pitches, levels)]
+        print(f"codebook {k + 1}: left of pitches {left[0]:.3f}, of levels {left[1]:.3f}")
+    return torch.stack(codebooks)
+
+
+def train_codes(
+    files: list[Path], config: SpectralCodecConfig, seed: int = 0, pitch_steps: int = 4000
+) -> SpectralModel:
+    """First phase: a model whose encoder and codebooks are fitted, and whose decoder is random."""
+    model = SpectralModel(config)
+    encoder = model.encoder
+    frames = collect(files, encoder, np.random.default_rng(seed))
+    print(f"pitches: cross-entropy {fit_pitches(encoder.pitch, frames, pitch_steps):.4f}")
+    fit_levels(encoder.level, frames.levels)
+    with torch.no_grad():
+        for weight in encoder.parameters():
+            weight.copy_(weight.half())  # as they are stored, so that codebooks fit what is loaded
+        pitches = encoder.pitch(frames.harmonics).sigmoid() * config.pitch_scale
+        latents = torch.cat([pitches, encoder.level(frames.levels)], dim=1)
+        model.entries.copy_(fit_codebooks(latents, config))
+    return model
 
 
 class Crops:
-    """Random crops of folders of 16 kHz mono files, which are held in memory: 115 MB per hour."""
+    """Random crops of .flac files, a few of each file that is read."""
 
-    def __init__(self, folders: list[Path], crop_s: float, seed: int):
-        self.length = round(crop_s * SAMPLE_RATE)
+    def __init__(self, files: list[Path], crop_s: float, config: SpectralCodecConfig, seed: int):
+        self.files, self.config = files, config
+        self.frames = round(crop_s * config.sample_rate / config.hop_samples)
         self.rng = np.random.default_rng(seed)
-        files = sorted(p for f in folders for p in f.glob("*.flac") if not p.name.startswith("."))
-        self.waves = [soundfile.read(p, dtype="int16")[0] for p in tqdm(files, desc="reading", unit="file")]
-        self.waves = [w for w in self.waves if len(w) >= self.length]
-        if not self.waves:
-            raise SystemExit(f"{folders}: no .flac files; render music first (random_music.py, render.py)")
+        self.pool: list[Tensor] = []
 
     def batch(self, size: int) -> Tensor:
-        """`size t`, none of them silent."""
-        crops = []
-        while len(crops) < size:
-            wav = self.waves[self.rng.integers(len(self.waves))]
-            start = self.rng.integers(len(wav) - self.length + 1)
-            crop = wav[start : start + self.length].astype(np.float32) / 32768
-            if np.abs(crop).max() > 1e-3:
-                # Levels vary in the wild; a codec that has seen one loudness only fails on the others.
-                crops.append(crop * 10 ** (self.rng.uniform(-6, 3) / 20))
-        return torch.from_numpy(np.stack(crops).clip(-1, 1))
+        """`b n`"""
+        while len(self.pool) < size + 100:
+            self._read_files()
+        return torch.stack([self.pool.pop() for _ in range(size)]).clamp(-1, 1)
 
-
-def export(model: EncodecModel, quantizer: ResidualQuantizer, folder: Path) -> None:
-    """Write the codebooks into `model` and save it in half precision, an EnCodec as transformers does."""
-    for layer, embed in zip(model.quantizer.layers, quantizer.embed, strict=True):
-        layer.codebook.embed.copy_(embed)
-    half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    half = {k: v for k, v in half.items() if not k.endswith(("embed_avg", "cluster_size", "inited"))}
-    if isinstance(model.encoder, SpectralEncoder):
-        save_codec(model, half, folder)
-    else:
-        model.save_pretrained(folder, state_dict=half)
-
-
-class Codec(nn.Module):
-    """What is trained: encoder, quantiser of ours, decoder; and its losses, of waves or of magnitudes."""
-
-    def __init__(self, architecture: str):
-        super().__init__()
-        self.is_spectral = architecture == "spectral"
-        self.model = build(SpectralCodecConfig()) if self.is_spectral else EncodecModel(encodec_config())
-        config = self.model.config
-        self.quantizer = ResidualQuantizer(config.num_quantizers, config.codebook_size, config.codebook_dim)
-        self.spectrum = Spectrum(SpectralCodecConfig())
-        self.losses = MagnitudeLosses(SpectralCodecConfig()) if self.is_spectral else WaveLosses()
-
-    def compare(self, latents: Tensor, wav: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Losses of what the decoder makes of `latents`; log magnitudes of the original and of that."""
-        real = self.spectrum.log_magnitude(wav[:, None])
-        if self.is_spectral:
-            fake = self.model.decoder.log_magnitude(latents)
-            losses = self.losses(fake, real)
-        else:
-            out = self.model.decoder(latents)[:, :, : wav.shape[1]]
-            fake = self.spectrum.log_magnitude(out)
-            losses = self.losses(out[:, 0], wav)
-        return losses, self._picture(real), self._picture(fake)
-
-    def _picture(self, log_magnitude: Tensor) -> Tensor:
-        """`b (s f) t` -> `b f (t s)`"""
-        return log_magnitude.unflatten(1, (-1, self.spectrum.bins)).permute(0, 2, 3, 1).flatten(2)
+    def _read_files(self) -> None:
+        length = self.frames * self.config.hop_samples
+        for _ in range(12):
+            wav = read(self.files[self.rng.integers(len(self.files))], self.config)[0]
+            for start in self.rng.integers(max(1, len(wav) - length + 1), size=10):
+                crop = wav[start : start + length]
+                if len(crop) == length and crop.abs().max() > 1e-3:
+                    self.pool.append(crop * 10 ** (self.rng.uniform(-6, 2) / 20))
+        order = self.rng.permutation(len(self.pool))
+        self.pool = [self.pool[i] for i in order]
 
 
 @torch.no_grad()
-def evaluate(codec: Codec, folder: Path, count: int = 24) -> dict[str, float]:
-    """Losses on the first 10 s of `count` files, and the share of each codebook's entries that they use."""
-    codec.quantizer.eval()
-    files = sorted(folder.glob("*.flac"))
-    files = files[:: max(1, len(files) // count)]
-    used = [set() for _ in codec.quantizer.embed]
-    sums: dict[str, float] = {}
-    for path in files:
-        wav = torch.from_numpy(soundfile.read(path, frames=10 * SAMPLE_RATE, dtype="float32")[0])
-        wav = wav[None, : len(wav) // 320 * 320]
-        latents, codes, _ = codec.quantizer(codec.model.encoder(wav[:, None]))
-        for k, entries in enumerate(used):
-            entries.update(codes[0, k].tolist())
-        for name, value in codec.compare(latents, wav)[0].items():
-            sums[f"heldout_{name}"] = sums.get(f"heldout_{name}", 0) + value.item() / len(files)
-    codec.quantizer.train()
-    return sums | {f"used{k}": len(u) / codec.quantizer.embed.shape[1] for k, u in enumerate(used)}
+def start_linear(model: SpectralModel, files: list[Path]) -> None:
+    """Set the decoder's linear map by least squares, and its correction to zero."""
+    decoder = model.decoder
+    width = model.config.latent_dim + 1
+    outputs = decoder.linear.out_features
+    squares, products = torch.eye(width), torch.zeros(width, outputs)
+    for path in tqdm(files, unit="clip"):
+        wav = read(path, model.config)
+        latents = model.latents(model.quantise(model.encoder(wav[:, None]))) * decoder.input_scale
+        x = F.pad(latents[0].T, (0, 1), value=1.0)
+        wanted = log_magnitude(decoder, wav)[0].T.reshape(len(x), outputs)
+        squares += x.T @ x
+        products += x.T @ wanted
+    solution = torch.linalg.solve(squares, products)
+    decoder.linear.weight.copy_(solution[:-1].T)
+    decoder.linear.bias.copy_(solution[-1])
+    decoder.last.weight.zero_()
+    decoder.last.bias.zero_()
 
 
-def save_atomically(state: dict, path: Path) -> None:
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+def log_magnitude(decoder: SpectralDecoder, wav: Tensor) -> Tensor:
+    """What the decoder is to give for a waveform: `b n` -> `b f m`."""
+    return (decoder.spectrum.transform(wav).abs() + decoder.floor).log()
 
 
-WEIGHTS = {
-    "commitment": 0.25, "spectral": 1.0, "wave": 0.3, "log": 1.0, "linear": 0.5, "mel": 1.0,
-    "adversarial": 0.05, "features": 0.3,
-}  # fmt: skip
+@torch.no_grad()
+def latents_of(model: SpectralModel, wav: Tensor, rng: np.random.Generator) -> Tensor:
+    """Latents of a batch's codes; one clip in four has only its first 2 to K - 1 codebooks."""
+    codes = model.quantise(model.encoder(wav[:, None]))
+    count = len(model.entries)
+    depths = np.where(rng.random(len(wav)) < 0.25, rng.integers(2, count, len(wav)), count)
+    rows = [model.latents(row[None, :depth]) for row, depth in zip(codes, depths, strict=True)]
+    return torch.cat(rows)
+
+
+def losses(given: Tensor, wanted: Tensor, mel: Tensor) -> dict[str, Tensor]:
+    """Compare log magnitudes `b f m`: bin by bin, and by the levels of bands and their rises.
+
+    Bin by bin alone, the best guess at noise is its median, which is too soft; bands keep its
+    power. Rises and falls from one sub-frame to the next make attacks sharp and held notes steady.
+    """
+    given_linear, wanted_linear = given.exp(), wanted.exp()
+    bands = [torch.log(mel @ x.square() + 1e-7) / 2 for x in (given_linear, wanted_linear)]
+    difference = (given_linear - wanted_linear).abs().sum((1, 2))
+    return {
+        "log": F.l1_loss(given, wanted),
+        "linear": (difference / wanted_linear.sum((1, 2)).clamp(min=1)).mean(),
+        "mel": F.l1_loss(bands[0], bands[1]),
+        "rise": F.l1_loss(bands[0].diff(dim=2), bands[1].diff(dim=2)),
+    }
+
+
+def train_decoder(
+    audio: Path, out: Path, minutes: float, batch: int, crop_s: float, lr: float, seed: int
+) -> None:
+    """Second phase: the decoder, for so many minutes of wall clock."""
+    model = SpectralModel.load(out / "codec")
+    decoder, config = model.decoder, model.config
+    mel = mel_filters(config.sample_rate, config.window_samples, 96)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    state = {"step": 0, "elapsed_s": 0.0}
+    files, checkpoint = audio_files(audio), out / "decoder.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        decoder.load_state_dict(saved["decoder"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = saved["state"]
+    else:
+        start_linear(model, files[:: max(1, len(files) // 90)][:90])
+    crops = Crops(files, crop_s, config, seed + int(state["step"]))
+    start = time.monotonic() - state["elapsed_s"]
+    last_save, recent = time.monotonic(), []
+
+    def save() -> None:
+        with replacing(checkpoint) as temporary:
+            parts = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({**parts, "state": state}, temporary)
+        model.save(out / "codec")
+
+    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
+        warm_up = min(1.0, (state["step"] + 1) / 100)
+        optimizer.param_groups[0]["lr"] = (
+            lr * warm_up * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
+        )
+        wav = crops.batch(batch)
+        latents = latents_of(model, wav, crops.rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            given = decoder.log_magnitude(latents)
+        parts = losses(given.float(), log_magnitude(decoder, wav), mel)
+        loss = torch.stack([WEIGHTS[name] * value for name, value in parts.items()]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        recent.append({name: value.item() for name, value in parts.items()})
+        state = {"step": state["step"] + 1, "elapsed_s": time.monotonic() - start}
+        if time.monotonic() - last_save > 60:
+            means = {name: round(float(np.mean([r[name] for r in recent])), 4) for name in WEIGHTS}
+            print(json.dumps(state | means), flush=True)
+            save()
+            last_save, recent = time.monotonic(), []
+    save()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--audio", type=Path, nargs="+", required=True, help="Folders of 16 kHz mono .flac files.")
-    parser.add_argument("--heldout", type=Path, help="Folder of files to report on; of other scores than --audio.")
-    parser.add_argument("--out", type=Path, required=True, help="Folder for checkpoint, log and exported model.")
-    parser.add_argument("--minutes", type=float, default=60, help="Length of this phase, in minutes of wall clock.")
-    parser.add_argument("--decoder", action="store_true", help="Second phase: train the decoder alone; codes stay.")
-    parser.add_argument("--adversarial", action="store_true", help="Add a discriminator's losses to the phase.")
-    parser.add_argument("--architecture", choices=("spectral", "encodec"), default="spectral", help="What to train.")
-    parser.add_argument("--batch", type=int, default=12, help="Crops per step.")
-    parser.add_argument("--crop_s", type=float, default=1.0, help="Length of a crop, in seconds.")
-    parser.add_argument("--lr", type=float, default=6e-4, help="Highest learning rate.")
-    parser.add_argument("--report_s", type=float, default=120, help="Time between reports, in seconds.")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of weights and crops.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("phase", choices=("codes", "decoder"), help="What to train.")
+    parser.add_argument("--audio", type=Path, required=True, help="Folder that render.py wrote.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="Folder; the codec is in OUT/codec."
+    )
+    parser.add_argument("--clips", type=int, default=360, help="Files that codes are fitted to.")
+    parser.add_argument("--minutes", type=float, default=45, help="Decoder's training, wall clock.")
+    parser.add_argument("--batch", type=int, default=8, help="Crops per step of the decoder.")
+    parser.add_argument("--crop_s", type=float, default=2.0, help="Length of a crop, in seconds.")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="Decoder's highest learning rate.")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of weights, clusters and crops.")
     args = parser.parse_args()
-
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # decaying notes are full of them, and each costs a hundred multiplications
+    torch.set_flush_denormal(True)  # decaying notes are full of them, and they are slow
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    codec, judge = Codec(args.architecture), Judge()
-    model, quantizer = codec.model, codec.quantizer
-    model.encoder.requires_grad_(not args.decoder)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-4)
-    judge_optimizer = torch.optim.AdamW(judge.parameters(), lr=args.lr / 2, betas=(0.8, 0.99))
-    state = {"phase": "decoder" if args.decoder else "whole", "elapsed": 0.0, "step": 0}
-    parts = {"model": model, "quantizer": quantizer, "judge": judge}
-    of_phase = {"optimizer": optimizer, "judge_optimizer": judge_optimizer}
-    checkpoint = args.out / "checkpoint.pt"
-    is_new = not checkpoint.exists()
-    if not is_new:
-        saved = torch.load(checkpoint, weights_only=True)
-        state["step"] = saved["step"]
-        if saved["phase"] == state["phase"]:
-            state["elapsed"] = saved["elapsed"]
-            parts |= of_phase
-        for name, part in parts.items():
-            if name in saved:
-                part.load_state_dict(saved[name])
-
-    def save() -> None:
-        everything = {name: part.state_dict() for name, part in (parts | of_phase).items()}
-        save_atomically(state | everything, checkpoint)
-        export(model, quantizer, args.out / "export")
-
-    crops = Crops(args.audio, args.crop_s, args.seed + state["step"])
-    if is_new and codec.is_spectral:
-        start_from_components(model, quantizer, crops, frames=300_000)
-    # EnCodec is a plain autoencoder first, so that k-means finds latents worth clustering; components are at once.
-    warm_up_steps = 0 if codec.is_spectral else 150
-    start, last_report, last_save = time.monotonic() - state["elapsed"], time.monotonic(), time.monotonic()
-    running: dict[str, list[float]] = {}
-    while (progress := (time.monotonic() - start) / (args.minutes * 60)) < 1:
-        state["elapsed"] = time.monotonic() - start
-        factor = min(1.0, (state["step"] + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        optimizer.param_groups[0]["lr"] = args.lr * factor
-        wav = crops.batch(args.batch)
-        losses: dict[str, Tensor] = {}
-        if args.decoder:
-            quantizer.eval()
-            with torch.no_grad():
-                latents, _, _ = quantizer(model.encoder(wav[:, None]))
-        else:
-            if state["step"] == warm_up_steps and not quantizer.embed.any():
-                with torch.no_grad():
-                    many = [model.encoder(crops.batch(args.batch)[:, None]) for _ in range(30)]
-                quantizer.fit(torch.cat(many).transpose(1, 2).flatten(0, 1))
-            latents = model.encoder(wav[:, None])
-            if state["step"] >= warm_up_steps:
-                latents, _, losses["commitment"] = quantizer(latents)
-        of_wave, real, fake = codec.compare(latents, wav)
-        losses |= of_wave
-        if args.adversarial:
-            judge_loss = judge.own_loss(real, fake)
-            judge_optimizer.zero_grad()
-            judge_loss.backward()
-            judge_optimizer.step()
-            losses |= judge.losses_of_decoder(real, fake)
-            running.setdefault("judge", []).append(judge_loss.item())
-        loss = torch.stack([WEIGHTS[name] * value for name, value in losses.items()]).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 3.0)
-        optimizer.step()
-        state["step"] += 1
-        for name, value in losses.items():
-            running.setdefault(name, []).append(value.item())
-
-        if time.monotonic() - last_report > args.report_s:
-            last_report = time.monotonic()
-            record = state | {name: float(np.mean(values)) for name, values in running.items()}
-            if args.heldout and state["step"] > warm_up_steps:
-                record |= evaluate(codec, args.heldout)
-            print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()}), flush=True)
-            running = {}
-        if time.monotonic() - last_save > 300:
-            last_save = time.monotonic()
-            save()
-    save()
+    if args.phase == "codes":
+        if (args.out / "codec").exists():
+            raise SystemExit(f"error: {args.out / 'codec'} exists; choose another --out")
+        files = audio_files(args.audio, args.clips)
+        train_codes(files, SpectralCodecConfig(), args.seed).save(args.out / "codec")
+    else:
+        train_decoder(
+            args.audio, args.out, args.minutes, args.batch, args.crop_s, args.lr, args.seed
+        )
 
 
 if __name__ == "__main__":

@@ -209,6 +209,7 @@ class SpectralDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.spectrum = Spectrum(config.window_samples, config.hop_samples // config.sub_frames)
+        self.lowest_bin = math.ceil(30 * config.window_samples / config.sample_rate)  # 31 Hz
         outputs = config.sub_frames * (config.window_samples // 2 + 1)
         self.linear = nn.Linear(config.latent_dim, outputs)
         self.first = nn.Conv1d(config.latent_dim, config.dim, 3, padding=1)
@@ -232,6 +233,7 @@ class SpectralDecoder(nn.Module):
     def waveform(self, log_magnitude: Tensor) -> Tensor:
         """`b f m` -> `b n`: phases by peak following and fast Griffin-Lim; high-pass; limiter."""
         magnitude = self.limit((log_magnitude.clamp(max=0).exp() - self.floor).clamp(min=0))
+        magnitude[:, : self.lowest_bin] = 0
         estimate = torch.polar(magnitude, self._peak_phases(magnitude))
         previous = torch.zeros_like(estimate)
         for _ in range(self.config.griffin_lim_steps):
@@ -239,7 +241,7 @@ class SpectralDecoder(nn.Module):
             moved = projected + 0.99 * (projected - previous)
             previous = projected
             estimate = torch.polar(magnitude, moved.angle())
-        return soft_limit(high_pass(self.spectrum.invert(estimate), self.config.sample_rate))
+        return high_pass(soft_limit(self.spectrum.invert(estimate)), self.config.sample_rate)
 
     def limit(self, magnitude: Tensor) -> Tensor:
         """Sub-frames louder than `loudest` are brought down to it."""
@@ -289,10 +291,11 @@ def high_pass(
     return torch.fft.irfft(torch.fft.rfft(wav) * gain, n=wav.shape[1])
 
 
-def soft_limit(wav: Tensor, knee: float = 0.8) -> Tensor:
-    """As it is within -knee .. knee; what is louder bends, and never reaches 1."""
+def soft_limit(wav: Tensor, knee: float = 0.8, ceiling: float = 0.95) -> Tensor:
+    """As it is within -knee .. knee; what is louder bends, and stays below the ceiling."""
+    room = ceiling - knee
     over = (wav.abs() - knee).clamp(min=0)
-    return torch.where(over > 0, wav.sign() * (knee + (1 - knee) * (over / (1 - knee)).tanh()), wav)
+    return torch.where(over > 0, wav.sign() * (knee + room * (over / room).tanh()), wav)
 
 
 class SpectralModel(nn.Module):
