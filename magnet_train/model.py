@@ -31,6 +31,7 @@ from magnet_train.attention import (
 )
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
+from magnet_train.common.per_codebook import per_codebook
 
 
 class Pass(NamedTuple):
@@ -71,8 +72,9 @@ class MagnetConfig:
     text_dim: int = 768
     """Width of the text encoder's states, in channels."""
     context: int | tuple[int, ...] = 5
-    """Frames visible on each side, -1 = all frames. One number holds for stages 1 and up, and stage
-    0 sees all frames, as published; a list gives one number per stage, stage 0 first.
+    """Frames visible on each side, -1 = all frames. One number holds for stages 1 and up, and stage 0
+    sees all frames, as published. A list gives one number per stage, stage 0 first; its last number
+    holds for all further stages.
     """
     ffn_ratio: int = 4
     """Width of the feed-forward layer, in multiples of `dim`."""
@@ -101,12 +103,7 @@ class MagnetConfig:
                 f"context={self.context} must be 0 or more frames on each side, or -1 for all "
                 "frames"
             )
-        if isinstance(self.context, tuple) and len(numbers) != self.num_codebooks:
-            raise UserError(
-                f"context={list(numbers)} has {len(numbers)} numbers for {self.num_codebooks} "
-                "codebooks: give one for "
-                "each stage, or one number for stages 1 and up"
-            )
+        per_codebook("context", numbers, self.num_codebooks)
         if self.positions not in ("sinusoidal", "rotary"):
             raise UserError(f"positions={self.positions}: choose sinusoidal or rotary")
         if self.positions == "rotary" and self.dim // self.num_heads % 2:
@@ -128,7 +125,7 @@ class MagnetConfig:
     def stage(self, index: int) -> Pass:
         """The pass that predicts codebook `index` from those below it (MAGNeT, Sec. 3.1)."""
         if isinstance(self.context, tuple):
-            context = self.context[index]
+            context = per_codebook("context", self.context, self.num_codebooks)[index]
         else:
             context = -1 if index == 0 else self.context
         return Pass((index,), context)

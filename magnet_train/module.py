@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from magnet_train.codec.base import absolute_name, load_codec
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
+from magnet_train.common.per_codebook import per_codebook
 from magnet_train.common.pretrained import absolute_path
 from magnet_train.common.randomness import generator_for
 from magnet_train.conditioning import TextEncoder, drop_captions, load_text_encoder
@@ -74,8 +75,9 @@ class MagnetModule(L.LightningModule):
                 guidance, 0 to 1.
             stage_sampling: "batch" trains one stage per optimizer step, as published; "example"
                 draws a stage for each example and runs one forward pass per stage drawn.
-            stage_weights: How often each stage is trained, one number per codebook, relative to
-                their sum. All stages equally often if not given, as published.
+            stage_weights: How often each stage is trained, relative to the others, stage 0 first; the
+                last number holds for all further stages. All stages equally often if not given, as
+                published.
             start_from_codec: Initialise embeddings and heads from the codec's codebooks
                 (non-standard; helps short runs).
             init_from: Start from these weights (release folder, hub id, checkpoint or run folder).
@@ -94,15 +96,11 @@ class MagnetModule(L.LightningModule):
             raise UserError(f"stage_sampling={stage_sampling}: choose batch or example")
         if stage_weights is not None:
             stage_weights = tuple(float(weight) for weight in stage_weights)
-            if (
-                len(stage_weights) != network.num_codebooks
-                or not all(0 <= weight < math.inf for weight in stage_weights)
-                or not sum(stage_weights) > 0
-            ):
+            if not all(0 <= weight < math.inf for weight in stage_weights) or not sum(stage_weights):
                 raise UserError(
-                    f"stage_weights={list(stage_weights)}: give {network.num_codebooks} numbers "
-                    "of at least 0, not all 0"
+                    f"stage_weights={list(stage_weights)} must be at least 0, and one above 0"
                 )
+            stage_weights = per_codebook("stage_weights", stage_weights, network.num_codebooks)
         if not 0 < crop_s <= MAX_CROP_S:
             raise UserError(f"crop_s={crop_s} must be above 0 and at most {MAX_CROP_S:.0f} seconds")
         if init_from is not None and start_from_codec:

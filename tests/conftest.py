@@ -78,7 +78,7 @@ def tiny():
         dim=32, num_heads=2, num_layers=2, num_codebooks=facts.num_codebooks, codebook_size=facts.codebook_size,
         text_dim=text.dim,
     )  # fmt: skip
-    return Generator(Magnet(config).eval(), codec, text, DecodingConfig(decoding_steps=(3, 2, 2, 2)), crop_s=1.0)
+    return Generator(Magnet(config).eval(), codec, text, DecodingConfig(decoding_steps=(3, 2, 2, 2, 2)), crop_s=1.0)
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ def parts(tmp_path_factory) -> dict[str, Path]:
 
 
 def launch(configs: list[str], parts: dict[str, Path], out: Path) -> int:
-    own = any(c.startswith(("music", "sound")) for c in configs)
+    own = any(c.startswith(("music", "sound", "modern")) for c in configs)
     args = ["fit", *(x for c in configs for x in ("--config", str(CONF / c))), *QUICK]
     if "demo_shipped.yaml" in configs:
         args[1:1] = ["--config", str(CONF / "demo.yaml")]

@@ -370,7 +370,7 @@ def test_mistakes_in_the_options_are_named(tmp_path):
             "facebook/magnet-small-10secs: not found",
         ),
         ("demo", ConvertOptions(tmp_path / "x", to="audiocraft"), "audiocraft knows only t5-small"),
-        (source, ConvertOptions(tmp_path / "x", codec="demo"), "4 codebooks of 1024 entries"),
+        (source, ConvertOptions(tmp_path / "x", codec="demo"), "5 codebooks of 256 entries"),
         (
             "demo",
             ConvertOptions(tmp_path / "x", codec=str(release / "codec")),

@@ -226,9 +226,10 @@ def test_impossible_settings_are_named(change):
         DecodingConfig(**change)
 
 
-def test_a_stage_without_steps_is_refused():
-    with pytest.raises(UserError, match="3 numbers for 4 codebooks"):
-        run(config=DecodingConfig(decoding_steps=(3, 2, 1)))
+def test_the_last_number_of_steps_holds_for_all_further_stages_and_more_are_refused():
+    assert DecodingConfig(decoding_steps=(3, 2)).steps_per_stage(4) == (3, 2, 2, 2)
+    with pytest.raises(UserError, match="5 numbers for 4 codebooks"):
+        run(config=DecodingConfig(decoding_steps=(3, 2, 1, 1, 1)))
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])

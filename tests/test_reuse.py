@@ -64,10 +64,10 @@ def test_with_all_frames_visible_old_keys_are_used_and_only_there_it_differs():
 
 
 def test_the_option_changes_codes_but_leaves_no_mask(tiny):
-    decoding = DecodingConfig(decoding_steps=(4, 3, 3, 3))
+    decoding = DecodingConfig(decoding_steps=(4, 3, 3, 3, 3))
     exact = tiny.generate(["a waltz", "two flutes"], decoding=decoding)
     reused = tiny.generate(
-        ["a waltz", "two flutes"], decoding=DecodingConfig(decoding_steps=(4, 3, 3, 3), cache_frames=True)
+        ["a waltz", "two flutes"], decoding=DecodingConfig(decoding_steps=(4, 3, 3, 3, 3), cache_frames=True)
     )
     assert reused.codes.shape == exact.codes.shape
     assert reused.codes.max() < tiny.network.config.codebook_size

@@ -8,6 +8,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from magnet_train.codec.base import load_codec
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.generator import load
 
@@ -54,6 +55,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "magnet", help="Folder of the release.")
     args = parser.parse_args()
     generator = load(args.checkpoint)
+    demo_codec = load_codec("demo")
+    if demo_codec.facts.hash != generator.codec.facts.hash:
+        raise SystemExit(f"{args.checkpoint}: trained on another codec than data/demo/codec")
+    generator.codec = demo_codec  # the run may name it by a path of its machine
     generator.decoding = DecodingConfig.from_dict(vars(generator.decoding) | args.decoding)
     generator.about |= {"trained": args.trained, "data": "data/demo/shards/train", "licence": "MIT"}
     generator.network.half()
@@ -84,7 +89,7 @@ def main() -> None:
     for file in fresh.iterdir():
         file.replace(args.out / file.name)
     fresh.rmdir()
-    print(f"{args.out}: {sum(f.stat().st_size for f in args.out.iterdir()) / 1e6:.1f} MB")
+    print(f"{args.out}: {sum(f.stat().st_size for f in args.out.iterdir() if f.is_file()) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -226,7 +226,8 @@ def _read_decoding(config: Config, num_codebooks: int, where: Path) -> DecodingC
     values["greedy"] = config.get("generate.lm.use_sampling") is False
     try:
         decoding = DecodingConfig.from_dict(values)
-        decoding.steps_per_stage(num_codebooks)
+        if len(steps := decoding.decoding_steps) != num_codebooks:
+            raise ValueError(f"decoding_steps={list(steps)} for {num_codebooks} codebooks")
     except (UserError, TypeError, ValueError) as error:
         raise UserError(f"{where}: its configuration's generate.lm: {error}") from error
     return decoding

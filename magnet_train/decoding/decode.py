@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.per_codebook import per_codebook
 from magnet_train.common.randomness import generator_for
 from magnet_train.decoding import audiocraft_compat
 from magnet_train.decoding.remask import remask_grid, remask_sliding
@@ -41,7 +42,9 @@ class DecodingConfig:
     """How codes are decoded. The defaults are those of the published 10-second music models."""
 
     decoding_steps: tuple[int, ...] = (20, 10, 10, 10)
-    """Passes through the network for each stage; as many numbers as codebooks, or one for all."""
+    """Passes through the network for each stage, stage 0 first; the last number holds for all further
+    stages.
+    """
     temperature: float = 3.0
     """Softmax temperature at the first step of a stage; annealed to 0 unless anneal_temperature is
     false.
@@ -126,18 +129,9 @@ class DecodingConfig:
         """`decoding_steps`, one for each of `num_codebooks` stages.
 
         Raises:
-            UserError: if there are several numbers but not as many as stages; a stage without steps
-                would leave its codes masked.
+            UserError: if there are more numbers than stages.
         """
-        if len(self.decoding_steps) == 1:
-            return self.decoding_steps * num_codebooks
-        if len(self.decoding_steps) != num_codebooks:
-            raise UserError(
-                f"decoding_steps={list(self.decoding_steps)} has {len(self.decoding_steps)} "
-                "numbers "
-                f"for {num_codebooks} codebooks: give one for each, or one for all"
-            )
-        return self.decoding_steps
+        return per_codebook("decoding_steps", self.decoding_steps, num_codebooks)
 
 
 @dataclass(frozen=True)
