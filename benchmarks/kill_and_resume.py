@@ -81,6 +81,7 @@ def killed_often(
         f"--trainer.accumulate_grad_batches={accumulated}",
         "--trainer.log_every_n_steps=1",
         "--trainer.logger=CSVLogger",
+        "--trainer.logger.save_dir=.",
         "--trainer.logger.flush_logs_every_n_steps=1",
         "--trainer.logger.name=csv",
     ]

@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_only
+
 LONGEST_S = 1000
 """Seconds after which a program that a test launches hangs, whatever else the machine does. A test
 gets more, so that this limit, which says what hangs, comes first."""
@@ -33,6 +35,8 @@ def attempt(arguments: list[str], log: Path, environment: Mapping[str, str] | No
         return child
     os.setsid()
     os.environ.update(environment or {})
+    # Lightning reads the rank as it is imported, which was before the fork.
+    rank_zero_only.rank = int(os.environ.get("RANK", "0"))
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

@@ -306,9 +306,9 @@ def test_embedded_codec():
     assert (
         facts.id == "demo"
         and facts.sample_rate == 16_000
-        and facts.frame_rate == 50
-        and facts.num_codebooks == 4
+        and facts.frame_rate == 25
+        and facts.num_codebooks == 5
     )
     assert demo_path("codec/model.safetensors").stat().st_size < 15e6
     codes = codec.encode(noise(1, 1, 48_000))
-    assert codes.shape == (1, 4, 150) and codec.decode(codes).isfinite().all()
+    assert codes.shape == (1, 5, 75) and codec.decode(codes).isfinite().all()

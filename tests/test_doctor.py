@@ -117,7 +117,7 @@ def test_the_embedded_default_is_ready_and_nothing_is_left_behind(tmp_path, monk
     lines = capsys.readouterr().out.splitlines()[1:]
     assert all(line.startswith(("ok ", "warning ", "estimate ")) for line in lines)
     assert any(line.startswith("ok       metrics of musicnn: ships (") for line in lines)
-    assert any("99 items in 1 shards" in line and "1 read in full" in line for line in lines)
+    assert any("48 items in 1 shards" in line and "1 read in full" in line for line in lines)
     assert sum(line.startswith("estimate") for line in lines) == 5 and "measured here" in lines[-2]
     assert list(tmp_path.iterdir()) == []
 
@@ -301,8 +301,8 @@ def test_components_that_are_missing_are_named_with_their_source(
     [
         (["--model.nonsense=1"], "nonsense"),
         (["--model.network.num_heads=3"], "dim=32 must be even and divisible by num_heads=3"),
-        (["--model.guidance_dropout=2"], "guidance_dropout=2.0: give a share"),
-        (["--model.optimizer.lr=-1"], "lr must be above 0"),
+        (["--model.guidance_dropout=2"], "guidance_dropout=2.0 must be between 0 and 1"),
+        (["--model.optimizer.lr=-1"], "lr=-1.0 must be above 0"),
         (["--data.batch_size=0"], "batch_size=0 must be at least 1"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],

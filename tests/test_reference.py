@@ -104,7 +104,8 @@ def test_greedy_decoding_gives_the_same_codes(case, reference, parity):
     try:
         object.__setattr__(config, "context", case["subcodes_context"])
         codes, rows = run(
-            lambda c, s: reference(c, s, text), lambda c, s: reference(c, s, None), case, data, batch,
+            lambda c, s: reference(c, reference.config.stage(s), text),
+            lambda c, s: reference(c, reference.config.stage(s), None), case, data, batch,
             case["max_gen_len"], config.codebook_size,
         )  # fmt: skip
     finally:

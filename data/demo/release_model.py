@@ -24,17 +24,20 @@ tags: [magnet, arxiv:2401.04577]
 
     python -m magnet_train generate --prompt "a slow chorale for string quartet in G minor" --out generated
 
-It exists to show that the whole way works on two CPU cores, not to be listened to for pleasure.
+It shows that the whole way works on two CPU cores. `audio/` has twelve of its clips beside the real ones.
 
-**Trained on** 10.4 hours of rendered public-domain scores (data/demo/README.md), on nothing else. {trained}
-Configuration: conf/demo.yaml with conf/demo_shipped.yaml.
+**Trained on** 40 hours of music rendered from public-domain scores (data/demo/README.md), on nothing else.
+{trained}
+Configuration: conf/demo.yaml with conf/demo_shipped.yaml. Decoding: {decoding}
 
 **Measured** on {clips} test captions ({different} different), one 10-second clip each, against the original clips
-(`data/demo/evaluate_model.py`, decoding {decoding}):
+(`data/demo/evaluate_model.py`):
 
 | | FAD (musicnn) ↓ | KL (musicnn tags) ↓ | text-audio ↑ | true minus shuffled captions, 95 % interval |
 |---|---|---|---|---|
 {rows}
+
+{music}
 
 "codec" is the codec's reconstruction of the real clips, the best that any model on these codes could do; "unigram" are
 codes drawn from each codebook's own frequencies, what no model at all would do. The text-audio scorer was trained on
@@ -49,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="Run folder or checkpoint.")
     parser.add_argument("--metrics", type=Path, help="JSON that evaluate_model.py wrote; the card quotes it.")
+    parser.add_argument("--music", type=Path, help="Markdown with the music figures; the card quotes it.")
     parser.add_argument("--trained", default="", help="A sentence on steps, time and machine.")
     parser.add_argument("--faults", default="", help="What listening and looking showed.")
     parser.add_argument("--decoding", type=json.loads, default={}, help="JSON of decoding settings to ship.")
@@ -60,9 +64,10 @@ def main() -> None:
         raise SystemExit(f"{args.checkpoint}: trained on another codec than data/demo/codec")
     generator.codec = demo_codec  # the run may name it by a path of its machine
     generator.decoding = DecodingConfig.from_dict(vars(generator.decoding) | args.decoding)
-    generator.about |= {"trained": args.trained, "data": "data/demo/shards/train", "licence": "MIT"}
+    generator.about |= {"trained": args.trained, "data": "40 hours of data/demo", "licence": "MIT"}
     generator.network.half()
     rows, clips, different = "", 0, 0
+    music = args.music.read_text().strip() if args.music else ""
     if args.metrics:
         report = json.loads(args.metrics.read_text())
         clips, different = report["clips"], report["different_captions"]
@@ -82,6 +87,7 @@ def main() -> None:
             different=different,
             decoding=vars(replace(generator.decoding)),
             rows=rows.strip(),
+            music=music,
             faults=args.faults or "see EXPERIMENTS.md.",
         ),
     )

@@ -55,13 +55,22 @@ def write_model(saved: SavedModel, out: Path) -> Path:
     return out
 
 
+def _differs(saved: SavedModel, option: str) -> bool:
+    """Whether an option of the network has a value that audiocraft cannot compute."""
+    value = getattr(saved.network, option)
+    if option == "context":
+        return not isinstance(value, int)
+    return value != getattr(MagnetConfig(), option)
+
+
 def _settings(saved: SavedModel) -> Settings:
     """A model's settings, if audiocraft can compute it."""
     sizes = {name: getattr(saved.network, name) for name in NETWORK_KEYS}
     published = MagnetConfig(**sizes, text_dim=saved.network.text_dim)
     if saved.network != published or not isinstance(published.context, int):
+        lacking = [n for n in ("context", "positions", "convolution") if _differs(saved, n)]
         raise UserError(
-            f"{saved.file}: its network has options that audiocraft lacks ({saved.network}); "
+            f"{saved.file}: its network has options that audiocraft lacks: {', '.join(lacking)}; "
             "train with the published architecture"
         )
     name = saved.text_encoder

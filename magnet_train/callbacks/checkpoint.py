@@ -82,6 +82,10 @@ class RunCheckpoint(Checkpoint):
             else ""
         )
 
+    @best_model_path.setter
+    def best_model_path(self, path: str) -> None:
+        """Lightning's launchers of several processes set it in the parent, which knows no scores."""
+
     @property
     def state_key(self) -> str:
         return self._generate_state_key(monitor=self.monitor, mode=self.mode)

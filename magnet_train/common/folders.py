@@ -46,6 +46,12 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes that were killed inside `replacing` left in a folder."""
+    for temporary in folder.glob(".*.part"):
+        temporary.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file through `replacing`."""
     with replacing(path) as temporary:

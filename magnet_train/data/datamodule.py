@@ -60,9 +60,8 @@ def check_shards_per_worker(found: ShardSet, world_size: int, num_workers: int) 
     available = len(found.counts) // world_size
     if available == 0:
         raise UserError(
-            f"{found.name}: {len(found.counts)} shards for {world_size} ranks: use fewer "
-            "devices, or tokenize with a "
-            "smaller --shard_size"
+            f"{found.name}: {len(found.counts)} shards for {world_size} ranks: use fewer devices, "
+            "or tokenize with a smaller --shard_size"
         )
     if max(1, num_workers) > available:
         raise UserError(

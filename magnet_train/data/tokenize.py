@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.folders import write_json
+from magnet_train.common.folders import remove_leftovers, write_json
 from magnet_train.data.audio import read_audio
 from magnet_train.data.manifest import find_clips
 from magnet_train.data.plan import (
@@ -81,6 +81,7 @@ def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any
     index = _index(plan, reports, skipped)
     with _lock(out / ".plan.lock", wait=True):
         write_json(out / "index.json", index)
+        remove_leftovers(out)
     for entry in index["skipped"]:
         tqdm.write(f"skipped: {entry['reason']}")
     num_shards = len(index["shards"])
