@@ -216,8 +216,6 @@ def load_codec(name: str = "demo") -> Codec:
     from magnet_train.codec.encodec import EncodecCodec, load_encodec, load_package_model
     from magnet_train.codec.encodec_names import PACKAGE_MODELS
     from magnet_train.codec.spectral import MODEL_TYPE, SpectralCodec
-    from magnet_train.codec.spectral_v1 import MODEL_TYPE as MODEL_TYPE_V1
-    from magnet_train.codec.spectral_v1 import load_spectral_codec
 
     base, num_codebooks = split_name(name)
     if base in PACKAGE_MODELS and not Path(base).expanduser().exists():
@@ -228,8 +226,6 @@ def load_codec(name: str = "demo") -> Codec:
         kind = _model_type(source, local_files_only)
         if kind == MODEL_TYPE:
             return SpectralCodec.load(Path(source), known_as, num_codebooks)
-        if kind == MODEL_TYPE_V1:
-            return EncodecCodec(load_spectral_codec(Path(source)), known_as, num_codebooks)
         if kind != "encodec":
             raise UserError(
                 f"codec {known_as!r}: its config.json describes {kind!r}, not 'encodec'; "
