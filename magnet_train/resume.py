@@ -167,8 +167,8 @@ def differing(
 ) -> list[tuple[str, str]]:
     """Names of settings that both have and that differ, each with a text that shows both values.
 
-    >>> differing({"seed": 1, "optimizer": {"lr": 0.1}, "older": 2}, {"seed": 1, "optimizer": {"lr":
-    0.2}}) [('optimizer.lr', 'optimizer.lr=0.2 (checkpoint: 0.1)')]
+    >>> differing({"seed": 1, "optimizer": {"lr": 0.1}}, {"seed": 1, "optimizer": {"lr": 0.2}})
+    [('optimizer.lr', 'optimizer.lr=0.2 (checkpoint: 0.1)')]
     """
     found = []
     for name in sorted(saved.keys() & current.keys()):

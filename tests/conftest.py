@@ -28,6 +28,17 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("busy")
 
 
+WANDB = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_wandb_session():
+    """A `fit` in this process names its W&B session in the environment; none reaches the next file."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]
+    os.environ.update(WANDB)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -63,7 +63,12 @@ def test_the_schedule_is_given_in_optimizer_steps(shards, tmp_path: Path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", [[(0.0, 10)], [(20.0, 10)], [(2.0, 0)]])
+def test_no_crop_is_longer_than_the_models(shards):
+    data = MagnetDataModule(batch_size=4, crop_s=2.0, crop_schedule=[(4.0, 5)])
+    assert data.crop_phases(1) == [CropPhase(5, data.num_frames, 4)]
+
+
+@pytest.mark.parametrize("schedule", [[(0.0, 10)], [(-1.0, 10)], [(2.0, 0)]])
 def test_an_impossible_schedule_is_named(schedule):
     with pytest.raises(UserError, match="crop_schedule"):
         MagnetDataModule(crop_s=8.0, crop_schedule=schedule)

@@ -302,7 +302,7 @@ def test_bad_gradients_of_one_rank_and_a_signal_to_the_other(data: Path, tmp_pat
     ("option", "says"),
     [
         (["--model.optimizer.name=dadapt_adam"], "--model.optimizer.name adamw"),
-        (["--trainer.precision=bf16-true"], "--trainer.precision bf16-mixed"),
+        (["--trainer.precision=bf16-true"], "bf16-mixed"),
         (
             ["--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy"],
             "save_distributed_checkpoint=true",

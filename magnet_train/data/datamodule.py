@@ -149,13 +149,14 @@ class MagnetDataModule(L.LightningDataModule):
             raise UserError(f"data: global_batch_size={global_batch_size} must be at least 1")
         self.batch_size, self.num_workers, self.crop_s = batch_size, num_workers, crop_s
         self.global_batch_size, self.augmentation = global_batch_size, augmentation
-        self.crop_schedule = [(float(length), int(steps)) for length, steps in crop_schedule or []]
+        self.crop_schedule = [
+            (min(float(length), crop_s), int(steps)) for length, steps in crop_schedule or []
+        ]
         for length, steps in self.crop_schedule:
-            if not 0 < length <= crop_s or steps < 1:
+            if not 0 < length or steps < 1:
                 raise UserError(
-                    f"data: crop_schedule=[{length}, {steps}]: give a length above 0 and at most "
-                    f"crop_s={crop_s} "
-                    "seconds, and at least 1 step"
+                    f"data: crop_schedule=[{length}, {steps}]: the length must be above 0 seconds, "
+                    "and the number of steps at least 1"
                 )
         self._is_batch_split = False
         self.codec_name, self.seed, self.predict_split = codec, seed, predict_split
