@@ -17,8 +17,8 @@ NUM_TEXT = 32
 MEAN_MASK_RATE = 2 / pi
 """Of the cosine schedule at an even draw: the share of frames whose logits are computed."""
 MOMENTS = {"adamw": 2, "dadapt_adam": 3}
-"""Tensors as large as the weights that an optimizer keeps; D-Adaptation's third is the sum of its
-directions.
+"""Tensors as large as the weights that an optimizer keeps; D-Adaptation's third is the mean of its
+steps.
 """
 FULL = 4
 """Bytes of a float32."""

@@ -179,7 +179,7 @@ class MagnetModule(L.LightningModule):
         """
         if self.device_mesh is None or is_sharded(self.network):
             return
-        check_shardable(str(self.trainer.precision), self.optimizer_config.name)
+        check_shardable(str(self.trainer.precision))
         if private_api.saves_distributed_checkpoints(self.trainer):
             raise UserError(
                 "ModelParallelStrategy: save_distributed_checkpoint=true writes folders that "

@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules.
- The schedules are factors of the peak rate and have the off-by-ones of the reference: the cosine's
+
+The schedules are factors of the peak rate and have the off-by-ones of the reference: the cosine's
 first update has rate 0, the inverse square root's 1 / warmup_steps.
 """
 
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from magnet_train.common.errors import UserError
 
@@ -46,8 +49,8 @@ class OptimizerConfig:
     """AdamW and its schedule; the defaults are those published for the medium 30-second model."""
 
     name: Literal["adamw", "dadapt_adam"] = "adamw"
-    """AdamW, or D-Adaptation's Adam, which finds the step size itself and takes lr as a factor: 1
-    (package `dadaptation`).
+    """AdamW, or audiocraft's D-Adaptation, which finds the step size itself and takes lr as a
+    factor: give 1.
     """
     lr: float = 1e-4
     """Peak learning rate."""
@@ -136,22 +139,98 @@ def allows_fused(precision: str, clips_gradients: bool) -> bool:
 def make_optimizer(
     config: OptimizerConfig, parameters: list[nn.Parameter], fused: bool
 ) -> torch.optim.Optimizer:
-    """The optimizer of `config`.
-
-    Raises:
-        UserError: if the package that it needs is not installed.
-    """
+    """The optimizer of `config`."""
     if config.name == "adamw":
         return torch.optim.AdamW(parameters, fused=fused, **config.settings())
-    return _dadaptation().DAdaptAdam(parameters, decouple=True, **config.settings())
+    return DAdaptAdam(parameters, **config.settings())
 
 
-def _dadaptation() -> Any:
-    try:
-        import dadaptation
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "optimizer name=dadapt_adam: the package dadaptation is missing; "
-            "install it with `pip install 'magnet-train[dadaptation]'`"
-        ) from error
-    return dadaptation
+class DAdaptAdam(torch.optim.Optimizer):
+    """Adam whose step size d is estimated (D-Adaptation, arXiv 2301.07733).
+
+    The update is audiocraft's (`optim/dadam.py`). It is the earlier form of the paper, which the
+    `dadaptation` package has since replaced: d = (sum(s^2 / v) / (1 - beta2) - G) / sum(|s|), where
+    v is the root of Adam's second moment, s the running mean of d lr times the gradient, and G that
+    of its weighted square. d never falls. The first moment is not corrected for its bias.
+
+    Sharded weights (DTensor) are updated by shards, and the three sums go over all ranks.
+
+    Args:
+        params: one group.
+        lr: factor of d; 1 takes the estimate as it is.
+        betas: decay of the running means of the gradient, and of its square and s, per update.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, times d lr.
+        d0: first estimate of the step size.
+    """
+
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        lr: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        d0: float = 1e-6,
+    ):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"d": d0, "gsq_weighted": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update; without any gradient, or at lr 0, nothing changes."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        (group,) = self.param_groups
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if parameters:
+            self._step(group, parameters)
+        return loss
+
+    def _step(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        beta2, dlr = group["betas"][1], group["d"] * group["lr"]
+        if group["lr"] > 0:
+            sums = torch.stack([self._moments(p, group, dlr) for p in parameters]).double().sum(0)
+        else:
+            sums = torch.zeros(3, dtype=torch.float64)
+            for parameter in parameters:
+                self._state_of(parameter)
+        if any(isinstance(p, DTensor) for p in parameters):
+            dist.all_reduce(sums)
+        gradients_squared, s_squared, s_norm = sums.tolist()  # waits for the device, once
+        gsq_weighted = beta2 * group["gsq_weighted"] + (1 - beta2) * dlr**2 * gradients_squared
+        if s_norm == 0:
+            return
+        estimate = (s_squared / (1 - beta2) - gsq_weighted) / s_norm
+        group |= {"gsq_weighted": gsq_weighted, "d": max(group["d"], estimate)}
+        for parameter in parameters:
+            weight = _local(parameter)
+            _, mean, square = (_local(x) for x in self._state_of(parameter))
+            weight.mul_(1 - group["weight_decay"] * dlr)
+            weight.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-1)
+
+    def _state_of(self, parameter: nn.Parameter) -> list[Tensor]:
+        """s and the two moments."""
+        state = self.state[parameter]
+        for name in ("s", "exp_avg", "exp_avg_sq"):
+            state.setdefault(name, torch.zeros_like(parameter))
+        return [state[name] for name in ("s", "exp_avg", "exp_avg_sq")]
+
+    def _moments(self, parameter: nn.Parameter, group: dict[str, Any], dlr: float) -> Tensor:
+        """Updates the running means; returns this parameter's part of the three sums."""
+        assert parameter.grad is not None
+        beta1, beta2 = group["betas"]
+        gradient = _local(parameter.grad)
+        s, mean, square = (_local(x) for x in self._state_of(parameter))
+        mean.mul_(beta1).add_(gradient, alpha=dlr * (1 - beta1))
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        s.mul_(beta2).add_(gradient, alpha=dlr * (1 - beta2))
+        root = square.sqrt().add_(group["eps"])
+        return torch.stack([(gradient**2 / root).sum(), (s**2 / root).sum(), s.abs().sum()])
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -64,12 +64,11 @@ def shard(network: Magnet, device_type: str) -> None:
     register_fsdp_forward_method(network, "masked_logits")
 
 
-def check_shardable(precision: str, optimizer: str) -> None:
+def check_shardable(precision: str) -> None:
     """Checks that a run works with sharded weights.
 
     Args:
         precision: Lightning's name.
-        optimizer: `name` of an OptimizerConfig.
 
     Raises:
         UserError: if it does not.
@@ -78,12 +77,6 @@ def check_shardable(precision: str, optimizer: str) -> None:
         raise UserError(
             f"precision={precision}: with sharded weights give --trainer.precision bf16-mixed, or "
             "32"
-        )
-    if optimizer == "dadapt_adam":
-        raise UserError(
-            "optimizer name=dadapt_adam: its step size is a sum over all weights, which are "
-            "sharded here; use --model.optimizer.name adamw --model.optimizer.lr 1e-4, or "
-            "--trainer.strategy ddp"
         )
 
 

@@ -92,7 +92,6 @@ def test_settings_that_work_are_accepted():
         ({"trainer__devices": 0}, "devices=0"),
         ({"trainer__devices": "two"}, "devices=two"),
         ({"trainer__accelerator": "gpu", "trainer__devices": 99}, "99 GPUs per node requested"),
-        ({"trainer__strategy": "fsdp2", "model__optimizer__name": "dadapt_adam"}, "dadapt_adam: "),
         ({"checkpoint__monitor": "val/nothing"}, "monitor=val/nothing"),
         ({"model__network__dim": 65536, "model__network__num_layers": 1000}, "its weights take"),
         (

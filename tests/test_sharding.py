@@ -22,6 +22,7 @@ from magnet_train.__main__ import main
 from magnet_train.common.errors import UserError
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.model import Magnet, MagnetConfig
+from magnet_train.optimizer import DAdaptAdam
 from magnet_train.sharding import (
     full_tensor,
     gather_to_rank0,
@@ -95,6 +96,15 @@ def on_rank(rank: int, size: int, folder: str, precision: torch.dtype, compiled:
                 name,
                 stage,
             )
+    one, two = (DAdaptAdam([*model.parameters()], d0=1e-3) for model in (plain, network))
+    for _ in range(2):  # with the last gradients
+        one.step()
+        two.step()
+    assert two.param_groups[0]["d"] == pytest.approx(one.param_groups[0]["d"], rel=1e-5)
+    for name, weight in plain.named_parameters():
+        sharded = full_tensor(dict(network.named_parameters())[name])
+        assert torch.allclose(sharded, weight, rtol=1e-4, atol=1e-6), name
+        weight.data.copy_(sharded)
     gathered = gather_to_rank0(dict(network.named_parameters()))
     assert list(gathered) == (list(dict(plain.named_parameters())) if rank == 0 else [])
     for model in (unsharded_copy(network), unsharded_copy(plain)):
@@ -301,7 +311,6 @@ def test_bad_gradients_of_one_rank_and_a_signal_to_the_other(data: Path, tmp_pat
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        (["--model.optimizer.name=dadapt_adam"], "--model.optimizer.name adamw"),
         (["--trainer.precision=bf16-true"], "bf16-mixed"),
         (
             ["--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy"],

@@ -217,7 +217,7 @@ def check_span(config: Any) -> None:
 
 def check_sharding(config: Any) -> None:
     if is_sharded(config.trainer.strategy):
-        check_shardable(str(config.trainer.precision or 32), config.model.optimizer.name)
+        check_shardable(str(config.trainer.precision or 32))
 
 
 def check_accelerator(config: Any) -> None:
