@@ -19,6 +19,7 @@ from magnet_train.conditioning import TextEncoder, drop_captions, load_text_enco
 from magnet_train.data.pipeline import Batch
 from magnet_train.loss import MaskedLoss, masked_cross_entropy
 from magnet_train.masking import cosine_mask_rate, span_mask
+from magnet_train.metrics.baselines import copy_nearest
 from magnet_train.metrics.fixed_masks import FixedMaskMetrics, fixed_span_mask
 from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.optimizer import OptimizerConfig, allows_fused, make_optimizer, schedule_factor
@@ -292,10 +293,12 @@ class MagnetModule(L.LightningModule):
                 *(fixed_span_mask(key, stage, num_frames, self.span_len) for key in batch["keys"]),
                 strict=True,
             )
-            loss = self.stage_loss(
-                batch, batch["captions"], stage, torch.stack(masks).to(self.device)
-            )
-            self.fixed_masks.update(stage, torch.tensor(rates, device=self.device), loss)
+            masked = torch.stack(masks).to(self.device)
+            loss = self.stage_loss(batch, batch["captions"], stage, masked)
+            codes, valid = batch["codes"][:, stage], batch["valid"]
+            copied = (copy_nearest(codes, masked | ~valid) == codes) & masked & valid
+            rates_drawn = torch.tensor(rates, device=self.device)
+            self.fixed_masks.update(stage, rates_drawn, loss, copied.sum(1))
 
     def on_validation_epoch_start(self) -> None:
         """After the callbacks, so that the copy is of averaged weights."""

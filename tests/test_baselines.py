@@ -3,11 +3,16 @@
 import math
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers_data import codes_of, make_data_codec, write_shards
 
+from magnet_train.callbacks.baselines import CountBaselines
 from magnet_train.common.errors import UserError
+from magnet_train.data.datamodule import MagnetDataModule
+from magnet_train.loss import MaskedLoss
 from magnet_train.masking import span_mask
 from magnet_train.metrics.baselines import (
     STRENGTHS,
@@ -16,6 +21,7 @@ from magnet_train.metrics.baselines import (
     sample_bigram,
     sample_unigram,
 )
+from magnet_train.metrics.fixed_masks import FixedMaskMetrics
 
 SIZE = 7
 
@@ -162,3 +168,74 @@ def test_copying_is_the_slow_search(rate, span_len):
     for b in range(20):
         assert found[b].tolist() == slow_copy(codes[b].tolist(), masked[b].tolist())
     assert torch.equal(found[~masked], codes[~masked])
+
+
+def test_a_validation_counts_copies_among_its_masked_frames():
+    """Two items of 4 and 2 masked frames, of which copying gets 3 and 0 right, in two rates."""
+    metric = FixedMaskMetrics(num_codebooks=2)
+    loss = MaskedLoss(torch.tensor([4.0, 2.0]), torch.tensor([1, 1]), torch.tensor([4, 2]))
+    metric.update(1, torch.tensor([0, 4]), loss, torch.tensor([3, 0]))
+    values = metric.compute()
+    assert values["val/accuracy/stage1"] == pytest.approx(2 / 6)
+    assert values["val/accuracy/stage1/baseline_copying"] == pytest.approx(3 / 6)
+    assert values["val/accuracy/stage1/rate0.1"] == pytest.approx(1 / 4)
+    assert values["val/accuracy/stage1/baseline_copying/rate0.1"] == pytest.approx(3 / 4)
+    assert values["val/accuracy/stage1/baseline_copying/rate0.9"] == 0
+    assert not any("stage0" in name for name in values)
+
+
+def test_a_validation_scores_its_items_by_counts_of_the_training_codes(tmp_path):
+    """Padding is neither counted nor scored; a later validation logs the same without counting
+    again.
+    """
+    codec = make_data_codec(tmp_path / "codec")
+    write_shards(
+        tmp_path / "train", codec, (3, 2), num_frames=100, seconds=[2.0, 1.0, 2.0, 2.0, 2.0]
+    )
+    data = MagnetDataModule(
+        str(tmp_path / "train"), str(tmp_path / "train"), codec=codec, crop_s=2.0
+    )
+    train = [torch.from_numpy(codes_of(i, 50 if i == 1 else 100).astype("int64")) for i in range(5)]
+    tables = CountTables.count(train, 64)
+    counted = data.count_tables()
+    assert torch.equal(counted.unigram, tables.unigram)
+    assert torch.equal(counted.bigram, tables.bigram)
+
+    codes, valid = torch.stack([train[0], train[4]]), torch.ones(2, 100, dtype=torch.bool)
+    valid[1, 40:] = False
+    logged: list[dict[str, float]] = []
+    module = SimpleNamespace(log_dict=lambda values, **_: logged.append(values))
+    trainer = SimpleNamespace(testing=False, sanity_checking=False, datamodule=data)
+    callback = CountBaselines()
+    for _ in range(2):
+        callback.on_validation_epoch_start(trainer, module)
+        callback.on_validation_batch_end(trainer, module, None, {"codes": codes, "valid": valid}, 0)
+        callback.on_validation_epoch_end(trainer, module)
+    assert logged[0] == logged[1]
+    for name, losses in (
+        ("unigram", tables.unigram_losses(codes)),
+        ("bigram", tables.bigram_losses(codes)),
+    ):
+        wanted = [(losses[0, k].sum() + losses[1, k, :40].sum()).item() / 140 for k in range(4)]
+        found = [logged[0][f"val/ce/stage{k}/baseline_{name}"] for k in range(4)]
+        assert found == pytest.approx(wanted)
+        assert logged[0][f"val/ce/baseline_{name}"] == pytest.approx(sum(wanted) / 4)
+
+
+def test_without_training_shards_there_is_a_warning_and_no_figure(tmp_path):
+    codec = make_data_codec(tmp_path / "codec")
+    write_shards(tmp_path / "validation", codec, (2,))
+    data = MagnetDataModule(None, str(tmp_path / "validation"), codec=codec, crop_s=2.0)
+    logged: list[dict[str, float]] = []
+    module = SimpleNamespace(log_dict=lambda values, **_: logged.append(values))
+    trainer = SimpleNamespace(testing=False, sanity_checking=False, datamodule=data)
+    callback = CountBaselines()
+    with pytest.warns(UserWarning, match=r"no baselines of val/ce: no train shards"):
+        callback.on_validation_epoch_start(trainer, module)
+    batch = {
+        "codes": torch.zeros(1, 4, 9, dtype=torch.int64),
+        "valid": torch.ones(1, 9, dtype=torch.bool),
+    }
+    callback.on_validation_batch_end(trainer, module, None, batch, 0)
+    callback.on_validation_epoch_end(trainer, module)
+    assert logged == []

@@ -9,6 +9,10 @@ import torch
 from magnet_train.common.errors import UserError
 from magnet_train.metrics import music
 from magnet_train.metrics.chroma import chroma
+from magnet_train.metrics.embedders import load_embedder
+from magnet_train.metrics.reference import ReferenceStatistics
+from magnet_train.metrics.scoring import FeatureSet, parse_metric, score
+from magnet_train.tracking import logged
 
 RATE = 16_000
 # Degrees of a major tune that ends on its tonic, and of a minor one, in semitones above it.
@@ -259,7 +263,7 @@ def test_silence_has_no_notes():
 
 
 def test_twice_as_fast_halves_lengths_and_is_ln_2_away():
-    slow, fast = (music.hear_music(melody(MAJOR_TUNE * n, 60, 0.6 / n), RATE) for n in (1, 2))
+    slow, fast = (music.measure_clip(melody(MAJOR_TUNE * n, 60, 0.6 / n), RATE) for n in (1, 2))
     assert music.duration_distance(fast.lengths(), slow.lengths()) == pytest.approx(
         math.log(2), abs=0.08
     )
@@ -284,10 +288,10 @@ def test_duration_distance_of_known_sets():
 
 def test_level_and_channels_change_nothing():
     tune = melody(MAJOR_TUNE * 2)
-    one = music.hear_music(tune, RATE)
+    one = music.measure_clip(tune, RATE)
     for other in (
-        music.hear_music(1e-3 * tune, RATE),
-        music.hear_music(torch.from_numpy(tune).repeat(2, 1), RATE),
+        music.measure_clip(1e-3 * tune, RATE),
+        music.measure_clip(torch.from_numpy(tune).repeat(2, 1), RATE),
     ):
         assert other.chroma_change == pytest.approx(one.chroma_change, abs=1e-5)
         assert other.scale_fit == pytest.approx(one.scale_fit, abs=1e-5)
@@ -297,7 +301,7 @@ def test_level_and_channels_change_nothing():
 
 def test_other_sample_rates_give_nearly_the_same():
     slow, fast = (
-        music.hear_music(melody(MAJOR_TUNE * 2, rate=rate), rate) for rate in (16_000, 44_100)
+        music.measure_clip(melody(MAJOR_TUNE * 2, rate=rate), rate) for rate in (16_000, 44_100)
     )
     assert fast.chroma_change == pytest.approx(slow.chroma_change, abs=0.03)
     assert fast.scale_fit == pytest.approx(slow.scale_fit, abs=0.03)
@@ -309,13 +313,13 @@ def test_other_sample_rates_give_nearly_the_same():
 
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(UserError, match=r"1\.0 s"):
-        music.hear_music(np.zeros(100, np.float32), RATE)
+        music.measure_clip(np.zeros(100, np.float32), RATE)
     with pytest.raises(UserError, match="NaN"):
-        music.hear_music(np.full(2 * RATE, np.nan, np.float32), RATE)
+        music.measure_clip(np.full(2 * RATE, np.nan, np.float32), RATE)
 
 
 def test_a_packed_clip_is_the_same():
-    clip = music.hear_music(melody(MAJOR_TUNE), RATE)
+    clip = music.measure_clip(melody(MAJOR_TUNE), RATE)
     again = music.ClipMusic.unpacked(*clip.packed())
     assert (again.chroma_change, again.scale_fit) == (clip.chroma_change, clip.scale_fit)
     for name in ("classes", "correlation", "notes"):
@@ -326,7 +330,7 @@ def test_a_packed_clip_is_the_same():
 def tunes() -> dict[str, music.ClipMusic]:
     """Tunes in C, D, E flat and F, of 0.3 s a note."""
     return {
-        name: music.hear_music(melody(MAJOR_TUNE * 2, 60 + t), RATE)
+        name: music.measure_clip(melody(MAJOR_TUNE * 2, 60 + t), RATE)
         for name, t in zip("cdef", (0, 2, 3, 5), strict=True)
     }
 
@@ -341,7 +345,7 @@ CAPTIONS = {
 
 def test_scores_are_means_over_the_clips_that_count(tunes):
     figures = music.score_music(tunes, CAPTIONS, tunes)
-    assert list(figures) == list(music.FIGURES)
+    assert list(figures) == list(music.MEASURES)
     rank = figures["key_rank"]
     assert (rank.value, rank.interval, rank.num_clips, rank.num_left_out) == (1, (1, 1), 3, 1)
     beat = figures["beat"]
@@ -364,7 +368,7 @@ def test_what_captions_or_references_do_not_say_is_absent(tunes):
 
 
 def test_silence_counts_as_no_music_and_is_no_nan(tunes):
-    silent = music.hear_music(np.zeros(5 * RATE, np.float32), RATE)
+    silent = music.measure_clip(np.zeros(5 * RATE, np.float32), RATE)
     figures = music.score_music({"s": silent}, {"s": "in C major, 90 bpm"}, tunes)
     values = {name: figure.value for name, figure in figures.items()}
     assert values == {
@@ -380,7 +384,7 @@ def test_silence_counts_as_no_music_and_is_no_nan(tunes):
 
 def test_the_distances_interval_holds_it_and_clips_are_what_is_drawn(tunes):
     clips = {
-        str(i): music.hear_music(melody(MAJOR_TUNE[:8] * 2, 60, s), RATE)
+        str(i): music.measure_clip(melody(MAJOR_TUNE[:8] * 2, 60, s), RATE)
         for i, s in enumerate((0.2, 0.25, 0.4, 0.5, 0.3, 0.35))
     }
     figure = music.score_music(clips, reference=tunes)["note_lengths"]
@@ -397,3 +401,38 @@ def test_the_distances_interval_holds_it_and_clips_are_what_is_drawn(tunes):
     assert twice.value == pytest.approx(figure.value)
     widths = [f.interval[1] - f.interval[0] for f in (figure, twice) if f.interval]
     assert 0.55 < widths[1] / widths[0] < 0.9
+
+
+# --- as metrics of `evaluate` and `fit`
+
+
+def test_measures_are_metrics(tunes, tmp_path):
+    """The same values through features, a reference on disk, and records."""
+    features = FeatureSet(load_embedder("music"))
+    for name, tonic in zip("cdef", (0, 2, 3, 5), strict=True):
+        wav = torch.from_numpy(melody(MAJOR_TUNE * 2, 60 + tonic))
+        features.add(name, wav[None], RATE)
+    file = tmp_path / "music.safetensors"
+    features.statistics().save(file)
+    reference = ReferenceStatistics.load(file)
+    figures = music.score_music(tunes, CAPTIONS, tunes)
+    for name, figure in figures.items():
+        record = score(f"music/{name}", features, reference, CAPTIONS, system="tunes")
+        assert record.value == pytest.approx(figure.value, abs=1e-6)
+        assert (record.num_clips, record.num_windows) == (4, figure.num_clips)
+        assert record.details == {"clips_left_out": figure.num_left_out}
+    with pytest.raises(UserError, match="music/key_rank: no caption names a key"):
+        score("music/key_rank", features, None, {"c": "a tune"}, system="tunes")
+    with pytest.raises(UserError, match="music/note_lengths: no reference"):
+        score("music/note_lengths", features, None, CAPTIONS, system="tunes")
+
+
+def test_names_of_measures_are_known_and_others_are_not():
+    assert parse_metric("music/beat") == ("beat", "music")
+    for name in ("music/tempo", "fad/music", "beat/musicnn", "music"):
+        with pytest.raises(UserError, match="METRIC/EMBEDDER"):
+            parse_metric(name)
+    for name in music.MEASURES:
+        assert logged.find(f"val/music/{name}") is not None
+        assert logged.find(f"val/music/{name}_ci95") is not None
+        assert logged.find(f"val/music/{name}/baseline_bigram") is not None

@@ -23,6 +23,7 @@ from magnet_train.data.shards import ShardSet
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.evaluation import scorer
 from magnet_train.generator import DecodedItem, Generator
+from magnet_train.metrics.baselines import CountTables, sample_bigram
 from magnet_train.metrics.distributed import (
     all_gather_by_id,
     all_gather_list,
@@ -39,6 +40,7 @@ MODEL = "model"
 BASELINES = {
     "codec": "the codec's reconstructions of the real clips",
     "unigram": "codes drawn by their frequencies",
+    "bigram": "codes drawn by how often they follow the code before",
 }
 
 
@@ -71,8 +73,8 @@ class GenerationCallback(Callback):
             decoding: decoding settings; span_len is always the model's.
             num_media: clips that are written and logged as audio and plots.
             at_start: whether to validate the untrained model too, for comparison.
-            baselines: whether to score codec reconstructions, and codes drawn by their frequencies,
-                once.
+            baselines: whether to score codec reconstructions, and codes drawn by their frequencies
+                and by those of pairs (of the training shards), once.
             metrics: METRIC/EMBEDDER each, as for `evaluate`; those whose weights are missing are
                 skipped in `fit`, with a warning.
             reference: folder of statistics that `evaluate --save_reference` wrote for the
@@ -114,6 +116,9 @@ class GenerationCallback(Callback):
         self.seconds = 0.0
         self._baseline_values: dict[str, dict[str, float]] = {}
         """Baseline to metric to value, from the first validation."""
+        self._codec_music: ReferenceStatistics | None = None
+        """Music of the codec's reconstructions: the reference of its measures, as shards have no
+        audio."""
         self._start = 0.0
         self._embedders: dict[str, Embedder] | None = None
         self._items: list[dict[str, Any]] = []
@@ -189,6 +194,8 @@ class GenerationCallback(Callback):
         ordered = sorted(items.values(), key=lambda item: item["index"])
         share = ordered[trainer.global_rank :: trainer.world_size]
         counts = all_gather_list([] if self._counts is None else [self._counts.cpu()])
+        embeds_baselines = self.baselines and not self._baseline_values
+        tables = self._count_tables(trainer) if embeds_baselines else None
         error: Exception | None = None
         features: dict[str, scorer.Features] = {}
         decoded: list[str] = []
@@ -196,14 +203,16 @@ class GenerationCallback(Callback):
             codec = load_codec(module.codec_name).to(module.device)
             embedders = self._load_embedders(trainer, module)
             features[MODEL], decoded = self._decode(trainer, module, codec, share, embedders)
-            if self.baselines and not self._baseline_values:
-                features |= self._embed_baselines(codec, share, sum(counts), embedders)
+            if embeds_baselines:
+                features |= self._embed_baselines(codec, share, sum(counts), tables, embedders)
         except Exception as caught:
             error = caught
         raise_on_all_ranks(error)
         done = set(all_gather_list(decoded))
         captions = {item["key"]: item["caption"] for item in ordered if item["key"] in done}
         features = self._gather(features)
+        if "music" in features.get("codec", {}) and len(features["codec"]["music"].embeddings) > 1:
+            self._codec_music = features["codec"]["music"].statistics()
         real = {
             name: all_gather_by_id({k: v[name] for k, v in self._real.items()})
             for name in ("embeddings", "tags")
@@ -270,22 +279,41 @@ class GenerationCallback(Callback):
             )
         return features, decoded
 
+    @staticmethod
+    def _count_tables(trainer: L.Trainer) -> CountTables | None:
+        """Counts of the training codes, None where a rank has none. Collective."""
+        tables = None
+        try:
+            tables = trainer.datamodule.count_tables()  # type: ignore[attr-defined]
+        except UserError as error:
+            rank_zero_warn(f"no bigram baseline: {error}")
+        return tables if all(all_gather_list([tables is not None])) else None
+
     def _embed_baselines(
         self,
         codec: Codec,
         share: list[dict[str, Any]],
         counts: Any,
+        tables: CountTables | None,
         embedders: Mapping[str, Embedder],
     ) -> dict[str, scorer.Features]:
         """Features of the codec's reconstructions of the real clips, and of codes drawn by their
-        frequencies `k c`."""
+        frequencies `k c` and by tables of counts."""
         real = {item["key"]: item["codes"] for item in share}
         drawn = {
             item["key"]: scorer.unigram_codes(counts, item["codes"].shape[1], seed=item["index"])
             for item in share
         }
+        systems = {"codec": real, "unigram": drawn}
+        if tables is not None:
+            systems["bigram"] = {
+                item["key"]: sample_bigram(
+                    tables, item["codes"].shape[1], torch.Generator().manual_seed(item["index"])
+                )
+                for item in share
+            }
         features = {}
-        for name, codes in (("codec", real), ("unigram", drawn)):
+        for name, codes in systems.items():
             clips = scorer.prepare_generated(scorer.clips_from_codes(codes, codec))
             features[name] = scorer.embed_clips(
                 clips, embedders.values(), name, len(share), quiet=True
@@ -353,9 +381,14 @@ class GenerationCallback(Callback):
                 ]
                 shards = FeatureSet(embedder, real["embeddings"], real["tags"])
                 found[name] = shards.statistics(names=[*real["embeddings"], *files])
+                continue
+            file = Path(self.reference or "") / f"{name}.safetensors"
+            if name == "music" and (self.reference is None or not file.is_file()):
+                if self._codec_music is not None:
+                    found[name] = self._codec_music
             elif self.reference is not None:
                 found[name] = ReferenceStatistics.load(
-                    Path(self.reference) / f"{name}.safetensors",
+                    file,
                     embedder=embedder.id,
                     embedder_hash=embedder.hash,
                     windowing=embedder.windowing,
@@ -372,7 +405,19 @@ class GenerationCallback(Callback):
         for name in BASELINES:
             if name in features:
                 records = self._score(features[name], references, captions, {"system": name})
-                self._baseline_values[name] = {record.metric: record.value for record in records}
+                self._baseline_values[name] = {
+                    record.metric: record.value
+                    for record in records
+                    if not self._compares_with_itself(name, record.metric, references)
+                }
+
+    def _compares_with_itself(
+        self, name: str, metric: str, references: Mapping[str, ReferenceStatistics]
+    ) -> bool:
+        """Whether a baseline's value is a distance of the codec's clips to themselves."""
+        is_reference = references.get("music") is self._codec_music
+        is_music = metric.startswith("music/") and scorer.compares_sets(metric)
+        return name == "codec" and is_music and is_reference
 
     def _score(
         self,

@@ -89,13 +89,15 @@ def evaluate_verb(args: list[str]) -> None:
     from magnet_train.decoding.decode import DecodingConfig
     from magnet_train.evaluation.evaluate import DEFAULT_METRICS, EvaluateOptions, evaluate
     from magnet_train.metrics.embedders import EMBEDDERS
+    from magnet_train.metrics.music import MEASURES
     from magnet_train.metrics.scoring import METRICS
 
     parser = make_parser("evaluate", "Score folders of audio, or a model, against a reference.")
     folders = "Folders of audio files, each FOLDER or NAME=FOLDER: a row of the table each."
     parser.add_argument("--generated", type=str, nargs="+", default=[], help=folders)
     metrics = (
-        f"METRIC/EMBEDDER each; metrics: {', '.join(METRICS)}; embedders: {', '.join(EMBEDDERS)}."
+        f"METRIC/EMBEDDER or music/MEASURE each; metrics: {', '.join(METRICS)}; embedders: "
+        f"{', '.join(EMBEDDERS)}; measures: {', '.join(MEASURES)}."
     )
     parser.add_argument(
         "--metrics", type=str, nargs="+", default=list(DEFAULT_METRICS), help=metrics

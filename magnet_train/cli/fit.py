@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
 from magnet_train.callbacks.averaging import WeightEMA
+from magnet_train.callbacks.baselines import CountBaselines
 from magnet_train.callbacks.checkpoint import RunCheckpoint
 from magnet_train.callbacks.checkpoint_io import AtomicCheckpointIO
 from magnet_train.callbacks.generation import GenerationCallback, PredictionWriter
@@ -164,7 +165,8 @@ class MagnetCLI(private_api.lightning_cli()):
         # What is logged has been summed over ranks already.
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
         # Preemption comes after averaging, whose update belongs to the step that is saved.
-        callbacks = [PredictionWriter(), ExactResume(), Throughput(), ValidationSchedule()]
+        callbacks = [PredictionWriter(), CountBaselines(), ExactResume()]
+        callbacks += [Throughput(), ValidationSchedule()]
         if verb == "fit":
             callbacks.append(Preemption())
         try:

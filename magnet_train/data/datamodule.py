@@ -1,9 +1,13 @@
 """Lightning's view of the shards."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from magnet_train.codec.base import CodecFacts, load_codec
@@ -18,6 +22,7 @@ from magnet_train.data.pipeline import (
     compress_for_worker,
 )
 from magnet_train.data.timed_loader import TimedLoader
+from magnet_train.metrics.baselines import CountTables
 from magnet_train.resume import fingerprint
 
 
@@ -164,6 +169,7 @@ class MagnetDataModule(L.LightningDataModule):
         """Checkpoint that a fit goes on from; each rank has looked for it."""
         self._sets: dict[str, ShardSet] = {}
         self._facts: CodecFacts | None = None
+        self._tables: CountTables | None = None
 
     def shards(self, split: str) -> ShardSet:
         """The shard set of a split, checked against the codec.
@@ -182,6 +188,32 @@ class MagnetDataModule(L.LightningDataModule):
             check_codec(found, self._facts)
             self._sets[split] = found
         return self._sets[split]
+
+    def count_tables(self) -> CountTables:
+        """Counts of the training codes, up to baselines.MOST_FRAMES of them, in shuffled shards.
+
+        The same on every rank. Shards that cannot be read are skipped.
+
+        Raises:
+            UserError: if there are no training shards, or none can be read.
+        """
+        if self._tables is None:
+            size = self.shards("train").index["codec"]["codebook_size"]
+            self._tables = CountTables.count(self._train_codes(), size)
+        return self._tables
+
+    def _train_codes(self) -> Iterator[torch.Tensor]:
+        found = self.shards("train")
+        frame_rate = self.num_frames / self.crop_s
+        for number in np.random.default_rng(0).permutation(len(found.counts)).tolist():
+            try:
+                items = found.read(number)
+            except UserError as error:
+                rank_zero_warn(f"counted without a shard: {error}")
+                continue
+            for item in items:
+                num_frames = math.ceil(round(item["info"]["duration_s"] * frame_rate, 6))
+                yield torch.from_numpy(item["codes"][:, :num_frames].astype(np.int64))
 
     def num_items(self, split: str) -> int:
         """Items in a split over all shards."""

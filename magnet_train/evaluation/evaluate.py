@@ -428,7 +428,7 @@ class _Evaluation:
                     found["baseline_real"] = scorer.score_halves(
                         metric, self.real_features[parse_metric(metric)[1]]
                     )
-            elif parse_metric(metric)[0].startswith("text"):
+            elif parse_metric(metric)[0].startswith("text") or metric.startswith("music/"):
                 found |= self._baseline(metric, "baseline_real", self.real_features, captions)
             found |= self._baseline(metric, "baseline_codec", self.codec_features, captions)
         return baselines

@@ -18,6 +18,7 @@ _HEADLINES = (
     "val/fad",
     "val/kl",
     "val/text",
+    "val/music",
     "val/ce",
     "val/accuracy",
     "train/loss",
@@ -250,7 +251,7 @@ def _last_values(
     clips = curves.get("val/num_clips", ())
     records = []
     for name, points in curves.items():
-        is_generated = name.startswith(_HEADLINES[:3])
+        is_generated = name.startswith(_HEADLINES[:4])
         if "/baseline_" in name or not (is_generated or name == "val/ce"):
             continue
         step, value, low, high = points[-1]

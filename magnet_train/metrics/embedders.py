@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from magnet_train.common.errors import UserError
+from magnet_train.metrics import music
 from magnet_train.metrics.networks.frontend import check_clip, resample
 
 
@@ -89,7 +90,7 @@ def load_embedder(
     """The embedder of that name.
 
     Args:
-        name: one of EMBEDDERS.
+        name: one of EMBEDDERS, or "music" for the measures of `music.py`, which need no network.
         weights: file of its weights, the cached or downloaded one if None; for "codec" the codec,
             "demo" if None.
         device: where it runs.
@@ -98,6 +99,8 @@ def load_embedder(
     Raises:
         UserError: if there is none of that name, or its weights cannot be found.
     """
+    if name == "music":
+        return _music_embedder()
     if name not in EMBEDDERS:
         raise UserError(f"embedder {name!r}: choose one of {', '.join(EMBEDDERS)}")
     if name == "musicnn":
@@ -109,6 +112,24 @@ def load_embedder(
     if name in ("passt", "passt-10s"):
         return _load_passt_embedder(name, weights, device)
     return _load_clap_embedder(name, weights, device, tokenizer)
+
+
+def _music_embedder() -> Embedder:
+    """Measures of key, beat and notes: a row `1 d` as embeddings, notes `m 3` as outputs."""
+
+    def embed(wav: Tensor, sample_rate: int, key: str) -> ClipFeatures:
+        return ClipFeatures(*music.measure_clip(wav, sample_rate).packed())
+
+    return Embedder(
+        name="music",
+        id="measures of key, beat and notes",
+        hash=music.VERSION,
+        sample_rate=0,  # any
+        min_duration_s=music.MIN_DURATION_S,
+        resampler="none",
+        windowing="whole clips",
+        embed=embed,
+    )
 
 
 def _resampled_embedder(

@@ -38,25 +38,26 @@ class FixedMaskMetrics(Metric):
 
     def __init__(self, num_codebooks: int):
         super().__init__()
-        # stage, rate, (frames' ce, correct frames, frames, items' mean ce, its square, items)
-        zeros = torch.zeros(num_codebooks, len(MASK_RATES), 6, dtype=torch.float64)
+        # stage, rate, columns: frames' ce, correct frames, frames, items' mean ce, its square,
+        # items, copied frames
+        zeros = torch.zeros(num_codebooks, len(MASK_RATES), 7, dtype=torch.float64)
         self.add_state("sums", default=zeros, dist_reduce_fx="sum")
 
-    def update(self, stage: int, rates: Tensor, loss: MaskedLoss) -> None:
-        """Adds a batch: `rates` (`b`, indices of MASK_RATES) and the sums of its examples."""
+    def update(self, stage: int, rates: Tensor, loss: MaskedLoss, copied: Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            stage: 0 … K-1.
+            rates: `b`, indices of MASK_RATES.
+            loss: Sums of the examples.
+            copied: `b`, masked frames whose code is that of the nearest visible frame.
+        """
         some = (loss.count > 0).double()
         mean = loss.ce.double() / loss.count.double().clamp(min=1)
-        columns = [
-            loss.ce.double(),
-            loss.correct.double(),
-            loss.count.double(),
-            mean,
-            mean.square(),
-            some,
-        ]
-        sums = (
-            self.sums.clone()
-        )  # a reset in inference mode leaves a tensor that nothing may write to
+        columns = [loss.ce.double(), loss.correct.double(), loss.count.double()]
+        columns += [mean, mean.square(), some, copied.double()]
+        # A clone, because a reset in inference mode leaves a tensor that nothing may write to.
+        sums = self.sums.clone()
         sums[stage].index_add_(0, rates, torch.stack(columns, dim=1))
         self.sums = sums
 
@@ -68,16 +69,21 @@ class FixedMaskMetrics(Metric):
         """
         values: dict[str, float] = {}
         for stage, by_rate in enumerate(self.sums.cpu()):
-            ce, correct, frames, mean, square, items = by_rate.sum(0).tolist()
+            ce, correct, frames, mean, square, items, copied = by_rate.sum(0).tolist()
             if frames:
                 values[f"val/ce/stage{stage}"] = ce / frames
                 values[f"val/accuracy/stage{stage}"] = correct / frames
+                values[f"val/accuracy/stage{stage}/baseline_copying"] = copied / frames
             if items > 1:
                 variance = max(0.0, (square - mean**2 / items) / (items - 1))
                 values[f"val/ce/stage{stage}_ci95"] = 1.96 * math.sqrt(variance / items)
             for rate, row in zip(MASK_RATES, by_rate.tolist(), strict=True):
                 if row[2]:
                     values[f"val/ce/stage{stage}/rate{rate}"] = row[0] / row[2]
+                    values[f"val/accuracy/stage{stage}/rate{rate}"] = row[1] / row[2]
+                    values[f"val/accuracy/stage{stage}/baseline_copying/rate{rate}"] = (
+                        row[6] / row[2]
+                    )
         total = self.sums.sum((0, 1)).tolist()
         if total[2]:
             values["val/ce"] = total[0] / total[2]

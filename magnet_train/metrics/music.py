@@ -1,6 +1,6 @@
 """Figures that know music: definite notes, a key, a beat, and whether they are the caption's.
 
-No network hears anything here. `hear_music` measures one clip; `score_music` turns many measured
+No network hears anything here. `measure_clip` measures one clip; `score_music` turns many measured
 clips, their captions and real clips into means with intervals. All figures are the same at any
 level of the audio. None is enough alone: a drone fits a scale perfectly, so read `scale_fit` beside
 `chroma_change`.
@@ -25,12 +25,14 @@ from magnet_train.metrics.chroma import chroma
 from magnet_train.metrics.intervals import bootstrap_interval
 from magnet_train.metrics.networks.frontend import mel_filters
 
+VERSION = "1"
+"""Of the measures, in records: raised when values change."""
 CHROMA_HOP_S = 0.064
 HOP_S = 0.016
 """Between two values of onset strength, or two pitches, in seconds: the unit of note lengths."""
-SHORTEST_S = 1.0
+MIN_DURATION_S = 1.0
 """Length of the shortest clip that can be measured, in seconds."""
-LONGEST_LAG_S = 2.4
+MAX_LAG_S = 2.4
 """Of the autocorrelation that a clip keeps: two beats at 50 beats a minute."""
 PERIODS_S = (0.2, 1.2)
 """Lags at which a period is looked for, in seconds: 50 to 300 beats a minute."""
@@ -183,10 +185,10 @@ def autocorrelation(strength: np.ndarray, most: int | None = None) -> np.ndarray
 
     Args:
         strength: `n`.
-        most: longest lag, in hops; LONGEST_LAG_S if not given. At most half of the clip is used:
+        most: longest lag, in hops; MAX_LAG_S if not given. At most half of the clip is used:
             beyond that, 0.
     """
-    most = round(LONGEST_LAG_S / HOP_S) if most is None else most
+    most = round(MAX_LAG_S / HOP_S) if most is None else most
     n = len(strength)
     centred = strength - strength.mean()
     result = np.zeros(most + 1)
@@ -313,7 +315,7 @@ def _cut(pitch: np.ndarray, struck: np.ndarray) -> np.ndarray:
 
 # --- clips ---------------------------------------------------------------------------------------
 
-FIGURES = {
+MEASURES = {
     "chroma_change": "1 - cosine of pitch classes half a second apart: 0 for a drone",
     "scale_fit": "chroma energy in the best of 12 transpositions of the scale, less their mean",
     "key_rank": "rank of the caption's tonic among 12 by Krumhansl's profiles; 6.5 is chance",
@@ -323,8 +325,7 @@ FIGURES = {
     "note_intervals": "the same of the times between note onsets",
 }
 """What `score_music` gives and what it tells."""
-OF_CAPTIONS = ("key_rank", "beat")
-OF_REFERENCE = ("note_lengths", "note_intervals")
+REFERENCE_MEASURES = ("note_lengths", "note_intervals")
 
 
 @dataclass(frozen=True)
@@ -336,7 +337,7 @@ class ClipMusic:
     classes: np.ndarray
     """Chroma summed over time, `12`; all zero for silence."""
     correlation: np.ndarray
-    """Autocorrelation of onset strength at lags 0 … LONGEST_LAG_S, in hops."""
+    """Autocorrelation of onset strength at lags 0 … MAX_LAG_S, in hops."""
     notes: np.ndarray
     """Onset (s), length (s) and MIDI number, `m 3`."""
 
@@ -362,7 +363,7 @@ class ClipMusic:
         return np.diff(self.notes[1:, 0])
 
 
-def hear_music(wav: np.ndarray | Tensor, sample_rate: int) -> ClipMusic:
+def measure_clip(wav: np.ndarray | Tensor, sample_rate: int) -> ClipMusic:
     """Measures one clip; 10 s at 16 kHz take about 30 ms on one core.
 
     Args:
@@ -370,14 +371,14 @@ def hear_music(wav: np.ndarray | Tensor, sample_rate: int) -> ClipMusic:
         sample_rate: in Hz.
 
     Raises:
-        UserError: if it is shorter than SHORTEST_S, or holds NaN or infinite samples.
+        UserError: if it is shorter than MIN_DURATION_S, or holds NaN or infinite samples.
     """
     mono = torch.as_tensor(wav).detach().cpu().float().numpy()
     if mono.ndim == 2:
         mono = mono.mean(0)
-    if mono.ndim != 1 or len(mono) < SHORTEST_S * sample_rate:
+    if mono.ndim != 1 or len(mono) < MIN_DURATION_S * sample_rate:
         raise UserError(
-            f"a clip of shape {mono.shape} at {sample_rate} Hz: give {SHORTEST_S} s or more"
+            f"a clip of shape {mono.shape} at {sample_rate} Hz: give {MIN_DURATION_S} s or more"
         )
     if not np.isfinite(mono).all():
         raise UserError("a clip holds NaN or infinite samples")
@@ -423,7 +424,7 @@ def score_music(
         reference: real clips, of any ids and number.
 
     Returns:
-        Those of FIGURES that can be computed: one that needs captions or a reference is absent
+        Those of MEASURES that can be computed: one that needs captions or a reference is absent
         where none is given, where no caption says what it needs, or where no clip has a note.
     """
     texts = captions or {}
@@ -447,12 +448,12 @@ def score_music(
             figures[name] = MusicFigure(
                 float(np.mean(some)), interval, len(some), len(clips) - len(some)
             )
-    for name in OF_REFERENCE:
+    for name in REFERENCE_MEASURES:
         durations = [_durations(clip, name) for clip in clips.values()]
         real = [_durations(clip, name) for clip in (reference or {}).values()]
         if (figure := _distance_figure(durations, real)) is not None:
             figures[name] = figure
-    return {name: figures[name] for name in FIGURES if name in figures}
+    return {name: figures[name] for name in MEASURES if name in figures}
 
 
 def _durations(clip: ClipMusic, name: str) -> np.ndarray:

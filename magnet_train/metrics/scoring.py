@@ -1,6 +1,7 @@
 """Metrics of features: the one place where embedded clips become records.
 
-A metric is named METRIC/EMBEDDER, as in `fad/vggish` or `kl/passt`. Everything is ordered by clip
+A metric is named METRIC/EMBEDDER, as in `fad/vggish` or `kl/passt`, or music/MEASURE, as in
+`music/key_rank`. Everything is ordered by clip
 id and computed in float64 from gathered features, so a value does not depend on how the clips were
 split over ranks and batches.
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from magnet_train.common.errors import UserError
 from magnet_train.metrics import embedding_sets as sets
+from magnet_train.metrics import music
 from magnet_train.metrics.clap_score import clap_summary
 from magnet_train.metrics.distributed import all_gather_by_id
 from magnet_train.metrics.embedders import EMBEDDERS, ClipFeatures, Embedder
@@ -40,7 +42,7 @@ METRICS = {
     "text_r1": "share of captions whose clip is the most similar of all",
     "text_r10": "share of captions whose clip is among the ten most similar",
 }
-"""Names of metrics and their meaning."""
+"""Names of metrics and their meaning; those of music are `music.MEASURES`."""
 REFERENCE_METRICS = (
     "fad",
     "fad_inf",
@@ -51,6 +53,7 @@ REFERENCE_METRICS = (
     "density",
     "coverage",
     "kl",
+    *music.REFERENCE_MEASURES,
 )
 """Metrics that need a reference."""
 CLASSIFIERS = ("musicnn", "passt", "passt-10s")
@@ -60,19 +63,23 @@ MAX_PAIRED_WINDOWS = 5000
 
 
 def parse_metric(name: str) -> tuple[str, str]:
-    """The two parts of `METRIC/EMBEDDER`.
+    """Metric and embedder of `METRIC/EMBEDDER`; the embedder of `music/MEASURE` is "music".
 
     Raises:
         UserError: if either is not known, or the embedder has no such metric.
 
     >>> parse_metric("fad/vggish")
     ('fad', 'vggish')
+    >>> parse_metric("music/key_rank")
+    ('key_rank', 'music')
     """
     metric, _, embedder = name.partition("/")
+    if metric == "music" and embedder in music.MEASURES:
+        return embedder, metric
     if metric not in METRICS or embedder not in EMBEDDERS:
         raise UserError(
             f"metric {name!r}: give METRIC/EMBEDDER of {', '.join(METRICS)} / "
-            f"{', '.join(EMBEDDERS)}"
+            f"{', '.join(EMBEDDERS)}, or music/MEASURE of {', '.join(music.MEASURES)}"
         )
     if metric == "kl" and embedder not in CLASSIFIERS:
         raise UserError(f"metric {name!r}: KL needs a classifier: kl/{', kl/'.join(CLASSIFIERS)}")
@@ -199,7 +206,9 @@ def score(
     if name in REFERENCE_METRICS and reference is None:
         raise UserError(f"{metric}: no reference; give --reference")
     try:
-        if name.startswith("text"):
+        if embedder_name == "music":
+            scored = _score_music(name, features, reference, captions)
+        elif name.startswith("text"):
             scored = _score_text(name, features, captions)
         elif name == "vendi":
             windows = sets.subsample(_windows(features), MAX_PAIRED_WINDOWS)
@@ -265,6 +274,27 @@ def _score_against(
     else:
         value = getattr(sets.neighbourhoods(windows, real), name)
     return _Scored(value, len(windows))
+
+
+def _score_music(
+    name: str,
+    features: FeatureSet,
+    reference: ReferenceStatistics | None,
+    captions: Mapping[str, str] | None,
+) -> _Scored:
+    def unpacked(
+        rows: Mapping[str, Tensor], notes: Mapping[str, Tensor]
+    ) -> dict[str, music.ClipMusic]:
+        return {key: music.ClipMusic.unpacked(row, notes[key]) for key, row in rows.items()}
+
+    clips = unpacked(features.embeddings, features.outputs)
+    real = {} if reference is None else unpacked(reference.embeddings, reference.logits)
+    figure = music.score_music(clips, captions, real).get(name)
+    if figure is None:
+        missing = {"key_rank": "no caption names a key", "beat": "no caption names a tempo"}
+        raise UserError(missing.get(name, "no clip, or no real clip, has a note"))
+    details = {"clips_left_out": float(figure.num_left_out)}
+    return _Scored(figure.value, figure.num_clips, figure.interval, details=details)
 
 
 def _fad_interval(

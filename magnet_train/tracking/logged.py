@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Literal
 
 from magnet_train.common.tables import markdown_table
+from magnet_train.metrics.music import MEASURES
 from magnet_train.metrics.scoring import METRICS
 
 STEP = "trainer/global_step"
@@ -21,6 +22,8 @@ PLACEHOLDERS = {
     "rate": r"[\d.]+",
     "metric": f"(?:{'|'.join(METRICS)})",
     "embedder": "[a-z0-9-]+",
+    "measure": f"(?:{'|'.join(MEASURES)})",
+    "baseline": "(?:codec|unigram|bigram)",
 }
 """Regular expressions for each `{…}` in a name."""
 SECTIONS = (
@@ -85,6 +88,17 @@ def _entries(section: str, *entries: tuple[str, Direction, str], **flags: bool) 
     return [Logged(name, meaning, section, better, **flags) for name, better, meaning in entries]
 
 
+_BETTER_MUSIC: dict[str, Direction] = {
+    "chroma_change": "",  # that of real clips is right, and codes drawn by chance can exceed it
+    "scale_fit": "higher",
+    "key_rank": "lower",
+    "beat": "higher",
+    "periodicity": "",
+    "note_lengths": "lower",
+    "note_intervals": "lower",
+}
+
+
 def _metric(name: str) -> tuple[str, Direction, str]:
     return f"val/{name}/{{embedder}}", _BETTER[name], METRICS[name]
 
@@ -103,6 +117,16 @@ LOGGED: tuple[Logged, ...] = (
         "more of validation", *(_metric(name) for name in METRICS if name not in DEFAULT_METRICS)
     ),
     *_entries(
+        "more of validation",
+        *((f"val/music/{name}", _BETTER_MUSIC[name], text) for name, text in MEASURES.items()),
+    ),
+    *_entries(
+        "more of validation",
+        ("val/music/{measure}_ci95", "", "half of that measure's 95 % interval over clips"),
+        ("val/music/{measure}/baseline_{baseline}", "", "that measure for a baseline"),
+        shown=False,
+    ),
+    *_entries(
         "validation",
         ("val/{metric}/{embedder}_ci95", "", "half of that metric's 95 % interval over clips"),
         (
@@ -114,6 +138,11 @@ LOGGED: tuple[Logged, ...] = (
             "val/{metric}/{embedder}/baseline_unigram",
             "",
             "that metric for codes drawn by their frequencies",
+        ),
+        (
+            "val/{metric}/{embedder}/baseline_bigram",
+            "",
+            "that metric for codes drawn by how often they follow the code before",
         ),
         ("val/num_clips", "", "generated clips that were scored"),
         shown=False,
@@ -135,6 +164,21 @@ LOGGED: tuple[Logged, ...] = (
         ("val/ce/stage{k}/rate{rate}", "lower", "the same at one share of masked frames"),
         ("val/accuracy/stage{k}", "higher", "accuracy on its masked frames, 0 to 1"),
         (
+            "val/accuracy/stage{k}/baseline_copying",
+            "",
+            "the same for copying the nearest visible code",
+        ),
+        (
+            "val/ce/stage{k}/baseline_unigram",
+            "",
+            "cross-entropy of its codes by their frequencies in training, in nats",
+        ),
+        (
+            "val/ce/stage{k}/baseline_bigram",
+            "",
+            "the same by counts given the code before, which most codes repeat",
+        ),
+        (
             "train/ce/stage{k}",
             "lower",
             "cross-entropy of codebook k in the batches that trained it, in nats",
@@ -143,6 +187,14 @@ LOGGED: tuple[Logged, ...] = (
     ),
     *_entries(
         "codebooks",
+        (
+            "val/accuracy/stage{k}/rate{rate}",
+            "higher",
+            "val/accuracy/stage{k} at one share of masked frames",
+        ),
+        ("val/accuracy/stage{k}/baseline_copying/rate{rate}", "", "the same for copying"),
+        ("val/ce/baseline_unigram", "", "mean of the codebooks' unigram cross-entropies, in nats"),
+        ("val/ce/baseline_bigram", "", "mean of the codebooks' bigram cross-entropies, in nats"),
         ("val/ce/stage{k}_ci95", "", "half of val/ce/stage{k}'s 95 % interval over items"),
         shown=False,
     ),
