@@ -41,9 +41,14 @@ class CountBaselines(Callback):
             rank_zero_warn(f"no baselines of val/ce: {error}")
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch,
-        batch_idx: int, dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         if self._tables is None:
             return
         codes, valid = batch["codes"].cpu(), batch["valid"].cpu()[:, None]
