@@ -271,7 +271,7 @@ def _load(
         raise UserError(
             f"text encoder {name!r}: its tokenizer cannot be loaded: {NO_TOKENIZER}"
         ) from error
-    _check_tokenizer(tokenizer, config.vocab_size, name)
+    check_tokenizer(tokenizer, config.vocab_size, name)
     model, report = loader.from_pretrained(
         source,
         local_files_only=local_files_only,
@@ -288,7 +288,7 @@ def _load(
     return TextEncoder(model, tokenizer, name, max_length, cache_size)
 
 
-def _check_tokenizer(tokenizer: Any, vocab_size: int, name: str) -> None:
+def check_tokenizer(tokenizer: Any, vocab_size: int, name: str) -> None:
     """transformers builds an empty tokenizer, without a word, where the vocabulary's file is
     missing.
     """

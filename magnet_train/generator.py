@@ -18,8 +18,10 @@ from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder, load_text_encoder
 from magnet_train.decoding.decode import DecodingConfig, DecodingStep, Networks, decode, item_noise
 from magnet_train.decoding.frame_cache import CachedForward
+from magnet_train.decoding.rescoring import Rescorer
 from magnet_train.model import Magnet, TextKeyValues
 from magnet_train.release import SavedModel, check_codec, write_release
+from magnet_train.rescorer import load_rescorer
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Generator:
             about or {},
             guidance_dropout,
         )
+        self._rescorers: dict[str, Rescorer] = {}
         # One graph for a whole pass: replayed, it leaves nothing to Python between the kernels.
         self._is_compiled, self._pass = compiled, network.forward
         if compiled:
@@ -187,6 +190,9 @@ class Generator:
             ):  # there, a caption's padding takes its share of the attention
                 text = replace(text, allowed=text.allowed.any(1)[:, None].expand_as(text.allowed))
         networks = self._networks(text, config.cache_frames)
+        if config.rescorer is not None:
+            reading = self._rescorer(config.rescorer).reading(prompts)
+            networks = networks._replace(rescorer=reading)
         codes = decode(networks, codes, fixed, facts.codebook_size, config, noise, record)
         order = order[
             ..., : codes.shape[2]
@@ -213,6 +219,12 @@ class Generator:
             return self._pass(codes, self.network.config.stage(stage), None)
 
         return Networks(with_text, None if text is None else without_text)
+
+    def _rescorer(self, name: str) -> Rescorer:
+        """Loaded when it is first asked for."""
+        if name not in self._rescorers:
+            self._rescorers[name] = load_rescorer(name, self.codec.facts, self.text_encoder)
+        return self._rescorers[name]
 
     def decode_items(
         self,

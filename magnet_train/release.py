@@ -43,6 +43,8 @@ CODEC_ID = re.compile(rf"demo|encodec_\w+|\./codec|{HUB_ID}")
 TEXT_ENCODER_ID = re.compile(rf"demo|\./text_encoder|\w[\w.-]*|{HUB_ID}")
 CODEC_FILES = ("config.json", "audiocraft.yaml", "README.md", "*.safetensors")
 TEXT_ENCODER_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md")
+RAW = "@raw"
+"""Behind the name of a checkpoint: its weights as they are, not their average."""
 DAMAGED_RELEASE = "copy or download the release again"
 DAMAGED_CHECKPOINT = "use another checkpoint"
 
@@ -68,16 +70,24 @@ class SavedModel:
     """`licence`, `source`, `step`, `metrics` and the like, as far as known."""
     sha256: str | None = None
     """Of the weights' file; None for a checkpoint."""
+    raw: bool = False
+    """Whether a checkpoint's raw weights are meant, and not their average."""
 
     @classmethod
     def open(cls, path: str | Path) -> "SavedModel":
         """Opens a release folder, a hub id, a Lightning checkpoint, a run folder, or "demo".
 
-        Of a run folder it takes the newest checkpoint.
+        Of a run folder it takes the newest checkpoint. With @raw behind the name of a checkpoint or
+        run folder it takes the weights that are not averaged.
 
         Raises:
             UserError: if nothing usable is there; the message names the file.
         """
+        if str(path).endswith(RAW):
+            saved = cls.open(str(path).removesuffix(RAW))
+            if saved.sha256 is not None:
+                raise UserError(f"{path}: a release has no raw weights; leave out {RAW}")
+            return replace(saved, raw=True)
         source = demo_path("magnet") if str(path) == "demo" else Path(path).expanduser()
         if source.is_dir() and (source / "config.json").is_file():
             return _open_release(source)
@@ -99,7 +109,7 @@ class SavedModel:
             UserError: if the file is damaged, or its weights belong to another model.
         """
         if self.sha256 is None:
-            weights = _network_weights(read_checkpoint(self.file), self.file)
+            weights = _network_weights(read_checkpoint(self.file), self.file, self.raw)
         else:
             if (found := sha256_of(self.file)) != self.sha256:
                 raise UserError(
@@ -124,7 +134,7 @@ class SavedModel:
             "network": self.network.to_dict(),
             "codec": self.codec,
             "text_encoder": {"id": self.text_encoder, "dim": self.network.text_dim},
-            "decoding": asdict(self.decoding),
+            "decoding": asdict(replace(self.decoding, rescorer=None)),
             "crop_s": self.crop_s,
             "guidance_dropout": self.guidance_dropout,
             "provenance": self.provenance,
@@ -168,7 +178,7 @@ def _open_release(folder: Path) -> SavedModel:
             codec=codec,
             text_encoder=_component(folder, text_encoder["id"], TEXT_ENCODER_ID, "text encoder"),
             crop_s=_number(config, "crop_s", MAX_CROP_S),
-            decoding=DecodingConfig.from_dict(config["decoding"]),
+            decoding=_own_decoding(config["decoding"]),
             guidance_dropout=_number(config, "guidance_dropout", 1.0),
             provenance=provenance,
             sha256=str(config["sha256"]),
@@ -191,6 +201,11 @@ def _read_network(values: Any) -> MagnetConfig:
         if any(type(part) is not type(each.default) for part in parts):
             raise ValueError(f"network.{each.name}={value!r} is a {type(value).__name__}")
     return config
+
+
+def _own_decoding(values: dict[str, Any]) -> DecodingConfig:
+    """Decoding settings without a rescorer: it is another model, which this one does not bring."""
+    return replace(DecodingConfig.from_dict(values), rescorer=None)
 
 
 def _number(config: Mapping[str, Any], name: str, largest: float) -> float:
@@ -230,7 +245,7 @@ def _open_checkpoint(path: Path) -> SavedModel:
             codec={"id": _text(settings, "codec")},
             text_encoder=_text(settings, "text_encoder"),
             crop_s=_number(settings, "crop_s", MAX_CROP_S),
-            decoding=DecodingConfig.from_dict(decoding | {"span_len": settings["span_len"]}),
+            decoding=_own_decoding(decoding | {"span_len": settings["span_len"]}),
             guidance_dropout=_number(settings, "guidance_dropout", 1.0),
             provenance={k: v for k, v in provenance.items() if v is not None},
         )
@@ -275,9 +290,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _network_weights(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The network's part of a checkpoint; with averaging, the averaged weights."""
+def _network_weights(
+    checkpoint: Mapping[str, Any], path: Path, raw: bool = False
+) -> dict[str, Tensor]:
+    """The network's part of a checkpoint; with averaging, the averaged weights unless `raw`."""
     state = checkpoint.get("state_dict")
+    if raw and (state := checkpoint.get("current_model_state")) is None:
+        raise UserError(f"{path}: no averaged weights, so none beside them; leave out {RAW}")
     if not isinstance(state, Mapping):
         raise UserError(
             f"{path}: not a checkpoint of magnet_train (no state_dict); {DAMAGED_CHECKPOINT}"

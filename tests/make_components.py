@@ -124,6 +124,50 @@ def make_t5(folder: Path, seed: int = 0, with_vocabulary: bool = True, dim: int 
         T5ForConditionalGeneration(T5Config(**settings)).save_pretrained(folder)
 
 
+def make_musicgen(folder: Path, seed: int = 0, dim: int = 32, **decoder: Any) -> Any:
+    """A narrow MusicGen as `facebook/musicgen-small` is laid out, with its tokenizer.
+
+    Args:
+        folder: Where `save_pretrained` writes; made if absent.
+        seed: Of the weights.
+        dim: Width of the text encoder's states and of the decoder's layers.
+        decoder: Fields of MusicgenDecoderConfig to differ.
+    """
+    from transformers import (
+        EncodecConfig,
+        MusicgenConfig,
+        MusicgenDecoderConfig,
+        MusicgenForConditionalGeneration,
+        T5Config,
+    )
+
+    make_t5(folder / "t5", seed, dim=dim)
+    make_codec(folder / "codec", seed)
+    make_tokenizer(folder)
+    settings: dict[str, Any] = {
+        "hidden_size": 2 * dim,
+        "ffn_dim": 8 * dim,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_codebooks": 4,
+        "vocab_size": 2048,
+    }
+    settings |= decoder
+    settings |= dict.fromkeys(("pad_token_id", "bos_token_id"), settings["vocab_size"])
+    config = MusicgenConfig(
+        text_encoder=T5Config.from_pretrained(folder / "t5").to_dict(),
+        audio_encoder=EncodecConfig.from_pretrained(folder / "codec").to_dict(),
+        decoder=MusicgenDecoderConfig(**settings).to_dict(),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MusicgenForConditionalGeneration(config).eval()
+    for weight in model.decoder.parameters():
+        torch.nn.init.normal_(weight, std=0.1) if weight.dim() > 1 else None
+    model.save_pretrained(folder)
+    return model
+
+
 def make_roberta_tokenizer(folder: Path, size: int = 300) -> int:
     """A RoBERTa tokenizer trained in-process, saved as `tokenizer.json`; returns its number of tokens.
 

@@ -12,7 +12,7 @@ LAYERS = [
     {"module", "evaluation"},
     {"tracking", "data"},
     {"metrics"},
-    {"generator", "audiocraft", "resume"},
+    {"generator", "audiocraft", "rescorer", "resume"},
     {"release", "adapters", "sharding"},
     {"decoding", "dense", "cost"},
     {"model", "conditioning", "codec", "sweeps"},

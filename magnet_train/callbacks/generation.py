@@ -34,6 +34,7 @@ from magnet_train.metrics.record import Record, write_records
 from magnet_train.metrics.reference import ReferenceStatistics
 from magnet_train.metrics.scoring import FeatureSet, parse_metric
 from magnet_train.module import MagnetModule
+from magnet_train.rescorer import check_rescorer
 
 MODEL = "model"
 """System name of the generated clips, beside those of the baselines."""
@@ -134,6 +135,12 @@ class GenerationCallback(Callback):
         return {"decoding": asdict(self.decoding)}
 
     # --- Collect ----------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses a rescorer that reads other codes before hours are spent."""
+        if self.decoding.rescorer is not None and self.num_prompts:
+            assert isinstance(pl_module, MagnetModule)
+            check_rescorer(self.decoding.rescorer, load_codec(pl_module.codec_name).facts.to_dict())
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.monotonic()

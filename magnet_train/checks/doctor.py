@@ -46,6 +46,7 @@ from magnet_train.data.shards import Item, ShardSet
 from magnet_train.metrics.embedders import load_embedder
 from magnet_train.metrics.scoring import REFERENCE_METRICS, parse_metric
 from magnet_train.release import SavedModel, check_codec, check_weights
+from magnet_train.rescorer import check_rescorer
 from magnet_train.resume import check_same_model, read_training_checkpoint
 from magnet_train.tracking.wandb_session import LOGIN_HINT, check_wandb_login
 
@@ -151,6 +152,10 @@ def check_validation(plan: Plan) -> Iterator[Finding]:
             text = f"sees {num_seen} of {num_items} items: {limit}"
             yield Finding("warning", "validation", text)
     plan.decoding.steps_per_stage(plan.network.num_codebooks)
+    if plan.decoding.rescorer is not None:
+        codec = {} if plan.codec is None else plan.codec.to_dict()
+        check_rescorer(plan.decoding.rescorer, codec)
+        yield Finding("ok", "rescorer", f"{plan.decoding.rescorer}: reads the same codes")
 
 
 def check_start(plan: Plan) -> Iterator[Finding]:

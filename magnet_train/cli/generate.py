@@ -96,7 +96,7 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
     from magnet_train.decoding.decode import DecodingConfig
 
     jobs = list_jobs(all_prompts(options), options.seed, options.variations)
-    DecodingConfig.from_dict(decoding)
+    rescorer = DecodingConfig.from_dict(decoding).rescorer
     device = find_device(options.device)
     if options.continue_from is not None and not options.continue_from.is_file():
         raise UserError(f"--continue_from {options.continue_from}: no such file")
@@ -105,7 +105,11 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
     import torch
 
     from magnet_train.generator import load
+    from magnet_train.release import SavedModel
+    from magnet_train.rescorer import check_rescorer
 
+    if rescorer is not None:
+        check_rescorer(rescorer, SavedModel.open(options.checkpoint).codec)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     generator = load(options.checkpoint, device, dtype, options.compiled)
     settings = DecodingConfig.from_dict(asdict(generator.decoding) | decoding)

@@ -23,6 +23,7 @@ from magnet_train.common.per_codebook import per_codebook
 from magnet_train.common.randomness import generator_for
 from magnet_train.decoding import audiocraft_compat
 from magnet_train.decoding.remask import remask_grid, remask_sliding
+from magnet_train.decoding.rescoring import Reading, mixed_certainty
 from magnet_train.decoding.sampling import sample, share_noise
 
 Network = Callable[[Tensor, int], Tensor]
@@ -35,6 +36,19 @@ class Networks(NamedTuple):
     conditional: Network
     null: Network | None = None
     """Without text, for guidance; None = no guidance, whatever the coefficients."""
+    rescorer: Reading | None = None
+    """Another model's reading of what a step filled in (rescoring.py); None = no rescoring."""
+
+
+def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    """One number or several, as several; an empty list is no valid value and gives NaN."""
+    return (value or (math.nan,)) if isinstance(value, tuple) else (value,)
+
+
+def _at_step(value: float | tuple[float, ...], step: int) -> float:
+    """The number of a step; the last one given holds for all further steps."""
+    numbers = _numbers(value)
+    return numbers[min(step, len(numbers) - 1)]
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,19 @@ class DecodingConfig:
     """Neighbouring frames that share the noise they are sampled with, in frames; 1 = each has its
     own. Borders between the groups move from step to step.
     """
+    rescorer: str | None = None
+    """Model that helps to choose which spans are kept (paper, Eq. 5): another MAGNeT (release, hub
+    id, checkpoint, run; RUN@raw for the weights that are not averaged), or a MusicGen that
+    transformers reads (folder or hub id).
+    """
+    rescorer_weight: float | tuple[float, ...] = 0.5
+    """Weight of the rescorer's probabilities, from 0 (ignored) to 1 (they alone decide). One
+    number, or one for each step of a stage, of which the last holds for all further steps.
+    """
+    rescorer_temperature: float | tuple[float, ...] = 1.0
+    """Softmax temperature of the rescorer; one number, or one for each step of a stage."""
+    rescore_stages: tuple[int, ...] | None = None
+    """Stages in which the rescorer is used, all if not given; stage 0 has most of the steps."""
     cache_frames: bool = False
     """Recompute only masked and just-decided frames in each step: faster, approximate
     (frame_cache.py).
@@ -104,6 +131,21 @@ class DecodingConfig:
             ("order_temperature", 0 <= self.order_temperature < math.inf, "0 or more"),
             ("shared_noise", self.shared_noise >= 1, "at least 1 frame"),
             (
+                "rescorer_weight",
+                all(0 <= w <= 1 for w in _numbers(self.rescorer_weight)),
+                "numbers from 0 to 1",
+            ),
+            (
+                "rescorer_temperature",
+                all(0 < t < math.inf for t in _numbers(self.rescorer_temperature)),
+                "numbers above 0",
+            ),
+            (
+                "rescore_stages",
+                self.rescore_stages is None or all(s >= 0 for s in self.rescore_stages),
+                "stages from 0 on",
+            ),
+            (
                 "reference_compat",
                 not (self.reference_compat and self._is_unpublished),
                 "false with the settings above",
@@ -115,7 +157,12 @@ class DecodingConfig:
     @property
     def _is_unpublished(self) -> bool:
         """Whether a setting is used that audiocraft does not have."""
-        return self.span_scoring == "random" or self.order_temperature > 0 or self.shared_noise > 1
+        return (
+            self.span_scoring == "random"
+            or self.order_temperature > 0
+            or self.shared_noise > 1
+            or self.rescorer is not None
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DecodingConfig":
@@ -124,6 +171,12 @@ class DecodingConfig:
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
         return cls(**settings)
+
+    def rescores(self, stage: int) -> bool:
+        """Whether the rescorer is asked in this stage."""
+        return self.rescorer is not None and (
+            self.rescore_stages is None or stage in self.rescore_stages
+        )
 
     def steps_per_stage(self, num_codebooks: int) -> tuple[int, ...]:
         """`decoding_steps`, one for each of `num_codebooks` stages.
@@ -256,6 +309,14 @@ def _decode_stage(
         certainty = probs.gather(2, chosen[..., None])[..., 0]
         codes = masked_codes.clone()
         codes[:, stage] = torch.where(masked, chosen, row)
+        if networks.rescorer is not None and config.rescores(stage):
+            certainty = mixed_certainty(
+                certainty,
+                networks.rescorer(codes, masked, stage),
+                chosen,
+                _at_step(config.rescorer_weight, step),
+                _at_step(config.rescorer_temperature, step),
+            )
         if on_step is not None:
             on_step(DecodingStep(stage, step, masked, codes))
     return codes

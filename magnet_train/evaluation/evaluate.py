@@ -44,6 +44,8 @@ from magnet_train.metrics.kl import CONVENTIONS
 from magnet_train.metrics.published import PUBLISHED, RECIPES
 from magnet_train.metrics.record import Record, markdown_table, write_records
 from magnet_train.metrics.scoring import REFERENCE_METRICS, parse_metric
+from magnet_train.release import SavedModel
+from magnet_train.rescorer import check_rescorer
 
 DEFAULT_METRICS = ("fad/musicnn", "kl/musicnn", "text/musicnn")
 """Metrics whose networks ship."""
@@ -280,6 +282,8 @@ class _Evaluation:
     def _add_decoded(self) -> None:
         """Names the clips that --checkpoint will generate."""
         options = self.options
+        if (rescorer := self.given_decoding.get("rescorer")) is not None:
+            check_rescorer(rescorer, SavedModel.open(str(options.checkpoint)).codec)
         self.decoded = "ours" if "ours" not in self.systems else str(options.checkpoint)
         folder = options.generated_to / _folder_name(options, self.given_decoding, self.prompts)
         self.systems[self.decoded] = {

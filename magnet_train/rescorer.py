@@ -1,0 +1,109 @@
+"""Finds and checks the rescorer that decoding settings name, before its weights are read."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from magnet_train.codec.base import CodecFacts, load_codec
+from magnet_train.common.errors import UserError
+from magnet_train.common.pretrained import MAX_CONFIG_BYTES, one_line
+from magnet_train.conditioning import TextEncoder, load_text_encoder
+from magnet_train.decoding.rescoring import MagnetRescorer, Rescorer, load_musicgen
+from magnet_train.release import SavedModel
+
+COMPARED = ("num_codebooks", "codebook_size", "sample_rate", "frame_rate", "hash")
+"""Facts about the codes that both models must share, as far as they are known."""
+
+
+def check_rescorer(name: str, codec: Mapping[str, Any]) -> SavedModel | None:
+    """Settings of a rescorer that reads the codes of `codec`; None for a MusicGen.
+
+    Args:
+        name: as `DecodingConfig.rescorer`.
+        codec: facts about the codec of the model that is rescored, as far as they are known.
+
+    Raises:
+        UserError: if it does not exist, or its codes are others.
+    """
+    config = _musicgen_config(name)
+    saved = None if config is not None else SavedModel.open(name)
+    theirs = _musicgen_codes(config or {}, name) if saved is None else _codes(saved)
+    for fact in COMPARED:
+        one, other = codec.get(fact), theirs.get(fact)
+        if one is not None and other is not None and one != other:
+            raise UserError(
+                f"rescorer={name}: its codes have {fact}={other}, the model's {one}; choose a "
+                "rescorer that was trained on the same codec"
+            )
+    return saved
+
+
+def load_rescorer(name: str, codec: CodecFacts, text_encoder: TextEncoder) -> Rescorer:
+    """The rescorer of that name, on the device of `text_encoder`, which it shares if it is its own.
+
+    Raises:
+        UserError: if it cannot be loaded, or does not read these codes.
+    """
+    device = text_encoder.device
+    saved = check_rescorer(name, codec.to_dict())
+    if saved is None:
+        return load_musicgen(name, device)
+    own = text_encoder
+    if saved.text_encoder != text_encoder.id:
+        own = load_text_encoder(saved.text_encoder).to(device)
+    return MagnetRescorer(saved.build().to(device).eval(), own)
+
+
+def _codes(saved: SavedModel) -> dict[str, Any]:
+    """Facts about the codes of one of our models; a checkpoint only names its codec."""
+    sizes = {name: getattr(saved.network, name) for name in ("num_codebooks", "codebook_size")}
+    codec = dict(saved.codec)
+    return (load_codec(codec["id"]).facts.to_dict() if codec.keys() == {"id"} else codec) | sizes
+
+
+def _musicgen_config(name: str) -> dict[str, Any] | None:
+    """Content of the config.json of a folder or hub id, if it is a MusicGen's of transformers."""
+    from transformers.utils import cached_file
+
+    path = Path(name).expanduser()
+    try:
+        file = path / "config.json"
+        if not path.exists() and name.count("/") == 1:
+            file = Path(str(cached_file(name, "config.json")))
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            return None
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # what opens it as a release says why
+        return None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return config if isinstance(kind, str) and kind.startswith("musicgen") else None
+
+
+def _musicgen_codes(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Facts about the codes of a MusicGen, from its configuration alone.
+
+    Raises:
+        UserError: if it is none that reads the codes of one channel from text alone.
+    """
+    from transformers import MusicgenConfig
+
+    if config["model_type"] != "musicgen":
+        raise UserError(
+            f"rescorer={name}: {config['model_type']} is conditioned on a melody; choose a "
+            "MusicGen for text alone"
+        )
+    try:
+        parsed: Any = MusicgenConfig.from_dict(dict(config))
+    except Exception as error:
+        raise UserError(
+            f"rescorer={name}: its config.json is damaged ({one_line(error)})"
+        ) from error
+    if parsed.decoder.audio_channels != 1:
+        raise UserError(f"rescorer={name}: a stereo MusicGen; choose one with a single channel")
+    return {
+        "num_codebooks": parsed.decoder.num_codebooks,
+        "codebook_size": parsed.decoder.vocab_size,
+        "sample_rate": parsed.audio_encoder.sampling_rate,
+        "frame_rate": parsed.audio_encoder.frame_rate,
+    }
