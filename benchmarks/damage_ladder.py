@@ -1,9 +1,9 @@
-"""Does a metric know better from worse? Real clips and the same clips damaged more and more, as a table with intervals.
+"""Does a metric know better from worse? Real clips and the same clips damaged more and more, as a
+table with intervals.
 
     python benchmarks/damage_ladder.py --metrics fad/musicnn kl/musicnn text/musicnn
-
-The 16 clips of the demo: as they are, through its codec, low-passed at 900 Hz, with noise at -20 dB of full scale, and
-noise alone; each against the clips themselves.
+ The 16 clips of the demo: as they are, through its codec, low-passed at 900 Hz, with noise at -20
+dB of full scale, and noise alone; each against the clips themselves.
 """
 
 import argparse
@@ -47,9 +47,12 @@ def white_noise(wav: np.ndarray) -> np.ndarray:
 
 
 LADDER: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "real": lambda wav: wav, "codec": through_codec, "low-passed": low_passed, "noisy": noisy,
+    "real": lambda wav: wav,
+    "codec": through_codec,
+    "low-passed": low_passed,
+    "noisy": noisy,
     "white noise": white_noise,
-}  # fmt: skip
+}
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
-"""Every metric on 1, 2 and 3 processes, with an empty rank, a padding sampler, and in batches of 1, 4 and 7.
+"""Every metric on 1, 2 and 3 processes, with an empty rank, a padding sampler, and in batches of 1,
+4 and 7.
 
     python benchmarks/same_figures.py --out benchmarks/records/same_figures.md
-
-The shipped model decodes 14 captions of the validation split (3.2 s each), dealt out to real gloo processes, each of
-which always decodes full batches; the features are gathered by id and scored as validation does it. The table has
-each figure in each case, and below how many codes differ from those of one process in batches of 4.
+ The shipped model decodes 14 captions of the validation split (3.2 s each), dealt out to real gloo
+processes, each of which always decodes full batches; the features are gathered by id and scored as
+validation does it. The table has each figure in each case, and below how many codes differ from
+those of one process in batches of 4.
 """
 
 import argparse
@@ -100,9 +101,8 @@ def main() -> None:
     total = sum(x.numel() for x in first.values())
     lines = [f"| metric (musicnn) | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {k} | {' | '.join(f'{c[k]:.8g}' for c in columns.values())} |" for k in METRICS]
-    lines += [
-        f"| codes that differ, of {total:,} | {' | '.join(str(differing[case]) for case in columns)} |"
-    ]
+    counts = " | ".join(str(differing[case]) for case in columns)
+    lines += [f"| codes that differ, of {total:,} | {counts} |"]
     text = f"# Figures on any number of processes\n\n{__doc__}\n" + "\n".join(lines) + "\n"
     print(text)
     if args.out is not None:

@@ -108,9 +108,8 @@ def activation_bytes(
     that of a weight.
     """
     _, half = bytes_of(precision)
-    full = (
-        max(half, FULL) if str(precision or 32).endswith("mixed") or half >= FULL else half
-    )  # of the residual stream
+    # Of the residual stream.
+    full = max(half, FULL) if str(precision or 32).endswith("mixed") or half >= FULL else half
     d, frames = config.dim, batch_size * num_frames
     kept = frames * d * (3 * full + (3 + 1 + 3 + config.ffn_ratio) * half)
     text = batch_size * NUM_TEXT * 2 * d * half
@@ -121,49 +120,38 @@ def activation_bytes(
 
 def memory(
     config: MagnetConfig,
-    batch_size: int,
-    num_frames: int,
     precision: Any,
     optimizer: str,
+    activations: float,
     ranks: int = 1,
     sharded: bool = False,
-    averaged: bool = True,
     frozen: float = 0.0,
-    factor: float = 1.0,
 ) -> Memory:
-    """Bytes on each device in training.
+    """Bytes on each device in training, with an average of the weights.
 
     Args:
         config: of the network.
-        batch_size: examples per batch on each device.
-        num_frames: of an example.
         precision: Lightning's name.
         optimizer: a key of MOMENTS.
+        activations: bytes of a batch's forward and backward pass.
         ranks: devices of the run.
         sharded: whether weights, gradients, moments and average are divided among the ranks
             (FSDP2).
-        averaged: whether an average of the weights is kept.
         frozen: bytes of the text encoder.
-        factor: by which measured activations exceed the calculated ones.
     """
     full, half = bytes_of(precision)
     parameters, block = num_parameters(config), parameters_of_block(config)
     own = parameters * full / (ranks if sharded else 1)
-    rounded = (
-        parameters * half if half < full else 0.0
-    )  # autocast's, of whole weights, kept for the backward pass
+    # Autocast's copies of whole weights are kept for the backward pass.
+    rounded = parameters * half if half < full else 0.0
     copies, validation = rounded, 0.0
     if sharded:  # a block that is in use, and the next; in a validation all of them
         copies += 2 * block * full
-        validation = (
-            own * (2 + MOMENTS[optimizer] + averaged) + frozen + parameters * full + rounded
-        )
+        validation = own * (3 + MOMENTS[optimizer]) + frozen + parameters * full + rounded
     elif ranks > 1:  # DDP's buckets
         copies += parameters * full
-    activations = factor * activation_bytes(config, batch_size, num_frames, precision)
-    return Memory(
-        own, own, MOMENTS[optimizer] * own, own * averaged, copies, frozen, activations, validation
-    )
+    moments = MOMENTS[optimizer] * own
+    return Memory(own, own, moments, own, copies, frozen, activations, validation)
 
 
 def largest_batch(given: Memory, batch_size: int, capacity: float) -> int:

@@ -237,8 +237,8 @@ class Generator:
     ) -> Iterator[DecodedItem]:
         """Generates audio for many items, batch by batch.
 
-        The last batch is filled up with empty captions: another batch size could round differently and tip a tie, so
-        codes would depend on how items are split over devices.
+        The last batch is filled up with empty captions: another batch size could round differently
+        and tip a tie, so codes would depend on how items are split over devices.
 
         Args:
             captions: by item id.

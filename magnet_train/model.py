@@ -72,9 +72,9 @@ class MagnetConfig:
     text_dim: int = 768
     """Width of the text encoder's states, in channels."""
     context: int | tuple[int, ...] = 5
-    """Frames visible on each side, -1 = all frames. One number holds for stages 1 and up, and stage 0
-    sees all frames, as published. A list gives one number per stage, stage 0 first; its last number
-    holds for all further stages.
+    """Frames visible on each side, -1 = all frames. One number holds for stages 1 and up, and stage
+    0 sees all frames, as published. A list gives one number per stage, stage 0 first; its last
+    number holds for all further stages.
     """
     ffn_ratio: int = 4
     """Width of the feed-forward layer, in multiples of `dim`."""

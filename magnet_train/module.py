@@ -44,7 +44,7 @@ MAX_CROP_S = 3600.0
 class MagnetModule(L.LightningModule):
     """MAGNeT's objective (Sec. 3): cross-entropy on the masked frames of one codebook at a time."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  each is an option of the command line
         self,
         network: MagnetConfig = MagnetConfig(),
         optimizer: OptimizerConfig = OptimizerConfig(),
@@ -76,9 +76,9 @@ class MagnetModule(L.LightningModule):
                 guidance, 0 to 1.
             stage_sampling: "batch" trains one stage per optimizer step, as published; "example"
                 draws a stage for each example and runs one forward pass per stage drawn.
-            stage_weights: How often each stage is trained, relative to the others, stage 0 first; the
-                last number holds for all further stages. All stages equally often if not given, as
-                published.
+            stage_weights: How often each stage is trained, relative to the others, stage 0 first;
+                the last number holds for all further stages. All stages equally often if not given,
+                as published.
             start_from_codec: Initialise embeddings and heads from the codec's codebooks
                 (non-standard; helps short runs).
             init_from: Start from these weights (release folder, hub id, checkpoint or run folder).
@@ -97,7 +97,8 @@ class MagnetModule(L.LightningModule):
             raise UserError(f"stage_sampling={stage_sampling}: choose batch or example")
         if stage_weights is not None:
             stage_weights = tuple(float(weight) for weight in stage_weights)
-            if not all(0 <= weight < math.inf for weight in stage_weights) or not sum(stage_weights):
+            finite = all(0 <= weight < math.inf for weight in stage_weights)
+            if not finite or not sum(stage_weights):
                 raise UserError(
                     f"stage_weights={list(stage_weights)} must be at least 0, and one above 0"
                 )
@@ -109,10 +110,8 @@ class MagnetModule(L.LightningModule):
                 f"init_from={init_from} and start_from_codec=true: choose one to start from"
             )
         start = None if init_from is None else SavedModel.open(init_from)
-        codec, text_encoder = (
-            absolute_name(codec),
-            absolute_path(text_encoder),
-        )  # a run may go on from elsewhere
+        # A run may go on from another folder.
+        codec, text_encoder = absolute_name(codec), absolute_path(text_encoder)
         # Plain values, so that a checkpoint loads without unpickling classes of ours.
         self.save_hyperparameters(
             {

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-# How long an example takes says how busy the machine is; and no commit fails over an example that it has not changed.
+# How long an example takes says how busy the machine is; and no commit fails over an example that
+# it has not changed.
 hypothesis.settings.register_profile(
     "busy",
     deadline=None,
@@ -33,7 +34,9 @@ WANDB = {name: value for name, value in os.environ.items() if name.startswith("W
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_wandb_session():
-    """A `fit` in this process names its W&B session in the environment; none reaches the next file."""
+    """A `fit` in this process names its W&B session in the environment; none reaches the next
+    file.
+    """
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[name]
     os.environ.update(WANDB)
@@ -44,22 +47,33 @@ def _seeded():
     torch.manual_seed(0)
 
 
-# --- the table of parity with the reference -----------------------------------------------------------------------
+# --- the table of parity with the reference -------------------------------------------------------
 
 
 def pytest_addoption(parser):
-    parser.addoption("--parity-table", metavar="FILE", help="Markdown file for what was compared with the reference.")
+    parser.addoption(
+        "--parity-table",
+        metavar="FILE",
+        help="Markdown file for what was compared with the reference.",
+    )
 
 
 @pytest.fixture
 def parity(record_property):
     """Called with case, what the reference has, what ours has, and the largest difference."""
-    return lambda case, theirs, ours, difference: record_property("parity", [case, theirs, ours, difference])
+    return lambda case, theirs, ours, difference: record_property(
+        "parity", [case, theirs, ours, difference]
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config):
     passed = terminalreporter.stats.get("passed", [])
-    rows = sorted(tuple(value) for report in passed for name, value in report.user_properties if name == "parity")
+    rows = sorted(
+        tuple(value)
+        for report in passed
+        for name, value in report.user_properties
+        if name == "parity"
+    )
     if not rows:
         return
     terminalreporter.section("compared with the reference, and the largest difference")
@@ -86,15 +100,27 @@ def tiny():
     codec, text = load_codec("demo"), load_text_encoder("demo")
     facts = codec.facts
     config = MagnetConfig(
-        dim=32, num_heads=2, num_layers=2, num_codebooks=facts.num_codebooks, codebook_size=facts.codebook_size,
+        dim=32,
+        num_heads=2,
+        num_layers=2,
+        num_codebooks=facts.num_codebooks,
+        codebook_size=facts.codebook_size,
         text_dim=text.dim,
-    )  # fmt: skip
-    return Generator(Magnet(config).eval(), codec, text, DecodingConfig(decoding_steps=(3, 2, 2, 2, 2)), crop_s=1.0)
+    )
+    return Generator(
+        Magnet(config).eval(),
+        codec,
+        text,
+        DecodingConfig(decoding_steps=(3, 2, 2, 2, 2)),
+        crop_s=1.0,
+    )
 
 
 @pytest.fixture(autouse=True)
 def own_process():
-    """Signals that a stopped run ignores, and the port of several ranks, else end with their process."""
+    """Signals that a stopped run ignores, and the port of several ranks, else end with their
+    process.
+    """
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     ports = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
     yield

@@ -19,27 +19,42 @@ FRAME_RATE = 50.0
 
 
 def make_data_codec(folder: Path, seed: int = 0) -> str:
-    """A real EncodecModel that encodes ten seconds in 20 ms: 8 kHz, 50 Hz, 4 codebooks of 64; returns its folder."""
+    """A real EncodecModel that encodes ten seconds in 20 ms: 8 kHz, 50 Hz, 4 codebooks of 64;
+    returns its folder.
+    """
     make_codec(
-        folder, seed, sampling_rate=RATE, upsampling_ratios=[8, 5, 4], codebook_size=64, codebook_dim=16,
-        hidden_size=16, target_bandwidths=[1.2],
-    )  # fmt: skip
+        folder,
+        seed,
+        sampling_rate=RATE,
+        upsampling_ratios=[8, 5, 4],
+        codebook_size=64,
+        codebook_dim=16,
+        hidden_size=16,
+        target_bandwidths=[1.2],
+    )
     return str(folder)
 
 
 def tone(
     seconds: float, rate: int = RATE, channels: int = 1, hz: float = 440.0, seed: int = 0
 ) -> np.ndarray:
-    """A sine with a little noise, alike in all channels but for the noise: `t channels`, float32."""
+    """A sine with a little noise, alike in all channels but for the noise: `t channels`,
+    float32.
+    """
     t = np.arange(round(seconds * rate)) / rate
     noise = np.random.default_rng(seed).standard_normal((len(t), channels))
     return (0.3 * np.sin(2 * np.pi * hz * t)[:, None] + 0.01 * noise).astype(np.float32)
 
 
 def write_clip(
-    path: Path, seconds: float = 3.0, caption: str | None = "a tone", rate: int = RATE, channels: int = 1,
-    seed: int = 0, **format: Any,
-) -> Path:  # fmt: skip
+    path: Path,
+    seconds: float = 3.0,
+    caption: str | None = "a tone",
+    rate: int = RATE,
+    channels: int = 1,
+    seed: int = 0,
+    **format: Any,
+) -> Path:
     """An audio file, with its caption as `.txt` unless that is None."""
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, tone(seconds, rate, channels, 200 + 40 * seed, seed), rate, **format)
@@ -49,7 +64,9 @@ def write_clip(
 
 
 def codes_of(item: int, num_frames: int) -> np.ndarray:
-    """Codes that tell where they come from: `4 t` with the item, and the frame in two digits to base 64."""
+    """Codes that tell where they come from: `4 t` with the item, and the frame in two digits to
+    base 64.
+    """
     t = np.arange(num_frames)
     return np.stack(
         [np.full_like(t, item % 64), t % 64, t // 64, np.full_like(t, item // 64)]
@@ -63,7 +80,8 @@ def write_shards(
     num_frames: int = 100,
     seconds: Sequence[float] | None = None,
 ) -> Path:
-    """A shard set as the design lays it down, written without our own writer; item n is called `item000n`.
+    """A shard set as the design lays it down, written without our own writer; item n is called
+    `item000n`.
 
     Args:
         folder: made if absent.

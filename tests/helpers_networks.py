@@ -1,4 +1,6 @@
-"""Weights and a sound that anyone can make again, for comparing our networks with the packages that publish them."""
+"""Weights and a sound that anyone can make again, for comparing our networks with the packages that
+publish them.
+"""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -11,7 +13,9 @@ TOKENS = [0, 5, 17, 200, 44, 9, 2]
 
 
 def named_weights(shapes: Mapping[str, Sequence[int]], gain: float = 1.0) -> dict[str, Tensor]:
-    """A tensor for each name: normal numbers that its name alone determines, at a scale that keeps signals alive."""
+    """A tensor for each name: normal numbers that its name alone determines, at a scale that keeps
+    signals alive.
+    """
     weights = {}
     for name, shape in shapes.items():
         x = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))

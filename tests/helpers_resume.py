@@ -16,7 +16,7 @@ class Ledger(Callback):
     """Writes down what each batch was and what came of it, and disturbs the run where it is told
     to."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  each is one disturbance
         self,
         file: str,
         stop_at: int = -1,
@@ -35,12 +35,8 @@ class Ledger(Callback):
 
         It stops on every rank, or on `stop_rank` alone; at `hog_at` the last rank takes 800 MB.
         """
-        self.file, self.stop_at, self.stop_in_validation, self.save_at = (
-            Path(file),
-            stop_at,
-            stop_in_validation,
-            save_at,
-        )
+        self.file, self.save_at = Path(file), save_at
+        self.stop_at, self.stop_in_validation = stop_at, stop_in_validation
         self.bad_losses, self.bad_gradients = bad_losses, bad_gradients
         self.signal_at, self.signal, self.lasts_s = signal_at, signal, lasts_s
         self.stop_rank, self.hog_at = stop_rank, hog_at
@@ -66,7 +62,8 @@ class Ledger(Callback):
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule):
         if trainer.fit_loop.total_batch_idx in self.bad_gradients and trainer.is_global_zero:
-            next(p for p in pl_module.parameters() if p.grad is not None).grad.fill_(float("inf"))  # type: ignore[union-attr]
+            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            grads[0].fill_(float("inf"))
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any):
         if trainer.global_step == self.stop_in_validation and self.stop_rank in (
@@ -85,7 +82,8 @@ class Ledger(Callback):
         with self.file.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if count == self.save_at:
-            trainer.save_checkpoint(Path(trainer.checkpoint_callback.dirpath) / "between.ckpt")  # type: ignore[union-attr]
+            folder = trainer.checkpoint_callback.dirpath  # type: ignore
+            trainer.save_checkpoint(Path(folder) / "between.ckpt")
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any

@@ -13,10 +13,11 @@ from typing import Any
 
 
 class FaultyServer:
-    """Serves `folder`; `faults` names what goes wrong for a path, one a request, and `always` at each of them.
+    """Serves `folder`; `faults` names what goes wrong for a path, one a request, and `always` at
+    each of them.
 
-    A fault is a status ("503"), "cut" (half of the body arrives), "reset" (the connection breaks), "hang" (nothing
-    comes for some seconds), or "other" (as many bytes, but not these).
+    A fault is a status ("503"), "cut" (half of the body arrives), "reset" (the connection breaks),
+    "hang" (nothing comes for some seconds), or "other" (as many bytes, but not these).
     """
 
     def __init__(self, folder: Path):
@@ -65,7 +66,7 @@ class FaultyServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self._server.handle_error = lambda *args: None  # type: ignore[method-assign]  # its client went away
+        self._server.handle_error = lambda *args: None  # type: ignore  # its client went away
         self.address = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 

@@ -1,4 +1,6 @@
-"""What an offline W&B run holds, read back from its file; and a W&B server that answers as it is told."""
+"""What an offline W&B run holds, read back from its file; and a W&B server that answers as it is
+told.
+"""
 
 import http.server
 import json
@@ -24,7 +26,9 @@ def records(run: Path) -> list[Any]:
 
 
 def _frames(content: bytes) -> Iterator[bytes]:
-    """LevelDB's log format: blocks of 32 KiB of parts, each with checksum, length and whether it begins or ends."""
+    """LevelDB's log format: blocks of 32 KiB of parts, each with checksum, length and whether it
+    begins or ends.
+    """
     assert content[:4] == b":W&B"
     at, frame = 7, b""
     while at + 7 <= len(content):
@@ -56,8 +60,9 @@ def history(found: list[Any]) -> list[dict[str, Any]]:
 
 @contextmanager
 def server(answer: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]) -> Iterator[str]:
-    """Address of a server that answers as `answer` says, with a status and JSON, to GraphQL, streamed rows and, as {},
-    all else."""
+    """Address of a server that answers as `answer` says, with a status and JSON, to GraphQL,
+    streamed rows and, as {}, all else.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -1,4 +1,5 @@
-"""Writes tiny canonical components with transformers itself: EnCodec at its 32 kHz configuration, and T5.
+"""Writes tiny canonical components with transformers itself: EnCodec at its 32 kHz configuration,
+and T5.
 
 The files are of the published kind; only the widths are small and the weights random.
 
@@ -28,8 +29,8 @@ CORPUS = [
 def make_codec(folder: Path, seed: int = 0, **changes: Any) -> Any:
     """A narrow EncodecModel as `facebook/encodec_32khz` configures it: 50 Hz, 4 codebooks of 2048.
 
-    A fresh model's codebooks are zero, so they are filled with the latents of noise at falling scale: each code is
-    then near some input, and many entries are in use.
+    A fresh model's codebooks are zero, so they are filled with the latents of noise at falling
+    scale: each code is then near some input, and many entries are in use.
 
     Args:
         folder: Where `save_pretrained` writes; made if absent.
@@ -169,7 +170,8 @@ def make_musicgen(folder: Path, seed: int = 0, dim: int = 32, **decoder: Any) ->
 
 
 def make_roberta_tokenizer(folder: Path, size: int = 300) -> int:
-    """A RoBERTa tokenizer trained in-process, saved as `tokenizer.json`; returns its number of tokens.
+    """A RoBERTa tokenizer trained in-process, saved as `tokenizer.json`; returns its number of
+    tokens.
 
     Args:
         folder: Where `save_pretrained` writes; made if absent.
@@ -179,7 +181,7 @@ def make_roberta_tokenizer(folder: Path, size: int = 300) -> int:
     from transformers import RobertaTokenizer
 
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],

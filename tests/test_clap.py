@@ -1,4 +1,6 @@
-"""CLAP: LAION's names into ClapModel and its numbers out again, what is heard of a clip, what is refused."""
+"""CLAP: LAION's names into ClapModel and its numbers out again, what is heard of a clip, what is
+refused.
+"""
 
 import hashlib
 import json
@@ -31,15 +33,24 @@ FIXTURES = Path(__file__).parent / "fixtures" / "metrics"
 FRONTENDS = json.loads((FIXTURES / "frontends.json").read_text())
 GOLD = json.loads((FIXTURES / "networks.json").read_text())
 TINY: dict[str, Any] = {
-    "text_config": CONFIG["text_config"] | {
-        "vocab_size": 300, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
-        "intermediate_size": 48, "max_position_embeddings": 100,
+    "text_config": CONFIG["text_config"]
+    | {
+        "vocab_size": 300,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 48,
+        "max_position_embeddings": 100,
     },
-    "audio_config": CONFIG["audio_config"] | {
-        "depths": [2, 2, 2, 2], "num_attention_heads": [1, 2, 2, 4], "patch_embeds_hidden_size": 8, "hidden_size": 64,
+    "audio_config": CONFIG["audio_config"]
+    | {
+        "depths": [2, 2, 2, 2],
+        "num_attention_heads": [1, 2, 2, 4],
+        "patch_embeds_hidden_size": 8,
+        "hidden_size": 64,
     },
     "projection_dim": 16,
-}  # fmt: skip
+}
 UNUSED = {
     "audio_branch.spectrogram_extractor.stft.conv_real.weight": (3, 1, 4),
     "audio_branch.logmel_extractor.melW": (3, 4),
@@ -61,9 +72,12 @@ def laion_name(name: str) -> str:
         return name.replace("linear1", "0").replace("linear2", "2")
     name = name.replace("audio_model.audio_encoder.", "audio_branch.").replace("batch_norm", "bn0")
     for theirs, ours in {
-        "layernorm_before": "norm1", "layernorm_after": "norm2", "attention.output.dense": "attn.proj",
-        "attention.self": "attn", "intermediate.dense": "mlp.fc1",
-    }.items():  # fmt: skip
+        "layernorm_before": "norm1",
+        "layernorm_after": "norm2",
+        "attention.output.dense": "attn.proj",
+        "attention.self": "attn",
+        "intermediate.dense": "mlp.fc1",
+    }.items():
         name = name.replace(theirs, ours)
     return name.replace("output.dense", "mlp.fc2")
 
@@ -76,7 +90,9 @@ def tiny_model() -> Any:
 
 @pytest.fixture(scope="module")
 def laion_state() -> dict[str, Tensor]:
-    """A tiny checkpoint under LAION's names, query, key and value in one, at weights that the names determine."""
+    """A tiny checkpoint under LAION's names, query, key and value in one, at weights that the names
+    determine.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, x in tiny_model().state_dict().items():
         if name.endswith(
@@ -116,11 +132,13 @@ def clap(folder: Path, laion_state: dict[str, Tensor]) -> Clap:
     return make_clap(saved(folder / "clap.pt", laion_state), TINY, str(folder / "tokenizer"))
 
 
-# --- LAION's checkpoint -------------------------------------------------------------------------------------------
+# --- LAION's checkpoint ---------------------------------------------------------------------------
 
 
 def test_the_names_are_laions(laion_state: dict[str, Tensor]):
-    """Those of its own classes at the same depths, but for buffers and what the classes around them hold."""
+    """Those of its own classes at the same depths, but for buffers and what the classes around them
+    hold.
+    """
     theirs = {
         name for name in GOLD["clap_names"] if not name.endswith(("attn_mask", "index", "_ids"))
     }
@@ -151,7 +169,9 @@ def test_audio_is_laions(clap: Clap):
 
 
 def test_text_is_laions(clap: Clap):
-    """RobertaModel gave these numbers; with ClapTextConfig's own epsilon they differ from the fourth digit on."""
+    """RobertaModel gave these numbers; with ClapTextConfig's own epsilon they differ from the
+    fourth digit on.
+    """
     ids = torch.tensor([TOKENS + [1] * (77 - len(TOKENS))])
     found = clap.model.get_text_features(ids, (ids != 1).long()).pooler_output[0]
     torch.testing.assert_close(found, torch.tensor(GOLD["clap"]["text"]), rtol=0, atol=1e-6)
@@ -162,7 +182,8 @@ def test_the_real_configuration_is_of_200_million_parameters():
 
     with torch.device("meta"):
         model = ClapModel(ClapConfig(**CONFIG))
-    # The package counts 199.6 million, with 5.7 of a classifier, two transforms and mel filters, which nothing uses.
+    # The package counts 199.6 million, with 5.7 of a classifier, two transforms and mel filters,
+    # which nothing uses.
     assert sum(p.numel() for p in model.parameters()) == 193_913_882
     assert (
         model.config.audio_config.hidden_size == 1024
@@ -196,7 +217,9 @@ def test_another_checkpoint_is_named(
 def test_the_published_one_loads_by_its_hash(
     folder: Path, laion_state: dict[str, Tensor], clap: Clap, monkeypatch: pytest.MonkeyPatch
 ):
-    """Through the front door, in miniature. Random weights place all captions alike, which the check notices."""
+    """Through the front door, in miniature. Random weights place all captions alike, which the
+    check notices.
+    """
     file = saved(folder / "published.pt", laion_state)
     monkeypatch.setattr(clap_module, "CONFIG", TINY)
     tokenizer = str(folder / "tokenizer")
@@ -225,7 +248,7 @@ def test_the_check_of_captions(
             check_captions(clap)
 
 
-# --- captions -----------------------------------------------------------------------------------------------------
+# --- captions -------------------------------------------------------------------------------------
 
 
 def test_a_caption_is_embedded_as_it_would_be_alone(clap: Clap):
@@ -257,7 +280,7 @@ def test_another_tokenizer_is_named(folder: Path, laion_state: dict[str, Tensor]
         make_clap(file, TINY, "roberta-base")
 
 
-# --- clips --------------------------------------------------------------------------------------------------------
+# --- clips ----------------------------------------------------------------------------------------
 
 
 def test_the_feature_extractor_is_set_as_laion_computes():

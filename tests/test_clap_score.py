@@ -45,7 +45,8 @@ def test_other_captions_fit_no_better_than_chance(pairs: dict[str, Tensor]):
 def test_retrieval_finds_a_captions_audio(pairs: dict[str, Tensor]):
     summary = clap_summary(pairs["audio"], pairs["text"])
     assert summary.recall_at_1 == CLAP["retrieval"]["text_to_audio_top1"] == summary.recall_at_10
-    # Audio by caption: of the first caption its own audio comes first, of the second last, of the third second.
+    # Audio by caption: of the first caption its own audio comes first, of the second last, of the
+    # third second.
     similarities = torch.tensor([[0.9, 0.5, 0.2], [0.1, 0.0, 0.6], [0.1, 0.5, 0.4]])
     assert [round(3 * retrieval(similarities, k)) for k in (1, 2, 3)] == [1, 2, 3]
 

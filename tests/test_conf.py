@@ -1,4 +1,6 @@
-"""Every file in conf/ is parsed as it stands, built at reduced width, and takes one training step."""
+"""Every file in conf/ is parsed as it stands, built at reduced width, and takes one training
+step.
+"""
 
 from pathlib import Path
 
@@ -21,16 +23,34 @@ NARROW = [
     "2",
 ]
 QUICK = [
-    "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1", "--trainer.logger", "false",
-    "--trainer.strategy", "auto",  # in this process, DDP would leave its process group to the tests that follow
-    "--trainer.precision", "32-true", "--trainer.fast_dev_run", "true", "--generation.num_prompts", "0",
-    "--data.batch_size", "2", "--data.num_workers", "0",
-]  # fmt: skip
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.devices",
+    "1",
+    "--trainer.num_nodes",
+    "1",
+    "--trainer.logger",
+    "false",
+    "--trainer.strategy",
+    "auto",  # in this process, DDP would leave its process group to the tests that follow
+    "--trainer.precision",
+    "32-true",
+    "--trainer.fast_dev_run",
+    "true",
+    "--generation.num_prompts",
+    "0",
+    "--data.batch_size",
+    "2",
+    "--data.num_workers",
+    "0",
+]
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> dict[str, Path]:
-    """A codec of published form with shards of its own, a text encoder, and a release of the shipped model."""
+    """A codec of published form with shards of its own, a text encoder, and a release of the
+    shipped model.
+    """
     folder = tmp_path_factory.mktemp("parts")
     make_codec(folder / "codec")
     make_t5(folder / "t5")

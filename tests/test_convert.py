@@ -369,8 +369,16 @@ def test_mistakes_in_the_options_are_named(tmp_path):
             ConvertOptions(tmp_path / "x"),
             "facebook/magnet-small-10secs: not found",
         ),
-        ("demo", ConvertOptions(tmp_path / "x", to="audiocraft"), "options that audiocraft lacks: context, positions, convolution"),
-        (source, ConvertOptions(tmp_path / "x", codec="demo"), "4 codebooks of 256 entries, but the model has 4 of 64"),
+        (
+            "demo",
+            ConvertOptions(tmp_path / "x", to="audiocraft"),
+            "options that audiocraft lacks: context, positions, convolution",
+        ),
+        (
+            source,
+            ConvertOptions(tmp_path / "x", codec="demo"),
+            "4 codebooks of 256 entries, but the model has 4 of 64",
+        ),
         (
             "demo",
             ConvertOptions(tmp_path / "x", codec=str(release / "codec")),

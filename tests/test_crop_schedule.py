@@ -59,8 +59,9 @@ def test_the_schedule_is_given_in_optimizer_steps(shards, tmp_path: Path):
     data = MagnetDataModule(batch_size=4, crop_s=8.0, crop_schedule=[(2.0, 10), (4.0, 5)])
     frames = data.num_frames
     assert data.crop_phases(accumulated=2) == [
-        CropPhase(20, round(frames / 4), 16), CropPhase(10, round(frames / 2), 8)
-    ]  # fmt: skip
+        CropPhase(20, round(frames / 4), 16),
+        CropPhase(10, round(frames / 2), 8),
+    ]
 
 
 def test_no_crop_is_longer_than_the_models(shards):

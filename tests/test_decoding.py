@@ -1,4 +1,6 @@
-"""What must hold for every decoding, tried with scripted networks; the filters against the reference."""
+"""What must hold for every decoding, tried with scripted networks; the filters against the
+reference.
+"""
 
 import itertools
 from pathlib import Path
@@ -95,14 +97,18 @@ def test_seeds_and_items_differ():
 
 
 def markov_chain(repeat: float = 0.76, size: int = SIZE) -> torch.Tensor:
-    """Transition probabilities of codes that mostly go on, and else move to one of a few neighbours: `c c`."""
+    """Transition probabilities of codes that mostly go on, and else move to one of a few
+    neighbours: `c c`.
+    """
     generator = torch.Generator().manual_seed(7)
     moves = (3 * torch.randn(size, size, generator=generator)).softmax(1).fill_diagonal_(0)
     return repeat * torch.eye(size) + (1 - repeat) * moves / moves.sum(1, keepdim=True)
 
 
 def conditionals(codes: torch.Tensor, chain: torch.Tensor) -> torch.Tensor:
-    """Exact log probabilities of every frame given all visible codes (forward and backward messages): `b t c`."""
+    """Exact log probabilities of every frame given all visible codes (forward and backward
+    messages): `b t c`.
+    """
     b, t = codes.shape
     size = len(chain)
     visible = torch.nn.functional.one_hot(codes.clamp(max=size - 1), size).float()
@@ -119,7 +125,9 @@ def conditionals(codes: torch.Tensor, chain: torch.Tensor) -> torch.Tensor:
 
 
 def chain_statistics(config: DecodingConfig, chain: torch.Tensor) -> tuple[float, float]:
-    """Mean log P of the transitions of what is decoded with exact conditionals, and the share of repeats."""
+    """Mean log P of the transitions of what is decoded with exact conditionals, and the share of
+    repeats.
+    """
     codes = torch.zeros(8, 1, 250, dtype=torch.long)
     given = torch.zeros(8, 250, dtype=torch.bool)
     noise = item_noise(0, [str(i) for i in range(8)], config.decoding_steps[0], 250)
@@ -130,20 +138,25 @@ def chain_statistics(config: DecodingConfig, chain: torch.Tensor) -> tuple[float
 
 
 def test_random_order_with_shared_noise_decodes_a_chain_as_it_is_and_the_published_order_does_not():
-    """The reason for these options: order by confidence prefers what goes on, and drones or breaks up."""
+    """The reason for these options: order by confidence prefers what goes on, and drones or breaks
+    up.
+    """
     chain = markov_chain()
     own_log_p = (chain * chain.clamp(min=1e-30).log()).sum(1).mean().item()
     modern = DecodingConfig(
-        decoding_steps=(20,), temperature=1.0, anneal_temperature=False, top_p=1.0, span_len=1,
-        span_scoring="random", shared_noise=25,
-    )  # fmt: skip
+        decoding_steps=(20,),
+        temperature=1.0,
+        anneal_temperature=False,
+        top_p=1.0,
+        span_len=1,
+        span_scoring="random",
+        shared_noise=25,
+    )
     log_p, repeats = chain_statistics(modern, chain)
     assert log_p == pytest.approx(own_log_p, abs=0.15)
     assert repeats == pytest.approx(0.76, abs=0.05)
     log_p, repeats = chain_statistics(DecodingConfig(decoding_steps=(20,)), chain)
-    print(
-        f"published: log P {log_p:.2f}, repeats {repeats:.2f}; the chain's own {own_log_p:.2f}, 0.76"
-    )
+    print(f"published: log P {log_p:.2f}, repeats {repeats:.2f}; the chain: {own_log_p:.2f}, 0.76")
     assert abs(log_p - own_log_p) > 0.15 or abs(repeats - 0.76) > 0.05
 
 

@@ -23,11 +23,10 @@ from helpers_wandb import server
 from jsonargparse import Namespace
 from make_components import make_t5
 
-import magnet_train.checks.doctor
 import magnet_train.module
 from magnet_train.__main__ import main
 from magnet_train.callbacks import throughput
-from magnet_train.checks import estimate
+from magnet_train.checks import doctor, estimate
 from magnet_train.checks.doctor import CHECKS, Finding
 from magnet_train.checks.estimate import Speed, available_memory, duration, gigabytes
 from magnet_train.checks.plan import Plan, parse_devices
@@ -196,7 +195,7 @@ def test_every_check_runs_whatever_the_others_found(parts, tmp_path, monkeypatch
         "--data.global_batch_size=4",
         "--trainer.accumulate_grad_batches=2",
         f"--trainer.default_root_dir={tmp_path / 'run'}",
-    )  # fmt: skip
+    )
     assert status == 2 and re.match(
         r"error: \d+ of \d+ checks failed; `fit` would fail too: start, settings, ", error
     )
@@ -469,7 +468,7 @@ def test_too_few_cores_files_and_shared_memory_are_warnings(plan, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda p: usage(1, 0, 64 << 20) if str(p) == "/dev/shm" else real(p)
     )
-    monkeypatch.setattr(magnet_train.checks.doctor.resource, "getrlimit", lambda _: (256, 256))
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (256, 256))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     said = look("CPU", plan, trainer__devices=2)
     assert said[0].startswith(
@@ -530,7 +529,7 @@ def test_a_tenth_of_the_memory_stays_free(plan, monkeypatch):
 def test_versions_are_held_to_what_the_package_needs(parts, monkeypatch, capsys):
     needs = ["lightning>=99", "nowhere-to-be-had", "laion-clap; extra == 'laion-clap'", "numpy>=1"]
     monkeypatch.setattr(magnet_train.checks.doctor, "_requirements", lambda: needs)
-    found = [str(finding) for finding in magnet_train.checks.doctor.check_packages()]
+    found = [str(finding) for finding in doctor.check_packages()]
     assert re.match(
         r"failed   packages: lightning 2\.\S+ is installed, >=99 is needed: pip install "
         r"'lightning>=99'",
@@ -694,7 +693,7 @@ def test_gpus_are_looked_at_as_they_are(monkeypatch):
         plan = SimpleNamespace(
             devices=parse_devices(trainer), config=SimpleNamespace(trainer=trainer)
         )
-        return [str(finding) for finding in magnet_train.checks.doctor.check_devices(plan)]  # type: ignore[arg-type]
+        return [str(finding) for finding in doctor.check_devices(plan)]  # type: ignore
 
     first, second = look(8, "16-mixed")
     assert first.startswith(

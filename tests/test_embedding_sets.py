@@ -1,4 +1,6 @@
-"""What needs whole sets, against numbers that fadtk, kadtk, torchmetrics, prdc and vendi-score give too."""
+"""What needs whole sets, against numbers that fadtk, kadtk, torchmetrics, prdc and vendi-score give
+too.
+"""
 
 import math
 
@@ -58,7 +60,9 @@ def test_draws_for_fad_infinity_are_whole_clips():
 
 
 def test_fad_infinity_takes_the_bias_of_few_clips_away():
-    """Clips of the reference's own population: 0 in truth, which their FAD is far from; the mean of eight tries."""
+    """Clips of the reference's own population: 0 in truth, which their FAD is far from; the mean of
+    eight tries.
+    """
     generator = torch.Generator().manual_seed(0)
     reference = Moments.of(torch.randn(50_000, 8, generator=generator))
     plain, extrapolated = [], []
@@ -97,9 +101,14 @@ def test_kad_is_kadtks(sets: dict[str, Tensor]):
 def test_kernel_distances_are_unbiased(distance):
     """Windows of one population: around zero, so below it at times, however few they are."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.tensor([
-        distance(torch.randn(12, 4, generator=generator), torch.randn(15, 4, generator=generator)) for _ in range(400)
-    ])  # fmt: skip
+    values = torch.tensor(
+        [
+            distance(
+                torch.randn(12, 4, generator=generator), torch.randn(15, 4, generator=generator)
+            )
+            for _ in range(400)
+        ]
+    )
     assert values.min() < 0
     assert abs(values.mean()) < 4 * values.std() / 20
 
@@ -119,8 +128,11 @@ def test_the_border_of_a_neighbourhood_is_outside():
     """On a line at whole numbers, k = 1: every neighbourhood reaches to just below 1."""
     real = torch.arange(4.0)[:, None]
     assert vars(neighbourhoods(torch.tensor([[-1.0], [4.0]]), real, k=1)) == {
-        "precision": 0, "recall": 1, "density": 0, "coverage": 0,
-    }  # fmt: skip
+        "precision": 0,
+        "recall": 1,
+        "density": 0,
+        "coverage": 0,
+    }
 
 
 def test_vendi_score_is_vendi_scores(sets: dict[str, Tensor]):

@@ -1,4 +1,6 @@
-"""What `doctor` reckons is what the machine counts: parameters, memory of training, checkpoints, operations."""
+"""What `doctor` reckons is what the machine counts: parameters, memory of training, checkpoints,
+operations.
+"""
 
 import pytest
 import torch
@@ -11,6 +13,11 @@ from magnet_train.optimizer import DAdaptAdam
 
 SMALL = MagnetConfig(dim=96, num_heads=4, num_layers=3, codebook_size=512, text_dim=64)
 WIDE = MagnetConfig(dim=256, num_heads=8, num_layers=2, codebook_size=1024, text_dim=64)
+
+
+def memory(config, batch_size, num_frames, precision, **settings) -> estimate.Memory:
+    activations = estimate.activation_bytes(config, batch_size, num_frames, precision)
+    return estimate.memory(config, precision, "adamw", activations, **settings)
 
 
 @pytest.mark.parametrize(
@@ -40,10 +47,8 @@ def test_activations_are_within_a_fifth_of_what_the_allocator_counts(
     )  # autocast's copies
     calculated = estimate.activation_bytes(config, batch_size, num_frames, precision) / 1e6
     with capsys.disabled():
-        print(
-            f"\n{config.dim} x {config.num_layers}, {precision}, stage {stage}: {calculated:.0f} MB calculated, ",
-            end="",
-        )
+        case = f"{config.dim} x {config.num_layers}, {precision}, stage {stage}"
+        print(f"\n{case}: {calculated:.0f} MB calculated, ", end="")
         print(f"{measured:.0f} MB measured", end="")
     assert 0.8 * measured < calculated < 1.2 * measured
 
@@ -72,7 +77,7 @@ def test_the_whole_of_a_training_is_within_a_fifth_of_what_the_allocator_counts(
         assert len(average.blocks) == 2
 
     measured = peak_mb(train, "cpu")
-    calculated = estimate.memory(WIDE, 4, 400, "32-true", "adamw").total / 1e6
+    calculated = memory(WIDE, 4, 400, "32-true").total / 1e6
     with capsys.disabled():
         print(
             f"\na whole training: {calculated:.0f} MB calculated, {measured:.0f} MB measured",
@@ -94,7 +99,7 @@ def test_the_state_is_what_an_optimizer_and_an_average_really_take():
         *(p.grad for p in network.parameters()),
         *moments,
     ]
-    given = estimate.memory(SMALL, 1, 100, "32-true", "adamw")
+    given = memory(SMALL, 1, 100, "32-true")
     assert given.state == sum(x.numel() * x.element_size() for x in held)
     assert given.copies == given.frozen == 0
 
@@ -112,12 +117,13 @@ def test_a_checkpoint_is_as_large_as_its_file(tmp_path):
 
 
 def test_sharding_divides_the_state_and_not_the_activations():
-    one = estimate.memory(SMALL, 2, 100, "bf16-mixed", "adamw", ranks=8)
-    shared = estimate.memory(SMALL, 2, 100, "bf16-mixed", "adamw", ranks=8, sharded=True)
+    one = memory(SMALL, 2, 100, "bf16-mixed", ranks=8)
+    shared = memory(SMALL, 2, 100, "bf16-mixed", ranks=8, sharded=True)
     for name in ("weights", "gradients", "moments", "average"):
         assert getattr(shared, name) == getattr(one, name) / 8
     assert shared.activations == one.activations
-    # Autocast's copies of whole weights under either; DDP's buckets; two blocks at a time under FSDP.
+    # Autocast's copies of whole weights under either; DDP's buckets; two blocks at a time under
+    # FSDP.
     parameters = estimate.num_parameters(SMALL)
     assert one.copies == parameters * (2 + 4)
     assert shared.copies == parameters * 2 + 2 * 4 * estimate.parameters_of_block(SMALL)
@@ -125,9 +131,7 @@ def test_sharding_divides_the_state_and_not_the_activations():
 
 def test_a_validation_in_shards_has_all_weights_once_more():
     """However many the ranks: it may be what does not fit."""
-    many = estimate.memory(
-        WIDE, 1, 100, "bf16-mixed", "adamw", ranks=1000, sharded=True, frozen=1e6
-    )
+    many = memory(WIDE, 1, 100, "bf16-mixed", ranks=1000, sharded=True, frozen=1e6)
     weights = 4 * estimate.num_parameters(WIDE)
     assert (
         many.validation == pytest.approx(1.5 * weights + 1e6, rel=0.01)
@@ -136,7 +140,7 @@ def test_a_validation_in_shards_has_all_weights_once_more():
     assert many.total > sum(many.in_training.values()) > 0
     assert estimate.largest_batch(many, 1, many.validation) == 0
     assert estimate.largest_batch(many, 1, 1.2 * many.validation) > 0
-    assert estimate.memory(WIDE, 1, 100, "bf16-mixed", "adamw", ranks=1000).validation == 0
+    assert memory(WIDE, 1, 100, "bf16-mixed", ranks=1000).validation == 0
 
 
 def test_dadaptation_keeps_one_tensor_more():
@@ -149,10 +153,10 @@ def test_dadaptation_keeps_one_tensor_more():
 
 
 def test_the_largest_batch_is_the_last_that_fits():
-    given = estimate.memory(WIDE, 4, 1500, "32-true", "adamw")
+    given = memory(WIDE, 4, 1500, "32-true")
     capacity = 2e9
     most = estimate.largest_batch(given, 4, capacity)
-    totals = [estimate.memory(WIDE, n, 1500, "32-true", "adamw").total for n in (most, most + 1)]
+    totals = [memory(WIDE, n, 1500, "32-true").total for n in (most, most + 1)]
     # What a weight's gradient takes does not grow with the batch: an example more or less at most.
     room = capacity * (1 - estimate.RESERVE)
     assert totals[0] <= 1.02 * room and totals[1] > 0.98 * room
@@ -160,7 +164,9 @@ def test_the_largest_batch_is_the_last_that_fits():
 
 
 def test_operations_are_those_that_are_counted():
-    """Stage 0, where the window hides nothing; torch's counter sees the recomputed parts too, which hold no product."""
+    """Stage 0, where the window hides nothing; torch's counter sees the recomputed parts too, which
+    hold no product.
+    """
     step, _ = training_pass(
         SMALL, 2, 500, round(estimate.MEAN_MASK_RATE * 500), estimate.NUM_TEXT, "cpu", False
     )

@@ -1,5 +1,6 @@
-"""A trained model as an object: alone or in a batch the same, saved and loaded the same, and clear when it cannot."""
-
+"""A trained model as an object: alone or in a batch the same, saved and loaded the same, and clear
+when it cannot.
+"""
 
 import pytest
 import torch
@@ -32,7 +33,9 @@ def test_audio_has_the_length_asked_for_and_the_prompt_survives(tiny):
 def test_a_release_comes_back_as_it_was(tiny, tmp_path):
     tiny.save(tmp_path / "release", "# card\n")
     again = load(tmp_path / "release")
-    assert torch.equal(again.generate(["harp"], seed=5).codes, tiny.generate(["harp"], seed=5).codes)
+    assert torch.equal(
+        again.generate(["harp"], seed=5).codes, tiny.generate(["harp"], seed=5).codes
+    )
     assert again.decoding == tiny.decoding and again.crop_s == tiny.crop_s
 
 

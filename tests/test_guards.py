@@ -202,7 +202,8 @@ def test_the_watchdog_names_rank_and_phase_once(passes: Callable[[float], None])
     passes(0.21)
     (line,) = heard(watchdog, 1)
     assert "waiting for data" in line
-    watchdog.on_validation_start(trainer, None)  # type: ignore[arg-type]  # the first has nothing to compare with
+    # The first validation has nothing to compare with.
+    watchdog.on_validation_start(trainer, None)  # type: ignore
     passes(100)
     assert heard(watchdog, 0) == []
     watchdog.on_exception(trainer, None, RuntimeError())  # type: ignore[arg-type]

@@ -24,7 +24,9 @@ def fad(clips: list[Tensor], reference: Moments) -> float:
 
 @pytest.mark.parametrize("dim, num_clips, shift", [(8, 40, 0.3), (8, 41, 0.3), (32, 40, 0.3)])
 def test_interval_of_fad_holds_what_other_clips_give(dim: int, num_clips: int, shift: float):
-    """95 % of 150 intervals, give or take three standard deviations; and none too wide to be of use."""
+    """95 % of 150 intervals, give or take three standard deviations; and none too wide to be of
+    use.
+    """
     generator = torch.Generator().manual_seed(0)
     reference = Moments.of(torch.randn(20_000, dim, generator=generator))
     others = [fad(clips_of(num_clips, dim, shift, generator), reference) for _ in range(300)]
@@ -49,7 +51,9 @@ def test_near_its_floor_the_interval_of_fad_is_too_wide_but_never_too_narrow():
 
 
 def test_drawing_with_replacement_raises_fad():
-    """Why the interval is not one of percentiles of the bootstrap: they leave out what they are for."""
+    """Why the interval is not one of percentiles of the bootstrap: they leave out what they are
+    for.
+    """
     generator = torch.Generator().manual_seed(0)
     reference = Moments.of(torch.randn(20_000, 32, generator=generator))
     clips = clips_of(40, 32, 0.3, generator)
@@ -62,7 +66,9 @@ def test_drawing_with_replacement_raises_fad():
 
 
 def test_a_sample_is_the_fad_of_its_clips():
-    """With offsets, unequal clips, one of them empty, repetitions, and fewer windows than dimensions."""
+    """With offsets, unequal clips, one of them empty, repetitions, and fewer windows than
+    dimensions.
+    """
     generator = torch.Generator().manual_seed(0)
     clips = [torch.randn(n, 6, generator=generator) + 1000 for n in (3, 1, 0, 4)]
     reference = Moments.of(torch.randn(50, 6, generator=generator) + 1000)
@@ -97,7 +103,9 @@ def test_bootstrap_of_a_mean_is_the_fixtures():
 
 
 def test_values_of_a_clip_are_drawn_together():
-    """Ten equal values a clip tell no more than one; taken singly they would narrow the interval threefold."""
+    """Ten equal values a clip tell no more than one; taken singly they would narrow the interval
+    threefold.
+    """
     values = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
     single = bootstrap_interval(values)
     assert bootstrap_interval([v.repeat(10) for v in values]) == pytest.approx(single)

@@ -86,8 +86,9 @@ def test_fields_without_a_value_are_dropped(tmp_path: Path):
 @pytest.mark.parametrize(
     "content",
     [b"{broken", b"[1, 2]", b'{"caption": ["a"]}', b'{"caption": 5}', b"\xff{}", b" " * (1 << 21)]
-    + [b'{"x":' + b"[" * n + b"]" * n + b"}" for n in (30, 100_000)] + [b'{"x": ' + b"9" * 5000 + b"}"],
-)  # fmt: skip
+    + [b'{"x":' + b"[" * n + b"]" * n + b"}" for n in (30, 100_000)]
+    + [b'{"x": ' + b"9" * 5000 + b"}"],
+)
 def test_a_broken_sidecar_is_an_error_of_its_clip(content: bytes, tmp_path: Path):
     touch(tmp_path / "a.wav", tmp_path / "b.wav")
     (tmp_path / "a.txt").write_text("fine")
@@ -163,9 +164,14 @@ def write_manifest(file: Path, rows: list[dict[str, Any]], head: list[str] | Non
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv"])
 @pytest.mark.parametrize(
     "head",
-    [["path", "caption", "mood"], ["audio_filepath", "text", "mood"], ["file_name", "description", "mood"],
-     ["Path", " Caption", "mood"], ["path", "prompt", "mood"]],
-)  # fmt: skip
+    [
+        ["path", "caption", "mood"],
+        ["audio_filepath", "text", "mood"],
+        ["file_name", "description", "mood"],
+        ["Path", " Caption", "mood"],
+        ["path", "prompt", "mood"],
+    ],
+)
 def test_every_kind_of_manifest(suffix: str, head: list[str], tmp_path: Path):
     one, two = find_clips(write_manifest(tmp_path / f"m.{suffix}", ROWS, head))
     assert (one.path, one.name, one.id) == (tmp_path / "sub/ä.wav", "sub/ä.wav", "sub/ä")

@@ -27,7 +27,8 @@ def test_mean_mask_rate_follows_the_formula():
         measured = masked.float().mean(1).view(400, 10).mean(0)
         counts = [max(1, span_counts(500, span_len)[round(100 * r)]) for r in rates[:10].tolist()]
         expected = torch.tensor([expected_mask_rate(u, span_len, 500) for u in counts])
-        # The formula counts frames near the edge as interior ones: at most span_len - 1 of 500 are covered less.
+        # The formula counts frames near the edge as interior ones: at most span_len - 1 of 500 are
+        # covered less.
         assert (measured - expected).abs().max() < 0.004
 
 

@@ -22,7 +22,7 @@ DEMO = Path(__file__).parents[1] / "data" / "demo"
 MUSICNN = json.loads((FIXTURES / "musicnn.json").read_text())
 
 
-# --- musicnn ------------------------------------------------------------------------------------------------------
+# --- musicnn --------------------------------------------------------------------------------------
 
 
 def four_notes() -> Tensor:
@@ -54,7 +54,9 @@ def test_spectrogram_is_librosas():
 
 
 def test_musicnn_is_the_published_network():
-    """Against its graph written in numpy, float64, on the checkpoint's own tensors; ours are rounded to float16."""
+    """Against its graph written in numpy, float64, on the checkpoint's own tensors; ours are
+    rounded to float16.
+    """
     heard = load_musicnn()(four_notes())
     assert heard.embeddings.shape[1:] == (200,)
     assert heard.tags.shape[1:] == (50,)
@@ -171,11 +173,13 @@ def test_shipped_solos_are_heard_as_what_they_are():
         assert tag in best, f"{path.name}: {best}"
 
 
-# --- the reader of TensorFlow checkpoints -------------------------------------------------------------------------
+# --- the reader of TensorFlow checkpoints ---------------------------------------------------------
 
 
 def test_reader_of_tensorflow_checkpoints():
-    """A bundle of two tensors made by hand: keys that share their beginning, a scalar, an integer to leave out."""
+    """A bundle of two tensors made by hand: keys that share their beginning, a scalar, an integer
+    to leave out.
+    """
     spec = importlib.util.spec_from_file_location("convert_musicnn", DEMO / "convert_musicnn.py")
     assert spec and spec.loader
     converter = importlib.util.module_from_spec(spec)
@@ -209,10 +213,14 @@ def test_reader_of_tensorflow_checkpoints():
 
     matrix = np.arange(200, dtype="<f4").reshape(2, 100)
     data = matrix.tobytes() + np.float32(7).tobytes() + np.int64(3).tobytes()
-    table = block([
-        (0, b"", b""), (0, b"dense/bias", entry(1, [], 800, 4)), (6, b"kernel", entry(1, [2, 100], 0, 800)),
-        (0, b"step", entry(9, [], 804, 8)),
-    ])  # fmt: skip
+    table = block(
+        [
+            (0, b"", b""),
+            (0, b"dense/bias", entry(1, [], 800, 4)),
+            (6, b"kernel", entry(1, [2, 100], 0, 800)),
+            (0, b"step", entry(9, [], 804, 8)),
+        ]
+    )
     index = block([(0, b"step", varint(0) + varint(len(table) - 5))])
     handles = varint(0) + varint(0) + varint(len(table)) + varint(len(index) - 5)
     tensors = converter.read_bundle(table + index + handles.ljust(48, b"\0"), data)
@@ -221,7 +229,7 @@ def test_reader_of_tensorflow_checkpoints():
     assert tensors["dense/bias"] == 7
 
 
-# --- pitch --------------------------------------------------------------------------------------------------------
+# --- pitch ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("midi", range(48, 84, 5))

@@ -1,9 +1,9 @@
-"""The notebooks run from top to bottom with what ships, and what is stored of their output is small.
+"""The notebooks run from top to bottom with what ships, and what is stored of their output is
+small.
 
 python tests/test_notebooks.py     # runs them and stores what their cells print and show
-
-Cells run as in Jupyter, which need not be installed: one namespace, the last expression shown, open figures closed
-after each cell.
+ Cells run as in Jupyter, which need not be installed: one namespace, the last expression shown,
+open figures closed after each cell.
 """
 
 import ast
@@ -29,7 +29,9 @@ def read(name: str) -> dict[str, Any]:
 
 
 def run(notebook: dict[str, Any]) -> None:
-    """Run all code cells in order and give each what it printed and showed; the folder of notebooks is current."""
+    """Run all code cells in order and give each what it printed and showed; the folder of notebooks
+    is current.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,7 +47,9 @@ def run(notebook: dict[str, Any]) -> None:
 
 
 def outputs_of(source: str, namespace: dict[str, Any], number: int) -> list[dict[str, Any]]:
-    """What a cell prints, the value of its last expression unless a semicolon ends it, and its figures."""
+    """What a cell prints, the value of its last expression unless a semicolon ends it, and its
+    figures.
+    """
     import matplotlib.pyplot as plt
 
     source = "\n".join("" if line.startswith(("%", "!")) else line for line in source.splitlines())

@@ -1,4 +1,6 @@
-"""PaSST: its front end and segments against independent numbers, its network against hear21passt's."""
+"""PaSST: its front end and segments against independent numbers, its network against
+hear21passt's.
+"""
 
 import json
 from pathlib import Path
@@ -27,7 +29,7 @@ def small(segment_s: int = 20) -> Passt:
     return network.eval().requires_grad_(False)
 
 
-# --- front end ----------------------------------------------------------------------------------------------------
+# --- front end ------------------------------------------------------------------------------------
 
 
 def test_log_mel_is_the_fixtures():
@@ -39,7 +41,9 @@ def test_log_mel_is_the_fixtures():
 
 
 def test_mel_filters_are_kaldis():
-    """Triangles of one between neighbours: two meet at every frequency inside and add up to one there."""
+    """Triangles of one between neighbours: two meet at every frequency inside and add up to one
+    there.
+    """
     filters = mel_filters(32_000, 1024, 128, "htk", highest=15_000)
     assert filters.shape == (128, 513)
     assert filters[:, 0].sum() == 0 and filters[:, 481:].sum() == 0  # 0 Hz, above 15 kHz
@@ -61,7 +65,7 @@ def test_the_shortest_segment_is_longer_than_150_ms():
         network(wave(4800, 32_000))
 
 
-# --- network ------------------------------------------------------------------------------------------------------
+# --- network --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("segment_s, parameters", [(10, 86_153_758), (20, 86_231_326)])
@@ -132,9 +136,7 @@ def test_weights_load_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(network.hash) == 16 and not network.training
     wav = wave(32_000, 32_000)
     torch.testing.assert_close(network(wav).logits, small(20)(wav).logits)
-    with pytest.raises(
-        UserError, match=r"passt\.pt: SHA-256 is"
-    ):
+    with pytest.raises(UserError, match=r"passt\.pt: SHA-256 is"):
         load_passt(str(path), 10)
     with pytest.raises(UserError, match="segment_s=15: "):
         load_passt(str(path), 15)

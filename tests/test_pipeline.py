@@ -67,7 +67,7 @@ def load(dataset: Any, workers: int) -> Any:
     return DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=compress_for_worker)
 
 
-# --- validation ---------------------------------------------------------------------------------------------------
+# --- validation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -137,12 +137,14 @@ def test_an_unreadable_shard_ends_a_validation(codec: str, tmp_path: Path):
     assert str(path) in refusal(list, EvaluationDataset(found, 50, 2))
 
 
-# --- training -----------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2), (3, 2)])
 def test_an_epoch_is_every_item_once(ranks: int, workers: int, codec: str, tmp_path: Path):
-    """With equal shares the first epoch of all readers together holds each item once, and so does the second."""
+    """With equal shares the first epoch of all readers together holds each item once, and so does
+    the second.
+    """
     found = ShardSet.open(write_shards(tmp_path, codec, [4] * 12))
     batches = 48 // 4 // ranks  # of four items, per rank and epoch
     streams = [load(TrainingStream(found, 50, 4, 7, rank, ranks), workers) for rank in range(ranks)]
@@ -157,7 +159,9 @@ def test_an_epoch_is_every_item_once(ranks: int, workers: int, codec: str, tmp_p
 
 
 def test_unequal_shares_even_out(shards: ShardSet):
-    """Shards of different size on two ranks: over many epochs no item is seen much more than another."""
+    """Shards of different size on two ranks: over many epochs no item is seen much more than
+    another.
+    """
     counts = Counter(
         k for rank in range(2) for k in keys(islice(TrainingStream(shards, 50, 4, 0, rank, 2), 600))
     )
@@ -210,7 +214,9 @@ def test_a_resume_reads_nothing_it_does_not_need(shards: ShardSet, monkeypatch: 
 
 
 def test_random_crops_reach_both_ends(codec: str, tmp_path: Path):
-    """Where the item is longer than the model: every start from 0 to T - num_frames, frames in a row, no padding."""
+    """Where the item is longer than the model: every start from 0 to T - num_frames, frames in a
+    row, no padding.
+    """
     found = ShardSet.open(write_shards(tmp_path, codec, (2,), num_frames=35))
     starts = []
     for batch in islice(TrainingStream(found, 30, 2, 0), 100):
@@ -226,7 +232,9 @@ def test_random_crops_reach_both_ends(codec: str, tmp_path: Path):
 
 
 def test_short_items_are_padded_and_marked(codec: str, tmp_path: Path):
-    """Valid are the frames that hold audio: ceil(duration_s * frame_rate), be the codes longer or not."""
+    """Valid are the frames that hold audio: ceil(duration_s * frame_rate), be the codes longer or
+    not.
+    """
     seconds = [1.0, 0.61, 0.6, 0.59]  # 50, 31, 30 and 30 frames
     found = ShardSet.open(write_shards(tmp_path, codec, (4,), num_frames=50, seconds=seconds))
     (batch,) = EvaluationDataset(found, 80, 4)
@@ -266,7 +274,7 @@ def test_no_readable_shard_ends_the_training(codec: str, tmp_path: Path):
         assert "none of the last" in refusal(next, iter(TrainingStream(found, 50, 4, 0)))
 
 
-# --- the folder ---------------------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------
 
 
 def rewrite_index(folder: Path, change: Callable[[Any], Any]) -> None:
@@ -357,11 +365,9 @@ def write_tar(
     return path
 
 
-def members(
-    key: str = "a", array: Any = np.ones((4, 10), np.uint16), info: Any = None
-) -> list[tuple[str, bytes]]:
+def members(key: str = "a", array: Any = None, info: Any = None) -> list[tuple[str, bytes]]:
     codes = io.BytesIO()
-    np.save(codes, array)
+    np.save(codes, np.ones((4, 10), np.uint16) if array is None else array)
     if info is None:
         info = {"key": key, "caption": "x", "duration_s": 0.2}
     about = info if isinstance(info, bytes) else json.dumps(info).encode()
@@ -390,11 +396,23 @@ INFO = {"key": "a", "caption": "x", "duration_s": 0.2}
 
 @pytest.mark.parametrize(
     "info",
-    [*({**INFO, "duration_s": value} for value in (None, "1", -1, 0, 1e308, float("nan"), float("inf"), True, [1])),
-     *({**INFO, "caption": value} for value in (5, None, ["x"], {})), {**INFO, "key": "b"}, {**INFO, "key": 5},
-     *({k: v for k, v in INFO.items() if k != name} for name in ("key", "duration_s")),
-     b"[1]", b"{", b"\xff", b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", b" " * (1 << 20) + b"{}", b"5"],
-)  # fmt: skip
+    [
+        *(
+            {**INFO, "duration_s": value}
+            for value in (None, "1", -1, 0, 1e308, float("nan"), float("inf"), True, [1])
+        ),
+        *({**INFO, "caption": value} for value in (5, None, ["x"], {})),
+        {**INFO, "key": "b"},
+        {**INFO, "key": 5},
+        *({k: v for k, v in INFO.items() if k != name} for name in ("key", "duration_s")),
+        b"[1]",
+        b"{",
+        b"\xff",
+        b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b" " * (1 << 20) + b"{}",
+        b"5",
+    ],
+)
 def test_a_json_of_strangers_is_checked(info: Any, tmp_path: Path):
     assert "a.json" in refusal(read_shard, write_tar(tmp_path / "a.tar", members(info=info)))
 
@@ -412,10 +430,13 @@ def sparse(member: tarfile.TarInfo) -> None:
 
 @pytest.mark.parametrize(
     ("change", "kind"),
-    [(sparse, {}), (lambda m: setattr(m, "type", tarfile.SYMTYPE), {}),
-     (lambda m: m.pax_headers.update({"size": "-1000"}), {"format": tarfile.PAX_FORMAT}),
-     (lambda m: m.pax_headers.update({"GNU.sparse.major": "1"}), {"format": tarfile.PAX_FORMAT})],
-)  # fmt: skip
+    [
+        (sparse, {}),
+        (lambda m: setattr(m, "type", tarfile.SYMTYPE), {}),
+        (lambda m: m.pax_headers.update({"size": "-1000"}), {"format": tarfile.PAX_FORMAT}),
+        (lambda m: m.pax_headers.update({"GNU.sparse.major": "1"}), {"format": tarfile.PAX_FORMAT}),
+    ],
+)
 def test_members_of_other_sizes_than_they_have_are_refused(change: Any, kind: Any, tmp_path: Path):
     path = write_tar(tmp_path / "a.tar", members(), change, **kind)
     assert "the member at byte 0" in refusal(read_shard, path)
@@ -510,7 +531,7 @@ def test_the_order_begins_anywhere():
     assert time.process_time() - begin < 5
 
 
-# --- the data module ----------------------------------------------------------------------------------------------
+# --- the data module ------------------------------------------------------------------------------
 
 
 def data_module(codec: str, train: Path, validation: Path, **options: Any) -> Any:
@@ -550,10 +571,16 @@ def fit(
             return torch.optim.SGD(self.parameters(), 0.1)
 
     settings: dict[str, Any] = {
-        "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-        "num_sanity_val_steps": 0, "use_distributed_sampler": False, "enable_checkpointing": False,
-        "check_val_every_n_epoch": None, "val_check_interval": 1000,
-    }  # fmt: skip
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "enable_checkpointing": False,
+        "check_val_every_n_epoch": None,
+        "val_check_interval": 1000,
+    }
     if "limit_train_batches" in options:
         settings |= {"check_val_every_n_epoch": 1, "val_check_interval": 1.0}
     module = Embedder()
@@ -660,7 +687,7 @@ def test_fewer_shards_than_workers(
         assert 0 < max(1, data.train_dataloader().num_workers) * ranks <= shards
 
 
-# --- found wrong once ---------------------------------------------------------------------------------------------
+# --- found wrong once -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])

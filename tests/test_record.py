@@ -13,15 +13,34 @@ from magnet_train.metrics.published import PUBLISHED
 from magnet_train.metrics.record import Record, compare, markdown_table, read_records, write_records
 
 FAD = Record(
-    system="ours", metric="fad/vggish", value=4.5, embedder="vggish", embedder_hash="0123",
-    resampler="julius 32000 to 16000 Hz", windowing="1 s every 0.5 s", num_clips=5469, num_windows=103_911,
-    level="generated -14 LUFS", reference_hash="abcd", decoding={"decoding_steps": (20, 10, 10, 10)}, seed=0,
-    interval=(4.4, 4.6), baseline_real=0.2, baseline_codec=1.2, published_protocol="audiocraft/MusicCaps",
-)  # fmt: skip
+    system="ours",
+    metric="fad/vggish",
+    value=4.5,
+    embedder="vggish",
+    embedder_hash="0123",
+    resampler="julius 32000 to 16000 Hz",
+    windowing="1 s every 0.5 s",
+    num_clips=5469,
+    num_windows=103_911,
+    level="generated -14 LUFS",
+    reference_hash="abcd",
+    decoding={"decoding_steps": (20, 10, 10, 10)},
+    seed=0,
+    interval=(4.4, 4.6),
+    baseline_real=0.2,
+    baseline_codec=1.2,
+    published_protocol="audiocraft/MusicCaps",
+)
 KL = replace(
-    FAD, metric="kl/passt", value=1.25, embedder="passt-20s", convention="audiocraft", interval=(1.2, 1.3),
-    baseline_real=None, baseline_codec=0.5,
-)  # fmt: skip
+    FAD,
+    metric="kl/passt",
+    value=1.25,
+    embedder="passt-20s",
+    convention="audiocraft",
+    interval=(1.2, 1.3),
+    baseline_real=None,
+    baseline_codec=0.5,
+)
 
 
 def test_records_survive_json(tmp_path: Path):
@@ -81,10 +100,14 @@ def test_only_fad_asks_for_equal_numbers_of_clips():
 @pytest.mark.parametrize(
     "change",
     [
-        {"value": math.nan}, {"value": math.inf}, {"interval": (math.nan, 5.0)}, {"baseline_real": math.nan},
-        {"num_clips": 0}, {"num_windows": 0},
+        {"value": math.nan},
+        {"value": math.inf},
+        {"interval": (math.nan, 5.0)},
+        {"baseline_real": math.nan},
+        {"num_clips": 0},
+        {"num_windows": 0},
     ],
-)  # fmt: skip
+)
 def test_what_is_no_figure_makes_no_record(change: dict):
     with pytest.raises(UserError, match=r"^fad/vggish of ours: "):
         replace(FAD, **change)
@@ -142,10 +165,8 @@ def test_a_table_of_different_protocols():
     with pytest.raises(UserError, match="ours and theirs: fad/vggish differs in windowing"):
         markdown_table(records)
     table = markdown_table(records, force=True)
-    assert (
-        "Not comparable: ours and theirs: fad/vggish differs in windowing, '1 s every 0.5 s' and '0.96 s'."
-        in table
-    )
+    assert "Not comparable: ours and theirs: fad/vggish differs in windowing, '1 s" in table
+    assert "' and '0.96 s'." in table
     assert "1.200 to 1.300" in table
     with pytest.raises(UserError, match="ours has two records of fad/vggish"):
         markdown_table([FAD, FAD])

@@ -105,9 +105,13 @@ def test_greedy_decoding_gives_the_same_codes(case, reference, parity):
         object.__setattr__(config, "context", case["subcodes_context"])
         codes, rows = run(
             lambda c, s: reference(c, reference.config.stage(s), text),
-            lambda c, s: reference(c, reference.config.stage(s), None), case, data, batch,
-            case["max_gen_len"], config.codebook_size,
-        )  # fmt: skip
+            lambda c, s: reference(c, reference.config.stage(s), None),
+            case,
+            data,
+            batch,
+            case["max_gen_len"],
+            config.codebook_size,
+        )
     finally:
         object.__setattr__(config, "context", 5)
     wanted = data[f"{case['name']}.tokens"]
@@ -151,8 +155,12 @@ def test_as_many_frames_are_masked_at_every_step(parity):
         config = DecodingConfig(decoding_steps=(steps,), span_len=span_len, reference_compat=True)
         decode(
             Networks(lambda codes, stage: torch.randn(1, codes.shape[2], 8)),
-            torch.zeros(1, 1, num_frames, dtype=torch.long), torch.zeros(1, num_frames, dtype=torch.bool), 8, config,
-            item_noise(0, ["a"], steps, num_frames), lambda step, counts=counts: counts.append(int(step.masked.sum())),
-        )  # fmt: skip
+            torch.zeros(1, 1, num_frames, dtype=torch.long),
+            torch.zeros(1, num_frames, dtype=torch.bool),
+            8,
+            config,
+            item_noise(0, ["a"], steps, num_frames),
+            lambda step, counts=counts: counts.append(int(step.masked.sum())),
+        )
         assert counts == wanted, name
     parity("masked frames at each step", f"{len(table)} settings", "the same", "0")

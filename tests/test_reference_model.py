@@ -19,7 +19,9 @@ def data() -> dict[str, torch.Tensor]:
 
 
 def difference(model: Magnet, data: dict[str, torch.Tensor], case: str, stage: int) -> float:
-    """Largest one over all frames and conditions; two of the four rows are null conditions, others padded."""
+    """Largest one over all frames and conditions; two of the four rows are null conditions, others
+    padded.
+    """
     text = as_the_reference_sees(model, data["cond.t5_hidden"], data["cond.mask"])
     return (
         (model(data[f"{case}.tokens"], model.config.stage(stage), text) - data[f"{case}.logits"])
@@ -112,7 +114,9 @@ def test_positions(data, parity):
 
 
 def test_initial_weights_have_the_references_statistics(parity):
-    """At full size: deviation and largest value of every tensor, by the spread that its number of entries allows."""
+    """At full size: deviation and largest value of every tensor, by the spread that its number of
+    entries allows.
+    """
     expected = json.loads((FIXTURES / "full_size" / "magnet_small_init_stats.json").read_text())
     with torch.no_grad():
         theirs = to_theirs(Magnet(MagnetConfig()).state_dict(), correspondence(24, 4))

@@ -21,7 +21,9 @@ PAIRS = correspondence(2, 4)
 
 
 def loss_of(model: Magnet, case: str) -> torch.Tensor:
-    """Of the reference's tokens and masks. It attends to padded frames, which `MagnetModule.stage_loss` does not."""
+    """Of the reference's tokens and masks. It attends to padded frames, which
+    `MagnetModule.stage_loss` does not.
+    """
     data = load_file(FIXTURES / "train" / "step.safetensors")
     stage, codes = int(case.removeprefix("stage")[0]), data[f"{case}.tokens"].long()
     masked, valid = data[f"{case}.stage_mask"].bool(), data[f"{case}.padding_mask"].bool()
@@ -79,7 +81,9 @@ def test_gradients_entry_by_entry(parity):
 
 
 def test_the_optimizer_moves_every_parameter_as_adamw_does():
-    """Weight decay on all, norms and idle heads included; the second update of a warm-up, the first having rate 0."""
+    """Weight decay on all, norms and idle heads included; the second update of a warm-up, the first
+    having rate 0.
+    """
     config = OptimizerConfig(lr=1e-2, warmup_steps=10, schedule="cosine")
     model = reference_model()
     module = MagnetModule(model.config, config)
@@ -142,7 +146,9 @@ def test_d_adaptation_is_the_references():
 
 
 def test_the_average_is_the_references():
-    """audiocraft `optim/ema.py`: count = count * d + 1 and a weight of 1 / count, every 10 updates."""
+    """audiocraft `optim/ema.py`: count = count * d + 1 and a weight of 1 / count, every 10
+    updates.
+    """
     callback = WeightEMA(decay=0.99, every_n_steps=10)
     assert [n for n in range(1, 41) if callback.is_due(n)] == [10, 20, 30, 40]
     weights, ours, theirs, count = (

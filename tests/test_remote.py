@@ -1,6 +1,7 @@
-"""Shards by pattern and from afar: what names what, what is fetched how often, and what goes on when a store does not.
-
-A web server of this machine and one that speaks S3 stand for the stores; gcsfs was tried by hand, against an emulator.
+"""Shards by pattern and from afar: what names what, what is fetched how often, and what goes on
+when a store does not.
+ A web server of this machine and one that speaks S3 stand for the stores; gcsfs was tried by hand,
+against an emulator.
 """
 
 import csv
@@ -52,8 +53,12 @@ CODEC = {"id": "x", "hash": "x", "num_codebooks": 1, "codebook_size": 2, "frame_
 def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Pauses of hundredths of seconds, and a cache of the test's own."""
     for name, value in {
-        "FIRST_PAUSE_S": 0.01, "SHARD_PATIENCE_S": 0.6, "INDEX_PATIENCE_S": 0.6, "STALL_S": 2.0, "MIN_FREE_BYTES": 0,
-    }.items():  # fmt: skip
+        "FIRST_PAUSE_S": 0.01,
+        "SHARD_PATIENCE_S": 0.6,
+        "INDEX_PATIENCE_S": 0.6,
+        "STALL_S": 2.0,
+        "MIN_FREE_BYTES": 0,
+    }.items():
         monkeypatch.setattr(places, name, value)
     monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
     places._warn_once.cache_clear()
@@ -127,7 +132,7 @@ def split(folder: Path, parts: list[list[int]], out: Path) -> list[str]:
     return [str(out / f"part{number}") for number in range(len(parts))]
 
 
-# --- what people write --------------------------------------------------------------------------------------------
+# --- what people write ----------------------------------------------------------------------------
 
 
 def test_patterns_name_folders_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -160,7 +165,9 @@ def test_patterns_name_folders_in_order(tmp_path: Path, monkeypatch: pytest.Monk
 def test_joined_sets_are_one_set_of_the_same_shards(
     data: st.DataObject, codec: str, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ):
-    """However they are dealt out: the same counts, fingerprint, and order of training and validation."""
+    """However they are dealt out: the same counts, fingerprint, and order of training and
+    validation.
+    """
     cuts = sorted(data.draw(st.sets(st.integers(1, len(COUNTS) - 1))))
     borders = [0, *cuts, len(COUNTS)]
     parts = [list(range(a, b)) for a, b in pairwise(borders)]
@@ -186,8 +193,10 @@ def test_joined_sets_are_one_set_of_the_same_shards(
 @settings(max_examples=60)
 @given(
     counts=st.lists(st.integers(0, 7), min_size=1, max_size=12).filter(any),
-    ranks=st.integers(1, 4), workers=st.integers(1, 3), seed=st.integers(0, 9),
-)  # fmt: skip
+    ranks=st.integers(1, 4),
+    workers=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
 def test_an_epoch_of_all_readers_is_every_item_once(
     counts: list[int], ranks: int, workers: int, seed: int
 ):
@@ -212,9 +221,11 @@ def test_an_epoch_of_all_readers_is_every_item_once(
 def test_picked_shards(folder: Path):
     index = ShardSet.open(folder).index
     for text, numbers in (
-        ("shard-{000001..000002}.tar", [1, 2]), ("shard-00000{3,0}.tar", [3, 0]), ("*.tar", [0, 1, 2, 3]),
+        ("shard-{000001..000002}.tar", [1, 2]),
+        ("shard-00000{3,0}.tar", [3, 0]),
+        ("*.tar", [0, 1, 2, 3]),
         ("shard-00000[13].tar", [1, 3]),
-    ):  # fmt: skip
+    ):
         picked = ShardSet.open(f"{folder}/{text}")
         assert picked.counts == [COUNTS[n] for n in numbers]
         assert picked.paths == [folder / index["shards"][n]["name"] for n in numbers]
@@ -257,14 +268,16 @@ def test_items_of_one_key_are_no_validation(codec: str, tmp_path: Path):
     next(iter(TrainingStream(ShardSet.open(sets), 50, 2, 0)))  # training does not mind
 
 
-# --- from afar ----------------------------------------------------------------------------------------------------
+# --- from afar ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_of_a_web_server_are_those_of_the_folder(
     workers: int, server: FaultyServer, folder: Path
 ):
-    """Also in loader processes forked after the first fetch; each is fetched once, by two at a time perhaps twice."""
+    """Also in loader processes forked after the first fetch; each is fetched once, by two at a time
+    perhaps twice.
+    """
     near, far = ShardSet.open(folder), ShardSet.open(f"{server.address}/train")
     assert fingerprint(near.index) == fingerprint(far.index)
     streams = [islice(load(TrainingStream(s, 50, 4, 3), workers), 16) for s in (near, far)]
@@ -326,15 +339,22 @@ def test_what_passes_is_waited_for(
 @pytest.mark.parametrize(
     ("fault", "says", "tries"),
     [
-        ("404", "not there", 1), ("403", "access denied", 1), ("401", "access denied", 1),
-        ("other", "its bytes", 2), ("503", "cannot be reached (503", None), ("reset", "cannot be reached", None),
-        ("cut", "cannot be reached", None), ("hang", "cannot be reached (no answer", None),
+        ("404", "not there", 1),
+        ("403", "access denied", 1),
+        ("401", "access denied", 1),
+        ("other", "its bytes", 2),
+        ("503", "cannot be reached (503", None),
+        ("reset", "cannot be reached", None),
+        ("cut", "cannot be reached", None),
+        ("hang", "cannot be reached (no answer", None),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_pass_is_named(
     fault: str, says: str, tries: int | None, server: FaultyServer, monkeypatch: pytest.MonkeyPatch
 ):
-    """Bounded in time, so that the number of tries varies; a training goes on without, a validation ends."""
+    """Bounded in time, so that the number of tries varies; a training goes on without, a validation
+    ends.
+    """
     if fault == "hang":
         monkeypatch.setattr(places, "STALL_S", 0.5)
     found = ShardSet.open(f"{server.address}/train")
@@ -456,7 +476,7 @@ def test_processes_share_a_cache(server: FaultyServer):
     ) - Counter(["train/index.json"])
 
 
-# --- what is left out ---------------------------------------------------------------------------------------------
+# --- what is left out -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -572,7 +592,9 @@ def test_a_run_from_a_bucket_is_that_from_a_folder(
 def test_a_slow_model_is_no_store_that_fails(
     codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Time and shards in a row are counted from the last batch that was asked for, whatever the model does with it."""
+    """Time and shards in a row are counted from the last batch that was asked for, whatever the
+    model does with it.
+    """
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setattr(pipeline, "MAX_UNREADABLE", 12)
@@ -602,7 +624,7 @@ def test_a_set_without_items_is_refused(tmp_path: Path):
     assert "no shards with items" in refusal(ShardSet.open, tmp_path)
 
 
-# --- by the command -----------------------------------------------------------------------------------------------
+# --- by the command -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -646,15 +668,23 @@ def test_what_goes_wrong_in_a_loader_process_is_one_line(
 
 
 def test_two_ranks_train_on_from_a_server_that_misses_a_shard(data: Path, tmp_path: Path):
-    """With loader processes; one item to validate, so that a rank has none; what is left out is in the log."""
+    """With loader processes; one item to validate, so that a rank has none; what is left out is in
+    the log.
+    """
     store = FaultyServer(data)
     store.always["train/shard-000002.tar"] = "503"  # four items
     options = [
-        "--trainer.devices=2", "--trainer.strategy=ddp_fork", f"--data.train={store.address}/train",
-        f"--data.validation={store.address}/one", "--data.num_workers=2", "--trainer.val_check_interval=4",
-        "--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'run'}", "--trainer.max_steps=12",
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp_fork",
+        f"--data.train={store.address}/train",
+        f"--data.validation={store.address}/one",
+        "--data.num_workers=2",
+        "--trainer.val_check_interval=4",
+        "--trainer.logger=CSVLogger",
+        f"--trainer.logger.save_dir={tmp_path / 'run'}",
+        "--trainer.max_steps=12",
         "--trainer.log_every_n_steps=4",
-    ]  # fmt: skip
+    ]
     write_shards(data / "one", str(data / "codec"), (1,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -697,7 +727,9 @@ def test_mistakes_by_the_command(
 
 
 def test_ranks_that_found_other_checkpoints_are_told(codec: str, folder: Path):
-    """Of two folders of the same name on two nodes, say; under DDP they would train on as two runs."""
+    """Of two folders of the same name on two nodes, say; under DDP they would train on as two
+    runs.
+    """
     found = MagnetDataModule(str(folder), str(folder), codec=codec, crop_s=1.0)
     found.trainer = SimpleNamespace(
         global_rank=1, strategy=SimpleNamespace(broadcast=lambda x: "run/a.ckpt")

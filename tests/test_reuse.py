@@ -1,4 +1,6 @@
-"""Reuse between steps: exact where nothing is old, and exact again where the window hides what is."""
+"""Reuse between steps: exact where nothing is old, and exact again where the window hides what
+is.
+"""
 
 import torch
 
@@ -11,7 +13,9 @@ T, SIZE = 60, 32
 
 def model(context: int = 3, num_layers: int = 2) -> Magnet:
     torch.manual_seed(0)
-    config = MagnetConfig(dim=32, num_heads=2, num_layers=num_layers, codebook_size=SIZE, text_dim=16, context=context)
+    config = MagnetConfig(
+        dim=32, num_heads=2, num_layers=num_layers, codebook_size=SIZE, text_dim=16, context=context
+    )
     return Magnet(config)
 
 
@@ -24,15 +28,23 @@ def asked(stage: int) -> torch.Tensor:
 
 def test_the_first_pass_of_every_stage_is_exact():
     network = model()
-    text = network.encode_text(torch.randn(2, 5, 16), torch.tensor([[True] * 5, [True, True, False, False, False]]))
+    text = network.encode_text(
+        torch.randn(2, 5, 16), torch.tensor([[True] * 5, [True, True, False, False, False]])
+    )
     for memory in (text, None):
         passes = CachedForward(network, memory)
         for stage in range(4):
-            assert torch.allclose(passes(asked(stage), stage), network(asked(stage), network.config.stage(stage), memory), atol=1e-5)
+            assert torch.allclose(
+                passes(asked(stage), stage),
+                network(asked(stage), network.config.stage(stage), memory),
+                atol=1e-5,
+            )
 
 
 def test_frames_whose_surroundings_did_not_change_stay_exact():
-    """Two layers of context 3 see 6 frames: what lies further from the change is as a full pass has it."""
+    """Two layers of context 3 see 6 frames: what lies further from the change is as a full pass has
+    it.
+    """
     network = model()
     passes, codes = CachedForward(network, None), asked(1)
     passes(codes, 1)
@@ -44,13 +56,17 @@ def test_frames_whose_surroundings_did_not_change_stay_exact():
 
 
 def test_without_context_nothing_is_lost():
-    """At a context of 0 a frame depends on its own codes alone, so reuse is exact; with one layer everywhere too."""
+    """At a context of 0 a frame depends on its own codes alone, so reuse is exact; with one layer
+    everywhere too.
+    """
     network = model(context=0)
     passes, codes = CachedForward(network, None), asked(2)
     for step in range(4):
         codes = codes.clone()
         codes[:, 2, step * 10 : step * 10 + 10] = step
-        assert torch.allclose(passes(codes, 2), network(codes, network.config.stage(2), None), atol=1e-5)
+        assert torch.allclose(
+            passes(codes, 2), network(codes, network.config.stage(2), None), atol=1e-5
+        )
 
 
 def test_with_all_frames_visible_old_keys_are_used_and_only_there_it_differs():
@@ -60,14 +76,17 @@ def test_with_all_frames_visible_old_keys_are_used_and_only_there_it_differs():
     after = codes.clone()
     after[:, 0, :20] = 3
     # One layer: keys depend on codes alone, so frames computed anew see nothing old.
-    assert torch.allclose(passes(after, 0), network(after, network.config.stage(0), None), atol=1e-5)
+    assert torch.allclose(
+        passes(after, 0), network(after, network.config.stage(0), None), atol=1e-5
+    )
 
 
 def test_the_option_changes_codes_but_leaves_no_mask(tiny):
     decoding = DecodingConfig(decoding_steps=(4, 3, 3, 3, 3))
     exact = tiny.generate(["a waltz", "two flutes"], decoding=decoding)
     reused = tiny.generate(
-        ["a waltz", "two flutes"], decoding=DecodingConfig(decoding_steps=(4, 3, 3, 3, 3), cache_frames=True)
+        ["a waltz", "two flutes"],
+        decoding=DecodingConfig(decoding_steps=(4, 3, 3, 3, 3), cache_frames=True),
     )
     assert reused.codes.shape == exact.codes.shape
     assert reused.codes.max() < tiny.network.config.codebook_size

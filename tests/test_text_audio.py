@@ -72,7 +72,7 @@ def test_features_of_a_clip_are_means_and_deviations():
 
 def test_padding_and_neighbours_do_not_change_a_sentence():
     alone = sentence_features(Spelling(), ["slow"])  # type: ignore[arg-type]
-    together = sentence_features(Spelling(), ["slow", "a much longer caption", ""])  # type: ignore[arg-type]
+    together = sentence_features(Spelling(), ["slow", "a much longer caption", ""])  # type: ignore
     torch.testing.assert_close(together[:1], alone)
     assert (together[2] == 0).all()
 

@@ -79,7 +79,7 @@ def refusal(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     return str(caught.value)
 
 
-# --- files --------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 FORMATS = {
     "wav": {"subtype": "PCM_16"},
@@ -197,7 +197,7 @@ def test_silent_and_short(run: Callable[..., dict], tmp_path: Path):
     assert all(("0.50 s" if name == "short.wav" else "silent") in reason for name, reason in listed)
 
 
-# --- captions -----------------------------------------------------------------------------------------------------
+# --- captions -------------------------------------------------------------------------------------
 
 
 def test_captions_beside_the_files(run: Callable[..., dict], tmp_path: Path):
@@ -337,11 +337,13 @@ def test_options_out_of_range(option: str, value: Any):
     assert f"--{option} {value}" in refusal(TokenizeOptions, **{option: value})
 
 
-# --- what lies in the shards --------------------------------------------------------------------------------------
+# --- what lies in the shards ----------------------------------------------------------------------
 
 
 def test_crops_cover_the_clip(run: Callable[..., dict], codec: str, tmp_path: Path):
-    """Codes are those of the crop alone, whatever it was encoded with; the last one has its true length."""
+    """Codes are those of the crop alone, whatever it was encoded with; the last one has its true
+    length.
+    """
     write_clip(tmp_path / "in/a.wav", 7.3, seed=1, subtype="FLOAT")
     write_clip(tmp_path / "in/b.wav", 5.0, seed=2, subtype="FLOAT")
     index = run(split="train")
@@ -401,7 +403,8 @@ def test_webdataset_reads_our_shards(run: Callable[..., dict], tmp_path: Path):
 
 
 @pytest.mark.skipif(
-    "not __import__('magnet_train.common.assets').common.assets.demo_path('').joinpath('musicnn').exists()"
+    "not __import__('magnet_train.common.assets').common.assets"
+    ".demo_path('').joinpath('musicnn').exists()"
 )
 def test_references_of_the_original_audio(run: Callable[..., dict], tmp_path: Path):
     from magnet_train.metrics.networks.musicnn import load_musicnn
@@ -426,7 +429,8 @@ def items_with_references(out: Path) -> list[Any]:
 
 
 @pytest.mark.skipif(
-    "not __import__('magnet_train.common.assets').common.assets.demo_path('').joinpath('musicnn').exists()"
+    "not __import__('magnet_train.common.assets').common.assets"
+    ".demo_path('').joinpath('musicnn').exists()"
 )
 def test_references_where_a_crop_is_too_short_for_them(run: Callable[..., dict], tmp_path: Path):
     write_clip(tmp_path / "in/a.wav", 6, rate=16_000)
@@ -456,7 +460,7 @@ def test_the_shipped_clips(tmp_path: Path):
     )
 
 
-# --- reading ahead ------------------------------------------------------------------------------------------------
+# --- reading ahead --------------------------------------------------------------------------------
 
 
 def counted(begun: list[int], threads: set[str], fails_at: int = 1000) -> Iterator[int]:
@@ -503,8 +507,8 @@ def test_a_consumer_that_stops_or_fails_leaves_no_thread():
 
 
 def test_a_process_ends_though_items_are_being_made():
-    code = "from itertools import count; from magnet_train.data.tokenize import prefetch; items = prefetch(count(), 3)"
-    code += "; next(items); raise SystemExit(7)"
+    code = "from itertools import count\nfrom magnet_train.data.tokenize import prefetch\n"
+    code += "items = prefetch(count(), 3); next(items); raise SystemExit(7)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     assert (
         subprocess.run([sys.executable, "-c", code], env=environment, timeout=LONGEST_S).returncode
@@ -543,7 +547,7 @@ def test_stereo_is_averaged_as_numpy_does(tmp_path: Path):
     assert np.array_equal(read_audio(tmp_path / "a.wav", RATE, 1)[0], wav.mean(1))
 
 
-# --- interruptions ------------------------------------------------------------------------------------------------
+# --- interruptions --------------------------------------------------------------------------------
 
 
 def many_clips(folder: Path, number: int = 20) -> Path:
@@ -588,12 +592,14 @@ def undisturbed(
 
 
 def test_killed_at_random_moments(undisturbed: Any, tmp_path: Path):
-    """SIGKILL, again and again in the same folder: nothing lost, nothing twice, not one byte different."""
+    """SIGKILL, again and again in the same folder: nothing lost, nothing twice, not one byte
+    different.
+    """
     source, options, expected, seconds = undisturbed
     rng = np.random.default_rng(int.from_bytes(os.urandom(4)))
     out, killed, seen = tmp_path / "0", 0, set()
-    # How fast the machine is now need not be how fast it was: what ends before its kill begins anew, and is killed
-    # sooner; what is killed before it wrote a shard is killed later.
+    # How fast the machine is now need not be how fast it was: what ends before its kill begins
+    # anew, and is killed sooner; what is killed before it wrote a shard is killed later.
     while killed < 6 or len(seen) < 3:
         process = start(source, out, options)
         time.sleep(float(rng.uniform(0.2, 0.9)) * seconds)
@@ -742,7 +748,9 @@ def tokenize_stopped_in_a_shard(source: Path, out: Path, options: TokenizeOption
 
 @pytest.mark.slow
 def test_killed_on_the_command_line(codec: str, tmp_path: Path):
-    """`python -m magnet_train tokenize` on two processes, killed with both of them after its first shard."""
+    """`python -m magnet_train tokenize` on two processes, killed with both of them after its first
+    shard.
+    """
     many_clips(tmp_path / "in", 60)
     command = [
         sys.executable,
@@ -774,7 +782,7 @@ def test_killed_on_the_command_line(codec: str, tmp_path: Path):
     assert shards(tmp_path / "out") == shards(tmp_path / "alone")
 
 
-# --- found wrong once ---------------------------------------------------------------------------------------------
+# --- found wrong once -----------------------------------------------------------------------------
 
 
 def test_two_captions_for_one_file(run: Callable[..., dict], tmp_path: Path):
@@ -878,8 +886,10 @@ def test_segments_are_clips_of_their_own(run: Callable[..., dict], tmp_path: Pat
     run(manifest(tmp_path / "in", "jsonl", rows), crop_s=4.0)
     found = [item["info"] for item in items(tmp_path / "out")]
     assert [(i["caption"], i["offset_s"], i["duration_s"]) for i in found] == [
-        ("0.0", 0.0, 3.0), ("3.0", 3.0, 3.0), ("6.0", 6.0, 3.0)
-    ]  # fmt: skip
+        ("0.0", 0.0, 3.0),
+        ("3.0", 3.0, 3.0),
+        ("6.0", 6.0, 3.0),
+    ]
 
 
 def test_shards_from_elsewhere_are_not_overwritten(run: Callable[..., dict], tmp_path: Path):

@@ -1,4 +1,6 @@
-"""The fast forms compute what the slow, obvious twin computes: logits, gradients, and every decoded code."""
+"""The fast forms compute what the slow, obvious twin computes: logits, gradients, and every decoded
+code.
+"""
 
 import json
 
@@ -75,7 +77,8 @@ def test_decoded_codes(model, arrangement):
     states, tokens = text(3)
     config = DecodingConfig(decoding_steps=(4, 3, 2, 2), span_arrangement=arrangement)
     noise = item_noise(0, ["a", "b", "c"], 11, T)
-    # Under rotary positions frames are alike while all are masked, and rounding breaks the ties: a few are given.
+    # Under rotary positions frames are alike while all are masked, and rounding breaks the ties: a
+    # few are given.
     codes = torch.randint(SIZE, (3, 4, T))
     fixed = torch.rand(3, T) < 0.1
     memory = model.encode_text(states, tokens)
@@ -138,7 +141,9 @@ def test_the_lines_of_a_gpu_come_out_on_a_cpu_too(monkeypatch):
     from magnet_train.checks.bench import gpu
     from magnet_train.checks.measure import BenchOptions
 
-    forward = lambda function, **_: torch._dynamo.optimize("aot_eager", nopython=True)(function)  # noqa: E731
+    def forward(function, **_):
+        return torch._dynamo.optimize("aot_eager", nopython=True)(function)
+
     monkeypatch.setattr(torch, "compile", forward)
     monkeypatch.setattr(
         Magnet, "compile_blocks", lambda self: [b.compile(backend="aot_eager") for b in self.blocks]

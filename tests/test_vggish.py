@@ -1,4 +1,6 @@
-"""VGGish: two front ends against independent numbers, the network against torchvggish's, the anchor with weights."""
+"""VGGish: two front ends against independent numbers, the network against torchvggish's, the anchor
+with weights.
+"""
 
 import json
 from pathlib import Path
@@ -62,7 +64,7 @@ def network() -> Vggish:
     return network.eval().requires_grad_(False)
 
 
-# --- front ends ---------------------------------------------------------------------------------------------------
+# --- front ends -----------------------------------------------------------------------------------
 
 
 def near(found: Tensor, expected: Tensor) -> None:
@@ -94,7 +96,9 @@ def test_windows_of_a_clip(google: Vggish, torchvggish: Vggish, case: dict):
 
 
 def test_each_clip_is_heard_at_its_own_peak(google: Vggish, torchvggish: Vggish):
-    """As audiocraft writes it, in 16 bits at -1 dBFS, and Google's code reads it: at a positive peak of one."""
+    """As audiocraft writes it, in 16 bits at -1 dBFS, and Google's code reads it: at a positive
+    peak of one.
+    """
     wav = wave(32_000, 16_000)
     level = google.level(wav)
     assert level.abs().max() == round(10 ** (-1 / 20) * 32768)
@@ -130,7 +134,7 @@ def test_a_tone_survives_resampling():
     assert len(spectrum) == 8001 and spectrum.argmax() == 440
 
 
-# --- network ------------------------------------------------------------------------------------------------------
+# --- network --------------------------------------------------------------------------------------
 
 
 def test_parameters_and_names_are_the_releases(google: Vggish):
@@ -153,7 +157,9 @@ def test_parameters_and_names_are_the_releases(google: Vggish):
 
 
 def test_the_network_is_torchvggishs(network: Vggish, given: dict[str, Tensor]):
-    """Its own class gave these numbers at the same weights, its last activation taken off: some are negative."""
+    """Its own class gave these numbers at the same weights, its last activation taken off: some are
+    negative.
+    """
     expected = torch.tensor(GOLD["vggish"]["embedding_0"])
     assert expected.min() < 0
     torch.testing.assert_close(
@@ -201,11 +207,12 @@ def test_missing_and_other_weights_are_named(tmp_path: Path, monkeypatch: pytest
         load_vggish(str(other))
 
 
-# --- with the published weights -----------------------------------------------------------------------------------
+# --- with the published weights -------------------------------------------------------------------
 
 
 def sines(count: int, noise: float) -> list[Tensor]:
-    """Google's test clips (gen_test_files.py): 6 s of a sine at `count` frequencies from 100 to 1000 Hz, with noise.
+    """Google's test clips (gen_test_files.py): 6 s of a sine at `count` frequencies from 100 to
+    1000 Hz, with noise.
 
     What exceeds 16 bits wraps around, as it does there: the noise is heard by these clicks.
     """

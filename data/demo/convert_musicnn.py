@@ -2,10 +2,10 @@
 
     pip download --no-deps musicnn==0.1.0
     python data/demo/convert_musicnn.py musicnn-0.1.0-py3-none-any.whl
-
-The wheel holds a TensorFlow checkpoint: an index (a LevelDB table of protocol buffers) that says where in the data
-file each tensor lies. Both formats are simple enough to read here; nothing in them is executed. Adam's slots, two
-thirds of the file, stay behind; each batch normalisation becomes a scale and a shift.
+ The wheel holds a TensorFlow checkpoint: an index (a LevelDB table of protocol buffers) that says
+where in the data file each tensor lies. Both formats are simple enough to read here; nothing in
+them is executed. Adam's slots, two thirds of the file, stay behind; each batch normalisation
+becomes a scale and a shift.
 """
 
 import argparse
@@ -23,11 +23,16 @@ FOLDER = "musicnn/MTT_musicnn/"
 BATCH_NORM_EPSILON = 1e-3  # TensorFlow's default
 # Our layer: number of its convolution or dense layer, number of the batch normalisation behind it.
 LAYERS = {
-    "timbral.0": ("conv2d", 1), "timbral.1": ("conv2d_1", 2),
-    "temporal.0": ("conv2d_2", 3), "temporal.1": ("conv2d_3", 4), "temporal.2": ("conv2d_4", 5),
-    "middle.0": ("conv2d_5", 6), "middle.1": ("conv2d_6", 7), "middle.2": ("conv2d_7", 8),
+    "timbral.0": ("conv2d", 1),
+    "timbral.1": ("conv2d_1", 2),
+    "temporal.0": ("conv2d_2", 3),
+    "temporal.1": ("conv2d_3", 4),
+    "temporal.2": ("conv2d_4", 5),
+    "middle.0": ("conv2d_5", 6),
+    "middle.1": ("conv2d_6", 7),
+    "middle.2": ("conv2d_7", 8),
     "penultimate": ("dense", 10),
-}  # fmt: skip
+}
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
@@ -42,7 +47,9 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def table_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of one block of a LevelDB table; a key shares its beginning with the one before."""
+    """Keys and values of one block of a LevelDB table; a key shares its beginning with the one
+    before.
+    """
     if data[offset + size] != 0:
         raise ValueError("compressed block; musicnn's are not")
     block = data[offset : offset + size]
@@ -59,7 +66,9 @@ def table_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, by
 
 
 def message(data: bytes) -> dict[int, list]:
-    """Field numbers to values of a protocol buffer: varints as int, strings and messages as bytes."""
+    """Field numbers to values of a protocol buffer: varints as int, strings and messages as
+    bytes.
+    """
     fields: dict[int, list] = {}
     at = 0
     while at < len(data):

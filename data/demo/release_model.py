@@ -1,6 +1,7 @@
-"""Puts a trained run into `data/demo/magnet`, the release that ships: config, weights in half precision, card.
-
-python data/demo/release_model.py --checkpoint runs/demo_shipped --metrics metrics.json --trained "…"
+"""Puts a trained run into `data/demo/magnet`, the release that ships: config, weights in half
+precision, card.
+ python data/demo/release_model.py --checkpoint runs/demo_shipped --metrics metrics.json --trained
+"…"
 """
 
 import argparse
@@ -22,41 +23,54 @@ tags: [magnet, arxiv:2401.04577]
 
 {parameters:.1f} M parameters, {crop_s:g}-second clips at 16 kHz. It plays at once:
 
-    python -m magnet_train generate --prompt "a slow chorale for string quartet in G minor" --out generated
+    python -m magnet_train generate --prompt "a slow chorale for string quartet" --out generated
 
-It shows that the whole way works on two CPU cores. `audio/` has twelve of its clips beside the real ones.
+It shows that the whole way works on two CPU cores. `audio/` has twelve of its clips beside the real
+ones.
 
-**Trained on** 40 hours of music rendered from public-domain scores (data/demo/README.md), on nothing else.
+**Trained on** 40 hours of music rendered from public-domain scores (data/demo/README.md), on
+nothing else.
 {trained}
 Configuration: conf/demo.yaml with conf/demo_shipped.yaml. Decoding: {decoding}
 
-**Measured** on {clips} test captions ({different} different), one 10-second clip each, against the original clips
-(`data/demo/evaluate_model.py`):
+**Measured** on {clips} test captions ({different} different), one 10-second clip each, against the
+original clips (`data/demo/evaluate_model.py`):
 
-| | FAD (musicnn) ↓ | KL (musicnn tags) ↓ | text-audio ↑ | true minus shuffled captions, 95 % interval |
+| | FAD (musicnn) ↓ | KL (musicnn tags) ↓ | text-audio ↑ | true minus shuffled, 95 % interval |
 |---|---|---|---|---|
 {rows}
 
 {music}
 
-"codec" is the codec's reconstruction of the real clips, the best that any model on these codes could do; "unigram" are
-codes drawn from each codebook's own frequencies, what no model at all would do. The text-audio scorer was trained on
-original audio of the training split only. None of these figures is comparable with published FAD, KL or CLAP: another
-network listens.
+"codec" is the codec's reconstruction of the real clips, the best that any model on these codes
+could do; "unigram" are codes drawn from each codebook's own frequencies, what no model at all would
+do. The text-audio scorer was trained on original audio of the training split only. None of these
+figures is comparable with published FAD, KL or CLAP: another network listens.
 
-**What is wrong with it**: {faults} Eight prompts beside codec reconstructions of the real clips: `spectrograms.jpg`.
+**What is wrong with it**: {faults} Eight prompts beside codec reconstructions of the real clips:
+`spectrograms.jpg`.
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, help="Run folder or checkpoint.")
-    parser.add_argument("--metrics", type=Path, help="JSON that evaluate_model.py wrote; the card quotes it.")
-    parser.add_argument("--music", type=Path, help="Markdown with the music figures; the card quotes it.")
+    parser.add_argument(
+        "--metrics", type=Path, help="JSON that evaluate_model.py wrote; the card quotes it."
+    )
+    parser.add_argument(
+        "--music", type=Path, help="Markdown with the music figures; the card quotes it."
+    )
     parser.add_argument("--trained", default="", help="A sentence on steps, time and machine.")
     parser.add_argument("--faults", default="", help="What listening and looking showed.")
-    parser.add_argument("--decoding", type=json.loads, default={}, help="JSON of decoding settings to ship.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "magnet", help="Folder of the release.")
+    parser.add_argument(
+        "--decoding", type=json.loads, default={}, help="JSON of decoding settings to ship."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "magnet", help="Folder of the release."
+    )
     args = parser.parse_args()
     generator = load(args.checkpoint)
     demo_codec = load_codec("demo")
@@ -74,7 +88,8 @@ def main() -> None:
         for name in ("model", "codec", "unigram"):
             r = report[name]
             low, high = r["interval_95"]
-            rows += f"| {name} | {r['fad_musicnn']:.1f} | {r['kl_musicnn_tags']:.3f} | {r['text_audio']:.3f} | "
+            rows += f"| {name} | {r['fad_musicnn']:.1f} | {r['kl_musicnn_tags']:.3f} "
+            rows += f"| {r['text_audio']:.3f} | "
             rows += f"{r['text_audio_true_minus_shuffled']:.3f} [{low:.3f}, {high:.3f}] |\n"
     fresh = args.out.with_name(f"{args.out.name}.new")
     generator.save(
@@ -95,7 +110,8 @@ def main() -> None:
     for file in fresh.iterdir():
         file.replace(args.out / file.name)
     fresh.rmdir()
-    print(f"{args.out}: {sum(f.stat().st_size for f in args.out.iterdir() if f.is_file()) / 1e6:.1f} MB")
+    size = sum(f.stat().st_size for f in args.out.iterdir() if f.is_file())
+    print(f"{args.out}: {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Trains the demo's text-audio scorer on original audio and captions of the training split, and on nothing else.
+"""Trains the demo's text-audio scorer on original audio and captions of the training split, and on
+nothing else.
 
     python data/demo/train_text_audio.py --audio AUDIO --cache AUDIO/features
-
-Contrastive, as CLIP: in a batch each clip must find its caption and each caption its clip. Validation stops it.
+ Contrastive, as CLIP: in a batch each clip must find its caption and each caption its clip.
+Validation stops it.
 """
 
 import argparse
@@ -24,7 +25,9 @@ from magnet_train.metrics.networks.text_audio import TextAudioHead, clip_feature
 
 
 def features_of(folder: Path, cache: Path, limit: int | None) -> tuple[Tensor, list[dict]]:
-    """Features of a random 10 s of each file (the length that the demo generates), and the files' facts."""
+    """Features of a random 10 s of each file (the length that the demo generates), and the files'
+    facts.
+    """
     musicnn = load_musicnn()
     rows, facts = [], []
     files = sorted(folder.glob("*.flac"), key=lambda p: hashlib.sha256(p.stem.encode()).digest())[
@@ -45,7 +48,9 @@ def features_of(folder: Path, cache: Path, limit: int | None) -> tuple[Tensor, l
 
 @torch.no_grad()
 def retrieval(head: TextAudioHead, audio: Tensor, text: Tensor) -> dict[str, float]:
-    """Rank of the right caption for each clip among all of the split; equal captions count as right."""
+    """Rank of the right caption for each clip among all of the split; equal captions count as
+    right.
+    """
     head.eval()
     similarities = head.embed_audio(audio) @ head.embed_text(text).T
     rank = (similarities > similarities.diagonal()[:, None] + 1e-6).sum(1)

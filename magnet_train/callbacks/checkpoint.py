@@ -84,7 +84,9 @@ class RunCheckpoint(Checkpoint):
 
     @best_model_path.setter
     def best_model_path(self, path: str) -> None:
-        """Lightning's launchers of several processes set it in the parent, which knows no scores."""
+        """Lightning's launchers of several processes set it in the parent, which knows no
+        scores.
+        """
 
     @property
     def state_key(self) -> str:
@@ -112,7 +114,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        if trainer.fast_dev_run or trainer.global_step == self._saved_step:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or trainer.global_step == self._saved_step:  # type: ignore
             return
         if self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0:
             if self.monitor is None:
@@ -131,7 +133,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Without a validation nothing has been saved at the last step."""
-        if trainer.global_step != self._saved_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.global_step != self._saved_step and not trainer.fast_dev_run:  # type: ignore
             self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:

@@ -57,7 +57,7 @@ class GenerationCallback(Callback):
         self,
         num_prompts: int = 32,
         batch_size: int = 4,
-        decoding: DecodingConfig = DecodingConfig(),  # noqa: B008  frozen
+        decoding: DecodingConfig = DecodingConfig(),
         num_media: int = 8,
         at_start: bool = True,
         baselines: bool = True,
@@ -539,7 +539,8 @@ class GenerationCallback(Callback):
     @staticmethod
     def _shards(trainer: L.Trainer) -> ShardSet:
         """Shards of the split in use."""
-        return trainer.datamodule.shards("test" if trainer.testing else "validation")  # type: ignore[attr-defined]
+        split = "test" if trainer.testing else "validation"
+        return trainer.datamodule.shards(split)  # type: ignore
 
 
 def chosen_items(counts: list[int], num_prompts: int) -> dict[int, int]:

@@ -90,7 +90,7 @@ class Throughput(Callback):
             self.frames += self._open_frames
             self._open_frames = 0
             self._step = step
-        if step != self._logged_step and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if step != self._logged_step and step % trainer.log_every_n_steps == 0:  # type: ignore
             self._log(trainer, pl_module, batch["valid"].shape[1])
 
     def _count(self, batch: Any, world_size: int) -> None:

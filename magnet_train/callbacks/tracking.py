@@ -127,7 +127,8 @@ class Tracking(Callback):
             logger.log_metrics(values, self._unwritten_row["step"])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        generation = next((c for c in trainer.callbacks if isinstance(c, GenerationCallback)), None)  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore
+        generation = next((c for c in callbacks if isinstance(c, GenerationCallback)), None)
         if (
             generation is None
             or not generation.audio

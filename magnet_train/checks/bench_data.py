@@ -209,7 +209,7 @@ def _webdataset(folder: Path) -> DataLoader:
         }
 
     paths = sorted(map(str, folder.glob("*.tar")))
-    stream: Any = webdataset.WebDataset(paths, shardshuffle=len(paths))  # type: ignore[attr-defined]
+    stream: Any = webdataset.WebDataset(paths, shardshuffle=len(paths))  # type: ignore
     stream = (
         stream.shuffle(1000)
         .decode()

@@ -125,16 +125,16 @@ def estimate_run(plan: "Plan") -> Estimate:
 
 def _memory(plan: "Plan", speed: Speed) -> cost.Memory:
     encoder = plan.text_encoder
+    precision = plan.config.trainer.precision
+    activations = cost.activation_bytes(plan.network, plan.batch[0], plan.num_frames, precision)
     return cost.memory(
         plan.network,
-        plan.batch[0],
-        plan.num_frames,
-        plan.config.trainer.precision,
+        precision,
         plan.optimizer.name,
+        speed.memory_factor * activations,
         plan.devices.ranks,
         plan.is_sharded,
         frozen=0.0 if encoder is None else sum(p.numel() * 4.0 for p in encoder.parameters()),
-        factor=speed.memory_factor,
     )
 
 

@@ -43,7 +43,7 @@ def _fit_module() -> Any:
 
 def options_from(kind: type[T], config: Any) -> T:
     """An options dataclass from the parsed values of the same names."""
-    return kind(**{field.name: config[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+    return kind(**{field.name: config[field.name] for field in fields(kind)})  # type: ignore
 
 
 def tokenize_verb(args: list[str]) -> None:

@@ -132,7 +132,7 @@ class OneLineErrors(ArgumentParser):
         )
         return [option.lstrip("-") for option in options]
 
-    def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Namespace:  # type: ignore[override]
+    def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Any:
         """Parse the options; dashes in their names count as underscores.
 
         Raises:

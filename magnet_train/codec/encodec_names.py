@@ -1,6 +1,7 @@
-"""EnCodec's weights between the names of audiocraft and the `encodec` package, which agree, and transformers'.
-
-The three classes compute the same to the bit from the same weights, if padding mode and shortcuts are set alike.
+"""EnCodec's weights between the names of audiocraft and the `encodec` package, which agree, and
+transformers'.
+ The three classes compute the same to the bit from the same weights, if padding mode and shortcuts
+are set alike.
 """
 
 import math
@@ -13,17 +14,25 @@ from torch import Tensor
 from magnet_train.common.errors import UserError
 
 PACKAGE_URL = "https://dl.fbaipublicfiles.com/encodec/v0/"
-"""Where the `encodec` package (MIT; weights MIT) has its models, named by the first hex digits of their SHA-256."""
+"""Where the `encodec` package (MIT; weights MIT) has its models, named by the first hex digits of
+their SHA-256.
+"""
 PACKAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "encodec_24khz": ("encodec_24khz-d7cc33bc.th", {}),  # transformers' own defaults
     "encodec_48khz": (
         "encodec_48khz-7e698e3e.th",
         {
-            "sampling_rate": 48_000, "audio_channels": 2, "use_causal_conv": False, "norm_type": "time_group_norm",
-            "normalize": True, "chunk_length_s": 1.0, "overlap": 0.01, "target_bandwidths": [3.0, 6.0, 12.0, 24.0],
+            "sampling_rate": 48_000,
+            "audio_channels": 2,
+            "use_causal_conv": False,
+            "norm_type": "time_group_norm",
+            "normalize": True,
+            "chunk_length_s": 1.0,
+            "overlap": 0.01,
+            "target_bandwidths": [3.0, 6.0, 12.0, 24.0],
         },
     ),
-}  # fmt: skip
+}
 """The package's models: file, and what differs from transformers' default configuration."""
 
 _TO_TRANSFORMERS = [
@@ -49,9 +58,11 @@ def to_transformers(name: str) -> str:
 
 
 def to_audiocraft(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """A state dict of transformers' EncodecModel under audiocraft's names; `config` is its EncodecConfig."""
-    # In the decoder every upsampling is a transposed convolution: behind the first two layers (convolution, LSTM)
-    # each ratio has an activation, the upsampling, and its residual blocks.
+    """A state dict of transformers' EncodecModel under audiocraft's names; `config` is its
+    EncodecConfig.
+    """
+    # In the decoder every upsampling is a transposed convolution: behind the first two layers
+    # (convolution, LSTM) each ratio has an activation, the upsampling, and its residual blocks.
     per_ratio = 2 + config.num_residual_layers
     transposed = {
         f"decoder.layers.{3 + i * per_ratio}" for i in range(len(config.upsampling_ratios))
@@ -73,7 +84,8 @@ def to_audiocraft(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]
 
 
 def transformers_config(audiocraft: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Arguments of transformers' EncodecConfig for a compression model of audiocraft, whose configuration is given.
+    """Arguments of transformers' EncodecConfig for a compression model of audiocraft, whose
+    configuration is given.
 
     Args:
         audiocraft: flat, `seanet.ratios` and so on.
@@ -83,22 +95,28 @@ def transformers_config(audiocraft: Mapping[str, Any], where: str) -> dict[str, 
         UserError: for what transformers' class cannot compute.
     """
     wanted = {
-        "compression_model": "encodec", "encodec.autoencoder": "seanet", "encodec.quantizer": "rvq",
-        "encodec.renormalize": False, "seanet.activation": "ELU", "seanet.disable_norm_outer_blocks": 0,
+        "compression_model": "encodec",
+        "encodec.autoencoder": "seanet",
+        "encodec.quantizer": "rvq",
+        "encodec.renormalize": False,
+        "seanet.activation": "ELU",
+        "seanet.disable_norm_outer_blocks": 0,
         "seanet.decoder.final_activation": None,
-    }  # fmt: skip
+    }
     for key, value in wanted.items():
         if audiocraft.get(key, value) != value:
             raise UserError(
-                f"{where}: {key}={audiocraft[key]!r}; only codecs with {key}={value!r} are supported"
+                f"{where}: {key}={audiocraft[key]!r}; only codecs with {value!r} are supported"
             )
     if audiocraft.get("seanet.pad_mode") not in ("constant", "reflect", "replicate"):
         raise UserError(
-            f"{where}: seanet.pad_mode={audiocraft.get('seanet.pad_mode')!r} is no padding; download it again"
+            f"{where}: seanet.pad_mode={audiocraft.get('seanet.pad_mode')!r} is no padding; "
+            "download it again"
         )
     if audiocraft.get("seanet.norm") not in ("weight_norm", "time_group_norm"):
         raise UserError(
-            f"{where}: seanet.norm={audiocraft.get('seanet.norm')!r}; only weight_norm and time_group_norm"
+            f"{where}: seanet.norm={audiocraft.get('seanet.norm')!r}; "
+            "only weight_norm and time_group_norm"
         )
     try:
         rate, ratios = int(audiocraft["sample_rate"]), [int(r) for r in audiocraft["seanet.ratios"]]
@@ -112,7 +130,8 @@ def transformers_config(audiocraft: Mapping[str, Any], where: str) -> dict[str, 
         return {
             "sampling_rate": rate,
             "audio_channels": int(audiocraft["channels"]),
-            # In kbit/s. transformers finds the number of codebooks by a division of floats that it rounds down.
+            # In kbit/s. transformers finds the number of codebooks by a division of floats that it
+            # rounds down.
             "target_bandwidths": [bits_per_s / 1000 + 1e-6],
             "codebook_size": int(audiocraft["rvq.bins"]),
             "codebook_dim": dimension,
@@ -142,32 +161,57 @@ def transformers_config(audiocraft: Mapping[str, Any], where: str) -> dict[str, 
 
 
 def audiocraft_config(config: Any) -> dict[str, Any]:
-    """The inverse of `transformers_config`, nested as audiocraft has it; `config` is an EncodecConfig."""
+    """The inverse of `transformers_config`, nested as audiocraft has it; `config` is an
+    EncodecConfig.
+    """
     return {
         "compression_model": "encodec",
         "sample_rate": config.sampling_rate,
         "channels": config.audio_channels,
         "encodec": {
-            "autoencoder": "seanet", "quantizer": "rvq", "sample_rate": "${sample_rate}", "channels": "${channels}",
-            "causal": config.use_causal_conv, "renormalize": config.normalize,
+            "autoencoder": "seanet",
+            "quantizer": "rvq",
+            "sample_rate": "${sample_rate}",
+            "channels": "${channels}",
+            "causal": config.use_causal_conv,
+            "renormalize": config.normalize,
         },
         "seanet": {
-            "dimension": config.hidden_size, "channels": "${channels}", "causal": "${encodec.causal}",
-            "n_filters": config.num_filters, "n_residual_layers": config.num_residual_layers,
-            "ratios": list(config.upsampling_ratios), "activation": "ELU", "activation_params": {"alpha": 1.0},
-            "norm": config.norm_type, "norm_params": {}, "kernel_size": config.kernel_size,
-            "residual_kernel_size": config.residual_kernel_size, "last_kernel_size": config.last_kernel_size,
-            "dilation_base": config.dilation_growth_rate, "pad_mode": config.pad_mode,
-            "true_skip": not config.use_conv_shortcut, "compress": config.compress, "lstm": config.num_lstm_layers,
-            "disable_norm_outer_blocks": 0, "encoder": {},
+            "dimension": config.hidden_size,
+            "channels": "${channels}",
+            "causal": "${encodec.causal}",
+            "n_filters": config.num_filters,
+            "n_residual_layers": config.num_residual_layers,
+            "ratios": list(config.upsampling_ratios),
+            "activation": "ELU",
+            "activation_params": {"alpha": 1.0},
+            "norm": config.norm_type,
+            "norm_params": {},
+            "kernel_size": config.kernel_size,
+            "residual_kernel_size": config.residual_kernel_size,
+            "last_kernel_size": config.last_kernel_size,
+            "dilation_base": config.dilation_growth_rate,
+            "pad_mode": config.pad_mode,
+            "true_skip": not config.use_conv_shortcut,
+            "compress": config.compress,
+            "lstm": config.num_lstm_layers,
+            "disable_norm_outer_blocks": 0,
+            "encoder": {},
             "decoder": {
-                "trim_right_ratio": config.trim_right_ratio, "final_activation": None,
+                "trim_right_ratio": config.trim_right_ratio,
+                "final_activation": None,
                 "final_activation_params": None,
             },
         },
         "rvq": {
-            "n_q": config.num_quantizers, "q_dropout": False, "bins": config.codebook_size, "decay": 0.99,
-            "kmeans_init": True, "kmeans_iters": 50, "threshold_ema_dead_code": 2, "orthogonal_reg_weight": 0.0,
+            "n_q": config.num_quantizers,
+            "q_dropout": False,
+            "bins": config.codebook_size,
+            "decay": 0.99,
+            "kmeans_init": True,
+            "kmeans_iters": 50,
+            "threshold_ema_dead_code": 2,
+            "orthogonal_reg_weight": 0.0,
             "orthogonal_reg_active_codes_only": False,
         },
-    }  # fmt: skip
+    }

@@ -18,8 +18,8 @@ def demo_path(name: str = "") -> Path:
         if (root / name).exists():
             return root / name
     raise UserError(
-        f"the embedded demo has no {name or 'folder'!r}: reinstall magnet-train, or run from a full "
-        "checkout"
+        f"the embedded demo has no {name or 'folder'!r}: reinstall magnet-train, "
+        "or run from a full checkout"
     )
 
 

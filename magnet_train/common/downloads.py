@@ -94,7 +94,8 @@ PASST_20S = Weights(
 )
 CLAP_MUSIC = Weights(
     name="CLAP for music",
-    url="https://huggingface.co/lukewys/laion_clap/resolve/main/music_audioset_epoch_15_esc_90.14.pt",
+    url="https://huggingface.co/lukewys/laion_clap/resolve/main/"
+    "music_audioset_epoch_15_esc_90.14.pt",
     size=2_350_000_000,
     licence="CC0-1.0",
     sha256="fae3e9c087f2909c28a09dc31c8dfcdacbc42ba44c70e972b58c1bd1caf6dedd",

@@ -19,7 +19,7 @@ def per_codebook(name: str, numbers: Sequence[Number], num_codebooks: int) -> tu
     """
     if not 1 <= len(numbers) <= num_codebooks:
         raise UserError(
-            f"{name}={list(numbers)} has {len(numbers)} numbers for {num_codebooks} codebooks: give 1 "
-            f"to {num_codebooks}, of which the last holds for all further codebooks"
+            f"{name}={list(numbers)} has {len(numbers)} numbers for {num_codebooks} codebooks: "
+            f"give 1 to {num_codebooks}, of which the last holds for all further codebooks"
         )
     return (*numbers, *[numbers[-1]] * (num_codebooks - len(numbers)))

@@ -95,14 +95,14 @@ def check_codec(found: ShardSet, codec: CodecFacts) -> None:
 class MagnetDataModule(L.LightningDataModule):
     """Train, validation and test shards as loaders that deal out items to ranks themselves."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  each is an option of the command line
         self,
         train: list[str] | str | None = None,
         validation: list[str] | str | None = None,
         test: list[str] | str | None = None,
         batch_size: int = 8,
         global_batch_size: int | None = None,
-        augmentation: CaptionAugmentation = CaptionAugmentation(),  # noqa: B008  frozen
+        augmentation: CaptionAugmentation = CaptionAugmentation(),
         num_workers: int | None = None,
         crop_s: float = 10.0,
         crop_schedule: list[tuple[float, int]] | None = None,
@@ -158,7 +158,7 @@ class MagnetDataModule(L.LightningDataModule):
             (min(float(length), crop_s), int(steps)) for length, steps in crop_schedule or []
         ]
         for length, steps in self.crop_schedule:
-            if not 0 < length or steps < 1:
+            if length <= 0 or steps < 1:
                 raise UserError(
                     f"data: crop_schedule=[{length}, {steps}]: the length must be above 0 seconds, "
                     "and the number of steps at least 1"

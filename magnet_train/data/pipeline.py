@@ -420,7 +420,7 @@ class TrainingStream(IterableDataset):
     world_size: int = 1
     start_batch: int = 0
     """Batches of this rank that are already done."""
-    augmentation: CaptionAugmentation = CaptionAugmentation()  # noqa: RUF009  frozen
+    augmentation: CaptionAugmentation = CaptionAugmentation()
     shorter: Sequence[CropPhase] = ()
     """Phases of shorter crops that come first."""
 

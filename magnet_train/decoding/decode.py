@@ -56,8 +56,8 @@ class DecodingConfig:
     """How codes are decoded. The defaults are those of the published 10-second music models."""
 
     decoding_steps: tuple[int, ...] = (20, 10, 10, 10)
-    """Passes through the network for each stage, stage 0 first; the last number holds for all further
-    stages.
+    """Passes through the network for each stage, stage 0 first; the last number holds for all
+    further stages.
     """
     temperature: float = 3.0
     """Softmax temperature at the first step of a stage; annealed to 0 unless anneal_temperature is

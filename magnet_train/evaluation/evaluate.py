@@ -557,4 +557,5 @@ def _folder_name(
         sort_keys=True,
         default=str,
     )
-    return f"{Path(str(options.checkpoint)).stem}_seed{options.seed}_{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+    settings_hash = hashlib.sha256(what.encode()).hexdigest()[:8]
+    return f"{Path(str(options.checkpoint)).stem}_seed{options.seed}_{settings_hash}"

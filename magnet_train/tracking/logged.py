@@ -1,7 +1,6 @@
 """Every logged name: its meaning, which direction is better, and its place on the dashboard.
-
-The axes in W&B, the workspace of `dashboard` and docs/metrics.md are made from this list, and a test
-compares it with what `fit` logs. To log something new, add a line.
+ The axes in W&B, the workspace of `dashboard` and docs/metrics.md are made from this list, and a
+test compares it with what `fit` logs. To log something new, add a line.
 """
 
 import re
