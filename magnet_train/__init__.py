@@ -14,13 +14,14 @@ __version__ = "0.1.0"
 
 
 def load(path: str = "demo", device: str = "cpu") -> "Generator":
-    """Loads a model from a release folder, a hub id, a checkpoint or a run folder; "demo" ships.
+    """Load a model from a release folder, hub id, checkpoint or run folder; "demo" is bundled.
 
-    Its `generate(prompts, seed=…, duration_s=…)` gives codes, audio and the order of unmasking.
+    Its `generate(prompts, seed=…, duration_s=…)` returns codes, audio and the order of unmasking.
 
     Raises:
-        magnet_train.common.errors.UserError: if nothing usable is there; it names the file.
+        magnet_train.common.errors.UserError: if there is no usable model; the message names the
+            file.
     """
-    from magnet_train.generator import load  # deferred: `--help` must not wait for torch
+    from magnet_train.generator import load  # deferred: importing torch would slow `--help`
 
     return load(path, device)

@@ -6,16 +6,16 @@ import traceback
 from typing import Any
 
 VERBS = {
-    "fit": "train; without options the embedded demo",
+    "fit": "train; without options, train the demo",
     "validate": "compute the validation metrics of a checkpoint",
     "test": "compute the same metrics on the test split",
     "predict": "generate audio for every caption of a split",
-    "tokenize": "turn a folder of audio and captions into code shards",
+    "tokenize": "encode audio with captions into code shards",
     "generate": "generate audio files from prompts",
     "evaluate": "score folders of audio, or a model, against a reference",
     "convert": "convert audiocraft models to releases and back, and checkpoints to releases",
     "sweep": "run an ablation file without a W&B server, locally or as a SLURM array",
-    "doctor": "check whether a run of fit would start and last; takes the options of fit",
+    "doctor": "check whether fit with the same options would start and keep running",
     "dashboard": "create a W&B workspace with panels for all logged metrics",
     "bench": "measure time and memory of attention, training and decoding",
 }
@@ -30,7 +30,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 1 failed, 2 the user's mistake."""
+    """Run one verb; returns the exit status: 0 = done, 1 = failed, 2 = user error."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())

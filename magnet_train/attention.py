@@ -1,14 +1,14 @@
 """Attention: over all frames, over a window of frames, and over text.
 
 Shapes: b examples, h heads, t frames (queries), s text tokens, d width of a head, n blocks, q
-    queries of a
-block, w keys that a block may see. `allowed` is bool, True = may be attended.
- Why the window is fast: a dense mask computes T² scores to keep 2 * context + 1 of each row. Here
-queries lie in blocks of 32, and each block meets its own keys and `context` more on either side: 42
-instead of 1500 at a context of 5. So time and memory grow with T. Neighbours come by slicing, whose
-gradient is a plain addition (that of `unfold` would scatter), the mask of the blocks is made once
-for all layers, and only queries, keys and values are kept for the backward pass.
-`twin.dense_attention` is the slow, obvious form.
+queries of a block, w keys visible to a block. `allowed` is bool, True = may be attended.
+
+A dense mask computes T² scores to keep 2 * context + 1 of each row. Here queries are grouped in
+blocks of 32, and each block attends to its own keys and `context` more on each side: 42 instead of
+1500 keys at a context of 5, so time and memory are linear in T. Neighbouring blocks are taken by
+slicing, whose gradient is a plain addition (that of `unfold` scatters). The mask of the blocks is
+shared by all layers, and only queries, keys and values are kept for the backward pass.
+`dense.dense_attention` is the reference implementation.
 """
 
 import math
@@ -30,34 +30,29 @@ SCORES_PER_PIECE = 2**20
 
 
 def dense_window(num_frames: int, context: int, valid: Tensor | None = None, device=None) -> Tensor:
-    """The window as a mask over all pairs: bool `t t`, or `b 1 t t` with `valid` (`b t`, False =
-    padding).
-    """
+    """Dense mask of the window: bool `t t`, or `b 1 t t` with `valid` (`b t`, False = padding)."""
     frame = torch.arange(num_frames, device=device)
     allowed = (frame[:, None] - frame[None, :]).abs() <= context
     if valid is None:
         return allowed
-    # A padded frame keeps itself, so that no row is empty; nothing real attends to it.
+    # A padded frame attends to itself, so that no row is empty; valid frames do not attend to it.
     return (allowed & valid[:, None, :] | torch.eye(num_frames, dtype=torch.bool, device=device))[
         :, None
     ]
 
 
 def block_size(context: int) -> int:
-    """Queries in a block: at least as many as the context, so that a block's neighbours hold all it
-    sees.
-    """
+    """Queries per block: at least the context, so that a block sees only its direct neighbours."""
     return max(QUERIES_PER_BLOCK, context)
 
 
 def window_bias(q: Tensor, context: int, valid: Tensor | None = None) -> Tensor:
-    """What is added to the scores of each block's keys, 0 or -inf: `1 n q w`, or `b n q w` with
-    `valid`; float32.
+    """Bias on the scores of each block, 0 or -inf: float32 `1 n q w`, or `b n q w` with `valid`.
 
     Args:
-        q: queries, `b h t d`; gives shape and device.
+        q: queries, `b h t d`; only shape and device are used.
         context: frames visible on each side.
-        valid: `b t`, False = padding, seen by nobody but itself.
+        valid: `b t`, False = padding, which only attends to itself.
     """
     t, size = q.shape[2], block_size(context)
     n = -(-t // size)
@@ -67,7 +62,7 @@ def window_bias(q: Tensor, context: int, valid: Tensor | None = None) -> Tensor:
     allowed = (((query - key).abs() <= context) & (key >= 0) & (key < t))[None]
     if valid is not None:
         allowed = allowed & valid[:, key.clamp(0, t - 1).view(n, -1)][:, :, None]  # b n 1 w
-    # Queries behind the end, and padded ones, keep themselves: a row without keys would be NaN.
+    # Queries beyond the end, and padded ones, attend to themselves: a row without keys gives NaN.
     allowed = allowed | (query == key)
     return torch.zeros(allowed.shape, device=q.device).masked_fill_(~allowed, -math.inf)
 
@@ -80,19 +75,18 @@ def windowed_attention(
     valid: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention of each frame to the frames at most `context` away (MAGNeT, Sec. 3.3): `b h t d`
-    each.
+    """Attention of each frame to the frames at most `context` away (MAGNeT, Sec. 3.3): `b h t d`.
 
     Args:
         q: queries.
         k: keys.
         v: values.
         context: frames visible on each side; 0 = only itself.
-        valid: `b t`, False = padding, seen by nobody but itself; not read if `bias` is given.
-        bias: `window_bias` of such queries, where several layers share it.
+        valid: `b t`, False = padding, which only attends to itself; ignored if `bias` is given.
+        bias: `window_bias`, if several layers share it.
     """
     bias = window_bias(q, min(context, q.shape[2] - 1), valid) if bias is None else bias
-    # Precisions are decided here and not by autocast, which would not hold in the backward pass.
+    # Precision is chosen here, because autocast would not apply in the backward pass.
     with torch.autocast(q.device.type, enabled=False):
         if (
             torch.compiler.is_compiling()
@@ -102,25 +96,23 @@ def windowed_attention(
 
 
 class _Blocks:
-    """Queries, keys and values in blocks, and what attention makes of them; m = b h n, the blocks
-    of all heads.
-    """
+    """Queries, keys and values in blocks, with output and gradients; m = b h n, all blocks."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor):
         self.shape, (self.n, self.size, width) = q.shape, bias.shape[1:]
         self.context = (width - self.size) // 2
         self.queries = self._blocks(q).flatten(0, 2)  # m q d
         self.keys, self.values = self._with_neighbours(k), self._with_neighbours(v)  # m w d
-        # Plain products: so small, they beat torch's fused attention on a CPU (9 against 7 times a
-        # dense mask's speed).
+        # For such small blocks, plain products are faster than torch's fused attention on a CPU
+        # (9 against 7 times the speed of a dense mask).
         scale = q.shape[3] ** -0.5
         if _is_low_precision_on_cpu(q):
-            # CPUs with bfloat16 products are several times faster at them; only the scores are
-            # rounded by it.
+            # bfloat16 products are several times faster on CPUs that have them; only the scores
+            # are rounded.
             scores = torch.bmm(self.queries, self.keys.transpose(1, 2)).float().mul_(scale)
             scores.view(*q.shape[:2], *bias.shape[1:]).add_(bias[:, None])
         else:
-            # Scores in float32 whatever the precision, as fused attention keeps them.
+            # Scores are float32 at any precision, as in fused attention.
             queries, keys = self.queries.float(), self.keys.float()
             bias = bias[:, None].expand(*q.shape[:2], -1, -1, -1).flatten(0, 2)
             scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scale)
@@ -130,11 +122,11 @@ class _Blocks:
         return self._frames(torch.bmm(self.weights.to(self.values.dtype), self.values))
 
     def gradients(self, of_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of queries, keys and values, `b h t d` each."""
+        """Gradients of queries, keys and values, `b h t d` each."""
         gradient = self._blocks(of_output).flatten(0, 2)
         of_values = torch.bmm(self.weights.to(gradient.dtype).transpose(1, 2), gradient)
         of_weights = torch.bmm(gradient, self.values.transpose(1, 2))
-        # Through the softmax, as torch's own backward pass does it.
+        # Softmax backward as in torch.
         of_scores = softmax_backward(of_weights, self.weights)
         of_scores = of_scores.mul_(self.shape[3] ** -0.5).to(gradient.dtype)
         of_queries, of_keys = (
@@ -148,18 +140,16 @@ class _Blocks:
         )
 
     def _blocks(self, x: Tensor) -> Tensor:
-        """`b h t d` -> `b h n q d`, with zeros behind the end."""
+        """`b h t d` -> `b h n q d`, padded with zeros at the end."""
         missing = self.n * self.size - x.shape[2]
         return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (self.n, self.size))
 
     def _frames(self, x: Tensor) -> Tensor:
-        """`m q d`, or the same in other dimensions, -> `b h t d`."""
+        """`m q d`, or an equivalent shape, -> `b h t d`."""
         return x.reshape(*self.shape[:2], self.n * self.size, -1)[:, :, : self.shape[2]]
 
     def _with_neighbours(self, x: Tensor) -> Tensor:
-        """`b h t d` -> `m w d`: each block between the end of the one before and the beginning of
-        the one after.
-        """
+        """`b h t d` -> `m w d`: each block with its neighbours' nearest frames."""
         x, context = self._blocks(x), self.context
         if context > 0:
             left = F.pad(x[:, :, :-1, -context:], (0, 0, 0, 0, 1, 0))
@@ -168,9 +158,7 @@ class _Blocks:
         return x.flatten(0, 2)
 
     def _sum_of_neighbours(self, x: Tensor) -> Tensor:
-        """The adjoint of `_with_neighbours`: what a frame's copies in three blocks got is added
-        up.
-        """
+        """The adjoint of `_with_neighbours`: sums the gradients of a frame's copies."""
         x, context = x.view(*self.shape[:2], self.n, -1, self.shape[3]), self.context
         own = x[:, :, :, context : context + self.size]
         if context > 0:
@@ -180,11 +168,10 @@ class _Blocks:
 
 
 class _InPieces(torch.autograd.Function):
-    """A few heads at a time, so that a piece stays in the cache from its scores to its output,
-    however many frames.
+    """Computes a few heads at a time, so that a piece stays in the cache.
 
-    Nothing is kept but queries, keys and values: scores and copies of neighbours are made again for
-    the gradients, which costs no more than fetching them from memory would.
+    Only queries, keys and values are saved: the backward pass recomputes scores and copies of
+    neighbours, which is as fast as reading them from memory.
     """
 
     @staticmethod
@@ -207,8 +194,9 @@ class _InPieces(torch.autograd.Function):
 
 
 def _pieces(q: Tensor, num_keys: int) -> list[tuple[slice, slice]]:
-    """Which examples and heads are computed together, with `num_keys` scores for each query; on a
-    GPU all.
+    """Slices of examples and heads that are computed together; on a GPU all of them.
+
+    Each query has `num_keys` scores.
     """
     b, h, t, _ = q.shape
     if q.device.type != "cpu":
@@ -234,31 +222,30 @@ def _is_low_precision_on_cpu(q: Tensor) -> bool:
 def full_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Attention of every frame to every frame: `b h t d` each -> `b h t d`.
 
-    In bfloat16 on a CPU torch's fused attention is slow backwards; plain products, a few heads at a
-    time, take a third of its time. Everywhere else it is torch's.
+    In bfloat16 on a CPU, the backward pass of torch's fused attention is slow; plain products, a
+    few heads at a time, take a third of its time. Otherwise this is torch's fused attention.
 
     Args:
         q: queries.
         k: keys.
         v: values.
-        bias: added to the scores, `b 1 1 t`, 0 or -inf; None = nothing is hidden.
+        bias: added to the scores, `b 1 1 t`, 0 or -inf; None = all frames are visible.
     """
     if not _is_low_precision_on_cpu(q) or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     t = q.shape[2]
     hidden = torch.zeros(1, 1, 1, t) if bias is None else bias.float()
-    # All frames are one block, whose window has no neighbours.
+    # All frames form one block without neighbours.
     one_block = hidden.expand(-1, -1, t, t)
     with torch.autocast("cpu", enabled=False):
         return _InPieces.apply(q, k, v, one_block)  # type: ignore[no-any-return]
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """`function(*inputs)`, of which only the inputs are kept: the backward pass makes the rest
-    anew.
+    """Activation checkpointing: `function(*inputs)` that saves only its inputs.
 
-    Used around what is cheap to make and large to keep: norms and GELU. A linear layer at the end
-    of `function` is not computed twice: the second run stops when it has that layer's input.
+    Used for norms and GELU, which are cheap to recompute and large to save. A linear layer at the
+    end of `function` is not recomputed: the second run stops at that layer's input.
     """
     if (
         not torch.is_grad_enabled() or torch.compiler.is_compiling()
@@ -273,11 +260,10 @@ def text_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     An example without text (the null condition of guidance) gets exactly zero.
     """
     some = allowed.any(1)
-    # Rows without text attend to anything and are zeroed after: a softmax over nothing is NaN.
+    # Examples without text attend to all tokens and are zeroed afterwards: an empty softmax is NaN.
     mask = (allowed | ~some[:, None])[:, None, None, :]
     if _is_low_precision_on_cpu(q) and not torch.compiler.is_compiling():
-        # Over a few tokens plain products take a third of the time of torch's fused attention
-        # there.
+        # For few tokens, plain products take a third of the time of torch's fused attention.
         def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             scores = (q @ k.transpose(2, 3)).float() * q.shape[3] ** -0.5
             return scores.masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype) @ v

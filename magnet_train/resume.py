@@ -71,7 +71,7 @@ def requeue_count() -> int:
     return integer_from_environment("SLURM_RESTART_COUNT")
 
 
-def newest_whole_checkpoint(folders: Iterable[Path]) -> Path | None:
+def newest_intact_checkpoint(folders: Iterable[Path]) -> Path | None:
     """The intact checkpoint in the folders with the most optimizer steps; None if there is none.
 
     A damaged one, whatever the damage, is skipped with a warning that names it. Of two with as many

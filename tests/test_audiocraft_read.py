@@ -78,8 +78,8 @@ TENSORS: list[tuple[Any, Any, str]] = [
     ("out_norm.bias", torch.zeros(64).int(), "not a dense floating-point tensor"),
     ("out_norm.bias", torch.full((64,), torch.nan).half(), "out_norm.bias holds NaN"),
     ("emb.1.weight", torch.zeros(65, 64), "different precisions"),
-    (PROJECTION, torch.zeros(3), "output_proj.weight of two axes"),
-    (3, torch.zeros(1), "under 3, which is no name"),
+    (PROJECTION, torch.zeros(3), "output_proj.weight with two axes"),
+    (3, torch.zeros(1), "under 3, which is not a string"),
 ]
 
 
@@ -153,9 +153,9 @@ FILES: list[tuple[Callable[[Path], object], str]] = [
     (codec(norm="foo"), "norm='foo'"),
     (codec(dimension=0), CODEC),
     (codec(ratios=[8, 5, 4, 0]), CODEC),
-    (save(CODEC, {"pretrained": "/etc"}), "points at the codec '/etc', which is no hub id"),
-    (save(CODEC, {"pretrained": "../secret"}), "which is no hub id"),
-    (save(CODEC, {"pretrained": None}), "points at the codec None"),
+    (save(CODEC, {"pretrained": "/etc"}), "refers to the codec '/etc', which is not a hub id"),
+    (save(CODEC, {"pretrained": "../secret"}), "which is not a hub id"),
+    (save(CODEC, {"pretrained": None}), "refers to the codec None"),
 ]
 
 

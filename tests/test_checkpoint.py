@@ -16,7 +16,7 @@ from helpers_resume import arguments, make_data
 from magnet_train.callbacks.checkpoint import RunCheckpoint
 from magnet_train.callbacks.checkpoint_io import AtomicCheckpointIO
 from magnet_train.common.errors import UserError
-from magnet_train.resume import newest_whole_checkpoint, read_training_checkpoint, requeue_count
+from magnet_train.resume import newest_intact_checkpoint, read_training_checkpoint, requeue_count
 
 
 class Run:
@@ -147,12 +147,12 @@ def write(path: Path, step: Any, **changes: Any) -> Path:
 
 def test_auto_takes_the_newest_that_is_intact_whatever_the_damage(tmp_path: Path):
     folders = [tmp_path, tmp_path / "a"]
-    assert newest_whole_checkpoint(folders) is None
+    assert newest_intact_checkpoint(folders) is None
     best = write(tmp_path / "a" / "best.ckpt", 90)
     last = write(tmp_path / "a" / "last.ckpt", 100)
     os.utime(last, (0, 0))  # copied with another time: steps count
     write(tmp_path / "a" / "within" / "last.ckpt", 200)  # another run's
-    assert newest_whole_checkpoint(folders) == last
+    assert newest_intact_checkpoint(folders) == last
     whole = last.read_bytes()
     assert read_training_checkpoint(last)["global_step"] == 100
     damaged = [b"", b"no zip", whole[:100], whole[: len(whole) // 2], whole[:-1]]
@@ -164,7 +164,7 @@ def test_auto_takes_the_newest_that_is_intact_whatever_the_damage(tmp_path: Path
         warnings.simplefilter("always")
         for content in damaged:
             last.write_bytes(content)
-            found = newest_whole_checkpoint(folders)
+            found = newest_intact_checkpoint(folders)
             # A bit that no reader looks at may be flipped; what is loaded is what was saved.
             assert found == best or torch.equal(
                 torch.load(last, weights_only=True)["state_dict"]["x"], torch.arange(500.0)
@@ -181,7 +181,7 @@ def test_auto_executes_nothing(tmp_path: Path):
 
     torch.save({"global_step": 1, "x": Harm()}, tmp_path / "last.ckpt")
     with pytest.warns(UserWarning, match="skipping checkpoint .*last.ckpt"):
-        assert newest_whole_checkpoint([tmp_path]) is None
+        assert newest_intact_checkpoint([tmp_path]) is None
     assert not (tmp_path / "harm").exists()
 
 
@@ -204,7 +204,7 @@ def test_what_is_no_checkpoint_of_a_run_is_refused_in_a_line(
         read_training_checkpoint(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     with pytest.warns(UserWarning, match="skipping checkpoint"):
-        assert newest_whole_checkpoint([tmp_path]) is None
+        assert newest_intact_checkpoint([tmp_path]) is None
 
 
 def test_the_count_of_requeues_is_a_number(monkeypatch: pytest.MonkeyPatch):

@@ -248,7 +248,7 @@ def test_a_pointer_stays_a_pointer_and_is_looked_at_later(t5, tmp_path):
     settings["transformer_lm"]["card"] = 64
     pointer = {"pretrained": "facebook/encodec_32khz", "exported": True, "version": "1.4.0a2"}
     theirs = write_audiocraft(tmp_path / "theirs", settings=settings, codec=pointer)
-    with pytest.warns(UserWarning, match="points at a codec that cannot be loaded now"):
+    with pytest.warns(UserWarning, match="refers to a codec that cannot be loaded now"):
         release = convert(str(theirs), ConvertOptions(tmp_path / "release"))
     assert (
         SavedModel.open(release).codec["id"] == "facebook/encodec_32khz"
@@ -357,7 +357,7 @@ def test_mistakes_in_the_options_are_named(tmp_path):
     (tmp_path / "full" / "note.txt").write_text("mine")
     for given, options, message in (
         (source, ConvertOptions(tmp_path / "full"), "not an empty folder"),
-        (source, ConvertOptions(tmp_path / "x", to="audiocraft"), "is an audiocraft model already"),
+        (source, ConvertOptions(tmp_path / "x", to="audiocraft"), "is already an audiocraft model"),
         (tmp_path / "nowhere", ConvertOptions(tmp_path / "x"), "no such file or folder"),
         (
             "facebook/magnet-none",

@@ -259,7 +259,7 @@ def test_captions_and_lengths_are_told_with_numbers(parts, tmp_path, monkeypatch
     assert status == 0
     assert said["train captions"].startswith("warning 17 read: 35% empty, 82% repeat another")
     assert "18% are cut after 512 tokens" in said["train captions"]
-    assert "100% of them shorter than the 200 of an example" in said["train shards"]
+    assert "100% of them shorter than an example (200 frames)" in said["train shards"]
     assert (
         said["train shards"].startswith("warning ")
         and "tokenize with --crop_s 4 or more" in said["train shards"]
@@ -387,7 +387,7 @@ def test_checkpoints_that_will_be_replaced_have_their_room(plan, tmp_path, monke
         "trainer__default_root_dir": str(tmp_path / "run"),
     }
     (said,) = look("disk", plan, ckpt_path="auto", **given)
-    assert said.startswith("ok disk: ") and "of them are there" in said
+    assert said.startswith("ok disk: ") and "of them exist" in said
     (said,) = look("disk", plan, **given)  # those there are set aside
     assert said.startswith("failed disk: ") and "free for 3 checkpoints" in said
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 0.9 * size))
@@ -629,7 +629,7 @@ def test_host_and_mode_may_stand_in_the_settings_file_and_a_key_in_netrc(online,
         assert look("W&B", online) == [f"ok W&B: online at {url}, which accepts the key"]
     wandb.teardown()
     (tmp_path / "w" / "settings").write_text("[default]\nmode = disabled\n")
-    assert look("W&B", online) == ["warning W&B: disabled by its settings: nothing will be kept"]
+    assert look("W&B", online) == ["warning W&B: disabled by its settings: nothing will be logged"]
 
 
 def test_help_says_what_it_is(capsys):

@@ -19,7 +19,7 @@ import magnet_train.callbacks.checkpoint
 from magnet_train.__main__ import main
 from magnet_train.callbacks.preemption import Preempted, Preemption
 from magnet_train.release import newest_checkpoint
-from magnet_train.resume import Layout, newest_whole_checkpoint
+from magnet_train.resume import Layout, newest_intact_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_a_run_has_one_last_checkpoint_and_leaves_those_of_an_earlier_run(
     kept = tmp_path / "run" / "checkpoints-1"
     assert kept.is_dir() == earlier and (not earlier or (kept / "step=0000006.ckpt").is_file())
     assert (
-        newest_whole_checkpoint([tmp_path / "run", tmp_path / "run" / "checkpoints"]).name
+        newest_intact_checkpoint([tmp_path / "run", tmp_path / "run" / "checkpoints"]).name
         == "last.ckpt"
     )  # type: ignore[union-attr]
 

@@ -32,7 +32,7 @@ def test_a_second_process_is_told_which_one_has_the_folder(tmp_path, monkeypatch
     try:
         assert first.stdout is not None and first.stdout.readline() == "held\n"
         for _ in range(2):  # being refused leaves the owner's note as it is
-            with pytest.raises(UserError, match=rf"process {first.pid} on .+ trains there"):
+            with pytest.raises(UserError, match=rf"used by process {first.pid} on .+; wait for it"):
                 RunFolderLock(tmp_path).acquire()
     finally:
         first.send_signal(signal.SIGKILL)

@@ -102,7 +102,7 @@ def test_a_run_that_validates_less_than_it_might_says_so(data: Path, tmp_path: P
     without_shards = [a for a in args if not a.startswith("--data.validation")]
     with pytest.warns(UserWarning, match=r"does not validate: trainer\.limit_val_batches=0"):
         assert main([*without_shards, "--trainer.limit_val_batches=0"]) == 0
-    with pytest.warns(UserWarning, match="each validation sees 1 of 2 items"):
+    with pytest.warns(UserWarning, match="each validation uses 1 of 2 items"):
         assert main([*args, "--trainer.limit_val_batches=1", "--data.batch_size=1"]) == 0
     with pytest.raises(UserError, match=r"--data\.validation"):
         MagnetDataModule(train=str(data / "train"), codec=str(data / "codec")).setup("fit")

@@ -1,6 +1,6 @@
 """The verb `convert`: audiocraft's models to releases and back, checkpoints to releases.
 
-Numbers stay the same to the bit.
+Weights stay bit-identical.
 """
 
 import json
@@ -34,39 +34,39 @@ class ConvertOptions:
     """Options of `convert`."""
 
     out: Path
-    """Folder to write; must not exist, or be empty."""
+    """Output folder; must be empty or not exist."""
     to: Literal["release", "audiocraft"] = "release"
     """Format to write: a release of magnet_train, or a folder that audiocraft loads."""
     codec: str | None = None
-    """Folder or hub id of a transformers EnCodec, if the model's own cannot be reached."""
+    """Folder or hub id of a transformers EnCodec, if the model's own is not available."""
     text_encoder: str | None = None
-    """Folder or hub id of a T5, instead of the one that the model names."""
+    """Folder or hub id of a T5, instead of the one in the model's configuration."""
     licence: str | None = None
-    """Licence of the weights; default: the source's, or cc-by-nc-4.0 for audiocraft models."""
+    """Licence of the weights (default: the source's, or cc-by-nc-4.0 for audiocraft models)."""
     push_to_hub: str | None = None
-    """Hub id USER/NAME to which the release is also uploaded; needs `hf auth login`."""
+    """Also upload the release to this hub id, USER/NAME; needs `hf auth login`."""
 
 
 def convert(source: str, options: ConvertOptions) -> Path:
-    """Converts a model; returns the folder that was written.
+    """Convert a model; returns the output folder.
 
     Args:
         source: folder or hub id with audiocraft's files (published ones also without `facebook/`),
-            or what `SavedModel.open` takes: a release, a checkpoint, a run folder, "demo".
-        options: see there.
+            or anything that `SavedModel.open` accepts: release, checkpoint, run folder, "demo".
+        options: options of `convert`.
 
     Raises:
-        UserError: if the source cannot be read, or the other side cannot compute the model.
+        UserError: if the source cannot be read, or the target does not support the model.
     """
     out = check_new(options.out)
     if options.push_to_hub is not None:
         _check_repo_id(options.push_to_hub)
         if options.to == "audiocraft":
-            raise UserError("--push_to_hub uploads releases; leave out --to audiocraft")
+            raise UserError("--push_to_hub uploads releases; remove --to audiocraft")
     folder = _audiocraft_folder(source, with_codec=options.codec is None)
     if options.to == "audiocraft":
         if folder is not None:
-            raise UserError(f"{source}: is an audiocraft model already")
+            raise UserError(f"{source}: is already an audiocraft model")
         return write_model(_with_options(SavedModel.open(source), options), out)
     if folder is not None:
         saved = _from_audiocraft(folder, source, options)
@@ -89,7 +89,7 @@ def _audiocraft_folder(source: str, with_codec: bool) -> Path | None:
     name = _hub_id(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
-            f"{source}: no such file or folder, and no hub id; published are {', '.join(PUBLISHED)}"
+            f"{source}: not a file, folder or hub id; published models are {', '.join(PUBLISHED)}"
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -98,15 +98,15 @@ def _audiocraft_folder(source: str, with_codec: bool) -> Path | None:
         found = hf_hub_download(name, MODEL_FILE)
         if with_codec:
             hf_hub_download(name, CODEC_FILE)
-    except Exception as error:  # a dozen kinds, from no network to no such repository
+    except Exception as error:  # many types, from no network to no such repository
         is_absent = isinstance(error, EntryNotFoundError)
         if is_absent and not isinstance(error, LocalEntryNotFoundError):
-            return None  # the repository exists, and may hold a release
+            return None  # the repository exists and may contain a release
         if _is_release(name):
             return None
         raise UserError(
             f"{name}: not found locally or on the Hugging Face Hub ({one_line(error)}); download "
-            f"{MODEL_FILE} and {CODEC_FILE} where there is network, and give their folder"
+            f"{MODEL_FILE} and {CODEC_FILE} on a machine with network, and give their folder"
         ) from error
     return Path(found).parent
 
@@ -117,7 +117,7 @@ def _hub_id(source: str) -> str:
 
 def _is_release(name: str) -> bool:
     try:
-        SavedModel.open(name)  # works without network if it is in the local cache
+        SavedModel.open(name)  # works offline if it is in the local cache
     except UserError:
         return False
     return True
@@ -167,7 +167,7 @@ def _provenance(model: ExportedModel, source: str, licence: str | None) -> dict[
 def _codec(
     folder: Path, model: ExportedModel, given: str | None, scratch: Path, licence: str
 ) -> dict[str, Any]:
-    """Facts about the codec; one whose weights came with the model is written to `scratch`."""
+    """Facts of the codec; a codec included in the model is written to `scratch`."""
     network = model.settings.network
     if given is not None:
         return _first_codebooks(given, network, f"--codec {given}").to_dict()
@@ -184,7 +184,7 @@ def _codec(
 
 
 def _first_codebooks(name: str, network: MagnetConfig, where: str) -> CodecFacts:
-    """Facts about a codec, of which a model may use the first codebooks only."""
+    """Facts of a codec, reduced to the codebooks that the model uses."""
     facts = load_codec(name).facts
     if facts.num_codebooks > network.num_codebooks:
         facts = load_codec(f"{split_name(name)[0]}@{network.num_codebooks}").facts
@@ -192,25 +192,25 @@ def _first_codebooks(name: str, network: MagnetConfig, where: str) -> CodecFacts
         raise UserError(
             f"{where}: a codec with {facts.num_codebooks} codebooks of {facts.codebook_size} "
             f"entries, but the model has {network.num_codebooks} of {network.codebook_size}; "
-            "give the right one with --codec"
+            "give its codec with --codec"
         )
     return facts
 
 
 def _pretrained_codec(name: Any, model: ExportedModel, where: Path) -> dict[str, Any]:
-    """Facts about a codec on the hub; without network, what the model's configuration says."""
+    """Facts of a codec on the hub; without network, from the model's configuration."""
     hub_id = r"(?://pretrained/)?([\w-][\w.-]*/[\w-][\w.-]*|encodec_\w+)"
     found = re.fullmatch(hub_id, name) if isinstance(name, str) else None
     if found is None or Path(found[1]).exists():  # the file must not name folders of this machine
         raise UserError(
-            f"{where}: points at the codec {name!r}, which is no hub id; give it with --codec"
+            f"{where}: refers to the codec {name!r}, which is not a hub id; give it with --codec"
         )
     name = found[1]
     try:
         load_codec(name)
     except UserError as error:
         warnings.warn(
-            f"{where} points at a codec that cannot be loaded now; it will be checked when the "
+            f"{where} refers to a codec that cannot be loaded now; it will be checked when the "
             f"release is loaded: {error}",
             stacklevel=2,
         )
@@ -223,13 +223,13 @@ def _pretrained_codec(name: Any, model: ExportedModel, where: Path) -> dict[str,
 
 
 def _with_options(saved: SavedModel, options: ConvertOptions) -> SavedModel:
-    """The model with the codec, text encoder and licence that the options give, if they fit it."""
+    """The model with the codec, text encoder and licence of the options, after checking them."""
     codec = saved.codec["id"]
     if options.codec is not None:
         facts = _first_codebooks(options.codec, saved.network, f"--codec {options.codec}")
         check_codec(saved.codec, facts, saved.file)
         saved = replace(saved, codec=facts.to_dict())
-    elif saved.codec.keys() == {"id"}:  # all that a checkpoint has
+    elif saved.codec.keys() == {"id"}:  # a checkpoint has nothing else
         facts = _first_codebooks(codec, saved.network, f"codec {codec}")
         saved = replace(saved, codec=facts.to_dict())
     if options.text_encoder is not None:
@@ -247,7 +247,7 @@ def _with_options(saved: SavedModel, options: ConvertOptions) -> SavedModel:
 
 
 def _check_text_width(name: str, width: int, where: Path) -> None:
-    """Checks the width of a T5 by its name or its config.json, without loading it."""
+    """Checks the width of a T5 from its name or config.json, without loading it."""
     known = TEXT_WIDTHS.get(name)
     file = Path(name).expanduser() / "config.json"
     if file.is_file():
@@ -258,7 +258,7 @@ def _check_text_width(name: str, width: int, where: Path) -> None:
     if known is not None and known != width:
         raise UserError(
             f"{where}: its text projection takes states of width {width}, but {name!r} has "
-            f"{known}; give the right one with --text_encoder"
+            f"{known}; give the model's text encoder with --text_encoder"
         )
 
 
@@ -266,10 +266,10 @@ def _check_text_width(name: str, width: int, where: Path) -> None:
 
 
 def push_to_hub(folder: Path, repo_id: str) -> str:
-    """Uploads a release; returns its address. Needs a token, from `hf auth login` or HF_TOKEN.
+    """Upload a release; returns its URL. Needs a token from `hf auth login` or HF_TOKEN.
 
     Raises:
-        UserError: if the hub refuses or cannot be reached.
+        UserError: if the upload fails.
     """
     from huggingface_hub import HfApi
 

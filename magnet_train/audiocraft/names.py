@@ -18,7 +18,7 @@ PUBLISHED = (
     "audio-magnet-small",
     "audio-magnet-medium",
 )
-"""On the hub under facebook/."""
+"""Published models, on the hub under facebook/."""
 PUBLISHED_LICENCE = "cc-by-nc-4.0"
 TEXT_WIDTHS = {
     "t5-small": 512,
@@ -32,7 +32,7 @@ TEXT_WIDTHS = {
     "google/flan-t5-xl": 2048,
     "google/flan-t5-xxl": 4096,
 }
-"""Text encoders that audiocraft knows, and the width of their states."""
+"""Text encoders supported by audiocraft, and the width of their states."""
 REQUIRED = (
     "lm_model",
     "transformer_lm.causal",
@@ -51,7 +51,7 @@ REQUIRED = (
     "transformer_lm.past_context",
     "fuser.cross_attention_pos_emb",
 )
-"""Settings that must be as in settings.yaml, where a model has them at all."""
+"""Settings that must equal settings.yaml if a model has them."""
 NETWORK_KEYS = {
     "dim": "dim",
     "num_heads": "num_heads",
@@ -92,21 +92,21 @@ BLOCK_NAMES = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Tensors with the same numbers; several on one side are one on the other."""
+    """Tensors with the same values; several on one side are stacked into one on the other."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
 
 
 def text_projection(conditioner: str) -> str:
-    """Their prefix of the projection of text states; `conditioner` is their name of the text."""
+    """audiocraft's name prefix of the text projection; `conditioner` is its name of the text."""
     return f"condition_provider.conditioners.{conditioner}.output_proj"
 
 
 def correspondence(
     num_layers: int, num_codebooks: int, conditioner: str = "description"
 ) -> list[Pair]:
-    """All tensors of a network, ours and theirs."""
+    """Pairs of our and audiocraft's tensor names for all tensors of a network."""
     codebooks = range(num_codebooks)
     pairs = [
         Pair(("embedding",), tuple(f"emb.{k}.weight" for k in codebooks)),
@@ -127,7 +127,7 @@ def correspondence(
 
 
 def to_ours(theirs: Mapping[str, Tensor], pairs: list[Pair]) -> dict[str, Callable[[], Tensor]]:
-    """Our tensors by name, each made when it is called for."""
+    """Our tensors by name, as functions that build them on demand."""
     made: dict[str, Callable[[], Tensor]] = {}
     for pair in pairs:
         tensors = [theirs[name] for name in pair.theirs]
@@ -143,7 +143,7 @@ def to_ours(theirs: Mapping[str, Tensor], pairs: list[Pair]) -> dict[str, Callab
 
 
 def to_theirs(ours: Mapping[str, Tensor], pairs: list[Pair]) -> dict[str, Tensor]:
-    """Their tensors by name."""
+    """audiocraft's tensors by name."""
     made: dict[str, Tensor] = {}
     for pair in pairs:
         if len(pair.theirs) > 1:

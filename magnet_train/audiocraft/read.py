@@ -1,8 +1,8 @@
 """Reads exported models of audiocraft: `state_dict.bin` and `compression_state_dict.bin`.
 
-Both are pickles of strangers: only tensors and plain values are read from them. The configuration
-in them is a YAML text, read as data, of which named keys are looked up. Tensors stay in the file
-until they are used, so that a model of any size needs little memory.
+Both are untrusted pickles: only tensors and plain values are read from them. Their configuration is
+YAML text, parsed as data. Tensors stay in the file until they are used, so that a model of any size
+needs little memory.
 """
 
 import math
@@ -38,21 +38,21 @@ from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.model import Magnet, MagnetConfig
 
 MAX_KEYS = 10_000
-"""Of a configuration; published ones have 300. YAML aliases can make a small text endless."""
+"""Limit for a configuration; published ones have 300. YAML aliases can expand without end."""
 DOWNLOAD_AGAIN = "download it again"
-NOT_EXPORTED = "take a file that audiocraft exported (export_lm, export_encodec)"
+NOT_EXPORTED = "give a file exported by audiocraft (export_lm, export_encodec)"
 
 Config = Mapping[str, Any]
-"""Their configuration under flat keys, such as `transformer_lm.dim`."""
+"""audiocraft's configuration with flat keys, such as `transformer_lm.dim`."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a model's configuration says, in our terms."""
+    """A model's configuration as our types."""
 
     network: MagnetConfig
     conditioner: str
-    """Their name of the text condition."""
+    """audiocraft's name of the text condition."""
     text_encoder: str
     """Name of a T5."""
     decoding: DecodingConfig
@@ -67,7 +67,7 @@ class ExportedModel:
     file: Path
     settings: Settings
     weights: Mapping[str, Tensor]
-    """By their names."""
+    """By audiocraft's names."""
     config: Config
     config_text: str
     version: str
@@ -75,15 +75,15 @@ class ExportedModel:
 
     @property
     def pairs(self) -> list[Pair]:
-        """Our names of the weights and theirs."""
+        """Pairs of our and audiocraft's names of the weights."""
         return _pairs(self.settings)
 
 
 def read_model(folder: Path) -> ExportedModel:
-    """The model in a folder, with everything checked but the codec.
+    """Read and check the model in a folder, except for its codec.
 
     Raises:
-        UserError: that names the file, the key and the remedy.
+        UserError: if the model is invalid; the message names the file, the key and the remedy.
     """
     file = folder / MODEL_FILE
     package = read_package(file)
@@ -93,7 +93,7 @@ def read_model(folder: Path) -> ExportedModel:
         raise UserError(f"{file}: no exported model (best_state, xp.cfg) in it; {NOT_EXPORTED}")
     if unnamed := next((key for key in weights if not isinstance(key, str)), None):
         raise UserError(
-            f"{file}: holds a tensor under {unnamed!r}, which is no name; {DOWNLOAD_AGAIN}"
+            f"{file}: has a tensor named {unnamed!r}, which is not a string; {DOWNLOAD_AGAIN}"
         )
     config = read_config(text, file)
     _refuse_hybrids(weights, config, file)
@@ -101,7 +101,7 @@ def read_model(folder: Path) -> ExportedModel:
     projection = weights.get(f"{text_projection(conditioner)}.weight")
     if not isinstance(projection, Tensor) or projection.dim() != 2:
         raise UserError(
-            f"{file}: no {text_projection(conditioner)}.weight of two axes; {DOWNLOAD_AGAIN}"
+            f"{file}: no {text_projection(conditioner)}.weight with two axes; {DOWNLOAD_AGAIN}"
         )
     settings = read_settings(config, projection.shape[1], file)
     _check_weights(weights, settings, file)
@@ -110,21 +110,21 @@ def read_model(folder: Path) -> ExportedModel:
 
 
 def read_package(path: Path) -> dict[str, Any]:
-    """An exported file; tensors stay in it until they are used, and nothing in it is executed.
+    """Read an exported file; tensors are memory-mapped, and no code in it is executed.
 
     Raises:
-        UserError: if it is missing, damaged, or holds anything but tensors and plain values.
+        UserError: if it is missing, damaged, or contains anything but tensors and plain values.
     """
     package = read_pickle(path, f"{DOWNLOAD_AGAIN}, or {NOT_EXPORTED}")
     if not isinstance(package, dict):
         raise UserError(
-            f"{path}: holds a {type(package).__name__}, not an exported model; {NOT_EXPORTED}"
+            f"{path}: contains a {type(package).__name__}, not an exported model; {NOT_EXPORTED}"
         )
     return package
 
 
 def read_config(text: str, where: Path) -> dict[str, Any]:
-    """Their YAML under flat keys; references to other keys are followed, no other references.
+    """audiocraft's YAML with flat keys; only references to other keys are resolved.
 
     Raises:
         UserError: if it is not a YAML mapping.
@@ -144,7 +144,7 @@ def read_config(text: str, where: Path) -> dict[str, Any]:
 
 
 def _resolve(value: Any, config: Config) -> Any:
-    """The value at the end of a chain of `${key}`; one that leads back to itself stays as it is."""
+    """Resolves a chain of `${key}` references; a cycle is returned unchanged."""
     seen = set()
     while isinstance(value, str) and (link := re.fullmatch(r"\$\{([\w.]+)\}", value)):
         if link[1] in seen:
@@ -155,7 +155,7 @@ def _resolve(value: Any, config: Config) -> Any:
 
 
 def _refuse_hybrids(weights: Mapping[str, Any], config: Config, where: Path) -> None:
-    """Refuses Hybrid-MAGNeT, which generates the beginning autoregressively in a delay pattern."""
+    """Refuse Hybrid-MAGNeT, which generates the beginning autoregressively in a delay pattern."""
     prefixes = ("attn_mask_per_stage", "ar_", "prompt_")
     signs = [key for key in weights if "hybrid" in key or key.startswith(prefixes)]
     if "hybrid" in str(config.get("lm_model", "")):
@@ -167,12 +167,12 @@ def _refuse_hybrids(weights: Mapping[str, Any], config: Config, where: Path) -> 
         kind = "a hybrid MAGNeT" if pattern in ("parallel", "delay") else "another model"
         raise UserError(
             f"{where}: {kind} ({signs[0]}), which is not supported; "
-            "take a magnet-… without `hybrid` in its name"
+            "use a magnet-… model without `hybrid` in its name"
         )
 
 
 def _text_condition(config: Config, where: Path) -> str:
-    """Their name of the text, which must be the only condition."""
+    """audiocraft's name of the text condition, which must be the only one."""
     names = _required(config, "fuser.cross", where)
     keys = ("fuser.sum", "fuser.prepend", "fuser.input_interpolate")
     others = [key for key in keys if config.get(key)]
@@ -187,10 +187,10 @@ def _text_condition(config: Config, where: Path) -> str:
 
 
 def read_settings(config: Config, text_dim: int, where: Path) -> Settings:
-    """A configuration in our terms; `text_dim` is the width of the text states.
+    """Convert a configuration; `text_dim` is the width of the text states.
 
     Raises:
-        UserError: for what this package cannot compute.
+        UserError: if a setting is not supported.
     """
     own = dict(flatten(yaml.safe_load(SETTINGS_FILE.read_text())))
     for key in REQUIRED:
@@ -261,7 +261,7 @@ def _pairs(settings: Settings) -> list[Pair]:
 
 
 def _check_weights(weights: Mapping[str, Any], settings: Settings, where: Path) -> None:
-    """Checks counts before anything of their size is built, then names, shapes and numbers."""
+    """Checks counts before allocating anything of that size, then names, shapes and values."""
     network = settings.network
     for name in ("num_layers", "num_codebooks"):
         if getattr(network, name) > len(weights):
@@ -311,7 +311,7 @@ def read_codec(
         licence: of the weights, for the folder's README.md.
 
     Raises:
-        UserError: if weights and configuration do not belong together.
+        UserError: if the weights do not match the configuration.
     """
     from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
@@ -329,16 +329,16 @@ def read_codec(
     try:
         with torch.device("meta"):
             model = EncodecModel(EncodecConfig(**settings))
-    except Exception as error:  # depends on which setting is impossible
+    except Exception as error:  # the type depends on the invalid setting
         raise UserError(
-            f"{where}: its configuration describes no codec ({one_line(error)}); {DOWNLOAD_AGAIN}"
+            f"{where}: its configuration is not a codec's ({one_line(error)}); {DOWNLOAD_AGAIN}"
         ) from error
     state = _codec_weights(weights, model.state_dict(), where)
     model.load_state_dict(state, assign=True)
     with quiet():
         model.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # releases are shared
-    (out / "audiocraft.yaml").write_text(text)  # for the way back
+    (out / "audiocraft.yaml").write_text(text)  # used by `convert --to audiocraft`
     card = f"---\nlicense: {licence}\n---\n\nThe codec of {where.name}, for transformers.\n"
     (out / "README.md").write_text(card)
 
@@ -346,7 +346,7 @@ def read_codec(
 def _codec_weights(
     weights: Mapping[str, Any], expected: Mapping[str, Tensor], where: Path
 ) -> dict[str, Tensor]:
-    """A codec's weights under transformers' names, checked."""
+    """A codec's weights under transformers' names, after checking them."""
     for name, tensor in weights.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise UserError(f"{where}: {name!r} is not a named tensor; {DOWNLOAD_AGAIN}")

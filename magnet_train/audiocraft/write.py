@@ -27,14 +27,14 @@ from magnet_train.model import MagnetConfig
 from magnet_train.release import SavedModel, codec_facts
 
 VERSION = "1.4.0a2"
-"""Of audiocraft, for models that did not come from it."""
+"""Version of audiocraft written into models that were not converted from it."""
 
 
 def write_model(saved: SavedModel, out: Path) -> Path:
-    """Writes `state_dict.bin` and `compression_state_dict.bin`; returns the folder.
+    """Write `state_dict.bin` and `compression_state_dict.bin`; returns the folder.
 
     Raises:
-        UserError: if audiocraft has no such network, codec or text encoder.
+        UserError: if audiocraft does not support the network, codec or text encoder.
     """
     settings = _settings(saved)
     codec = codec_package(saved.codec["id"])
@@ -56,7 +56,7 @@ def write_model(saved: SavedModel, out: Path) -> Path:
 
 
 def _differs(saved: SavedModel, option: str) -> bool:
-    """Whether an option of the network has a value that audiocraft cannot compute."""
+    """Whether an option of the network has a value that audiocraft does not support."""
     value = getattr(saved.network, option)
     if option == "context":
         return not isinstance(value, int)
@@ -64,7 +64,7 @@ def _differs(saved: SavedModel, option: str) -> bool:
 
 
 def _settings(saved: SavedModel) -> Settings:
-    """A model's settings, if audiocraft can compute it."""
+    """A model's settings, after checking that audiocraft supports them."""
     sizes = {name: getattr(saved.network, name) for name in NETWORK_KEYS}
     published = MagnetConfig(**sizes, text_dim=saved.network.text_dim)
     if saved.network != published or not isinstance(published.context, int):
@@ -79,7 +79,7 @@ def _settings(saved: SavedModel) -> Settings:
     if TEXT_WIDTHS.get(name) != saved.network.text_dim:
         raise UserError(
             f"text encoder {saved.text_encoder!r} of width {saved.network.text_dim}: audiocraft "
-            f"knows only {', '.join(TEXT_WIDTHS)}; name the one that it is with --text_encoder"
+            f"supports only {', '.join(TEXT_WIDTHS)}; give the matching one with --text_encoder"
         )
     return Settings(
         network=saved.network,
@@ -92,7 +92,7 @@ def _settings(saved: SavedModel) -> Settings:
 
 
 def _unchanged_conditioner(text: Any, settings: Settings, where: Path) -> str | None:
-    """The text's name in the model's original configuration, if that still describes the model."""
+    """The text condition's name in the original configuration, if that still fits the model."""
     if not isinstance(text, str):
         return None
     try:
@@ -104,7 +104,7 @@ def _unchanged_conditioner(text: Any, settings: Settings, where: Path) -> str | 
 
 
 def codec_package(name: str) -> dict[str, Any]:
-    """A codec for `compression_state_dict.bin`: its weights, or for a hub id a pointer.
+    """Content of `compression_state_dict.bin`: the codec's weights, or its hub id.
 
     Raises:
         UserError: if it is not an EnCodec of transformers.
@@ -114,8 +114,8 @@ def codec_package(name: str) -> dict[str, Any]:
     if not folder.is_dir():
         if base.count("/") != 1:
             raise UserError(
-                f"codec {name!r}: audiocraft has no such codec; it takes EnCodecs from the hub, "
-                "or folders"
+                f"codec {name!r}: not supported by audiocraft, which uses EnCodecs from the hub or "
+                "from folders"
             )
         return {"pretrained": base}
     from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
@@ -125,7 +125,7 @@ def codec_package(name: str) -> dict[str, Any]:
 
     kind = EncodecConfig.get_config_dict(base)[0].get("model_type")
     if kind != "encodec":
-        raise UserError(f"codec {name!r}: is a {kind!r}; audiocraft takes EnCodecs only")
+        raise UserError(f"codec {name!r}: is a {kind!r}; audiocraft supports EnCodec only")
     with quiet():
         model: Any = EncodecModel.from_pretrained(base, dtype="auto")
     original = folder / "audiocraft.yaml"
@@ -137,7 +137,7 @@ def codec_package(name: str) -> dict[str, Any]:
 
 
 def _new_config(saved: SavedModel, settings: Settings) -> dict[str, Any]:
-    """The configuration of a model that was trained here: settings.yaml and what it leaves open."""
+    """Configuration of a model trained with this package: settings.yaml and the model's values."""
     facts = codec_facts(saved.codec)
     if facts is None:
         raise UserError(f"codec {saved.codec['id']!r}: its facts are unknown; give it with --codec")

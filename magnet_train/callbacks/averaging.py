@@ -1,5 +1,4 @@
-"""Averaged weights: what validation sees and checkpoints hold, with the reference's bias
-correction."""
+"""Exponential moving average of the weights, with the bias correction of audiocraft."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,22 +17,20 @@ from magnet_train.sharding import gather_to_rank0, local_shard
 
 
 class WeightEMA(Callback):
-    """Exponential average of the trained weights, on which validation runs and which checkpoints
-    hold.
+    """Exponential moving average (EMA) of the weights, used by validation and checkpoints.
 
     A checkpoint's `state_dict` has the average, `current_model_state` the raw weights, and
-    `averaging_state` the number of updates. The average is corrected for its start (audiocraft
-    `optim/ema.py`): the n-th update weighs 1 / (1 + d + … + d^n), so that the random initial
-    weights are gone at once instead of lingering for a thousand steps.
+    `averaging_state` the number of updates. The average is bias-corrected (audiocraft
+    `optim/ema.py`): the n-th update has the weight 1 / (1 + d + … + d^n), so that the random
+    initial weights have no influence after the first update.
 
-    The average is on the weights' device and sharded as they are: each rank averages its own part.
-    Lightning's own callback, whose names in checkpoints these are, refuses shards, and averages on
-    the CPU what is trained on a GPU.
+    The average is on the same device as the weights and sharded in the same way. Lightning's own
+    callback, whose checkpoint names are used here, does not support sharded weights, and averages
+    on the CPU when training on a GPU.
     """
 
     def __init__(self, decay: float = 0.99, every_n_steps: int = 10):
-        """Sets how far the average looks back.
-
+        """
         Args:
             decay: EMA decay, 0 to 1; 0.99 every 10 steps averages over about 1,000 steps.
             every_n_steps: Optimizer steps between updates of the average.
@@ -46,14 +43,14 @@ class WeightEMA(Callback):
         self.decay = decay
         self.every_n_steps = every_n_steps
         self._average: dict[str, Tensor] = {}
-        """By name; the raw weights instead while the module has the averaged ones."""
+        """Average by name; holds the raw weights while the module has the average."""
         self._num_updates = torch.tensor(0)
         self._latest_update_step = 0
         self._is_swapped = False
         self._validation = ExitStack()
 
     def updated(self, average: Tensor, current: Tensor, num_updates: Tensor | int) -> Tensor:
-        """The average after one more update; `num_updates` came before."""
+        """The average after another update, following `num_updates` earlier ones."""
         return average + (current - average) * (
             (1 - self.decay) / (1 - self.decay ** (num_updates + 1))
         )
@@ -64,8 +61,7 @@ class WeightEMA(Callback):
 
     @contextmanager
     def averaged(self, module: L.LightningModule) -> Iterator[None]:
-        """Gives the module the averaged weights for a while; those it has if there is no average
-        yet."""
+        """Context in which the module has the averaged weights, if there are any yet."""
         self._swap(module)
         self._is_swapped = True
         try:
@@ -79,7 +75,7 @@ class WeightEMA(Callback):
             self._average = _copies(pl_module)
         for name, parameter in trainable_parameters(
             pl_module
-        ).items():  # loaded before the module had its device
+        ).items():  # loaded before the module was moved to its device
             self._average[name] = self._average[name].to(parameter.device)
 
     def on_train_batch_end(
@@ -88,7 +84,7 @@ class WeightEMA(Callback):
         self._update_if_due(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before any hook of the validation's epoch, which may use the weights."""
+        """Runs before all epoch hooks, which may use the weights."""
         self._validation.enter_context(self.averaged(pl_module))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -96,7 +92,7 @@ class WeightEMA(Callback):
 
     @torch.no_grad()
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The module keeps the average; by now the last checkpoint has been saved."""
+        """The module keeps the average; the last checkpoint is already saved."""
         for average, current in self._pairs(pl_module):
             current.copy_(average)
 
@@ -105,7 +101,7 @@ class WeightEMA(Callback):
     ) -> None:
         if not self._average:
             return
-        self._update_if_due(trainer, pl_module)  # whichever callback saves, and whenever
+        self._update_if_due(trainer, pl_module)  # another callback may save before our batch hook
         own = checkpoint["state_dict"]
         other = own | gather_to_rank0(self._average)
         raw, average = (other, own) if self._is_swapped else (own, other)
@@ -119,7 +115,7 @@ class WeightEMA(Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """By now the module has the average, as `state_dict`."""
+        """The module already has the average, loaded from `state_dict`."""
         if trainer.state.fn != "fit":
             return
         self._average = _copies(pl_module)
@@ -151,7 +147,7 @@ class WeightEMA(Callback):
         self._latest_update_step = step
 
     def _pairs(self, module: L.LightningModule) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's part of each average and of its weight, in the weights' own memory."""
+        """Pairs of this rank's shards of average and weight, as views."""
         if self._average:
             for name, parameter in trainable_parameters(module).items():
                 yield local_shard(self._average[name]), local_shard(parameter.detach())

@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps: the newest state, always, and the best by a metric."""
+"""Checkpoints of a run: the latest, and the best by a metric."""
 
 import errno
 import math
@@ -13,15 +13,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from magnet_train.common.errors import UserError
 
 SAVE_EVERY_S = 1800.0
-"""Seconds between checkpoints: validations may be hours apart, and no signal announces that a node
-fails."""
+"""Maximum number of seconds between checkpoints: a node may fail hours after a validation."""
 
 
 class RunCheckpoint(Checkpoint):
-    """Saves `last.ckpt` after each validation, every half hour and at the end; and the best
-    `step=N.ckpt`.
+    """Checkpoints: `last.ckpt` and the best `step=N.ckpt`.
 
-    So `last.ckpt` always holds the newest weights, those that the last validation scored.
+    `last.ckpt` is saved after each validation, every half hour and at the end. After a validation
+    it has the weights that were scored.
     """
 
     def __init__(
@@ -32,12 +31,11 @@ class RunCheckpoint(Checkpoint):
         save_top_k: int = 1,
         every_n_train_steps: int | None = None,
     ):
-        """Where and how often checkpoints are saved.
-
+        """
         Args:
-            dirpath: Folder for checkpoints; `checkpoints` in the run folder if not given.
-            monitor: Logged metric that decides which checkpoints are best, e.g. val/ce; the newest
-                are if not given.
+            dirpath: Folder for checkpoints (default: `checkpoints` in the run folder).
+            monitor: Logged metric that defines the best checkpoints, e.g. val/ce; without it, the
+                newest are kept.
             mode: Whether a lower (min) or a higher (max) value of the metric is better.
             save_top_k: How many of the best checkpoints to keep beside last.ckpt; -1 keeps all.
             every_n_train_steps: Optimizer steps between checkpoints, in addition to those after
@@ -59,7 +57,7 @@ class RunCheckpoint(Checkpoint):
         self.save_top_k = save_top_k
         self.every_n_train_steps = every_n_train_steps
         self._scores: dict[str, float] = {}
-        """Lower is better; by file name, so that a run folder can be moved."""
+        """Score by file name, lower is better; names without folders, so that runs can be moved."""
         self._saved_step = 0
         self._saved_at = 0.0
 
@@ -70,12 +68,12 @@ class RunCheckpoint(Checkpoint):
 
     @property
     def last_model_path(self) -> str:
-        """`last.ckpt`; "" before it was saved or loaded."""
+        """`last.ckpt`, or "" before it is saved or loaded."""
         return str(self.folder / "last.ckpt") if self._saved_step else ""
 
     @property
     def best_model_path(self) -> str:
-        """The best of those that were kept; "" if none was."""
+        """The best checkpoint that was kept, or ""."""
         return (
             str(self.folder / min(self._scores, key=self._scores.__getitem__))
             if self._scores
@@ -84,9 +82,7 @@ class RunCheckpoint(Checkpoint):
 
     @best_model_path.setter
     def best_model_path(self, path: str) -> None:
-        """Lightning's launchers of several processes set it in the parent, which knows no
-        scores.
-        """
+        """Set by Lightning's multi-process launchers in the parent, which has no scores."""
 
     @property
     def state_key(self) -> str:
@@ -96,7 +92,7 @@ class RunCheckpoint(Checkpoint):
         return {"scores": dict(self._scores)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Only of what is still in the folder, wherever that lies by now."""
+        """Keeps the scores of files that are still in the folder, which may have been moved."""
         self._scores = {
             name: score
             for name, score in state_dict["scores"].items()
@@ -127,17 +123,17 @@ class RunCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         is_training = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if is_training and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if is_training and not trainer.fast_dev_run:  # type: ignore
             self._save_if_best(trainer)
             self.save_last(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Without a validation nothing has been saved at the last step."""
+        """Saves the last step if no validation did."""
         if trainer.global_step != self._saved_step and not trainer.fast_dev_run:  # type: ignore
             self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:
-        """Saves `last.ckpt`; a collective."""
+        """Save `last.ckpt`. Collective."""
         self._saved_step = trainer.global_step
         _save(trainer, self.folder / "last.ckpt")
         self._saved_at = time.monotonic()
@@ -158,7 +154,7 @@ class RunCheckpoint(Checkpoint):
             trainer.strategy.remove_checkpoint(self.folder / old)
 
     def _score(self, trainer: L.Trainer) -> float | None:
-        """Lower is better; None if the metric was not logged."""
+        """The monitored metric, with lower = better; None if it was not logged."""
         if self.monitor is None:
             return -float(trainer.global_step)
         value = trainer.callback_metrics.get(self.monitor)
@@ -173,10 +169,10 @@ class RunCheckpoint(Checkpoint):
 
 
 def _save(trainer: L.Trainer, path: Path) -> None:
-    """Saves a checkpoint; a collective.
+    """Save a checkpoint. Collective.
 
     Raises:
-        UserError: on every rank, if the first one cannot write it.
+        UserError: on every rank, if rank 0 cannot write it.
     """
     problem: str | None = None
     try:
@@ -186,7 +182,7 @@ def _save(trainer: L.Trainer, path: Path) -> None:
         problem = f"{path}: cannot be written ({reason}); resume elsewhere with --ckpt_path FILE"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             problem = f"{path}: the disk is full; free some space and resume with --ckpt_path auto"
-        trainer.strategy.barrier()  # in which the other ranks wait for this one
+        trainer.strategy.barrier()  # the other ranks wait here
     problem = trainer.strategy.broadcast(problem)
     if problem is not None:
         raise UserError(problem)

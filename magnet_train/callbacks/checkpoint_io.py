@@ -1,4 +1,4 @@
-"""Checkpoints that are written completely or not at all."""
+"""Atomic writing of checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,19 @@ from magnet_train.common.folders import replacing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, then moves: a full disk or a kill leaves the previous file intact.
+    """Writes a temporary file beside the target and renames it, so a failure keeps the old file.
 
-    Lightning's own writes to the system's temporary folder and copies from there, which is not
-    atomic if that is another file system.
+    Lightning writes to the system's temporary folder and copies, which is not atomic across file
+    systems.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Saves to a local path; an address such as s3:// is left to Lightning.
+        """Save to a local path; URLs such as s3:// are handled by Lightning.
 
         Raises:
-            OSError: if the disk is full or not writable; the previous file at `path` stays.
+            OSError: if the disk is full or not writable; the previous file at `path` is kept.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -35,7 +35,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with replacing(target, durable=True) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
-            # torch's zip writer may fail again while the first failure unwinds it.
+            # torch's zip writer may raise a second error while it handles the first.
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise

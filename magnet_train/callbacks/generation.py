@@ -1,4 +1,4 @@
-"""Validation by generating: decode captions in full, score the audio, write it with plots."""
+"""Validation by generation: decode captions in full, score the audio, write it with plots."""
 
 import json
 import time
@@ -46,11 +46,11 @@ BASELINES = {
 
 
 class GenerationCallback(Callback):
-    """Decodes captions of the validation split in full; scores, writes and logs the result.
+    """Validation by generation from captions.
 
-    Each rank decodes its share of the items, without any collective and always in full batches;
-    features are then gathered by item, and every rank computes the same metrics. It must come
-    before the averaging callback, so that it runs on the averaged weights.
+    Each rank decodes its share of the items in full batches, without any collective. Features are
+    then gathered by item, and every rank computes the same metrics. This callback must come before
+    the averaging callback, so that it uses the averaged weights.
     """
 
     def __init__(  # noqa: PLR0913  each is an option of the command line
@@ -66,24 +66,22 @@ class GenerationCallback(Callback):
         max_seconds: float | None = None,
         seed: int = 0,
     ):
-        """What a validation generates.
-
+        """
         Args:
-            num_prompts: captions that are decoded, spread over the validation split; 0 = none.
-            batch_size: clips decoded at once on each rank.
-            decoding: decoding settings; span_len is always the model's.
-            num_media: clips that are written and logged as audio and plots.
-            at_start: whether to validate the untrained model too, for comparison.
-            baselines: whether to score codec reconstructions, and codes drawn by their frequencies
-                and by those of pairs (of the training shards), once.
-            metrics: METRIC/EMBEDDER each, as for `evaluate`; those whose weights are missing are
-                skipped in `fit`, with a warning.
-            reference: folder of statistics that `evaluate --save_reference` wrote for the
-                validation clips' audio, for embedders other than musicnn; for KL the files must
-                have the names of the items.
-            max_seconds: time limit for generation in each validation, in seconds per rank;
+            num_prompts: Captions to decode, spread over the validation split; 0 = none.
+            batch_size: Clips per batch on each rank.
+            decoding: Decoding settings; span_len is always the model's.
+            num_media: Clips that are written and logged as audio and plots.
+            at_start: Also validate the untrained model, for comparison.
+            baselines: Also score codec reconstructions, and codes drawn by unigram and bigram counts of
+                the training shards, once.
+            metrics: Metrics as METRIC/EMBEDDER, as in `evaluate`. `fit` skips those whose weights
+                are missing, with a warning.
+            reference: Folder written by `evaluate --save_reference` for the validation clips, for
+                embedders other than musicnn. For KL its files must have the names of the items.
+            max_seconds: Time limit for generation in each validation, in seconds per rank;
                 unfinished prompts are skipped, with a warning. None = no limit.
-            seed: seed of the decoding noise; each item's depends on it and the item's id alone.
+            seed: Seed of the decoding noise; the noise of an item is a function of seed and id.
         """
         if num_prompts < 0 or batch_size < 1 or num_media < 0:
             raise UserError(
@@ -95,8 +93,7 @@ class GenerationCallback(Callback):
             parse_metric(metric)
         if max_seconds is not None and not 0 < max_seconds < float("inf"):
             raise UserError(
-                f"generation: max_seconds={max_seconds} must be above 0 s; leave it out for no "
-                "limit"
+                f"generation: max_seconds={max_seconds} must be above 0 s; remove it for no limit"
             )
         self.num_prompts = num_prompts
         self.batch_size = batch_size
@@ -109,10 +106,9 @@ class GenerationCallback(Callback):
         self.max_seconds = max_seconds
         self.seed = seed
         self.within_fit = False
-        """Whether the validation belongs to a training run, including that of the untrained
-        model."""
+        """Whether the validation is part of `fit`, including that of the untrained model."""
         self.audio: list[Path] = []
-        """Files that the last validation wrote, on all ranks."""
+        """Files written by the last validation, on all ranks."""
         self.plots: list[Path] = []
         self.seconds = 0.0
         self._baseline_values: dict[str, dict[str, float]] = {}
@@ -123,15 +119,14 @@ class GenerationCallback(Callback):
         self._start = 0.0
         self._embedders: dict[str, Embedder] | None = None
         self._items: list[dict[str, Any]] = []
-        """Items to decode that this rank has read: key, index, caption and real codes."""
+        """Items to decode that this rank read: key, index, caption and real codes."""
         self._real: dict[str, dict[str, Tensor]] = {}
         """References from the shards, by key."""
         self._counts: Tensor | None = None
-        """How often each code occurs, `k c`."""
+        """Code counts, `k c`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The decoding settings, so that `generate` uses those of the validations; a resumed run
-        uses its own."""
+        """The decoding settings, as defaults for `generate`; a resumed run uses its own."""
         return {"decoding": asdict(self.decoding)}
 
     # --- Collect ----------------------------------------------------------------------------------
@@ -196,7 +191,7 @@ class GenerationCallback(Callback):
     # --- Decode, embed, score ---------------------------------------------------------------------
 
     def _validate(self, trainer: L.Trainer, module: MagnetModule) -> None:
-        # Which rank read an item is chance; split again, all ranks have as many, plus or minus one.
+        # Items are redistributed, because ranks may have read very different numbers of them.
         items = {item["key"]: item for item in all_gather_list(self._items)}
         ordered = sorted(items.values(), key=lambda item: item["index"])
         share = ordered[trainer.global_rank :: trainer.world_size]
@@ -255,8 +250,7 @@ class GenerationCallback(Callback):
         share: list[dict[str, Any]],
         embedders: Mapping[str, Embedder],
     ) -> tuple[scorer.Features, list[str]]:
-        """Decodes and embeds this rank's items; features, and keys of the items that there was time
-        for."""
+        """Decode and embed this rank's items; returns features and the keys of decoded items."""
         settings = self._settings(module)
         generator = Generator(module.unsharded, codec, module.text_encoder, settings, module.crop_s)
         items = {item["key"]: item for item in share}
@@ -304,8 +298,8 @@ class GenerationCallback(Callback):
         tables: CountTables | None,
         embedders: Mapping[str, Embedder],
     ) -> dict[str, scorer.Features]:
-        """Features of the codec's reconstructions of the real clips, and of codes drawn by their
-        frequencies `k c` and by tables of counts."""
+        """Features of codec reconstructions, and of codes drawn by their counts `k c` and by count
+        tables."""
         real = {item["key"]: item["codes"] for item in share}
         drawn = {
             item["key"]: scorer.unigram_codes(counts, item["codes"].shape[1], seed=item["index"])
@@ -328,7 +322,7 @@ class GenerationCallback(Callback):
         return features
 
     def _gather(self, features: dict[str, scorer.Features]) -> dict[str, scorer.Features]:
-        """Features of all ranks, from the embedders that every rank could load. Collective."""
+        """Features of all ranks, for the embedders that every rank could load. Collective."""
         local = set(features[MODEL])
         common = set.intersection(*all_gather_list([local]))
         if missing := local - common:
@@ -344,8 +338,8 @@ class GenerationCallback(Callback):
         """The embedders whose weights are available, loaded once.
 
         Raises:
-            UserError: if one is missing, outside of training or if the best checkpoint is chosen by
-                it.
+            UserError: if weights are missing outside of training, or if checkpoint.monitor needs
+                them.
         """
         if self._embedders is not None:
             return self._embedders
@@ -377,8 +371,7 @@ class GenerationCallback(Callback):
     def _load_references(
         self, trainer: L.Trainer, features: scorer.Features, real: dict[str, dict[str, Tensor]]
     ) -> dict[str, ReferenceStatistics]:
-        """Statistics of the real clips for each embedder: from the shards (`real`), or from files
-        in `reference`."""
+        """Statistics of the real clips by embedder, from the shards (`real`) or `reference`."""
         found: dict[str, ReferenceStatistics] = {}
         for name, part in features.items():
             embedder = part.embedder
@@ -408,7 +401,7 @@ class GenerationCallback(Callback):
         references: Mapping[str, ReferenceStatistics],
         captions: Mapping[str, str],
     ) -> None:
-        """Sets the values of the baselines, if their features are there."""
+        """Compute the baselines' values, if their features exist."""
         for name in BASELINES:
             if name in features:
                 records = self._score(features[name], references, captions, {"system": name})
@@ -433,7 +426,7 @@ class GenerationCallback(Callback):
         captions: Mapping[str, str],
         about: Mapping[str, Any],
     ) -> list[Record]:
-        """A record for every metric that can be computed; a warning for each that cannot."""
+        """Records of all metrics that can be computed, with a warning for each other one."""
         codec = self._baseline_values.get("codec", {})
         return scorer.score_clips(
             self.metrics,
@@ -448,7 +441,7 @@ class GenerationCallback(Callback):
 
     @staticmethod
     def _warn(metric: str, message: str) -> None:
-        """Too few clips for a metric, or no reference, are no reason to end a run."""
+        """A warning instead of an error, for too few clips or a missing reference."""
         if message.startswith(f"{metric}: no reference"):
             is_musicnn = parse_metric(metric)[1] == "musicnn"
             remedy = (
@@ -460,8 +453,7 @@ class GenerationCallback(Callback):
     def _note_clip_scores(
         self, features: scorer.Features, references: Mapping[str, ReferenceStatistics]
     ) -> None:
-        """Adds its own FAD to the note beside each written clip, by which the report finds the best
-        and the worst."""
+        """Add each written clip's FAD to its JSON; the report shows the best and the worst."""
         _, scores = scorer.scores_by_clip(self.metrics, features, references)
         for path in self.audio:
             note = path.with_suffix(".json")
@@ -481,7 +473,7 @@ class GenerationCallback(Callback):
         for name, baseline in self._baseline_values.items():
             for metric, value in baseline.items():
                 values[f"val/{metric}/baseline_{name}"] = value
-        # Every rank has computed the same, so that each can choose the best checkpoint.
+        # Every rank has the same values, so that each can choose the best checkpoint.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
             module.log_dict(values, sync_dist=False)
@@ -496,8 +488,7 @@ class GenerationCallback(Callback):
         real: dict[str, Any],
         codec: Codec,
     ) -> None:
-        """Writes audio, note, codes and plot of one clip; the plot also shows the codec's
-        reconstruction."""
+        """Write audio, JSON, codes and plot of one clip, with the codec's reconstruction."""
         path = self._folder(trainer, module) / f"{real['index']:02d}_{slug(item.caption)}.wav"
         about = {
             "seed": self.seed,
@@ -529,7 +520,7 @@ class GenerationCallback(Callback):
 
     @staticmethod
     def step(trainer: L.Trainer, module: MagnetModule) -> int:
-        """Optimizer steps of the weights; outside `fit` those of the checkpoint."""
+        """Optimizer steps of the weights; outside `fit`, those of the checkpoint."""
         return trainer.global_step or module.trained_steps
 
     def _folder(self, trainer: L.Trainer, module: MagnetModule) -> Path:
@@ -544,7 +535,7 @@ class GenerationCallback(Callback):
 
 
 def chosen_items(counts: list[int], num_prompts: int) -> dict[int, int]:
-    """Index in the split of each item to generate for, spread over the split, to its number from 0.
+    """Maps the indices of the chosen items, spread over the split, to 0, 1, …
 
     >>> chosen_items([5, 5], 4)
     {0: 0, 2: 1, 4: 2, 6: 3}
@@ -556,7 +547,7 @@ def chosen_items(counts: list[int], num_prompts: int) -> dict[int, int]:
 
 
 class PredictionWriter(Callback):
-    """Writes what `predict` generates into the run folder's `predictions`."""
+    """Writes the output of `predict` to `predictions` in the run folder."""
 
     def on_predict_batch_end(
         self,

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite are skipped, counted, and named by their items."""
+"""Skips steps whose loss or gradients are not finite, and names their items."""
 
 import warnings
 from typing import Any
@@ -14,18 +14,16 @@ from magnet_train.sharding import full_tensor
 
 
 class NanGuard(Callback):
-    """Skips optimizer steps whose loss or gradients are not finite, and ends the run after many in
-    a row.
+    """NaN guard: skip steps whose loss or gradients are not finite.
 
-    A skipped step changes neither weights nor the optimizer's state, on any rank; it counts as a
-    step for schedule and averaging. `train/steps_skipped` counts them. In 16-mixed precision
-    gradients that are not finite are how the scaler finds its scale, so there these steps are
-    counted too, but named, and a reason to end, only once the scale is 1.
+    A skipped step changes neither weights nor optimizer state on any rank, but counts for schedule
+    and averaging. `train/steps_skipped` counts skipped steps. Many in a row end the run. In
+    16-mixed precision the gradient scaler causes such steps while it searches for its scale, so
+    there they are reported, and end the run, only if the scale is 1.
     """
 
     def __init__(self, max_consecutive: int = 10):
-        """When the run is ended.
-
+        """
         Args:
             max_consecutive: Abort after this many consecutive skipped (non-finite) steps.
         """
@@ -57,10 +55,10 @@ class NanGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Drops the gradients of a bad step: the optimizer passes over a parameter that has none.
+        """Remove the gradients of a bad step, so that the optimizer skips all parameters.
 
         Raises:
-            UserError: after too many in a row.
+            UserError: after too many bad steps in a row.
         """
         keys = self._keys
         losses = torch.stack(self._losses)
@@ -82,7 +80,7 @@ class NanGuard(Callback):
             and all_ranks(bool(losses.isfinite().all()))
             and scaler.get_scale() > 1
         ):
-            return  # it skips the step itself, and tries the next one at half the scale
+            return  # the scaler skips the step itself and halves its scale
         self._warn(trainer, keys, losses.tolist())
         for parameter in parameters:
             parameter.grad = None
@@ -91,7 +89,7 @@ class NanGuard(Callback):
                 f"{self.consecutive} steps in a row without a finite loss and gradients, the last "
                 f"is step {trainer.global_step}: the last checkpoint is good; resume from it with "
                 "--ckpt_path auto and a lower --model.optimizer.lr or --trainer.precision "
-                "bf16-mixed, or look at the items named above"
+                "bf16-mixed, or check the items named above"
             )
 
     def _warn(self, trainer: L.Trainer, keys: list[str], losses: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 end a run within a batch, with a checkpoint."""
+"""On SIGTERM or SIGUSR1, saves a checkpoint and ends the run after the current batch."""
 
 import os
 import signal
@@ -20,25 +20,25 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(SystemExit):
-    """Ends the process with status 0: what the signal asks for is done, and nothing is lost.
+    """Ends the process with status 0 after the checkpoint was saved.
 
-    A launcher takes any other status for a failure, kills the other ranks while they end, and
-    counts a retry. So the status is 1 only if the job should have been requeued and was not.
-    `summary.json` tells a run that is finished from one that was stopped.
+    Launchers treat any other status as a failure: they kill the other ranks and count a retry. So
+    the status is 1 only if the job should have been requeued and was not. Only finished runs have
+    a `summary.json`.
     """
 
 
 class Preemption(Callback):
     """Saves `last.ckpt` at the end of the batch in which a signal arrives, then stops.
 
-    A signal that arrives in a validation waits for its end, since ranks have different numbers of
-    validation batches and cannot agree before. A second one, more than TOGETHER_S later, ends the
-    process at once unless it is saving.
+    During a validation the signal takes effect at its end, because ranks have different numbers of
+    validation batches and cannot agree earlier. A second signal, more than TOGETHER_S later, ends
+    the process at once unless it is saving.
 
-    The handler only notes the signal: a checkpoint saved from within it could catch a step half
-    done (Lightning issue 21406). The ranks agree, whichever of them received it. Under SLURM with
-    automatic requeue the requeue signal also requeues the job. Lightning's own handler would save
-    to a file that every later start prefers, however far the run has come since.
+    The handler only sets a flag: saving a checkpoint inside it could interrupt a step (Lightning
+    issue 21406). All ranks stop if any of them received the signal. Under SLURM with
+    automatic requeue, the requeue signal also requeues the job. Lightning's own handler would save
+    to a file that every later start prefers, even if it is older than `last.ckpt`.
     """
 
     def __init__(self) -> None:
@@ -46,12 +46,12 @@ class Preemption(Callback):
         self._received_at = 0.0
         self._requeue_signal: int | None = None
         self._handlers: dict[int, Any] = {}
-        """Those that were there before."""
+        """The handlers before ours."""
         self._is_first_rank = False
         self._is_saving = False
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The one before training may be long too."""
+        """The validation before training may take long, so signals are handled from here on."""
         self._handle_signals(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -69,7 +69,7 @@ class Preemption(Callback):
         )
         if (
             requeues
-        ):  # upon which SLURM signals all processes, and that must not cut W&B's last seconds short
+        ):  # SLURM then signals all processes, which must not interrupt the end of the W&B session
             for number in self._handlers:
                 signal.signal(number, signal.SIG_IGN)
             self._handlers = {}
@@ -103,10 +103,10 @@ class Preemption(Callback):
         self._restore_handlers()
 
     def _handle_signals(self, trainer: L.Trainer) -> None:
-        """Instead of Lightning, whose handler of SIGTERM calls a collective from within itself."""
+        """Replace Lightning's handlers: its SIGTERM handler runs a collective."""
         is_main_thread = (
             threading.current_thread() is threading.main_thread()
-        )  # Python allows handlers only there
+        )  # Python sets handlers only in the main thread
         if self._handlers or not is_main_thread:
             return
         self._is_first_rank = trainer.is_global_zero
@@ -117,7 +117,7 @@ class Preemption(Callback):
             self._handlers[number] = signal.signal(number, self._note)
 
     def _save(self, trainer: L.Trainer) -> str:
-        """Saves the checkpoint; a text that says what was saved."""
+        """Save the checkpoint; returns a message."""
         if not trainer.global_step:
             return "nothing to save, no step was finished"
         checkpoints: Any = trainer.checkpoint_callback
@@ -134,7 +134,7 @@ class Preemption(Callback):
         elif now - self._received_at > TOGETHER_S and not self._is_saving:
             if (
                 self._received == self._requeue_signal and self._is_first_rank
-            ):  # the time is up in a validation
+            ):  # second signal during a validation
                 print(f"ended before a checkpoint could be saved: {_requeue()[0]}", flush=True)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -143,14 +143,13 @@ class Preemption(Callback):
         for number, handler in self._handlers.items():
             if (
                 signal.getsignal(number) == self._note
-            ):  # otherwise Lightning has put back what was there before it
+            ):  # otherwise Lightning has already restored its own
                 signal.signal(number, handler)
         self._handlers = {}
 
 
 def _requeue() -> tuple[str, bool]:
-    """Asks SLURM to requeue this job, or this task of its array; the result as a text, and whether
-    it will."""
+    """Ask SLURM to requeue this job or array task; returns a message and whether it will."""
     job = os.environ["SLURM_JOB_ID"]
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     name = job if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"

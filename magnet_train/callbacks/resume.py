@@ -1,4 +1,4 @@
-"""A resumed run continues as the interrupted one would have, bit for bit on the same ranks."""
+"""Exact resuming: bit-identical to an uninterrupted run on the same ranks."""
 
 from dataclasses import asdict
 from typing import Any
@@ -16,24 +16,22 @@ from magnet_train.resume import Layout, fingerprint
 
 
 class ExactResume(Callback):
-    """Writes into each checkpoint what its progress means, and corrects the progress when one is
-    loaded.
+    """Saves the data layout in each checkpoint, and corrects the progress after loading one.
 
-    Lightning restores weights, optimizer, schedule and counters. That leaves three cases:
+    Lightning restores weights, optimizer, schedule and counters. This callback handles the rest:
 
-    - Saved between two optimizer steps (with accumulation), the gradients so far are lost; the
-      batches since the last step are done again, on the weights on which they were done.
-    - Saved at the end of a batch after which a validation is due, Lightning would continue without
-      that validation.
-    - With another number of ranks or batch size, as many batches are other examples; they are
-      counted anew, and a line says that results will not be bit-identical.
+    - If a checkpoint was saved between two optimizer steps (with accumulation), the accumulated
+      gradients are lost, so the batches since the last step are repeated.
+    - If it was saved just before a validation, Lightning would skip that validation.
+    - With another number of ranks or batch size, a batch count means other examples, so it is
+      converted, and a message says that results will not be bit-identical.
     """
 
     def __init__(self) -> None:
         self._open_batches = 0
         """Batches since the last optimizer step."""
         self._has_skipped = False
-        """Whether this rank could not read some of its shards."""
+        """Whether this rank skipped shards."""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *args: Any
@@ -68,7 +66,7 @@ class ExactResume(Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Corrects the progress.
+        """Correct the progress.
 
         Raises:
             UserError: if the checkpoint was trained on other shards, or with another codec or text
@@ -92,7 +90,7 @@ class ExactResume(Callback):
                 "to a run without the interruption only if the same shards are still unreadable"
             )
         progress = private_api.Progress(checkpoint)
-        # Otherwise a validation that was once done late would look interrupted forever.
+        # Otherwise a validation that once ran late would look interrupted after each resume.
         progress.set_validation(0)
         was_at_batch_end = not saved["open_batches"] and progress.is_at_batch_end()
         if saved["open_batches"]:
@@ -101,9 +99,7 @@ class ExactResume(Callback):
         self._convert(progress, Layout(**saved["layout"]), _layout(trainer))
         if was_at_batch_end and _validation_is_due(trainer, progress.num_batches):
             progress.complete_batch()
-            progress.set_validation(
-                1
-            )  # as if saved while the first batch of that validation was running
+            progress.set_validation(1)  # as if saved during the first batch of that validation
 
     @staticmethod
     def _convert(progress: private_api.Progress, before: Layout, now: Layout) -> None:

@@ -1,4 +1,4 @@
-"""How fast a run is, what it waits for, and how much audio it was trained on."""
+"""Logs training speed, waiting times and the amount of audio seen."""
 
 import resource
 import sys
@@ -16,33 +16,29 @@ from magnet_train.module import MagnetModule
 
 
 class Throughput(Callback):
-    """Logs speed over the steps since the last row, every `trainer.log_every_n_steps`; validation
-    does not count.
+    """Logs speed every `trainer.log_every_n_steps`, without the time of validations.
 
-    Over all ranks, if the others are as fast as the first and their items as long:
-    `speed/examples_per_s`, `speed/frames_per_s` (without padding), `speed/audio_hours_per_s`, and
-    `train/audio_hours` (since the run began). Of the rank with the highest value:
-    `speed/data_share` (share of the time spent waiting for a batch) and `speed/peak_memory_gb` (of
-    the GPU's allocator, or of the process on a CPU). `speed/mfu`, where the device's peak is
-    known: FLOP that the model needs, not those that were computed, over those of the device at its
-        peak.
+    Rank 0's values times the number of ranks: `speed/examples_per_s`, `speed/frames_per_s` (without
+    padding), `speed/audio_hours_per_s`, and `train/audio_hours` (since the run began). Maximum over
+    ranks: `speed/data_share` (share of time spent waiting for a batch) and `speed/peak_memory_gb`
+    (of the GPU's allocator, or of the process on a CPU). `speed/mfu`, if the device's peak is
+    known: FLOP that the model needs (without recomputation) over the peak of the device.
 
-    `data/shards_skipped` and `data/items_skipped`, since the process began: what loader processes
-    of all ranks could not read, each time it was its turn.
+    `data/shards_skipped` and `data/items_skipped`: failed reads of all data workers since the
+    process started.
     """
 
     def __init__(self) -> None:
         self.frames = 0
-        """Of all ranks, up to the last optimizer step; what came after is trained again by a
-        resumed run."""
+        """Frames of all ranks up to the last optimizer step; a resumed run repeats later ones."""
         self._open_frames = 0
-        """Since that step."""
+        """Frames since that step."""
         self._step = 0
         self._logged_step = 0
         self._running_since: float | None = None
-        """When training began or last continued; None during a validation."""
+        """Time at which training started or last continued; None during a validation."""
         self._seconds = 0.0
-        """Of training before that, since the last row."""
+        """Training time before that, since the last row."""
         self._examples = 0
         self._frames = 0
         self._waited_s = 0.0
@@ -70,9 +66,9 @@ class Throughput(Callback):
             self._running_since = time.monotonic()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hours beside the metrics of a validation, so that these can be plotted over them."""
+        """Log hours with each validation, as an axis for its metrics."""
         assert isinstance(pl_module, MagnetModule)
-        if self.frames or not pl_module.trained_steps:  # else the weights came without their count
+        if self.frames or not pl_module.trained_steps:  # otherwise the count is unknown
             pl_module.log("train/audio_hours", _hours(self.frames, trainer))
 
     def on_train_batch_end(
@@ -134,13 +130,13 @@ class Throughput(Callback):
 
 
 def _hours(frames: int, trainer: L.Trainer) -> float:
-    split = "train" if trainer.state.fn == "fit" else "validation"  # both are of one codec
+    split = "train" if trainer.state.fn == "fit" else "validation"  # both use the same codec
     codec = trainer.datamodule.shards(split).index["codec"]  # type: ignore[attr-defined]
     return frames / codec["frame_rate"] / 3600
 
 
 def _flop_per_example(config: MagnetConfig, num_frames: int) -> float:
-    """Of a training step, mean over stages."""
+    """FLOP of a training step, mean over stages."""
     return fmean(training_flop(config, num_frames, stage) for stage in range(config.num_codebooks))
 
 

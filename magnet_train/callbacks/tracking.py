@@ -1,5 +1,4 @@
-"""A run in W&B and TensorBoard: one W&B run over all its sessions, its settings and environment,
-generated clips."""
+"""Logging to W&B and TensorBoard: settings, environment, generated clips, checkpoints."""
 
 import json
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from magnet_train.tracking.logged import HOURS, LOGGED, STEP
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` into the run folder, without credentials, and gives W&B the same."""
+    """Writes `config.yaml`, without credentials, into the run folder and to W&B."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         text = redact(self.parser.dump(self.config, skip_none=False))
@@ -35,13 +34,13 @@ class SaveConfig(SaveConfigCallback):
 
 @dataclass(frozen=True)
 class GeneratedClip:
-    """One generated clip on the disk, with the contents of the JSON file beside it."""
+    """A generated clip on disk, with the content of its JSON file."""
 
     audio: Path
     caption: str
     item: str
     score: float | None
-    """FAD of the clip alone; None where it could not be computed."""
+    """FAD of this single clip; None if it could not be computed."""
 
     @property
     def picture(self) -> Path:
@@ -54,34 +53,32 @@ class GeneratedClip:
 
 
 class Tracking(Callback):
-    """Gives W&B the axes, environment, clips and, as an option, checkpoints of a run; TensorBoard
-    the clips.
+    """Logging to W&B and TensorBoard.
 
-    Whatever the logger, `environment.json` in the run folder has the environment of each session.
-    The clips of all ranks are logged, from the folder that the ranks share.
+    W&B gets axes, environment, clips and, optionally, checkpoints; TensorBoard gets clips. With any
+    logger, `environment.json` in the run folder has the environment of each session. The clips of
+    all ranks are read from the shared run folder.
     """
 
     COLUMNS = ("step", "item", "caption", "audio", "picture", "FAD of the clip alone")
 
     def __init__(self, upload_checkpoints: bool = False):
-        """What W&B gets beside metrics and clips.
-
+        """
         Args:
             upload_checkpoints: Upload the last and the best checkpoint to W&B after training, as
                 versions of an artifact with the aliases latest, best and step-N. Each takes 16
-                bytes per parameter, or 20 with D-Adaptation (8 GB for the small published model),
-                and until it is uploaded as much again in the run folder.
+                bytes per parameter, or 20 with D-Adaptation (8 GB for the small published model);
+                until the upload is finished, a copy takes the same space in the run folder.
         """
         self.upload_checkpoints = upload_checkpoints
         self._is_set_up = False
         self._table: Any = None
         self._unwritten_row: dict[str, Any] | None = None
         self._logged: dict[str, Any] = {}
-        """Parts of the table that were logged, and the W&B run that has them."""
+        """Number of logged parts of the table, and their W&B run."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The table of a resumed run continues after the rows that it had at the checkpoint,
-        offline too."""
+        """Position in the table, so that a resumed run continues after it, also offline."""
         return {"table": self._logged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -104,14 +101,13 @@ class Tracking(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """A logged row has what was measured at its step, and nothing of an earlier one."""
+        """Clear earlier values, so that a row has only what was measured at its step."""
         private_api.forget_logged(trainer)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Loggers get the row of a step after its checkpoint is written; a kill in between would
-        lose it."""
+        """Write the row of this step before the checkpoint, so that a kill cannot lose it."""
         checkpoint["unwritten_row"] = private_api.unwritten_row(trainer)
 
     def on_load_checkpoint(
@@ -148,14 +144,13 @@ class Tracking(Callback):
     on_test_end = on_validation_end
 
     def _to_wandb(self, run: Any, clips: list[GeneratedClip], step: int) -> None:
-        """Lists under the step, and rows of a table, of which only the new ones are uploaded."""
+        """Log lists of media at the step, and append the new rows to the table."""
         import wandb
 
         if self._table is None:
             self._table = wandb.Table(columns=list(self.COLUMNS), log_mode="INCREMENTAL")
             if self._logged.get("run") == run.id:
-                # W&B does this itself if a server tells it to; but then with rows of steps that are
-                # done again.
+                # W&B can do this itself, but then keeps rows of steps that are repeated.
                 private_api.continue_table(
                     self._table, self._logged["count"], self._logged["parts"]
                 )
@@ -175,9 +170,7 @@ class Tracking(Callback):
             ],
         }
         run.log(media | {STEP: step})
-        if (
-            logged := run.summary.get("gen/clips")
-        ) is not None:  # with WANDB_MODE=disabled there is nothing
+        if (logged := run.summary.get("gen/clips")) is not None:  # None with WANDB_MODE=disabled
             parts = [*logged["previous_increments_paths"], logged["artifact_path"]]
             self._logged = {"run": run.id, "count": len(parts), "parts": parts}
 
@@ -189,14 +182,13 @@ class Tracking(Callback):
             if isinstance(logger, WandbLogger):
                 if saved.best_model_path:
                     upload(logger.experiment, Path(saved.best_model_path), "best")
-                # W&B calls the version that came last "latest", whatever its alias.
+                # W&B gives the alias "latest" to the last version, so this one comes last.
                 upload(logger.experiment, Path(saved.last_model_path), "latest")
 
 
 def _define_metrics(run: Any) -> None:
-    """Plots every metric over optimizer steps."""
-    # Only the last value as summary: with another one it would become a group, which sweeps do not
-    # look into.
+    """Use optimizer steps as the axis of every metric."""
+    # The summary is only the last value: a group of several is not visible to W&B sweeps.
     run.define_metric(STEP)
     for name in dict.fromkeys([HOURS, *(entry.name.split("{")[0] for entry in LOGGED)]):
         glob = name if any(entry.name == name for entry in LOGGED) else f"{name}*"
@@ -204,8 +196,7 @@ def _define_metrics(run: Any) -> None:
 
 
 def upload(run: Any, checkpoint: Path, alias: str) -> None:
-    """Logs a checkpoint as a version of the run's artifact `checkpoint-ID`, with aliases `alias`
-    and `step-N`."""
+    """Upload a version of the artifact `checkpoint-ID` with aliases `alias` and `step-N`."""
     import wandb
 
     from magnet_train.release import read_checkpoint
@@ -214,16 +205,16 @@ def upload(run: Any, checkpoint: Path, alias: str) -> None:
     artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata={"step": step})
     artifact.add_file(
         str(checkpoint), name="model.ckpt", skip_cache=True
-    )  # the cache is in the home folder
+    )  # W&B's cache is in the home folder
     run.log_artifact(artifact, aliases=[alias, f"step-{step}"])
 
 
 def to_tensorboard(writer: Any, clips: list[GeneratedClip], step: int) -> None:
-    """Writes audio, mixed to mono, as `gen/audio/NAME` and its spectrogram as `gen/pictures/NAME`.
+    """Log audio, mixed to mono, as `gen/audio/NAME` and its spectrogram as `gen/pictures/NAME`.
 
     Args:
         writer: torch's SummaryWriter.
-        clips: Clips on the disk.
+        clips: Clips on disk.
         step: Optimizer steps.
     """
     import matplotlib.image

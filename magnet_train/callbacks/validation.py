@@ -1,5 +1,4 @@
-"""When a run validates: every `trainer.val_check_interval` optimizer steps, and always at its
-end."""
+"""Validation every `trainer.val_check_interval` optimizer steps and at the end of a run."""
 
 from typing import Any
 
@@ -13,22 +12,22 @@ from magnet_train.common.errors import UserError
 def check_validation(
     val_check_interval: Any, check_val_every_n_epoch: Any, limit_val_batches: Any
 ) -> None:
-    """Checks that the settings are those of the one schedule there is.
+    """Check the trainer's validation settings.
 
-    Training data has no end, so an epoch, and any share of one, has no length.
+    Training data is endless, so intervals in epochs or shares of them are not defined.
 
     Args:
-        val_check_interval: trainer's setting; must be a number of optimizer steps.
-        check_val_every_n_epoch: trainer's setting; must be None.
-        limit_val_batches: trainer's setting; None or 1.0 for all, or a number of batches per rank.
+        val_check_interval: must be a number of optimizer steps.
+        check_val_every_n_epoch: must be None.
+        limit_val_batches: must be None or 1.0 for all, or a number of batches per rank.
 
     Raises:
-        UserError: if one of them is anything else.
+        UserError: if one of them has another value.
     """
     if check_val_every_n_epoch is not None:
         raise UserError(
             f"trainer.check_val_every_n_epoch={check_val_every_n_epoch}: training data has no "
-            "epochs; leave it null and set --trainer.val_check_interval to a number of optimizer "
+            "epochs; set it to null, and --trainer.val_check_interval to a number of optimizer "
             "steps"
         )
     if type(val_check_interval) is not int or val_check_interval < 1:
@@ -39,13 +38,12 @@ def check_validation(
     if isinstance(limit_val_batches, float) and limit_val_batches != 1.0:
         raise UserError(
             f"trainer.limit_val_batches={limit_val_batches}: give a whole number of batches per "
-            "rank, or leave it out"
+            "rank, or remove it"
         )
 
 
 def check_epoch(limit_train_batches: Any, accumulate_grad_batches: int) -> None:
-    """Checks that an epoch of `limit_train_batches`, if it has so many, ends with an optimizer
-    step.
+    """Check that an epoch of `limit_train_batches`, if set, ends with an optimizer step.
 
     Raises:
         UserError: if it does not.
@@ -60,16 +58,16 @@ def check_epoch(limit_train_batches: Any, accumulate_grad_batches: int) -> None:
 class ValidationSchedule(Callback):
     """Validates every `val_check_interval` optimizer steps, and after the last one.
 
-    Lightning counts batches; this callback converts, whatever is accumulated. A run without
-    validation (`limit_val_batches=0`), or with one that does not see every item, says so.
+    Lightning counts batches, so this callback multiplies by the number accumulated. It warns if a
+    run has no validation (`limit_val_batches=0`), or if validation does not use every item.
     """
 
     def __init__(self) -> None:
         self._interval: int | None = None
-        """In optimizer steps, as given."""
+        """Interval in optimizer steps."""
 
     def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
-        """Comes after the data module's setup, which may set accumulation."""
+        """Runs after the data module's setup, which may set accumulation."""
         if trainer.fast_dev_run or stage not in ("fit", "validate"):
             return
         limit = trainer.limit_val_batches
@@ -86,17 +84,17 @@ class ValidationSchedule(Callback):
             num_seen = limit * trainer.datamodule.batch_size * trainer.world_size
             if num_seen < num_items:
                 rank_zero_warn(
-                    f"each validation sees {num_seen} of {num_items} items: "
+                    f"each validation uses {num_seen} of {num_items} items: "
                     f"trainer.limit_val_batches={limit}"
                 )
 
     def on_train_batch_end(self, trainer: Any, pl_module: L.LightningModule, *args: Any) -> None:
         if trainer.limit_val_batches != 0 and is_last_step(trainer):
-            trainer.should_stop = True  # upon which Lightning validates, then stops
+            trainer.should_stop = True  # Lightning then validates and stops
 
 
 def is_last_step(trainer: Any) -> bool:
-    """Whether the batch that was just trained ends the run."""
+    """Whether the last batch ends the run."""
     if trainer.max_steps >= 0 and trainer.global_step >= trainer.max_steps:
         return True
     is_last_epoch = (

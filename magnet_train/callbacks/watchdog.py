@@ -1,4 +1,4 @@
-"""A thread that says which rank hangs, and in what."""
+"""A thread that reports which rank hangs, and in which phase."""
 
 import threading
 import time
@@ -17,24 +17,22 @@ STEP = "training step"
 BETWEEN = "between steps (saving, averaging, logging)"
 VALIDATION = "validation"
 HISTORY = 200
-"""Durations of a phase from which its median is taken."""
+"""Number of durations for the median of a phase."""
 
 
 class Watchdog(Callback):
-    """Warns once when a phase of a step takes far longer than it usually does; it never ends
-    anything.
+    """Watchdog: warn once if a phase of a step takes far longer than usual.
 
-    A rank that hangs makes all others wait for it in their next collective, so that all of them
-    warn: the culprit is the one that waits for data, or that says nothing. The first time of a
-    phase has nothing to be compared with.
+    It never ends the run. If one rank hangs, all others wait for it in their next collective and
+    warn too: the cause is the rank that waits for data, or that prints nothing. The first duration
+    of a phase is not checked.
     """
 
     def __init__(self, factor: float = 10.0, min_seconds: float = 60.0):
-        """When a phase is too long.
-
+        """
         Args:
-            factor: Warn when a phase takes this many times its median.
-            min_seconds: But never below this many seconds.
+            factor: Warn if a phase takes this many times its median.
+            min_seconds: Never warn below this many seconds.
         """
         if not factor > 1 or not min_seconds > 0:
             raise UserError(
@@ -44,7 +42,7 @@ class Watchdog(Callback):
         self.min_seconds = min_seconds
         self._history: dict[str, deque[float]] = {}
         self._phase: tuple[str, float] | None = None
-        """The current phase, and when it began."""
+        """The current phase and its start time."""
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 

@@ -1,4 +1,4 @@
-"""Time and memory of each part, beside its reference implementation (dense.py) in the same run."""
+"""Time and memory of each part, compared with its reference implementation (dense.py)."""
 
 import copy
 import json
@@ -49,14 +49,13 @@ NUM_TEXT = 20
 DECODING_STEPS = (20, 10, 10, 10)
 LONG = 12_000
 SHORT = 1500
-"""Frames of two sequences whose times show how attention grows with length."""
+"""Two lengths in frames, to measure how the time of attention grows."""
 
 # --- attention ------------------------------------------------------------------------------------
 
 
 def attention(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
-    """Windowed attention against a dense mask, forward and backward, and how it grows with
-    length."""
+    """Windowed attention against a dense mask, forward and backward, and at two lengths."""
     heads = 4
     width = 64
     shape = (options.batch_size, heads, options.num_frames, width)
@@ -65,7 +64,7 @@ def attention(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
             inputs = _inputs(shape, options.device, backward)
             bias = window_bias(
                 inputs[0], context
-            )  # masks are made once per forward pass, so they are not measured
+            )  # not measured: masks are made once per forward pass
             yield compare(
                 f"attention, {'forward and backward' if backward else 'forward'}",
                 _attend(windowed_attention, inputs, backward, context=context, bias=bias),
@@ -124,7 +123,7 @@ def _attend(
 
 
 def _model(options: BenchOptions) -> tuple[Magnet, Tensor, Tensor]:
-    """A small network, and states and mask of captions."""
+    """A small network, with text states and their mask."""
     torch.manual_seed(0)
     config = MagnetConfig(dim=256, num_heads=4, num_layers=6, codebook_size=2048, text_dim=768)
     states = torch.randn(options.batch_size, NUM_TEXT, 768, device=options.device)
@@ -133,7 +132,7 @@ def _model(options: BenchOptions) -> tuple[Magnet, Tensor, Tensor]:
 
 
 def _mask_codes(codes: Tensor, stage: int, masked: Tensor, mask_id: int) -> Tensor:
-    """What training shows the network at a stage."""
+    """The network's input in training at a stage."""
     shown = codes.clone()
     shown[:, stage] = shown[:, stage].masked_fill(masked, mask_id)
     shown[:, stage + 1 :] = mask_id
@@ -203,8 +202,7 @@ def decoding(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
             CachedForward(model, model.encode_text(states, text_mask)), CachedForward(model, None)
         )
 
-    # A decoding takes half a minute and more: none is done for nothing, and memory is that of a few
-    # steps.
+    # Decoding takes over half a minute, so memory is measured with few steps only.
     found = {make: _Decoded() for make in (exact, dense, cached)}
     for _ in range(max(1, min(options.repeats, 2))):
         for make, decoded in found.items():
@@ -251,8 +249,7 @@ def decoding(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
 
 
 class _Decoded:
-    """Seconds of each decoding, in all and of the stages with a window, and the codes of the
-    last."""
+    """Seconds of each decoding, in total and for the windowed stages, and the last codes."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -299,8 +296,7 @@ def _decoding_flop(model: Magnet, codes: Tensor, text: Any) -> float:
 
 
 def reading(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
-    """What logging, metrics and progress cost a training step of the demo, by the trainer's own
-    profiler."""
+    """Cost of logging, metrics and progress per step of the demo, by Lightning's profiler."""
     steps = 30
     command = [sys.executable, "-m", "magnet_train", "fit", "--trainer.profiler=simple"]
     command += [f"--trainer.max_steps={steps}", "--model.optimizer.warmup_steps=10"]
@@ -314,7 +310,7 @@ def reading(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
         command.append(f"--trainer.default_root_dir={folder}")
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise UserError(f"fit failed while it was measured: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"the measured fit failed: {done.stderr.strip().splitlines()[-1]}")
     lines = done.stdout.splitlines() + done.stderr.splitlines()
     rows = [[cell.strip() for cell in line.split("|")] for line in lines]
     seconds = {cells[1]: float(cells[4]) for cells in rows if len(cells) > 4 and cells[3].isdigit()}
@@ -338,9 +334,9 @@ def gpu(
     """One prompt and a training step on a GPU, in bfloat16 and compiled.
 
     Args:
-        options: of the measurement.
-        limit: FLOP per second of products in bfloat16.
-        config: network; the published small one if not given.
+        options: options of `bench`.
+        limit: FLOP per second of bfloat16 matrix products.
+        config: network (default: the published small one).
     """
     model = Magnet(config or MagnetConfig()).to(options.device)
     yield _compiled_decoding(options, limit, model)
@@ -444,7 +440,7 @@ GPU_PARTS = ("attention", "training", "decoding", "gpu")
 
 
 def bench(options: BenchOptions) -> list[BenchmarkResult]:
-    """Measures, and prints a table as it grows.
+    """Run the measurements, and print each row of the table when it is done.
 
     Raises:
         UserError: if a part is unknown, or the device is missing.

@@ -1,8 +1,7 @@
-"""Speed of loading, beside plain webdataset; of tokenizing, beside its codec; and of the start of a
-command.
+"""Speed of loading (against plain webdataset), of tokenizing (against the codec) and of start-up.
 
-All on synthetic data in a temporary folder, of realistic size: 30 s of codes at 50 Hz with
-captions, and stereo FLAC at 44.1 kHz.
+Uses synthetic data of realistic size in a temporary folder: 30 s of codes at 50 Hz with captions,
+and stereo FLAC at 44.1 kHz.
 """
 
 import contextlib
@@ -39,22 +38,22 @@ from magnet_train.data.shards import ShardSet
 from magnet_train.data.tokenize import TokenizeOptions, tokenize
 
 BATCH_SIZE = 16
-"""Examples in a batch that a loader yields."""
+"""Examples per training batch."""
 CROP_FRAMES = 1400
 """Frames of a random crop."""
 ITEM_FRAMES = 1500
 """Frames of an item in the shards."""
 PER_SHARD = 128
-"""Examples in a shard."""
+"""Examples per shard."""
 CROP_S = 10.0
-"""Seconds of a crop that is tokenized."""
+"""Seconds per tokenized crop."""
 TOKENIZE_BATCH_SIZE = 2
-"""Crops in a batch that is tokenized."""
+"""Crops per batch in `tokenize`."""
 NUM_BATCHES = 256
-"""Batches that are drawn at a time."""
+"""Batches per measurement."""
 MANY = 10_000
 FEW = 100
-"""Shards of a large set, and of one to compare it with."""
+"""Number of shards in a large and a small set."""
 ENCODEC_32KHZ: dict[str, Any] = {
     "sampling_rate": 32_000,
     "audio_channels": 1,
@@ -70,14 +69,13 @@ ENCODEC_32KHZ: dict[str, Any] = {
     "normalize": False,
     "chunk_length_s": None,
 }
-"""As `facebook/encodec_32khz` is configured, but for `num_filters`, which is 64 there."""
+"""Configuration of `facebook/encodec_32khz`, except for `num_filters`, which is 64 there."""
 
 
 def loading(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
-    """Batches from one loader process; plain webdataset does the same on the same shards.
+    """Batches from one data worker, compared with plain webdataset on the same shards.
 
-    Then the time to the first batch of `MANY` shards, and the memory of reading them beside that of
-    `FEW`.
+    Also the time to the first batch with `MANY` shards, and the memory with `MANY` and `FEW`.
     """
     with TemporaryDirectory() as temporary:
         shards = _write_shards(Path(temporary) / "shards", 16)
@@ -111,11 +109,9 @@ def loading(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
 
 
 def tokenizing(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
-    """All of `tokenize` beside its codec alone on the same crops, in memory already and in the same
-    batches.
+    """`tokenize` compared with its codec alone on the same batches in memory.
 
-    The ratio is the share of the codec's own speed that is reached; 1 would be audio that costs
-    nothing to read.
+    The ratio is the share of the codec's speed; 1 means that reading audio costs nothing.
     """
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -160,7 +156,7 @@ def _batches(source: Path, codec: Any) -> list[torch.Tensor]:
 
 
 def start(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
-    """Seconds until a command's help is there, imports included."""
+    """Seconds until a command prints its help, including imports."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
     def call(*args: str) -> Callable[[], Any]:
@@ -186,8 +182,7 @@ def _ours(folder: Path) -> DataLoader:
 
 
 def _webdataset(folder: Path) -> DataLoader:
-    """What one writes with webdataset: shards and examples shuffled, decoded, cropped at random,
-    batched."""
+    """A typical webdataset pipeline: shuffle, decode, crop at random, batch."""
     import webdataset
 
     rng = np.random.default_rng(0)
@@ -220,8 +215,7 @@ def _webdataset(folder: Path) -> DataLoader:
 
 
 def _memory_of_reading(folder: Path) -> tuple[float, float]:
-    """Seconds for `NUM_BATCHES` batches after opening a set, and the peak MB that Python and NumPy
-    held."""
+    """Seconds for `NUM_BATCHES` batches after opening a set, and peak MB of Python and NumPy."""
     gc.collect()
     tracemalloc.start()
     begin = time.perf_counter()
@@ -233,7 +227,7 @@ def _memory_of_reading(folder: Path) -> tuple[float, float]:
 
 
 def _write_shards(folder: Path, number: int) -> Path:
-    """A set of shards as `tokenize` writes it, of random codes."""
+    """A set of shards with random codes, in the format of `tokenize`."""
     folder.mkdir()
     rng, entries = np.random.default_rng(0), []
     for shard in range(number):
@@ -265,7 +259,7 @@ def _write_shards(folder: Path, number: int) -> Path:
 
 
 def _linked(shards: Path, folder: Path, number: int) -> Path:
-    """A set of so many shards that are all one file under other names."""
+    """A set of `number` shards that are links to one file."""
     folder.mkdir()
     original = next(iter(sorted(shards.glob("*.tar"))))
     entry = _entry(original)
@@ -302,7 +296,7 @@ def _write_index(folder: Path, entries: list[dict[str, Any]]) -> Path:
 
 
 def _encodec(folder: Path) -> str:
-    """The published 32 kHz model at half its width, with random weights; returns its folder."""
+    """The published 32 kHz codec at half its width, with random weights; returns its folder."""
     ensure_torchaudio_imports()
     from transformers import EncodecConfig, EncodecModel
 
@@ -317,7 +311,7 @@ def _encodec(folder: Path) -> str:
 
 
 def _write_audio(folder: Path, num_crops: int, crop_s: float) -> Path:
-    """Clips of three crops each, with captions: two notes and a little noise."""
+    """Clips of three crops each, with captions: two notes and some noise."""
     folder.mkdir()
     rng, seconds = np.random.default_rng(0), np.arange(round(3 * crop_s * 44_100)) / 44_100
     for number in range(num_crops // 3):

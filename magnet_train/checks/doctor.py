@@ -1,9 +1,8 @@
-"""`doctor`: whether a run of `fit` would start and last, and what it would take, before hours are
-spent on it.
+"""`doctor`: checks whether `fit` would start and keep running, and estimates its cost.
 
-A check is a function of a `Plan` that yields findings. A UserError that it meets becomes a finding
-too, so that each check runs whatever the others found. Nothing is trained, nothing is written but a
-probe that is removed, and nothing is downloaded unless `--prefetch` is given.
+A check is a function of a `Plan` that yields findings. A UserError in a check becomes a finding
+too, so that the other checks still run. `doctor` does not train, writes only a temporary file, and
+downloads only with `--prefetch`.
 """
 
 import contextlib
@@ -57,30 +56,30 @@ WEIGHTS: dict[str, Weights] = {
     "passt-10s": PASST_10S,
     "clap": CLAP_MUSIC,
 }
-"""Of each embedder that does not ship."""
+"""Weight file of each embedder that is not bundled."""
 SAMPLED_SHARDS = 5
-"""Shards of a split that are read: first, last, and others at random."""
+"""Shards read per split: first, last, and others at random."""
 SAMPLING_S = 10.0
 """Seconds after which no more shards are read."""
 GPU_BUSY_SHARE = 0.1
-"""Share of a GPU's memory that may be in use before anything is trained on it."""
+"""Share of a GPU's memory that other processes may use."""
 MIN_SHM = 1e9
-"""Bytes of /dev/shm, as NCCL's manual has it for containers."""
+"""Bytes of /dev/shm that NCCL's manual recommends for containers."""
 MIN_FILES = 1024
-"""Files that a process may open."""
+"""Limit of open files per process."""
 MIN_INODES = 1000
-"""Files that the file system may still take."""
+"""Free inodes of the file system."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found."""
+    """Result of a check."""
 
     status: Literal["ok", "warning", "missing", "failed"]
-    """A run would start with warnings; not with what is missing or failed."""
+    """A run would start with warnings, but not if anything is missing or failed."""
     what: str
     detail: str
-    """Numbers or a path; and the remedy where something is wrong."""
+    """Numbers or a path, and the remedy if something is wrong."""
 
     def __str__(self) -> str:
         return f"{self.status:<8} {self.what}: {self.detail}"
@@ -94,7 +93,7 @@ def warn_if(is_bad: bool, what: str, detail: str) -> Finding:
 
 
 def check_options(plan: Plan) -> Iterator[Finding]:
-    """All that `fit` refuses before it starts; devices have a check of their own."""
+    """Everything that `fit` checks before it starts, except for devices."""
     errors = [error for error in settings_errors(plan.config) if not _is_of_devices(plan, error)]
     yield from (Finding("failed", "settings", str(error)) for error in errors)
     if not errors:
@@ -117,7 +116,7 @@ def check_batch(plan: Plan) -> Iterator[Finding]:
 
 
 def check_schedule(plan: Plan) -> Iterator[Finding]:
-    """Optimizer, learning rate, and whether the run has an end."""
+    """Optimizer, learning rate, and number of steps."""
     optimizer = plan.optimizer
     text = f"{optimizer.name}, {optimizer.schedule}"
     if math.isfinite(plan.num_steps):
@@ -159,7 +158,7 @@ def check_validation(plan: Plan) -> Iterator[Finding]:
 
 
 def check_start(plan: Plan) -> Iterator[Finding]:
-    """What training starts from: a checkpoint of the run, other weights, or random ones."""
+    """Initial weights: a checkpoint of the run, other weights, or random ones."""
     config = plan.config
     if plan.checkpoint is not None:
         checkpoint = read_training_checkpoint(Path(plan.checkpoint))
@@ -186,8 +185,7 @@ def check_start(plan: Plan) -> Iterator[Finding]:
 
 
 def check_components(plan: Plan) -> Iterator[Finding]:
-    """Codec, text encoder and the metrics' networks: loaded, as a node without network access will
-    load them."""
+    """Codec, text encoder and metric networks: load them as a node without network access does."""
     config = plan.config
     metrics = config.generation.metrics if config.generation.num_prompts else []
     embedders = dict.fromkeys(parse_metric(metric)[1] for metric in metrics)
@@ -220,7 +218,7 @@ def check_components(plan: Plan) -> Iterator[Finding]:
 
 
 def _embedder(name: str, prefetch: bool) -> str:
-    """Where its weights are, with hash and licence."""
+    """Path of an embedder's weights, with hash and licence."""
     weights = WEIGHTS.get(name)
     if weights is None:
         return f"ships ({load_embedder(name).hash})"
@@ -228,19 +226,18 @@ def _embedder(name: str, prefetch: bool) -> str:
         size = f"{weights.size / 1e6:,.0f} MB, licence {weights.licence}"
         raise UserError(f"not in the cache; doctor --prefetch downloads {weights.url} ({size})")
     file = find_weights(weights)
-    if name == "clap":  # its tokenizer comes from the hub
+    if name == "clap":  # its tokenizer is on the hub
         load_embedder(name)
     return f"{file.path} ({file.hash}, licence {weights.licence})"
 
 
 def check_shards(plan: Plan) -> Iterator[Finding]:
-    """Each split: its index, the codec, and a sample of its shards, read in full and compared with
-    their checksums."""
+    """Index and codec of each split, and the checksums of a sample of its shards."""
     validates = plan.config.trainer.limit_val_batches != 0
     for split, needed in (("train", True), ("validation", validates), ("test", False)):
         what = f"{split} shards"
         if plan.data.folders[split] is None and not needed:
-            yield Finding("ok", what, "none given, and this run needs none")
+            yield Finding("ok", what, "none given and none needed")
             continue
         try:
             yield _shards_of(plan, split)
@@ -265,7 +262,7 @@ def _shards_of(plan: Plan, split: str) -> Finding:
     short = sum(n < plan.num_frames for n in frames) / len(frames)
     if short:
         text += (
-            f", {short:.0%} of them shorter than the {plan.num_frames} of an example, and padded"
+            f", {short:.0%} of them shorter than an example ({plan.num_frames} frames) and padded"
         )
     if short > 0.5:
         crop_s = f"{plan.config.model.crop_s:g}"
@@ -274,7 +271,7 @@ def _shards_of(plan: Plan, split: str) -> Finding:
 
 
 def _sample(found: ShardSet) -> tuple[list[Item], int]:
-    """Items of the first shard, the last, and others at random; and how many shards that were."""
+    """Items of the first, the last and some random shards, and the number of these shards."""
     count = len(found.counts)
     others = random.Random(0).sample(
         range(1, max(1, count - 1)), max(0, min(SAMPLED_SHARDS, count) - 2)
@@ -290,9 +287,9 @@ def _sample(found: ShardSet) -> tuple[list[Item], int]:
 
 
 def check_workers(plan: Plan) -> Iterator[Finding]:
-    """Whether every loader process of every rank gets a shard."""
+    """Whether every data worker of every rank gets a shard."""
     found = none_if_missing(lambda: plan.shards("train"))
-    if found is None:  # which the check of shards reports
+    if found is None:  # reported by the check of shards
         return
     ranks = plan.devices.ranks
     given = plan.data.num_workers
@@ -301,12 +298,12 @@ def check_workers(plan: Plan) -> Iterator[Finding]:
     readers = ranks * max(1, workers)
     text = f"{len(found.counts):,} shards for {ranks} ranks x {max(1, workers)} readers"
     if len(found.counts) % readers:
-        text += "; unequal shares even out over the epochs"
+        text += "; unequal shares average out over epochs"
     yield Finding("ok", "shards per worker", f"{text}, {len(found.counts) / readers:.3g} each")
 
 
 def check_references(plan: Plan) -> Iterator[Finding]:
-    """What the metrics compare with."""
+    """Reference statistics of the metrics."""
     generation = plan.config.generation
     needing = [
         metric for metric in generation.metrics if parse_metric(metric)[0] in REFERENCE_METRICS
@@ -363,17 +360,17 @@ def _captions_of(plan: Plan, split: str, items: list[Item]) -> Finding:
     problems = []
     if empty:
         problems.append(
-            "empty captions teach nothing about text: add them to the manifest and tokenize again"
+            "empty captions do not train the text condition: add them and tokenize again"
         )
     if repeated > 0.5:
-        problems.append("more variety teaches more: caption each file by itself")
+        problems.append("captions vary little: caption each file individually")
     if plan.text_encoder is not None and filled:
         limit = plan.text_encoder.max_length
         lengths = sorted(plan.text_encoder.num_tokens(filled))
         text += f", {lengths[len(lengths) // 2]} tokens in the median and {lengths[-1]} at most"
         if cut := sum(n > limit for n in lengths):
             problems.append(
-                f"{cut / len(captions):.0%} are cut after {limit} tokens: put what matters first"
+                f"{cut / len(captions):.0%} are cut after {limit} tokens: put important words first"
             )
     return warn_if(bool(problems), f"{split} captions", "; ".join([text, *problems]))
 
@@ -513,7 +510,7 @@ def check_host(plan: Plan) -> Iterator[Finding]:
 
 
 def check_disk(plan: Plan) -> Iterator[Finding]:
-    """Whether the run folder is writable and has room for the checkpoints that are kept."""
+    """Whether the run folder is writable and has space for the checkpoints."""
     folder = plan.run_folder
     try:
         with tempfile.NamedTemporaryFile(
@@ -532,14 +529,14 @@ def check_disk(plan: Plan) -> Iterator[Finding]:
     free = shutil.disk_usage(disk).free
     text = f"{kept:.0f} checkpoints of {gigabytes(size)} in {plan.checkpoint_folder}"
     text += ", one of them being written"
-    # Those of a run that is resumed are replaced; those of an earlier run are moved aside and stay.
+    # A resumed run replaces its checkpoints; those of an earlier run are moved and kept.
     present = (
         sum(file.stat().st_size for file in plan.checkpoint_folder.glob("*.ckpt"))
         if plan.checkpoint
         else 0
     )
     if present:
-        text += f"; {gigabytes(present)} of them are there"
+        text += f"; {gigabytes(present)} of them exist"
     if free < max(size, kept * size - present):
         raise UserError(
             f"{gigabytes(free)} free for {text}: free some space, keep fewer with "
@@ -559,7 +556,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _kept_checkpoints(plan: Plan) -> float:
-    """The best, the last, and one that is being written."""
+    """Number of checkpoints on disk: the best, the last, and one being written."""
     given = plan.config.checkpoint
     best = given.save_top_k
     if best == -1:  # all
@@ -569,7 +566,7 @@ def _kept_checkpoints(plan: Plan) -> float:
 
 
 def check_wandb(plan: Plan) -> Iterator[Finding]:
-    """Mode and key, as `fit` will find them; the server is asked to verify a key."""
+    """Mode and key as `fit` will see them; a key is verified by the server."""
     given = plan.config.trainer.logger
     loggers = given if isinstance(given, list) else [given]
     ours = [
@@ -592,7 +589,7 @@ def check_wandb(plan: Plan) -> Iterator[Finding]:
     elif state == "off" and text in ("offline", "dryrun"):
         yield Finding("ok", "W&B", f"offline: {later}")
     elif state == "off":
-        yield Finding("warning", "W&B", f"{text} by its settings: nothing will be kept")
+        yield Finding("warning", "W&B", f"{text} by its settings: nothing will be logged")
     elif state == "refused" and not resumes:
         yield Finding("failed", "W&B", f"{text}; {LOGIN_HINT}")
     else:
@@ -600,7 +597,7 @@ def check_wandb(plan: Plan) -> Iterator[Finding]:
 
 
 def check_memory(plan: Plan) -> Iterator[Finding | str]:
-    """Estimated memory, time and cost; a finding where the devices are too small."""
+    """Estimated memory, time and cost; a finding if the devices are too small."""
     try:
         found = estimate_run(plan)
     except RuntimeError as error:  # e.g. out of memory
@@ -639,15 +636,14 @@ CHECKS: dict[str, Callable[[Plan], Iterator[Finding | str]]] = {
     "W&B": check_wandb,
     "estimate": check_memory,
 }
-"""In the order in which they run: references and captions use the items that the check of shards
-has read."""
+"""In execution order: references and captions use the items read by the check of shards."""
 
 
 def doctor(plan: Plan | None, already_reported: Collection[str] = ()) -> Iterator[Finding | str]:
-    """Findings of every check but those already reported, then lines of an estimate.
+    """Findings of all checks that are not yet reported, then lines of an estimate.
 
     Args:
-        plan: None if the options do not even parse; then only the packages are checked.
+        plan: None if the options could not be parsed; then only the packages are checked.
         already_reported: Names of checks.
     """
     if plan is None:

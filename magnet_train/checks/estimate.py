@@ -1,4 +1,4 @@
-"""Memory, time and cost that a run will take, estimated before it starts."""
+"""Estimates memory, time and cost of a run."""
 
 import contextlib
 import math
@@ -18,44 +18,44 @@ if TYPE_CHECKING:
     from magnet_train.checks.plan import Plan
 
 MEASURED_LAYERS = 2
-"""Blocks of the network with which speed and memory are measured."""
+"""Blocks of the network used to measure speed and memory."""
 MAX_PASS_S = 3.0
-"""Seconds that a pass through them may take; nothing is measured otherwise."""
+"""Maximum number of seconds of a pass through them; slower ones are not measured."""
 ASSUMED_GPU = "A100"
 ASSUMED_SHARE = 0.35
-"""Share of its peak that a GPU is assumed to reach where none can be measured."""
+"""Assumed share of a GPU's peak if no GPU can be measured."""
 ASSUMED_CPU_FLOP = 2e10
-"""FLOP per second that any CPU core reaches."""
+"""Assumed FLOP per second of a CPU core."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """FLOP per second on one device, and where the number comes from."""
+    """FLOP per second on one device, and the source of the number."""
 
     first: float
-    """At stage 0."""
+    """In stage 0."""
     others: float
-    """At the later stages."""
+    """In the later stages."""
     memory_factor: float
-    """Measured activation memory over the calculated one; 1 where nothing was measured."""
+    """Measured over calculated activation memory; 1 if not measured."""
     source: str
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take."""
+    """Estimated cost of a run."""
 
     lines: tuple[str, ...]
     needed_bytes: float
     """On each device."""
     capacity_bytes: float | None
-    """Of each device; None if no such device is here."""
+    """Of each device; None if this machine has no such device."""
     max_batch_size: int
-    """Examples that fit on a device, with a reserve; 0 = none."""
+    """Examples that fit on a device, with headroom; 0 = none."""
 
 
 def measure_speed(plan: "Plan") -> Speed:
-    """Measured on a few blocks of the configured width, where that takes seconds; else assumed."""
+    """Measure a few blocks of the configured width if that takes seconds; otherwise assume."""
     network = plan.network
     precision = plan.config.trainer.precision
     half = cost.bytes_of(precision)[1] < cost.FULL
@@ -83,7 +83,7 @@ def measure_speed(plan: "Plan") -> Speed:
     other = min(1, network.num_codebooks - 1)
     seconds = timed([lambda: step(0), lambda: step(other)], 2, device)
     peak_bytes = peak_mb(lambda: step(0), device) * 1e6
-    if half:  # without autocast's copies of the weights
+    if half:  # excluding autocast's copies of the weights
         peak_bytes -= weights / 2
     factor = peak_bytes / cost.activation_bytes(few, batch_size, plan.num_frames, precision)
     source = f"measured here on {few.num_layers} of {network.num_layers} blocks"
@@ -174,7 +174,7 @@ def checkpoint_bytes(plan: "Plan") -> float:
 
 
 def _capacities(plan: "Plan") -> list[float]:
-    """Memory of a device in bytes: of those here, or what GPUs usually have."""
+    """Memory of the devices in bytes, or common sizes of GPUs."""
     if plan.devices.kind == "gpu":
         sizes = [
             torch.cuda.get_device_properties(i).total_memory
@@ -185,8 +185,7 @@ def _capacities(plan: "Plan") -> list[float]:
 
 
 def available_memory(root: Path = Path("/")) -> float:
-    """Bytes that a process may still get: of the machine, or up to a limit of its cgroups if that
-    is less.
+    """Available memory in bytes: the machine's, or less if the process's cgroups limit it.
 
     Args:
         root: root of the file system that has /proc and /sys.
@@ -199,7 +198,7 @@ def available_memory(root: Path = Path("/")) -> float:
         found.append(1024.0 * int(lines["MemAvailable"].split()[0]))
     with contextlib.suppress(OSError):
         groups = (root / "proc/self/cgroup").read_text().splitlines()
-        # "0::" is version 2 of cgroups; limits of version 1 are not looked at.
+        # "0::" is cgroups version 2; limits of version 1 are ignored.
         own = (
             root
             / "sys/fs/cgroup"
@@ -208,7 +207,7 @@ def available_memory(root: Path = Path("/")) -> float:
         for folder in (
             own,
             *own.parents,
-        ):  # a job's or a container's limit is above the process's own
+        ):  # jobs and containers set limits in parent groups
             file = folder / "memory.max"
             if file.is_file() and (limit := file.read_text().strip()) != "max":
                 found.append(float(limit))
@@ -216,7 +215,7 @@ def available_memory(root: Path = Path("/")) -> float:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes as people read them.
+    """Format bytes.
 
     >>> gigabytes(6.72e9), gigabytes(3.1e7)
     ('6.7 GB', '31 MB')
@@ -225,7 +224,7 @@ def gigabytes(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them.
+    """Format seconds.
 
     >>> [duration(s) for s in (0.0123, 75.0, 7100.0, 9000.0, 4e6)]
     ['0.012 s', '75 s', '118 min', '2.5 h', '46 days']

@@ -1,9 +1,8 @@
-"""Measurements for `bench`: seconds in turns with a baseline, memory of live tensors,
-floating-point operations.
+"""Measurements for `bench`: time, memory of live tensors, floating-point operations.
 
-Times are medians over calls that take turns (ours, baseline, ours …), so that other load on the
-machine slows both alike. Memory is the peak of live tensors beyond what was there before, as the
-allocator counts it. The hardware's limit is measured too: a large matrix product.
+Times are medians over alternating calls (ours, baseline, ours …), so that other load on the machine
+affects both equally. Memory is the allocator's peak minus its value before the call. A large matrix
+product gives the limit of the hardware.
 """
 
 import gc
@@ -26,23 +25,23 @@ from magnet_train.model import Magnet, MagnetConfig
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is measured, and how often."""
+    """Options of `bench`."""
 
     only: list[str] = field(default_factory=list)
-    """Parts to measure: start, attention, training, decoding, loading, tokenizing, reading, and gpu
-    on one; all if none is given."""
+    """Parts to measure: start, attention, training, decoding, loading, tokenizing, reading, gpu
+    (default: all)."""
     repeats: int = 5
-    """Counted calls of each."""
+    """Measured calls per part."""
     threads: int = 2
     """CPU threads."""
     device: str = "cpu"
-    """cpu or cuda; on a GPU attention, training and decoding are measured."""
+    """Device: cpu or cuda; on a GPU only attention, training and decoding are measured."""
     num_frames: int = 1500
     """Length in frames; 1500 are 30 s at 50 Hz."""
     batch_size: int = 2
     """Examples per batch."""
     json: Path | None = None
-    """File for the results, a list of objects."""
+    """Write the results to this JSON file."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,11 @@ class BenchmarkResult:
     peak_mb: float | None = None
     flop: float | None = None
     share_of_limit: float | None = None
-    """FLOP per second over those of the matrix product."""
+    """FLOP per second, relative to the matrix product."""
     baseline_median_s: float | None = None
     baseline_peak_mb: float | None = None
     ratio: float | None = None
-    """The baseline's median over ours: how many times faster; for rates and growth, what `name`
-    says."""
+    """Baseline's median over ours (speed-up); for rates and growth, as stated in `name`."""
 
 
 def result(
@@ -74,16 +72,16 @@ def result(
     limit: float | None = None,
     **more: Any,
 ) -> BenchmarkResult:
-    """A row from the seconds of each call.
+    """A row of the table from the seconds of each call.
 
     Args:
         name: what was measured.
-        settings: of the measurement.
-        seconds: of our calls.
-        baseline: seconds of the baseline's calls; None without one.
+        settings: settings of the measurement.
+        seconds: seconds of our calls.
+        baseline: seconds of the baseline's calls, if there is one.
         flop: floating-point operations of a call.
-        limit: FLOP per second that the machine reaches at best.
-        **more: further fields, which win over those that are calculated.
+        limit: maximum FLOP per second of the machine.
+        **more: further fields, which override calculated ones.
     """
     middle = median(seconds)
     fields: dict[str, Any] = {"flop": flop}
@@ -103,7 +101,7 @@ def compare(
     limit: float,
     **settings: Any,
 ) -> BenchmarkResult:
-    """A row of ours beside the baseline: time, memory and operations."""
+    """A row that compares ours with the baseline: time, memory and operations."""
     seconds = timed([ours, baseline], options.repeats, options.device)
     return result(
         name,
@@ -117,8 +115,7 @@ def compare(
 
 
 def timed(calls: list[Callable[[], Any]], repeats: int, device: str) -> list[list[float]]:
-    """Seconds of each call, `repeats` of each, in turns; one more of each before that does not
-    count."""
+    """Seconds of `repeats` alternating calls of each function, after one warm-up call each."""
     seconds: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
@@ -133,13 +130,13 @@ def timed(calls: list[Callable[[], Any]], repeats: int, device: str) -> list[lis
 
 
 def synchronize(device: str) -> None:
-    """Waits until the device has finished its work."""
+    """Wait until the device has finished its work."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def peak_mb(call: Callable[[], Any], device: str) -> float:
-    """Peak memory of a call's tensors in MB, beyond what was there before."""
+    """Peak memory of a call's tensors in MB, minus the memory in use before."""
     gc.collect()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -148,9 +145,8 @@ def peak_mb(call: Callable[[], Any], device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     os.environ.setdefault(
         "KINETO_LOG_LEVEL", "6"
-    )  # else the profiler reports its own start and end
-    # The memory of the process would say more about malloc, which keeps and gives back pages as it
-    # likes.
+    )  # otherwise the profiler reports its own start and end
+    # Process memory would depend on when malloc returns pages.
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -172,7 +168,7 @@ def count_flop(call: Callable[[], Any]) -> float:
 
 
 def matmul_limit(device: str, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP per second of a large matrix product: what the machine reaches at best."""
+    """FLOP per second of a large matrix product, the limit of the machine."""
     size = 2048 if device == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=dtype)
     seconds = timed([lambda: a @ a], 5, device)[0]
@@ -188,19 +184,18 @@ def training_pass(
     device: str,
     half: bool,
 ) -> tuple[Callable[[int], None], int]:
-    """A forward and backward pass of a fresh network at a given stage, and the bytes of its
-    parameters.
+    """A forward and backward pass of a new network at a given stage, and its parameters' bytes.
 
-    The gradients' memory is there beforehand.
+    Gradients are allocated beforehand.
 
     Args:
-        config: of the network.
+        config: the network.
         batch_size: examples.
-        num_frames: of an example.
-        num_predicted: frames of an example that are masked.
-        num_text: tokens of each caption.
+        num_frames: frames per example.
+        num_predicted: masked frames per example.
+        num_text: tokens per caption.
         device: cpu or cuda.
-        half: whether it computes in bfloat16, as under Lightning's bf16-mixed.
+        half: compute in bfloat16, as under Lightning's bf16-mixed.
     """
     with torch.random.fork_rng(devices=[]):
         network = Magnet(config).to(device)
@@ -226,7 +221,7 @@ def training_pass(
 
 @contextmanager
 def threads_set(number: int) -> Iterator[None]:
-    """This many CPU threads in the block."""
+    """Context with this number of CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -236,7 +231,7 @@ def threads_set(number: int) -> Iterator[None]:
 
 
 def describe(options: BenchOptions) -> str:
-    """The machine and the settings, for the head of a table."""
+    """Machine and settings, for the head of a table."""
     if options.device != "cpu":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"{_cpu_name()}, {options.threads} threads, torch {torch.__version__}"

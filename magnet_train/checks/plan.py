@@ -1,7 +1,7 @@
-"""What a run of `fit` will do, from its options and the number of its ranks alone.
+"""What a run of `fit` will do, derived from its options.
 
-`fit` calls `check_settings` before it makes anything. `doctor` reports the same, and builds on
-`Plan` what it checks and estimates beyond.
+`fit` calls `check_settings` before it creates anything. `doctor` reports the same errors, and uses
+`Plan` for further checks and estimates.
 """
 
 import math
@@ -24,15 +24,15 @@ from magnet_train.data.shards import Item, ShardSet
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.model import MagnetConfig
 from magnet_train.optimizer import OptimizerConfig
-from magnet_train.resume import newest_whole_checkpoint, requeue_count
+from magnet_train.resume import newest_intact_checkpoint, requeue_count
 from magnet_train.sharding import check_shardable
 
 T = TypeVar("T")
 
 PRECISIONS = (None, "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
-"""Lightning's names that work here; None is 32-true."""
+"""Supported names of Lightning's precisions; None is 32-true."""
 MAX_SEED = 2**32 - 1
-"""The largest that NumPy takes."""
+"""NumPy's maximum."""
 
 
 # --- devices --------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ class Devices:
     """The devices that a trainer is configured for."""
 
     kind: str
-    """cpu or gpu; or another of Lightning's accelerators, which is not checked."""
+    """cpu or gpu; Lightning's other accelerators are not checked."""
     per_node: int
     nodes: int
 
@@ -53,7 +53,7 @@ class Devices:
 
     @property
     def visible(self) -> int:
-        """How many of them this machine has."""
+        """Number of such devices on this machine."""
         return torch.cuda.device_count() if self.kind == "gpu" else self.per_node
 
     @property
@@ -62,10 +62,10 @@ class Devices:
 
 
 def parse_devices(trainer: Any) -> Devices:
-    """From `accelerator`, `devices` and `num_nodes` as Lightning takes them.
+    """Parse `accelerator`, `devices` and `num_nodes` as Lightning does.
 
     Raises:
-        UserError: if `devices` names none.
+        UserError: if there is no device.
     """
     kind = str(trainer.accelerator)
     given = trainer.devices
@@ -89,18 +89,17 @@ def parse_devices(trainer: Any) -> Devices:
 
 
 def is_sharded(strategy: Any) -> bool:
-    """Whether a strategy, by name or as a class with options, divides the weights among the
-    ranks."""
+    """Whether a strategy, given by name or class, shards the weights."""
     name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
     return any(part in name.lower() for part in ("fsdp", "modelparallel"))
 
 
 def num_steps(trainer: Any, accumulated: int = 1) -> float:
-    """Optimizer steps of a run; infinite if nothing but time limits them.
+    """Optimizer steps of a run; infinite if only time limits them.
 
     Args:
-        trainer: its settings.
-        accumulated: batches accumulated for a step.
+        trainer: settings of the trainer.
+        accumulated: batches accumulated per step.
     """
     if trainer.fast_dev_run:
         return float(trainer.fast_dev_run)
@@ -129,8 +128,7 @@ def check_seed(config: Any) -> None:
 
 
 def check_trainer(config: Any) -> None:
-    """Settings of the trainer that Lightning takes and that do not work here, or that it refuses
-    with a traceback."""
+    """Trainer settings that do not work here, or that Lightning rejects with a traceback."""
     trainer = config.trainer
     if trainer.precision not in PRECISIONS:
         raise UserError(
@@ -140,8 +138,8 @@ def check_trainer(config: Any) -> None:
     if trainer.overfit_batches:
         raise UserError(
             f"trainer.overfit_batches={trainer.overfit_batches}: training data has no end, so each "
-            "epoch would have other batches; to learn a few items by heart, give --data.train a "
-            "set of that many"
+            "epoch would have other batches; to overfit a few items, give --data.train a set with "
+            "only these"
         )
     at_least = {
         "accumulate_grad_batches": 1,
@@ -171,12 +169,12 @@ def check_schedule_of_validation(config: Any) -> None:
 
 
 def check_end(config: Any) -> None:
-    """Whether a run has an end, where its schedule has to know it."""
+    """Whether the run has an end, if its learning-rate schedule needs one."""
     OptimizerConfig(**vars(config.model.optimizer)).warmup_within(num_steps(config.trainer))
 
 
 def check_monitor(config: Any) -> None:
-    """Whether the metric that chooses the best checkpoint will be logged by a validation."""
+    """Whether the metric of checkpoint.monitor will be logged by validation."""
     monitor = config.checkpoint.monitor
     generation = config.generation
     generated = [f"val/{metric}" for metric in generation.metrics] if generation.num_prompts else []
@@ -191,7 +189,7 @@ def check_monitor(config: Any) -> None:
 
 
 def check_network_size(config: Any) -> None:
-    """Whether the weights alone fit into this machine's memory."""
+    """Whether the weights fit into this machine's memory."""
     size = 4.0 * num_parameters(MagnetConfig(**vars(config.model.network)))
     memory = available_memory()
     if size > memory:
@@ -204,7 +202,7 @@ def check_network_size(config: Any) -> None:
 def check_span(config: Any) -> None:
     """Whether a masked span fits into an example."""
     codec = none_if_missing(lambda: load_codec(config.model.codec).facts)
-    if codec is None:  # which has an error of its own
+    if codec is None:  # reported elsewhere
         return
     num_frames = round(config.model.crop_s * codec.frame_rate)
     if config.model.span_len > num_frames:
@@ -221,7 +219,7 @@ def check_sharding(config: Any) -> None:
 
 
 def check_accelerator(config: Any) -> None:
-    """Whether the GPUs that are asked for are here."""
+    """Whether this machine has the requested GPUs."""
     devices = parse_devices(config.trainer)
     if devices.kind != "gpu":
         return
@@ -253,20 +251,20 @@ SETTINGS_CHECKS: tuple[Callable[[Any], None], ...] = (
 
 
 def check_settings(config: Any) -> None:
-    """Checks all that can be checked before anything is loaded or made.
+    """Check everything that can be checked before anything is loaded.
 
     Args:
-        config: options of `fit`, as parsed.
+        config: parsed options of `fit`.
 
     Raises:
-        UserError: for the first setting that does not work.
+        UserError: for the first invalid setting.
     """
     for check in SETTINGS_CHECKS:
         check(config)
 
 
 def settings_errors(config: Any) -> Iterator[UserError]:
-    """All that `check_settings` could raise."""
+    """All errors that `check_settings` could raise."""
     for check in SETTINGS_CHECKS:
         try:
             check(config)
@@ -284,10 +282,10 @@ class Plan:
     config: Any
     """All options, by name."""
     data: MagnetDataModule
-    """Without a trainer."""
+    """Has no trainer."""
     decoding: DecodingConfig
     samples: dict[str, list[Item]] = field(default_factory=dict)
-    """Items that were read, by split."""
+    """Items read so far, by split."""
 
     @cached_property
     def network(self) -> MagnetConfig:
@@ -310,7 +308,7 @@ class Plan:
         """Examples per batch on each device, and batches accumulated for an optimizer step.
 
         Raises:
-            UserError: if the devices cannot have equal shares of the global batch.
+            UserError: if the global batch cannot be divided equally among the devices.
         """
         return self.data.batch_split(
             self.devices.ranks, self.config.trainer.accumulate_grad_batches
@@ -335,7 +333,7 @@ class Plan:
 
     @property
     def num_steps(self) -> float:
-        """Optimizer steps of the run; infinite if nothing but time limits them."""
+        """Optimizer steps of the run; infinite if only time limits them."""
         return num_steps(self.config.trainer, self.batch[1])
 
     @property
@@ -346,8 +344,7 @@ class Plan:
 
     @property
     def num_validations(self) -> int:
-        """Validations of a run that ends, the one before training and the one at the end
-        included."""
+        """Number of validations of a finite run, including those before training and at the end."""
         if math.isinf(self.steps_between_validations):
             return 0
         return (
@@ -357,17 +354,17 @@ class Plan:
 
     @property
     def ckpt_path(self) -> str | None:
-        """As given; a job that was requeued resumes."""
+        """As given, or "auto" for a requeued job."""
         return (
             "auto" if self.config.ckpt_path is None and requeue_count() else self.config.ckpt_path
         )
 
     @cached_property
     def checkpoint(self) -> str | None:
-        """Checkpoint from which the run resumes; None if it starts."""
+        """Checkpoint from which the run resumes; None for a new run."""
         if self.ckpt_path != "auto":
             return self.ckpt_path
-        found = newest_whole_checkpoint([self.run_folder, self.checkpoint_folder])
+        found = newest_intact_checkpoint([self.run_folder, self.checkpoint_folder])
         return None if found is None else str(found)
 
     @property
@@ -379,13 +376,12 @@ class Plan:
         return Path(self.config.checkpoint.dirpath or self.run_folder / "checkpoints").expanduser()
 
     def monitors(self, embedder: str) -> bool:
-        """Whether the best checkpoint is chosen by a metric of this embedder."""
+        """Whether checkpoint.monitor is a metric of this embedder."""
         monitor = self.config.checkpoint.monitor or ""
         return monitor.startswith("val/") and f"/{embedder}" in monitor
 
     def shards(self, split: str) -> ShardSet:
-        """Shards of a split, compared with the codec; with that of the training shards if the codec
-        is missing.
+        """Shards of a split, checked against the codec, or the training shards if it is missing.
 
         Raises:
             UserError: if they are missing, or were made with another codec.

@@ -18,9 +18,9 @@ def run(verb: str, args: list[str]) -> None:
     """Run a verb with its options.
 
     Raises:
-        UserError: for every mistake in the options or the files they name.
+        UserError: if an option, or a file that it names, is invalid.
     """
-    # tokenizers would otherwise warn at every fork of a loader.
+    # Otherwise tokenizers warns whenever a data worker is forked.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from jsonargparse import set_parsing_settings
 
@@ -32,7 +32,7 @@ def run(verb: str, args: list[str]) -> None:
 
 
 def _fit_module() -> Any:
-    """`cli.fit`; without garbage collection its import takes seconds less."""
+    """Imports `cli.fit` with garbage collection off, which saves seconds."""
     gc.disable()
     try:
         from magnet_train.cli import fit
@@ -42,7 +42,7 @@ def _fit_module() -> Any:
 
 
 def options_from(kind: type[T], config: Any) -> T:
-    """An options dataclass from the parsed values of the same names."""
+    """Build an options dataclass from parsed values of the same names."""
     return kind(**{field.name: config[field.name] for field in fields(kind)})  # type: ignore
 
 
@@ -50,7 +50,7 @@ def tokenize_verb(args: list[str]) -> None:
     from magnet_train.cli.parser import make_parser
     from magnet_train.data.tokenize import TokenizeOptions, tokenize
 
-    parser = make_parser("tokenize", "Turn a folder of audio with captions into code shards.")
+    parser = make_parser("tokenize", "Encode audio with captions into code shards.")
     source = "Folder of audio files with .txt or .json captions, or a manifest."
     parser.add_argument("input", type=Path, help=source)
     parser.add_argument("--out", type=Path, required=True, help="Folder for the shards.")
@@ -68,9 +68,9 @@ def generate_verb(args: list[str]) -> None:
     from magnet_train.decoding.decode import DecodingConfig
 
     parser = make_parser(
-        "generate", "Generate audio from prompts, with a JSON of all settings beside each file."
+        "generate", "Generate audio from prompts; a JSON beside each file has all settings."
     )
-    prompt = "Captions in quotes; one file each."
+    prompt = "Captions, each in quotes; one file per caption."
     parser.add_argument("-p", "--prompt", type=str, nargs="+", default=[], help=prompt)
     parser.add_class_arguments(GenerateOptions, nested_key=None, as_group=False, skip={"prompt"})
     parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
@@ -93,17 +93,17 @@ def evaluate_verb(args: list[str]) -> None:
     from magnet_train.metrics.scoring import METRICS
 
     parser = make_parser("evaluate", "Score folders of audio, or a model, against a reference.")
-    folders = "Folders of audio files, each FOLDER or NAME=FOLDER: a row of the table each."
+    folders = "Folders of audio files, as FOLDER or NAME=FOLDER; one table row per folder."
     parser.add_argument("--generated", type=str, nargs="+", default=[], help=folders)
     metrics = (
-        f"METRIC/EMBEDDER or music/MEASURE each; metrics: {', '.join(METRICS)}; embedders: "
-        f"{', '.join(EMBEDDERS)}; measures: {', '.join(MEASURES)}."
+        f"As METRIC/EMBEDDER or music/MEASURE. Metrics: {', '.join(METRICS)}. Embedders: "
+        f"{', '.join(EMBEDDERS)}. Measures: {', '.join(MEASURES)}."
     )
     parser.add_argument(
         "--metrics", type=str, nargs="+", default=list(DEFAULT_METRICS), help=metrics
     )
     parser.add_argument(
-        "--ratings", type=Path, nargs="+", default=[], help="CSV files that raters sent back."
+        "--ratings", type=Path, nargs="+", default=[], help="CSV files of the raters."
     )
     separate = {"generated", "metrics", "ratings"}
     parser.add_class_arguments(EvaluateOptions, nested_key=None, as_group=False, skip=separate)
@@ -130,8 +130,8 @@ def convert_verb(args: list[str]) -> None:
         "convert", "Convert audiocraft models to releases or back, or checkpoints to releases."
     )
     source = (
-        "Folder or hub id with audiocraft's files (magnet-small-10secs …), or a release, "
-        "checkpoint or run."
+        "audiocraft model (folder or hub id, such as magnet-small-10secs), release, checkpoint or "
+        "run folder."
     )
     parser.add_argument("source", type=str, help=source)
     parser.add_class_arguments(ConvertOptions, nested_key=None, as_group=False)
@@ -145,20 +145,20 @@ def sweep_verb(args: list[str]) -> None:
     from magnet_train.sweeps.sweep import exec_run, read_sweep, sweep
 
     parser = make_parser(
-        "sweep", "Run a W&B sweep file without a W&B server, resuming where it stopped."
+        "sweep", "Run a W&B sweep file without a W&B server; unfinished runs are resumed."
     )
     parser.add_argument("file", type=Path, help="Sweep file with method: grid, as in conf/sweep.")
-    folder = "Folder for the runs and the table; runs/NAME by default, with the file's name."
+    folder = "Folder for the runs and the table; by default runs/NAME for the file NAME.yaml."
     parser.add_argument("--out", type=Path, help=folder)
-    jobs = "Runs at a time; by default 1 on this machine, all under SLURM."
+    jobs = "Number of concurrent runs; by default 1 on this machine, all under SLURM."
     parser.add_argument("--jobs", type=int, help=jobs)
     parser.add_argument(
-        "--slurm", action="store_true", help="Submit an array job with a task for each run."
+        "--slurm", action="store_true", help="Submit a SLURM array job with one task per run."
     )
     run_help = "Run only this index of the grid (0-based); used by SLURM array tasks."
     parser.add_argument("--run", type=int, help=run_help)
     parser.add_argument(
-        "--table", action="store_true", help="Only draw the table of the finished runs."
+        "--table", action="store_true", help="Only write the table of the finished runs."
     )
     config = parser.parse_args(args)
     out = (config.out or Path("runs") / config.file.stem).expanduser()
@@ -175,10 +175,10 @@ def sweep_verb(args: list[str]) -> None:
 
 
 def check_fit(args: list[str]) -> None:
-    """Parse the options of `fit` and build all that it would, without training.
+    """Parse the options of `fit` and build everything that it needs, without training.
 
     Raises:
-        UserError: if it would be refused.
+        UserError: if `fit` would refuse them.
     """
     errors: list[Exception] = []
     with _without_chatter():
@@ -198,7 +198,7 @@ def doctor_verb(args: list[str]) -> None:
     try:
         with _without_chatter():
             built = _fit_module().build_without_training(args, errors)
-    except Exception as error:  # whatever the parser and Lightning make of a configuration
+    except Exception as error:  # the parser and Lightning raise many types
         errors.append(error)
 
     from magnet_train.checks.doctor import Finding, doctor
@@ -235,7 +235,7 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _without_chatter() -> Iterator[None]:
-    """Silences what Lightning logs and warns of while a run is built that will not be trained."""
+    """Silences Lightning's log messages and warnings during a dry run."""
     import logging
     import warnings
 
@@ -250,14 +250,14 @@ def _without_chatter() -> Iterator[None]:
 
 
 def bench_verb(args: list[str]) -> None:
-    # The profiler would otherwise warn of memory that was allocated before it started.
+    # Otherwise the profiler warns about memory allocated before it started.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from magnet_train.checks.bench import bench
     from magnet_train.checks.measure import BenchOptions
     from magnet_train.cli.parser import make_parser
 
     parser = make_parser("bench", "Measure time and memory of attention, training and decoding.")
-    parts = "Parts to measure; all by default."
+    parts = "Parts to measure (default: all)."
     parser.add_argument("--only", type=str, nargs="+", default=[], help=parts)
     parser.add_class_arguments(BenchOptions, nested_key=None, as_group=False, skip={"only"})
     bench(options_from(BenchOptions, parser.parse_args(args)))
@@ -268,7 +268,7 @@ def dashboard_verb(args: list[str]) -> None:
     from magnet_train.tracking.dashboard import DashboardOptions, dashboard
 
     parser = make_parser(
-        "dashboard", "Create or renew a W&B workspace with panels for all logged metrics."
+        "dashboard", "Create or update a W&B workspace with panels for all logged metrics."
     )
     parser.add_class_arguments(DashboardOptions, nested_key=None, as_group=False)
     print(dashboard(options_from(DashboardOptions, parser.parse_args(args))))

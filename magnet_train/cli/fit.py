@@ -54,11 +54,11 @@ LOGGERS = [
     {"class_path": "lightning.pytorch.loggers.WandbLogger"},
     {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
-        # Written at once: a row that a kill takes would not be logged again.
+        # Flushed at each row: a row lost in a kill would not be logged again.
         "init_args": {"save_dir": ".", "name": "csv", "flush_logs_every_n_steps": 1},
     },
 ]
-"""Loggers of `fit` unless a configuration names others; they write into the run folder."""
+"""Default loggers of `fit`; they write into the run folder."""
 
 StrategyRegistry.register(
     "fsdp2",
@@ -73,7 +73,7 @@ def run_lightning(verb: str, args: list[str]) -> None:
     """Run `fit`, `validate`, `test` or `predict` with its options.
 
     Raises:
-        UserError: for every mistake in them, or in the files they name.
+        UserError: if an option, or a file that it names, is invalid.
     """
     _refuse_interactive_srun()
     try:
@@ -86,22 +86,22 @@ def run_lightning(verb: str, args: list[str]) -> None:
 
 
 def build_without_training(args: list[str], errors: list[Exception]) -> "DryRunCLI":
-    """Parse the options of `fit` and build all that it would, without training.
+    """Parse the options of `fit` and build everything that it needs, without training.
 
     Args:
         args: options of `fit`.
-        errors: receives a mistake in --ckpt_path or --model.init_from; the rest is checked without
-            them.
+        errors: errors in --ckpt_path or --model.init_from are appended here; the other options are
+            then checked without these two.
 
     Raises:
-        Exception: whatever the parser and Lightning make of a configuration that is not valid.
+        Exception: if the configuration is invalid; of any type that the parser or Lightning raises.
     """
     with _as_command_line("fit", args):
         return DryRunCLI("fit", args, errors)
 
 
 def _refuse_interactive_srun() -> None:
-    """Refuse `srun` in a job in which Lightning takes each task for a run of its own."""
+    """Refuse `srun` in interactive jobs, where Lightning would start one separate run per task."""
     name = os.environ.get("SLURM_JOB_NAME")
     several = (
         integer_from_environment("SLURM_STEP_NUM_TASKS", 1) > 1
@@ -116,7 +116,7 @@ def _refuse_interactive_srun() -> None:
 
 @contextmanager
 def _as_command_line(verb: str, args: list[str]) -> Iterator[None]:
-    """Sets sys.argv, with which Lightning's DDP launcher starts the other ranks."""
+    """Sets sys.argv, which Lightning's DDP launcher uses to start the other ranks."""
     before = sys.argv
     sys.argv = [sys.argv[0], verb, *args]
     try:
@@ -139,7 +139,7 @@ def _text_dim(name: str) -> int:
 
 
 def _with_fallback(find: Callable[[str], T], fallback: Callable[[], T]) -> Callable[[str], T]:
-    """`find`, and `fallback` where that raises a UserError."""
+    """Wraps `find` to return `fallback()` if it raises a UserError."""
 
     def find_or_fall_back(name: str) -> T:
         try:
@@ -155,16 +155,16 @@ class FitParser(OneLineErrors, LightningArgumentParser):
 
 
 class MagnetCLI(private_api.lightning_cli()):
-    """Runs a verb, from the command line to its end, when it is constructed."""
+    """LightningCLI that runs one verb when it is constructed."""
 
     def __init__(self, verb: str, args: list[str]):
         self.verb = verb
         self.lock: RunFolderLock | None = None
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
-        # What is logged has been summed over ranks already.
+        # Logged values are already summed over ranks.
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
-        # Preemption comes after averaging, whose update belongs to the step that is saved.
+        # Preemption runs after averaging, so that the checkpoint includes this step's update.
         callbacks = [PredictionWriter(), CountBaselines(), ExactResume()]
         callbacks += [Throughput(), ValidationSchedule()]
         if verb == "fit":
@@ -186,7 +186,7 @@ class MagnetCLI(private_api.lightning_cli()):
                     "val_check_interval": 1000,  # optimizer steps, see ValidationSchedule
                     "check_val_every_n_epoch": None,
                     "use_distributed_sampler": False,  # the data module gives each item to one rank
-                    "inference_mode": False,  # under which sharded weights cannot be gathered
+                    "inference_mode": False,  # sharded weights cannot be gathered in it
                 },
             )
         finally:
@@ -194,7 +194,7 @@ class MagnetCLI(private_api.lightning_cli()):
                 self.lock.release()
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Only the one that is asked for: each takes a second to set up."""
+        """Only the requested subcommand, because each takes a second to set up."""
         return {self.verb: LightningCLI.subcommands()[self.verb]}
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
@@ -203,7 +203,7 @@ class MagnetCLI(private_api.lightning_cli()):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = FitParser(**kwargs)
-        parser.add_argument("-c", "--config", action=ConfigFile, help=config_help())
+        parser.add_argument("-c", "--config", action=ConfigFile, help=config_help(with_names=True))
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -214,7 +214,7 @@ class MagnetCLI(private_api.lightning_cli()):
         self.check(self.config[self.verb])
 
     def check(self, options: Namespace) -> None:
-        """Refuse what can be refused before anything is loaded."""
+        """Check the options before anything is loaded."""
         if self.verb == "fit":
             check_settings(options)
             return
@@ -226,7 +226,7 @@ class MagnetCLI(private_api.lightning_cli()):
             )
 
     def defaults(self, given: Namespace) -> dict[str, Any]:
-        """Defaults that follow from what is given; see `fit_defaults`."""
+        """Defaults that depend on the given options; see `fit_defaults`."""
         return fit_defaults(given)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -250,11 +250,11 @@ class MagnetCLI(private_api.lightning_cli()):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
 
     def component_sizes(self) -> tuple[Callable[[str], Any], Callable[[str], int]]:
-        """Functions: name of a codec to its facts, name of a text encoder to its width."""
+        """Functions that return the facts of a codec and the width of a text encoder by name."""
         return _codec_facts, _text_dim
 
     def after_instantiate_classes(self) -> None:
-        """Refuse data that is missing or does not fit, before a logger writes anything."""
+        """Check the data before a logger writes anything."""
         data, world_size = self.datamodule, self.trainer.world_size
         if self.verb != "fit":
             data.shards(
@@ -279,7 +279,7 @@ class MagnetCLI(private_api.lightning_cli()):
             config.ckpt_path = "auto"
         resumes = config.ckpt_path is not None
         if resumes and config.ckpt_path not in NAMED_CHECKPOINTS:
-            config.model.init_from = None  # the weights are the checkpoint's
+            config.model.init_from = None  # the checkpoint has the weights
         self.run_folder = Path(config.trainer.default_root_dir or "runs/run").expanduser()
         if self.verb == "fit" and not config.trainer.fast_dev_run:
             writable_folder(self.run_folder, "--trainer.default_root_dir")
@@ -319,7 +319,7 @@ class MagnetCLI(private_api.lightning_cli()):
         start = time.monotonic()
         self.trainer.fit(model, **kwargs)
         if not self.trainer.callback_metrics and validates:
-            # Killed in the validation after the last step: Lightning has nothing left to do.
+            # Resumed after a kill in the final validation: no training step is left.
             self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)
         spent = generation.seconds
         seconds["validation in training"] = spent
@@ -350,7 +350,7 @@ class MagnetCLI(private_api.lightning_cli()):
 class DryRunCLI(MagnetCLI):
     """Builds what `fit` builds, with weights on the meta device.
 
-    Where the requested devices are missing it builds for one process on the CPU.
+    If the requested devices are not available, it builds for one process on the CPU.
     """
 
     def __init__(self, verb: str, args: list[str], errors: list[Exception]):
@@ -362,22 +362,18 @@ class DryRunCLI(MagnetCLI):
         parser = self.parser_of(self.verb)
         parser.prog = "python -m magnet_train doctor"
         parser.description = (
-            "Check whether a run of `fit` with these options would start and last, and estimate "
-            "its memory, time and cost. Nothing is trained."
+            "Check whether `fit` with these options would start and keep running, and estimate its "
+            "memory, time and cost, without training."
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--prefetch", action="store_true", help="Download the weights that are missing."
-        )
-        price = (
-            "Price of one GPU for an hour, in any currency, for the estimate of what the run costs."
-        )
+        parser.add_argument("--prefetch", action="store_true", help="Download missing weights.")
+        price = "Price of one GPU-hour, in any currency, to estimate the cost of the run."
         parser.add_argument("--gpu_hour_price", type=float, help=price)
 
     def component_sizes(self) -> tuple[Callable[[str], Any], Callable[[str], int]]:
-        """As published where a component is missing, which is for doctor to say."""
+        """Published sizes for missing components, which doctor reports separately."""
         return _with_fallback(_codec_facts, MagnetConfig), _with_fallback(
             _text_dim, lambda: MagnetConfig.text_dim
         )
@@ -392,14 +388,14 @@ class DryRunCLI(MagnetCLI):
             return fit_defaults(given)
 
     def check(self, options: Namespace) -> None:
-        """Nothing: doctor reports all that is wrong, not only the first."""
+        """No check: doctor reports all errors, not only the first."""
 
     def before_instantiate_classes(self) -> None:
         options = self.config[self.verb]
         if self.errors:
             options.ckpt_path = options.model.init_from = None
         self.parsed = options.clone()
-        # Both are a mistake, which the module names.
+        # Both together are an error that the module reports.
         if not options.model.start_from_codec or options.model.init_from is None:
             options.model.start_from_codec = False
             options.model.init_from = None
@@ -422,10 +418,10 @@ class DryRunCLI(MagnetCLI):
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
-        """Nothing: doctor checks the data."""
+        """No check: doctor checks the data."""
 
     def run_verb(self, run: Callable[[], None]) -> None:
-        """Nothing: all is built."""
+        """Does nothing: doctor only builds."""
 
 
 def prepare_loggers(config: Any, run_folder: Path, verb: str, resumes: bool) -> None:
@@ -435,7 +431,7 @@ def prepare_loggers(config: Any, run_folder: Path, verb: str, resumes: bool) -> 
         config: options of the verb; changed in place.
         run_folder: folder of the run.
         verb: fit, validate, test or predict.
-        resumes: whether a checkpoint was asked for.
+        resumes: whether the run resumes from a checkpoint.
 
     Raises:
         UserError: if W&B refuses the key.

@@ -25,25 +25,25 @@ class GenerateOptions:
     """Prompts and files."""
 
     prompt: list[str] = field(default_factory=list)
-    """Captions; one file each."""
+    """Captions; one file per caption."""
     prompts_file: Path | None = None
-    """More prompts: a text file with one a line, or a JSONL or CSV file of captions."""
+    """File with more prompts: text with one per line, or JSONL or CSV with captions."""
     unconditional: bool = False
     """Also generate without text, one file per variation."""
     out: Path = Path("generated")
     """Folder for the audio files."""
     checkpoint: str = "demo"
-    """Release folder, hub id, checkpoint, run folder, or "demo" for the shipped model."""
+    """Release folder, hub id, checkpoint, run folder, or "demo" for the bundled model."""
     seed: int = 0
-    """Seed; variation i uses seed + i, and a prompt that is given again the seeds after those."""
+    """Seed; variation i uses seed + i. A repeated prompt continues with the next seeds."""
     variations: int = 1
     """Files per prompt."""
     duration_s: float | None = None
-    """Length in seconds; the trained length by default."""
+    """Length in seconds (default: the trained length)."""
     continue_from: Path | None = None
     """Audio prompt: every output starts with the first --continue_s seconds of this file."""
     continue_s: float = 3.0
-    """Seconds of --continue_from that are kept; all of a shorter file."""
+    """Seconds of --continue_from to keep; a shorter file is kept completely."""
     format: Literal["wav", "flac"] = "wav"
     """Format of the audio files."""
     plots: bool = True
@@ -51,11 +51,11 @@ class GenerateOptions:
     batch_size: int = 4
     """Prompts per batch."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
+    """Device: cpu, cuda, cuda:1 …; auto uses a GPU if there is one."""
     precision: Literal["32", "bf16"] = "32"
-    """Precision of the network; bf16 is faster on GPUs and gives other, equally good audio."""
+    """Precision of the network; bf16 is faster on GPUs and gives different audio."""
     compiled: bool = False
-    """Compile the network, which takes minutes at first and pays for many files on a GPU."""
+    """Compile the network: takes minutes at the start; for many files on a GPU."""
 
     def __post_init__(self) -> None:
         _check_range("seed", self.seed, 0, MAX_SEED)
@@ -74,7 +74,7 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """One file to make."""
+    """One file to generate."""
 
     prompt: str
     seed: int
@@ -117,10 +117,10 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
 
 
 def all_prompts(options: GenerateOptions) -> list[str]:
-    """The prompts of all options, the empty one for generation without text.
+    """All prompts; the empty string stands for generation without text.
 
     Raises:
-        UserError: if there is none, one is empty, or the file cannot be read.
+        UserError: if there is no prompt, one is empty, or the file cannot be read.
     """
     from magnet_train.data.manifest import read_prompts
 
@@ -141,7 +141,7 @@ def all_prompts(options: GenerateOptions) -> list[str]:
 
 
 def list_jobs(prompts: Sequence[str], seed: int, variations: int) -> list[Job]:
-    """One job for each prompt and variation; no two are the same.
+    """One job per prompt and variation, all different.
 
     >>> [job.seed for job in list_jobs(["a", "b", "a"], seed=5, variations=2)]
     [5, 6, 5, 6, 7, 8]
@@ -159,7 +159,7 @@ def find_device(name: str) -> str:
     """The device that `--device` names.
 
     Raises:
-        UserError: if it is not there.
+        UserError: if this machine does not have it.
     """
     import torch
 
@@ -236,7 +236,7 @@ def _audio_prompt(
 def _write(
     result: "Generated", row: int, job: Job, options: GenerateOptions, about: dict[str, Any]
 ) -> Path:
-    """One audio file with its JSON, and its plot if asked for."""
+    """Writes an audio file, its JSON and, if requested, its plot."""
     from magnet_train.common.audio_files import save_plot, slug, write_audio
 
     path = options.out / f"{slug(job.prompt, job.seed)}.{options.format}"

@@ -1,4 +1,4 @@
-"""Defaults that a checkpoint or release gives: network, codec, text encoder, lengths, decoding."""
+"""Defaults taken from a checkpoint or release: network, codec, text encoder, lengths, decoding."""
 
 import sys
 from dataclasses import asdict
@@ -15,20 +15,20 @@ from magnet_train.release import SavedModel, read_checkpoint
 LINKED = ("num_codebooks", "codebook_size", "text_dim")
 """Settings of the network that follow from codec and text encoder."""
 NAMED_CHECKPOINTS = ("auto", "last", "best", "hpc", "registry")
-"""Values of --ckpt_path that are no file: the run's own, under its own configuration."""
+"""Values of --ckpt_path that refer to the run's own checkpoints instead of a file."""
 
 
 def fit_defaults(given: Namespace) -> dict[str, Any]:
     """Defaults of `fit`, `validate`, `test`, `predict` and `doctor`.
 
-    A checkpoint or release gives the model's settings. Without --config the embedded demo gives all
-    others, or conf/finetune.yaml where training starts from a model.
+    The model's settings come from its checkpoint or release. Without --config, all others come from
+    conf/demo.yaml, or from conf/finetune.yaml if training starts from a model.
 
     Args:
-        given: what was given by file or flag.
+        given: options given by file or flag.
 
     Raises:
-        UserError: if the checkpoint or release that is named is missing or broken.
+        UserError: if the checkpoint or release is missing or damaged.
     """
     checkpoint, init_from = given.get("ckpt_path"), given.get("model.init_from")
     inherited: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def settings_of_checkpoint(file: Path) -> dict[str, Any]:
     if "network" not in settings:
         raise UserError(f"--ckpt_path {file}: not a checkpoint of magnet_train; choose another")
     seed = settings.pop("seed", None)
-    settings.pop("init_from", None)  # the weights are the checkpoint's
+    settings.pop("init_from", None)  # the checkpoint has the weights
     settings["network"] = {k: v for k, v in settings["network"].items() if k not in LINKED}
     return {"model": settings} | ({} if seed is None else {"seed_everything": seed})
 

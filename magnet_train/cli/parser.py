@@ -17,11 +17,11 @@ from magnet_train.common.errors import UserError, user_error_from
 
 MAX_CONFIG_BYTES = 2**20
 MAX_CONFIG_ALIASES = 100
-"""A YAML file with more aliases than this may expand to more than memory holds."""
+"""Limit against YAML files whose aliases expand beyond memory."""
 TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
 
 Defaults = Callable[[Namespace], dict[str, Any]]
-"""What was given, by file or by flag -> defaults of what was not given."""
+"""Maps the options given by file or flag to defaults of the others."""
 
 
 class ConfigFile(ActionConfigFile):
@@ -33,12 +33,12 @@ class ConfigFile(ActionConfigFile):
         super().__call__(parser, cfg, find_config(values), option_string)
 
 
-def config_help() -> str:
-    """Help text of `--config`."""
-    names = ", ".join(shipped_configurations())
+def config_help(with_names: bool = False) -> str:
+    """Help text of `--config`; `with_names` lists the shipped configurations."""
+    names = f": {', '.join(shipped_configurations())}" if with_names else ""
     return (
         "YAML file with any of these options; repeatable, later files and flags win. Shipped "
-        f"configurations are found by name: {names}."
+        f"configurations are found by name{names}."
     )
 
 
@@ -49,7 +49,7 @@ def find_config(text: str) -> str:
         text: a path, the name of a shipped configuration (`demo.yaml`, `conf/demo.yaml`), or YAML.
 
     Raises:
-        UserError: if the file is no regular file of UTF-8 text, or too large for a configuration.
+        UserError: if the file is not a regular UTF-8 file, or too large.
     """
     path = Path(text).expanduser() if len(text) < 4096 and "\n" not in text else None
     if path is None or text.lstrip().startswith(("{", "[")):
@@ -98,12 +98,12 @@ def check_config_file(path: Path) -> None:
 
 
 class OneLineErrors(ArgumentParser):
-    """Parser that raises UserErrors, takes dashes for underscores, and refuses NaN and infinity."""
+    """Parser that raises UserErrors, reads dashes as underscores, and refuses NaN and infinity."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.late_defaults: Defaults | None = None
-        """Called with what was given before the parse; its defaults hold for what was not given."""
+        """Called before parsing with the given options; returns defaults of the others."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         raise self._user_error(message, ex) from ex
@@ -120,7 +120,7 @@ class OneLineErrors(ArgumentParser):
         return UserError(text)
 
     def option_names(self) -> list[str]:
-        """All options, without dashes; those of the subcommands too."""
+        """Names of all options, including subcommands', without dashes."""
         parsers: list[Any] = [self]
         for action in self._actions:
             parsers += (getattr(action, "_name_parser_map", None) or {}).values()
@@ -133,10 +133,10 @@ class OneLineErrors(ArgumentParser):
         return [option.lstrip("-") for option in options]
 
     def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Any:
-        """Parse the options; dashes in their names count as underscores.
+        """Parse the options; dashes in their names are read as underscores.
 
         Raises:
-            UserError: for every mistake.
+            UserError: if an option is invalid.
         """
         args = [with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
         if self.late_defaults is not None:
@@ -146,12 +146,12 @@ class OneLineErrors(ArgumentParser):
         return config
 
     def given(self, args: list[str]) -> Namespace:
-        """What files and flags say, without defaults and links."""
+        """Options given by files and flags, without defaults and linked values."""
         options = [with_underscores(arg) for arg in args]
-        asking = [
+        values = [
             o for o in options if o not in ("-h", "--help") and not o.startswith("--print_config")
         ]
-        return private_api.parse_without_defaults(self, asking)
+        return private_api.parse_without_defaults(self, values)
 
 
 def with_underscores(arg: str) -> str:
@@ -220,7 +220,7 @@ def parser_message(text: str) -> str:
 
 
 def make_parser(verb: str, description: str) -> OneLineErrors:
-    """The parser of a verb that is not Lightning's, with `--config`."""
+    """Parser of a verb that is not a LightningCLI's, with `--config`."""
     parser = OneLineErrors(prog=f"python -m magnet_train {verb}", description=description)
     parser.add_argument("--config", action=ConfigFile, help=config_help())
     return parser

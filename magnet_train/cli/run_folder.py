@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time; an earlier run's checkpoints are kept."""
+"""The run folder: used by one run at a time; checkpoints of earlier runs are kept."""
 
 import itertools
 import json
@@ -13,27 +13,27 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import writable_folder
-from magnet_train.resume import newest_whole_checkpoint
+from magnet_train.resume import newest_intact_checkpoint
 
 LOCK_WAIT_S = 10.0
-"""Loader processes of a run that was killed may hold its lock for a few seconds."""
+"""Data workers of a killed run may hold its lock for a few seconds."""
 
 
 def prepare_run_folder(config: Any, is_fit: bool) -> Path:
-    """Make the run folder, and set the paths that follow from it.
+    """Create the run folder, and set the paths that depend on it.
 
-    `--ckpt_path auto` becomes the newest intact checkpoint, or None. A new run in a folder that has
-    one already moves the old checkpoints aside.
+    `--ckpt_path auto` becomes the newest intact checkpoint, or None. A new run in the folder of an
+    earlier one moves the old checkpoints to another folder.
 
     Args:
         config: options of the verb; changed in place.
-        is_fit: whether the verb is `fit`, which alone writes checkpoints.
+        is_fit: whether the verb is `fit`; no other writes checkpoints.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: if nothing can be written there.
+        UserError: if the folder is not writable.
     """
     folder = Path(config.trainer.default_root_dir or "runs/run").expanduser()
     writable_folder(folder, "--trainer.default_root_dir")
@@ -41,7 +41,7 @@ def prepare_run_folder(config: Any, is_fit: bool) -> Path:
     own_checkpoints = folder / "checkpoints"
     config.checkpoint.dirpath = str(Path(config.checkpoint.dirpath or own_checkpoints).expanduser())
     if config.ckpt_path == "auto":
-        newest = newest_whole_checkpoint([folder, Path(config.checkpoint.dirpath)])
+        newest = newest_intact_checkpoint([folder, Path(config.checkpoint.dirpath)])
         config.ckpt_path = None if newest is None else str(newest)
         rank_zero_info(f"--ckpt_path auto: {newest or 'no checkpoint yet, starting from scratch'}")
     if config.ckpt_path is None and is_fit and not config.trainer.fast_dev_run:
@@ -50,7 +50,7 @@ def prepare_run_folder(config: Any, is_fit: bool) -> Path:
 
 
 class RunFolderLock:
-    """A lock on a run folder for the life of a `fit`; held by the first rank."""
+    """Lock on a run folder while `fit` runs; held by rank 0."""
 
     def __init__(self, folder: Path):
         self.owner = folder / ".fit_owner.json"
@@ -60,16 +60,16 @@ class RunFolderLock:
     def acquire(self) -> None:
         """
         Raises:
-            UserError: if another process trains in the folder; it names that process.
+            UserError: if another process uses the folder; the message names it.
         """
         try:
             self._lock.acquire(timeout=LOCK_WAIT_S, poll_interval=0.5)
         except Timeout as error:
             owner = self._read_owner()
             raise UserError(
-                f"run folder {self.owner.parent}: process {owner.get('pid', 'unknown')} on "
-                f"{owner.get('host', 'an unknown host')} trains there; wait for it, or choose "
-                "another --trainer.default_root_dir"
+                f"run folder {self.owner.parent}: used by process {owner.get('pid', 'unknown')} on "
+                f"{owner.get('host', 'an unknown host')}; wait for it, or choose another "
+                "--trainer.default_root_dir"
             ) from error
         except NotImplementedError:  # a file system without locks
             return
@@ -77,7 +77,7 @@ class RunFolderLock:
 
     @rank_zero_only
     def release(self) -> None:
-        """Let the next process have the folder."""
+        """Release the folder."""
         if self._lock.is_locked:
             self.owner.unlink(missing_ok=True)
             self._lock.release()
@@ -100,7 +100,7 @@ def _is_within(path: str | None, folder: Path) -> bool:
 
 
 def _make_room(config: Any, folder: Path, own_checkpoints: Path) -> None:
-    """Move an earlier run's checkpoints aside.
+    """Move an earlier run's checkpoints to another folder.
 
     Raises:
         UserError: if the new run starts from one of them, or they are not in the run folder.
@@ -121,11 +121,11 @@ def _make_room(config: Any, folder: Path, own_checkpoints: Path) -> None:
 
 @rank_zero_only
 def _move_aside(checkpoints: Path) -> None:
-    """Keep an earlier run's checkpoints where `--ckpt_path auto` does not find them."""
+    """Rename an earlier run's checkpoint folder, so that `--ckpt_path auto` does not find it."""
     if not checkpoints.is_dir() or not any(checkpoints.glob("*.ckpt")):
         return
     names = (checkpoints.with_name(f"{checkpoints.name}-{n}") for n in itertools.count(1))
     free = next(name for name in names if not name.exists())
-    with suppress(FileNotFoundError):  # without a launcher the first process of each node is here
+    with suppress(FileNotFoundError):  # without a launcher, one process per node runs this
         checkpoints.rename(free)
-    rank_zero_info(f"{checkpoints.parent} has an earlier run; its checkpoints are in {free} now")
+    rank_zero_info(f"{checkpoints.parent} has an earlier run; its checkpoints were moved to {free}")

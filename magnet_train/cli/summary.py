@@ -5,7 +5,7 @@ from typing import Any
 
 
 def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
-    """The summary as people read it; metrics by mask rate and intervals stand in the JSON alone."""
+    """The summary as text; metrics by mask rate and intervals are only in the JSON."""
     lines = ["", f"run folder  {run_folder}", f"checkpoint  {summary['checkpoint']}"]
     for name in ("audio", "plots"):
         paths = [Path(path) for path in summary[name]]
