@@ -5,7 +5,7 @@ ends must be equal.
     [--seed 0]
 
 Each attempt is the same command in a process group of its own, forked from this process, which has
-only imported what it needs; the whole group is killed, loader processes and other ranks too, as
+only imported what it needs; the whole group is killed, data workers and other ranks too, as
 when a node fails.
 """
 
@@ -147,7 +147,7 @@ def killed_often(
         if expected.get(place) != rows.get(place)
     ]
     print(
-        f"{kills} kills, {workers} loader processes, {ranks} ranks, {accumulated} accumulated: "
+        f"{kills} kills, {workers} data workers, {ranks} ranks, {accumulated} accumulated: "
         f"{len(one)} batches and "
         f"{len(validations[0]) - 1} validations and {len(expected)} logged values compared, "
         f"{len(found)} differences"

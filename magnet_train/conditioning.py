@@ -1,7 +1,7 @@
-"""Captions to text states, by a frozen encoder, and the dropout of captions for classifier-free
-guidance.
- A caption that is empty or None is the null condition: a row with no token, whose mask is False
-everywhere. The encoder never sees it, so the null row is exact and costs nothing.
+"""Text conditioning: a frozen text encoder, and caption dropout for classifier-free guidance.
+
+An empty caption or None is the null condition: a row without tokens, whose mask is False
+everywhere. It is not passed to the encoder.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ NO_TOKENIZER = (
 
 
 class TextEncoder(nn.Module):
-    """A frozen text encoder, always in evaluation mode and in float32, with no gradient.
+    """A frozen text encoder in float32 and evaluation mode, without gradients.
 
-    It is no part of what is trained. A LightningModule keeps it in a tuple, not as an attribute, so
-    that it enters neither checkpoints nor precision changes, and moves it to its device by hand.
+    A LightningModule keeps it in a tuple instead of an attribute, so that it is not in checkpoints
+    and keeps its precision; the module moves it to its device explicitly.
 
-    The states of a caption do not depend on the captions beside it, up to float error.
+    The states of a caption do not depend on the rest of the batch, up to rounding.
     """
 
     def __init__(
@@ -45,17 +45,15 @@ class TextEncoder(nn.Module):
         max_length: int | None = None,
         cache_size: int = 16_384,
     ):
-        """Takes `model` over.
-
+        """
         Args:
             model: A transformers encoder: token ids and attention mask -> `last_hidden_state`.
             tokenizer: Its tokenizer.
-            name: Its id, what `load_text_encoder` takes.
-            max_length: Tokens of a caption that are read, special ones included; what lies beyond
-                is cut off, with one warning. None for the encoder's own limit, 512 for a T5.
-            cache_size: Captions whose states are kept, the least recently used going first. They
-                lie on the CPU: 16,384 captions of 25 tokens take 630 MB at a width of 384. Training
-                meets each caption again and again.
+            name: Its id for `load_text_encoder`.
+            max_length: Maximum number of tokens per caption, including special ones; longer
+                captions are truncated, with one warning. None = the encoder's limit, 512 for T5.
+            cache_size: Number of captions whose states are cached on the CPU (least recently used):
+                16,384 captions of 25 tokens take 630 MB at a width of 384.
 
         Raises:
             UserError: if an option is out of range.
@@ -63,7 +61,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         if max_length is not None and max_length < 3:
             raise UserError(
-                f"max_length={max_length} leaves no room for a word; choose at least 3 tokens"
+                f"max_length={max_length} has no room for a word; choose at least 3 tokens"
             )
         if cache_size < 0:
             raise UserError(f"cache_size={cache_size}; choose 0 (no cache) or more captions")
@@ -85,16 +83,14 @@ class TextEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and where the states come out."""
+        """Device of the weights and the returned states."""
         return next(self.model.parameters()).device
 
     @property
     def stamp(self) -> str:
-        """16 hex digits of the first numbers of all its weights: wherever it lies, another encoder
-        has others.
+        """16 hex digits of a hash over the first values of all weights, which identify the encoder.
 
-        A pooler, which the states do not need, is left out: where a copy lacks it, transformers
-        draws one.
+        The unused pooler is excluded: if a copy lacks it, transformers initialises it randomly.
         """
         digest = hashlib.sha256()
         for name, weight in sorted(
@@ -105,19 +101,18 @@ class TextEncoder(nn.Module):
         return digest.hexdigest()[:16]
 
     def __deepcopy__(self, memo: dict) -> "TextEncoder":
-        """Itself: it never changes, so a copy of what holds it needs none of its own."""
+        """Returns itself, because it never changes."""
         return self
 
     def train(self, mode: bool = True) -> "TextEncoder":
-        """Stays in evaluation mode whatever the module around it does."""
+        """Always stays in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str | None]) -> tuple[Tensor, Tensor]:
-        """Captions -> states `b l d`, float32, and mask `b l`, True = a token.
+        """Captions -> states `b l d`, float32, and mask `b l`, True = token.
 
-        l is the longest caption's number of tokens, at least 1. Padding is on the right; states are
-        zero there.
+        l is the largest number of tokens, at least 1. Padding is on the right and has zero states.
         """
         texts = ["" if c is None else c.strip() for c in captions]
         known = {t: self._cache[t] for t in texts if t in self._cache}
@@ -133,8 +128,8 @@ class TextEncoder(nn.Module):
         return states.to(self.device), mask.to(self.device)
 
     def num_tokens(self, captions: Sequence[str]) -> list[int]:
-        """Tokens of each caption, special ones included, before any is cut off."""
-        with quiet():  # it warns of those that are too long
+        """Number of tokens of each caption, including special ones, before truncation."""
+        with quiet():  # the tokenizer warns about long captions
             return (
                 [len(ids) for ids in self._tokenizer(list(captions))["input_ids"]]
                 if captions
@@ -185,17 +180,16 @@ class TextEncoder(nn.Module):
 def load_text_encoder(
     name: str = "demo", max_length: int | None = None, cache_size: int = 16_384
 ) -> TextEncoder:
-    """The text encoder of that name, on the CPU.
+    """Load a text encoder on the CPU.
 
     Args:
-        name: "demo" for all-MiniLM-L6-v2 from a package of the index, else a folder that
-            transformers wrote, with its tokenizer, or a hub id such as `t5-base`.
+        name: "demo" for all-MiniLM-L6-v2 from a Python package; a folder saved by transformers,
+            with its tokenizer; or a hub id such as `t5-base`.
         max_length: As in `TextEncoder`.
         cache_size: As in `TextEncoder`.
 
     Raises:
-        UserError: if it is missing, broken, without a tokenizer of its own, or out of reach without
-            network.
+        UserError: if it is missing, damaged, has no tokenizer, or needs network.
     """
 
     def load(source: str, local_files_only: bool) -> TextEncoder:
@@ -212,22 +206,21 @@ def load_text_encoder(
 def drop_captions(
     captions: Sequence[str], p: float, generator: torch.Generator | None = None
 ) -> list[str]:
-    """`captions`, each replaced by the null caption "" with probability `p`: what guidance is
-    trained on.
+    """Replace each caption by the null caption "" with probability `p`, to train guidance.
 
-    Each example draws for itself; the reference drops the whole global batch at once, which makes
-    gradients spiky.
+    Examples are independent; audiocraft drops the captions of the whole global batch at once, which
+    makes gradients noisier.
 
     Args:
-        captions: One for each example.
-        p: Share to be dropped, 0 .. 1.
-        generator: Source of the draws; one draw per caption, whatever `p` is.
+        captions: One per example.
+        p: Probability of dropping a caption, 0 .. 1.
+        generator: Random generator; draws once per caption for any `p`.
 
     Raises:
         ValueError: if `p` is out of range.
     """
     if not 0 <= p <= 1:
-        raise ValueError(f"p={p} is no probability; choose 0 .. 1")
+        raise ValueError(f"p={p} is not a probability; choose 0 .. 1")
     device = generator.device if generator is not None else None
     draws = torch.rand(len(captions), generator=generator, device=device).tolist()
     return ["" if draw < p else caption for caption, draw in zip(captions, draws, strict=True)]
@@ -247,8 +240,7 @@ def _load(
     source: str, local_files_only: bool, name: str, max_length: int | None, cache_size: int
 ) -> TextEncoder:
     ensure_torchaudio_imports()
-    # Captions are short; the tokenizer's threads gain nothing and warn at each fork of a data
-    # worker.
+    # For short captions the tokenizer's threads do not help, and warn when data workers fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 
@@ -262,7 +254,7 @@ def _load(
             f"text encoder {name!r}: {config.model_type!r} has a decoder; choose an encoder such "
             "as t5-base"
         )
-    # The tokenizer first: it is small, and an unfit one is found before any weight is read.
+    # The tokenizer comes first: it is small, and fails before any weight is read.
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source, local_files_only=local_files_only, trust_remote_code=False
@@ -280,7 +272,7 @@ def _load(
         output_loading_info=True,
     )
     missing = sorted(k for k in report["missing_keys"] if "pooler" not in k)
-    if missing:  # transformers would go on with random weights
+    if missing:  # transformers would continue with random weights
         raise UserError(
             f"text encoder {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more; "
             "use a complete copy"
@@ -289,9 +281,7 @@ def _load(
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, name: str) -> None:
-    """transformers builds an empty tokenizer, without a word, where the vocabulary's file is
-    missing.
-    """
+    """Detect the empty tokenizer that transformers builds if the vocabulary file is missing."""
     if len(tokenizer) < vocab_size // 2:
         raise UserError(
             f"text encoder {name!r}: the tokenizer has {len(tokenizer)} tokens, the model "

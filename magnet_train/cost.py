@@ -1,7 +1,7 @@
-"""What a run takes, by arithmetic: parameters, memory of a device, size of a checkpoint,
-floating-point operations.
- Memory follows from what `model.Block` keeps for the backward pass, line by line; tests hold it to
-what the allocator counts. Bytes are bytes, GB are 10^9 of them.
+"""Calculates the cost of a run: parameters, memory, checkpoint size, floating-point operations.
+
+Memory is the sum of what `model.Block` saves for the backward pass; tests compare it with the
+allocator's count. 1 GB = 10^9 bytes.
 """
 
 from dataclasses import dataclass
@@ -13,75 +13,67 @@ import torch
 from magnet_train.model import MagnetConfig
 
 NUM_TEXT = 32
-"""Tokens that a caption is taken to have."""
+"""Assumed number of tokens per caption."""
 MEAN_MASK_RATE = 2 / pi
-"""Of the cosine schedule at an even draw: the share of frames whose logits are computed."""
+"""Mean of the cosine schedule in training: the share of frames whose logits are computed."""
 MOMENTS = {"adamw": 2, "dadapt_adam": 3}
-"""Tensors as large as the weights that an optimizer keeps; D-Adaptation's third is the mean of its
-steps.
+"""Optimizer states per weight; D-Adaptation's third is the mean of its steps.
 """
 FULL = 4
 """Bytes of a float32."""
 RESERVE = 0.1
-"""Share of a device's memory that CUDA's context, NCCL and what lies between tensors are left
-with.
-"""
+"""Share of a device's memory reserved for CUDA's context, NCCL and fragmentation."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, by what they are for."""
+    """Bytes on one device by purpose."""
 
     weights: float
     gradients: float
     moments: float
-    """Of the optimizer."""
+    """Optimizer states."""
     average: float
-    """Of the weights."""
+    """Averaged weights."""
     copies: float
-    """Of weights in half precision, of gradients for their exchange, and of what FSDP gathers."""
+    """Weights in half precision, buffers for gradients, and weights gathered by FSDP."""
     frozen: float
     """The text encoder's weights."""
     activations: float
-    """What is kept for the backward pass, and what that takes besides."""
+    """Activations saved for the backward pass, and temporaries."""
     validation: float = 0.0
-    """All of a validation, if all weights are whole then beside the shards; without what decoding
-    computes.
-    """
+    """Total during validation if sharded weights are gathered; without temporaries of decoding."""
 
     @property
     def in_training(self) -> dict[str, float]:
-        """What there is at once in a step, by name."""
+        """Memory of a training step by purpose."""
         return {name: value for name, value in vars(self).items() if name != "validation"}
 
     @property
     def state(self) -> float:
-        """All of a step that does not depend on the batch."""
+        """The part of a training step that does not depend on the batch."""
         return sum(self.in_training.values()) - self.activations
 
     @property
     def total(self) -> float:
-        """The most that there is at once."""
+        """Maximum over training and validation."""
         return max(sum(self.in_training.values()), self.validation)
 
 
 def num_parameters(config: MagnetConfig) -> int:
-    """Trained numbers of the network."""
+    """Number of parameters of the network."""
     d, books = config.dim, config.num_codebooks
     ends = books * (2 * config.codebook_size + 1) * d + (config.text_dim + 1) * d + 2 * d
     return ends + config.num_layers * parameters_of_block(config)
 
 
 def parameters_of_block(config: MagnetConfig) -> int:
-    """Of self-attention (4 d²), cross-attention (4 d²), the feed-forward layer, three norms and the
-    convolution.
-    """
+    """Self-attention (4 d²), cross-attention (4 d²), feed-forward layer, norms and convolution."""
     return (8 + 2 * config.ffn_ratio) * config.dim**2 + (6 + config.convolution) * config.dim
 
 
 def bytes_of(precision: Any) -> tuple[int, int]:
-    """Bytes of a weight, and of a number that a matrix product makes, under Lightning's name of a
-    precision.
+    """Bytes of a weight and of a matrix product's output, for one of Lightning's precisions.
 
     >>> bytes_of("bf16-mixed"), bytes_of("bf16-true"), bytes_of(None)
     ((4, 2), (2, 2), (4, 4))
@@ -97,15 +89,14 @@ def bytes_of(precision: Any) -> tuple[int, int]:
 def activation_bytes(
     config: MagnetConfig, batch_size: int, num_frames: int, precision: Any
 ) -> float:
-    """Most bytes that a forward and backward pass takes beyond weights and gradients, at stage 0,
-    the dearest.
+    """Peak bytes of a forward and backward pass without weights and gradients, at stage 0.
 
-    Each block keeps, per frame and channel: the input of its three parts, in float32; queries,
-    keys, values and output of self-attention; query, output and output without the null captions of
-    cross-attention; and the feed-forward layer's inner values. Norms and GELU are made again. On
-    top come logits and their gradients where frames are masked, or, if that is more, what the last
-    feed-forward layer's backward pass makes: GELU's output, its gradient, its input's gradient, and
-    that of a weight.
+    Stage 0 is the most expensive. Each block saves, per frame and channel: the inputs of its three
+    parts, in float32; queries, keys, values and output of self-attention; query, output and output
+    without the null captions of cross-attention; and the hidden values of the feed-forward layer.
+    Norms and GELU are recomputed. In addition there are logits and their gradients at masked frames
+    or, if that is more, the temporaries of the last feed-forward layer's backward pass: GELU's
+    output, its gradient, its input's gradient, and that of a weight.
     """
     _, half = bytes_of(precision)
     # Of the residual stream.
@@ -130,22 +121,21 @@ def memory(
     """Bytes on each device in training, with an average of the weights.
 
     Args:
-        config: of the network.
+        config: the network.
         precision: Lightning's name.
         optimizer: a key of MOMENTS.
         activations: bytes of a batch's forward and backward pass.
-        ranks: devices of the run.
-        sharded: whether weights, gradients, moments and average are divided among the ranks
-            (FSDP2).
+        ranks: number of devices.
+        sharded: whether weights, gradients, moments and average are sharded (FSDP2).
         frozen: bytes of the text encoder.
     """
     full, half = bytes_of(precision)
     parameters, block = num_parameters(config), parameters_of_block(config)
     own = parameters * full / (ranks if sharded else 1)
-    # Autocast's copies of whole weights are kept for the backward pass.
+    # Autocast's copies of unsharded weights are kept for the backward pass.
     rounded = parameters * half if half < full else 0.0
     copies, validation = rounded, 0.0
-    if sharded:  # a block that is in use, and the next; in a validation all of them
+    if sharded:  # the current block and the next; in validation all blocks
         copies += 2 * block * full
         validation = own * (3 + MOMENTS[optimizer]) + frozen + parameters * full + rounded
     elif ranks > 1:  # DDP's buckets
@@ -155,13 +145,12 @@ def memory(
 
 
 def largest_batch(given: Memory, batch_size: int, capacity: float) -> int:
-    """Examples per batch that fit a device of `capacity` bytes, a reserve kept free; 0 = none, or
-    no validation.
+    """Largest batch on a device of `capacity` bytes with a reserve; 0 = no batch or no validation.
 
     Args:
-        given: memory at `batch_size`, with which activations grow.
-        batch_size: of `given`.
-        capacity: in bytes.
+        given: memory at `batch_size`; its activations are proportional to the batch.
+        batch_size: batch size of `given`.
+        capacity: bytes of the device.
     """
     room = capacity * (1 - RESERVE)
     if given.validation > room:
@@ -177,12 +166,12 @@ def checkpoint_bytes(
 
 
 def training_flop(config: MagnetConfig, num_frames: int, stage: int) -> float:
-    """Of one example, forward and backward: three times the forward pass."""
+    """FLOP of one example, forward and backward: three times the forward pass."""
     return 3 * useful_flop(config, num_frames, stage, round(MEAN_MASK_RATE * num_frames), NUM_TEXT)
 
 
 def decoding_flop(config: MagnetConfig, num_frames: int, decoding_steps: tuple[int, ...]) -> float:
-    """Of one generated clip with guidance, which asks the network twice."""
+    """FLOP of one generated clip with guidance, which needs two forward passes per step."""
     return sum(
         2 * steps * useful_flop(config, num_frames, stage, num_frames, NUM_TEXT)
         for stage, steps in enumerate(decoding_steps[: config.num_codebooks])
@@ -192,9 +181,7 @@ def decoding_flop(config: MagnetConfig, num_frames: int, decoding_steps: tuple[i
 def useful_flop(
     config: MagnetConfig, num_frames: int, stage: int, num_predicted: int, num_text: int
 ) -> float:
-    """Multiplications and additions that one example needs in a forward pass: what a mask hides is
-    not counted.
-    """
+    """FLOP that one example needs in a forward pass, without masked-out positions."""
     d, context = config.dim, config.stage(stage).context
     keys = num_frames if context < 0 else min(num_frames, 2 * context + 1)
     weights = config.num_layers * ((4 + 2 + 2 * config.ffn_ratio) * d * d + config.convolution * d)
@@ -213,17 +200,16 @@ PEAK_TFLOP = {
     "V100": 125,
     "4090": 165,
 }
-"""Of dense products in half precision with sums in float32, by a part of the device's name;
-vendors' data sheets.
+"""Dense half-precision peak with float32 accumulation, by part of the device's name (data sheets).
 """
 
 
 def peak_flop(device: torch.device, precision: str) -> float | None:
-    """FLOP per second that a device can do at best in half precision; None where that is not known.
+    """Peak FLOP per second of a device in half precision; None if it is not known.
 
     Args:
-        device: where the model is.
-        precision: Lightning's name; another than half precision has no entry in the table.
+        device: device of the model.
+        precision: Lightning's name; the table has half precision only.
     """
     if device.type != "cuda" or "16" not in precision:
         return None

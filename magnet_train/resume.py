@@ -47,7 +47,7 @@ class Layout:
     def __str__(self) -> str:
         return (
             f"{self.ranks} ranks x {self.batch_size} examples x {self.accumulated} accumulated "
-            f"batches, {self.workers} loader processes each"
+            f"batches, {self.workers} data workers each"
         )
 
     def batches(self, done: int, before: "Layout") -> int:

@@ -76,10 +76,10 @@ TENSORS: list[tuple[Any, Any, str]] = [
     ("out_norm.bias", 3, "out_norm.bias is int, not a dense floating-point tensor"),
     ("out_norm.bias", torch.zeros(64).to(torch.float8_e4m3fn), "not a dense floating-point tensor"),
     ("out_norm.bias", torch.zeros(64).int(), "not a dense floating-point tensor"),
-    ("out_norm.bias", torch.full((64,), torch.nan).half(), "out_norm.bias holds NaN"),
+    ("out_norm.bias", torch.full((64,), torch.nan).half(), "out_norm.bias has NaN"),
     ("emb.1.weight", torch.zeros(65, 64), "different precisions"),
     (PROJECTION, torch.zeros(3), "output_proj.weight with two axes"),
-    (3, torch.zeros(1), "under 3, which is not a string"),
+    (3, torch.zeros(1), "named 3, which is not a string"),
 ]
 
 
@@ -145,7 +145,7 @@ FILES: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / MODEL).write_bytes(b""), f"{MODEL}: damaged"),
     (lambda folder: (folder / CODEC).unlink(), f"{CODEC}: no such file"),
     (save(MODEL, {"best_state": {}}), "no exported model"),
-    (save(MODEL, [1, 2]), "holds a list"),
+    (save(MODEL, [1, 2]), "contains a list"),
     (save(CODEC, {"best_state": {}}), "neither an exported codec"),
     (codec_of_three_codebooks, "has the unknown quantizer.vq.layers.3"),
     (codec_without("encoder.model.0.conv.conv.bias"), "lacks encoder.layers.0.conv.bias"),

@@ -233,7 +233,7 @@ def test_shards_that_are_too_few_damaged_absent_or_empty(parts, plan, tmp_path, 
     assert "index.json: not there; make it with tokenize" in said["validation shards"]
     assert "nowhere/index.json: not there" in said["test shards"]
     assert (
-        "4 shards for 1 ranks x 9 loader processes: set --data.num_workers 4"
+        "4 shards for 1 ranks x 9 data workers: set --data.num_workers 4"
         in said["shards per worker"]
     )
     write_shards(tmp_path / "empty", str(parts / "codec"), (0,))
@@ -472,15 +472,15 @@ def test_too_few_cores_files_and_shared_memory_are_warnings(plan, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     said = look("CPU", plan, trainer__devices=2)
     assert said[0].startswith(
-        "warning CPU: 2 cores for 2 ranks and 2 loader processes: request more cores"
+        "warning CPU: 2 cores for 2 ranks and 2 data workers: request more cores"
     )
     assert said[-1].startswith("warning open files: 256 per process; raise it with ulimit -n")
     if Path("/dev/shm").is_dir():
         assert said[1].startswith("warning shared memory: 0.1 GB") and "--shm-size" in said[1]
-    # Ranks wait for their GPUs: eight loader processes for each of eight have their core.
+    # Ranks wait for their GPUs: eight data workers for each of eight have their core.
     given = {"trainer__accelerator": "gpu", "trainer__devices": 8, "data__num_workers": 8}
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    assert look("CPU", plan, **given)[0] == "ok CPU: 64 cores for 8 ranks and 64 loader processes"
+    assert look("CPU", plan, **given)[0] == "ok CPU: 64 cores for 8 ranks and 64 data workers"
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(63)), raising=False)
     assert look("CPU", plan, **given)[0].endswith("or set --data.num_workers 7")
 

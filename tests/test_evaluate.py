@@ -309,7 +309,7 @@ def test_two_processes_on_the_command_line_give_the_same_figure(real, tmp_path):
     [
         (np.zeros(64_000), r"bad\.wav: silent; .*--keep_silent true"),
         (0.1 * np.ones(16_000), r"bad\.wav: .*too short for musicnn"),
-        (np.full(64_000, np.nan), r"bad\.wav: holds NaN or infinite samples"),
+        (np.full(64_000, np.nan), r"bad\.wav: has NaN or infinite samples"),
         (np.zeros(0), r"bad\.wav: empty"),
         (b"RIFF but no wave", r"bad\.wav: unreadable"),
     ],

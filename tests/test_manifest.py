@@ -211,9 +211,9 @@ def test_a_row_that_cannot_be_is_an_error_of_its_clip(field: str, value: Any, tm
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("m.jsonl", '{"path": "a.wav"\n', "line 1: no JSON"),
+        ("m.jsonl", '{"path": "a.wav"\n', "line 1: not JSON"),
         ("m.jsonl", '\n{"caption": "x"}\n', "line 2: no path"),
-        ("m.jsonl", "[1]\n", "line 1: holds a list"),
+        ("m.jsonl", "[1]\n", "line 1: is a list"),
         ("m.jsonl", "", "no audio"),
         ("m.json", '[{"path": "a.wav"}]', "line 1"),
         ("m.csv", "path,caption\na.wav,unquoted, comma\n", "line 2: more columns"),

@@ -166,7 +166,7 @@ def test_steps_and_validations_are_counted():
 def test_the_global_batch_is_divided():
     assert plan().batch == (4, 1)
     assert plan(24, trainer__devices=2).batch == (4, 3)
-    with pytest.raises(UserError, match="give one of them, the other follows"):
+    with pytest.raises(UserError, match="give only one of them; the other follows"):
         plan(24, trainer__accumulate_grad_batches=2).batch  # noqa: B018
 
 

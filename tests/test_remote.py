@@ -200,7 +200,7 @@ def test_joined_sets_are_one_set_of_the_same_shards(
 def test_an_epoch_of_all_readers_is_every_item_once(
     counts: list[int], ranks: int, workers: int, seed: int
 ):
-    """Whatever the number of shards, ranks and loader processes, and however uneven the shards."""
+    """Whatever the number of shards, ranks and data workers, and however uneven the shards."""
     heard: Counter[tuple[int, int, int]] = Counter()
     parts = ranks * workers
     for part in range(parts):
@@ -275,7 +275,7 @@ def test_items_of_one_key_are_no_validation(codec: str, tmp_path: Path):
 def test_shards_of_a_web_server_are_those_of_the_folder(
     workers: int, server: FaultyServer, folder: Path
 ):
-    """Also in loader processes forked after the first fetch; each is fetched once, by two at a time
+    """Also in data workers forked after the first fetch; each is fetched once, by two at a time
     perhaps twice.
     """
     near, far = ShardSet.open(folder), ShardSet.open(f"{server.address}/train")
@@ -549,7 +549,7 @@ def bucket(data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_a_run_from_a_bucket_is_that_from_a_folder(
     bucket: Any, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    """With loader processes of its own; and what a bucket lacks is named."""
+    """With data workers of its own; and what a bucket lacks is named."""
     workers = "--data.num_workers=2"
     assert main(arguments(data, tmp_path / "folder", workers)) == 0
     given = [f"--data.{split}=s3://shards/{split[:5]}*" for split in ("train", "validation")]
@@ -668,7 +668,7 @@ def test_what_goes_wrong_in_a_loader_process_is_one_line(
 
 
 def test_two_ranks_train_on_from_a_server_that_misses_a_shard(data: Path, tmp_path: Path):
-    """With loader processes; one item to validate, so that a rank has none; what is left out is in
+    """With data workers; one item to validate, so that a rank has none; what is left out is in
     the log.
     """
     store = FaultyServer(data)
@@ -736,6 +736,6 @@ def test_ranks_that_found_other_checkpoints_are_told(codec: str, folder: Path):
     )  # type: ignore[assignment]
     found.resumes_from = "run/b.ckpt"
     with pytest.raises(
-        UserError, match=r"rank 1 goes on from run/b\.ckpt, rank 0 from run/a\.ckpt; the run folder"
+        UserError, match=r"rank 1 resumes from run/b\.ckpt, rank 0 from run/a\.ckpt; the run folder"
     ):
         found.setup("fit")

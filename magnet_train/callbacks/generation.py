@@ -73,8 +73,8 @@ class GenerationCallback(Callback):
             decoding: Decoding settings; span_len is always the model's.
             num_media: Clips that are written and logged as audio and plots.
             at_start: Also validate the untrained model, for comparison.
-            baselines: Also score codec reconstructions, and codes drawn by unigram and bigram counts of
-                the training shards, once.
+            baselines: Also score codec reconstructions, and codes drawn by unigram and bigram
+                counts of the training shards, once.
             metrics: Metrics as METRIC/EMBEDDER, as in `evaluate`. `fit` skips those whose weights
                 are missing, with a warning.
             reference: Folder written by `evaluate --save_reference` for the validation clips, for

@@ -491,7 +491,7 @@ def check_host(plan: Plan) -> Iterator[Finding]:
     workers = (2 if given is None else given) * ranks
     computes = plan.devices.kind == "cpu"  # else a rank mostly waits for its GPU
     busy = workers + ranks if computes else max(workers, ranks)
-    text = f"{cores} cores for {ranks} ranks and {workers} loader processes"
+    text = f"{cores} cores for {ranks} ranks and {workers} data workers"
     if busy > max(cores, 2):
         fits = max(0, cores // ranks - computes)
         text += f": request more cores (--cpus-per-task), or set --data.num_workers {fits}"

@@ -1,9 +1,8 @@
-"""The codec: waveforms to codes and back, and the facts that shards, model and metrics depend on.
+"""The codec: waveforms to codes and back, and its facts for shards, model and metrics.
 
-`Codec` is the interface, and all that other modules use: `facts`, `encode`, `decode`, `codebooks`.
-It checks and prepares what comes in; an implementation (encodec.py, spectral.py) has its own
-network and knows what of it decides the codes. `load_codec` finds the implementation by the
-`model_type` of a folder's config.json.
+Other modules use only the interface `Codec`: `facts`, `encode`, `decode`, `codebooks`. It checks
+and prepares inputs; implementations (encodec.py, spectral.py) have the network and choose the
+weights in the hash. `load_codec` finds the implementation by the `model_type` in config.json.
 """
 
 import hashlib
@@ -25,14 +24,14 @@ from magnet_train.common.pretrained import load_pretrained
 
 @dataclass(frozen=True)
 class CodecFacts:
-    """What must agree between shards, model and codec."""
+    """Facts of a codec that must agree between shards, model and codec."""
 
     id: str
-    """Name that `load_codec` takes: "demo", a hub id, or an absolute folder."""
+    """Name for `load_codec`: "demo", a hub id, or an absolute folder."""
     hash: str
-    """First 16 hex digits of a SHA-256 over what decides the codes: encoder, codebooks, padding."""
+    """First 16 hex digits of a SHA-256 over encoder, codebooks and padding, which set the codes."""
     sample_rate: int
-    """Of the waveform, in Hz."""
+    """Sample rate of the waveform, in Hz."""
     frame_rate: float
     """Codec steps per second, in Hz."""
     num_codebooks: int
@@ -40,9 +39,9 @@ class CodecFacts:
     codebook_size: int
     """Entries in each codebook."""
     channels: int
-    """Of the waveform: 1 or 2."""
+    """Channels of the waveform, 1 or 2."""
     pad_mode: str
-    """How the ends of a clip are padded; in EnCodec it changes a quarter of the codes."""
+    """Padding at the ends of a clip; in EnCodec it changes a quarter of the codes."""
 
     @property
     def hop_samples(self) -> int:
@@ -55,7 +54,7 @@ class CodecFacts:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CodecFacts":
-        """The inverse of `to_dict`; unknown fields are ignored: older readers read newer shards.
+        """The inverse of `to_dict`; unknown fields of newer versions are ignored.
 
         Raises:
             ValueError: if a field is missing.
@@ -67,10 +66,10 @@ class CodecFacts:
 
 
 class Codec(nn.Module, ABC):
-    """A frozen codec, always in evaluation mode and in float32, with no gradient.
+    """A frozen codec in float32 and evaluation mode, without gradients.
 
-    It is no part of what is trained. A LightningModule keeps it in a tuple, not as an attribute, so
-    that it enters neither checkpoints nor precision changes, and moves it to its device by hand.
+    A LightningModule keeps it in a tuple instead of an attribute, so that it is not in checkpoints
+    and keeps its precision; the module moves it to its device explicitly.
     """
 
     facts: CodecFacts
@@ -82,23 +81,23 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def _encode(self, wav: Tensor) -> Tensor:
-        """Waveform `b c t` with the codec's channels -> codes `b k t`, int64."""
+        """Waveform `b c t` -> codes `b k t`, int64; c is the codec's number of channels."""
 
     @abstractmethod
     def _decode(self, codes: Tensor) -> Tensor:
-        """Valid codes `b k t`, perhaps of the first codebooks only -> waveform `b c t`."""
+        """Valid codes `b k t` of the first k codebooks -> waveform `b c t`."""
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     def __deepcopy__(self, memo: dict) -> "Codec":
-        """Itself: it never changes, so a copy of what holds it needs none of its own."""
+        """Returns itself, because a codec never changes."""
         return self
 
     def train(self, mode: bool = True) -> "Codec":
-        """Stays in evaluation mode whatever the module around it does."""
+        """Always stays in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
@@ -106,12 +105,12 @@ class Codec(nn.Module, ABC):
         """`b c t` float waveform, in -1 .. 1, at the codec's sample rate -> codes `b k t`, int64.
 
         A clip of n samples gives ceil(n / hop_samples) frames. Stereo is averaged for a mono codec,
-        and mono is doubled for a stereo one. Precision is full float32 whatever the trainer has
-        set: a rounding can turn one code into another.
+        and mono is duplicated for a stereo codec. Always computed in full float32, because rounding
+        can change codes.
 
         Raises:
             ValueError: if `wav` is not a non-empty float tensor of three axes with 1 or 2 channels.
-            UserError: if it holds NaN or infinite values.
+            UserError: if it contains NaN or infinite values.
         """
         if (
             wav.dim() != 3
@@ -125,7 +124,7 @@ class Codec(nn.Module, ABC):
             )
         wav = wav.to(self.device, torch.float32)
         if not torch.isfinite(wav).all():
-            raise UserError("the audio holds NaN or infinite samples; repair or remove the file")
+            raise UserError("the audio has NaN or infinite samples; repair or remove the file")
         if wav.shape[1] != self.facts.channels:
             wav = (
                 wav.mean(1, keepdim=True)
@@ -139,14 +138,12 @@ class Codec(nn.Module, ABC):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes `b k t` in 0 .. codebook_size - 1 -> waveform `b c (t hop_samples)`, float32.
 
-        The first codebooks alone decode too (k < num_codebooks): a coarser version of the same
-        sound.
+        Codes of the first codebooks only (k < num_codebooks) give a coarser version of the sound.
 
         Raises:
             ValueError: if `codes` is not a non-empty integer tensor of three axes with 1 to
                 num_codebooks codebooks.
-            UserError: if a value is no entry of the codebooks, such as
-                a mask id that decoding left behind.
+            UserError: if a value is not an entry of the codebooks, such as the mask id.
         """
         size = self.facts.codebook_size
         if (
@@ -165,7 +162,7 @@ class Codec(nn.Module, ABC):
         if wrong.any():
             value = codes[wrong][0].item()
             cause = (
-                "the mask id: decoding left these unfilled"
+                "the mask id: these are still masked"
                 if value == size
                 else "they come from another codec"
             )
@@ -178,7 +175,7 @@ class Codec(nn.Module, ABC):
 
 
 def split_name(name: str) -> tuple[str, int | None]:
-    """A codec's name without `@8`, and the 8; a folder that is called so wins.
+    """Splits `NAME@8` into name and 8, unless a folder has this name.
 
     >>> split_name("facebook/encodec_24khz@8")
     ('facebook/encodec_24khz', 8)
@@ -192,7 +189,7 @@ def split_name(name: str) -> tuple[str, int | None]:
 
 
 def absolute_name(name: str) -> str:
-    """A codec's name that holds in every working directory: folders become absolute paths."""
+    """A codec's name with an absolute path if it is a folder."""
     base, first = split_name(name)
     path = Path(base).expanduser()
     if base == "demo" or not path.exists():
@@ -201,17 +198,16 @@ def absolute_name(name: str) -> str:
 
 
 def load_codec(name: str = "demo") -> Codec:
-    """The codec of that name, on the CPU.
+    """Load a codec on the CPU.
 
     Args:
-        name: "demo" for the embedded one, else a folder that `SpectralModel.save` or transformers'
-            EncodecModel wrote, a hub id such as `facebook/encodec_32khz`, or `encodec_24khz` or
-            `encodec_48khz` for the models of the `encodec` package. `NAME@8` has its first 8
+        name: "demo" for the bundled one; a folder written by `SpectralModel.save` or transformers'
+            EncodecModel; a hub id such as `facebook/encodec_32khz`; or `encodec_24khz` or
+            `encodec_48khz` for the models of the `encodec` package. `NAME@8` uses only its first 8
             codebooks.
 
     Raises:
-        UserError: if it is missing, broken, untrained, of a kind that is not known, or out of reach
-            without network.
+        UserError: if it is missing, damaged, untrained, of an unknown type, or needs network.
     """
     from magnet_train.codec.encodec import EncodecCodec, load_encodec, load_package_model
     from magnet_train.codec.encodec_names import PACKAGE_MODELS
@@ -249,11 +245,11 @@ def _model_type(source: str, local_files_only: bool) -> str | None:
 def check_weights(
     name: str, weights: Mapping[str, Tensor], codebooks: Mapping[str, Tensor]
 ) -> None:
-    """Refuse a codec whose weights would give nonsense.
+    """Check that a codec's weights are finite and trained.
 
     Args:
         name: The codec's name, for messages.
-        weights: All that decides the codes, by name.
+        weights: All weights that determine the codes, by name.
         codebooks: Entries of each codebook, by name.
 
     Raises:
@@ -262,21 +258,20 @@ def check_weights(
     for key, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise UserError(
-                f"codec {name!r}: {key} holds NaN or infinite values; download or train it again"
+                f"codec {name!r}: {key} has NaN or infinite values; download or train it again"
             )
     for key, entries in codebooks.items():
         if not entries.any():
             raise UserError(
-                f"codec {name!r}: {key} is all zero, as in a model that was never trained; "
-                "choose another"
+                f"codec {name!r}: {key} is all zero, as in an untrained model; choose another"
             )
 
 
 def first_codebooks(name: str, available: int, wanted: int | None) -> int:
-    """How many codebooks are used: `wanted`, or all that are available if None.
+    """Number of codebooks to use: `wanted`, or all if None.
 
     Raises:
-        UserError: if there are fewer than wanted, or none is.
+        UserError: if `wanted` is 0 or more than are available.
     """
     if wanted is not None and not 1 <= wanted <= available:
         raise UserError(f"codec {name!r}: it has {available} codebooks; ask for that many or fewer")
@@ -285,7 +280,7 @@ def first_codebooks(name: str, available: int, wanted: int | None) -> int:
 
 @contextmanager
 def _plain_float32(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 nor bfloat16 products, which Lightning may have turned on."""
+    """Context without autocast, TF32 and bfloat16 products, which Lightning may have enabled."""
     matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

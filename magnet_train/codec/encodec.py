@@ -1,7 +1,7 @@
-"""EnCodec by transformers' `EncodecModel`, with the weights and the padding mode of its files.
+"""EnCodec, computed by transformers' `EncodecModel`.
 
-These are its own, the `encodec` package's 24 and 48 kHz models, or (see audiocraft/) a compression
-model of audiocraft.
+The weights are transformers' own, the `encodec` package's 24 and 48 kHz models, or converted from
+audiocraft (see audiocraft/).
 """
 
 from pathlib import Path
@@ -16,34 +16,34 @@ from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import one_line
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
-# Running averages that only a training of the codec reads.
+# Running averages used only to train the codec.
 TRAINING_BUFFERS = ("embed_avg", "cluster_size", "inited")
-# Settings that decide the codes but leave no trace in the names or shapes of the weights.
+# Settings that change the codes but neither names nor shapes of weights.
 DECISIVE_SETTINGS = ("pad_mode", "upsampling_ratios", "use_causal_conv", "dilation_growth_rate")
 NORMALISED_LEVEL = 0.1
-"""RMS level, -20 dB of full scale, at which a codec that normalises its input gives audio back."""
+"""RMS level (-20 dB of full scale) of decoded audio if the codec normalises its input."""
 
 
 class EncodecCodec(Codec):
     """An EnCodec.
 
     The 48 kHz EnCodec normalises its input and works in chunks of a second. Here a clip is
-    normalised as a whole, so that its louder and softer parts stay so, and cut into chunks without
-    overlap, so that frames come at a steady rate; the level itself, which is in no code, is lost:
-    the audio comes back at `NORMALISED_LEVEL`.
+    normalised as a whole, which keeps its dynamics, and cut into chunks without overlap, which
+    keeps the frame rate constant. The level is not in the codes: decoded audio has the level
+    `NORMALISED_LEVEL`.
     """
 
     def __init__(self, model: Any, name: str, num_codebooks: int | None = None):
-        """Takes `model` over: its weight normalisation is folded into plain weights.
-
+        """
         Args:
-            model: A trained transformers EncodecModel.
+            model: A trained transformers EncodecModel; changed in place (weight normalisation is
+                removed).
             name: Its id in the facts.
-            num_codebooks: Only the first so many are used; all if None.
+            num_codebooks: Use only the first codebooks (default: all).
 
         Raises:
-            UserError: if a codebook is all zero, a weight is not finite, or there are fewer
-                codebooks than asked for.
+            UserError: if a codebook is all zero, a weight is not finite, or there are too few
+                codebooks.
         """
         super().__init__()
         config, layers = model.config, model.quantizer.layers
@@ -74,7 +74,7 @@ class EncodecCodec(Codec):
         )
         for module in model.modules():
             if nn.utils.parametrize.is_parametrized(module, "weight"):
-                # The same weights, no longer computed anew in each call.
+                # The same weights, but not recomputed in each call.
                 nn.utils.parametrize.remove_parametrizations(module, "weight")
         model.requires_grad_(False)
 
@@ -85,8 +85,7 @@ class EncodecCodec(Codec):
     def _encode(self, wav: Tensor) -> Tensor:
         if self.normalizes:
             wav = wav / (wav.mean(1, keepdim=True).square().mean(2, keepdim=True).sqrt() + 1e-8)
-        # transformers' own encode() picks a bandwidth by rounding floats and adds an axis for
-        # chunks.
+        # transformers' encode() rounds floats to choose a bandwidth, and adds an axis for chunks.
         chunks = (
             [wav]
             if self.chunk_frames is None
@@ -119,7 +118,7 @@ def load_encodec(source: str, local_files_only: bool, name: str) -> Any:
     )
     model, report = loaded
     missing = sorted(k for k in report["missing_keys"] if not k.endswith(TRAINING_BUFFERS))
-    if missing:  # transformers would go on with random weights
+    if missing:  # transformers would continue with random weights
         raise UserError(
             f"codec {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more; "
             "use a complete copy"
@@ -128,12 +127,12 @@ def load_encodec(source: str, local_files_only: bool, name: str) -> Any:
 
 
 def load_package_model(name: str) -> Any:
-    """A model of the `encodec` package in transformers' class; downloaded once and verified."""
+    """A model of the `encodec` package as a transformers EncodecModel, downloaded once."""
     ensure_torchaudio_imports()
     from transformers import EncodecConfig, EncodecModel
 
     file, settings = PACKAGE_MODELS[name]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / file  # where the package itself keeps it
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file  # the package's own location
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -143,7 +142,7 @@ def load_package_model(name: str) -> Any:
         except Exception as error:
             raise UserError(
                 f"codec {name!r}: {PACKAGE_URL + file} cannot be downloaded ({one_line(error)}): "
-                f"put the file to {path}, or give a local folder"
+                f"put the file at {path}, or give a local folder"
             ) from error
     try:
         theirs = torch.load(path, map_location="cpu", weights_only=True)
@@ -151,13 +150,13 @@ def load_package_model(name: str) -> Any:
         model.load_state_dict({to_transformers(k): v for k, v in theirs.items()})
     except Exception as error:
         raise UserError(
-            f"codec {name!r}: {path} is broken ({one_line(error)}); remove it, to load it anew"
+            f"codec {name!r}: {path} is broken ({one_line(error)}); remove it to download it again"
         ) from error
     return model
 
 
 def _decisive_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Encoder and codebooks by name: a decoder trained further leaves the codes as they were."""
+    """Encoder and codebooks by name; the decoder does not change the codes."""
     return {
         key: tensor
         for key, tensor in sorted(model.state_dict().items())

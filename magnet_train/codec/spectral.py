@@ -1,12 +1,12 @@
-"""A codec for machines without a GPU: pitches first, and magnitudes instead of waveforms.
+"""A codec that can be trained without a GPU: pitches first, magnitudes instead of waveforms.
 
-A frame is described by which pitches sound in it (a linear reading of its spectrum, free of
-loudness) and by the levels of its bands (timbre, loudness, attacks). The first codebooks quantise
-the pitches and the others the levels, so that a language model finds the notes in the codes that it
-predicts first. No frame looks at another: a held note repeats its code.
+A frame is described by its pitches (a linear classifier on its spectrum, independent of loudness)
+and by the levels of its frequency bands (timbre, loudness, attacks). The first codebooks quantise
+pitches and the others levels, so that a model predicts the notes first. Frames are encoded
+independently, so a held note repeats its code.
 
-EnCodec's decoder synthesises every cycle of every wave, which takes days of GPU to learn. This one
-gives log magnitudes of a short-time Fourier transform, and phases are found afterwards: first by
+EnCodec's decoder synthesises waveforms, which takes days of GPU time to learn. This one predicts
+log magnitudes of a short-time Fourier transform, and phases are reconstructed afterwards: first by
 following spectral peaks (Beauregard et al., "Single pass spectrogram inversion", 2015), then by
 fast Griffin-Lim (Perraudin et al., 2013).
 
@@ -29,15 +29,15 @@ from magnet_train.common.folders import replacing, write_json
 
 MODEL_TYPE = "magnet_train_pitch_first"
 DECODER_SETTINGS = ("dim", "layers", "griffin_lim_steps")
-"""Settings that leave the codes as they are."""
+"""Settings that do not change the codes."""
 
 
 @dataclass(frozen=True)
 class SpectralCodecConfig:
-    """Shape of the codec; stands in its config.json."""
+    """Shape of the codec, stored in its config.json."""
 
     sample_rate: int = 16_000
-    """Of the waveform, in Hz."""
+    """Sample rate, in Hz."""
     hop_samples: int = 640
     """Samples per codec frame."""
     sub_frames: int = 4
@@ -45,23 +45,23 @@ class SpectralCodecConfig:
     window_samples: int = 1024
     """Length of these transforms, in samples."""
     pitch_window_samples: int = 2048
-    """Length of the transform that pitches are read from, one per frame, in samples."""
+    """Length of the transform for pitches, one per frame, in samples."""
     lowest_pitch: int = 36
-    """Lowest pitch that is read, as a MIDI number; what sounds below is read as this one."""
+    """Lowest pitch, as a MIDI number; lower ones are classified as this one."""
     num_pitches: int = 68
-    """Pitches that are read, a semitone apart."""
+    """Number of pitches, a semitone apart."""
     lead_weight: float = 10.0
-    """Factor of the lead's pitches; large, so that pitches, not levels, decide the first codes."""
+    """Scale of the lead's pitches; large, so that pitches determine the first codes."""
     notes_weight: float = 6.0
-    """Factor of the pitches of all notes beside the levels."""
+    """Scale of the pitches of all notes, relative to the levels."""
     num_bands: int = 64
-    """Mel bands whose levels are read, in each sub-frame."""
+    """Mel bands per sub-frame."""
     level_dim: int = 48
-    """Principal components that are kept of a frame's band levels."""
+    """Principal components of a frame's band levels."""
     num_codebooks: int = 5
     """Codes per frame."""
     pitch_codebooks: int = 2
-    """How many codebooks, from the first, are fitted to the pitches; the others to the levels."""
+    """Number of codebooks, from the first, fitted to pitches; the others are fitted to levels."""
     codebook_size: int = 256
     """Entries in each codebook."""
     dim: int = 384
@@ -69,7 +69,7 @@ class SpectralCodecConfig:
     layers: int = 4
     """Blocks of the decoder."""
     griffin_lim_steps: int = 20
-    """Iterations that make the phases consistent."""
+    """Iterations of fast Griffin-Lim."""
 
     @property
     def latent_dim(self) -> int:
@@ -78,14 +78,14 @@ class SpectralCodecConfig:
 
     @property
     def pitch_scale(self) -> Tensor:
-        """Factors of the pitches: of the lead's, then of all notes'."""
+        """Scales of the pitches: the lead's, then all notes'."""
         return torch.tensor([self.lead_weight, self.notes_weight]).repeat_interleave(
             self.num_pitches
         )
 
 
 def mel_filters(sample_rate: int, window_samples: int, num_bands: int) -> Tensor:
-    """Triangles from 0 Hz to half the sample rate, evenly spaced in mel: `bands f`."""
+    """Triangular filters from 0 Hz to half the sample rate, evenly spaced in mel: `bands f`."""
     edges_mel = torch.linspace(
         0, 2595 * math.log10(1 + sample_rate / 2 / 700), num_bands + 2, dtype=torch.float64
     )
@@ -116,10 +116,10 @@ class Spectrum(nn.Module):
         return spectrum * (2 / self.size)
 
     def invert(self, spectrum: Tensor) -> Tensor:
-        """`b f m` -> `b (m hop)`, the wave whose transform is closest (Griffin and Lim, 1984).
+        """`b f m` -> `b (m hop)`, the waveform with the closest transform (Griffin and Lim, 1984).
 
-        torch.istft refuses transforms that are not centred on the first sample, so the overlap-add
-        is ours.
+        torch.istft supports only transforms centred on the first sample, so this has its own
+        overlap-add.
         """
         frames = (
             torch.fft.irfft(spectrum * (self.size / 2), n=self.size, dim=1) * self.window[:, None]
@@ -137,13 +137,13 @@ class Spectrum(nn.Module):
 class SpectralEncoder(nn.Module):
     """Waveform `b 1 n` -> latents `b d t`, t = ceil(n / hop).
 
-    A latent holds the pitches of the lead, those of all notes, and components of band levels.
+    A latent consists of the lead's pitches, all notes' pitches, and components of band levels.
     """
 
     quiet = 0.02
-    """Root of a magnitude below which a spectrum is taken for silence."""
+    """Square root of the magnitude that counts as silence."""
     floor = 1e-3
-    """Level of a band below which it is taken for silence, 54 dB below a full-scale sine."""
+    """Band level that counts as silence, 54 dB below a full-scale sine."""
 
     def __init__(self, config: SpectralCodecConfig):
         super().__init__()
@@ -196,14 +196,14 @@ class Block(nn.Module):
 class SpectralDecoder(nn.Module):
     """Latents `b d t` -> log magnitudes `b f m` -> waveform `b (t hop)`.
 
-    A linear map of each frame, and a correction that hears the neighbours.
-    Whatever the codes, the sound has no part below 20 Hz and stays within -1 .. 1.
+    A linear map of each frame plus a convolutional correction. For any codes, the output has no
+    energy below 20 Hz and stays within -1 .. 1.
     """
 
     floor = 3e-4
     """Added to magnitudes before the logarithm: 64 dB below a full-scale sine."""
     loudest = 0.3
-    """Highest RMS level of a sub-frame; real music at -20 dB reaches it in few."""
+    """Maximum RMS level of a sub-frame; music at -20 dB rarely reaches it."""
 
     def __init__(self, config: SpectralCodecConfig):
         super().__init__()
@@ -224,14 +224,14 @@ class SpectralDecoder(nn.Module):
         return self.waveform(self.log_magnitude(latents))
 
     def log_magnitude(self, latents: Tensor) -> Tensor:
-        """`b d t` -> `b f m`, natural logarithms: -8.1 is silence, -0.7 a full-scale sine."""
+        """`b d t` -> `b f m`, natural logarithms; -8.1 = silence, -0.7 = a full-scale sine."""
         x = latents * self.input_scale
         correction = self.last(self.norm(self.blocks(self.first(x)).transpose(1, 2)))
         frames = self.linear(x.transpose(1, 2)) + correction  # b t (s f)
         return frames.unflatten(2, (self.config.sub_frames, -1)).flatten(1, 2).transpose(1, 2)
 
     def waveform(self, log_magnitude: Tensor) -> Tensor:
-        """`b f m` -> `b n`: phases by peak following and fast Griffin-Lim; high-pass; limiter."""
+        """`b f m` -> `b n`: phases by peak tracking and fast Griffin-Lim; high-pass; limiter."""
         magnitude = self.limit((log_magnitude.clamp(max=0).exp() - self.floor).clamp(min=0))
         magnitude[:, : self.lowest_bin] = 0
         estimate = torch.polar(magnitude, self._peak_phases(magnitude))
@@ -244,9 +244,8 @@ class SpectralDecoder(nn.Module):
         return high_pass(soft_limit(self.spectrum.invert(estimate)), self.config.sample_rate)
 
     def limit(self, magnitude: Tensor) -> Tensor:
-        """Sub-frames louder than `loudest` are brought down to it."""
-        # Of a Hann window's transform in our scale, the squares of one side add up to 3/4 of the
-        # mean square.
+        """Attenuate sub-frames louder than `loudest`."""
+        # With a Hann window and our scale, the squares of one side sum to 3/4 of the mean square.
         rms = (magnitude.square().sum(1, keepdim=True) / 0.75).sqrt()
         return magnitude * (self.loudest / rms.clamp(min=self.loudest))
 
@@ -256,7 +255,7 @@ class SpectralDecoder(nn.Module):
         level = magnitude.clamp(min=1e-7).log()
         left, mid, right = level[:, :-2], level[:, 1:-1], level[:, 2:]
         is_peak = F.pad((mid > left) & (mid >= right), (0, 0, 1, 1))
-        # The parabola through a peak and its neighbours has its top at the true frequency, in bins.
+        # The maximum of the parabola through a peak and its neighbours is at the true frequency.
         offset = 0.5 * (left - right) / (left - 2 * mid + right - 1e-9)
         top = torch.arange(f, device=level.device)[None, :, None] + F.pad(
             offset.clamp(-0.5, 0.5), (0, 0, 1, 1)
@@ -273,7 +272,7 @@ class SpectralDecoder(nn.Module):
         )
         phase = torch.zeros(b, f, device=level.device)
         phases = []
-        # A bin takes the phase that its peak's bin had, so that a partial stays whole as it moves.
+        # A bin continues the phase of its peak's bin, so that a moving partial stays coherent.
         for i in range(m):
             phase = phase.gather(1, nearest[:, :, i]) + advance[:, :, i]
             phase = torch.remainder(phase, 2 * math.pi)
@@ -285,14 +284,14 @@ class SpectralDecoder(nn.Module):
 def high_pass(
     wav: Tensor, sample_rate: int, stop_hz: float = 20.0, pass_hz: float = 35.0
 ) -> Tensor:
-    """`b n` without what lies below `stop_hz`, DC included; a linear slope up to `pass_hz`."""
+    """High-pass of `b n`: zero below `stop_hz` (including DC), a linear slope up to `pass_hz`."""
     freqs = torch.fft.rfftfreq(wav.shape[1], 1 / sample_rate, device=wav.device)
     gain = ((freqs - stop_hz) / (pass_hz - stop_hz)).clamp(0, 1)
     return torch.fft.irfft(torch.fft.rfft(wav) * gain, n=wav.shape[1])
 
 
 def soft_limit(wav: Tensor, knee: float = 0.8, ceiling: float = 0.95) -> Tensor:
-    """As it is within -knee .. knee; what is louder bends, and stays below the ceiling."""
+    """Soft clipping: unchanged within -knee .. knee, compressed towards the ceiling beyond."""
     room = ceiling - knee
     over = (wav.abs() - knee).clamp(min=0)
     return torch.where(over > 0, wav.sign() * (knee + room * (over / room).tanh()), wav)
@@ -311,7 +310,7 @@ class SpectralModel(nn.Module):
         self.register_buffer("entries", entries)
 
     def quantise(self, latents: Tensor) -> Tensor:
-        """Latents `b d t` -> codes `b k t`: the entry nearest to what earlier codebooks left."""
+        """Latents `b d t` -> codes `b k t`: the entry nearest to the residual of each codebook."""
         residual, codes = latents.transpose(1, 2), []
         for entries in self.entries:
             codes.append(nearest(residual, entries))
@@ -324,7 +323,7 @@ class SpectralModel(nn.Module):
         return torch.stack(chosen).sum(0).transpose(1, 2)
 
     def save(self, folder: Path) -> None:
-        """Writes config.json and model.safetensors, in half precision."""
+        """Write config.json and model.safetensors, in half precision."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -351,19 +350,18 @@ class SpectralModel(nn.Module):
 
 
 class SpectralCodec(Codec):
-    """The pitch-first codec behind the interface of all codecs."""
+    """The pitch-first codec as a `Codec`."""
 
     def __init__(self, model: SpectralModel, name: str, num_codebooks: int | None = None):
-        """Takes `model` over.
-
+        """
         Args:
-            model: A trained one.
+            model: A trained model.
             name: Its id in the facts.
-            num_codebooks: Only the first so many are used; all if None.
+            num_codebooks: Use only the first codebooks (default: all).
 
         Raises:
-            UserError: if a codebook is all zero, a weight is not finite, or there are fewer
-                codebooks than asked for.
+            UserError: if a codebook is all zero, a weight is not finite, or there are too few
+                codebooks.
         """
         super().__init__()
         count = first_codebooks(name, len(model.entries), num_codebooks)
@@ -388,7 +386,7 @@ class SpectralCodec(Codec):
 
     @classmethod
     def load(cls, folder: Path, name: str, num_codebooks: int | None = None) -> Self:
-        """Load what `SpectralModel.save` wrote; errors are those of `SpectralModel.load`."""
+        """Load a folder written by `SpectralModel.save`; errors as in `SpectralModel.load`."""
         return cls(SpectralModel.load(folder), name, num_codebooks)
 
     @property

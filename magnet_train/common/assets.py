@@ -1,4 +1,4 @@
-"""Finds the files that ship with the package, wherever it is installed."""
+"""Finds the files that are bundled with the package."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ from magnet_train.common.errors import UserError
 
 
 def demo_path(name: str = "") -> Path:
-    """The embedded demo's folder, or the file or folder `name` in it.
+    """The demo's folder, or the file or folder `name` in it.
 
-    A wheel carries it inside the package; a checkout has it under `data/demo`.
+    A wheel has it inside the package, a checkout under `data/demo`.
 
     Raises:
-        UserError: if neither is there.
+        UserError: if it does not exist.
     """
     package = Path(__file__).resolve().parents[1]
     for root in (package / "_demo", package.parent / "data" / "demo"):
@@ -27,7 +27,7 @@ def conf_path(name: str) -> Path:
     """A file of the shipped configurations, `conf/` in a checkout.
 
     Raises:
-        UserError: if there is none of that name.
+        UserError: if it does not exist.
     """
     package = Path(__file__).resolve().parents[1]
     for root in (package / "_conf", package.parent / "conf"):
@@ -39,7 +39,7 @@ def conf_path(name: str) -> Path:
 
 
 def shipped_configurations() -> dict[str, Path]:
-    """Name, as in `hardware/gpu_1x24gb.yaml`, to file of each shipped configuration of `fit`."""
+    """Files of the shipped configurations of `fit` by name, such as `hardware/gpu_1x24gb.yaml`."""
     package = Path(__file__).resolve().parents[1]
     folders = [package / "_conf", package.parent / "conf"]
     folder = next((f for f in folders if f.is_dir()), folders[0])

@@ -1,5 +1,4 @@
-"""Generated audio as people get it: levelled, in files with readable names, with a note and a plot
-beside each."""
+"""Writes generated audio: normalised, in files with readable names, with a JSON and a plot."""
 
 import hashlib
 import re
@@ -15,20 +14,18 @@ from magnet_train.common.spectrogram import magnitude_spectrogram
 
 TARGET_LUFS = -14.0
 MAX_TRUE_PEAK_DB = -1.0
-"""dB of full scale, in files."""
+"""Maximum true peak in files, in dB of full scale."""
 HIGH_PASS_HZ = 20.0
 FULL_SCALE = 1 - 2**-15
 """Largest sample of a 16-bit file."""
 
 
 def normalize_loudness(wav: np.ndarray, sample_rate: int) -> np.ndarray:
-    """`t channels` at -14 LUFS (ITU-R BS.1770), clamped to [-1, 1]: the level at which clips are
-    scored.
+    """Normalise `t channels` to -14 LUFS (ITU-R BS.1770), clamped to [-1, 1], for scoring.
 
-    As in audiocraft's `normalize_audio`, so that metrics are comparable with published ones. Near
-    silence (RMS below 2e-3) is left as it is, because a gain would only amplify noise; so are clips
-    below 0.4 s, for which loudness is not defined. For files to be listened to use
-    `normalize_for_listening`.
+    Same as audiocraft's `normalize_audio`, so that metrics are comparable with published ones. Near
+    silence (RMS below 2e-3) is not amplified, and clips below 0.4 s, whose loudness is not defined,
+    are not changed. Use `normalize_for_listening` for files to listen to.
     """
     loudness = _loudness(wav, sample_rate)
     return wav if loudness is None else np.clip(wav * 10 ** ((TARGET_LUFS - loudness) / 20), -1, 1)
@@ -37,9 +34,9 @@ def normalize_loudness(wav: np.ndarray, sample_rate: int) -> np.ndarray:
 def normalize_for_listening(
     wav: np.ndarray, sample_rate: int, target_lufs: float = TARGET_LUFS
 ) -> np.ndarray:
-    """`t channels` without DC, at the target loudness or below it: never clipped.
+    """Remove DC from `t channels` and normalise to the target loudness without clipping.
 
-    A high-pass at 20 Hz comes first, because loudness does not measure DC. The gain is limited so
+    A high-pass at 20 Hz removes DC, which loudness does not measure. The gain is limited so
     that the true peak (ITU-R BS.1770-4, four times oversampled) stays below -1 dB of full scale.
     Near silence is not amplified.
     """
@@ -50,8 +47,7 @@ def normalize_for_listening(
 
 
 def listening_loudness(wav: np.ndarray, sample_rate: int) -> float:
-    """The loudness in LUFS that `normalize_for_listening` brings a clip to: -14, or less where
-    peaks are high."""
+    """Loudness in LUFS after `normalize_for_listening`: -14, or less if peaks are high."""
     loudness = _loudness(normalize_for_listening(wav, sample_rate), sample_rate)
     return TARGET_LUFS if loudness is None else min(loudness, TARGET_LUFS)
 
@@ -66,7 +62,7 @@ def clipped_share(wav: np.ndarray) -> float:
 
 
 def _loudness(wav: np.ndarray, sample_rate: int) -> float | None:
-    """In LUFS; None where it is not defined."""
+    """Loudness in LUFS; None if it is not defined."""
     import pyloudnorm
 
     if len(wav) < 0.4 * sample_rate or np.sqrt(np.mean(np.square(wav))) < 2e-3:
@@ -86,7 +82,7 @@ def _high_passed(wav: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def _max_gain(wav: np.ndarray) -> float:
-    """The gain that brings the true peak to its limit."""
+    """The gain at which the true peak reaches its limit."""
     from scipy.signal import resample_poly
 
     peak = np.abs(resample_poly(wav, 4, 1, axis=0)).max(initial=0.0)
@@ -95,8 +91,7 @@ def _max_gain(wav: np.ndarray) -> float:
 
 
 def slug(text: str, seed: int | None = None) -> str:
-    """A file name without suffix: the first words of `text`, twelve hex digits of its hash, the
-    seed.
+    """A file name without suffix: the first words of `text`, 12 hex digits of its hash, the seed.
 
     >>> slug("A slow chorale for string quartet in G minor!", seed=3)
     'a-slow-chorale-for-string-quartet-in-g-minor_930466779f7b_seed3'
@@ -107,7 +102,7 @@ def slug(text: str, seed: int | None = None) -> str:
 
 
 def write_audio(path: Path, wav: np.ndarray, sample_rate: int, about: dict[str, Any]) -> None:
-    """Writes `t channels`, levelled, as a 16-bit wav or flac file, and `about` as JSON beside it.
+    """Write `t channels`, normalised, as a 16-bit wav or flac file, and `about` as JSON beside it.
 
     The JSON also has the share of clipped samples in `wav`.
 
@@ -131,14 +126,13 @@ def write_audio(path: Path, wav: np.ndarray, sample_rate: int, about: dict[str, 
 def save_plot(
     path: Path, wavs: dict[str, np.ndarray], sample_rate: int, unmask_step: np.ndarray | None = None
 ) -> None:
-    """Saves a PNG: spectrograms of mono clips one above the other, below them when the codes of the
-    first were decided.
+    """Save a PNG with spectrograms of mono clips and the order of unmasking of the first.
 
     Args:
-        path: of the PNG.
-        wavs: title to `t`.
-        sample_rate: in Hz.
-        unmask_step: `k t`, the step of its stage at which each code became final; -1 = given.
+        path: path of the PNG.
+        wavs: mono clips `t` by title.
+        sample_rate: sample rate in Hz.
+        unmask_step: `k t`, step of its stage at which each code became final; -1 = given.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -165,8 +159,8 @@ def save_plot(
 def draw_spectrogram(
     axis: Any, wav: np.ndarray, sample_rate: int, title: str = "", range_db: float = 80.0
 ) -> None:
-    """Draws the level of a mono clip `t` over time and frequency on matplotlib axes, `range_db`
-    down from its peak."""
+    """Draw the spectrogram of a mono clip `t` on matplotlib axes, down to `range_db` below its
+    peak."""
     window = 1024
     level = 20 * np.log10(magnitude_spectrogram(wav, window, 256).T + 1e-3)
     seconds = max(len(wav), window) / sample_rate

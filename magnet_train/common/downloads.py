@@ -1,9 +1,9 @@
-"""Weights of the published metrics' networks: from a path, else the cache, else one download.
+"""Weights of the metrics' networks: from a given path, the cache, or a download.
 
-CLAP comes through huggingface_hub, which resumes and has its own cache; the others are kept in
-`MAGNET_TRAIN_CACHE`, or `~/.cache/magnet_train`. Every use compares the file with its published
-SHA-256. Where none is published, the size is compared at the download, and later the SHA-256 that
-was recorded then, in `FILE.sha256` as `sha256sum --check` reads it.
+CLAP is downloaded by huggingface_hub, which has its own cache; the others are cached in
+`MAGNET_TRAIN_CACHE` (default `~/.cache/magnet_train`). Files are verified by their published
+SHA-256 at every use. If none is published, the download's size is checked, and its SHA-256 is
+recorded in `FILE.sha256` (the format of `sha256sum --check`) and checked later.
 """
 
 import os
@@ -23,7 +23,7 @@ from magnet_train.common.pretrained import offline_variable, one_line
 from magnet_train.common.tensor_files import read_pickle, sha256_of
 
 TIMEOUT_S = 60.0
-"""Time that a server may be silent during a download."""
+"""Timeout for a server's answers during a download."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,17 @@ class Weights:
     name: str
     """For messages."""
     url: str
-    """Address; its last part is the name of the file."""
+    """URL; its last part is the file name."""
     size: int
-    """Bytes; approximate where a SHA-256 is published."""
+    """Bytes; approximate if a SHA-256 is published."""
     licence: str
-    """As its publisher states it."""
+    """As stated by the publisher."""
     sha256: str
-    """Beginning of its SHA-256: all 64 hex digits, those in the file's name, or none."""
+    """SHA-256: all 64 hex digits, its first ones from the file name, or empty."""
     used_for: str
-    """The metrics that need it."""
+    """Metrics that use it."""
     hub_id: str | None = None
-    """Repository on the Hugging Face Hub, where it is published there."""
+    """Repository on the Hugging Face Hub, if it is published there."""
 
     @property
     def file(self) -> str:
@@ -61,7 +61,7 @@ class WeightsFile:
 
     @property
     def hash(self) -> str:
-        """The first 16 hex digits, as records of metrics carry it."""
+        """The first 16 hex digits, as in metric records."""
         return self.sha256[:16]
 
 
@@ -79,7 +79,7 @@ PASST_10S = Weights(
     "passt-s-f128-p16-s10-ap.476-swa.pt",
     size=344_665_734,
     licence="not stated (code Apache-2.0)",
-    # Not from its publisher: several public evaluations state this one.
+    # Not stated by the publisher but by several public evaluations.
     sha256="302903fa8c4aee817b11dc982da0b29aaf8d11a3e722420476d0a12c9db70c2c",
     used_for="KL of sound",
 )
@@ -158,7 +158,7 @@ def _by_hand(weights: Weights) -> str:
 
 
 def _verified(weights: Weights, path: Path, remedy: str) -> WeightsFile:
-    """The file with its SHA-256, if that is the published and the recorded one."""
+    """The file, after comparing its SHA-256 with the published and the recorded one."""
     try:
         sha256 = sha256_of(path)
         note = _note(path)
@@ -178,12 +178,12 @@ def _verified(weights: Weights, path: Path, remedy: str) -> WeightsFile:
 
 
 def _note(path: Path) -> Path:
-    """The file that keeps the SHA-256 of `path` since its first download."""
+    """The file with the SHA-256 of `path` recorded at its first download."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def _download(weights: Weights) -> Path:
-    """Downloads the file into its cache: it appears there whole and verified, or not at all."""
+    """Download into the cache atomically, after verification."""
     try:
         if weights.hub_id is not None:
             from huggingface_hub import hf_hub_download
@@ -192,10 +192,10 @@ def _download(weights: Weights) -> Path:
         target = cache_dir() / weights.file
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if not target.is_file():  # another process may have been faster
+            if not target.is_file():  # another process may have downloaded it meanwhile
                 _download_from_url(weights, target)
         return target
-    except Exception as error:  # OSError, RuntimeError of torch.hub, a dozen kinds of the hub's
+    except Exception as error:  # OSError, RuntimeError of torch.hub, many types of the hub's
         raise UserError(
             f"{weights.name} weights: not in the cache, and the download failed "
             f"({one_line(error)}); {_by_hand(weights)}"
@@ -224,7 +224,7 @@ def _download_from_url(weights: Weights, target: Path) -> None:
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """torch.hub would wait for a silent server for ever."""
+    """torch.hub has no timeout of its own."""
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -234,20 +234,20 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def load_tensors(file: WeightsFile) -> dict[str, Any]:
-    """Content of the file, on the CPU: tensors and plain numbers; nothing in it is executed.
+    """Load tensors and plain numbers from the file, on the CPU, without executing code in it.
 
     Raises:
-        UserError: if it is damaged, or holds anything else.
+        UserError: if it is damaged, or contains anything else.
     """
     with torch.serialization.safe_globals(_numpy_scalars()):
         content = read_pickle(file.path, "give the published file of weights")
     if not isinstance(content, Mapping):
-        raise UserError(f"{file.path}: holds a {type(content).__name__}, not named tensors")
+        raise UserError(f"{file.path}: contains a {type(content).__name__}, not named tensors")
     return dict(content)
 
 
 def load_network(network: torch.nn.Module, file: WeightsFile) -> None:
-    """Fills `network` with the file's tensors and freezes it, in evaluation mode.
+    """Load the file's tensors into `network` and freeze it in evaluation mode.
 
     Raises:
         UserError: if a name or a shape differs, or the file is damaged.
@@ -261,7 +261,7 @@ def load_network(network: torch.nn.Module, file: WeightsFile) -> None:
 
 
 def _numpy_scalars() -> list[Any]:
-    """Classes of numpy's numbers, under the names of numpy 1 and 2: LAION's files hold some."""
+    """NumPy's scalar classes under their names in NumPy 1 and 2, for LAION's files."""
     import numpy as np
 
     scalar = np.float64(0).__reduce__()[0]

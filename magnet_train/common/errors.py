@@ -1,4 +1,4 @@
-"""What counts as the user's mistake, and how it is said in one line."""
+"""User errors: which errors are the user's, and their one-line messages."""
 
 import errno
 import os
@@ -18,22 +18,22 @@ REMEDIES = {
     errno.EMFILE: "too many open files; raise the limit with `ulimit -n`",
     errno.EADDRINUSE: "the port is in use; choose another, or unset MASTER_PORT",
 }
-"""Errors of the operating system that the user can do something about."""
+"""Errors of the operating system that the user can fix."""
 
 
 class UserError(Exception):
-    """A mistake of the user: one line that names the file or option, its value and the remedy.
+    """A user error: one line that names the file or option, its value and the remedy.
 
     The command line prints it without a traceback and exits with status 2.
     """
 
 
 def user_error_from(error: BaseException) -> UserError | None:
-    """The user's mistake behind an error; None if the error is a bug, which keeps its traceback.
+    """The user error that caused an exception; None if it is a bug, which keeps its traceback.
 
-    A mistake is a UserError (raised, wrapped, or in the traceback of a loader process or another
-    rank), a setting that Lightning refuses, an error of the operating system with a remedy, a
-    refusal by W&B, or too little memory.
+    User errors are UserErrors (also wrapped, or in the traceback of a data worker or another
+    rank), settings that Lightning rejects, operating system errors with a remedy, rejections by
+    W&B, and out of memory.
     """
     for cause in _causes(error):
         if isinstance(cause, UserError) and "\n" not in str(cause):
@@ -51,7 +51,7 @@ def user_error_from(error: BaseException) -> UserError | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it was raised from; the context too, unless it was suppressed."""
+    """The error, its causes and, unless suppressed, its contexts."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -59,7 +59,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _refusal(error: BaseException) -> str | None:
-    """One line for what other libraries refuse; None for all other errors."""
+    """One line for user errors raised by other libraries; None for all other errors."""
     kind = type(error)
     text = " ".join(str(error).split())[:300]
     if isinstance(error, OSError) and error.errno in REMEDIES:
@@ -79,11 +79,11 @@ def integer_from_environment(name: str, default: int = 0) -> int:
     """The integer in an environment variable.
 
     Args:
-        name: of the variable.
-        default: where it is not set or empty.
+        name: name of the variable.
+        default: value if it is not set or empty.
 
     Raises:
-        UserError: if it holds anything else.
+        UserError: if it is not an integer.
     """
     text = os.environ.get(name, "").strip()
     try:

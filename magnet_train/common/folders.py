@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and names that are safe to write."""
+"""Atomic writing of files and folders, and safe file names."""
 
 import errno
 import hashlib
@@ -24,14 +24,14 @@ MIN_FREE_BYTES = 2**20
 
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
-    """A path to write to that becomes `path` when the block ends; an exception leaves nothing.
+    """Context with a temporary file that replaces `path` at its end, or is removed on an exception.
 
-    Readers see the previous file or the new one, never a part. The temporary file is hidden in the
-    same folder; its name ends with ".part", so that no search for a suffix finds it.
+    Readers see either the previous or the new file. The temporary file is hidden in the same
+    folder; its name ends with ".part", so that no search by suffix finds it.
 
     Args:
         path: the file to write; its folder must exist.
-        durable: whether the content is on the disk, not only in its cache, before `path` changes.
+        durable: sync the content to disk before replacing `path`.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
@@ -47,35 +47,35 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what processes that were killed inside `replacing` left in a folder."""
+    """Remove temporary files of processes that were killed in `replacing`."""
     for temporary in folder.glob(".*.part"):
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file through `replacing`."""
+    """Write a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON through `replacing`."""
+    """Write indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def writable_folder(folder: Path, option: str) -> Path:
-    """The folder, created if it is missing.
+    """Create the folder if it is missing, and check that it is writable.
 
     Args:
-        folder: to write to.
-        option: that names it, such as `--out`.
+        folder: the folder.
+        option: the option that names it, such as `--out`, for messages.
 
     Raises:
-        UserError: if nothing can be written there.
+        UserError: if the folder is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{socket.gethostname()}-{os.getpid()}"  # one for each rank
+        probe = folder / f".writable-{socket.gethostname()}-{os.getpid()}"  # one per rank
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
@@ -86,10 +86,10 @@ def writable_folder(folder: Path, option: str) -> Path:
 
 
 def check_new(out: Path) -> Path:
-    """The absolute path of a folder that can be created, checked before long work begins.
+    """Check that an output folder can be created; returns its absolute path.
 
     Raises:
-        UserError: if it holds anything, or cannot be created.
+        UserError: if it is not empty, or cannot be created.
     """
     out = out.expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -107,10 +107,10 @@ def check_new(out: Path) -> Path:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write in that becomes `out` when the block ends; an exception leaves nothing.
+    """Context with a temporary folder that becomes `out` at its end; removed on an exception.
 
     Raises:
-        UserError: if `out` holds anything, or cannot be created.
+        UserError: if `out` is not empty, or cannot be created.
         OSError: if the disk is full.
     """
     out = check_new(out)
@@ -119,7 +119,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)  # mkdtemp gives 0o700
         os.replace(temporary, out)
-    except (shutil.Error, RuntimeError) as error:  # what shutil and torch.save raise on a full disk
+    except (shutil.Error, RuntimeError) as error:  # shutil and torch.save on a full disk
         if shutil.disk_usage(temporary).free < MIN_FREE_BYTES:
             raise OSError(errno.ENOSPC, "no space left", str(out)) from error
         raise
@@ -128,10 +128,10 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def safe_name(text: str) -> str:
-    """A file name for a text from outside, such as an item's key; names of distinct texts differ.
+    """A unique file name for untrusted text, such as an item's key.
 
-    A text that is a plain file name stays as it is. Any other keeps its letters and digits and gets
-    the beginning of its SHA-256.
+    Plain file names are not changed. Other texts keep their letters and digits, followed by the
+    first digits of their SHA-256.
 
     >>> safe_name("clip_07.a"), safe_name("../../x")
     ('clip_07.a', 'x_9cdf6a50100a')

@@ -10,7 +10,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
     """Dotted names and values, in order; an empty mapping is a value.
 
     Raises:
-        ValueError: if mappings are nested deeper than `MAX_DEPTH`, as one that contains itself is.
+        ValueError: if mappings are nested deeper than `MAX_DEPTH`, or contain themselves.
 
     >>> dict(flatten({"model": {"dim": 64, "text": {}}, "seed": 1}))
     {'model.dim': 64, 'model.text': {}, 'seed': 1}

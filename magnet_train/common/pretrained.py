@@ -1,8 +1,8 @@
-"""Loads pretrained components by folder or hub id, and says in one line why it cannot.
+"""Loads pretrained components from a folder or the hub, with one-line errors.
 
-A folder that exists wins. A hub id is looked up in the local cache first, so that a cached
-component needs no network and does not change during a run; then the hub is asked.
-Code that comes with a model is never run.
+An existing folder has precedence. A hub id is looked up in the local cache first, so that a cached
+component needs no network and does not change during a run, and then on the hub. Code of a model is
+never executed.
 """
 
 import json
@@ -29,27 +29,27 @@ def load_pretrained(
     Args:
         what: kind of component, for messages, such as "codec".
         name: an existing folder, or a hub id such as `facebook/encodec_32khz`.
-        load: called with the folder or id, and whether the network is off limits; it may be called
+        load: called with the folder or id, and whether only local files may be used; may be called
             twice.
-        required: files of which a folder must hold one.
+        required: file names; a folder must have one of them.
 
     Raises:
-        UserError: if the folder is missing or damaged or comes with code, the hub has no such id,
-            or there is no network.
+        UserError: if the folder is missing, damaged or has code, the hub has no such id, or there
+            is no network.
     """
     path = Path(name).expanduser()
     if name and path.exists():
         return _load_folder(what, path, load, required)
     if path.is_absolute() or name.startswith((".", "~")) or not name or name.count("/") > 1:
         raise UserError(
-            f"{what} {name!r}: no such folder; give a folder that transformers wrote, or a hub id"
+            f"{what} {name!r}: no such folder; give a folder saved by transformers, or a hub id"
         )
     try:
         with quiet():
             return load(name, True)
     except UserError:
         raise
-    except OSError:  # raised by transformers for what is not in the cache
+    except OSError:  # not in the cache
         pass
     except Exception as error:
         raise UserError(
@@ -68,7 +68,7 @@ def load_pretrained(
 
 
 def absolute_path(name: str) -> str:
-    """A component's name that holds in every working directory: folders become absolute paths."""
+    """A component's name with an absolute path if it is a folder."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name != "demo" and path.exists() else name
 
@@ -80,7 +80,7 @@ def one_line(error: BaseException, limit: int = 240) -> str:
 
 
 def offline_variable() -> str | None:
-    """The environment variable that forbids the network, if one is set."""
+    """The environment variable that disables the network, if one is set."""
     for name in OFFLINE_VARIABLES:
         if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
             return name
@@ -89,7 +89,7 @@ def offline_variable() -> str | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences transformers' progress bars and load reports; the callers check for errors."""
+    """Silences transformers' progress bars and load reports; callers check for errors."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -108,7 +108,7 @@ def _load_folder(what: str, path: Path, load: Load[T], required: Sequence[str]) 
     if not any((path / name).is_file() for name in required):
         raise UserError(
             f"{what} {str(path)!r}: no {' or '.join(required)} there; "
-            "give a folder that transformers' save_pretrained wrote"
+            "give a folder written by transformers' save_pretrained"
         )
     _refuse_code(what, path)
     try:
@@ -125,7 +125,7 @@ def _load_folder(what: str, path: Path, load: Load[T], required: Sequence[str]) 
 
 
 def _refuse_code(what: str, folder: Path) -> None:
-    """Refuses a configuration that names classes in the folder, which transformers would import."""
+    """Refuse a configuration with classes in the folder, which transformers would import."""
     for name in ("config.json", "tokenizer_config.json"):
         file = folder / name
         if not file.is_file():
@@ -140,8 +140,8 @@ def _refuse_code(what: str, folder: Path) -> None:
             ) from error
         if not isinstance(config, dict) or "auto_map" in config:
             raise UserError(
-                f"{what} {str(folder)!r}: {name} asks for code that comes with the model "
-                "(auto_map), which is never run; choose a model that transformers itself has"
+                f"{what} {str(folder)!r}: {name} needs code of the model (auto_map), which is "
+                "never run; choose a model that transformers supports"
             )
 
 
@@ -159,23 +159,23 @@ def _damaged_weights(folder: Path) -> Path | None:
 
 
 def _require_hub(what: str, name: str) -> None:
-    """Asks the hub for `name` once: transformers itself retries an unreachable hub for minutes."""
+    """Check the hub once, because transformers retries an unreachable hub for minutes."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    remedy = "give a local folder, or run once where there is network"
+    remedy = "give a local folder, or run once on a machine with network"
     absent = f"{what} {name!r}: no such folder, not in the local cache, and"
     if variable := offline_variable():
         raise UserError(f"{absent} {variable} is set: {remedy}")
     try:
         HfApi().model_info(name, timeout=10)
     except OfflineModeIsEnabled as error:
-        raise UserError(f"{absent} the hub is off: {remedy}") from error
+        raise UserError(f"{absent} the hub is disabled: {remedy}") from error
     except HFValidationError as error:
         raise UserError(
             f"{what} {name!r}: neither a folder nor a hub id: {one_line(error)}"
         ) from error
     except HfHubHTTPError as error:
-        raise UserError(f"{absent} the hub refuses it: {one_line(error)}") from error
+        raise UserError(f"{absent} the hub denies access: {one_line(error)}") from error
     except Exception as error:
         raise UserError(f"{absent} no network ({one_line(error)}): {remedy}") from error

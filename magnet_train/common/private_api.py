@@ -1,7 +1,7 @@
 """Private parts of Lightning, jsonargparse, wandb and torch that this package uses.
 
-Each function is named after what it is for, and says in which version the part was seen.
-tests/test_private_api.py calls them all, so that an update which removes one is noticed there.
+Functions are named after their purpose; section headings give the version that was checked.
+tests/test_private_api.py calls all of them, so that it fails if an update removes one.
 """
 
 from __future__ import annotations
@@ -26,33 +26,31 @@ def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
 
 
 def cluster_environment(trainer: L.Trainer) -> Any:
-    """SLURM's, torchrun's … as Lightning has found it."""
+    """The environment that Lightning detected: SLURM, torchrun …"""
     return trainer._accelerator_connector.cluster_environment
 
 
 def keep_signal_handlers(trainer: L.Trainer) -> None:
-    """Lightning will not put back the handlers that it has replaced."""
+    """Keep Lightning from restoring the signal handlers that it replaced."""
     trainer._signal_connector._original_handlers = {}
 
 
 def waits_for_results(trainer: L.Trainer) -> bool:
-    """Whether ranks are forked or spawned by a launcher that waits for a result of each, for
-    ever."""
+    """Whether ranks were forked or spawned by a launcher that waits for each of them forever."""
     from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def kill_launched_ranks(trainer: L.Trainer) -> None:
-    """Kills the ranks that this process has started as scripts, if it has; they might wait for this
-    one for long."""
+    """Kill ranks that this process started as scripts, which might wait for it for long."""
     from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
         for process in launcher.procs:
             process.kill()
-        # Or Lightning, which watches them, would kill this one before it has said why.
+        # Otherwise Lightning, which watches them, kills this process before it prints the error.
         launcher.procs.clear()
 
 
@@ -65,14 +63,12 @@ def saves_distributed_checkpoints(trainer: L.Trainer) -> bool:
 
 
 def forget_logged(trainer: L.Trainer) -> None:
-    """Drops the values that `self.log` has kept of earlier training batches, which else are logged
-    again and again."""
+    """Drop values of `self.log` from earlier training batches, which would be logged again."""
     trainer.fit_loop.epoch_loop._results.reset()
 
 
 def unwritten_row(trainer: L.Trainer) -> dict[str, Any] | None:
-    """`values` that loggers will get for the batch that is ending, and their `step`; None if
-    nothing is due."""
+    """`values` and `step` that loggers will get for the current batch; None if nothing is due."""
     loop = trainer.fit_loop.epoch_loop
     counts = loop.batch_progress.current
     is_batch_ending = trainer.training and counts.completed < counts.processed
@@ -92,8 +88,7 @@ def unwritten_row(trainer: L.Trainer) -> dict[str, Any] | None:
 
 
 class Progress:
-    """Counters of batches in a checkpoint of `fit`, which Lightning restores; changes are made in
-    place."""
+    """Batch counters in a checkpoint of `fit`, which Lightning restores; changed in place."""
 
     def __init__(self, checkpoint: Mapping[str, Any]):
         loops = checkpoint["loops"]["fit_loop"]
@@ -103,16 +98,15 @@ class Progress:
 
     @property
     def num_batches(self) -> int:
-        """Batches of this rank that are done in the run."""
+        """Batches of this rank completed so far."""
         return self._training["total"]["processed"]
 
     def is_at_batch_end(self) -> bool:
-        """Whether it was saved at the end of a batch; afterwards, e.g. in a validation, the batch
-        is completed."""
+        """Whether it was saved at the end of a batch, before the batch counts as completed."""
         return self._training["total"]["completed"] == self.num_batches - 1
 
     def move_to_batch_end(self, num_batches: int) -> None:
-        """Counts as if saved at the end of batch `num_batches` of the run."""
+        """Set the counters as if saved at the end of batch `num_batches` of the run."""
         difference = num_batches - self.num_batches
         for counts in (self._training["total"], self._training["current"]):
             done = max(0, counts["processed"] + difference)
@@ -125,17 +119,17 @@ class Progress:
         self._training["is_last_batch"] = False
 
     def complete_batch(self) -> None:
-        """Counts as if saved after the end of its batch."""
+        """Set the counters as if the current batch were completed."""
         for counts in (self._training["total"], self._training["current"]):
             counts["completed"] = counts["processed"]
 
     def set_validation(self, num_started: int) -> None:
-        """Counts as if so many batches of a validation had been started, and none completed."""
+        """Set the counters to `num_started` started and no completed validation batches."""
         for counts in (self._validation["total"], self._validation["current"]):
             counts |= {"ready": num_started, "started": num_started, "processed": 0, "completed": 0}
 
     def take_back_logged_step(self) -> None:
-        """The step that was open when the checkpoint was saved will be logged again."""
+        """Let the step that was in progress be logged again."""
         self._loop["_batches_that_stepped"] -= 1
 
 
@@ -143,7 +137,7 @@ class Progress:
 
 
 def parse_without_defaults(parser: Any, args: list[str]) -> Any:
-    """What files and flags say: without defaults and linked options, and not yet validated."""
+    """Options given by files and flags, without defaults and linked options, not yet validated."""
     from jsonargparse import ArgumentParser
     from jsonargparse._link_arguments import skip_apply_links
 
@@ -161,7 +155,7 @@ def lightning_cli() -> type[LightningCLI]:
 
     class Base(LightningCLI):
         def run_verb(self, run: Callable[[], None]) -> None:
-            """Runs the verb; may be overridden."""
+            """Run the verb; may be overridden."""
             run()
 
         def parser_of(self, verb: str) -> Any:
@@ -171,7 +165,7 @@ def lightning_cli() -> type[LightningCLI]:
             self.run_verb(lambda: super(Base, self)._run_subcommand(subcommand))
 
         def _parse_ckpt_path(self) -> None:
-            """Nothing: Lightning would lay the checkpoint's settings over the command line."""
+            """Disabled: Lightning would override the command line by the checkpoint's settings."""
 
     return Base
 
@@ -180,23 +174,22 @@ def lightning_cli() -> type[LightningCLI]:
 
 
 def softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of scores from that of `weights`, their softmax over the last axis; in float32."""
+    """Gradient of the scores from that of `weights`, their softmax over the last axis; float32."""
     return torch.ops.aten._softmax_backward_data(grad.float(), weights, -1, torch.float32)
 
 
 def allow_recompiles(number: int) -> None:
-    """At least so many compiled variants of a function."""
+    """Allow at least this many compiled variants of a function."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, number)
 
 
 def set_last_lr(schedule: torch.optim.lr_scheduler.LRScheduler, lr: float) -> None:
-    """What `get_last_lr` returns until the next step."""
+    """Set the value of `get_last_lr` until the next step."""
     schedule._last_lr = [lr]
 
 
 def memory_changes(profile: torch.profiler.profile) -> list[int]:
-    """Bytes that tensors took (> 0) and gave back (< 0) under `profile_memory=True`, in order of
-    time."""
+    """Bytes allocated (> 0) and freed (< 0) by tensors under `profile_memory=True`, in order."""
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events: list[Any] = profile.profiler.kineto_results.events()
     memory = [event for event in events if event.name() == "[memory]"]
@@ -204,8 +197,7 @@ def memory_changes(profile: torch.profiler.profile) -> list[int]:
 
 
 def cpu_attention_flop() -> dict[Any, Callable[..., int]]:
-    """For FlopCounterMode's `custom_mapping`: the CPU's fused attention, which torch does not count
-    by itself."""
+    """`custom_mapping` for FlopCounterMode that counts the CPU's fused attention."""
     from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
     aten = torch.ops.aten
@@ -223,13 +215,13 @@ def cpu_attention_flop() -> dict[Any, Callable[..., int]]:
 
 
 def continue_table(table: Any, num_parts: int, parts: list[str]) -> None:
-    """An incremental `wandb.Table` follows on parts that an earlier session has logged."""
+    """Let an incremental `wandb.Table` continue after parts logged by an earlier session."""
     table._increment_num = num_parts
     table._previous_increments_paths = list(parts)
 
 
 def quick_requests(timeout_s: int) -> dict[str, int]:
-    """Settings of wandb under which its service tries a request twice, each time for so long."""
+    """Settings of wandb with which its service tries a request twice, with this timeout."""
     return {
         "x_graphql_retry_max": 1,
         "x_graphql_timeout_seconds": timeout_s,
@@ -239,10 +231,10 @@ def quick_requests(timeout_s: int) -> dict[str, int]:
 
 
 def name_workspace(workspace: Any, name: str) -> None:
-    """The name in its address."""
+    """Set the name in the workspace's URL."""
     workspace._internal_name = name
 
 
 def replace_workspace(workspace: Any, saved: Any) -> None:
-    """Saving `workspace` will overwrite `saved`."""
+    """Let `workspace` overwrite `saved` when it is saved."""
     workspace._internal_id = saved._internal_id

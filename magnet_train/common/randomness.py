@@ -1,4 +1,4 @@
-"""Random numbers that depend on a place in the run and on nothing drawn before."""
+"""Random numbers that depend only on a key, not on earlier draws."""
 
 import hashlib
 
@@ -6,9 +6,9 @@ import torch
 
 
 def generator_for(place: str) -> torch.Generator:
-    """A CPU generator whose seed is a hash of `place`, such as "seed/item".
+    """A CPU generator seeded with a hash of `place`, such as "seed/item".
 
-    The same place gives the same numbers in any process, on any rank and after any resume.
+    The same `place` gives the same numbers in any process, on any rank and after resuming.
 
     >>> generator_for("0/a").initial_seed() == generator_for("0/a").initial_seed()
     True

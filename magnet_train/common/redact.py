@@ -1,4 +1,4 @@
-"""Addresses as they may be shown: without passwords and signatures."""
+"""Removes passwords and signatures from URLs."""
 
 import re
 
@@ -6,10 +6,10 @@ _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.:-]*://)(?P<rest>[^\s'\"<
 
 
 def redact(text: object) -> str:
-    """The text, in which no address shows who logs in, a query or a fragment.
+    """Remove user, password, query and fragment of all URLs in a text.
 
-    Everything that is written to disk or screen and may hold an address given by the user goes
-    through here: signed addresses carry their signature in the query.
+    Used for all output that may contain a URL given by the user: the query of a signed URL is its
+    signature.
 
     >>> redact("s3://key:secret@music/train: not there")
     's3://***@music/train: not there'

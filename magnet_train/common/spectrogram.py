@@ -1,18 +1,17 @@
-"""One spectrogram for plots, reports and pitch."""
+"""Spectrogram for plots, reports and pitch."""
 
 import numpy as np
 
 
 def magnitude_spectrogram(wav: np.ndarray, window: int, hop: int) -> np.ndarray:
-    """Magnitudes of the Hann-windowed spectrum of a mono clip `t`: `frames bins`, window // 2 + 1
-    bins.
+    """Hann-windowed magnitude spectrogram of a mono clip `t`: `frames bins`, window // 2 + 1 bins.
 
-    A clip that is shorter than one window is padded with zeros; a remainder at the end is dropped.
+    A clip shorter than one window is padded with zeros; a remainder at the end is dropped.
 
     Args:
         wav: mono clip.
-        window: in samples.
-        hop: in samples.
+        window: window length in samples.
+        hop: hop length in samples.
 
     >>> magnitude_spectrogram(np.ones(1024), window=256, hop=128).shape
     (7, 129)

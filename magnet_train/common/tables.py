@@ -1,4 +1,4 @@
-"""Tables as Markdown text, aligned so that they also read well in a terminal."""
+"""Markdown tables, aligned for terminals."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -10,8 +10,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], num_left:
     Args:
         head: titles of the columns.
         rows: cells of each row, as many as titles.
-        num_left: columns from the left that are aligned to the left; the others are aligned to the
-            right.
+        num_left: number of left-aligned columns; the others are right-aligned.
 
     >>> print(markdown_table(["system", "FAD"], [["ours", "4.50"], ["theirs", "12.25"]]))
     | system |   FAD |
@@ -31,7 +30,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], num_left:
         )
     for row in rows:
         table.add_row(*(Text(_escape(cell)) for cell in row))
-    # Wide enough for any row: rich would cut cells to the width of the terminal.
+    # Wide enough for any row: rich cuts cells at the width of the terminal.
     console = Console(file=io.StringIO(), width=1_000_000, color_system=None)
     with console.capture() as capture:
         console.print(table)

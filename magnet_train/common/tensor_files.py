@@ -1,4 +1,4 @@
-"""Files of tensors, verified: torch.save's and safetensors, without executing anything in them."""
+"""Reads and verifies files of torch.save and safetensors, without executing code in them."""
 
 import hashlib
 import json
@@ -28,33 +28,29 @@ SAFETENSORS_DTYPES = {
 
 
 def read_pickle(path: Path, remedy: str) -> Any:
-    """What torch.save wrote: tensors, which stay in the file until they are used, and plain values.
+    """Load a file of torch.save: memory-mapped tensors and plain values.
 
-    The checksums of the zip archive are verified, which torch.load does not do.
+    Also verifies the checksums of the zip archive, which torch.load does not do.
 
     Args:
         path: the file.
         remedy: end of the error message.
 
     Raises:
-        UserError: if the file is missing, damaged, or asks for code.
+        UserError: if the file is missing, damaged, or needs code.
     """
     try:
         stat = path.stat()
         if zipfile.is_zipfile(path):
             _verify_zip(path, stat.st_size, stat.st_mtime_ns)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # The format of torch before 1.6 has no checksums and cannot be mapped.
+        # The format before torch 1.6 has no checksums and cannot be memory-mapped.
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; {remedy}") from error
-    except (
-        Exception
-    ) as error:  # zip, pickle and runtime errors, depending on where the file is damaged
+    except Exception as error:  # the type depends on where the file is damaged
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise UserError(
-                f"{path}: asks for {code[1]}, which could run code; {remedy}"
-            ) from error
+            raise UserError(f"{path}: needs {code[1]}, which could run code; {remedy}") from error
         reason = one_line(error, 200).partition(". ")[0]  # the rest is advice about torch
         reason = reason.replace("Weights only load failed", "not tensors and plain values only")
         raise UserError(f"{path}: damaged or truncated ({reason}); {remedy}") from error
@@ -62,7 +58,7 @@ def read_pickle(path: Path, remedy: str) -> Any:
 
 @lru_cache(maxsize=64)
 def _verify_zip(path: Path, size: int, mtime_ns: int) -> None:
-    """Compares all CRCs of an archive, once for each state of the file."""
+    """Verify all CRCs of an archive, once per size and modification time."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise zipfile.BadZipFile("compressed entries, which torch.save does not write")
@@ -71,7 +67,7 @@ def _verify_zip(path: Path, size: int, mtime_ns: int) -> None:
 
 
 def safetensors_shapes(path: Path, remedy: str) -> Shapes:
-    """Shapes of the tensors in a safetensors file, from its header alone.
+    """Shapes of the tensors in a safetensors file, read from its header.
 
     Raises:
         UserError: if the file is missing or damaged, or a tensor is not floating-point.
@@ -109,13 +105,13 @@ def read_safetensors(path: Path, remedy: str) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> str:
-    """Writes a safetensors file one tensor at a time, and returns its SHA-256.
+    """Write a safetensors file one tensor at a time; returns its SHA-256.
 
-    safetensors' own writer holds all tensors as bytes: 3.5 GB more for the largest published model.
+    safetensors' own writer copies all tensors: 3.5 GB more for the largest published model.
 
     Args:
         path: the file.
-        tensors: each is made when it is needed, twice: for the header, then for its bytes.
+        tensors: functions that return the tensors; each is called twice, for header and data.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -151,10 +147,10 @@ def sha256_of(path: Path) -> str:
 
 
 def check_numbers(tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Checks that tensors are floating-point and finite.
+    """Check that tensors are floating-point and finite.
 
     Raises:
-        UserError: that names the first that is not.
+        UserError: for the first tensor that is not.
     """
     for name, tensor in tensors.items():
         if (
@@ -164,10 +160,10 @@ def check_numbers(tensors: Mapping[str, Tensor], source: Path) -> None:
         ):
             kind = getattr(tensor, "dtype", type(tensor).__name__)
             raise UserError(
-                f"{source}: {name} is {kind}, not a dense floating-point tensor; take another file"
+                f"{source}: {name} is {kind}, not a dense floating-point tensor; use another file"
             )
         if not torch.isfinite(tensor).all():
             raise UserError(
-                f"{source}: {name} holds NaN or infinite values: the run diverged or the file is "
-                "damaged; take an earlier checkpoint"
+                f"{source}: {name} has NaN or infinite values: the run diverged or the file is "
+                "damaged; use an earlier checkpoint"
             )

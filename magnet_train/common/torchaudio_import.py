@@ -1,9 +1,8 @@
-"""Imports torchaudio even where its compiled extension was built for another torch.
+"""Imports torchaudio even if its compiled extension was built for another torch.
 
-torchaudio's wheels carry an extension that fails to load beside a CPU-only or newer CUDA build of
-torch. Its resampling, filters and spectrograms are plain Python and need none of it, and torchaudio
-runs without the extension if the library file is absent. A torchaudio that is installed but cannot
-be imported also breaks transformers, which imports whatever is installed.
+The extension in torchaudio's wheels fails to load with a CPU-only or newer CUDA build of torch. Its
+resampling, filters and spectrograms are plain Python and do not need the extension. A torchaudio
+that is installed but cannot be imported also breaks transformers, which imports it.
 """
 
 import importlib
@@ -19,7 +18,7 @@ def import_torchaudio() -> ModuleType:
 
     Raises:
         ModuleNotFoundError: if torchaudio is not installed.
-        UserError: if it cannot be imported even so.
+        UserError: if it still cannot be imported.
     """
     try:
         return importlib.import_module("torchaudio")
@@ -42,13 +41,13 @@ def import_torchaudio() -> ModuleType:
 
 
 def ensure_torchaudio_imports() -> None:
-    """Imports torchaudio, if it is installed; to be called before transformers is imported."""
+    """Import torchaudio if it is installed; call this before importing transformers."""
     if "torchaudio" not in sys.modules and importlib.util.find_spec("torchaudio") is not None:
         import_torchaudio()
 
 
 def _absent_extension(reason: Exception) -> ModuleType:
-    """The module `torchaudio._extension` as it is where torchaudio has no compiled libraries."""
+    """The module `torchaudio._extension` of a torchaudio without compiled libraries."""
 
     def fail_if_no_align(function: object) -> object:
         def missing(*args: object, **kwargs: object) -> None:
@@ -68,6 +67,6 @@ def _absent_extension(reason: Exception) -> ModuleType:
 
 
 def _remove_torchaudio() -> None:
-    """Removes the modules of a failed import, so that the next attempt starts anew."""
+    """Remove the modules of a failed import, so that it can be tried again."""
     for name in [n for n in sys.modules if n.partition(".")[0] == "torchaudio"]:
         del sys.modules[name]

@@ -1,8 +1,8 @@
-"""Audio files to waveforms at the codec's rate, any rate, any number of channels.
+"""Reads audio files of any sample rate and number of channels at the codec's rate.
 
-libsndfile reads what it can; ffmpeg, where it is installed, what libsndfile cannot. The length of a
-file is what its decoder delivers: headers of MP3 estimate it, files joined end to end hold several
-streams, and programs that write to a pipe do not know it.
+libsndfile is used first, and ffmpeg, if installed, for formats that libsndfile does not support.
+The length of a file is the number of decoded samples: MP3 headers only estimate it, concatenated
+files have several streams, and programs that write to a pipe do not know it.
 """
 
 import io
@@ -26,27 +26,27 @@ SOUNDFILE_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus", ".aiff",
 FFMPEG_SUFFIXES = (".m4a", ".m4b", ".aac", ".wma", ".ape", ".wv", ".webm", ".ac3", ".amr")
 SUFFIXES = SOUNDFILE_SUFFIXES + FFMPEG_SUFFIXES
 MIN_RATE, MAX_RATE = 1_000, 768_000
-"""Sample rates that are read, in Hz."""
+"""Supported sample rates, in Hz."""
 MAX_PEAK = 10.0
-"""20 dB above full scale; louder samples are integers that were written as floats."""
+"""20 dB above full scale; louder samples are integers written as floats."""
 MAX_VALUES = 1 << 31
-"""Samples of all channels of a file; they are held in memory as float32."""
+"""Maximum number of samples of all channels, which are in memory as float32."""
 FFMPEG_TIMEOUT_S = 600
 SIZE_TOLERANCE = 8
-"""Bytes by which programs count a WAV wrongly: its own head, or a pad byte that is not there."""
+"""Bytes by which programs miscount the size of a WAV (its header, or a missing pad byte)."""
 BLOCK_FRAMES = 1 << 20
 
 
 def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
-    """The whole file as float32 `channels t`; mono is the mean of all channels, stereo its copy.
+    """Read a file as float32 `channels t`; mono is the mean of all channels, stereo repeats it.
 
     Args:
-        path: of the file.
-        sample_rate: wanted, in Hz; resampled by soxr where the file's differs.
-        channels: wanted, 1 or 2.
+        path: the file.
+        sample_rate: output rate in Hz; other rates are resampled with soxr.
+        channels: number of output channels, 1 or 2.
 
     Raises:
-        UserError: if the file is unreadable, empty, truncated, or holds samples that are not finite
+        UserError: if the file is unreadable, empty or truncated, or has samples that are not finite
             or far above full scale.
     """
     wav, rate = _read_checked(path)
@@ -60,7 +60,7 @@ def read_audio(path: Path, sample_rate: int, channels: int) -> np.ndarray:
 
 
 def read_as_recorded(path: Path) -> tuple[np.ndarray, int]:
-    """The whole file as float32 `t channels`, one or two channels, and its own rate in Hz.
+    """Read a file as float32 `t channels` with one or two channels, and its sample rate in Hz.
 
     Raises:
         UserError: as `read_audio`.
@@ -75,14 +75,14 @@ def _read_checked(path: Path) -> tuple[np.ndarray, int]:
     wav, rate = decode(path)
     peak = float(np.abs(wav).max())
     if not np.isfinite(peak):
-        raise UserError(f"{path}: holds NaN or infinite samples; repair or remove it")
+        raise UserError(f"{path}: has NaN or infinite samples; repair or remove it")
     if peak > MAX_PEAK:
         raise UserError(f"{path}: samples up to {peak:.3g}, full scale is 1; scale it down")
     return wav, rate
 
 
 def duration_s(path: Path) -> float:
-    """Length in seconds; by the header alone where that can be trusted.
+    """Length in seconds, from the header if that is reliable.
 
     Raises:
         UserError: if the file is unreadable or empty.
@@ -114,12 +114,12 @@ def decode(path: Path) -> tuple[np.ndarray, int]:
     return wav, rate
 
 
-# A damaged file makes soundfile raise TypeError, ValueError and AssertionError too.
+# For damaged files soundfile also raises TypeError, ValueError and AssertionError.
 _ERRORS = (OSError, RuntimeError, ValueError, TypeError, AssertionError, MemoryError)
 
 
 def _mean(wav: np.ndarray) -> np.ndarray:
-    """Of all channels, `t 1`; of stereo by hand, to the same bit and much faster than numpy."""
+    """Mean of all channels, `t 1`; stereo is special-cased: bit-identical to NumPy and faster."""
     if wav.shape[1] == 2:
         return (wav[:, :1] + wav[:, 1:]) / np.float32(2)
     return wav.mean(axis=1, keepdims=True)
@@ -131,7 +131,7 @@ def _check_regular(path: Path) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: unreadable ({reason}); convert or remove it") from error
-    if not is_file:  # opening a named pipe would wait for its writer
+    if not is_file:  # opening a named pipe would block
         raise UserError(f"{path}: not a regular file; remove it")
 
 
@@ -146,7 +146,7 @@ def _check_rate(path: Path, rate: int) -> None:
 
 
 def _trusted_length(path: Path) -> tuple[int, int] | None:
-    """Frames and rate by the header of a WAV, FLAC or AIFF that gives them; else None."""
+    """Frames and rate from the header of a WAV, FLAC or AIFF, if they are there."""
     if path.suffix.lower() not in (".wav", ".flac", ".aiff", ".aif"):
         return None
     _check_regular(path)
@@ -189,7 +189,7 @@ def _decode_by_soundfile(path: Path) -> tuple[np.ndarray, int]:
 
 
 def _read(file: BinaryIO | int, path: Path, is_stream: bool = False) -> tuple[np.ndarray, int]:
-    """Block by block up to the end of one stream, whose length may be unknown."""
+    """Reads one stream of possibly unknown length in blocks."""
     blocks: list[np.ndarray] = []
     values = 0
     with soundfile.SoundFile(file, closefd=False) as sound:  # type: ignore[arg-type]
@@ -214,8 +214,7 @@ _XING = re.compile(rb"Xing|Info|VBRI")
 
 
 def split_mp3(content: bytes) -> list[bytes]:
-    """The streams of MP3 files that were joined: each begins with a frame that counts the
-    others."""
+    """Splits concatenated MP3 files: each starts with a frame that has the number of frames."""
     starts = []
     for match in _XING.finditer(content):
         for distance in (36, 21, 13):  # by version and channels
@@ -228,8 +227,7 @@ def split_mp3(content: bytes) -> list[bytes]:
 
 
 def _read_mp3(content: bytes, path: Path) -> tuple[np.ndarray, int]:
-    """Through a pipe if no frame counts the others: of a file, libsndfile would guess by its
-    size."""
+    """Uses a pipe if the number of frames is missing, which libsndfile guesses from file sizes."""
     if _XING.search(content[: 1 << 18]) is not None:
         return _read(io.BytesIO(content), path)
     source, sink = os.pipe()
@@ -238,7 +236,7 @@ def _read_mp3(content: bytes, path: Path) -> tuple[np.ndarray, int]:
         try:
             with os.fdopen(sink, "wb") as file:
                 file.write(content)
-        except BrokenPipeError:  # nobody reads to the end
+        except BrokenPipeError:  # the reader stopped early
             pass
 
     threading.Thread(target=feed, daemon=True).start()
@@ -249,10 +247,10 @@ def _read_mp3(content: bytes, path: Path) -> tuple[np.ndarray, int]:
 
 
 def split_ogg(content: bytes, path: Path) -> list[bytes]:
-    """The links of a chained Ogg file, of which libsndfile reads the first only.
+    """Splits a chained Ogg file, of which libsndfile reads only the first stream.
 
     Raises:
-        UserError: if the last page is cut off, or does not say that it is the last.
+        UserError: if the last page is truncated, or not marked as the last.
     """
     starts: list[int] = []
     was_first = is_last = False
@@ -271,10 +269,10 @@ def split_ogg(content: bytes, path: Path) -> list[bytes]:
 
 
 def _open_with_sizes(path: Path, head: bytes) -> BinaryIO:
-    """A WAV or AIFF; sizes that were never filled in are what the file has.
+    """Open a WAV or AIFF; sizes that were never filled in are replaced by the file's.
 
     Raises:
-        UserError: if it promises more bytes than it has.
+        UserError: if its header claims more bytes than it has.
     """
     size = path.stat().st_size
     order: Literal["little", "big"] = "little" if head.startswith(b"RIFF") else "big"
@@ -306,7 +304,7 @@ def _open_with_sizes(path: Path, head: bytes) -> BinaryIO:
 
 
 def _is_flac_of_unknown_length(path: Path) -> bool:
-    """Whether a FLAC gives 0 samples, as programs do that write to a pipe."""
+    """Whether a FLAC claims 0 samples, as written by programs that write to a pipe."""
     with path.open("rb") as file:
         head = file.read(26)
     return head[:4] == b"fLaC" and len(head) == 26 and not (head[21] & 15 or any(head[22:]))

@@ -1,7 +1,6 @@
-"""How training captions vary: further fields merged in, parts dropped, words dropped.
+"""Caption augmentation: merges further fields, drops fields and words.
 
-A model that has met only whole, well-kept captions does not know what to do with a user's three
-words.
+If training uses only complete captions, short prompts are out of distribution.
 """
 
 from collections.abc import Mapping
@@ -13,30 +12,30 @@ import numpy as np
 from magnet_train.common.errors import UserError
 
 FIELDS = ("music_key", "bpm", "genre", "moods", "instrument", "keywords")
-"""Fields of a shard's KEY.json that may be merged into a caption, as audiocraft's music manifests
-name them; `key` of a manifest is `music_key` in shards."""
+"""Fields of a shard's KEY.json that may be merged into a caption, with the names of audiocraft's
+music manifests; `key` is `music_key` in shards."""
 
 
 @dataclass(frozen=True)
 class CaptionAugmentation:
-    """Shares of training captions and words; all 0 = captions as they are.
+    """Probabilities of caption augmentation; all 0 = unchanged captions.
 
     As in audiocraft (`data/music_dataset.py`, `modules/conditioners.py`), whose published music
-    models have merge_p 0.25, both drops 0.5 and word_dropout 0.3. Its `drop_other_p` is in truth
-    the share that is kept; at 0.5 that is the same.
+    models have merge_p 0.25, both drops 0.5 and word_dropout 0.3. Its `drop_other_p` is in fact
+    the share that is kept, which is the same at 0.5.
     """
 
     merge_p: float = 0.0
-    """Share of captions into which further fields (key, bpm, genre, moods, instrument, keywords)
-    are merged, 0 to 1."""
+    """Probability of merging further fields (key, bpm, genre, moods, instrument, keywords) into a
+    caption, 0 to 1."""
     drop_caption_p: float = 0.0
-    """Share of examples whose own caption is dropped, 0 to 1; without merged fields they have no
-    text then."""
+    """Probability of dropping the caption itself, 0 to 1; without merged fields the example then
+    has no text."""
     drop_field_p: float = 0.0
-    """Share of the fields that are left out of a merged caption, 0 to 1."""
+    """Probability of dropping each field of a merged caption, 0 to 1."""
     word_dropout: float = 0.0
-    """Share of words that are dropped from each caption, 0 to 1; a caption of nothing else is
-    without text."""
+    """Probability of dropping each word of a caption, 0 to 1; without words the example has no
+    text."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -47,7 +46,7 @@ class CaptionAugmentation:
 def augmented(
     info: Mapping[str, Any], config: CaptionAugmentation, rng: np.random.Generator
 ) -> str:
-    """The caption of an example with its fields `info`, varied.
+    """The augmented caption of an example with fields `info`.
 
     >>> info = {"caption": "a waltz", "bpm": 90, "moods": ["calm", "warm"]}
     >>> augmented(info, CaptionAugmentation(), np.random.default_rng(0))

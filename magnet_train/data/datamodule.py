@@ -1,4 +1,4 @@
-"""Lightning's view of the shards."""
+"""LightningDataModule for shards of codes."""
 
 import math
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def split_global_batch(
     (12, 2)
 
     Raises:
-        UserError: if the devices cannot have equal shares.
+        UserError: if the global batch cannot be divided equally.
     """
     share, rest = divmod(global_batch_size, world_size)
     if rest:
@@ -52,12 +52,12 @@ def split_global_batch(
 
 
 def check_shards_per_worker(found: ShardSet, world_size: int, num_workers: int) -> None:
-    """Checks that every loader process of every rank gets a shard.
+    """Check that every data worker of every rank gets a shard.
 
     Args:
         found: training shards.
-        world_size: ranks.
-        num_workers: loader processes of each rank; 0 = the rank reads for itself.
+        world_size: number of ranks.
+        num_workers: data workers of each rank; 0 = the rank reads the data itself.
 
     Raises:
         UserError: if there are too few shards.
@@ -71,14 +71,13 @@ def check_shards_per_worker(found: ShardSet, world_size: int, num_workers: int) 
     if max(1, num_workers) > available:
         raise UserError(
             f"{found.name}: {len(found.counts)} shards for {world_size} ranks x "
-            f"{max(1, num_workers)} loader "
-            f"processes: set --data.num_workers {available}, use fewer devices, or tokenize with "
-            "a smaller --shard_size"
+            f"{max(1, num_workers)} data workers: set --data.num_workers {available}, use fewer "
+            "devices, or tokenize with a smaller --shard_size"
         )
 
 
 def check_codec(found: ShardSet, codec: CodecFacts) -> None:
-    """Checks that shards were made with the model's codec.
+    """Check that shards were made with the model's codec.
 
     Raises:
         UserError: if they were not.
@@ -93,7 +92,7 @@ def check_codec(found: ShardSet, codec: CodecFacts) -> None:
 
 
 class MagnetDataModule(L.LightningDataModule):
-    """Train, validation and test shards as loaders that deal out items to ranks themselves."""
+    """Training, validation and test data."""
 
     def __init__(  # noqa: PLR0913  each is an option of the command line
         self,
@@ -110,30 +109,28 @@ class MagnetDataModule(L.LightningDataModule):
         seed: int = 2036,
         predict_split: str = "test",
     ):
-        """Where the shards are and how they are batched.
-
+        """
         Args:
-            train: folder of training shards that `tokenize` made, here or at s3://, gs://, http://
-                or https://; several by a pattern (shards/train_*, part-{00..07}) or as a list; some
-                of a folder's shards by their names (train/shard-{000000..000099}.tar). The embedded
-                demo's if none of the three is given.
-            validation: the same of the validation shards.
-            test: the same of the test shards.
-            batch_size: examples per batch on each device; with global_batch_size, the most that a
-                device can hold.
-            global_batch_size: examples per optimizer step over all devices. The batch per device
-                and the number of batches accumulated follow from it.
-            augmentation: how training captions vary.
-            num_workers: loader processes per device; none given = 2, or as many as there are shards
-                for.
-            crop_s: length of an example, in seconds; linked to the model's.
-            crop_schedule: Pairs of a crop length in seconds and a number of optimizer steps:
-                training begins with these crops, in order, and goes on with crop_s. Batches are
-                larger as crops are shorter, so that a batch holds the same number of seconds.
-                Validation always sees crop_s.
-            codec: codec that the shards must have been made with; linked to the model's.
-            seed: of order and crops.
-            predict_split: whose captions `predict` takes: train, validation or test.
+            train: Folder of training shards made by `tokenize`, local or at s3://, gs://, http://
+                or https://. Several folders as a pattern (shards/train_*, part-{00..07}) or a list;
+                some shards of a folder by name (train/shard-{000000..000099}.tar). The demo's
+                shards if train, validation and test are all omitted.
+            validation: Validation shards; same syntax as `train`.
+            test: Test shards; same syntax as `train`.
+            batch_size: Examples per batch on each device; with global_batch_size, the maximum that
+                fits on a device.
+            global_batch_size: Examples per optimizer step over all devices. The batch per device
+                and gradient accumulation follow from it.
+            augmentation: Caption augmentation in training.
+            num_workers: DataLoader workers per device (default: 2, fewer if there are fewer
+                shards).
+            crop_s: Length of an example, in seconds; linked to the model's.
+            crop_schedule: Pairs of crop length in seconds and number of optimizer steps. Training
+                uses these crops in order, then crop_s. The number of seconds per batch is constant,
+                so shorter crops mean more examples. Validation always uses crop_s.
+            codec: Codec of the shards; linked to the model's.
+            seed: Seed of order and crops.
+            predict_split: Split whose captions `predict` uses: train, validation or test.
         """
         super().__init__()
         if batch_size < 1 or (num_workers is not None and num_workers < 0):
@@ -166,7 +163,7 @@ class MagnetDataModule(L.LightningDataModule):
         self._is_batch_split = False
         self.codec_name, self.seed, self.predict_split = codec, seed, predict_split
         self.resumes_from: str | None = None
-        """Checkpoint that a fit goes on from; each rank has looked for it."""
+        """Checkpoint from which `fit` resumes, as found by this rank."""
         self._sets: dict[str, ShardSet] = {}
         self._facts: CodecFacts | None = None
         self._tables: CountTables | None = None
@@ -226,8 +223,7 @@ class MagnetDataModule(L.LightningDataModule):
         return round(self.crop_s * facts.frame_rate)
 
     def setup(self, stage: str) -> None:
-        """Opens the shards that the stage needs, so that mistakes show before any weight is
-        loaded."""
+        """Open the shards that the stage needs, so that errors are found before weights load."""
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}
         if self.trainer is not None:
             rank, first = (
@@ -236,28 +232,23 @@ class MagnetDataModule(L.LightningDataModule):
             )
             if first != self.resumes_from:
                 raise UserError(
-                    f"--ckpt_path: rank {rank} goes on from {self.resumes_from}, rank 0 from "
-                    f"{first}; the run folder "
-                    "must be one that all nodes see"
+                    f"--ckpt_path: rank {rank} resumes from {self.resumes_from}, rank 0 from "
+                    f"{first}; the run folder must be shared by all nodes"
                 )
         if stage == "fit" and self.trainer is not None and self.trainer.limit_val_batches == 0:
             needed["fit"] = ["train"]
         for split in needed.get(stage, [self.predict_split]):
             found = self.shards(split)
-            if (
-                self.trainer is not None
-            ):  # nodes may have copies of their own, or one of them a cached index
+            if self.trainer is not None:  # nodes may have their own copies or a cached index
                 own = fingerprint(found.index)
                 if self.trainer.strategy.broadcast(own) != own:
                     raise UserError(
                         f"{found.name}: rank {self.trainer.global_rank} finds other shards there "
-                        "than rank 0; make the "
-                        "copies on all nodes alike"
+                        "than rank 0; all nodes need the same copies"
                     )
         if stage == "fit" and self.trainer is not None:
             self._apply_batch_split(self.trainer)
-        # Under limit_train_batches an epoch begins with a loader of its own, which goes on where
-        # the last one stopped.
+        # With limit_train_batches each epoch has a new loader, which continues after the last one.
         if self.trainer is not None:
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
@@ -269,8 +260,7 @@ class MagnetDataModule(L.LightningDataModule):
             accumulated: trainer.accumulate_grad_batches as given.
 
         Raises:
-            UserError: if the devices cannot have equal shares, or accumulation is given beside the
-                global batch.
+            UserError: if the global batch cannot be divided equally, or accumulation is given too.
         """
         if self.global_batch_size is None:
             return self.batch_size, accumulated
@@ -278,12 +268,12 @@ class MagnetDataModule(L.LightningDataModule):
             raise UserError(
                 f"data.global_batch_size={self.global_batch_size} and "
                 f"trainer.accumulate_grad_batches={accumulated}: "
-                "give one of them, the other follows"
+                "give only one of them; the other follows"
             )
         return split_global_batch(self.global_batch_size, world_size, self.batch_size)
 
     def _apply_batch_split(self, trainer: Any) -> None:
-        """Sets batch size and accumulation, once, before the trainer counts batches."""
+        """Set batch size and accumulation, once, before the trainer counts batches."""
         if self.global_batch_size is None or self._is_batch_split:
             return
         self.batch_size, trainer.accumulate_grad_batches = self.batch_split(
@@ -298,7 +288,7 @@ class MagnetDataModule(L.LightningDataModule):
             )
 
     def crop_phases(self, accumulated: int) -> list[CropPhase]:
-        """The crop schedule in batches, of which `accumulated` make an optimizer step."""
+        """The crop schedule in batches; an optimizer step has `accumulated` of them."""
         frame_rate = self.num_frames / self.crop_s
         return [
             CropPhase(
@@ -310,7 +300,7 @@ class MagnetDataModule(L.LightningDataModule):
         ]
 
     def workers_per_rank(self, world_size: int) -> int:
-        """Loader processes of each rank in training."""
+        """Data workers of each rank in training."""
         if self.num_workers is not None:
             return self.num_workers
         return min(2, len(self.shards("train").counts) // world_size)
@@ -320,7 +310,7 @@ class MagnetDataModule(L.LightningDataModule):
         trainer: Any = self.trainer
         workers = self.workers_per_rank(trainer.world_size)
         check_shards_per_worker(found, trainer.world_size, workers)
-        # Batches that are done, so that a resumed run goes on with the next.
+        # Completed batches; a resumed run continues with the next one.
         start = trainer.fit_loop.epoch_loop.batch_progress.total.processed
         stream = TrainingStream(
             found,

@@ -1,9 +1,8 @@
 """Audio files and their captions: the only reader of folders, sidecar files and manifests.
 
-A folder is searched to its depth; the caption of `a/b.wav` stands in `a/b.txt` or `a/b.json`. A
-manifest is JSONL, CSV or TSV with one row per clip. Whatever is read here was made by other
-programs, so its size is bounded, and a fault in one file or row is kept with that clip
-(`Clip.error`) while a fault of the whole source is raised.
+Folders are searched recursively; the caption of `a/b.wav` is in `a/b.txt` or `a/b.json`. A manifest
+is JSONL, CSV or TSV with one row per clip. Input is untrusted, so sizes are limited. An error in
+one file or row is stored with that clip (`Clip.error`); an error of the whole source is raised.
 """
 
 import csv
@@ -24,46 +23,45 @@ from magnet_train.common.errors import UserError
 from magnet_train.data.audio import SUFFIXES
 
 CAPTION_FIELDS = ("caption", "description", "prompt", "text")
-"""Fields that may hold the caption; the first one that is not empty does."""
+"""Names of the caption field; the first non-empty one is used."""
 PATH_FIELDS = ("path", "audio_filepath", "file_name")
-"""Fields of a manifest that may hold the audio file's path."""
+"""Names of the field with the audio file's path."""
 KNOWN_FIELDS = (*PATH_FIELDS, *CAPTION_FIELDS, "offset", "duration")
-"""Fields whose names are taken in any case of letters."""
+"""Case-insensitive field names."""
 MANIFEST_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 MISSING_WORDS = ("", "nan", "none", "null", "<na>")
-"""Texts, in lower case, that programs write where they have no value."""
+"""Texts, in lower case, that programs write for missing values."""
 MAX_SIDECAR_BYTES = 1 << 20
 MAX_MANIFEST_BYTES = 1 << 30
 MAX_DEPTH = 20
-"""Lists and objects within one another in a JSON."""
+"""Maximum nesting of JSON."""
 MAX_GZIP_RATIO = 100
 """Uncompressed over compressed size of a manifest; text reaches about 20, a gzip bomb 1,000."""
 SEGMENT_TOLERANCE_S = 0.05
-"""A segment that ends this near to the end of its file, in seconds, ends with the file."""
+"""Segments that end within this distance of the end of the file, in seconds, end with it."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One recording, or a segment of it, with what is known about it."""
+    """A recording, or a segment of it, with its caption and metadata."""
 
     path: Path
     name: str
-    """Path as the folder or manifest names it, in printable characters."""
+    """Path as in the folder or manifest, in printable characters."""
     caption: str = ""
     """Empty if there is none."""
     fields: dict[str, Any] = field(default_factory=dict)
-    """Everything else that stands beside the file or in its row; the key of the music is called
-    `music_key`."""
+    """All other fields of the sidecar file or row; a musical `key` is renamed to `music_key`."""
     offset_s: float = 0.0
     """Start of the segment in the file, in seconds."""
     duration_s: float | None = None
     """Length of the segment, in seconds; None = up to the end of the file."""
     error: str = ""
-    """Why the clip cannot be used, in one line; empty if nothing is known against it."""
+    """Why the clip cannot be used, in one line; empty if it can."""
 
     @property
     def id(self) -> str:
-        """The name without the suffix of an audio file."""
+        """The name without its audio suffix."""
         name = Path(self.name)
         return (name.with_suffix("") if name.suffix.lower() in SUFFIXES else name).as_posix()
 
@@ -86,14 +84,14 @@ class Clip:
 def find_clips(source: Path) -> list[Clip]:
     """The clips of a folder, sorted by path, or of a manifest, in its order.
 
-    Links to folders are followed, each folder is listed once, and hidden files and folders are
-    ignored. A manifest has columns `path` (or `audio_filepath`, `file_name`; relative to its own
-    folder) and one of `CAPTION_FIELDS`; a row without a caption takes the one beside its audio
-    file. `offset` and `duration` of a row, in seconds, name a segment, as in NeMo's manifests.
-    Captions may be missing: `Clip.caption` is empty then.
+    Symbolic links to folders are followed, each folder is listed once, and hidden files and folders
+    are ignored. A manifest has columns `path` (or `audio_filepath`, `file_name`; relative to the
+    manifest) and one of `CAPTION_FIELDS`; a row without a caption uses the sidecar file of its
+    audio. `offset` and `duration`, in seconds, select a segment, as in NeMo's manifests.
+    `Clip.caption` is empty if there is no caption.
 
     Raises:
-        UserError: if there is no such folder or manifest, it cannot be read, or it has no audio.
+        UserError: if the folder or manifest is missing or unreadable, or has no audio.
     """
     source = source.expanduser()
     if source.is_dir():
@@ -112,7 +110,7 @@ def find_clips(source: Path) -> list[Clip]:
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether the name of a file is that of a manifest; `.gz` may follow.
+    """Whether a file has a manifest's suffix, optionally followed by `.gz`.
 
     >>> is_manifest(Path("data.jsonl.gz")), is_manifest(Path("prompts.txt"))
     (True, False)
@@ -121,7 +119,7 @@ def is_manifest(path: Path) -> bool:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """Captions of a text file with one a line, or of a manifest, whose rows need no path then.
+    """Captions of a text file with one per line, or of a manifest, whose rows need no path.
 
     Raises:
         UserError: if the file cannot be read, has no caption, or a row has none.
@@ -142,7 +140,7 @@ def read_prompts(file: Path) -> list[str]:
             if line.strip()
         ]
     if not captions:
-        raise UserError(f"{file}: no prompt in it; write one a line")
+        raise UserError(f"{file}: no prompt in it; write one per line")
     return captions
 
 
@@ -150,25 +148,24 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def read_sidecar(path: Path) -> tuple[str, dict[str, Any]]:
-    """Caption and further fields of the `.json` and `.txt` beside an audio file; the caption of the
-    `.json` wins.
+    """Caption and further fields of the `.json` and `.txt` beside an audio file.
+
+    The `.json` has precedence.
 
     Raises:
-        UserError: if one of them is unreadable, no UTF-8, too large, or the `.json` holds no
-            object.
+        UserError: if a file is unreadable, not UTF-8 or too large, or the `.json` is not an object.
     """
     return _Sidecars().read(path)
 
 
 class _Sidecars:
-    """Reads the files beside audio files, whatever the case of their suffix; lists each folder
-    once."""
+    """Reads sidecar files with suffixes in any case; lists each folder once."""
 
     def __init__(self) -> None:
         self._listed: dict[Path, dict[str, str]] = {}
 
     def add(self, folder: Path, names: list[str]) -> None:
-        """Remembers the `.json` and `.txt` among the names of a folder's files."""
+        """Register the `.json` and `.txt` among the file names of a folder."""
         stems = ((name, Path(name)) for name in names)
         self._listed[folder] = {
             path.stem + path.suffix.lower(): name
@@ -197,7 +194,7 @@ def _read_json_sidecar(file: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _split_caption(row: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
-    """Caption and all other fields that have a value.
+    """Caption and all other fields with a value.
 
     >>> _split_caption({"caption": None, "text": "a slow\\n waltz", "key": "A", "bpm": "nan"}, "")
     ('a slow waltz', {'music_key': 'A'})
@@ -209,15 +206,15 @@ def _split_caption(row: Mapping[str, Any], where: str) -> tuple[str, dict[str, A
     name = next((name for name in CAPTION_FIELDS if name in fields), None)
     caption = "" if name is None else fields.pop(name)
     if not isinstance(caption, str):
-        raise UserError(f"{where}: {name} is a {type(caption).__name__}; give a text")
+        raise UserError(f"{where}: {name} is a {type(caption).__name__}; give a string")
     fields.pop("path", None)
-    if "key" in fields:  # of the music; in a shard the key is the item's id
+    if "key" in fields:  # the musical key; in shards `key` is the item's id
         fields["music_key"] = fields.pop("key")
     return _one_line(caption), fields
 
 
 def _drop_missing(value: Any, depth: int = 0) -> Any:
-    """A copy of a JSON value in which no list or object has entries without a value."""
+    """A copy of a JSON value without missing entries in lists and objects."""
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
     if isinstance(value, dict):
@@ -234,13 +231,12 @@ def _is_missing(value: Any) -> bool:
 
 
 def _printable(text: str) -> str:
-    """The text with ? for what UTF-8 cannot write: half of a pair of code units, or bytes of a
-    path."""
+    """The text with ? for characters that UTF-8 cannot encode (e.g. lone surrogates)."""
     return text.encode(errors="replace").decode()
 
 
 def _one_line(text: str) -> str:
-    """The text with single spaces; empty if it stands for a missing value."""
+    """The text with single spaces; empty for a missing value."""
     return "" if _is_missing(text) else " ".join(text.split())
 
 
@@ -262,8 +258,7 @@ def _clips_in_folder(source: Path) -> list[Clip]:
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str], OSError | None]]:
-    """Each folder once with the names of its files, folders before links to folders; hidden ones
-    are left out."""
+    """Each folder once with its file names, folders before links, without hidden ones."""
     seen: set[tuple[int, int]] = set()
     queue = deque([root])
     while queue:
@@ -303,7 +298,7 @@ def _with_sidecar(path: Path, name: str, sidecars: _Sidecars) -> Clip:
 
 
 def read_rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a JSONL, CSV or TSV file, `.gz` or not, each with the number of its line.
+    """The rows of a JSONL, CSV or TSV file, optionally `.gz`, with their line numbers.
 
     Raises:
         UserError: if the file or a row is unreadable; the message names the line.
@@ -313,7 +308,7 @@ def read_rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if kind in (".csv", ".tsv"):
         yield from _read_table(text, manifest, "\t" if kind == ".tsv" else ",")
         return
-    lines = text.split("\n")  # and not at U+2028, which JSON allows within a text
+    lines = text.split("\n")  # splitlines would split at U+2028, which JSON strings may contain
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield number, _parse_json(line, f"{manifest}, line {number}")
@@ -325,14 +320,14 @@ def _read_table(text: str, manifest: Path, delimiter: str) -> Iterator[tuple[int
     )
     columns: list[str] = []
     while True:
-        number = reader.line_num + 1  # where the row begins
+        number = reader.line_num + 1  # first line of the row
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             raise UserError(
-                f"{manifest}, line {number}: {error}; close each quote, double those within a text"
+                f"{manifest}, line {number}: {error}; close each quote, and double quotes in text"
             ) from error
         if not row:
             continue
@@ -340,11 +335,11 @@ def _read_table(text: str, manifest: Path, delimiter: str) -> Iterator[tuple[int
             columns = [_known_name(name) for name in row]
             if len(set(columns)) < len(columns):
                 raise UserError(
-                    f"{manifest}, line {number}: two columns of one name; rename one of them"
+                    f"{manifest}, line {number}: two columns of the same name; rename one"
                 )
         elif len(row) > len(columns):
             raise UserError(
-                f"{manifest}, line {number}: more columns than line 1; quote what holds a comma"
+                f"{manifest}, line {number}: more columns than line 1; quote text with commas"
             )
         else:
             yield number, dict(zip(columns, row, strict=False))
@@ -364,10 +359,10 @@ def _clip_from_row(row: dict[str, Any], manifest: Path, line: int, sidecars: _Si
         raise UserError(f"{where}: no path; name the column {' or '.join(PATH_FIELDS)}")
     name = row.pop(column)
     printable = _printable(name)
-    path = manifest.parent / name  # an absolute name stays as it is
+    path = manifest.parent / name  # absolute paths stay absolute
     try:
         if not _can_be_a_path(name):
-            raise UserError(f"{where}: {printable!r} holds characters that no path can have")
+            raise UserError(f"{where}: {printable!r} has characters that are not allowed in paths")
         caption, fields = _split_caption(row, where)
         offset_s, duration_s = _pop_segment(fields, where)
         if not caption:
@@ -386,13 +381,13 @@ def _can_be_a_path(name: str) -> bool:
 
 
 def _known_name(column: str) -> str:
-    """The column's name; one that we know is taken in any case of letters."""
+    """The column's name; known names are case-insensitive."""
     name = column.strip()
     return name.lower() if name.lower() in KNOWN_FIELDS else name
 
 
 def _pop_segment(fields: dict[str, Any], where: str) -> tuple[float, float | None]:
-    """Takes `offset` and `duration` out of the fields of a row, in seconds."""
+    """Remove `offset` and `duration`, in seconds, from the fields of a row."""
     offset, duration = fields.pop("offset", 0.0), fields.pop("duration", None)
     try:
         offset_s = float(offset)
@@ -412,14 +407,14 @@ def _pop_segment(fields: dict[str, Any], where: str) -> tuple[float, float | Non
 
 
 def _read_text(file: Path, max_bytes: int) -> str:
-    """UTF-8 with or without a byte order mark; a `.gz` is uncompressed.
+    """Read UTF-8 with or without a byte order mark; `.gz` files are decompressed.
 
     Raises:
-        UserError: if it is no regular file, unreadable, no UTF-8, or larger than `max_bytes`.
+        UserError: if it is not a regular file, unreadable, not UTF-8, or above `max_bytes`.
     """
     try:
         about = file.stat()
-        if not stat.S_ISREG(about.st_mode):  # opening a named pipe would wait for its writer
+        if not stat.S_ISREG(about.st_mode):  # opening a named pipe would block
             raise UserError(f"{file}: not a regular file")
         is_gzip = file.suffix.lower() == ".gz"
         limit = (
@@ -430,7 +425,7 @@ def _read_text(file: Path, max_bytes: int) -> str:
         with gzip.open(file) if is_gzip else file.open("rb") as stream:
             content = stream.read(limit + 1)
         if len(content) > limit:
-            raise UserError(f"{file}: holds more than {limit:,} bytes; split it")
+            raise UserError(f"{file}: has more than {limit:,} bytes; split it")
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
@@ -448,7 +443,7 @@ def _parse_json(text: str, where: str) -> dict[str, Any]:
         value = json.loads(text, parse_constant=lambda name: None)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(f"{where}: no JSON ({reason}); repair it") from error
+        raise UserError(f"{where}: not JSON ({reason}); repair it") from error
     if not isinstance(value, dict):
-        raise UserError(f'{where}: holds a {type(value).__name__}; give an object with a "caption"')
+        raise UserError(f'{where}: is a {type(value).__name__}; give an object with a "caption"')
     return {_known_name(name): entry for name, entry in value.items()}

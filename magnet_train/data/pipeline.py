@@ -490,6 +490,6 @@ class EvaluationDataset(IterableDataset):
 
 
 def _worker() -> tuple[int, int]:
-    """Number of this loader process, and how many there are."""
+    """Number of this data worker, and how many there are."""
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)

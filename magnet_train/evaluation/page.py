@@ -47,7 +47,7 @@ def read_sound(audio: Audio, name: str = "audio") -> tuple[np.ndarray, int]:
             f"{name}: samples of shape {wav.shape}; give `t` or `t channels`, one or two channels"
         )
     if not np.isfinite(wav).all():
-        raise UserError(f"{name}: holds NaN or infinite samples; leave the clip out")
+        raise UserError(f"{name}: has NaN or infinite samples; leave the clip out")
     return wav, int(sample_rate)
 
 

@@ -33,7 +33,7 @@ class Moments:
 
         Raises:
             ValueError: if the windows are no matrix.
-            UserError: if one holds NaN or an infinite number.
+            UserError: if one has NaN or an infinite number.
         """
         if windows.dim() != 2:
             raise ValueError(f"embeddings are {tuple(windows.shape)}, not n x d")

@@ -371,7 +371,7 @@ def measure_clip(wav: np.ndarray | Tensor, sample_rate: int) -> ClipMusic:
         sample_rate: in Hz.
 
     Raises:
-        UserError: if it is shorter than MIN_DURATION_S, or holds NaN or infinite samples.
+        UserError: if it is shorter than MIN_DURATION_S, or has NaN or infinite samples.
     """
     mono = torch.as_tensor(wav).detach().cpu().float().numpy()
     if mono.ndim == 2:
@@ -381,7 +381,7 @@ def measure_clip(wav: np.ndarray | Tensor, sample_rate: int) -> ClipMusic:
             f"a clip of shape {mono.shape} at {sample_rate} Hz: give {MIN_DURATION_S} s or more"
         )
     if not np.isfinite(mono).all():
-        raise UserError("a clip holds NaN or infinite samples")
+        raise UserError("a clip has NaN or infinite samples")
     peak = float(np.abs(mono).max())
     # So that no figure depends on the level.
     mono = mono / peak if peak > SILENT_PEAK else np.zeros_like(mono)

@@ -226,7 +226,7 @@ LOGGED: tuple[Logged, ...] = (
         (
             "data/shards_skipped",
             "lower",
-            "shards that no loader process could read, each time it was its turn",
+            "shards that no data worker could read, each time it was its turn",
         ),
         ("data/items_skipped", "lower", "items in them"),
     ),
