@@ -1,8 +1,9 @@
-"""The slow, obvious twin of the network: what audiocraft computes, in the way it computes it.
- Stages from 1 on have a dense mask over all pairs of frames, of every head, repeated over the batch
-in every layer; every codebook's logits are computed at every frame; and decoding asks the text's
-keys and values anew in each pass, with the null condition as a second row that is attended like any
-other. Tests hold the fast forms to it, and `bench` measures them against it. Shapes as in model.py.
+"""Reference implementation of the network: simple and slow, computed as in audiocraft.
+
+Stages above 0 use a dense mask over all pairs of frames, repeated over heads, batch and layers.
+Logits of all codebooks are computed at all frames, and each decoding pass recomputes the text's
+keys and values, with the null condition as a second row of the batch. Tests compare the optimized
+network with it, and `bench` measures both. Shapes as in model.py.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from magnet_train.model import Magnet, sinusoidal_positions
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, context: int, valid: Tensor | None = None
 ) -> Tensor:
-    """`windowed_attention` as a mask over all pairs; context -1 = all frames."""
+    """`windowed_attention` with a dense mask; context -1 = all frames."""
     if context < 0:
         allowed = None if valid is None else valid[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
@@ -61,9 +62,7 @@ def dense_logits(
     tokens: Tensor,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Logits of all codebooks at all frames: `b k t`, states `b s e` and tokens `b s` -> `b k t
-    c`.
-    """
+    """Logits of all codebooks at all frames `b k t c`; states are `b s e`, tokens `b s` bool."""
     config = model.config
     x = sum((model.embedding[k][codes[:, k]] for k in range(config.num_codebooks)), torch.zeros(()))
     if config.positions == "sinusoidal":
@@ -98,9 +97,7 @@ def dense_logits(
 def dense_networks(
     model: Magnet, states: Tensor, tokens: Tensor
 ) -> tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int], Tensor]]:
-    """The conditional and the null pass of `decode`, each a forward pass of its own that begins
-    with the text.
-    """
+    """The conditional and the null pass of `decode`, each with its own text encoding."""
 
     def conditional(codes: Tensor, stage: int) -> Tensor:
         return dense_logits(model, codes, stage, states, tokens)[:, stage]

@@ -1,6 +1,4 @@
-"""Cross-entropy of one codebook at its masked frames, as a sum and a count: sums cross ranks, means
-come last.
-"""
+"""Cross-entropy of one codebook at its masked frames, as sums and counts to add up over ranks."""
 
 from dataclasses import dataclass
 
@@ -11,18 +9,18 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class MaskedLoss:
-    """Sums over the masked frames of each example, `b` each; an example without any counts zero."""
+    """Sums over the masked frames of each example, `b` each; 0 if an example has none."""
 
     ce: Tensor
     """Cross-entropy in nats, with gradient."""
     correct: Tensor
-    """Frames whose most likely entry is the right one."""
+    """Number of correct frames (by argmax)."""
     count: Tensor
     """Masked frames."""
 
     @classmethod
     def concatenate(cls, parts: "list[MaskedLoss]") -> "MaskedLoss":
-        """Of several batches as of one; their examples one after another."""
+        """Concatenate the losses of several batches."""
         return cls(
             *(
                 torch.cat([getattr(part, name) for part in parts])
@@ -31,25 +29,21 @@ class MaskedLoss:
         )
 
     def mean(self) -> Tensor:
-        """Mean over all masked frames of the batch, so longer masks weigh more (MAGNeT, Eq. 2); 0
-        if there is none.
-        """
+        """Mean over all masked frames of the batch (MAGNeT, Eq. 2); 0 if there is none."""
         return self.ce.sum() / self.count.sum().clamp(min=1)
 
     def accuracy(self) -> Tensor:
-        """Share of the masked frames whose most likely entry is the right one; 0 if there is
-        none.
-        """
+        """Accuracy over all masked frames of the batch; 0 if there is none."""
         return self.correct.sum() / self.count.sum().clamp(min=1)
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, masked: Tensor) -> MaskedLoss:
-    """Loss at the masked frames, given the logits at just these.
+    """Loss at the masked frames.
 
     Args:
-        logits: `n c`, of the n masked frames in the order in which `masked` lists them.
+        logits: `n c`, at the n masked frames only, in row-major order of `masked`.
         targets: `b t`, the codes of the stage.
-        masked: `b t` bool, n frames True; padding is never among them.
+        masked: `b t` bool, n frames True; never padding.
 
     Raises:
         ValueError: if `logits` has another number of frames than `masked`.
@@ -58,8 +52,7 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, masked: Tensor) -> Mas
     if len(rows) != len(logits):
         raise ValueError(f"{len(logits)} rows of logits for {len(rows)} masked frames")
     wanted = targets[masked]
-    # Softmax in float32 whatever the precision of the network: the sum over 2048 entries loses too
-    # much in bf16.
+    # Softmax in float32 at any precision: in bf16 the sum over 2048 entries is too inaccurate.
     ce = F.cross_entropy(logits.float(), wanted, reduction="none")
     correct = (logits.detach().argmax(1) == wanted).float()
     sums = torch.zeros(3, len(masked), device=logits.device)

@@ -1,5 +1,4 @@
-"""Which frames the network must fill in: the mask-rate schedule, spans, and the mean rate they
-give.
+"""Masking: the schedule of mask rates, random spans, and their expected mask rate.
 
 Shapes: b examples, t frames. A mask is bool, True = to be predicted.
 """
@@ -24,9 +23,9 @@ def cosine_mask_rate(progress: Tensor) -> Tensor:
 def expected_mask_rate(num_spans: int, span_len: int, num_frames: int) -> float:
     """Mean share of frames covered by `num_spans` distinct span starts (MAGNeT, App. C).
 
-    1 - C(T - L, u) / C(T, u): spans may overlap; frames near the edge count as interior ones,
-    although the first `span_len - 1` frames are in truth covered a little less. Taken as a running
-    product: at T = 1500 the binomials themselves leave the range of a float.
+    1 - C(T - L, u) / C(T, u): spans may overlap. The formula ignores that the first `span_len - 1`
+    frames are covered slightly less often. Computed as a running product, because the binomials
+    overflow a float at T = 1500.
 
     Args:
         num_spans: u, starts drawn without replacement, at most `num_frames`.
@@ -51,9 +50,7 @@ def expected_mask_rate(num_spans: int, span_len: int, num_frames: int) -> float:
 
 @lru_cache(maxsize=64)
 def span_counts(num_frames: int, span_len: int) -> tuple[int, ...]:
-    """For each mask rate 0, 0.01 … 1 the least number of spans whose expected rate reaches it
-    (MAGNeT, App. C).
-    """
+    """Smallest number of spans that reaches each mask rate 0, 0.01 … 1 (MAGNeT, App. C)."""
     rates = torch.ones(num_frames, dtype=torch.float64)
     free = 1.0
     for u in range(num_frames):
@@ -68,25 +65,25 @@ def span_mask(
 ) -> Tensor:
     """Random spans that mask, on average, the share `rates` of the frames: `b` -> bool `b t`.
 
-    Starts are drawn without replacement over all frames; a span that would leave the sequence is
-    cut at its end. At least one span is masked in every example.
+    Starts are drawn without replacement over all frames; spans are truncated at the end of the
+    sequence. At least one span is masked in every example.
 
     Args:
-        rates: wanted share per example, in [0, 1].
+        rates: target share per example, in [0, 1].
         num_frames: T, in frames.
         span_len: L, in frames.
-        generator: source of randomness; the global one if None.
+        generator: random generator (default: the global one).
 
     Raises:
         ValueError: if a span is longer than the sequence.
     """
     if not 1 <= span_len <= num_frames:
         raise ValueError(f"span_len={span_len} does not fit in num_frames={num_frames}")
-    if span_len == 1:  # nothing overlaps, so the rate itself says how many
+    if span_len == 1:  # no overlap, so the rate gives the number of spans
         counts = (rates.cpu() * num_frames).round().long()
     else:
         counts = torch.tensor(span_counts(num_frames, span_len))[(rates.cpu() * 100).round().long()]
-    # The `count` smallest of T random numbers are a draw without replacement.
+    # The `count` smallest of T random numbers are a sample without replacement.
     order = torch.rand(len(rates), num_frames, generator=generator).argsort(1).argsort(1)
     starts = order < counts.clamp(min=1)[:, None]
     covering = F.pad(starts.long().cumsum(1), (span_len, 0))

@@ -4,12 +4,10 @@
   an index
 - the codes of a frame are embedded and summed; codebooks above the stage hold the mask id
 - stage 0 attends to all frames, the others to `context` frames on each side (MAGNeT, Sec. 3.3)
-- every block attends to the text; an example without text gets exactly zero from it
-- pre-norm, GELU, no biases but in the norms and the text projection; no dropout
-- positions: sinusoids added to the input (published), or rotary queries and keys; float32 either
-  way
-- optional: a depthwise convolution at the start of each block, a short path to the neighbouring
-  frames
+- every block has cross-attention to the text, whose output is exactly zero without text
+- pre-norm, GELU, no biases except in norms and text projection; no dropout
+- positions: sinusoids added to the input (published) or rotary (RoPE), always in float32
+- optional: a depthwise convolution over neighbouring frames at the start of each block
 
 Shapes: b examples, k codebooks, t frames, c entries of a codebook, d width, s text tokens, h heads.
 """
@@ -52,12 +50,12 @@ LARGEST = {
     "text_dim": 2**16,
     "ffn_ratio": 64,
 }
-"""Bounds of the configuration, so that a damaged or hostile one cannot ask for all memory."""
+"""Maximum values, so that a damaged or malicious configuration cannot exhaust memory."""
 
 
 @dataclass(frozen=True)
 class MagnetConfig:
-    """What decides the network's shape; codebooks and text width follow codec and text encoder."""
+    """Architecture of the network; codebooks and text width follow codec and text encoder."""
 
     dim: int = 1024
     """Width of the transformer, in channels."""
@@ -66,25 +64,23 @@ class MagnetConfig:
     num_layers: int = 24
     """Transformer blocks."""
     num_codebooks: int = 4
-    """K, codebooks of the codec, thus stages."""
+    """Number of codebooks of the codec, and of stages."""
     codebook_size: int = 2048
     """Entries of one codebook; the mask id is one more."""
     text_dim: int = 768
     """Width of the text encoder's states, in channels."""
     context: int | tuple[int, ...] = 5
-    """Frames visible on each side, -1 = all frames. One number holds for stages 1 and up, and stage
-    0 sees all frames, as published. A list gives one number per stage, stage 0 first; its last
-    number holds for all further stages.
+    """Frames visible on each side; -1 = all frames. A single number applies to stages 1 and up, and
+    stage 0 sees all frames, as published. A list has one number per stage, stage 0 first; its last
+    number is repeated for further stages.
     """
     ffn_ratio: int = 4
     """Width of the feed-forward layer, in multiples of `dim`."""
     positions: Literal["sinusoidal", "rotary"] = "sinusoidal"
-    """How frames know their place: sinusoids added to the input (published) or rotated queries and
-    keys.
-    """
+    """Positional encoding: sinusoidal (added to the input, published) or rotary (RoPE)."""
     convolution: int = 0
-    """Width of the depthwise convolution at the start of each block, in frames (odd); 0 = none, as
-    published.
+    """Kernel width of a depthwise convolution at the start of each block, in frames (odd); 0 = none
+    (published).
     """
 
     def __post_init__(self) -> None:
@@ -119,7 +115,7 @@ class MagnetConfig:
 
     @property
     def mask_id(self) -> int:
-        """The extra id that stands for "to be predicted"."""
+        """The extra id of masked frames."""
         return self.codebook_size
 
     def stage(self, index: int) -> Pass:
@@ -138,8 +134,7 @@ class MagnetConfig:
 class TextKeyValues:
     """Keys and values of the text in every block, so that decoding computes them once.
 
-    keys, values: a list of `b h s d`, one a block. allowed: `b s` bool, True = a token of this
-    caption.
+    keys, values: lists of `b h s d`, one per block. allowed: `b s` bool, True = token.
     """
 
     keys: list[Tensor]
@@ -150,7 +145,7 @@ class TextKeyValues:
 def sinusoidal_positions(num_frames: int, dim: int, device=None) -> Tensor:
     """`t d` in float32: cosines in the first half of the channels, sines in the second.
 
-    Always float32: in bfloat16 frames beyond 256 would fall together.
+    In bfloat16, neighbouring positions beyond 256 would be equal.
     """
     half = dim // 2
     frame = torch.arange(num_frames, dtype=torch.float32, device=device)[:, None]
@@ -160,19 +155,16 @@ def sinusoidal_positions(num_frames: int, dim: int, device=None) -> Tensor:
 
 
 def rotary_angles(num_frames: int, head_dim: int, device=None) -> Tensor:
-    """`t d/2` in float32: the angle by which each pair of channels turns at each frame (RoFormer,
-    Su et al., 2021).
-    """
+    """`t d/2` in float32: rotation angle of each pair of channels (RoFormer, Su et al., 2021)."""
     frame = torch.arange(num_frames, dtype=torch.float32, device=device)[:, None]
     pair = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
     return frame / 10_000 ** (2 * pair / head_dim)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys turned by their frame's angles: `b h t d` -> `b h t d`; channel i pairs with
-    channel i + d/2.
+    """Apply RoPE to queries or keys: `b h t d` -> `b h t d`; channel i pairs with channel i + d/2.
 
-    The scores of two rotated frames depend on their distance alone. Computed in float32.
+    Scores then depend only on the distance of two frames. Computed in float32.
     """
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
@@ -180,12 +172,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FrameInputs:
-    """What all blocks of one pass share."""
+    """Inputs shared by all blocks of one pass."""
 
     context: int
     """Frames visible on each side; -1 = all."""
     bias: Tensor | None
-    """Added to the attention scores, 0 or -inf; None = nothing is hidden."""
+    """Added to the attention scores, 0 or -inf; None = all frames are visible."""
     valid: Tensor | None
     """`b t`, False = padding; None = no padding."""
     rotation: tuple[Tensor, Tensor] | None
@@ -237,7 +229,7 @@ class CrossAttention(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Each channel mixed over neighbouring frames: `b t d` -> `b t d`; padding counts as zero."""
+    """Depthwise convolution over frames: `b t d` -> `b t d`; padding counts as zero."""
 
     def __init__(self, dim: int, kernel: int):
         super().__init__()
@@ -285,7 +277,7 @@ class Magnet(nn.Module):
     def __init__(self, config: MagnetConfig):
         super().__init__()
         self.config = config
-        self.text_multiple = 1  # to which captions are padded, in tokens
+        self.text_multiple = 1  # captions are padded to a multiple of this, in tokens
         self.embedding = nn.Parameter(
             torch.empty(config.num_codebooks, config.codebook_size + 1, config.dim)
         )
@@ -299,34 +291,30 @@ class Magnet(nn.Module):
         self.reset_parameters()
 
     def compile_blocks(self, **options: Any) -> None:
-        """Let torch.compile fuse what lies between the matrix products, block by block: all blocks
-        share one code.
+        """Compile the blocks; all blocks share the compiled code.
 
-        `options` go to `torch.compile`. Names of weights and copies of the network stay as they
-        are.
+        `options` are passed to `torch.compile`. Parameter names do not change.
         """
         self.prepare_for_compile()
         for block in self.blocks:
             block.compile(**options)
 
     def prepare_for_compile(self) -> None:
-        """Captions come in few lengths from now on, and the compiler keeps a variant for every case
-        that there is.
+        """Pad captions to few lengths, and let the compiler keep a variant for every case.
 
-        Stages, gradients, padding and captions make more variants than the 8 after which it falls
-        back silently.
+        Stages, gradients, padding and captions need more than the 8 variants after which the
+        compiler silently falls back to eager mode.
         """
         self.text_multiple = 64
         private_api.allow_recompiles(64)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The reference's initialisation (audiocraft `lm.py` `init_layer`, "gaussian" with
-        "current" depth scaling).
+        """audiocraft's initialisation (`lm.py` `init_layer`, "gaussian", "current" depth scaling).
 
-        Truncated normals of deviation 1/sqrt(fan in), inside block i divided by sqrt(2 (i + 1)).
-        The packed query/key/value projections are no modules there and keep torch's uniform default
-        at every depth; the text projection keeps its default too.
+        Truncated normals with standard deviation 1/sqrt(fan in), divided by sqrt(2 (i + 1)) in
+        block i. As in audiocraft, packed query/key/value projections and the text projection keep
+        torch's uniform default.
         """
         bound = self.config.dim**-0.5
 
@@ -351,35 +339,31 @@ class Magnet(nn.Module):
                 block.ffn_in,
                 block.ffn_out,
             ):
-                # The reference scales by depth wherever a block's linear layer is initialised.
+                # audiocraft scales all linear layers of a block by depth.
                 gaussian(linear.weight, linear.in_features, depth)
 
     @torch.no_grad()
     def start_from_codebooks(self, codebooks: Tensor, generator: torch.Generator) -> None:
-        """Let codes that sound alike begin alike: embeddings and heads become the codec's
-        codebooks, turned at random.
+        """Initialise embeddings and heads with the codec's codebooks under a random rotation.
 
-        As published both begin unrelated, and for each of the thousands of entries it must be
-        learnt that a held note goes on: hours on GPUs, but all that a short training has time for.
-        Heads keep the published scale; embeddings get that of the positions, which drown them
-        otherwise.
+        Codes that sound alike then start with similar embeddings. With the published random
+        initialisation, a short run spends all its time on learning that notes continue. Heads keep
+        the published scale; embeddings get the scale of the positions.
 
         Args:
             codebooks: `k c e`, any width e.
-            generator: draws the rotation; one for all codebooks, whose entries add up to a frame's
-                latent.
+            generator: draws the rotation, which is shared by all codebooks because their entries
+                add up to a frame's latent.
         """
         width = max(codebooks.shape[2], self.config.dim)
         rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
         turned = codebooks @ rotation[: codebooks.shape[2], : self.config.dim].to(codebooks)
         turned = turned / turned.square().mean((1, 2), keepdim=True).sqrt()
-        self.embedding[:, :-1] = 0.5 * turned  # the mask's own stays
+        self.embedding[:, :-1] = 0.5 * turned  # the mask's embedding stays
         self.head.copy_(turned * self.config.dim**-0.5)
 
     def encode_text(self, states: Tensor, allowed: Tensor) -> TextKeyValues:
-        """States `b s text_dim` and mask `b s` (True = token) of a text encoder -> keys and values
-        of every block.
-        """
+        """Text states `b s text_dim` and mask `b s` (True = token) -> keys and values per block."""
         if missing := -states.shape[1] % self.text_multiple:
             states, allowed = F.pad(states, (0, 0, 0, missing)), F.pad(allowed, (0, missing))
         text = self.text_projection(states) * allowed[..., None].to(states.dtype)
@@ -392,10 +376,10 @@ class Magnet(nn.Module):
         """Features of every frame: `b k t` -> `b t d`.
 
         Args:
-            codes: with the mask id where nothing is known; codebooks above those predicted should
-                hold it everywhere.
-            pass_: decides how far a frame may look; `config.stage(k)` for MAGNeT's stages.
-            text: from `encode_text`; None = no example has text, and no time is spent on it.
+            codes: the mask id marks unknown codes; codebooks above the predicted ones should be
+                masked everywhere.
+            pass_: sets the attention window; `config.stage(k)` for MAGNeT's stages.
+            text: from `encode_text`; None = no example has text, and cross-attention is skipped.
             valid: `b t`, False = padding; None = no padding.
         """
         x = self.embedded(codes)
@@ -407,9 +391,7 @@ class Magnet(nn.Module):
         return self.out_norm(x)
 
     def embedded(self, codes: Tensor) -> Tensor:
-        """What the first block gets: the codes of a frame embedded and summed, and its position. `b
-        k t` -> `b t d`.
-        """
+        """Input of the first block: sum of code embeddings and position, `b k t` -> `b t d`."""
         k, size = self.config.num_codebooks, self.config.codebook_size + 1
         offset = torch.arange(k, device=codes.device)[:, None] * size
         x = F.embedding(codes + offset, self.embedding.flatten(0, 1)).sum(1)
@@ -420,9 +402,9 @@ class Magnet(nn.Module):
         )
 
     def frame_inputs(self, x: Tensor, context: int, valid: Tensor | None) -> FrameInputs:
-        """Made once for all blocks, from the input `b t d` of the first."""
+        """Shared inputs of all blocks, from the first block's input `b t d`."""
         num_frames = x.shape[1]
-        if context >= num_frames - 1:  # a window as long as the sequence hides nothing
+        if context >= num_frames - 1:  # the window covers the sequence
             context = -1
         rotation = None
         if self.config.positions == "rotary":
@@ -431,8 +413,8 @@ class Magnet(nn.Module):
         return FrameInputs(context, self._bias(x, context, valid), valid, rotation)
 
     def _bias(self, x: Tensor, context: int, valid: Tensor | None) -> Tensor | None:
-        """What is added to the scores of attention between frames, 0 or -inf; None = nothing."""
-        heads = x.unflatten(2, (self.config.num_heads, -1)).transpose(1, 2)  # of the queries' shape
+        """Bias on the self-attention scores, 0 or -inf; None = no bias."""
+        heads = x.unflatten(2, (self.config.num_heads, -1)).transpose(1, 2)  # the queries' shape
         if context >= 0:
             return window_bias(heads, context, valid)
         if valid is None:
@@ -442,7 +424,7 @@ class Magnet(nn.Module):
         )[:, None, None]
 
     def logits(self, features: Tensor, codebook: int) -> Tensor:
-        """`… d` -> `… c`: the head of `codebook` alone, at the frames given alone."""
+        """Logits of one codebook: `… d` -> `… c`."""
         return F.linear(features, self.head[codebook])
 
     def masked_logits(
@@ -454,16 +436,15 @@ class Magnet(nn.Module):
         masked: Tensor,
         valid: Tensor | None = None,
     ) -> Tensor:
-        """What a training step needs, in one call: logits of the pass's codebook at the n frames of
-        `masked`, `n c`.
+        """Training forward pass: logits `n c` of the pass's codebook at the n masked frames.
 
         Args:
-            codes: `b k t`, as of `trunk`.
-            pass_: with one codebook.
-            states: of a text encoder, as of `encode_text`.
-            allowed: likewise.
+            codes: `b k t`, as in `trunk`.
+            pass_: a pass with one codebook.
+            states: text states, as in `encode_text`.
+            allowed: text mask, as in `encode_text`.
             masked: `b t` bool.
-            valid: as of `trunk`.
+            valid: as in `trunk`.
         """
         features = self.trunk(codes, pass_, self.encode_text(states, allowed), valid)
         (codebook,) = pass_.codebooks
@@ -472,10 +453,9 @@ class Magnet(nn.Module):
     def forward(
         self, codes: Tensor, pass_: Pass, text: TextKeyValues | None, valid: Tensor | None = None
     ) -> Tensor:
-        """Logits of the pass's codebooks at every frame: `b k t` -> `b t c`, or `b n t c` for n > 1
-        codebooks.
+        """Logits of the pass's codebooks at all frames: `b k t` -> `b t c`, or `b n t c` for n > 1.
 
-        Arguments as of `trunk`.
+        Arguments as in `trunk`.
         """
         features = self.trunk(codes, pass_, text, valid)
         logits = [self.logits(features, codebook) for codebook in pass_.codebooks]

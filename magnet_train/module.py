@@ -1,4 +1,4 @@
-"""The LightningModule: MAGNeT's training objective, its validation loss, and the optimizer."""
+"""LightningModule: MAGNeT's training objective, validation loss and optimizer."""
 
 import math
 from dataclasses import asdict
@@ -29,11 +29,10 @@ from magnet_train.sharding import check_shardable, full_tensor, is_sharded, shar
 
 
 def step_generator(seed: int, *place: int) -> torch.Generator:
-    """A generator for one place in the run (batch, rank …).
+    """A generator for one position in the run (batch, rank …).
 
-    Masks and dropouts are a function of their place and not of what was drawn before, so that a
-    resumed run draws what the uninterrupted one would have, and a validation in between changes
-    nothing.
+    Masks and dropout depend only on seed and position, not on earlier draws, so that resumed runs
+    draw the same numbers and validation does not affect training.
     """
     return generator_for(repr((seed, *place)))
 
@@ -42,7 +41,7 @@ MAX_CROP_S = 3600.0
 
 
 class MagnetModule(L.LightningModule):
-    """MAGNeT's objective (Sec. 3): cross-entropy on the masked frames of one codebook at a time."""
+    """MAGNeT: network and training objective (Sec. 3)."""
 
     def __init__(  # noqa: PLR0913  each is an option of the command line
         self,
@@ -60,32 +59,30 @@ class MagnetModule(L.LightningModule):
         compiled: bool = False,
         seed: int = 2036,
     ):
-        """What is trained and how.
-
+        """
         Args:
-            network: Shape of the transformer; its codebooks and text width follow from codec and
+            network: Architecture of the network; codebooks and text width follow from codec and
                 text encoder.
-            optimizer: AdamW and its schedule.
-            codec: "demo", a folder or a hub id of an EnCodec; must be the one the shards were made
-                with.
-            text_encoder: "demo", a folder or a hub id of a transformers text encoder with its
-                tokenizer.
-            crop_s: Length of what the model sees and generates, in seconds.
+            optimizer: Optimizer and learning-rate schedule.
+            codec: Codec: "demo", or a folder or hub id of an EnCodec; must be the one used for the
+                shards.
+            text_encoder: Text encoder: "demo", or a folder or hub id of a transformers encoder with
+                its tokenizer.
+            crop_s: Length of training crops and, by default, of generated audio, in seconds.
             span_len: Length of masked spans, in frames; 3 frames are 60 ms at 50 Hz.
             guidance_dropout: Share of examples trained without their caption, for classifier-free
                 guidance, 0 to 1.
             stage_sampling: "batch" trains one stage per optimizer step, as published; "example"
                 draws a stage for each example and runs one forward pass per stage drawn.
-            stage_weights: How often each stage is trained, relative to the others, stage 0 first;
-                the last number holds for all further stages. All stages equally often if not given,
-                as published.
+            stage_weights: Relative frequency of each stage in training, stage 0 first; the last
+                number is repeated for further stages (default: all equal, as published).
             start_from_codec: Initialise embeddings and heads from the codec's codebooks
                 (non-standard; helps short runs).
             init_from: Start from these weights (release folder, hub id, checkpoint or run folder).
                 Their network, codec, text encoder, lengths and decoding settings become the
                 defaults.
-            compiled: Compile the transformer's blocks. The first steps then take a minute or more;
-                for GPUs.
+            compiled: Compile the transformer's blocks, for GPUs. The first steps then take a minute
+                or more.
             seed: Seed of initial weights, masks and dropout.
         """
         super().__init__()
@@ -110,7 +107,7 @@ class MagnetModule(L.LightningModule):
                 f"init_from={init_from} and start_from_codec=true: choose one to start from"
             )
         start = None if init_from is None else SavedModel.open(init_from)
-        # A run may go on from another folder.
+        # A run may be resumed from another working directory.
         codec, text_encoder = absolute_name(codec), absolute_path(text_encoder)
         # Plain values, so that a checkpoint loads without unpickling classes of ours.
         self.save_hyperparameters(
@@ -129,7 +126,7 @@ class MagnetModule(L.LightningModule):
                 "seed": seed,
             }
         )
-        # Whose licence holds for what comes of them.
+        # Origin and licence of the initial weights.
         self.init_provenance = (
             {}
             if start is None
@@ -137,9 +134,7 @@ class MagnetModule(L.LightningModule):
         )
         self.config, self.optimizer_config = network, optimizer
         self.trained_steps = 0
-        """Optimizer steps of the checkpoint that was loaded, where the trainer does not know
-        them.
-        """
+        """Optimizer steps of the loaded checkpoint, if the trainer does not know them."""
         self.span_len, self.guidance_dropout, self.seed, self.crop_s = (
             span_len,
             guidance_dropout,
@@ -171,20 +166,18 @@ class MagnetModule(L.LightningModule):
         self._unsharded: tuple[Magnet, ...] = ()
 
     def configure_model(self) -> None:
-        """Shards the weights under Lightning's ModelParallelStrategy (FSDP2), over all ranks
-        whatever its sizes say.
+        """Shard the weights over all ranks under Lightning's ModelParallelStrategy (FSDP2).
 
         Raises:
-            UserError: for what does not work with shards.
+            UserError: if a setting does not work with sharded weights.
         """
         if self.device_mesh is None or is_sharded(self.network):
             return
         check_shardable(str(self.trainer.precision))
         if private_api.saves_distributed_checkpoints(self.trainer):
             raise UserError(
-                "ModelParallelStrategy: save_distributed_checkpoint=true writes folders that "
-                "nothing else here reads; "
-                "set it to false, or give --trainer.strategy fsdp2, which is the same without"
+                "ModelParallelStrategy: save_distributed_checkpoint=true writes folders, which are "
+                "not supported; set it to false, or use --trainer.strategy fsdp2"
             )
         shard(self.network, self.device_mesh.device_type)
 
@@ -202,14 +195,12 @@ class MagnetModule(L.LightningModule):
 
     @property
     def text_encoder(self) -> TextEncoder:
-        """The frozen encoder of captions; loaded by `setup`."""
+        """The frozen text encoder; loaded by `setup`."""
         return self._frozen[0]
 
     @property
     def unsharded(self) -> Magnet:
-        """The network, which under FSDP2 is a copy with all weights while the module is
-        evaluated.
-        """
+        """The network; under FSDP2, a copy with all weights during evaluation."""
         return self._unsharded[0] if self._unsharded else self.network
 
     def stage_loss(
@@ -218,10 +209,10 @@ class MagnetModule(L.LightningModule):
         """Loss of one stage under given masks.
 
         Args:
-            batch: see there.
-            captions: as many; "" = without text.
+            batch: codes and valid frames.
+            captions: one per example; "" = without text.
             stage: 0 … K-1.
-            masked: `b t`; padded frames are not counted, whatever it says there.
+            masked: `b t`; padded frames are ignored.
         """
         codes, valid = batch["codes"], batch["valid"]
         mask_id = self.config.mask_id
@@ -232,8 +223,7 @@ class MagnetModule(L.LightningModule):
         if padded:
             masked_codes = masked_codes.masked_fill(~valid[:, None], mask_id)
         masked = masked & valid
-        # Even with all captions dropped the text takes part, so that DDP finds a gradient for every
-        # parameter.
+        # Text is encoded even if all captions are dropped, because DDP needs all gradients.
         states, text_mask = self.text_encoder(captions)
         logits = self.unsharded.masked_logits(
             masked_codes,
@@ -264,10 +254,10 @@ class MagnetModule(L.LightningModule):
         return mean
 
     def _drawn_stages(self, count: int, size: int) -> list[tuple[int, list[int]]]:
-        """Stages to train in the batch that has `count` before it, with the rows of each.
+        """Stages to train in the batch after `count` others, with the rows of each.
 
-        They are drawn alike on all ranks, so that ranks have the same work and none waits for
-        another; one stage for all batches of an optimizer step, or one for each row.
+        All ranks draw the same stages, so that they have equal work: one stage for all batches of
+        an optimizer step, or one for each row.
         """
         if self.stage_sampling == "batch":
             drawn = self._draw_stages(1, step_generator(self.seed, self.global_step)) * size
@@ -300,7 +290,7 @@ class MagnetModule(L.LightningModule):
             self.fixed_masks.update(stage, rates_drawn, loss, copied.sum(1))
 
     def on_validation_epoch_start(self) -> None:
-        """After the callbacks, so that the copy is of averaged weights."""
+        """Runs after the callbacks, so that the unsharded copy has the averaged weights."""
         if is_sharded(self.network):
             self._unsharded = (unsharded_copy(self.network),)
 
@@ -314,17 +304,16 @@ class MagnetModule(L.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The licence of the weights that training began with goes where they go."""
+        """Save the origin and licence of the initial weights."""
         checkpoint["init_provenance"] = {
             k: v for k, v in self.init_provenance.items() if v is not None
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A resumed run need not find again what it began with, and is told what it goes on with
-        that is new.
+        """Restore the origin of the initial weights, and report settings that changed.
 
         Raises:
-            UserError: if the checkpoint's network or optimizer is another one.
+            UserError: if the checkpoint has another network or optimizer.
         """
         trainer = private_api.attached_trainer(self)
         if trainer is not None and trainer.state.fn == "fit":
@@ -351,7 +340,7 @@ class MagnetModule(L.LightningModule):
             self.log("train/grad_norm", full_tensor(torch.linalg.vector_norm(torch.stack(norms))))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Any:
-        """Audio for every caption of a batch, each item with noise of its own."""
+        """Generate audio for every caption of a batch, with independent noise per item."""
         from magnet_train.decoding.decode import DecodingConfig
         from magnet_train.generator import Generator
 
@@ -365,9 +354,7 @@ class MagnetModule(L.LightningModule):
         return {"wav": result.wav, "sample_rate": result.sample_rate}
 
     def on_train_start(self) -> None:
-        """A resumed run has the optimizer's settings that it was given: Lightning restores the
-        checkpoint's.
-        """
+        """Apply the configured optimizer settings again after Lightning restored old ones."""
         settings = self.optimizer_config.settings()
         optimizer = self.trainer.optimizers[0]
         schedule = self.lr_schedulers()
@@ -391,7 +378,7 @@ class MagnetModule(L.LightningModule):
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """By name: what the optimizer updates, and what is averaged, guarded and measured."""
+    """Parameters by name that are updated, averaged, guarded and counted."""
     return {
         name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
     }

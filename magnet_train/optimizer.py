@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules.
 
-The schedules are factors of the peak rate and have the off-by-ones of the reference: the cosine's
-first update has rate 0, the inverse square root's 1 / warmup_steps.
+The schedules are factors of the peak rate. As in audiocraft, the first update has rate 0 with the
+cosine schedule, and 1 / warmup_steps with the inverse square root.
 """
 
 import math
@@ -18,7 +18,7 @@ from magnet_train.common.errors import UserError
 
 
 def cosine_factor(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up from 0, then half a cosine down to 0 at `total_steps` (0 ever after).
+    """Linear warm-up from 0, then half a cosine down to 0 at `total_steps` and 0 afterwards.
 
     >>> [round(cosine_factor(s, warmup_steps=10, total_steps=20), 3) for s in (0, 5, 10, 15, 20)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
@@ -31,7 +31,7 @@ def cosine_factor(step: int, warmup_steps: int, total_steps: int) -> float:
 
 
 def inverse_sqrt_factor(step: int, warmup_steps: int) -> float:
-    """Linear warm-up, then falling with the square root of the number of updates.
+    """Linear warm-up, then inverse square root of the number of updates.
 
     >>> [round(inverse_sqrt_factor(s, warmup_steps=4), 3) for s in (0, 3, 15)]
     [0.25, 1.0, 0.5]
@@ -46,26 +46,22 @@ def inverse_sqrt_factor(step: int, warmup_steps: int) -> float:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule; the defaults are those published for the medium 30-second model."""
+    """Optimizer and schedule; defaults as published for the medium 30-second model."""
 
     name: Literal["adamw", "dadapt_adam"] = "adamw"
-    """AdamW, or audiocraft's D-Adaptation, which finds the step size itself and takes lr as a
-    factor: give 1.
-    """
+    """AdamW, or audiocraft's D-Adaptation, which estimates the step size; use it with lr 1."""
     lr: float = 1e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of AdamW's two running means, per update."""
+    """Coefficients of the running means of the gradient and its square."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, on every parameter."""
+    """Decoupled weight decay, applied to all parameters."""
     schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
     """Learning-rate schedule after warm-up; cosine reaches 0 at the trainer's last step."""
     warmup_steps: int = 4000
-    """Length of the linear warm-up, in optimizer steps; a tenth of a run that is no longer than
-    that.
-    """
+    """Linear warm-up, in optimizer steps; a tenth of the run if the run is not longer than this."""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -87,13 +83,13 @@ class OptimizerConfig:
             raise UserError(f"schedule={self.schedule}: choose cosine, inverse_sqrt or constant")
 
     def warmup_within(self, total_steps: float) -> int:
-        """Steps of warm-up in a run of `total_steps`, infinite if it has no end.
+        """Warm-up steps in a run of `total_steps` (may be infinite).
 
         >>> [OptimizerConfig(warmup_steps=50).warmup_within(total) for total in (800, 51, 50, 5)]
         [50, 50, 5, 0]
 
         Raises:
-            UserError: if the schedule is a cosine, which has to know its end, and the run has none.
+            UserError: if the schedule is cosine and the run has no end.
         """
         if self.schedule == "cosine" and not math.isfinite(total_steps):
             raise UserError(
@@ -104,7 +100,7 @@ class OptimizerConfig:
         return self.warmup_steps if self.warmup_steps < total_steps else int(total_steps) // 10
 
     def settings(self) -> dict[str, Any]:
-        """What torch's optimizer takes."""
+        """Arguments of torch's optimizer."""
         return {
             "lr": self.lr,
             "betas": tuple(self.betas),
@@ -128,10 +124,10 @@ def schedule_factor(config: OptimizerConfig, total_steps: float) -> Callable[[in
 
 
 def allows_fused(precision: str, clips_gradients: bool) -> bool:
-    """Whether one kernel may update all tensors.
+    """Whether a fused optimizer may be used.
 
-    Lightning refuses to clip gradients before a fused optimizer under a mixed precision, and fp16's
-    scaler leaves unscaling to a fused optimizer, which a skipped step would not have.
+    Lightning does not clip gradients with a fused optimizer in mixed precision, and in fp16 the
+    scaler leaves unscaling to a fused optimizer, which skipped steps would not do.
     """
     return not precision.startswith("16") and not (clips_gradients and precision.endswith("-mixed"))
 
@@ -178,7 +174,7 @@ class DAdaptAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update; without any gradient, or at lr 0, nothing changes."""
+        """One update; does nothing without gradients or at lr 0."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -232,5 +228,5 @@ class DAdaptAdam(torch.optim.Optimizer):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other as it is."""
+    """This rank's shard of a DTensor; other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
