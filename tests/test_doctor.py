@@ -201,7 +201,7 @@ def test_every_check_runs_whatever_the_others_found(parts, tmp_path, monkeypatch
     )
     for what, sign in {
         "start": f"checkpoint '{tmp_path}/gone': no such file or folder",
-        "batch": "accumulate_grad_batches=2: give one of them",
+        "batch": "accumulate_grad_batches=2: give only one of them",
         "settings": "monitor=val/oops: nothing of that name is logged; choose val/ce, val/fad",
         "train shards": "tokenize again with it, or train with theirs",
         "disk": "0 MB free for 3 checkpoints of",

@@ -318,7 +318,7 @@ def rewrite_index(folder: Path, change: Callable[[Any], Any]) -> None:
         *(
             (
                 lambda f, name=name: rewrite_index(f, lambda i: i["shards"][0].update(name=name)),
-                "is called",
+                "invalid shard name",
             )
             for name in ("../a.tar", "/a.tar", "a/b.tar", ".a.tar")
         ),

@@ -234,7 +234,7 @@ def test_picked_shards(folder: Path):
     text = refusal(ShardSet.open, f"{folder}/shard-{{000003..000004}}.tar")
     assert "shard-000004.tar" in text and "shard-000000.tar … shard-000003.tar" in text
     assert "named twice" in refusal(ShardSet.open, [str(folder), f"{folder}/shard-000001.tar"])
-    assert "names no folder" in refusal(ShardSet.open, [])
+    assert "no folder given" in refusal(ShardSet.open, [])
 
 
 def test_thousands_of_picked_shards_are_found_at_once(tmp_path: Path):

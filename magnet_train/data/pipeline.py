@@ -1,11 +1,11 @@
 """Shards to batches, as stages of a WebDataset pipeline: order -> read -> batch -> crop -> collate.
 
-Training is endless: epoch after epoch of all shards, each worker walking its own part. Evaluation
-is finite: every item exactly once. Which item comes when is computed before anything is read, from
-(seed, rank, world size, worker, workers) alone, so a resumed run finds its place by arithmetic.
+Training data is endless: in each epoch, every worker reads its part of the shards. Evaluation reads
+every item exactly once. The order is a function of (seed, rank, world size, worker, workers), so a
+resumed run can compute its position without reading data.
 
-A stage is a function of an iterator. Between reading and collating an example is a dict, so that
-other stages (`webdataset.map` and its like) can be put in between.
+A stage maps an iterator to an iterator. Examples are dicts between reading and collating, so that
+other stages such as `webdataset.map` can be inserted.
 
 Shapes: b examples, k codebooks, t frames.
 """
@@ -30,10 +30,10 @@ from magnet_train.data.captions import CaptionAugmentation, augmented
 from magnet_train.data.shards import Item, ShardSet
 
 SHARDS_MIXED = 4
-"""Shards that a worker reads and shuffles together: 1000 crops of 30 s are 14 MB."""
+"""Shards that a worker shuffles together: 1000 crops of 30 s take 14 MB."""
 MAX_UNREADABLE, MAX_UNREADABLE_S = 100, 900.0
-"""Shards in a row, and seconds, after which a reader that could read nothing ends the run: all
-ranks wait for it, and give up by themselves after half an hour."""
+"""Consecutive unreadable shards, and seconds, after which a reader ends the run; the other ranks
+wait for it and would time out after half an hour."""
 
 
 class Batch(TypedDict):
@@ -51,16 +51,15 @@ class Batch(TypedDict):
     infos: list[dict[str, Any]]
     """All fields of KEY.json."""
     references: list[dict[str, Tensor] | None]
-    """Embeddings and tags of the original audio, where the shard has them and they were asked
-    for."""
+    """Embeddings and tags of the original audio, if requested and in the shard."""
     shards_skipped: int
     """Shards that the worker could not read since its last batch."""
     items_skipped: int
-    """Items of these that others took the place of."""
+    """Items of these shards, which were replaced by others."""
 
 
 class Example(TypedDict):
-    """An item on its way to a batch."""
+    """An item between reading and collating."""
 
     codes: np.ndarray
     """uint16, `k t`."""
@@ -69,11 +68,11 @@ class Example(TypedDict):
     index: int
     """Position of the item in the split."""
     rng: np.random.Generator | None
-    """Draws crop and caption, and depends on seed, epoch and item only; None = nothing is drawn."""
+    """For crop and caption; depends only on seed, epoch and item; None = no random choices."""
     skipped: tuple[int, int]
-    """Shards and items that were skipped just before it."""
+    """Shards and items skipped just before it."""
     num_frames: int
-    """T, length of the crops in its batch, in frames."""
+    """T, crop length of its batch, in frames."""
     ends_batch: bool
 
 
@@ -92,21 +91,20 @@ class Place(NamedTuple):
 def training_order(
     counts: list[int], seed: int, part: int, parts: int, done: int = 0
 ) -> Iterator[tuple[list[Place], int]]:
-    """Endless groups of places for one of `parts` readers, each with the number of those to skip.
+    """Endless groups of positions for one of `parts` readers, each with the number to skip.
 
-    In each epoch the shards are dealt out anew, so that unequal shares even out over time. A group
-    is `SHARDS_MIXED` shards, read together and shuffled.
+    Shards are assigned to readers again in each epoch, so that unequal shares average out. A group
+    has `SHARDS_MIXED` shards, which are read and shuffled together.
 
     Args:
-        counts: items in each shard.
-        seed: of the order.
-        part: number of the reader.
-        parts: readers.
-        done: items of this reader that are skipped; groups in which all are, are not listed.
+        counts: items per shard.
+        seed: seed of the order.
+        part: index of the reader.
+        parts: number of readers.
+        done: items of this reader to skip; groups without other items are omitted.
 
     Raises:
-        ValueError: if there are more readers than shards, or no items: some reader would look for
-            its first for ever.
+        ValueError: if there are more readers than shards, or no items, which would loop forever.
     """
     size = np.asarray(counts)
     if parts > len(counts) or not size.any():
@@ -132,12 +130,12 @@ def training_order(
 def read_training(
     groups: Iterator[tuple[list[Place], int]], shards: ShardSet, seed: int
 ) -> Iterator[Example]:
-    """Stage: groups of places -> examples of the shards that can be read.
+    """Stage: groups of positions -> examples of readable shards.
 
-    A shard that cannot be read is skipped with a warning, and tried again when its turn comes
-    again. In the places of its items come others of its group, or of the next group with a readable
-    shard. So the order goes on as if nothing had been skipped, and a run that is resumed while the
-    same shards are unreadable has the same examples as one that was never interrupted.
+    An unreadable shard is skipped with a warning and tried again in the next epoch. Its items are
+    replaced by others of the same group or of the next group with a readable shard, so the order of
+    all other items does not change. A run resumed while the same shards are unreadable has the same
+    examples as an uninterrupted one.
     """
     reader = _Reader(shards)
     waiting: list[tuple[list[Place], int]] = []
@@ -157,7 +155,7 @@ def read_training(
                 place, variant = group[number], []
                 if place.shard not in content:
                     place = readable[number % len(readable)]
-                    variant = [number + 1]  # another crop than where it stands for itself
+                    variant = [number + 1]  # another crop than at its own position
                 yield {
                     **content[place.shard][place.item],
                     "index": first_index[place.shard] + place.item,
@@ -171,7 +169,7 @@ def read_training(
 
 
 class _Reader:
-    """Reads shards, names those that cannot be read, and gives up after many in a row."""
+    """Reads shards, warns about unreadable ones, and gives up after many in a row."""
 
     def __init__(self, shards: ShardSet):
         self.shards = shards
@@ -180,10 +178,10 @@ class _Reader:
         self.unreadable_since = 0.0
 
     def read(self, numbers: set[int]) -> dict[int, list[Item]]:
-        """Items of those shards that can be read; anew each time: a file system may come back.
+        """Items of the readable shards; failed shards are tried again at each call.
 
         Raises:
-            UserError: if none could be read for long.
+            UserError: if no shard could be read for long.
         """
         content: dict[int, list[Item]] = {}
         for number in sorted(numbers):
@@ -216,11 +214,11 @@ class _Reader:
 def read_evaluation(
     shards: ShardSet, is_mine: Callable[[int], bool], with_references: bool = True
 ) -> Iterator[Example]:
-    """Stage, the first one: the items for whose index `is_mine`, in order.
+    """First stage: the items whose index satisfies `is_mine`, in order.
 
     Raises:
-        UserError: if a shard cannot be read, since a metric over fewer items is another metric, or
-            if two items have one key, since by their keys they are told apart.
+        UserError: if a shard is unreadable, because metrics over fewer items are not comparable, or
+            if two items have the same key.
     """
     first = 0
     shard_by_key: dict[str, int] = {}
@@ -231,8 +229,8 @@ def read_evaluation(
                 if key in shard_by_key:
                     paths = redact(shards.paths[shard]), redact(shards.paths[shard_by_key[key]])
                     raise UserError(
-                        f"{paths[0]}: {key} is in {paths[1]} too, and metrics go by keys; give the "
-                        "audio files of one set other names and tokenize it again"
+                        f"{paths[0]}: {key} is in {paths[1]} too, but metrics need unique keys; "
+                        "rename the audio files of one set and tokenize it again"
                     )
                 shard_by_key[key] = shard
                 if is_mine(index):
@@ -252,10 +250,10 @@ def read_evaluation(
 
 @dataclass(frozen=True)
 class CropPhase:
-    """A part of training in which all crops have one length."""
+    """A part of training with one crop length."""
 
     num_batches: int | None
-    """Batches of this phase; None = all that follow."""
+    """Batches of this phase; None = all further batches."""
     num_frames: int
     """Length of a crop, in frames."""
     batch_size: int
@@ -263,7 +261,7 @@ class CropPhase:
 
 
 def find_phase(phases: Sequence[CropPhase], batch: int) -> CropPhase:
-    """The phase of the batch with this number, from 0.
+    """The phase of a batch, numbered from 0.
 
     >>> find_phase([CropPhase(2, 50, 8), CropPhase(None, 100, 4)], 2).num_frames
     100
@@ -276,7 +274,7 @@ def find_phase(phases: Sequence[CropPhase], batch: int) -> CropPhase:
 
 
 def items_before(phases: Sequence[CropPhase], batch: int, role: int, workers: int) -> int:
-    """Items in the batches role, role + workers, … below `batch`: what one worker yielded by then.
+    """Items in the batches role, role + workers, … below `batch`, which one worker yielded.
 
     >>> items_before([CropPhase(2, 50, 8), CropPhase(None, 100, 4)], batch=5, role=1, workers=2)
     12
@@ -294,12 +292,12 @@ def items_before(phases: Sequence[CropPhase], batch: int, role: int, workers: in
 def assign_batches(
     examples: Iterator[Example], phases: Sequence[CropPhase], numbers: Iterator[int]
 ) -> Iterator[Example]:
-    """Stage: examples -> examples that know the crop length of their batch, and its end.
+    """Stage: sets `num_frames` and `ends_batch` of examples.
 
     Args:
-        examples: of one worker.
-        phases: of training.
-        numbers: of the batches of this worker.
+        examples: examples of one worker.
+        phases: phases of training.
+        numbers: batch numbers of this worker.
     """
     for number in numbers:
         phase = find_phase(phases, number)
@@ -313,11 +311,11 @@ def assign_batches(
 
 
 def crop_examples(examples: Iterator[Example], frame_rate: float) -> Iterator[Example]:
-    """Stage: a part of `num_frames` of each longer example, and all audio of each shorter one.
+    """Stage: crops examples to `num_frames`; shorter examples keep all frames with audio.
 
     Args:
-        examples: with `rng`: the part begins at random; without: at the beginning.
-        frame_rate: of the codec, in Hz; tells how many of an item's frames hold audio.
+        examples: cropped at random if they have `rng`, otherwise from the start.
+        frame_rate: frame rate of the codec in Hz, to find the frames that contain audio.
     """
     for example in examples:
         codes, num_frames, rng = example["codes"], example["num_frames"], example["rng"]
@@ -332,7 +330,7 @@ def crop_examples(examples: Iterator[Example], frame_rate: float) -> Iterator[Ex
 def vary_captions(
     examples: Iterator[Example], augmentation: CaptionAugmentation
 ) -> Iterator[Example]:
-    """Stage: captions varied by each example's own generator; the other fields stay."""
+    """Stage: caption augmentation with each example's own generator."""
     for example in examples:
         rng = example["rng"]
         assert rng is not None
@@ -342,7 +340,7 @@ def vary_captions(
 
 
 def collate_batches(examples: Iterator[Example]) -> Iterator[Batch]:
-    """Stage: examples -> batches; what is left at the end is a short batch."""
+    """Stage: examples -> batches; the last batch may be short."""
     batch: list[Example] = []
     for example in examples:
         batch.append(example)
@@ -354,7 +352,7 @@ def collate_batches(examples: Iterator[Example]) -> Iterator[Batch]:
 
 
 def collate(examples: list[Example]) -> Batch:
-    """One batch, padded to its crop length."""
+    """Collate examples into a batch, padded to its crop length."""
     num_frames = examples[0]["num_frames"]
     codes = torch.zeros(len(examples), len(examples[0]["codes"]), num_frames, dtype=torch.int64)
     valid = torch.zeros(len(examples), num_frames, dtype=torch.bool)
@@ -376,17 +374,16 @@ def collate(examples: list[Example]) -> Batch:
 
 
 def compress_for_worker(batch: Any) -> Any:
-    """Compact form of a batch for its way out of a worker: the `collate_fn` of our DataLoaders.
+    """Compact form of a batch for transfer from a worker: the `collate_fn` of our DataLoaders.
 
-    Otherwise each tensor would travel as a file of shared memory, and torch would look at each
-    string of the batch; either takes longer than to read and crop the codes.
+    Otherwise torch sends each tensor as a shared-memory file and inspects each string of the batch,
+    which takes longer than reading and cropping the codes.
     """
     return batch if get_worker_info() is None else _CompressedBatch(batch)
 
 
 class _CompressedBatch(dict):
-    """A batch that is pickled with codes as uint16 and lengths for `valid`, and unpickled as it
-    was."""
+    """A batch that is pickled with codes as uint16 and with lengths instead of `valid`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         rest = {name: value for name, value in self.items() if name not in ("codes", "valid")}
@@ -415,14 +412,14 @@ class TrainingStream(IterableDataset):
     batch_size: int
     """Crops in a batch."""
     seed: int
-    """Of order, crops and captions."""
+    """Seed of order, crops and captions."""
     rank: int = 0
     world_size: int = 1
     start_batch: int = 0
-    """Batches of this rank that are already done."""
+    """Completed batches of this rank."""
     augmentation: CaptionAugmentation = CaptionAugmentation()
     shorter: Sequence[CropPhase] = ()
-    """Phases of shorter crops that come first."""
+    """Initial phases with shorter crops."""
 
     @property
     def phases(self) -> list[CropPhase]:
@@ -430,8 +427,8 @@ class TrainingStream(IterableDataset):
         return [*self.shorter, CropPhase(None, self.num_frames, self.batch_size)]
 
     def stages(self, worker: int = 0, workers: int = 1) -> list[Any]:
-        """The stages of one worker, for a `webdataset.DataPipeline` with others in between."""
-        # The loader asks its workers in turn, the first for the first batch after a resume.
+        """The stages of one worker, for a `webdataset.DataPipeline` with further stages."""
+        # The loader reads from its workers in turn, starting with the first after a resume.
         role = (worker + self.start_batch) % workers
         done = items_before(self.phases, self.start_batch, role, workers)
         part = self.rank * workers + role
@@ -460,19 +457,18 @@ class EvaluationDataset(IterableDataset):
 
     shards: ShardSet
     num_frames: int
-    """Length of a crop, in frames; crops begin where the items begin."""
+    """Length of a crop, in frames; crops start at the first frame."""
     batch_size: int
     """Items in a batch."""
     rank: int = 0
     world_size: int = 1
 
     def stages(self, worker: int = 0, workers: int = 1) -> list[Any]:
-        """The stages of one worker, for a `webdataset.DataPipeline` with others in between."""
+        """The stages of one worker, for a `webdataset.DataPipeline` with further stages."""
         frame_rate = self.shards.index["codec"]["frame_rate"]
 
         def is_mine(index: int) -> bool:
-            """Items go to ranks in turn, and whole batches to workers in turn, as these are
-            asked."""
+            """Items are assigned to ranks in turn, and batches to workers in turn."""
             number, rank = divmod(index, self.world_size)
             return rank == self.rank and number // self.batch_size % workers == worker
 
@@ -490,6 +486,6 @@ class EvaluationDataset(IterableDataset):
 
 
 def _worker() -> tuple[int, int]:
-    """Number of this data worker, and how many there are."""
+    """Index of this data worker, and number of workers."""
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)

@@ -1,8 +1,8 @@
-"""What `tokenize` will do, before it does it: which crops of which clips go into which shard.
+"""The plan of `tokenize`: which crops of which clips go into which shard.
 
-The plan is a function of the clips and the options alone, so that every process finds the same. It
-grows: a later call appends the clips that are new, in shards of their own, and the shards that
-are there stay as they are. A clip that was planned and is gone or changed is refused.
+The plan is a function of clips and options, so that every process computes the same. Later calls
+append new clips in new shards and do not change existing ones. Removed or changed clips are an
+error.
 """
 
 import hashlib
@@ -25,35 +25,35 @@ MIN_HOP_S = 0.01
 MAX_CROP_S = 3600.0
 MAX_MIXTURES = 100.0
 SAMPLED_BYTES = 1 << 16
-"""Bytes at the beginning, the middle and the end of a file by which changed audio is noticed."""
+"""Bytes at the beginning, middle and end of a file that are compared to detect changed audio."""
 
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """How audio becomes shards."""
+    """Options of `tokenize`."""
 
     codec: str = "demo"
-    """Codec that encodes: "demo", a folder or a hub id."""
+    """Codec: "demo", a folder or a hub id."""
     crop_s: float = 30.0
     """Length of a crop, in seconds."""
     hop_s: float | None = None
-    """Distance between the starts of two crops, in seconds (default: the length of a crop)."""
+    """Distance between the starts of two crops, in seconds (default: --crop_s)."""
     min_s: float = 1.0
-    """Shortest last crop that is kept, in seconds."""
+    """Minimum length of the last crop of a file, in seconds."""
     silence_db: float = -60.0
     """Skip crops whose RMS level is below this, in dB of full scale."""
     mixtures: float = 0.0
     """Mixing augmentation: extra crops per crop, each the sum of two crops from different files."""
     mixture_snr_db: float = 5.0
-    """Largest difference in level between the two parts of a mixture, in dB, drawn uniformly."""
+    """Maximum level difference between the two parts of a mixture, in dB; drawn uniformly."""
     split: str = "shard"
-    """Prefix of the shards' file names."""
+    """Prefix of the shards' file names, such as train."""
     shard_size: int = 256
     """Crops per shard."""
     batch_size: int = 8
-    """Crops encoded together."""
+    """Crops per batch of the codec."""
     processes: int = 1
-    """Processes on this machine; others may be started on the same folder at any time."""
+    """Number of processes; the same command may also run on other machines at the same time."""
     embedder: Literal["none", "musicnn"] = "none"
     """Also store this network's embeddings of the original audio, as references for FAD and KL."""
 
@@ -81,7 +81,7 @@ class TokenizeOptions:
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of a clip; with another one that is added to it, a mixture."""
+    """A part of a clip, or a mixture of two parts."""
 
     clip: Clip
     key: str
@@ -91,24 +91,24 @@ class Crop:
     duration_s: float
     mixed_with: "Crop | None" = None
     snr_db: float = 0.0
-    """By how much the crop is louder than the one that is added to it, in dB."""
+    """Level of the crop relative to the one mixed into it, in dB."""
 
 
 @dataclass(frozen=True)
 class UsableClip:
-    """A clip whose audio can be read and that has a caption."""
+    """A clip with readable audio and a caption."""
 
     clip: Clip
     start_s: float
     length_s: float
     fingerprint: str
-    """Changes with the clip's name, audio, caption, fields and segment; not with its folder."""
+    """Hash of the clip's name, audio, caption, fields and segment, but not of its folder."""
 
 
 def find_usable(
     clips: list[Clip], options: TokenizeOptions
 ) -> tuple[dict[str, UsableClip], list[dict[str, str]]]:
-    """Usable clips by fingerprint, and `file` and `reason` of those that are skipped.
+    """Usable clips by fingerprint, and `file` and `reason` of skipped ones.
 
     Raises:
         UserError: if no clip can be used.
@@ -149,7 +149,7 @@ def append_round(usable: dict[str, UsableClip], rounds: list[list[str]]) -> list
 def plan_shards(
     usable: dict[str, UsableClip], rounds: list[list[str]], options: TokenizeOptions
 ) -> list[list[Crop]]:
-    """The crops of each shard; a shard holds crops of one round."""
+    """The crops of each shard; a shard has crops of one round."""
     shards: list[list[Crop]] = []
     for part in rounds:
         crops = [crop for fingerprint in part for crop in _crops(usable[fingerprint], options)]
@@ -188,7 +188,7 @@ def _fingerprint(clip: Clip) -> str:
 
 
 def _crops(part: UsableClip, options: TokenizeOptions) -> Iterator[Crop]:
-    """Crops up to the end of the clip; one within the crop before would bring nothing new."""
+    """Crops up to the end of the clip, without crops that lie within the previous one."""
     hop_s = options.hop_s or options.crop_s
     length_s = part.length_s
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", part.clip.id).strip("-")[:80] or "clip"
@@ -206,9 +206,9 @@ def _crops(part: UsableClip, options: TokenizeOptions) -> Iterator[Crop]:
 def with_mixtures(crops: list[Crop], options: TokenizeOptions) -> list[Crop]:
     """The crops, each followed by its mixtures with crops of other files.
 
-    The mixing augmentation of the published sound models (audiocraft `data/sound_dataset.py`) draws
-    new mixtures for each batch. Codes cannot be added, so here their number is finite: with 1 a
-    crop, half of what is trained on is mixed, as published.
+    The published sound models (audiocraft `data/sound_dataset.py`) mix waveforms in each batch.
+    Codes cannot be added, so here the number of mixtures is fixed: with one per crop, half of the
+    training data is mixed, as published.
     """
     if len({crop.clip.path for crop in crops}) < 2:
         raise UserError("--mixtures: needs crops of at least two files")
@@ -230,13 +230,13 @@ def with_mixtures(crops: list[Crop], options: TokenizeOptions) -> list[Crop]:
 
 
 def plan_settings(options: TokenizeOptions) -> dict[str, Any]:
-    """The options that decide what is in the shards."""
+    """The options that determine the shards' content."""
     unimportant = ("processes", "batch_size", "codec")
     return {name: value for name, value in asdict(options).items() if name not in unimportant}
 
 
 def check_captions(source: Path, clips: list[Clip]) -> None:
-    """Raises UserError if no clip has a caption."""
+    """Raise a UserError if no clip has a caption."""
     if any(clip.caption for clip in clips):
         return
     if error := next((clip.error for clip in clips if clip.error), ""):

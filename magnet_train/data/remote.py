@@ -1,9 +1,9 @@
-"""Where shards are: folders as people name them, and the bytes of a file, local or at an address.
+"""Patterns for shard folders, and reading of local and remote files.
 
-An address has `://` in it; fsspec reads it, bounded in bytes and seconds. A fetched shard is cached
-under the name of its SHA-256, so that a cached file is right or is noticed, and several processes
-that fetch the same do no harm. Errors that may pass are tried again, with growing pauses. Passwords
-and signatures in addresses never appear in a message.
+URLs (with `://`) are read by fsspec, with limits on bytes and seconds. Shards are cached under
+their SHA-256, so that cached files can be verified and several processes may download the same.
+Temporary errors are retried with increasing pauses. Messages never contain the passwords and
+signatures of URLs.
 """
 
 import errno
@@ -28,24 +28,23 @@ from magnet_train.common.pretrained import one_line
 from magnet_train.common.redact import redact
 
 SHARD_PATIENCE_S, INDEX_PATIENCE_S = 60.0, 15.0
-"""Seconds within which a fetch is tried again; an index is needed at the start, when a user
-waits."""
+"""Seconds during which a download is retried; shorter for the index, for which a user waits."""
 FIRST_PAUSE_S = 1.0
-"""Before the second try; each further pause is twice as long, give or take a half."""
+"""Pause before the first retry; it doubles with each retry, with random jitter."""
 STALL_S = 20.0
-"""Seconds in which an HTTP server must answer, and between two pieces of what it sends."""
+"""Timeout of an HTTP server's answer and of each further chunk, in seconds."""
 MIN_BYTES_PER_S, MAX_FETCH_S = 10_000, 900.0
-"""A fetch that is slower, or takes longer, counts as one that failed."""
+"""Minimum speed and maximum duration of a download; otherwise it counts as failed."""
 MAX_SHARD_BYTES, MAX_INDEX_BYTES = 1 << 30, 1 << 28
 CHUNK_BYTES = 1 << 23
 MIN_FREE_BYTES = 2_000_000_000
-"""Left free on the cache's disk, which may be that of the checkpoints."""
+"""Free space to leave on the cache's disk, which may also have the checkpoints."""
 
-_jitter = random.Random()  # its own: drawing from the common one would change what a run draws
+_jitter = random.Random()  # separate: must not change the run's random numbers
 
 
 def is_address(url_or_path: str | Path) -> bool:
-    """Whether it is a URL, and not a local path."""
+    """Whether this is a URL and not a local path."""
     return "://" in str(url_or_path)
 
 
@@ -53,15 +52,15 @@ def is_address(url_or_path: str | Path) -> bool:
 
 
 def find_folders(given: str) -> list[tuple[str, str]]:
-    """Folders that a text names, in its order, each with a pattern for the names of its shards.
+    """Folders that match a pattern, in order, each with a pattern for its shard names.
 
     Braces are alternatives (`{a,b}`) or a range (`{00..07}`), in the order written; `*`, `?` and
-    `[…]` match names, sorted. A last part that ends in `.tar` picks shards of its folder; their
-    names are matched with the folder's index, so that needs no listing. A folder that exists under
-    the very name is that one.
+    `[…]` match names, sorted. If the last part ends in `.tar`, it selects shards by the names in
+    the folder's index, which needs no listing. An existing folder with exactly this name has
+    precedence.
 
     Raises:
-        UserError: if nothing matches, braces do not pair, or a place that cannot list is asked to.
+        UserError: if nothing matches, braces are unbalanced, or the store cannot list folders.
 
     >>> find_folders("music/part-{0..1}")
     [('music/part-0', '*'), ('music/part-1', '*')]
@@ -89,7 +88,7 @@ def find_folders(given: str) -> list[tuple[str, str]]:
 
 
 def has_wildcard(text: str) -> bool:
-    """Whether it stands for several names."""
+    """Whether the text has wildcards or braces."""
     return re.search(r"[*?\[]", text) is not None
 
 
@@ -112,7 +111,7 @@ def _listed(pattern: str) -> list[str]:
                 for k, about in names.items()
                 if about["type"] == "directory"
             ]
-        except Exception as error:  # each store has errors of its own
+        except Exception as error:  # each store has its own types
             raise _explain(pattern, error) from error
     if not found:
         raise UserError(f"{redact(pattern)}: no folder matches; correct the pattern")
@@ -123,11 +122,11 @@ def _listed(pattern: str) -> list[str]:
 
 
 def read_index(folder: str) -> Any:
-    """The index.json of a folder; one at an address is fetched anew, or comes from the cache.
+    """The index.json of a folder; if it is remote, downloaded, or from the cache if that fails.
 
     Raises:
-        UserError: if it is at an address, and cannot be fetched and is not cached.
-        OSError, ValueError: if it is local and cannot be read; if it is no JSON.
+        UserError: if it is remote, cannot be downloaded and is not cached.
+        OSError, ValueError: if it is local and cannot be read, or is not JSON.
     """
     if not is_address(folder):
         return json.loads(_read_local(Path(folder).expanduser() / "index.json", MAX_INDEX_BYTES))
@@ -135,7 +134,7 @@ def read_index(folder: str) -> Any:
     cached = _cache() / "index" / f"{hashlib.sha256(address.encode()).hexdigest()}.json"
     try:
         content = _fetch(address, INDEX_PATIENCE_S, MAX_INDEX_BYTES)
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # each store has its own types
         may_use_cache = _is_transient(error) or _lacks_credentials(error)
         if not may_use_cache or not cached.is_file():
             raise _explain(address, error) from error
@@ -150,10 +149,10 @@ def read_index(folder: str) -> Any:
 
 
 def read_bytes(url_or_path: str | Path, sha256: str | None) -> bytes:
-    """A shard, checked if its SHA-256 is given; one at an address is cached then.
+    """Read a shard; if its SHA-256 is given, verify it, and cache a remote shard.
 
     Raises:
-        UserError: if it is at an address and cannot be fetched.
+        UserError: if it is remote and cannot be downloaded.
         OSError: if it is local and cannot be read.
         ValueError: if it is too large, or has another SHA-256.
     """
@@ -163,13 +162,13 @@ def read_bytes(url_or_path: str | Path, sha256: str | None) -> bytes:
     if sha256 is not None:
         try:
             return _checked(_read_local(cached, MAX_SHARD_BYTES), sha256)
-        except (OSError, ValueError):  # not there, or damaged
+        except (OSError, ValueError):  # missing or damaged
             pass
     try:
         content = _fetch(str(url_or_path), SHARD_PATIENCE_S, MAX_SHARD_BYTES, sha256)
     except (_WrongHash, _TooLarge):
         raise
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # each store has its own types
         raise _explain(str(url_or_path), error) from error
     if (
         sha256 is not None
@@ -179,22 +178,22 @@ def read_bytes(url_or_path: str | Path, sha256: str | None) -> bytes:
 
 
 class _WrongHash(ValueError):
-    """The bytes are not those of the index."""
+    """The content does not match the index."""
 
 
 class _TooLarge(ValueError):
-    """There are more bytes than are ever read."""
+    """The content is larger than the limit."""
 
 
 def _checked(content: bytes, sha256: str | None) -> bytes:
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise _WrongHash("its bytes do not have the SHA-256 that the index gives")
+        raise _WrongHash("its SHA-256 differs from the index")
     return content
 
 
 def _read_local(path: Path, max_bytes: int) -> bytes:
     about = path.stat()
-    if not stat.S_ISREG(about.st_mode):  # opening a named pipe would wait for its writer
+    if not stat.S_ISREG(about.st_mode):  # opening a named pipe would block
         raise ValueError("not a regular file")
     if about.st_size > max_bytes:
         raise _TooLarge(f"holds more than {max_bytes:,} bytes")
@@ -202,17 +201,17 @@ def _read_local(path: Path, max_bytes: int) -> bytes:
 
 
 def _fetch(address: str, patience_s: float, max_bytes: int, sha256: str | None = None) -> bytes:
-    """Tries again while that may help: once, then within the patience; once after a wrong hash."""
+    """Download, with retries within the patience for temporary errors, and one for a wrong hash."""
     start = time.monotonic()
     wrong_hashes = 0
     for number in count():
         try:
             return _checked(_download(address, max_bytes), sha256)
-        except _WrongHash:  # a connection that was cut without a word, or really another file
+        except _WrongHash:  # a silently interrupted connection, or another file
             wrong_hashes += 1
             if wrong_hashes == 2:
                 raise
-        except Exception as error:  # each store has errors of its own
+        except Exception as error:  # each store has its own types
             pause = FIRST_PAUSE_S * 2**number * _jitter.uniform(0.5, 1.5)
             is_late = number > 0 and time.monotonic() + pause > start + patience_s
             if is_late or not _is_transient(error):
@@ -222,9 +221,9 @@ def _fetch(address: str, patience_s: float, max_bytes: int, sha256: str | None =
 
 
 def _download(address: str, max_bytes: int) -> bytes:
-    """Reads piece by piece, and stops where there are too many bytes, or too few in their time."""
+    """Download in chunks, with limits on size and speed."""
     store, path = _store(address)
-    # Of a web server as a stream, in one request that asks for no size before; of others in ranges.
+    # Web servers: one streamed request without a size query; other stores: ranges.
     options = {"block_size": 0, "size": 1} if _is_http(address) else {"block_size": CHUNK_BYTES}
     start = time.monotonic()
     content = bytearray()
@@ -245,9 +244,9 @@ def _is_http(address: str) -> bool:
 
 
 def _store(address: str) -> tuple[Any, str]:
-    """fsspec's file system for an address, and the path in it.
+    """fsspec's file system for a URL, and the path in it.
 
-    Made anew in each process: its threads survive no fork.
+    Created in each process, because its threads do not survive a fork.
     """
     import fsspec
 
@@ -260,13 +259,13 @@ def _store(address: str) -> tuple[Any, str]:
 
 
 def _status(error: BaseException) -> int | None:
-    """HTTP status of an error; aiohttp and gcsfs call it differently."""
+    """HTTP status of an error; aiohttp and gcsfs use different names."""
     status = str(getattr(error, "status", None) or getattr(error, "code", None))
     return int(status) if status.isdigit() else None
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Whether trying again may help."""
+    """Whether a retry may help."""
     permanent = (FileNotFoundError, PermissionError, ImportError, ValueError)
     if isinstance(error, permanent) or _lacks_credentials(error):
         return False
@@ -276,18 +275,18 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _lacks_credentials(error: BaseException) -> bool:
-    """botocore's and google-auth's errors before anything is asked of the store."""
+    """Whether this is botocore's or google-auth's error for missing credentials."""
     return type(error).__name__.endswith("CredentialsError")
 
 
 def _explain(address: str, error: BaseException) -> UserError:
-    """The error as the user reads it."""
+    """The UserError for an error of a store."""
     shown = redact(address)
     reason = redact(one_line(error))
     if isinstance(error, TimeoutError):
         reason = f"no answer in time: {reason}"
     if isinstance(error, _TooLarge):
-        return UserError(f"{shown}: {reason}; it is no index that tokenize wrote")
+        return UserError(f"{shown}: {reason}; not an index written by tokenize")
     if isinstance(error, FileNotFoundError) or _status(error) in (404, 410):
         return UserError(
             f"{shown}: not there; copy the whole folder that tokenize made, or correct the address"
@@ -318,7 +317,7 @@ def _cache() -> Path:
 
 
 def _keep(content: bytes, path: Path) -> None:
-    """Writes a file of the cache whole or not at all; without room or right to, it warns once."""
+    """Write a file of the cache atomically; if space or permission is missing, warn once."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(path.parent).free < MIN_FREE_BYTES + len(content):

@@ -1,10 +1,9 @@
-"""Shards of codes in WebDataset's format: the index of a set, and how a shard is read, checked and
-written.
+"""Shards of codes in WebDataset's format: index, reading, checking and writing.
 
-A shard is a tar of `KEY.codes.npy` (uint16, codebooks x frames), `KEY.json` and, where metrics need
-it, `KEY.reference.npz`. Reading is a list of WebDataset stages (`read_stages`), so that a user can
-put other ones between them. A shard is data from strangers: what the tar, the arrays and the JSON
-say of their sizes, names and types is checked before it is used.
+A shard is a tar of `KEY.codes.npy` (uint16, codebooks x frames), `KEY.json` and, if metrics need
+it, `KEY.reference.npz`. Reading is a list of WebDataset stages (`read_stages`) into which users can
+insert others. Shards are untrusted: sizes, names and types in the tar, arrays and JSON are checked
+before use.
 """
 
 import fnmatch
@@ -34,7 +33,7 @@ from magnet_train.common.redact import redact
 from magnet_train.data.remote import find_folders, is_address, read_bytes, read_index
 
 CODES, INFO, REFERENCE = "codes.npy", "json", "reference.npz"
-"""Parts of an item: what follows its key in the tar."""
+"""Parts of an item: file suffixes after its key."""
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,200}")
 SHARD_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
 MAX_JSON_BYTES = 1 << 20
@@ -43,16 +42,16 @@ MAX_EXAMPLES = 1_000_000
 """Items in one shard."""
 MAX_DURATION_S = 1e6
 LONG_NAME_KINDS = (b"x", b"g", b"L")
-"""Kinds of tar headers that only give the next member a long name, or a time with fractions."""
+"""Types of tar headers that only give the next member a long name or a precise time."""
 
 
 class Item(TypedDict):
-    """One example as it lies in a shard."""
+    """One example of a shard."""
 
     codes: np.ndarray
     """uint16, `k t`."""
     info: dict[str, Any]
-    """KEY.json; `key`, `caption` and `duration_s` are checked, whatever else is there is not."""
+    """KEY.json; only `key`, `caption` and `duration_s` are checked."""
     reference: dict[str, Tensor] | None
     """Embeddings and tags of the original audio."""
 
@@ -62,27 +61,27 @@ class Item(TypedDict):
 
 @dataclass(frozen=True)
 class ShardSet:
-    """Shards of one folder or of several, in the order in which they were named."""
+    """Shards of one or several folders, in the given order."""
 
     name: str
-    """As it was given."""
+    """As given."""
     index: dict[str, Any]
-    """Of the folder; of several, or of some of its shards, no more than `codec` and `shards`."""
+    """Index of the folder; for several folders or some shards, only `codec` and `shards`."""
     paths: list[Path | str]
-    """Of the shards, or their addresses."""
+    """Paths or URLs of the shards."""
 
     @classmethod
     def open(cls, given: str | Path | Sequence[str | Path]) -> "ShardSet":
-        """Reads the index of each folder that is named; `remote.find_folders` says how.
+        """Read the index of each folder; for the syntax of patterns see `remote.find_folders`.
 
         Raises:
-            UserError: if a folder or its index is missing, unreadable, or empty; if two folders
-                have codes of different codecs; if a shard is named twice.
+            UserError: if a folder or its index is missing, unreadable or empty, if two folders have
+                different codecs, or if a shard is named twice.
         """
         names = [str(given)] if isinstance(given, (str, Path)) else [str(name) for name in given]
         folders = [found for name in names for found in find_folders(name)]
         if not folders:
-            raise UserError(f"shards {names}: names no folder; give one that tokenize made")
+            raise UserError(f"shards {names}: no folder given; give one made by tokenize")
         first = folders[0][0]
         indexes: dict[str, dict[str, Any]] = {}
         listed: dict[str, dict[str, dict[str, Any]]] = {}
@@ -106,7 +105,7 @@ class ShardSet:
         """All items of a shard, in its order, checked against the index.
 
         Raises:
-            UserError: if the shard is missing, broken, or not what the index says.
+            UserError: if the shard is missing or damaged, or does not match the index.
         """
         entry, codec, path = self.index["shards"][number], self.index["codec"], self.paths[number]
         items = read_shard(path, with_references, entry.get("sha256"))
@@ -132,10 +131,10 @@ class ShardSet:
 
 
 def open_index(folder: str) -> dict[str, Any]:
-    """The index of a folder, in which everything that is read of it is there and within bounds.
+    """Read and check the index of a folder.
 
     Raises:
-        UserError: if it is missing, unreadable, broken, or lists no items.
+        UserError: if it is missing, unreadable or invalid, or lists no items.
     """
     path = redact(_join(folder, "index.json"))
     try:
@@ -156,7 +155,7 @@ def open_index(folder: str) -> dict[str, Any]:
 
 
 def _check_index(index: Any) -> None:
-    """Raises ValueError that says what is wrong."""
+    """Raise a ValueError that names the first problem."""
     codec = _typed(index, "codec", dict)
     for name in ("id", "hash"):
         _typed(codec, name, str)
@@ -168,7 +167,7 @@ def _check_index(index: Any) -> None:
     for shard in _typed(index, "shards", list):
         name = _typed(shard, "name", str)
         if not SHARD_NAME_PATTERN.fullmatch(name):
-            raise ValueError(f"a shard is called {name[:80]!r}")
+            raise ValueError(f"invalid shard name {name[:80]!r}")
         if name in names:
             raise ValueError(f"it lists {name} twice")
         names.add(name)
@@ -182,7 +181,7 @@ def _check_index(index: Any) -> None:
 def _typed(parent: Any, name: str, kind: Any) -> Any:
     """`parent[name]`, if it has that type."""
     if not isinstance(parent, dict):
-        raise ValueError(f"a {type(parent).__name__} where an object belongs")
+        raise ValueError(f"a {type(parent).__name__} instead of an object")
     value = parent.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{name} is missing or a {type(value).__name__}")
@@ -206,15 +205,15 @@ def _check_same_codec(first: str, folder: str, indexes: dict[str, dict[str, Any]
 
 
 def _matching_names(folder: str, pattern: str, listed: dict[str, Any]) -> list[str]:
-    """Names of shards that a pattern matches, of those that a folder's index lists."""
+    """Names of shards in a folder's index that match a pattern."""
     if pattern in listed:
         return [pattern]
     if names := fnmatch.filter(listed, pattern):
         return names
     known = list(listed)
     raise UserError(
-        f"{redact(folder)}: its index lists no {pattern}, but {known[0]} … {known[-1]}; "
-        "correct the name"
+        f"{redact(folder)}: its index has no {pattern}, only {known[0]} … {known[-1]}; correct the "
+        "name"
     )
 
 
@@ -233,8 +232,8 @@ def read_shard(
     """All items of a shard, in its order.
 
     Raises:
-        UserError: if it is missing, truncated, not a shard, has another SHA-256 than the one given,
-            or lies at an address that cannot be reached.
+        UserError: if it is missing, truncated, not a shard, has another SHA-256 than given, or
+            cannot be downloaded.
     """
     source = {"url": path, "sha256": sha256}
     try:
@@ -250,9 +249,9 @@ def read_shard(
 
 
 def read_stages(with_references: bool = False) -> list[Callable[..., Any]]:
-    """WebDataset stages that make items of sources {"url": path or address}.
+    """WebDataset stages: sources {"url": path or URL} -> items.
 
-    `DataPipeline(SimpleShardList(urls), *read_stages(), shuffle(1000), ...)` is a data set.
+    `DataPipeline(SimpleShardList(urls), *read_stages(), shuffle(1000), ...)` is a dataset.
     """
 
     def is_wanted(name: str) -> bool:
@@ -268,7 +267,7 @@ def read_stages(with_references: bool = False) -> list[Callable[..., Any]]:
 
 
 def open_shards(sources: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Stage: fetches each shard, and checks its bytes and the sizes of its members."""
+    """Stage: reads each shard, and verifies its checksum and the sizes of its members."""
     for source in sources:
         content = read_bytes(source["url"], source.get("sha256"))
         check_headers(content)
@@ -276,13 +275,13 @@ def open_shards(sources: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def check_headers(content: bytes) -> None:
-    """Checks checksum, kind and size of each member's header, before the tar is read.
+    """Check checksum, type and size of each member's header before the tar is read.
 
-    `tarfile`, and WebDataset, which reads with it, uncompress, follow sparse files, seek by any
-    size that a header gives, and take a damaged header for the end.
+    `tarfile`, which WebDataset uses, decompresses, expands sparse files, seeks to any size in a
+    header, and treats a damaged header as the end.
 
     Raises:
-        ValueError: with what is wrong.
+        ValueError: that names the problem.
     """
     at = 0
     while (header := content[at : at + 512]) != bytes(512):
@@ -290,20 +289,20 @@ def check_headers(content: bytes) -> None:
         is_file = header[156:157] in (b"0", b"\0")
         found = sum(header) - sum(header[148:156]) + 8 * ord(" ")
         if not digits.isdigit() or not checksum.isdigit() or found != int(checksum, 8):
-            raise ValueError(f"cut off, no tar, or damaged at byte {at}")
+            raise ValueError(f"truncated, not a tar, or damaged at byte {at}")
         if not is_file and header[156:157] not in LONG_NAME_KINDS:
             raise ValueError(f"the member at byte {at} is not a regular file")
         size = int(digits, 8)
         start = at + 512
         if start + size > len(content) or size > (MAX_MEMBER_BYTES if is_file else 1 << 16):
-            raise ValueError(f"cut off, or the member at byte {at} has {size} bytes")
+            raise ValueError(f"truncated, or the member at byte {at} has {size} bytes")
         if not is_file and re.search(rb"size=|GNU\.", content[start : start + size]):
             raise ValueError(f"the member at byte {at} has another size than its header")
         at = start + -(-size // 512) * 512
 
 
 def decode_part(name: str, content: bytes) -> Any:
-    """WebDataset's decoding hook: a part of an item by its name, ".json" and so on."""
+    """WebDataset's decoding hook for a part of an item, such as ".json"."""
     decoder = {CODES: decode_codes, INFO: decode_info, REFERENCE: decode_reference}.get(name[1:])
     return None if decoder is None else decoder(content)
 
@@ -317,7 +316,7 @@ def decode_codes(content: bytes) -> np.ndarray:
 
 
 def decode_info(content: bytes) -> dict[str, Any]:
-    """KEY.json, in which the caption is a text and the duration a number of seconds."""
+    """KEY.json, after checking that caption and duration are a string and a number."""
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(f"{len(content)} bytes")
     info = json.loads(content)
@@ -335,7 +334,7 @@ def decode_reference(content: bytes) -> dict[str, Tensor]:
     with zipfile.ZipFile(io.BytesIO(content)) as file:
         parts = file.infolist()
         if sum(part.file_size for part in parts) > MAX_MEMBER_BYTES:
-            raise ValueError("holds too much")
+            raise ValueError("has too many entries")
         arrays = {
             part.filename.removesuffix(".npy"): _decode_npy(file.read(part), np.dtype(np.float32))
             for part in parts
@@ -344,10 +343,10 @@ def decode_reference(content: bytes) -> dict[str, Tensor]:
 
 
 def _decode_npy(content: bytes, dtype: np.dtype) -> np.ndarray:
-    """A read-only view of a 2-D array; its header is not believed further than the bytes go."""
+    """A read-only view of a 2-D array, after checking its header against its size."""
     file = io.BytesIO(content)
     if (version := np.lib.format.read_magic(file)) != (1, 0):
-        raise ValueError(f"of .npy version {version}, not 1.0")
+        raise ValueError(f".npy version {version}, not 1.0")
     shape, is_fortran, found = np.lib.format.read_array_header_1_0(file)
     if found != dtype or len(shape) != 2:
         raise ValueError(f"{found} {shape}, not {dtype} with two axes")
@@ -357,7 +356,7 @@ def _decode_npy(content: bytes, dtype: np.dtype) -> np.ndarray:
 
 
 def checked_item(sample: dict[str, Any]) -> Item:
-    """An item of a decoded WebDataset sample.
+    """Check a decoded WebDataset sample and convert it to an item.
 
     Raises:
         ValueError: if a part is missing, or its KEY.json has another key.
@@ -373,7 +372,7 @@ def checked_item(sample: dict[str, Any]) -> Item:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, without what WebDataset adds to it."""
+    """The reason of an error, without WebDataset's additions."""
     if isinstance(error, DecodingError) and error.__cause__ is not None:
         return f"{error.key}.{error.k}: {_reason(error.__cause__)}"
     if isinstance(error, RecursionError):
@@ -386,7 +385,7 @@ def _reason(error: BaseException) -> str:
 
 
 class ShardWriter:
-    """Writes items into a tar with no time or owner in it: the same items give the same bytes."""
+    """Writes items into a tar without times or owners: the same items give the same bytes."""
 
     def __init__(self, file: BinaryIO):
         self.num_examples = 0
@@ -397,7 +396,7 @@ class ShardWriter:
     def write(
         self, codes: np.ndarray, info: dict[str, Any], reference: dict[str, np.ndarray] | None
     ) -> None:
-        """Adds an item: codes `k t`, the fields of its KEY.json, and what metrics need of it."""
+        """Add an item: codes `k t`, fields of KEY.json, and references for metrics."""
         parts = {CODES: _encode(partial(np.save, arr=codes, allow_pickle=False))}
         parts[INFO] = json.dumps(info, ensure_ascii=False, allow_nan=False).encode()
         if reference is not None:
@@ -408,7 +407,7 @@ class ShardWriter:
         self.seconds += info["duration_s"]
 
     def close(self) -> None:
-        """Writes the end of the tar."""
+        """Write the end of the tar."""
         self._tar.close()
 
 

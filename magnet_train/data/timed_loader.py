@@ -1,4 +1,4 @@
-"""A DataLoader that knows how long it was waited for."""
+"""A DataLoader that measures how long the training loop waits for it."""
 
 import os
 import signal
@@ -10,33 +10,31 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 TOGETHER_S = 10.0
-"""Seconds within which signals are one: schedulers and launchers each tell all processes of a
-job."""
-LONGEST_WAIT_S = 1800.0
-"""Seconds for a batch, far above what reading that fails may take; a store that never answers would
-hang all ranks."""
+"""Signals within this number of seconds count as one: schedulers and launchers both send them."""
+MAX_WAIT_S = 1800.0
+"""Timeout of a batch in seconds, far above the retries of remote reads; a hanging store would
+otherwise block all ranks."""
 
 
 class TimedLoader(DataLoader):
-    """As torch's: it counts the seconds in which a batch was asked for and not there yet.
+    """torch's DataLoader that counts the seconds spent waiting for a batch.
 
-    Its processes let the first SIGTERM and any SIGUSR1 pass, since a scheduler sends these to all
-    processes of a job: the run wants its last batches to save in peace.
+    Its workers ignore the first SIGTERM and any SIGUSR1, which schedulers send to all processes of
+    a job, because the run still needs them to finish its step and save.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        """Args as of torch's; `worker_init_fn` and `timeout` are taken."""
+        """Arguments of torch's DataLoader, except for `worker_init_fn` and `timeout`."""
         if kwargs.get("num_workers"):
-            kwargs |= {"worker_init_fn": _let_signals_pass, "timeout": LONGEST_WAIT_S}
+            kwargs |= {"worker_init_fn": _let_signals_pass, "timeout": MAX_WAIT_S}
         super().__init__(*args, **kwargs)
         self.waited_s = 0.0
-        """In all, in seconds."""
+        """Total waiting time, in seconds."""
         self.waiting_since: float | None = None
-        """When the batch that is not there yet was asked for, by `time.monotonic`; None = nobody
-        waits."""
+        """Start of the current wait, by `time.monotonic`; None = not waiting."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches = super().__iter__()  # starts the processes now, not at the first batch
+        batches = super().__iter__()  # starts the workers now, not at the first batch
         return self._timed(batches)
 
     def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -57,8 +55,7 @@ def _let_signals_pass(worker: int) -> None:
     first: float | None = None
 
     def end_at_the_second(number: int, frame: FrameType | None) -> None:
-        """The loader's own way with a process that hangs; of several at once, each from a launcher,
-        the rest pass."""
+        """The DataLoader's way to end a hanging worker; simultaneous signals count as one."""
         nonlocal first
         now = time.monotonic()
         first = first or now

@@ -1,10 +1,9 @@
-"""Audio with captions to shards of codes: resumable, and shared by several processes.
+"""Encodes audio with captions into shards of codes, resumably and with several processes.
 
-The work is planned first (`plan.py`), and the plan is written down in `.plan.json`. A shard is
-written to a temporary file, flushed, and moved into place, so it is whole or absent. Processes, on
-one machine or several, claim a shard by locking a file; the lock dies with its holder. The one that
-finishes last writes `index.json`, and only that makes the folder readable. While a batch is
-encoded, a thread reads the next.
+The work is planned first (`plan.py`) and stored in `.plan.json`. Shards are written atomically.
+Processes, on one or several machines, claim a shard by a file lock, which is released if they die.
+The last one writes `index.json`, without which the folder cannot be read. A thread reads the next
+batch during encoding.
 """
 
 import errno
@@ -44,13 +43,13 @@ T = TypeVar("T")
 
 
 def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any]:
-    """Turns the audio of `source` into shards in `out`; returns the index.
+    """Encode the audio of `source` into shards in `out`; returns the index.
 
-    Run it again after any interruption, or when there are more clips: these are appended.
+    Run it again after any interruption, or to append new clips.
 
     Raises:
-        UserError: if the input cannot be used, `out` holds shards of changed input, another codec
-            or other options, or the disk is full.
+        UserError: if the input cannot be used, `out` has shards of changed input, another codec or
+            other options, or the disk is full.
     """
     clips = find_clips(source)
     check_captions(source, clips)
@@ -58,7 +57,7 @@ def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{out}: cannot be made a folder ({error.strerror}); choose another --out"
+            f"{out}: cannot be created ({error.strerror}); choose another --out"
         ) from error
     facts = _load_parts(options)[0].facts.to_dict()
     try:
@@ -96,14 +95,14 @@ def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to be written."""
+    """One shard to write."""
 
     number: int
     crops: list[Crop]
     out: Path
     options: TokenizeOptions
     facts: dict[str, Any]
-    """Of the codec."""
+    """Facts of the codec."""
 
     @property
     def path(self) -> Path:
@@ -118,7 +117,7 @@ class Job:
         return self.out / f".{self.path.name}.lock"
 
     def is_done(self) -> bool:
-        """Whether the shard is there as its report says, and holds all that can be read."""
+        """Whether the shard exists, matches its report, and has all readable crops."""
         report = _read_json(self.report_path)
         if not isinstance(report, dict) or not self.path.is_file():
             return False
@@ -128,7 +127,7 @@ class Job:
         return not any(self._can_be_read(path) for path in report["unreadable"])
 
     def _can_be_read(self, path: str) -> bool:
-        """Whether a file that was unreadable has come back."""
+        """Whether a previously unreadable file is readable now."""
         try:
             read_audio(Path(path), self.facts["sample_rate"], self.facts["channels"])
         except UserError:
@@ -137,7 +136,7 @@ class Job:
 
 
 def _open_plan(out: Path, options: TokenizeOptions, facts: dict[str, Any]) -> dict[str, Any]:
-    """The plan of an earlier call, if it is of the same options and codec; else a new one."""
+    """The plan of an earlier call with the same options and codec, or a new one."""
     settings = plan_settings(options)
     new = {"format": FORMAT, "codec": facts, "settings": settings, "rounds": []}
     path = out / ".plan.json"
@@ -145,7 +144,7 @@ def _open_plan(out: Path, options: TokenizeOptions, facts: dict[str, Any]) -> di
     remedy = "choose an empty folder, or remove this one"
     if known is None:
         if (out / "index.json").exists() or any(out.glob(f"{options.split}-*.tar")):
-            raise UserError(f"{out}: holds shards already; {remedy}")
+            raise UserError(f"{out}: already has shards; {remedy}")
         return new
     is_plan = isinstance(known, dict) and known.get("format") == FORMAT
     if (
@@ -158,7 +157,7 @@ def _open_plan(out: Path, options: TokenizeOptions, facts: dict[str, Any]) -> di
         raise UserError(f"{out}: begun with another codec; {remedy}")
     if known.get("settings") != settings:
         raise UserError(f"{out}: begun with other options; {remedy}")
-    return known  # the same codec may be known by another path
+    return known  # the same codec may have another path
 
 
 def _is_rounds(value: Any) -> bool:
@@ -176,17 +175,17 @@ def _encode_all(jobs: list[Job], options: TokenizeOptions) -> None:
         bar.update(total - sum(len(job.crops) for job in todo))
         for done in _run(todo, options.processes):
             bar.update(done)
-        for job in todo:  # those in the hands of another process, which may not live to finish them
+        for job in todo:  # claimed by another process, which may die before it finishes
             if not job.is_done():
                 bar.update(_write_shard(job, wait=True))
 
 
 def _run(jobs: list[Job], processes: int) -> Iterator[int]:
-    """Crops done per finished shard; in this process if one is enough."""
+    """Number of crops of each finished shard; runs in this process if there is only one."""
     if processes == 1 or len(jobs) <= 1:
         yield from map(_write_shard, jobs)
         return
-    # Spawned, not forked: a forked torch can wait for ever for its parent's threads.
+    # Spawned, not forked: a forked torch can hang waiting for its parent's threads.
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(processes, len(jobs)), _use_one_thread) as pool:
         yield from pool.imap_unordered(_write_shard, jobs)
@@ -215,7 +214,7 @@ def _load_parts(options: TokenizeOptions) -> tuple[Any, Any]:
 
 
 def _write_shard(job: Job, wait: bool = False) -> int:
-    """Encodes one shard's crops; the number of crops, or 0 if another process has the shard."""
+    """Encode a shard; returns its number of crops, or 0 if another process has the shard."""
     with _lock(job.lock_path, wait) as is_mine:
         if not is_mine or job.is_done():
             return 0
@@ -236,8 +235,8 @@ def _write_shard(job: Job, wait: bool = False) -> int:
             temporary.unlink(missing_ok=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
-                    f"{job.path}: the disk is full; finished shards are whole: free some space and "
-                    "run this again"
+                    f"{job.path}: the disk is full; finished shards are complete: free some space "
+                    "and run this again"
                 ) from error
             raise
         report = {
@@ -255,7 +254,7 @@ def _write_shard(job: Job, wait: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Wave:
-    """The audio of a crop, `c t` at the codec's rate."""
+    """Audio of a crop, `c t` at the codec's sample rate."""
 
     crop: Crop
     samples: np.ndarray
@@ -266,7 +265,7 @@ class Wave:
 
 
 class Waves:
-    """Reads the audio of a shard's crops, and lists what cannot be used."""
+    """Reads the audio of a shard's crops, and records skipped ones."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -303,7 +302,7 @@ class Waves:
         samples = self._files[path]
         if samples is None:
             return None
-        # Up to the end of a whole file, whose length in seconds is rounded.
+        # A complete file is read to its end, because its length in seconds is rounded.
         is_segment = crop.clip.duration_s is not None
         length_s = crop.duration_s if is_segment else self.job.options.crop_s
         first = round(crop.offset_s * self.rate)
@@ -321,9 +320,9 @@ class Waves:
 
 
 def mix(wav: np.ndarray, other: np.ndarray, snr_db: float) -> np.ndarray:
-    """`wav` with `other` added `snr_db` below it, `c t` each, cut or padded to its length.
+    """Mix `other` into `wav` at `snr_db` below it, `c t` each, truncated or padded to its length.
 
-    The sum is scaled down where it would exceed full scale.
+    The sum is scaled down if it would exceed full scale.
     """
     added = np.zeros_like(wav)
     length = min(wav.shape[1], other.shape[1])
@@ -336,14 +335,13 @@ def mix(wav: np.ndarray, other: np.ndarray, snr_db: float) -> np.ndarray:
 
 
 Encoded = tuple[np.ndarray, dict[str, Any], dict[str, np.ndarray] | None]
-"""Codes `k t`, the fields of KEY.json, and what metrics need of the audio."""
+"""Codes `k t`, fields of KEY.json, and references for metrics."""
 
 
 def _encode(waves: Waves, job: Job) -> Iterator[Encoded]:
-    """Encodes the crops in the order of the plan.
+    """Encode the crops in the order of the plan.
 
-    Only crops of full length are encoded together: a short one would take part of its neighbours'
-    padding.
+    Only crops of full length are encoded in batches, because padding would change a short one.
     """
     full = round(job.options.crop_s * job.facts["sample_rate"])
     group: list[Wave] = []
@@ -362,7 +360,7 @@ def _encode(waves: Waves, job: Job) -> Iterator[Encoded]:
 
 
 def _encode_group(group: list[Wave], job: Job) -> Iterator[Encoded]:
-    """Encodes crops of one length together."""
+    """Encode crops of equal length in one batch."""
     import torch
 
     if not group:
@@ -383,7 +381,7 @@ def _encode_group(group: list[Wave], job: Job) -> Iterator[Encoded]:
 
 
 def _info(wave: Wave, facts: dict[str, Any]) -> dict[str, Any]:
-    """The fields of KEY.json; of a mixture only those that are true of both parts."""
+    """The fields of KEY.json; for a mixture only those that apply to both parts."""
     crop, clip = wave.crop, wave.crop.clip
     info: dict[str, Any] = {"caption": clip.caption} if crop.mixed_with else {**clip.fields}
     info["caption"] = clip.caption
@@ -410,10 +408,10 @@ def _info(wave: Wave, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def prefetch(items: Iterator[T], number: int) -> Iterator[T]:
-    """The items, the next `number` of them made in a thread while one is in use.
+    """Prefetch up to `number` items in a thread.
 
-    What making an item raises is raised in its place. Once this generator is closed, or fails, no
-    item is begun.
+    Exceptions are raised at the item's position. After this generator is closed or fails, no
+    further item is started.
     """
     end: Any = object()
     thread = ThreadPoolExecutor(1, "prefetch")
@@ -446,13 +444,13 @@ def _index(
         "num_frames": sum(report["num_frames"] for report in reports),
         "hours": sum(report["seconds"] for report in reports) / 3600,
         "shards": [shard for shard in shards if shard["num_examples"]],
-        # A file that several shards wanted a part of is listed once.
+        # A file used by several shards is listed once.
         "skipped": [dict(entry) for entry in dict.fromkeys(tuple(e.items()) for e in every)],
     }
 
 
 def _read_json(path: Path) -> Any:
-    """None if the file is not there or was cut off."""
+    """Content of the file, or None if it is missing or truncated."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -461,8 +459,7 @@ def _read_json(path: Path) -> Any:
 
 @contextmanager
 def _lock(path: Path, wait: bool) -> Iterator[bool]:
-    """Whether the lock is held; the system releases it when its holder dies, however that
-    happens."""
+    """Context with whether the lock is held; the system releases it if its holder dies."""
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
