@@ -1,9 +1,9 @@
 """Trained models on disk: reads releases, checkpoints and run folders; writes releases.
 
-A release is a folder with `config.json`, `model.safetensors` and `README.md`, and with `codec/` and
-`text_encoder/` where these came from a folder. Settings are read and checked before weights, and
-weights are verified before use: SHA-256 of a release, CRCs of a checkpoint, names, shapes, data
-types, and that all numbers are finite.
+A release is a folder with `config.json`, `model.safetensors`, `README.md` and, if codec or text
+encoder came from a folder, `codec/` and `text_encoder/`. Settings are checked before weights are
+read. Weights are verified before use: SHA-256 of a release, CRCs of a checkpoint, names, shapes,
+data types, and finite values.
 """
 
 import json
@@ -44,49 +44,49 @@ TEXT_ENCODER_ID = re.compile(rf"demo|\./text_encoder|\w[\w.-]*|{HUB_ID}")
 CODEC_FILES = ("config.json", "audiocraft.yaml", "README.md", "*.safetensors")
 TEXT_ENCODER_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md")
 RAW = "@raw"
-"""Behind the name of a checkpoint: its weights as they are, not their average."""
+"""Suffix of a checkpoint's name that selects its raw weights instead of the average."""
 DAMAGED_RELEASE = "copy or download the release again"
 DAMAGED_CHECKPOINT = "use another checkpoint"
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """Settings of a trained model, and the file of its weights."""
+    """Settings and weight file of a trained model."""
 
     file: Path
     """`model.safetensors` or a Lightning checkpoint."""
     network: MagnetConfig
     codec: dict[str, Any]
-    """`id`, which `load_codec` takes, and all of `CodecFacts` where they are known."""
+    """`id` for `load_codec`, and all of `CodecFacts` if they are known."""
     text_encoder: str
     """Name for `load_text_encoder`."""
     crop_s: float
     """Length of the training crops, in seconds."""
     decoding: DecodingConfig
-    """Default decoding settings; `span_len` is that of the training."""
+    """Default decoding settings; `span_len` is the one of training."""
     guidance_dropout: float = 0.3
     """Share of examples trained without their caption, 0 to 1."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """`licence`, `source`, `step`, `metrics` and the like, as far as known."""
     sha256: str | None = None
-    """Of the weights' file; None for a checkpoint."""
+    """SHA-256 of the weight file; None for a checkpoint."""
     raw: bool = False
-    """Whether a checkpoint's raw weights are meant, and not their average."""
+    """Use a checkpoint's raw weights instead of their average."""
 
     @classmethod
     def open(cls, path: str | Path) -> "SavedModel":
-        """Opens a release folder, a hub id, a Lightning checkpoint, a run folder, or "demo".
+        """Open a release folder, hub id, Lightning checkpoint, run folder, or "demo".
 
-        Of a run folder it takes the newest checkpoint. With @raw behind the name of a checkpoint or
-        run folder it takes the weights that are not averaged.
+        A run folder means its newest checkpoint. The suffix @raw of a checkpoint or run folder
+        selects the raw weights instead of the average.
 
         Raises:
-            UserError: if nothing usable is there; the message names the file.
+            UserError: if there is no usable model; the message names the file.
         """
         if str(path).endswith(RAW):
             saved = cls.open(str(path).removesuffix(RAW))
             if saved.sha256 is not None:
-                raise UserError(f"{path}: a release has no raw weights; leave out {RAW}")
+                raise UserError(f"{path}: a release has no raw weights; remove {RAW}")
             return replace(saved, raw=True)
         source = demo_path("magnet") if str(path) == "demo" else Path(path).expanduser()
         if source.is_dir() and (source / "config.json").is_file():
@@ -103,10 +103,10 @@ class SavedModel:
         return _open_release(_download_release(str(path)))
 
     def weights(self) -> dict[str, Tensor]:
-        """Verified weights by the network's names, in the precision in which they are stored.
+        """Verified weights by the network's names, in their stored precision.
 
         Raises:
-            UserError: if the file is damaged, or its weights belong to another model.
+            UserError: if the file is damaged, or does not match the model configuration.
         """
         if self.sha256 is None:
             weights = _network_weights(read_checkpoint(self.file), self.file, self.raw)
@@ -121,7 +121,7 @@ class SavedModel:
         return weights
 
     def build(self) -> Magnet:
-        """The network with its weights, in float32; needs no more memory than these."""
+        """The network with its weights in float32, without extra memory."""
         with torch.device("meta"):
             network = Magnet(self.network)
         network.load_state_dict({k: v.float() for k, v in self.weights().items()}, assign=True)
@@ -204,7 +204,7 @@ def _read_network(values: Any) -> MagnetConfig:
 
 
 def _own_decoding(values: dict[str, Any]) -> DecodingConfig:
-    """Decoding settings without a rescorer: it is another model, which this one does not bring."""
+    """Decoding settings without the rescorer, which is another model and not in the release."""
     return replace(DecodingConfig.from_dict(values), rescorer=None)
 
 
@@ -218,14 +218,14 @@ def _number(config: Mapping[str, Any], name: str, largest: float) -> float:
 
 def _text(config: Mapping[str, Any], name: str) -> str:
     if not isinstance(config[name], str):
-        raise ValueError(f"{name}={config[name]!r} is not a text")
+        raise ValueError(f"{name}={config[name]!r} is not a string")
     return config[name]
 
 
 def _component(folder: Path, name: Any, allowed: re.Pattern[str], what: str) -> str:
-    """Name of a component for its loader; a release must not name folders of this machine."""
+    """Name of a component for its loader; absolute paths are not allowed in a release."""
     if not isinstance(name, str) or not allowed.fullmatch(re.sub(r"@\d+$", "", name)):
-        raise ValueError(f"{what} {name!r} is neither in the release's own folder nor a hub id")
+        raise ValueError(f"{what} {name!r} is neither in the release's folder nor a hub id")
     return str(folder.resolve() / name.removeprefix("./")) if name.startswith("./") else name
 
 
@@ -260,7 +260,7 @@ def _open_checkpoint(path: Path) -> SavedModel:
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The run's `last.ckpt`, else its newest .ckpt, else the newest in a folder below.
+    """The run's `last.ckpt`, or its newest .ckpt, or the newest one in a subfolder.
 
     Raises:
         UserError: if there is none.
@@ -275,17 +275,17 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint, verified; nothing in it is executed.
+    """Read and verify a Lightning checkpoint without executing code in it.
 
-    Tensors stay in the file until they are used.
+    Tensors are memory-mapped.
 
     Raises:
-        UserError: if it is missing, damaged, or holds more than plain data.
+        UserError: if it is missing or damaged, or contains more than plain data.
     """
     checkpoint = read_pickle(path, DAMAGED_CHECKPOINT)
     if not isinstance(checkpoint, dict):
         raise UserError(
-            f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint; {DAMAGED_CHECKPOINT}"
+            f"{path}: is a {type(checkpoint).__name__}, not a checkpoint; {DAMAGED_CHECKPOINT}"
         )
     return checkpoint
 
@@ -293,10 +293,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _network_weights(
     checkpoint: Mapping[str, Any], path: Path, raw: bool = False
 ) -> dict[str, Tensor]:
-    """The network's part of a checkpoint; with averaging, the averaged weights unless `raw`."""
+    """The network's weights in a checkpoint: the average, if there is one, unless `raw`."""
     state = checkpoint.get("state_dict")
     if raw and (state := checkpoint.get("current_model_state")) is None:
-        raise UserError(f"{path}: no averaged weights, so none beside them; leave out {RAW}")
+        raise UserError(f"{path}: no averaged weights, so its only weights are raw; remove {RAW}")
     if not isinstance(state, Mapping):
         raise UserError(
             f"{path}: not a checkpoint of magnet_train (no state_dict); {DAMAGED_CHECKPOINT}"
@@ -310,10 +310,10 @@ def _shapes(weights: Mapping[str, Any]) -> Shapes:
 
 
 def check_shapes(shapes: Shapes, config: MagnetConfig, source: Path) -> None:
-    """Checks names and shapes against the configuration, before anything of its size is allocated.
+    """Check names and shapes against the configuration, before allocating memory for it.
 
     Raises:
-        UserError: that names the first difference.
+        UserError: for the first difference.
     """
     if config.num_layers > len(shapes):
         raise UserError(
@@ -324,9 +324,7 @@ def check_shapes(shapes: Shapes, config: MagnetConfig, source: Path) -> None:
         with torch.device("meta"):
             expected = _shapes(Magnet(config).state_dict())
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
-        raise UserError(
-            f"{source}: {config}: not a possible network ({one_line(error)})"
-        ) from error
+        raise UserError(f"{source}: {config}: invalid network ({one_line(error)})") from error
     differences = {
         "lacks": expected.keys() - shapes.keys(),
         "has the unknown": shapes.keys() - expected.keys(),
@@ -346,30 +344,30 @@ def check_shapes(shapes: Shapes, config: MagnetConfig, source: Path) -> None:
 
 
 def check_weights(weights: Mapping[str, Tensor], config: MagnetConfig, source: Path) -> None:
-    """Checks names, shapes, data types and numbers of a network's weights.
+    """Check names, shapes, data types and values of a network's weights.
 
     Raises:
-        UserError: that names the first that is wrong.
+        UserError: for the first wrong tensor.
     """
     check_shapes(_shapes(weights), config, source)
     check_numbers(weights, source)
 
 
 def check_codec(expected: Mapping[str, Any], facts: CodecFacts, where: Path) -> None:
-    """Checks that a codec is the one that a model was trained with, as far as that is known.
+    """Check that a codec is the one a model was trained with, as far as that is known.
 
     Raises:
-        UserError: if it is another.
+        UserError: if it is another codec.
     """
     if facts.hash != expected.get("hash", facts.hash):
         raise UserError(
             f"{where}: codec mismatch: the model was trained on codec {expected['hash']}, "
-            f"but {facts.id!r} is {facts.hash}; use the codec that it was trained with"
+            f"but {facts.id!r} is {facts.hash}; use the codec of training"
         )
 
 
 def codec_facts(codec: dict[str, Any]) -> CodecFacts | None:
-    """All facts about the codec, if a release or a converter knew them."""
+    """All facts of the codec, if they are known."""
     try:
         return CodecFacts.from_dict(codec)
     except ValueError:
@@ -384,7 +382,7 @@ def _download_release(name: str) -> Path:
     patterns = ["config.json", "model.safetensors", "README.md", "codec/*", "text_encoder/*"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # a dozen kinds, from no network to no such repository
+    except Exception as error:  # many types, from no network to no such repository
         raise UserError(
             f"checkpoint {name!r}: not found locally or on the Hugging Face Hub ({one_line(error)})"
         ) from error
@@ -399,18 +397,18 @@ def write_release(
     tensors: Mapping[str, Callable[[], Tensor]],
     card: str | None = None,
 ) -> SavedModel:
-    """Writes a release folder, whole or not at all, and opens it.
+    """Write a release folder atomically, and open it.
 
-    A codec or text encoder from a folder is copied into it, so that the release is complete.
+    A codec or text encoder from a folder is copied into the release.
 
     Args:
-        out: must not exist, or be empty.
-        saved: the settings; `file` and `sha256` are not read.
-        tensors: by the network's names, each made when it is written.
-        card: content of README.md; `model_card` if None.
+        out: must be empty or not exist.
+        saved: the settings; `file` and `sha256` are ignored.
+        tensors: functions that return the tensors, by the network's names.
+        card: content of README.md (default: `model_card`).
 
     Raises:
-        UserError: if `out` holds anything, or the codec is not the one of the training.
+        UserError: if `out` is not empty, or the codec is not the one of training.
     """
     with new_folder(out) as folder:
         codec, first = split_name(saved.codec["id"])
@@ -430,19 +428,19 @@ def write_release(
 
 
 def _is_folder(name: str) -> bool:
-    """Whether a component's name is a folder, which loaders name by its absolute path."""
+    """Whether a component's name is a folder (an absolute path)."""
     return Path(name).is_absolute() and Path(name).is_dir()
 
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copies a component's own files, and nothing else in its folder."""
+    """Copy only a component's files from its folder."""
     target.mkdir()
     for file in sorted({file for pattern in patterns for file in source.glob(pattern)}):
         shutil.copy(file, target / file.name)
 
 
 def model_card(saved: SavedModel, name: str) -> str:
-    """README.md of a release: what it is, its origin and licence, and how to use it."""
+    """README.md of a release: model, origin, licence and usage."""
     provenance = saved.provenance
     licence = provenance.get("licence")
     shapes = safetensors_shapes(saved.file, DAMAGED_RELEASE)

@@ -1,8 +1,7 @@
-"""Resuming a run: which checkpoint, whether it belongs to this run, and at which batch.
+"""Resuming a run: finds the checkpoint, checks that it fits the run, and computes the batch.
 
-A run is a function of its configuration and of the number of batches done: order, crops, masks and
-dropout depend on the position in the run only. So weights, optimizer and one number are all that a
-resume needs.
+Order, crops, masks and dropout depend only on the configuration and the number of completed
+batches. So resuming needs only weights, optimizer state and this number.
 """
 
 import hashlib
@@ -28,13 +27,12 @@ PARTS = {
     "callbacks": dict,
     "hyper_parameters": dict,
 }
-"""Entries of a checkpoint without which training cannot resume, and their types."""
+"""Entries of a checkpoint that resuming needs, and their types."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How an optimizer step is divided among ranks; with another layout the data comes in another
-    order."""
+    """How an optimizer step is divided among ranks; the data order depends on it."""
 
     ranks: int
     batch_size: int
@@ -51,8 +49,7 @@ class Layout:
         )
 
     def batches(self, done: int, before: "Layout") -> int:
-        """Batches of each rank that equal `done` batches of layout `before`: as many examples, or a
-        few less.
+        """Convert `done` batches of layout `before` to batches of this one, rounded down.
 
         >>> Layout(3, 4, 1, 0).batches(100, before=Layout(2, 4, 1, 0))
         66
@@ -63,7 +60,7 @@ class Layout:
 
 
 def requeue_count() -> int:
-    """How often SLURM has requeued this job; 0 outside SLURM.
+    """Number of times that SLURM has requeued this job; 0 outside SLURM.
 
     Raises:
         UserError: if the environment variable is not a number.
@@ -72,17 +69,16 @@ def requeue_count() -> int:
 
 
 def newest_intact_checkpoint(folders: Iterable[Path]) -> Path | None:
-    """The intact checkpoint in the folders with the most optimizer steps; None if there is none.
+    """The intact checkpoint with the most optimizer steps in these folders, or None.
 
-    A damaged one, whatever the damage, is skipped with a warning that names it. Of two with as many
-    steps the later one is taken.
+    Damaged checkpoints are skipped with a warning. Of several with equal steps, the latest is used.
     """
     found: dict[Path, tuple[int, float]] = {}
     for path in {
         path.resolve(): path for folder in folders for path in folder.glob("*.ckpt")
     }.values():
         with _skipping_damaged(path):
-            # Without verification, which would read all of each file.
+            # Without verification, which would read each file completely.
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             found[path] = _checked_step(path, checkpoint), path.stat().st_mtime
     for path in sorted(found, key=found.__getitem__, reverse=True):
@@ -106,11 +102,11 @@ def _skipping_damaged(path: Path) -> Iterator[None]:
 
 
 def read_training_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint from which `fit` can resume, verified.
+    """Read and verify a checkpoint from which `fit` can resume.
 
     Raises:
-        UserError: if the file is missing or damaged, holds more than plain data, or is no
-        checkpoint of a run.
+        UserError: if the file is missing or damaged, contains more than plain data, or is not a
+            checkpoint of a run.
     """
     checkpoint = read_checkpoint(path)
     _checked_step(path, checkpoint)
@@ -134,8 +130,8 @@ def _checked_step(path: Path, checkpoint: Mapping[str, Any]) -> int:
 
 
 def fingerprint(index: Mapping[str, Any]) -> str:
-    """16 hex digits that identify a set of shards: from its codec, and name, length and checksum of
-    each shard."""
+    """16 hex digits that identify a set of shards by its codec and the shards' names, lengths and
+    checksums."""
     shards = [
         [shard["name"], shard["num_examples"], shard.get("sha256")] for shard in index["shards"]
     ]
@@ -144,14 +140,14 @@ def fingerprint(index: Mapping[str, Any]) -> str:
 
 
 def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Checks that a checkpoint's network and optimizer are the configured ones.
+    """Check that a checkpoint's network and optimizer are the configured ones.
 
     Args:
         saved: `hyper_parameters` of the checkpoint, as plain values.
-        current: the same of the configuration.
+        current: the same for the configuration.
 
     Raises:
-        UserError: if they differ; names the settings.
+        UserError: if they differ; the message names the settings.
     """
     named = ("optimizer.name", "network.")
     changed = [text for name, text in differing(saved, current) if name.startswith(named)]
@@ -165,7 +161,7 @@ def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
 def differing(
     saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = ""
 ) -> list[tuple[str, str]]:
-    """Names of settings that both have and that differ, each with a text that shows both values.
+    """Settings in both mappings that differ: names, and texts with both values.
 
     >>> differing({"seed": 1, "optimizer": {"lr": 0.1}}, {"seed": 1, "optimizer": {"lr": 0.2}})
     [('optimizer.lr', 'optimizer.lr=0.2 (checkpoint: 0.1)')]

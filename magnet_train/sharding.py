@@ -1,9 +1,9 @@
-"""FSDP2: each rank holds a shard of every weight, and all of a block only while it computes it.
+"""FSDP2: each rank has a shard of every weight, and gathers a block only while it computes it.
 
-A forward pass with sharded weights is a collective: every rank must run as many. Training does;
-validation, with its different numbers of batches per rank, and decoding use an unsharded copy.
+A forward pass with sharded weights is a collective, so every rank must run equally many. Validation
+has different numbers of batches per rank, so it uses an unsharded copy, as does decoding.
 
-All functions accept plain tensors too, which are not divided.
+All functions also accept plain tensors.
 """
 
 from collections.abc import Mapping
@@ -21,22 +21,21 @@ from magnet_train.model import Magnet
 
 
 def shard(network: Magnet, device_type: str) -> None:
-    """Divides the weights among all ranks, in place.
+    """Shard the weights over all ranks, in place.
 
-    Names stay the same, and so do results but for the order of sums over ranks. Weights are
-    gathered in the precision in which they are stored, and autocast rounds them where it does
-    without shards. So mixed precision is the same as under DDP, with positions and norms in
-    float32.
+    Parameter names do not change, and results differ only by the order of sums over ranks. Weights
+    are gathered in their stored precision and then rounded by autocast, so mixed precision is the
+    same as under DDP, with positions and norms in float32.
 
     Args:
         network: The same on every rank, compiled or not.
         device_type: Type of the ranks' devices, "cuda" or "cpu".
 
     Raises:
-        UserError: if the ranks have different weights, which shards would mix (DDP broadcasts).
+        UserError: if the ranks have different weights, because sharding does not broadcast.
     """
     ranks = dist.get_world_size()
-    # Sums of the bits as integers: exact, whatever the number of threads.
+    # Integer sums of the bits are exact with any number of threads.
     sums = [
         weight.detach().view(torch.int16).sum(dtype=torch.int64).item()
         for weight in network.parameters()
@@ -51,12 +50,12 @@ def shard(network: Magnet, device_type: str) -> None:
         )
 
     def place(weight: nn.Parameter) -> Shard | None:
-        """Slices of the last axis for tables and heads, `k n d`: k may be less than the ranks."""
+        """Shard embeddings and heads `k n d` by the last axis, because k may be below the ranks."""
         return Shard(2) if weight.dim() == 3 and weight.shape[2] % ranks == 0 else None
 
     mesh = init_device_mesh(device_type, (ranks,))
-    # The text's keys and values of all blocks are made before the first block: their weights come
-    # and go together.
+    # The text's keys and values of all blocks are computed before the first block, so their weights
+    # form one group.
     fully_shard([block.cross_attention.kv for block in network.blocks], mesh=mesh)
     for block in network.blocks:
         fully_shard(block, mesh=mesh)
@@ -65,7 +64,7 @@ def shard(network: Magnet, device_type: str) -> None:
 
 
 def check_shardable(precision: str) -> None:
-    """Checks that a run works with sharded weights.
+    """Check that a run works with sharded weights.
 
     Args:
         precision: Lightning's name.
@@ -85,19 +84,19 @@ def is_sharded(network: nn.Module) -> bool:
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, as a plain tensor that shares its memory."""
+    """This rank's shard of a tensor, as a plain tensor with the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The unsharded tensor on every rank; a collective if it is sharded."""
+    """The unsharded tensor on every rank. Collective if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_to_rank0(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gathers sharded tensors for a checkpoint, on the CPU of the first rank only; a collective.
+    """Gather sharded tensors for a checkpoint on the CPU of rank 0. Collective.
 
-    One after another, so that a device never has more than one of them unsharded.
+    Tensors are gathered one at a time, so that a device has only one of them unsharded.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -112,7 +111,7 @@ def gather_to_rank0(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def unsharded_copy(network: Magnet) -> Magnet:
-    """A plain network with the same weights on every rank, beside the shards; a collective."""
+    """An unsharded copy of the network on every rank. Collective."""
     with torch.device("meta"):
         copy = Magnet(network.config)
     copy.text_multiple = network.text_multiple

@@ -152,7 +152,7 @@ def test_what_is_no_result_stops_the_table(tmp_path, capsys):
     with pytest.raises(UserError, match=r"summary\.json: damaged"):
         read_ablation(runs)
     (runs[0].folder / "summary.json").write_text('{"metrics": {}}')
-    with pytest.raises(UserError, match="holds no metrics"):
+    with pytest.raises(UserError, match="has no metrics"):
         read_ablation(runs)
     assert (
         main(["sweep", str(tmp_path / "spans.yaml"), "--out", str(tmp_path / "other"), "--table"])

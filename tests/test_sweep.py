@@ -469,7 +469,7 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(
     assert status(file, "--out", fake, "--slurm", "--jobs", 4) == 2
     said = capsys.readouterr().err.strip()
     words = shlex.split(
-        said.removeprefix("error: no sbatch here, nothing was submitted; run where there is one: ")
+        said.removeprefix("error: no sbatch on this machine; nothing was submitted; run: ")
     )
     assert words[2] == "--array=1,2%4" and words[4:] == [
         str(SBATCH / "sweep.sbatch"),

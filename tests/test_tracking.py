@@ -128,7 +128,7 @@ def test_everything_logged_is_defined_and_everything_defined_is_logged(run: Path
     keys = {key for rows in csv_rows(run) for row in rows for key in row} - {"step"}
     undefined = [key for key in keys if logged.find(key) is None]
     assert not undefined and len(keys) > 30
-    media = {"gen/clips", "gen/audio", "gen/pictures"}
+    media = {"gen/clips", "gen/audio", "gen/plots"}
     rows = history(records(run))
     of_wandb = {key.split(".")[0] if key.startswith("gen/") else key for row in rows for key in row}
     assert {key for key in of_wandb if key[0] != "_"} == keys | media | {logged.STEP}
@@ -403,7 +403,7 @@ def test_tensorboard_gets_figures_audio_and_pictures(data: Path, tmp_path: Path)
     for file in files:
         audio, picture = (
             shown.Audio(f"gen/audio/{file.stem}")[-1],
-            shown.Images(f"gen/pictures/{file.stem}")[-1],
+            shown.Images(f"gen/plots/{file.stem}")[-1],
         )
         wav, rate = soundfile.read(io.BytesIO(audio.encoded_audio_string))
         assert (audio.step, rate) == (2, 8000) and np.abs(

@@ -43,7 +43,7 @@ class GeneratedClip:
     """FAD of this single clip; None if it could not be computed."""
 
     @property
-    def picture(self) -> Path:
+    def plot(self) -> Path:
         return self.audio.with_suffix(".png")
 
     @classmethod
@@ -60,7 +60,7 @@ class Tracking(Callback):
     all ranks are read from the shared run folder.
     """
 
-    COLUMNS = ("step", "item", "caption", "audio", "picture", "FAD of the clip alone")
+    COLUMNS = ("step", "item", "caption", "audio", "plot", "FAD of the single clip")
 
     def __init__(self, upload_checkpoints: bool = False):
         """
@@ -157,7 +157,7 @@ class Tracking(Callback):
         for clip in clips:
             audio = wandb.Audio(str(clip.audio))
             self._table.add_data(
-                step, clip.item, clip.caption, audio, wandb.Image(str(clip.picture)), clip.score
+                step, clip.item, clip.caption, audio, wandb.Image(str(clip.plot)), clip.score
             )
         names = [clip.audio.stem for clip in clips]
         media = {
@@ -165,8 +165,8 @@ class Tracking(Callback):
             "gen/audio": [
                 wandb.Audio(str(c.audio), caption=n) for c, n in zip(clips, names, strict=True)
             ],
-            "gen/pictures": [
-                wandb.Image(str(c.picture), caption=n) for c, n in zip(clips, names, strict=True)
+            "gen/plots": [
+                wandb.Image(str(c.plot), caption=n) for c, n in zip(clips, names, strict=True)
             ],
         }
         run.log(media | {STEP: step})
@@ -210,7 +210,7 @@ def upload(run: Any, checkpoint: Path, alias: str) -> None:
 
 
 def to_tensorboard(writer: Any, clips: list[GeneratedClip], step: int) -> None:
-    """Log audio, mixed to mono, as `gen/audio/NAME` and its spectrogram as `gen/pictures/NAME`.
+    """Log audio, mixed to mono, as `gen/audio/NAME` and its spectrogram as `gen/plots/NAME`.
 
     Args:
         writer: torch's SummaryWriter.
@@ -226,7 +226,7 @@ def to_tensorboard(writer: Any, clips: list[GeneratedClip], step: int) -> None:
         writer.add_audio(
             f"gen/audio/{clip.audio.stem}", torch.from_numpy(wav.mean(1))[None], step, sample_rate
         )
-        picture = matplotlib.image.imread(clip.picture)  # height, width, channels; 0 to 1
+        picture = matplotlib.image.imread(clip.plot)  # height, width, channels; 0 to 1
         writer.add_image(
-            f"gen/pictures/{clip.audio.stem}", torch.from_numpy(picture), step, dataformats="HWC"
+            f"gen/plots/{clip.audio.stem}", torch.from_numpy(picture), step, dataformats="HWC"
         )

@@ -1,4 +1,4 @@
-"""One entry from each distribution: filters, exponential noise, and the race that draws the sample.
+"""Sampling of codes: top-p and top-k filters, and the exponential-race (Gumbel-max) trick.
 
 Shapes: `...` any leading axes, c entries of a codebook.
 """
@@ -8,28 +8,25 @@ from torch import Tensor
 
 
 def top_p_filter(probs: Tensor, top_p: float) -> Tensor:
-    """Probabilities `… c` with all entries set to zero before which more than `top_p` is already
-    covered.
-    """
+    """Nucleus filter: zeroes the entries of `… c` beyond a cumulative probability of `top_p`."""
     ordered, index = probs.sort(-1, descending=True)
     ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0)
     return torch.zeros_like(probs).scatter(-1, index, ordered)
 
 
 def top_k_filter(probs: Tensor, top_k: int) -> Tensor:
-    """Probabilities `… c` with all but the `top_k` largest set to zero."""
+    """Zeroes all but the `top_k` largest probabilities of `… c`."""
     if top_k >= probs.shape[-1]:
         return probs
     return probs.masked_fill(probs < probs.topk(top_k, dim=-1).values[..., -1:], 0)
 
 
 def sample(probs: Tensor, top_p: float, top_k: int, noise: Tensor) -> Tensor:
-    """One entry per distribution, the winner of a race of exponentials: `… c`, `…` in [0, 1) ->
-    `…`.
+    """Sample one entry per distribution: probabilities `… c`, noise `…` in [0, 1) -> `…`.
 
-    Inverting the cumulative sum would be simpler, but where it has a thousand steps a rounding in
-    the seventh digit tips one draw in ten thousand, and an item would not get in a batch what it
-    gets alone.
+    Uses the exponential-race (Gumbel-max) trick. Inverting the cumulative sum is simpler, but with
+    a thousand entries rounding changes one draw in ten thousand, so that results would depend on
+    the batch.
     """
     if top_p > 0 and probs.device.type == "cpu":
         return _race_in_nucleus(probs, top_p, noise)
@@ -41,12 +38,12 @@ def sample(probs: Tensor, top_p: float, top_k: int, noise: Tensor) -> Tensor:
 
 
 def _race_in_nucleus(probs: Tensor, top_p: float, noise: Tensor) -> Tensor:
-    """The winner among the entries that `top_p_filter` keeps, without sorting them all.
+    """Sample from the nucleus without sorting, with the same result as after `top_p_filter`.
 
-    All entries race; whether a winner is kept shows in the mass of the likelier ones. If it is not,
-    it and all that are no likelier leave, and the rest race again with the same noise: the winner
-    among the kept is the same, and one draw in ten needs a second race. A sort takes five times as
-    long on a CPU; on a GPU it costs less than waiting for the answer would.
+    A sample is in the nucleus if the total probability of likelier entries is below `top_p`. If it
+    is not, it is removed with all less likely entries, and the sample is drawn again with the same
+    noise, which one draw in ten needs. Sorting takes five times as long on a CPU; on a GPU it is
+    faster than waiting for the result.
     """
     rows, exponentials = probs.flatten(0, -2), exponential(noise, probs.shape[-1]).flatten(0, -2)
     winners = (rows / exponentials).argmax(-1)
@@ -62,11 +59,10 @@ def _race_in_nucleus(probs: Tensor, top_p: float, noise: Tensor) -> Tensor:
 
 
 def exponential(noise: Tensor, size: int) -> Tensor:
-    """Exponential noise for every entry, hashed from one uniform number per distribution: `…` in
-    [0, 1) -> `… size`.
+    """Exponential noise per entry, hashed from uniform numbers: `…` in [0, 1) -> `… size`.
 
-    A hash (Wellons' "lowbias32") gives every device the same without drawing, or moving, `size`
-    times as many numbers.
+    A hash (Wellons' "lowbias32") gives the same noise on every device, without drawing or copying
+    `size` times as many random numbers.
     """
     seeds = ((noise.double() - 0.5) * 2**32).to(torch.int32)[..., None]
     entries = torch.arange(size, dtype=torch.int32, device=noise.device)
@@ -81,15 +77,15 @@ def exponential(noise: Tensor, size: int) -> Tensor:
 
 
 def share_noise(noise: Tensor, num_frames: int, offset: Tensor) -> Tensor:
-    """Let groups of neighbouring frames share one number: `b t` in [0, 1) -> `b t`.
+    """Share noise within groups of neighbouring frames: `b t` in [0, 1) -> `b t`.
 
-    With a number of their own, two neighbours whose distributions agree draw different entries;
-    with a shared one they draw the same, as held notes do.
+    With independent noise, neighbours with equal distributions draw different codes; with shared
+    noise they draw the same, as in held notes.
 
     Args:
         noise: one number per frame.
-        num_frames: length of a group, in frames; 1 = every frame keeps its own.
-        offset: `b` in [0, 1), moves the borders between the groups by that share of a group.
+        num_frames: length of a group, in frames; 1 = independent noise.
+        offset: `b` in [0, 1), shifts the groups by this share of their length.
     """
     if num_frames == 1:
         return noise

@@ -1,7 +1,7 @@
 """Table and plot of an ablation from the run folders of a sweep: means over seeds with intervals.
 
-A setting is what the sweep varies besides the seed. Its 95 % interval is Student's t over the last
-values of its seeds: how far the mean would move with other seeds on the same validation clips.
+A setting is a combination of parameter values other than the seed. Its 95 % interval (Student's t
+over the last values of its seeds) covers other seeds on the same validation clips.
 """
 
 import itertools
@@ -21,10 +21,10 @@ from magnet_train.common.tables import markdown_table
 from magnet_train.sweeps.sweep import Run, short_names
 
 SEEDS = ("seed_everything", "seed")
-"""Last parts of the names of parameters that are seeds."""
+"""Last parts of the names of seed parameters."""
 SKIPPED_METRICS = re.compile(r"/stage\d|/rate|/baseline_|_ci95$|/num_clips$")
 RESUME_ONLY_SETTINGS = ("config", "ckpt_path", "model.init_from")
-"""Settings in which a resumed run differs from an uninterrupted one."""
+"""Settings that differ between resumed and uninterrupted runs."""
 Setting = tuple[Any, ...]
 """A value for each parameter that is not a seed."""
 
@@ -35,7 +35,7 @@ class Mean:
 
     value: float
     half_width: float | None
-    """Of the 95 % interval; None with one seed."""
+    """Half width of the 95 % interval; None with one seed."""
     num_seeds: int
 
     @classmethod
@@ -56,7 +56,7 @@ class Mean:
         return cls(mean, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n), n)
 
     def overlaps(self, other: "Mean") -> bool:
-        """Whether the two intervals have a value in common; that of a single seed is a point."""
+        """Whether the two intervals overlap; with a single seed, the interval is a point."""
         distance = abs(self.value - other.value)
         return distance <= (self.half_width or 0.0) + (other.half_width or 0.0)
 
@@ -71,22 +71,22 @@ class Ablation:
     """Results of the finished runs of a sweep."""
 
     parameters: list[str]
-    """Short names of what varies besides the seed."""
+    """Short names of the parameters other than the seed."""
     means: dict[str, dict[Setting, Mean]]
-    """Metric to setting to mean; a setting without the metric is absent."""
+    """Means by metric and setting; settings without the metric are absent."""
     num_seeds: dict[Setting, int]
     """Finished runs of each setting."""
     notes: list[str]
-    """What a reader must know before comparing."""
+    """Warnings about the comparison."""
     values: dict[str, dict[str, float]]
-    """Finished run to metric to its last value."""
+    """Last values by finished run and metric."""
 
     def label(self, setting: Setting) -> str:
         pairs = zip(self.parameters, setting, strict=True)
         return ", ".join(f"{name}={value}" for name, value in pairs) or "all"
 
     def markdown(self, title: str) -> str:
-        """A table of settings, a verdict for each metric, and a table of all runs."""
+        """A table of settings, a conclusion per metric, and a table of all runs."""
         rows = []
         for setting, count in self.num_seeds.items():
             cells = [str(by_setting.get(setting, "")) for by_setting in self.means.values()]
@@ -107,7 +107,7 @@ class Ablation:
         )
 
     def verdict(self, metric: str) -> str:
-        """One sentence: between which settings this metric shows no difference."""
+        """One sentence: the settings whose intervals overlap in this metric."""
         means = self.means[metric]
         pairs = list(itertools.combinations(means.items(), 2))
         if not pairs:
@@ -181,17 +181,17 @@ def _read_metrics(run: Run) -> dict[str, float]:
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise UserError(
-                f"{file}: {name} is {value}; look at the run, remove it and run the sweep again"
+                f"{file}: {name} is {value}; check the run, remove it and run the sweep again"
             )
     if not metrics:
-        raise UserError(f"{file}: holds no metrics; remove the folder and run the sweep again")
+        raise UserError(f"{file}: has no metrics; remove the folder and run the sweep again")
     return {name: v for name, v in metrics.items() if not SKIPPED_METRICS.search(name)}
 
 
 def _differences(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each setting in which runs differ although the sweep does not vary it.
+    """A warning per setting that differs between runs although the sweep does not vary it.
 
-    A base configuration that changed during the sweep would otherwise be read as an effect.
+    Otherwise a change of the base configuration during the sweep would look like an effect.
     """
     settings = {run.name: _read_settings(run) for run in runs}
     known = [found for found in settings.values() if found is not None]
@@ -210,7 +210,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
 
 
 def _read_settings(run: Run) -> dict[str, str] | None:
-    """Settings in the newest config.yaml, with the run's folder replaced by a word."""
+    """Settings in the newest config.yaml, with the run's folder replaced by a placeholder."""
     files = [run.folder / "config.yaml", *run.folder.glob("*/version_*/config.yaml")]
     files = [file for file in files if file.is_file()]
     if not files:
@@ -229,10 +229,10 @@ def _read_settings(run: Run) -> dict[str, str] | None:
 
 
 def write_ablation(runs: Sequence[Run], out: Path) -> tuple[Path, Path]:
-    """Writes `table.md` and `plot.png` in `out`, from the run folders.
+    """Write `table.md` and `plot.png` in `out`, from the run folders.
 
     Raises:
-        UserError: as `read_ablation`.
+        UserError: as in `read_ablation`.
     """
     ablation = read_ablation(runs)
     table = out / "table.md"
@@ -243,7 +243,7 @@ def write_ablation(runs: Sequence[Run], out: Path) -> tuple[Path, Path]:
 
 
 def plot(ablation: Ablation, path: Path) -> None:
-    """A panel for each metric: means with intervals over the first parameter, a line for each
+    """Plot one panel per metric: means with intervals over the first parameter, with one line per
     combination of the others."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -269,7 +269,7 @@ def _plot_metric(ablation: Ablation, metric: str, axis: Any) -> None:
         place = ticks.index(str(setting[0]) if setting else "all")
         lines.setdefault(setting[1:], []).append((place, mean))
     for i, (others, points) in enumerate(lines.items()):
-        shift = 0.08 * (i - (len(lines) - 1) / 2)  # or intervals would hide one another
+        shift = 0.08 * (i - (len(lines) - 1) / 2)  # so that intervals do not cover each other
         pairs = zip(ablation.parameters[1:], others, strict=True)
         axis.errorbar(
             [place + shift for place, _ in points],

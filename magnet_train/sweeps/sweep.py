@@ -1,9 +1,8 @@
-"""Runs a sweep file without a W&B server: here, some runs at a time, or as a SLURM array.
+"""Runs a sweep file without a W&B server, on this machine or as a SLURM array.
 
-The file has W&B's format, and `wandb sweep FILE` takes it as it is. Of it `method: grid`,
-`parameters` and the options of `fit` in `command` are read. The state is in the run folders only: a
-run is finished when its `summary.json` exists, so the same command resumes after any interruption,
-and several sweeps at once share the work.
+The file is a W&B sweep configuration with `method: grid`; `parameters` and the options of `fit` in
+`command` are used. All state is in the run folders: a run is finished if its `summary.json` exists.
+So the same command resumes after any interruption, and several sweeps at once share the work.
 """
 
 import contextlib
@@ -34,7 +33,7 @@ FIT = (sys.executable, "-m", "magnet_train", "fit")
 FOLDER = "--trainer.default_root_dir"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_TIMEOUT_S = 60.0
-"""Time for runs to save and end after an interruption."""
+"""Seconds for runs to save and exit after an interruption."""
 POLL_S = 0.1
 EXAMPLE = "see conf/sweep/span_len.yaml"
 
@@ -44,7 +43,7 @@ class Run:
     """One point of the grid."""
 
     name: str
-    """From its values, such as "span_len=5,seed_everything=1"."""
+    """Name made of its values, such as "span_len=5,seed_everything=1"."""
     folder: Path
     values: dict[str, Any]
     """Value of each parameter that the sweep varies."""
@@ -108,7 +107,7 @@ def read_sweep(file: Path, out: Path) -> list[Run]:
 
 
 def _fit_options(file: Path, command: Any) -> list[str]:
-    """Options between `fit` and `${args}`, without the folder, which each run has of its own."""
+    """Options between `fit` and `${args}`, without the run folder, which differs between runs."""
     words: list[str] = []
     for word in command if isinstance(command, list) else []:
         is_split = words[-1:] == ["-S"]  # env -S splits its argument
@@ -119,7 +118,7 @@ def _fit_options(file: Path, command: Any) -> list[str]:
     options = [word for word in options if not word.startswith(f"{FOLDER}=")]
     if unknown := [word for word in options if "${" in word]:
         raise UserError(
-            f"{file}: command has {unknown[0]}, which only W&B's agent fills in; write it out"
+            f"{file}: command has {unknown[0]}, which only W&B's agent replaces; write its value"
         )
     return options
 
@@ -151,7 +150,7 @@ def _choices(file: Path, parameters: Any) -> dict[str, list[Any]]:
 
 
 def short_names(parameters: list[str]) -> dict[str, str]:
-    """The last part of each parameter's name, or all of it if another has the same last part."""
+    """The last part of each parameter's name, or the full name if that is ambiguous."""
     last = {name: name.rsplit(".", 1)[-1] for name in parameters}
     count = Counter(last.values())
     return {name: short if count[short] == 1 else name for name, short in last.items()}
@@ -166,14 +165,14 @@ def _name_of(value: Any) -> str:
 
 
 def run_here(runs: Sequence[Run], jobs: int = 1) -> dict[str, str]:
-    """Runs what is not finished, `jobs` at a time; returns the names of failed runs and why.
+    """Run unfinished runs, `jobs` at a time; returns failed runs with reasons.
 
     Each run writes to `log.txt` in its folder, and resumes from its last checkpoint if it has one.
-    No process outlives an interruption.
+    An interruption ends all processes.
 
     Args:
-        runs: of one sweep.
-        jobs: processes at a time; they share the CPU's cores.
+        runs: runs of one sweep.
+        jobs: number of concurrent processes; they share the CPU's cores.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C, SIGTERM or SIGHUP, once the runs have ended.
@@ -186,7 +185,7 @@ def run_here(runs: Sequence[Run], jobs: int = 1) -> dict[str, str]:
                 scheduler.start(received)
                 time.sleep(POLL_S)
         finally:
-            for number in _handled_signals():  # a second Ctrl-C ends the waiting
+            for number in _handled_signals():  # a second Ctrl-C kills the runs
                 signal.signal(number, signal.default_int_handler)
             _stop(list(scheduler.running))
     if received:
@@ -201,7 +200,7 @@ class _Scheduler:
         self.jobs = jobs
         self.waiting = [run for run in runs if not run.is_finished]
         self.running: dict[subprocess.Popen[bytes], tuple[Run, float]] = {}
-        """Process to run and start time."""
+        """Run and start time of each process."""
         self.failed: dict[str, str] = {}
         self._elsewhere: set[str] = set()
 
@@ -210,7 +209,7 @@ class _Scheduler:
         return bool(self.waiting or self.running)
 
     def collect(self) -> None:
-        """Reports processes that have ended."""
+        """Handle processes that have ended."""
         for process, (run, start) in list(self.running.items()):
             if process.poll() is None:
                 continue
@@ -222,14 +221,14 @@ class _Scheduler:
             log(f"{run.name}: {state} (after {time.monotonic() - start:.0f} s)")
 
     def start(self, received: list[int]) -> None:
-        """Starts waiting runs until `jobs` are running or a signal was received."""
+        """Start waiting runs until `jobs` are running or a signal was received."""
         for run in list(self.waiting):
             if len(self.running) == self.jobs or received:
                 return
             process = _start(run, self.jobs)
             if process is not None:
                 self.running[process] = (run, time.monotonic())
-            elif not run.is_finished:  # another sweep, or one that was killed, left it running
+            elif not run.is_finished:  # running in another or a killed sweep
                 if run.name not in self._elsewhere:
                     log(f"{run.name}: already running elsewhere; waiting")
                 self._elsewhere.add(run.name)
@@ -244,8 +243,7 @@ def _handled_signals() -> list[signal.Signals]:
 
 @contextlib.contextmanager
 def _noted_signals() -> Iterator[list[int]]:
-    """Notes signals instead of raising: one raised between the start of a process and its entry
-    in the scheduler would leave it behind."""
+    """Records signals instead of raising, so that a process cannot start without being tracked."""
     received: list[int] = []
     previous = {
         number: signal.signal(number, lambda number, frame: received.append(number))
@@ -259,7 +257,7 @@ def _noted_signals() -> Iterator[list[int]]:
 
 
 def _start(run: Run, jobs: int) -> "subprocess.Popen[bytes] | None":
-    """The run's process; None if another process has it, or had it and finished it."""
+    """The run's process; None if another process is running it or has finished it."""
     lock = _lock(run)
     if lock is None:
         return None
@@ -278,7 +276,7 @@ def _start(run: Run, jobs: int) -> "subprocess.Popen[bytes] | None":
                 stderr=subprocess.STDOUT,
                 pass_fds=[lock],
                 env=_environment(run, jobs),
-                start_new_session=True,  # Ctrl-C is for this process, which ends them all
+                start_new_session=True,  # only this process gets Ctrl-C, and ends all others
             )
     finally:
         os.close(lock)
@@ -287,7 +285,7 @@ def _start(run: Run, jobs: int) -> "subprocess.Popen[bytes] | None":
 def _lock(run: Run) -> int | None:
     """A lock on the run's folder; None if another process has it.
 
-    The run's process inherits it and holds it as long as it lives, even if this one is killed.
+    The run's process inherits the lock and keeps it even if this process is killed.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(run.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -308,7 +306,7 @@ def _command(run: Run) -> list[str]:
 
 
 def _environment(run: Run, jobs: int) -> dict[str, str]:
-    """W&B offline and grouped, and the cores shared, unless the environment says otherwise."""
+    """Environment with W&B offline and grouped and with shared cores, unless already set."""
     defaults = {
         "WANDB_MODE": "offline",
         "WANDB_RUN_GROUP": run.folder.parent.name,
@@ -316,13 +314,13 @@ def _environment(run: Run, jobs: int) -> dict[str, str]:
     }
     if jobs > 1:
         defaults["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    # An exported id would make all runs one run of W&B.
+    # An exported id would merge all runs into one W&B run.
     own = ("WANDB_NAME", "WANDB_RUN_ID", "WANDB_RESUME")
     return defaults | {k: v for k, v in os.environ.items() if k not in own}
 
 
 def _stop(processes: "list[subprocess.Popen[bytes]]") -> None:
-    """Asks all to save and end; kills the rest after STOP_TIMEOUT_S or a second Ctrl-C."""
+    """Stop all processes; kill the rest after STOP_TIMEOUT_S or a second Ctrl-C."""
     deadline = time.monotonic() + STOP_TIMEOUT_S
     for process in processes:
         _signal(process, signal.SIGTERM)
@@ -330,7 +328,7 @@ def _stop(processes: "list[subprocess.Popen[bytes]]") -> None:
         for process in processes:
             process.wait(max(0.0, deadline - time.monotonic()))
     for process in processes:
-        _signal(process, signal.SIGKILL)  # and all processes that it started
+        _signal(process, signal.SIGKILL)  # including its child processes
         process.wait()
 
 
@@ -340,7 +338,7 @@ def _signal(process: "subprocess.Popen[bytes]", number: int) -> None:
 
 
 def last_line(file: Path) -> str:
-    """The last line of a log that is neither W&B's nor our note of the command."""
+    """The last line of a log, except for W&B's output and the command."""
     try:
         text = file.read_text(errors="replace")[-20_000:]
     except OSError:
@@ -356,7 +354,7 @@ def log(text: str) -> None:
 
 
 def state_table(runs: Sequence[Run], failed: dict[str, str]) -> str:
-    """A table with the state of each run, and how many are finished."""
+    """A table with the state of each run, and the number of finished runs."""
 
     def state(run: Run) -> str:
         if run.name in failed:
@@ -374,15 +372,15 @@ def state_table(runs: Sequence[Run], failed: dict[str, str]) -> str:
 
 
 def exec_run(file: Path, runs: Sequence[Run], index: int) -> None:
-    """Replaces this process by one run of a sweep, so that signals reach it.
+    """Replace this process by one run of a sweep, so that the run receives signals.
 
     Args:
-        file: that the runs were read from.
-        runs: all of the sweep's.
-        index: of the run in the grid, from 0; a finished run ends the process at once.
+        file: the sweep file.
+        runs: all runs of the sweep.
+        index: 0-based index of the run in the grid; if it is finished, the process exits.
 
     Raises:
-        UserError: if there is no such run, or another process has it.
+        UserError: if there is no such run, or another process is running it.
     """
     if not 0 <= index < len(runs):
         raise UserError(
@@ -393,7 +391,7 @@ def exec_run(file: Path, runs: Sequence[Run], index: int) -> None:
     if run.is_finished:
         log(f"{run.name}: already finished")
         return
-    if os.environ.get("SLURM_PROCID", "0") == "0":  # the first rank holds the lock for all
+    if os.environ.get("SLURM_PROCID", "0") == "0":  # rank 0 holds the lock for all
         lock = _lock(run)
         if lock is None:
             raise UserError(f"{run.folder}: another process has this run; wait for it or cancel it")
@@ -406,12 +404,12 @@ def exec_run(file: Path, runs: Sequence[Run], index: int) -> None:
 
 
 def slurm_command(file: Path, runs: Sequence[Run], jobs: int | None = None) -> list[str]:
-    """The sbatch command of an array job with a task for each unfinished run.
+    """The sbatch command of an array job with one task per unfinished run.
 
     Args:
-        file: of the sweep.
-        runs: all of the sweep's, so that a run keeps its task's number.
-        jobs: tasks at a time; None = as many as the cluster gives.
+        file: the sweep file.
+        runs: all runs of the sweep, so that a run keeps its task id.
+        jobs: maximum number of concurrent tasks; None = no limit.
     """
     tasks = ",".join(str(i) for i, run in enumerate(runs) if not run.is_finished)
     if jobs:
@@ -430,14 +428,14 @@ def slurm_command(file: Path, runs: Sequence[Run], jobs: int | None = None) -> l
 
 
 def submit(command: list[str]) -> str:
-    """Runs sbatch and returns its answer.
+    """Run sbatch; returns its output.
 
     Raises:
-        UserError: if there is no sbatch, or it refuses.
+        UserError: if there is no sbatch, or it refuses the job.
     """
     if shutil.which(command[0]) is None:
         raise UserError(
-            f"no sbatch here, nothing was submitted; run where there is one: {shlex.join(command)}"
+            f"no sbatch on this machine; nothing was submitted; run: {shlex.join(command)}"
         )
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -460,17 +458,17 @@ def sweep(
     jobs: int | None = None,
     slurm: bool = False,
 ) -> bool:
-    """Runs a sweep, or submits it to SLURM; returns whether nothing failed.
+    """Run a sweep, or submit it to SLURM; returns whether no run failed.
 
     Args:
-        file: that the runs were read from.
+        file: the sweep file.
         runs: from `read_sweep`.
-        check: parses options of `fit`; it is called for every unfinished run before any starts.
-        jobs: runs at a time; None = one here, as many as the cluster gives under SLURM.
-        slurm: whether it is submitted as an array job.
+        check: validates options of `fit`; called for every unfinished run before any starts.
+        jobs: number of concurrent runs; None = one on this machine, no limit under SLURM.
+        slurm: submit an array job.
 
     Raises:
-        UserError: if a run's options are wrong, or sbatch refuses.
+        UserError: if a run's options are invalid, or sbatch refuses the job.
     """
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: give at least 1")

@@ -1,4 +1,4 @@
-"""`dashboard`: a W&B workspace with panels for all logged metrics, by section."""
+"""`dashboard`: creates a W&B workspace with panels for all logged metrics, by section."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,9 @@ from magnet_train.tracking.logged import HOURS, LOGGED, SECTIONS, STEP, Logged
 from magnet_train.tracking.wandb_session import check_wandb_login
 
 NAME = "magnet_train"
-"""The workspace's name as people see it."""
+"""Displayed name of the workspace."""
 ID = "magnettrain"
-"""Its name in its address."""
+"""Name of the workspace in its URL."""
 OVER_HOURS = (
     "val/ce",
     "val/fad/{embedder}",
@@ -19,7 +19,7 @@ OVER_HOURS = (
     "val/text/{embedder}",
     "train/loss",
 )
-"""Metrics that are plotted over hours of audio too, where runs with other batch sizes compare."""
+"""Metrics also plotted over hours of audio, to compare runs with different batch sizes."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class DashboardOptions:
 
 
 def workspace(options: DashboardOptions) -> Any:
-    """The unsaved workspace: a section for each of `SECTIONS`, and one over hours of audio.
+    """The unsaved workspace: one section per entry of `SECTIONS`, and one over hours of audio.
 
     Raises:
         UserError: if the package is missing.
@@ -62,11 +62,11 @@ def workspace(options: DashboardOptions) -> Any:
 
 
 def dashboard(options: DashboardOptions) -> str:
-    """Saves the workspace, replacing that of an earlier call; returns its address.
+    """Save the workspace, replacing the one of an earlier call; returns its URL.
 
     Raises:
-        UserError: if the package or a key is missing, W&B refuses the key or the project, or cannot
-        be reached.
+        UserError: if the package or a key is missing, or W&B cannot be reached or refuses the key
+            or the project.
     """
     made = workspace(options)
     ws = _workspaces()

@@ -19,7 +19,7 @@ def environment(num_ranks: int) -> dict[str, Any]:
     """Plain values, without paths or names of machines or people.
 
     Args:
-        num_ranks: Processes that train together.
+        num_ranks: Number of training processes.
     """
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
@@ -36,11 +36,9 @@ def environment(num_ranks: int) -> dict[str, Any]:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The git commit of a folder's code, with `-dirty` if tracked files have changed since; None
-    outside git.
+    """The git commit of a folder, with `-dirty` if tracked files have changed; None outside git.
 
-    A package installed inside somebody's repository, e.g. in `.venv`, does not belong to its
-    commits.
+    Also None for a package installed inside another repository, e.g. in `.venv`.
     """
 
     def git(*args: str) -> str | None:
@@ -58,7 +56,7 @@ def commit_of(folder: Path) -> str | None:
 
 
 def add_environment(folder: Path, session: dict[str, Any]) -> None:
-    """Appends to `environment.json`: a resumed run has an entry for each session."""
+    """Append to `environment.json`, which has an entry per session."""
     file = folder / "environment.json"
     try:
         before = json.loads(file.read_text())

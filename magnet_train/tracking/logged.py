@@ -1,6 +1,7 @@
-"""Every logged name: its meaning, which direction is better, and its place on the dashboard.
- The axes in W&B, the workspace of `dashboard` and docs/metrics.md are made from this list, and a
-test compares it with what `fit` logs. To log something new, add a line.
+"""All logged names: meaning, direction of improvement and section of the dashboard.
+
+W&B's axes, the workspace of `dashboard` and docs/metrics.md are generated from this list, and a
+test compares it with what `fit` logs. To log something new, add an entry.
 """
 
 import re
@@ -15,7 +16,7 @@ from magnet_train.metrics.scoring import METRICS
 STEP = "trainer/global_step"
 """Axis of every logger: optimizer steps."""
 HOURS = "train/audio_hours"
-"""Second axis, in every row of W&B: hours of audio seen."""
+"""Second axis in W&B: hours of audio seen."""
 PLACEHOLDERS = {
     "k": r"\d+",
     "rate": r"[\d.]+",
@@ -24,7 +25,7 @@ PLACEHOLDERS = {
     "measure": f"(?:{'|'.join(MEASURES)})",
     "baseline": "(?:codec|unigram|bigram)",
 }
-"""Regular expressions for each `{…}` in a name."""
+"""Regular expression of each placeholder in a name."""
 SECTIONS = (
     "validation",
     "generated audio",
@@ -42,16 +43,16 @@ Direction = Literal["lower", "higher", ""]
 
 @dataclass(frozen=True)
 class Logged:
-    """One name, or one pattern of names."""
+    """A logged name, or a pattern of names."""
 
     name: str
-    """Key; `{k}` is a codebook from 0, `{rate}` a share of masked frames, `{metric}` and
-    `{embedder}` as in a metric."""
+    """Name; `{k}` is a codebook from 0, `{rate}` a share of masked frames, `{metric}` and
+    `{embedder}` as in `evaluate`."""
     meaning: str
     """A phrase, with its unit or range."""
     section: str
     better: Direction = ""
-    """Direction of improvement; empty where there is none."""
+    """Direction of improvement; empty if there is none."""
     shown: bool = True
     """Whether the dashboard has a panel for it."""
     is_media: bool = False
@@ -141,7 +142,7 @@ LOGGED: tuple[Logged, ...] = (
         (
             "val/{metric}/{embedder}/baseline_bigram",
             "",
-            "that metric for codes drawn by how often they follow the code before",
+            "that metric for codes drawn by the bigram counts of training",
         ),
         ("val/num_clips", "", "generated clips that were scored"),
         shown=False,
@@ -151,10 +152,10 @@ LOGGED: tuple[Logged, ...] = (
         (
             "gen/clips",
             "",
-            "a table to which every validation adds: step, item, caption, audio, plot, score",
+            "a table with rows of every validation: step, item, caption, audio, plot, score",
         ),
         ("gen/audio", "", "the clips of each validation"),
-        ("gen/pictures", "", "their spectrograms, with the order of unmasking"),
+        ("gen/plots", "", "their spectrograms, with the order of unmasking"),
         is_media=True,
     ),
     *_entries(
@@ -170,17 +171,17 @@ LOGGED: tuple[Logged, ...] = (
         (
             "val/ce/stage{k}/baseline_unigram",
             "",
-            "cross-entropy of its codes by their frequencies in training, in nats",
+            "cross-entropy of the unigram baseline (code frequencies in training), in nats",
         ),
         (
             "val/ce/stage{k}/baseline_bigram",
             "",
-            "the same by counts given the code before, which most codes repeat",
+            "cross-entropy of the bigram baseline (given the previous code), in nats",
         ),
         (
             "train/ce/stage{k}",
             "lower",
-            "cross-entropy of codebook k in the batches that trained it, in nats",
+            "cross-entropy of codebook k in training batches, in nats",
         ),
         ("train/accuracy/stage{k}", "higher", "accuracy on their masked frames, 0 to 1"),
     ),
@@ -219,51 +220,51 @@ LOGGED: tuple[Logged, ...] = (
             "train/steps_skipped",
             "lower",
             (
-                "steps skipped so far because of a non-finite loss or gradient; some find the "
-                "scale of 16-mixed"
+                "steps skipped so far because of a non-finite loss or gradient; in 16-mixed also "
+                "those that find the scale"
             ),
         ),
         (
             "data/shards_skipped",
             "lower",
-            "shards that no data worker could read, each time it was its turn",
+            "failed reads of shards by data workers, since the process started",
         ),
-        ("data/items_skipped", "lower", "items in them"),
+        ("data/items_skipped", "lower", "items in these shards"),
     ),
     *_entries(
         "speed",
         (
             "speed/examples_per_s",
             "higher",
-            "examples per second, the first rank's times the number of ranks, without validation",
+            "examples per second (rank 0 times the number of ranks), without validation",
         ),
         (
             "speed/frames_per_s",
             "higher",
-            "frames per second without padding, the first rank's times the number of ranks",
+            "frames per second without padding (rank 0 times the number of ranks)",
         ),
         ("speed/audio_hours_per_s", "higher", "hours of audio seen per second, all ranks"),
         (
             "speed/data_share",
             "lower",
-            "share of time spent waiting for data, 0 to 1; of the rank that waits most",
+            "share of time spent waiting for data, 0 to 1; maximum over ranks",
         ),
         (
             "speed/peak_memory_gb",
             "lower",
-            "peak memory of a GPU, or of a process on a CPU, in GB; the largest of all ranks",
+            "peak memory of a GPU, or of a process on a CPU, in GB; maximum over ranks",
         ),
         (
             "speed/mfu",
             "higher",
-            "model FLOP utilisation: FLOP that the model needs over the peak of the device, 0 to 1",
+            "model FLOP utilisation: FLOP needed by the model over the device's peak, 0 to 1",
         ),
     ),
 )
 
 
 def find(key: str) -> Logged | None:
-    """The definition of a logged key; None if it has none.
+    """The definition of a logged name, or None.
 
     >>> find("val/fad/vggish").better, find("train/ce/stage3").section, find("nonsense")
     ('lower', 'codebooks', None)
@@ -272,7 +273,7 @@ def find(key: str) -> Logged | None:
 
 
 def table() -> str:
-    """Markdown with a row for each name, as in docs/metrics.md."""
+    """Markdown table with a row per name, as in docs/metrics.md."""
     signs = {"lower": "↓", "higher": "↑", "": ""}
     rows = [[f"`{entry.name}`", signs[entry.better], entry.meaning] for entry in LOGGED]
     return markdown_table(["name", "better", "meaning"], rows, num_left=3)

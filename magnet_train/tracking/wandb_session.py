@@ -1,4 +1,4 @@
-"""A W&B session: login, environment variables, and its end."""
+"""A W&B session: login, environment variables and shutdown."""
 
 import os
 import secrets
@@ -27,17 +27,17 @@ LOGIN_HINT = (
 def prepare_wandb(
     folder: Path, verb: str, resumes: bool, online: bool, uploads: bool = False
 ) -> None:
-    """Sets those of W&B's environment variables that are not set, and checks the login.
+    """Set missing W&B environment variables, and check the login.
 
-    A training run has one id, kept in `wandb_run_id` in its folder, so that its sessions are one
-    W&B run, online and offline. Files wait for their upload in the run folder: W&B's default is the
-    home folder, which is small on clusters and not synchronised with the run.
+    The id of a training run is stored in `wandb_run_id` in its folder, so that all sessions are one
+    W&B run, online and offline. Files to upload are kept in the run folder, not in the home folder
+    (W&B's default), which is small on clusters.
 
     Args:
         folder: Run folder.
-        verb: fit, validate …; only `fit` has an id of its own.
+        verb: fit, validate …; only `fit` stores its id.
         resumes: Whether the run resumes from a checkpoint, if there is one.
-        online: Whether a logger may need the network; WANDB_MODE may still forbid it.
+        online: Whether a logger needs the network, unless WANDB_MODE disables it.
         uploads: Whether checkpoints are uploaded at the end, which may take an hour.
 
     Raises:
@@ -47,16 +47,16 @@ def prepare_wandb(
         "WANDB_PROJECT": "magnet_train",
         "WANDB_JOB_TYPE": verb,
         "WANDB_DATA_DIR": str((folder / "wandb").absolute()),
-        # Seconds in which its service must start; 30 by default, too few on a busy disk.
+        # Timeout in seconds to start its service; the default of 30 is too short on a busy disk.
         "WANDB_X_SERVICE_WAIT": "300",
-        # Seconds of rows that a SIGKILL may cost; 15 by default.
+        # Seconds of rows that a SIGKILL may lose; the default is 15.
         "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",
         "WANDB_FINISH_TIMEOUT": "0" if uploads else "900",  # seconds; 0 = no limit
         "WANDB_FINISH_TIMEOUT_RAISES": "true",
     }
     file = folder / "wandb_run_id"
     is_known = verb == "fit" and resumes and file.is_file()
-    if "WANDB_SWEEP_ID" not in os.environ:  # whose agent names its runs
+    if "WANDB_SWEEP_ID" not in os.environ:  # a sweep's agent names its runs
         values["WANDB_NAME"] = folder.resolve().name
         if verb == "fit" and rank_zero_only.rank == 0:
             values["WANDB_RUN_ID"] = file.read_text().strip() if is_known else secrets.token_hex(5)
@@ -72,10 +72,10 @@ def prepare_wandb(
 
 
 def require_wandb_login(folder: Path, resumes: bool) -> None:
-    """Checks within seconds, and before anything is trained, that W&B accepts the run.
+    """Check the W&B login before training, within seconds.
 
-    Without a key the run is logged offline. If login fails, a new run stops; a resumed run, perhaps
-    requeued at night, continues offline, and its W&B run loses nothing by that.
+    Without a key the run is logged offline. If login fails, a new run stops, but a resumed run
+    continues offline, without losing data.
 
     Args:
         folder: Run folder.
@@ -98,11 +98,10 @@ def require_wandb_login(folder: Path, resumes: bool) -> None:
 
 
 def check_wandb_login() -> tuple[Literal["online", "off", "no key", "refused"], str]:
-    """Whether W&B can be online, and a text that says why, or where.
+    """W&B's login status, and a text with the reason or the server.
 
-    `off`: its settings, wherever they are, name a mode without network, which is then the text.
-    `refused`: the server does not accept the key or cannot be reached. Verifying a key takes
-    seconds if the server does not answer.
+    `off`: its settings select a mode without network, which is then the text. `refused`: the server
+    rejects the key or cannot be reached, which is known after seconds.
     """
     import wandb
     from wandb.errors import CommError
@@ -112,9 +111,7 @@ def check_wandb_login() -> tuple[Literal["online", "off", "no key", "refused"], 
         return "off", settings.mode
     try:
         with _quick_answers(settings):
-            if wandb.login(
-                verify=True, prompt=False
-            ):  # a prompt would wait all night for an answer
+            if wandb.login(verify=True, prompt=False):  # a prompt would block the run
                 return "online", settings.base_url
     except CommError as error:
         return (
@@ -127,13 +124,11 @@ def check_wandb_login() -> tuple[Literal["online", "off", "no key", "refused"], 
 
 @contextmanager
 def _quick_answers(settings: Any) -> Iterator[None]:
-    """W&B's service tries twice, each time for WANDB_HTTP_TIMEOUT seconds, and then says why it
-    failed.
+    """Let W&B's service try twice, for WANDB_HTTP_TIMEOUT seconds each, and report the reason.
 
-    By default it tries for minutes, and `wandb.login` stops waiting after WANDB_HTTP_TIMEOUT and
-    reports only that the service is busy; a process that ends soon after may wait ten minutes for
-    the service to end (wandb 0.31, a third of the times). That still happens if the server asks for
-    a long pause (Retry-After).
+    By default it retries for minutes, while `wandb.login` stops after WANDB_HTTP_TIMEOUT and
+    reports only that the service is busy. A process that exits soon after may then wait ten minutes
+    for the service (wandb 0.31). This can still happen if the server sends a long Retry-After.
     """
     from wandb.env import HTTP_TIMEOUT, get_http_timeout
 
@@ -159,18 +154,16 @@ def _quick_answers(settings: Any) -> Iterator[None]:
 # --- at its end -----------------------------------------------------------------------------------
 
 FINISH_TIMEOUT_S = 60.0
-"""Seconds for W&B's last uploads of a run that has to end: its GPUs are needed elsewhere, or other
-ranks wait."""
+"""Seconds for W&B's last uploads of a run that is preempted or failed."""
 
 
 def finish_wandb(status: int, quickly: bool = False) -> None:
-    """Ends this process's W&B run, if it has one, and says how to upload what could not be
-    uploaded.
+    """End this process's W&B run, if it has one, and print how to upload the rest.
 
     Args:
-        status: Exit status of the process, which W&B shows.
-        quickly: Whether within FINISH_TIMEOUT_S, whatever WANDB_FINISH_TIMEOUT says. If not all is
-            uploaded by then this ends the process, at whose exit W&B would try again.
+        status: Exit status of the process, shown by W&B.
+        quickly: Use FINISH_TIMEOUT_S instead of WANDB_FINISH_TIMEOUT, and end the process
+            afterwards, because W&B would try again at its exit.
     """
     wandb: Any = sys.modules.get("wandb")
     if wandb is None or wandb.run is None:
@@ -196,9 +189,9 @@ def _finish(wandb: Any, status: int, remedy: str) -> None:
     try:
         wandb.finish(exit_code=status)
     except TimeoutError:
-        wandb.teardown(exit_code=status)  # which writes what its service still holds
+        wandb.teardown(exit_code=status)  # writes the service's remaining data
         rank_zero_warn(f"W&B: not all was uploaded within {settings.finish_timeout:g} s; {remedy}")
-    except Exception as error:  # its service was killed, as by a signal to all processes
+    except Exception as error:  # e.g. its service was killed by a signal to all processes
         rank_zero_warn(
             f"W&B: not all may have been uploaded ({type(error).__name__}: {error}); {remedy}"
         )
