@@ -45,14 +45,14 @@ def test_captions_of_a_manifest_must_be_those_of_the_clips(tmp_path):
         (
             '{"path": "one.wav", "caption": "a"}\n{"path": "two", "caption": "b"}\n'
             '{"path": "x", "caption": "c"}',
-            "x is no clip",
+            "x is not a clip",
         ),
         (
             '{"path": "one.wav", "caption": "a"}\n{"path": "one.flac", "caption": "b"}',
             "two clips named one",
         ),
-        ('{"path": "../one.wav", "caption": "a"}', r"\.\./one\.wav leads out of the folder"),
-        ('{"path": "/one.wav", "caption": "a"}', r"/one\.wav leads out of the folder"),
+        ('{"path": "../one.wav", "caption": "a"}', r"\.\./one\.wav is outside of the folder"),
+        ('{"path": "/one.wav", "caption": "a"}', r"/one\.wav is outside of the folder"),
         ('{"path": "one.wav", "caption": "a"}\n{"path": "two.wav"}', r"two\.wav has no caption"),
     ):
         manifest.write_text(f"{rows}\n")
@@ -65,7 +65,7 @@ def test_captions_of_a_manifest_must_be_those_of_the_clips(tmp_path):
     (tmp_path / "one.json").write_text(json.dumps({"prompt": "from generate"}))
     assert load_captions(None, list_clips(tmp_path)) == {"one": "from generate"}
     (tmp_path / "twice.txt").write_text("a waltz\na waltz\n")
-    with pytest.raises(UserError, match="a line comes twice"):
+    with pytest.raises(UserError, match="a line is repeated"):
         load_prompts(tmp_path / "twice.txt")
 
 

@@ -168,7 +168,7 @@ def test_a_wrong_key_is_named(tmp_path, study, key):
     ann = write_csv(tmp_path / "ann.csv", ratings(key, "Ann", OPINION))
     (tmp_path / "k.json").write_text("{}")
     assert "k.json: not the key of a listening test" in analysis_refused([ann], tmp_path / "k.json")
-    assert "ann.csv: no JSON" in analysis_refused([ann], ann)
+    assert "ann.csv: not JSON" in analysis_refused([ann], ann)
     assert "gone.json: no such file" in analysis_refused([ann], tmp_path / "gone.json")
 
 

@@ -217,7 +217,7 @@ def test_bad_input_is_named_in_one_line(tmp_path):
         tmp_path, cell(codes=np.ones((1, 2), int), order=np.ones((1, 3), dtype=int))
     )
     assert "the value is nan" in refused(tmp_path, cell(score=float("nan")))
-    assert "value=None is no number" in refused(
+    assert "value=None is not a number" in refused(
         tmp_path, Report("r", records=[{"metric": "m", "value": None}])
     )
 

@@ -13,18 +13,18 @@ Point = tuple[float, float, float | None, float | None]
 Curves = Mapping[str, Sequence[Point]]
 
 MAX_POINTS = 400
-"""Points drawn of one curve; a longer one is drawn as means of neighbours."""
+"""Maximum number of points per curve; longer curves are averaged."""
 MAX_MARKED = 12
-"""Points up to which each one is marked."""
+"""Maximum number of points that are drawn with markers."""
 NUM_OPEN_CHARTS = 6
-"""Charts that are visible at once; the others unfold."""
+"""Number of charts shown; the others are collapsed."""
 COLOURS = ("#3d7fd6", "#d0662b", "#2f9556", "#a55bbd", "#8f8a1c", "#7c8893")
 """Readable on a light and on a dark page."""
 GREY = "#888888"
 
 
 def draw_charts(curves: Curves) -> str:
-    """HTML with a chart for each metric; `…/stage0`, `…/rate0.5` and `…/baseline_codec` share one.
+    """HTML with one chart per metric; `…/stage0`, `…/rate0.5` and `…/baseline_codec` share a chart.
 
     Raises:
         UserError: if a number is not finite.
@@ -54,9 +54,7 @@ def _chart(title: str, lines: Curves) -> str:
         for step, *values in points:
             for value in (step, *values):
                 if value is not None and not math.isfinite(value):
-                    raise UserError(
-                        f"curve {name}, step {step}: the value is {value}; leave it out"
-                    )
+                    raise UserError(f"curve {name}, step {step}: the value is {value}; remove it")
     lines = {name: thin_out(points) for name, points in lines.items()}
     legend = []
     endings = []
@@ -77,7 +75,7 @@ def _chart(title: str, lines: Curves) -> str:
 
 
 def draw_svg(lines: Curves) -> bytes:
-    """One chart: a line for each curve, its interval as a band, baselines dashed."""
+    """One chart: curves as lines, intervals as bands, baselines dashed."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -120,8 +118,7 @@ def draw_svg(lines: Curves) -> bytes:
 
 
 def thin_out(points: Sequence[Point]) -> list[Point]:
-    """The points in the order of steps; means of neighbours where there are more than
-    MAX_POINTS."""
+    """The points sorted by step, averaged down to at most MAX_POINTS."""
     points = sorted(points, key=lambda point: point[0])
     group = math.ceil(len(points) / MAX_POINTS)
     if group == 1:

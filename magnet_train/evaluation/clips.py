@@ -1,6 +1,6 @@
-"""What `evaluate` is given: folders of clips by id, their captions, prompts, and the reference.
+"""Inputs of `evaluate`: folders of clips, captions, prompts and the reference.
 
-The id of a clip is its path in its folder without suffix; clips with the same id belong together.
+The id of a clip is its path in its folder without suffix; it pairs generated and real clips.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ Clips = dict[str, Clip]
 
 
 def list_clips(folder: Path) -> Clips:
-    """The audio files in a folder and its subfolders, with the captions beside them, by id, sorted.
+    """Audio files in a folder and its subfolders, with captions, by id, sorted.
 
     Raises:
-        UserError: if there is none, two have the same id, or a caption is unreadable.
+        UserError: if there is no file, two have the same id, or a caption is unreadable.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -46,10 +46,10 @@ def _by_id(found: Iterable[Clip]) -> Clips:
 
 
 def parse_systems(generated: Sequence[str]) -> dict[str, Path]:
-    """Names and folders of `--generated`, FOLDER or NAME=FOLDER each.
+    """Parse `--generated`: FOLDER or NAME=FOLDER each, to folders by name.
 
-    An entry is split at its first "=", and only if what stands before it is a plain name and no
-    such folder exists, so that a folder may have "=" in its path.
+    An entry is split at its first "=" only if the part before it is a plain name and no such folder
+    exists, so that paths may contain "=".
 
     Raises:
         UserError: if two systems have the same name.
@@ -70,7 +70,7 @@ def parse_systems(generated: Sequence[str]) -> dict[str, Path]:
 
 
 def load_captions(file: Path | None, clips: Clips) -> dict[str, str]:
-    """Captions by clip id, from a manifest or from beside the clips, without clips that have none.
+    """Captions by clip id, from a manifest or sidecar files; clips without caption are omitted.
 
     Raises:
         UserError: if a manifest does not have exactly the captions of the clips.
@@ -81,7 +81,7 @@ def load_captions(file: Path | None, clips: Clips) -> dict[str, str]:
     missing = [key for key in clips if key not in found]
     unused = [key for key in found if key not in clips]
     if missing or unused:
-        which = f"{missing[0]} has none" if missing else f"{unused[0]} is no clip"
+        which = f"{missing[0]} has none" if missing else f"{unused[0]} is not a clip"
         raise UserError(
             f"{file}: {len(found)} captions for {len(clips)} clips; {which}: give the clips' paths "
             "within their folder"
@@ -93,58 +93,58 @@ def _load_manifest(file: Path) -> dict[str, str]:
     """Captions by id, from JSONL, CSV or TSV.
 
     Raises:
-        UserError: if a row has no caption, an id comes twice, or a path leads out of the folder.
+        UserError: if a row has no caption, an id is repeated, or a path is outside of the folder.
     """
     clips = find_clips(file)
     for clip in clips:
         path = Path(clip.name)
         if path.is_absolute() or ".." in path.parts:
-            raise UserError(f"{file}: {path} leads out of the folder; give paths relative to it")
+            raise UserError(f"{file}: {path} is outside of the folder; give paths relative to it")
         if not clip.error and not clip.caption:
             raise UserError(f"{file}: {path} has no caption; write one, or remove the row")
     return {key: clip.caption for key, clip in _by_id(clips).items()}
 
 
 def load_prompts(file: Path) -> dict[str, str]:
-    """Captions to generate for, by the id that the clip gets.
+    """Captions to generate for, by the id of the future clip.
 
     Raises:
-        UserError: if the file is unreadable or empty, a row has no caption, or a caption comes
-            twice.
+        UserError: if the file is unreadable or empty, a row has no caption, or a caption is
+            repeated.
     """
     if is_manifest(file):
         return _load_manifest(file)
     prompts = read_prompts(file)
     if len(set(prompts)) < len(prompts):
         raise UserError(
-            f"--prompts {file}: a line comes twice and would get the same clip; remove it"
+            f"--prompts {file}: a line is repeated and would give the same clip; remove it"
         )
     return {slug(prompt): prompt for prompt in prompts}
 
 
 def saved_statistics(reference: str) -> list[Path]:
-    """The files of saved statistics that `--reference` names; none if it is a folder of audio."""
+    """Files of saved statistics given by `--reference`; none for a folder of audio."""
     path = Path(reference).expanduser()
     return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
 
 @dataclass
 class Reference:
-    """The real clips, as audio or as saved statistics; empty if no reference is given."""
+    """The real clips, as audio or saved statistics; empty without a reference."""
 
     clips: Clips = field(default_factory=dict)
     """Audio files; empty for saved statistics."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Lengths of the clips, to which generated clips of the same id are cut."""
+    """Lengths of the clips; generated clips of the same id are truncated to them."""
     statistics: dict[str, ReferenceStatistics] = field(default_factory=dict)
-    """By the name of the embedder; of audio only once it is embedded."""
+    """Statistics by embedder; for audio, after embedding."""
 
     @classmethod
     def open(cls, reference: str | None, embedders: Iterable[Embedder]) -> "Reference":
-        """Lists the audio, or loads the saved statistics.
+        """List the audio, or load saved statistics.
 
         Raises:
-            UserError: if there is neither, or the statistics are of other embedders.
+            UserError: if there is neither, or the statistics are for other embedders.
         """
         if reference is None:
             return cls()
@@ -157,7 +157,7 @@ class Reference:
             file = path if path.is_file() else path / f"{embedder.name}.safetensors"
             if not file.is_file():
                 raise UserError(
-                    f"{file}: not found; save the reference with metrics of {embedder.name} too"
+                    f"{file}: not found; also save the reference with metrics of {embedder.name}"
                 )
             statistics[embedder.name] = ReferenceStatistics.load(
                 file,
@@ -168,17 +168,17 @@ class Reference:
         return cls(statistics=statistics)
 
     def compute_statistics(self, features: Mapping[str, FeatureSet]) -> None:
-        """Sets the statistics from the features of all clips.
+        """Compute the statistics from the features of all clips.
 
         Raises:
             UserError: if there are too few windows.
         """
-        # Ids alone do not tell a reference from another one with the same file names.
+        # Ids are not enough: another reference may have the same file names.
         names = []
         for key, clip in self.clips.items():
             names.append(f"{key} {hashlib.sha256(clip.path.read_bytes()).hexdigest()}")
         self.statistics = {name: part.statistics(names=names) for name, part in features.items()}
 
     def paired_ids(self, embedder: str) -> set[str]:
-        """Ids of the real clips that KL can pair a generated clip with."""
+        """Ids of the real clips that KL can pair with generated ones."""
         return set(self.clips) or set(self.statistics[embedder].logits)

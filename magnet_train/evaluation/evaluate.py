@@ -1,9 +1,8 @@
-"""`evaluate`: scores folders of audio, or a model, against a reference; every value has a record of
-its protocol.
+"""`evaluate`: scores folders of audio, or a model, against a reference, with records.
 
 list -> decode -> embed (`scorer`) -> gather -> score -> records, table, report, listening test.
-Clips are split over the devices by their place in the sorted list and gathered by id; all devices
-compute the metrics, the first writes.
+Clips are split over the devices by their position in the sorted list and gathered by id. All
+devices compute the metrics; rank 0 writes the files.
 """
 
 import hashlib
@@ -48,77 +47,77 @@ from magnet_train.release import SavedModel
 from magnet_train.rescorer import check_rescorer
 
 DEFAULT_METRICS = ("fad/musicnn", "kl/musicnn", "text/musicnn")
-"""Metrics whose networks ship."""
+"""Metrics whose networks are bundled."""
 PUBLISHED_SIZES = {"MusicCaps": (5469, 5521)}
-"""Numbers of clips of a whole set: those that audiocraft had, and all."""
+"""Numbers of clips of a complete set: as used by audiocraft, and all."""
 NUM_SHOWN = 8
-"""Prompts in a report, beside the three best and the three worst clips of each system."""
+"""Prompts in a report, besides the three best and worst clips of each system."""
 NUM_RANKED = 3
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What is scored, against what, and what is written."""
+    """Options of `evaluate`."""
 
     generated: list[str] = field(default_factory=list)
-    """Folders of audio files, FOLDER or NAME=FOLDER each; one row of the table per folder."""
+    """Folders of audio files, as FOLDER or NAME=FOLDER; one table row per folder."""
     reference: str | None = None
     """Folder of real audio, or statistics written by --save_reference (their folder or one of its
     files)."""
     captions: Path | None = None
-    """JSONL or CSV with path and caption of every clip; by default the .txt or .json files beside
-    the clips."""
+    """JSONL or CSV with path and caption of every clip (default: .txt or .json files beside the
+    clips)."""
     metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
     """Metrics, METRIC/EMBEDDER each."""
     checkpoint: str | None = None
-    """Release folder, hub id, checkpoint, run folder or "demo": generate for --prompts and score
-    the result too."""
+    """Release folder, hub id, checkpoint, run folder or "demo": also generate for --prompts and
+    score the result."""
     prompts: Path | None = None
     """Captions to generate for: a text file with one per line, or JSONL or CSV with path and
     caption."""
     generated_to: Path = Path("evaluated")
-    """Folder for the clips that --checkpoint generates; one subfolder per model, seed, settings and
+    """Folder for clips generated with --checkpoint; one subfolder per model, seed, settings and
     prompts."""
     seed: int = 0
     """Seed of the decoding noise."""
     batch_size: int = 4
-    """Clips decoded at once, at least 1."""
+    """Clips per batch of the decoder."""
     out: Path | None = None
-    """JSON file for the records."""
+    """Write the records to this JSON file."""
     save_reference: Path | None = None
-    """Folder for the statistics of the reference, one file per embedder, for later use as
-    --reference."""
+    """Write the statistics of the reference, one file per embedder, to this folder, for later use
+    as --reference."""
     loudness: bool = True
-    """Bring generated clips to -14 LUFS before they are embedded, as in published metrics; real
-    clips never are."""
+    """Normalise generated clips to -14 LUFS before they are embedded, as in published metrics; real
+    clips are never normalised."""
     keep_silent: bool = False
     """Score silent generated clips instead of stopping with an error."""
     kl_convention: str | None = None
-    """Convention of KL, such as stable-audio-metrics; by default that of the classifier."""
+    """Convention of KL, such as stable-audio-metrics (default: that of the classifier)."""
     codec: str | None = None
-    """Codec whose reconstructions of the reference are scored as a baseline: "demo", a folder or a
+    """Also score this codec's reconstructions of the reference as a baseline: "demo", a folder or a
     hub id."""
     published_set: str | None = None
-    """MusicCaps or AudioCaps, if --reference is that whole set: adds published values to the
+    """MusicCaps or AudioCaps, if --reference is that complete set: adds published results to the
     table."""
     weights: dict[str, str] = field(default_factory=dict)
-    """Weight files by network, e.g. {vggish: FILE}; downloaded if omitted. For "codec" the name of
-    the codec."""
+    """Weight files by network, e.g. {vggish: FILE}; downloaded if omitted. For "codec": name of the
+    codec."""
     force: bool = False
-    """Tabulate metrics with different protocols together; the table says so."""
+    """Tabulate metrics with different protocols together, with a note."""
     report: Path | None = None
-    """HTML file with players, spectrograms and metrics."""
+    """Write an HTML report with players, spectrograms and metrics."""
     listening_test: Path | None = None
-    """HTML file with a blind listening test of all systems and the reference; its key is written
-    beside it."""
+    """Write a blind listening test of all systems and the reference as HTML, and its key beside
+    it."""
     study: Path | None = None
-    """Key of a listening test whose --ratings are analysed."""
+    """Key file of the listening test whose --ratings are analysed."""
     ratings: list[Path] = field(default_factory=list)
-    """CSV files from the raters of --study."""
+    """CSV files of the raters of --study."""
     accelerator: str = "auto"
-    """cpu, gpu or auto."""
+    """Device type: cpu, gpu or auto."""
     devices: int = 1
-    """GPUs, or processes on a CPU, that share the work."""
+    """Number of GPUs, or of processes on a CPU."""
 
     def __post_init__(self) -> None:
         for metric in self.metrics:
@@ -152,21 +151,18 @@ class EvaluateOptions:
         if self.save_reference is not None and (
             self.reference is None or saved_statistics(self.reference)
         ):
-            raise UserError(
-                "--save_reference: give --reference FOLDER, with audio, to compute the statistics "
-                "of"
-            )
+            raise UserError("--save_reference: needs --reference FOLDER with audio")
 
     @property
     def has_clips(self) -> bool:
-        """Whether there is anything to embed."""
+        """Whether there are clips to embed."""
         return (
             bool(self.generated) or self.checkpoint is not None or self.save_reference is not None
         )
 
 
 def _check_writable(option: str, path: Path | None, is_folder: bool) -> None:
-    """Checks that a file or folder can be written, before an hour of scoring and not after."""
+    """Check that a file or folder can be written before scoring starts."""
     if path is None:
         return
     try:
@@ -176,19 +172,18 @@ def _check_writable(option: str, path: Path | None, is_folder: bool) -> None:
             f"{option} {path}: cannot be written ({error.strerror}); choose another place"
         ) from error
     if not is_folder and path.is_dir():
-        raise UserError(f"{option} {path}: is a folder; give the name of a file")
+        raise UserError(f"{option} {path}: is a folder; give a file name")
 
 
 def evaluate(options: EvaluateOptions, decoding: Mapping[str, Any] | None = None) -> list[Record]:
-    """Scores all systems. All devices return the records; the first one writes tables and files.
+    """Score all systems. All ranks return the records; rank 0 writes tables and files.
 
     Args:
-        options: see there.
-        decoding: decoding settings that replace those of the checkpoint.
+        options: options of `evaluate`.
+        decoding: decoding settings that override the checkpoint's.
 
     Raises:
-        UserError: for whatever cannot be scored; nothing is computed over fewer clips than there
-            are.
+        UserError: if anything cannot be scored; metrics are never computed over fewer clips.
     """
     fabric = _launch(options)
     if options.study is not None and fabric.global_rank == 0:
@@ -222,7 +217,7 @@ def _launch(options: EvaluateOptions) -> Fabric:
 
 
 class _Evaluation:
-    """One call of `evaluate`: what is known of the systems, from step to step."""
+    """State of one call of `evaluate`."""
 
     def __init__(self, options: EvaluateOptions, decoding: Mapping[str, Any], fabric: Fabric):
         self.options = options
@@ -233,19 +228,19 @@ class _Evaluation:
         self.embedders: list[Embedder] = []
         self.reference = Reference()
         self.features: dict[str, scorer.Features] = {}
-        """System to features."""
+        """Features by system."""
         self.real_features: scorer.Features = {}
         self.codec_features: scorer.Features = {}
         """Features of the codec's reconstructions of the reference."""
         self.decoded = ""
-        """Name of the system that --checkpoint generates, if any."""
+        """System name of the clips generated with --checkpoint, if any."""
         self.decoding: DecodingConfig | None = None
 
     def open(self) -> None:
-        """Lists clips and loads networks; whatever can be known to fail fails here.
+        """List clips, load networks, and check everything that can be checked before scoring.
 
         Raises:
-            UserError: if a folder, a file or an option does not fit.
+            UserError: if a folder, file or option is invalid.
         """
         options = self.options
         self.systems = {
@@ -280,7 +275,7 @@ class _Evaluation:
             )
 
     def _add_decoded(self) -> None:
-        """Names the clips that --checkpoint will generate."""
+        """Add the clips that --checkpoint will generate."""
         options = self.options
         if (rescorer := self.given_decoding.get("rescorer")) is not None:
             check_rescorer(rescorer, SavedModel.open(str(options.checkpoint)).codec)
@@ -300,13 +295,12 @@ class _Evaluation:
             if missing := [key for key in keys if key not in real]:
                 raise UserError(
                     f"{metric}: clip {missing[0]} has no counterpart in the reference; KL pairs "
-                    "clips by name: give "
-                    "--prompts as JSONL or CSV with the paths of the real clips, or leave KL out "
-                    "of --metrics"
+                    "clips by name: give --prompts as JSONL or CSV with the paths of the real "
+                    "clips, or remove KL from --metrics"
                 )
 
     def embed(self) -> None:
-        """Decodes and embeds this rank's share of everything. No collective.
+        """Decode and embed this rank's share of all clips. No collective.
 
         Raises:
             UserError: if a clip cannot be embedded.
@@ -325,7 +319,7 @@ class _Evaluation:
             self.codec_features = self._embed(clips, "codec", len(real))
 
     def _share(self, items: Mapping[str, Any]) -> dict[str, Any]:
-        """Every world_size-th item, from this rank's on."""
+        """Every world_size-th item, starting with this rank's first."""
         return dict(list(items.items())[self.fabric.global_rank :: self.fabric.world_size])
 
     @staticmethod
@@ -372,7 +366,7 @@ class _Evaluation:
             yield item
 
     def gather(self) -> None:
-        """Gathers all features on all ranks. Collective."""
+        """Gather all features on all ranks. Collective."""
         self.real_features = scorer.gather_features(self.real_features)
         self.codec_features = scorer.gather_features(self.codec_features)
         self.features = {
@@ -382,7 +376,7 @@ class _Evaluation:
             self.reference.compute_statistics(self.real_features)
 
     def score(self) -> list[Record]:
-        """A record for every system and metric.
+        """Records of all systems and metrics.
 
         Raises:
             UserError: if a metric cannot be computed.
@@ -408,8 +402,8 @@ class _Evaluation:
         return [self._with_published_protocol(record) for record in records]
 
     def captions(self, system: str) -> dict[str, str]:
-        """Captions of a system's clips: its prompts, a manifest, files beside the clips, or those
-        of the reference."""
+        """Captions of a system's clips: from prompts, a manifest, sidecar files or the
+        reference."""
         if system == self.decoded:
             return self.prompts
         clips = self.systems[system]
@@ -418,8 +412,7 @@ class _Evaluation:
         )
 
     def _baselines(self) -> dict[str, dict[str, float]]:
-        """Real clips against real clips, and the codec's reconstructions against real clips, for
-        each metric."""
+        """Baselines of each metric: real against real clips, and codec reconstructions."""
         baselines: dict[str, dict[str, float]] = {metric: {} for metric in self.options.metrics}
         if not self.reference.clips:
             return baselines
@@ -440,8 +433,7 @@ class _Evaluation:
     def _baseline(
         self, metric: str, name: str, features: scorer.Features, captions: Mapping[str, str]
     ) -> dict[str, float]:
-        """The metric of these features under the name of the baseline; empty if it cannot be
-        computed."""
+        """The metric of these features by baseline name; empty if it cannot be computed."""
         records = scorer.score_clips(
             [metric],
             features,
@@ -454,8 +446,7 @@ class _Evaluation:
         return {name: records[0].value} if records else {}
 
     def _with_published_protocol(self, record: Record) -> Record:
-        """With the name of the published protocol, if it was followed in full, with the whole
-        set."""
+        """Add the name of the published protocol if it was followed with the complete set."""
         name = self.options.published_set or ""
         num_real = len(self.reference.clips)
         is_followed = (
@@ -468,8 +459,7 @@ class _Evaluation:
         return replace(record, published_protocol=f"audiocraft/{name}") if is_followed else record
 
     def publish(self, records: list[Record]) -> None:
-        """Writes and prints what the options ask for; the records first, whatever the table
-        refuses."""
+        """Write and print the requested outputs; records first, in case the table fails."""
         options = self.options
         if options.out is not None:
             write_records(options.out, records)
@@ -482,7 +472,7 @@ class _Evaluation:
         try:
             if records:
                 print(markdown_table(records, options.force, PUBLISHED))
-        except UserError as error:  # the other files do not depend on it
+        except UserError as error:  # the other files are still written
             refusal = error
         if options.report is not None:
             write_report(options.report, self._report(records))
@@ -505,8 +495,7 @@ class _Evaluation:
         return systems, captions
 
     def _report(self, records: list[Record]) -> Report:
-        """A report with the first prompts, and for each system the clips nearest to the reference
-        and farthest."""
+        """A report with the first prompts, and the best and worst clips of each system."""
         scores: dict[str, dict[str, float]] = {}
         embedder = ""
         for system, features in self.features.items():
@@ -541,7 +530,7 @@ class _Evaluation:
             for name, value in asdict(self.options).items()
             if value not in (None, [], {})
         }
-        title = f"FAD of the clip alone ({embedder})" if embedder else "score"
+        title = f"FAD of the single clip ({embedder})" if embedder else "score"
         shown = [asdict(record) for record in records]
         return Report(
             "Evaluation", settings, rows, records=shown, score=title, lower_is_better=True
@@ -551,7 +540,7 @@ class _Evaluation:
 def _folder_name(
     options: EvaluateOptions, decoding: Mapping[str, Any], prompts: Mapping[str, str]
 ) -> str:
-    """A name of its own for every model, seed, decoding and set of prompts."""
+    """A unique folder name per model, seed, decoding settings and prompts."""
     what = json.dumps(
         [options.checkpoint, options.seed, dict(decoding), dict(prompts)],
         sort_keys=True,

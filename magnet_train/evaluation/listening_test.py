@@ -1,9 +1,8 @@
-"""A blind listening test: one HTML file to hand out and one key to keep; `ratings` analyses what
-comes back.
+"""A blind listening test: an HTML page for raters and a key file for the analysis (`ratings`).
 
-Systems are rated side by side for each caption on two questions and a scale from 1 to 100, with a
-hidden reference and anchors among them, in the manner of MUSHRA (ITU-R BS.1534). The study in the
-paper asked the same two questions. All clips of a screen have the same loudness, at most -14 LUFS.
+For each caption, systems are rated side by side on two questions from 1 to 100, with a hidden
+reference and anchors, similar to MUSHRA (ITU-R BS.1534). The study in the paper asked the same two
+questions. All clips of a screen have the same loudness, at most -14 LUFS.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ from magnet_train.data.manifest import Clip
 from magnet_train.evaluation.page import audio_uri, read_sound, text, write_page
 
 QUESTIONS = {
-    "quality": ("How good does it sound, whatever the text says?", "bad", "excellent"),
+    "quality": ("How good does it sound, regardless of the text?", "bad", "excellent"),
     "relevance": ("How well does it match the text?", "not at all", "perfectly"),
 }
 LOWPASS = "anchor: low-pass 3.5 kHz"
@@ -36,18 +35,18 @@ Sound = tuple[np.ndarray, int]
 
 @dataclass(frozen=True)
 class ListeningTest:
-    """What was exported."""
+    """Files and sizes of an exported listening test."""
 
     page: Path
-    """The HTML file to hand out."""
+    """The HTML page for raters."""
     key: Path
-    """JSON that says which system is behind which id; it stays with whoever runs the test."""
+    """JSON with the system of each id; not for raters."""
     size: int
     """Size of the page, in bytes."""
     num_trials: int
-    """Captions; each is a screen of the page."""
+    """Number of captions, one screen each."""
     num_clips: int
-    """Clips on all screens together, anchors included."""
+    """Number of clips on all screens, including anchors."""
 
 
 def export_listening_test(
@@ -58,24 +57,21 @@ def export_listening_test(
     title: str = "Listening test",
     lossless: bool = True,
 ) -> ListeningTest:
-    """Writes a listening test as one HTML file, and its key beside it as `NAME_key.json`.
+    """Write a listening test as one HTML file, and its key beside it as `NAME_key.json`.
 
-    Each screen has the clips of all systems for one caption, cut to the shortest of them so that
-    length tells nothing, with the hidden reference and two anchors made from it: low-passed at 3.5
-    kHz, to find raters who hear no difference in quality, and the real clip of another caption, to
-    find raters who do not read. Ids are random, audio carries no tags, and the page has no names of
-    systems or files.
+    Each screen has the clips of all systems for one caption, truncated to equal length, with the
+    hidden reference and two anchors made from it: low-passed at 3.5 kHz, to find raters who hear no
+    difference in quality, and the real clip of another caption, to find raters who do not read. Ids
+    are random, audio has no tags, and the page has no names of systems or files.
 
     Args:
         systems: clips of each system, by id.
         captions: captions of each system's clips, by id; clips with the same caption belong
             together.
         out: the HTML file.
-        reference: name of the system that holds the real clips; None for a test without reference
-            and anchors.
+        reference: name of the system with the real clips; None = no reference and anchors.
         title: heading of the page.
-        lossless: FLAC, so that no encoder is rated; MP3 makes the page a fifth of the size
-            (`page.audio_uri`).
+        lossless: use FLAC; with MP3 (`page.audio_uri`) the page has a fifth of the size.
 
     Raises:
         UserError: if a system lacks a caption or has one twice, audio is unreadable, there are too
@@ -151,15 +147,14 @@ def group_by_caption(
 
 
 def check_systems(files: Mapping[str, Mapping[str, Path]], reference: str | None) -> None:
-    """Checks names, that every system has every caption, and that there are enough captions for the
-    anchors.
+    """Check names, that every system has every caption, and the number of captions.
 
     Args:
-        files: by system and caption.
+        files: files by system and caption.
         reference: the system with the real clips, if any.
 
     Raises:
-        UserError: if one of these does not hold.
+        UserError: if a check fails.
     """
     if reference is not None and reference not in files:
         raise UserError(
@@ -169,12 +164,12 @@ def check_systems(files: Mapping[str, Mapping[str, Path]], reference: str | None
         )
     if not set(files) - {reference}:
         raise UserError(
-            "a listening test needs a system beside the reference; give generated clips"
+            "a listening test needs a system besides the reference; give generated clips"
         )
     captions = sorted(set().union(*files.values()))
     for name, found in files.items():
         if name in (LOWPASS, MISMATCH):
-            raise UserError(f"system {name!r}: the name of an anchor; choose another")
+            raise UserError(f"system {name!r}: this name is used for an anchor; choose another")
         if missing := [caption for caption in captions if caption not in found]:
             raise UserError(
                 f"system {name}: no clip for {len(missing)} of {len(captions)} captions, such as "
@@ -188,8 +183,8 @@ def check_systems(files: Mapping[str, Mapping[str, Path]], reference: str | None
 
 
 def aligned(sounds: Mapping[str, Sound]) -> dict[str, Sound]:
-    """Clips cut to the shortest of them, faded at the end, and at one loudness that none of them
-    clips at."""
+    """Clips truncated to the shortest, faded out, and normalised to equal loudness without
+    clipping."""
     seconds = min(len(wav) / sample_rate for wav, sample_rate in sounds.values())
     cut = {name: (wav[: round(seconds * rate)], rate) for name, (wav, rate) in sounds.items()}
     loudness = min(listening_loudness(wav, rate) for wav, rate in cut.values())
@@ -200,12 +195,12 @@ def aligned(sounds: Mapping[str, Sound]) -> dict[str, Sound]:
 
 
 def low_passed(wav: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Samples `t channels` with nothing above 4 kHz and everything below 3.5 kHz, without delay.
+    """Low-pass `t channels` at 3.5 kHz without delay.
 
-    The low anchor of ITU-R BS.1534-3: 0.1 dB up to 3.5 kHz, at least 25 dB down at 4 kHz.
+    The low anchor of ITU-R BS.1534-3: 0.1 dB up to 3.5 kHz, at least -25 dB from 4 kHz.
 
     Raises:
-        UserError: if the sample rate is too low to remove anything.
+        UserError: if the sample rate is too low.
     """
     from scipy.signal import fftconvolve, firwin, kaiserord
 
@@ -221,7 +216,7 @@ def low_passed(wav: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def _faded(wav: np.ndarray, sample_rate: int) -> np.ndarray:
-    """With 20 ms of fade at the end, where a cut would click."""
+    """Fade out over 20 ms to avoid a click."""
     length = min(len(wav), round(0.02 * sample_rate))
     ramp = np.ones((len(wav), 1), dtype=wav.dtype)
     ramp[len(wav) - length :, 0] = np.linspace(1, 0, length)
@@ -229,8 +224,7 @@ def _faded(wav: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def mismatched(captions: Sequence[str]) -> dict[str, str]:
-    """Another caption for each, all different: shifted by the distance at which fewest words are
-    shared."""
+    """A different caption for each, by the cyclic shift with the fewest shared words."""
     words = [set(caption.lower().split()) for caption in captions]
     n = len(captions)
 
@@ -255,8 +249,7 @@ def _write_key(path: Path, about: Mapping[str, Any]) -> None:
 
 
 def _trial(number: int, caption: str, clips: Mapping[str, str]) -> str:
-    """One screen; its clips in the order of their random ids, until the rater's own order is
-    drawn."""
+    """One screen; the page shuffles its clips for each rater."""
     cards = "\n".join(_card(blinded_id, clips[blinded_id]) for blinded_id in sorted(clips))
     return (
         f'<section class="trial" data-trial="{number}" hidden>\n<h2 tabindex="-1"></h2>\n'
@@ -284,28 +277,24 @@ def _card(blinded_id: str, source: str) -> str:
 def _body(
     title: str, test_id: str, trials: Sequence[str], num_clips: int, has_anchors: bool
 ) -> str:
-    hidden = (
-        " Some clips are recordings of real music; some were made worse on purpose."
-        if has_anchors
-        else ""
-    )
+    hidden = " Some clips are real music; some were degraded on purpose." if has_anchors else ""
     each = num_clips // len(trials)
     return f"""<main class="study" data-study="{test_id}" data-played="{PLAYED_SHARE}">
 <header><h1>{text(title)}</h1></header>
 <section id="welcome">
-<p>You will hear {num_clips} short clips, {each} at a time, each time for one text. Please rate
+<p>You will hear {num_clips} short clips, {each} at a time for each text. Please rate
 every clip from 1 to 100 on two questions, and use the whole scale.{hidden}</p>
 <ul>
-<li>Wear headphones, in a quiet room, and set a comfortable level with the first clip; the clips
-for one text are equally loud.</li>
-<li>Play every clip to its end before you rate it: otherwise its rating does not count. You can play
-it again as often as you like.</li>
+<li>Wear headphones in a quiet room, and set a comfortable level with the first clip. The clips for
+one text are equally loud.</li>
+<li>Play every clip to its end; otherwise its rating does not count. You can play clips as often as
+you like.</li>
 <li>Your ratings are kept in this browser. You can stop at any time and continue later under the
 same name.</li>
-<li>At the end you save a CSV file; please send it to the person who gave you this page. Nothing is
-sent automatically.</li>
+<li>At the end, save the CSV file and send it to the person who gave you this page. Nothing is sent
+automatically.</li>
 </ul>
-<p><label for="rater">Your name, or an id that was given to you</label></p>
+<p><label for="rater">Your name or rater id</label></p>
 <div class="steps"><input type="text" id="rater" autocomplete="off" maxlength="80">
 <button type="button" class="main" id="begin">Begin</button></div>
 </section>
@@ -313,12 +302,12 @@ sent automatically.</li>
 {chr(10).join(trials)}
 <section id="finish" hidden>
 <h2 tabindex="-1">Thank you</h2>
-<p>All clips are rated. Save the file and send it to who gave you this page.</p>
+<p>All clips are rated. Save the file and send it to the person who gave you this page.</p>
 </section>
 <p class="message" id="message" role="status"></p>
 <div class="steps" id="steps" hidden>
 <button type="button" id="back">Back</button>
 <button type="button" class="main" id="next">Next</button>
-<button type="button" id="save">Save what is rated so far (CSV)</button>
+<button type="button" id="save">Save ratings so far (CSV)</button>
 </div>
 </main>"""

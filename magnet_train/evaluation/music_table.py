@@ -1,10 +1,9 @@
-"""Music measures of several systems in one table: any clips beside the real ones, the codec's
-reconstructions and codes drawn by counts.
+"""A table of music measures of several systems, including codec and count-table baselines.
 
-    codes, captions = read_codes("data/demo/shards/test", num_clips=100, num_frames=250)
-    tables = CountTables.count(read_codes("data/demo/shards/train")[0].values(), codebook_size=256)
-    clips = {"model": read_clips(files)} | baseline_clips(codes, load_codec("demo"), tables)
-    print(music_table(measure_systems(clips, captions, reference="codec")))
+codes, captions = read_codes("data/demo/shards/test", num_clips=100, num_frames=250)
+tables = CountTables.count(read_codes("data/demo/shards/train")[0].values(), codebook_size=256)
+clips = {"model": read_clips(files)} | baseline_clips(codes, load_codec("demo"), tables)
+print(music_table(measure_systems(clips, captions, reference="codec")))
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,9 +26,9 @@ def read_codes(
     """Codes `k t` and captions of shards, by key.
 
     Args:
-        folder: of shards, as `tokenize` makes it.
-        num_clips: spread evenly over those that are long enough; all if None.
-        num_frames: from the beginning of each; shorter ones are left out. Whole items if None.
+        folder: folder of shards.
+        num_clips: number of clips, spread evenly over those that are long enough (default: all).
+        num_frames: frames from the start of each; shorter items are skipped (default: all frames).
 
     Raises:
         UserError: if a shard cannot be read.
@@ -49,7 +48,7 @@ def read_codes(
 def baseline_clips(
     codes: Mapping[str, Tensor], codec: Codec, tables: CountTables
 ) -> dict[str, Iterator[AudioClip]]:
-    """Clips of real codes ("codec"), and of as many codes drawn by counts ("unigram", "bigram")."""
+    """Clips of real codes ("codec"), and of codes drawn by counts ("unigram", "bigram")."""
     drawn: dict[str, dict[str, Tensor]] = {"unigram": {}, "bigram": {}}
     for seed, (key, rows) in enumerate(codes.items()):
         num_frames = rows.shape[1]
@@ -66,9 +65,9 @@ def measure_systems(
 
     Args:
         systems: clips by name.
-        captions: by the key of a clip.
-        reference: system whose notes the others are compared with; it is itself compared in halves,
-            every second clip with the rest.
+        captions: captions by clip key.
+        reference: system whose notes are the reference; its own value compares every second clip
+            with the rest.
 
     Raises:
         UserError: if a clip cannot be measured.
@@ -88,7 +87,7 @@ def measure_systems(
 
 
 def music_table(figures: Mapping[str, Mapping[str, MusicFigure]]) -> str:
-    """Markdown: a row for each system, a column for each measure, with interval and clips."""
+    """Markdown table with a row per system and a column per measure, with intervals."""
     rows = []
     for system, some in figures.items():
         cells = [_cell(some[name]) if name in some else "" for name in MEASURES]

@@ -1,8 +1,7 @@
-"""One HTML file that opens anywhere: audio, pictures, style and script lie inside, and nothing is
-loaded.
+"""Self-contained HTML pages with embedded audio, images, style and script.
 
-The report and the listening test are built from these few functions. Style and scripts are files of
-their own in `pages/`, so that editors and linters know them for what they are.
+Used by the report and the listening test. Style and scripts are separate files in `pages/` for
+editors and linters.
 """
 
 import base64
@@ -21,18 +20,18 @@ from magnet_train.common.redact import redact
 from magnet_train.data.audio import read_as_recorded
 
 Audio = Path | tuple[np.ndarray, int]
-"""A file, or a waveform `t` or `t channels` in [-1, 1] and its rate in Hz."""
+"""A file, or a waveform `t` or `t channels` in [-1, 1] and its sample rate in Hz."""
 
 MP3_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 _PAGES = Path(__file__).parent / "pages"
 
 
 def read_sound(audio: Audio, name: str = "audio") -> tuple[np.ndarray, int]:
-    """Samples `t channels` (one or two channels, float32) at their own rate, and that rate in Hz.
+    """Samples `t channels` (one or two channels, float32) and their sample rate in Hz.
 
     Args:
         audio: file or waveform.
-        name: what an error calls a waveform.
+        name: name of a waveform in errors.
 
     Raises:
         UserError: if the file is unreadable, empty or truncated, or samples are NaN or infinite.
@@ -47,22 +46,22 @@ def read_sound(audio: Audio, name: str = "audio") -> tuple[np.ndarray, int]:
             f"{name}: samples of shape {wav.shape}; give `t` or `t channels`, one or two channels"
         )
     if not np.isfinite(wav).all():
-        raise UserError(f"{name}: has NaN or infinite samples; leave the clip out")
+        raise UserError(f"{name}: has NaN or infinite samples; remove the clip")
     return wav, int(sample_rate)
 
 
 def audio_uri(wav: np.ndarray, sample_rate: int, lossless: bool = False) -> str:
-    """Samples `t channels` as a data URI that every current browser plays: MP3, or 16-bit FLAC.
+    """Samples `t channels` as a data URI with MP3 or 16-bit FLAC, which all browsers play.
 
-    Ten seconds of music at 16 kHz mono take 52 kB as MP3 (libsndfile's own variable bit rate), 250
-    kB as FLAC and 320 kB as WAV; at 44.1 kHz 92, 400 and 882 kB. Ogg Vorbis is as small as MP3, but
-    older Safaris do not play it. MP3 keeps the number of samples. FLAC is taken where MP3 has no
-    such rate, or libsndfile was built without it.
+    Ten seconds of music at 16 kHz mono take 52 kB as MP3 (libsndfile's default variable bit rate),
+    250 kB as FLAC and 320 kB as WAV; at 44.1 kHz 92, 400 and 882 kB. Ogg Vorbis is as small as MP3
+    but not supported by older Safari versions. MP3 keeps the number of samples. FLAC is used if MP3
+    does not support the sample rate, or libsndfile was built without MP3.
 
     Args:
-        wav: in [-1, 1]; what lies beyond is clipped.
-        sample_rate: in Hz.
-        lossless: whether it must be FLAC, for listening tests.
+        wav: samples in [-1, 1]; larger ones are clipped.
+        sample_rate: sample rate in Hz.
+        lossless: use FLAC, for listening tests.
     """
     buffer = io.BytesIO()
     is_mp3 = not lossless and "MP3" in soundfile.available_formats() and sample_rate in MP3_RATES
@@ -77,7 +76,7 @@ def data_uri(media_type: str, content: bytes) -> str:
 
 
 def text(value: Any) -> str:
-    """`value` as HTML text or attribute value, whatever it holds, without credentials in addresses.
+    """Escape `value` for HTML text and attributes, and remove credentials from URLs.
 
     >>> text('</script><b>"bold"</b>')
     '&lt;/script&gt;&lt;b&gt;&quot;bold&quot;&lt;/b&gt;'
@@ -86,15 +85,15 @@ def text(value: Any) -> str:
 
 
 def write_page(path: Path, title: str, body: str, script: str) -> int:
-    """Writes the page and returns its size in bytes.
+    """Write the page; returns its size in bytes.
 
-    The page's own policy allows no connection and no script but this one, so that nothing in a
-    caption or a name could run even if it were not escaped.
+    Its Content-Security-Policy forbids connections and all other scripts, so that unescaped text
+    could not run.
 
     Args:
-        path: of the HTML file; its folder is made if need be.
-        title: of the window; escaped here.
-        body: HTML, its text escaped by the caller.
+        path: the HTML file; its folder is created if needed.
+        title: window title; escaped here.
+        body: HTML with escaped text.
         script: name of a file in `pages/`.
 
     Raises:
@@ -113,7 +112,7 @@ def write_page(path: Path, title: str, body: str, script: str) -> int:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}\n"
         f"<script>{code}</script>\n</body>\n</html>\n"
-    ).encode("utf-8", errors="replace")  # a file name may hold what is no Unicode
+    ).encode("utf-8", errors="replace")  # file names may not be valid Unicode
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:

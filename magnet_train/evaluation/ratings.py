@@ -1,7 +1,6 @@
-"""Analysis of a listening test: the raters' CSV files and the key become a table with intervals.
+"""Analysis of a listening test: a table with intervals from the raters' CSV files and the key.
 
-Everything read here comes back from other people's machines, so any content is either used or named
-in one line.
+The files are untrusted: invalid content is a one-line error.
 """
 
 import csv
@@ -25,7 +24,7 @@ COLUMNS = ("rater", "trial", "blinded_id", "question", "rating", "seconds_listen
 MAX_BYTES = 1 << 26
 """Size of a key or of a rater's file."""
 ROUNDING_S = 0.01
-"""The page rounds seconds to two places."""
+"""The page rounds seconds to two decimals."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,13 @@ class SystemRating:
     question: str
     """`quality` or `relevance`."""
     mean: float
-    """Mean of all ratings that count, 1 to 100."""
+    """Mean of all counted ratings, 1 to 100."""
     interval: tuple[float, float] | None
     """95 % interval; None for a single rater."""
     num_ratings: int
-    """Ratings that count."""
+    """Number of counted ratings."""
     num_raters: int
-    """Raters they come from."""
+    """Number of their raters."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +51,18 @@ class RatingsTable:
     title: str
     """Title of the test."""
     rows: tuple[SystemRating, ...]
-    """One for each system and question; systems by falling quality."""
+    """One per system and question; systems by decreasing quality."""
     num_raters: int
-    """Raters who were kept."""
+    """Number of raters that were not excluded."""
     dropped: Mapping[str, str]
-    """Rater to the reason why none of the ratings count."""
+    """Reasons for excluding raters, by rater."""
     num_unplayed: int
-    """Ratings of kept raters that do not count because the clip was not played to its end."""
+    """Ratings ignored because the clip was not played to its end, without excluded raters'."""
     protocol: str
     """How the values were computed, in one sentence."""
 
     def to_markdown(self) -> str:
-        """The table, and below it the protocol and the raters who were dropped."""
+        """The table, the protocol and the excluded raters."""
         questions = list(dict.fromkeys(row.question for row in self.rows))
         cells = {(row.system, row.question): row for row in self.rows}
         rows = []
@@ -99,15 +98,14 @@ def _format(row: SystemRating) -> str:
 
 @dataclass(frozen=True)
 class RaterFilter:
-    """Which raters are dropped, with all of their ratings; BS.1534 uses 90 and 15 %."""
+    """Criteria for excluding raters; BS.1534 uses 90 and 15 %."""
 
     min_reference: float = 85
-    """Quality below which a rating of the hidden reference counts against the rater, 1 to 100."""
+    """Expected minimum quality rating of the hidden reference, 1 to 100."""
     max_share: float = 0.15
-    """Largest share of references rated below that, and of ratings without listening, that a rater
-    may have."""
+    """Maximum share of references rated below that, and of ratings without listening."""
     min_answered: float = 0.5
-    """Smallest share of all ratings that a rater must have given."""
+    """Minimum share of clips that a rater must have rated."""
 
 
 def analyse_ratings(
@@ -119,22 +117,20 @@ def analyse_ratings(
 ) -> RatingsTable:
     """Mean and 95 % interval of every system on every question.
 
-    The ratings of one rater depend on each other (everyone uses the scale differently), so the
-    interval resamples raters with all of their ratings, not ratings: a percentile bootstrap by
-    clusters (Davison and Hinkley, "Bootstrap Methods", 1997, ch. 3.8). It says how far other raters
-    would agree about these captions; other captions are not part of it. With fewer than about ten
-    raters such intervals are too narrow.
+    The ratings of one rater are not independent, so the interval is a percentile bootstrap over
+    raters (Davison and Hinkley, "Bootstrap Methods", 1997, ch. 3.8). It covers other raters for
+    these captions, but not other captions. With fewer than about ten raters it is too narrow.
 
     Args:
-        csv_files: one for each rater.
-        key: JSON that `export_listening_test` wrote beside the page.
-        filters: which raters are dropped.
-        num_draws: samples of the bootstrap.
-        seed: of the bootstrap.
+        csv_files: one per rater.
+        key: JSON written by `export_listening_test` beside the page.
+        filters: criteria for excluding raters.
+        num_draws: number of bootstrap samples.
+        seed: seed of the bootstrap.
 
     Raises:
-        UserError: if a file is not part of this test, a rater comes twice, a rating is not a whole
-            number from 1 to 100, a system has no rating, or no rater is left.
+        UserError: if a file is not part of this test, a rater is repeated, a rating is not an
+            integer from 1 to 100, a system has no rating, or no rater is left.
     """
     answers = _read_key(Path(key))
     by_rater = _read_raters([Path(f) for f in csv_files], answers)
@@ -156,7 +152,7 @@ def analyse_ratings(
             num_unplayed += len(ratings) - len(played)
     if not kept:
         reasons = "; ".join(f"{rater} {reason}" for rater, reason in dropped.items())
-        raise UserError(f"no rater is left: {reasons}; ask more raters, or loosen the filters")
+        raise UserError(f"no rater is left: {reasons}; ask more raters, or relax the filters")
     _check_complete(answers, kept, "has no rating from the raters kept")
     raters = "1 rater" if len(kept) == 1 else f"{len(kept)} raters"
     protocol = (
@@ -179,7 +175,7 @@ class _Rating:
 
 @dataclass(frozen=True)
 class _Key:
-    """The key of a listening test, checked."""
+    """The content of a key file, after checking it."""
 
     study: str
     title: str
@@ -187,14 +183,14 @@ class _Key:
     reference: str | None
     systems: tuple[str, ...]
     system: Mapping[str, str]
-    """By blinded id."""
+    """System by blinded id."""
     seconds: Mapping[str, float]
-    """Length of the clip, by blinded id."""
+    """Length of the clip by blinded id."""
     num_trials: int
 
 
 def _read_key(path: Path) -> _Key:
-    """Reads and checks the key.
+    """Read and check the key.
 
     Raises:
         UserError: if it is unreadable, or not the key of a listening test.
@@ -203,7 +199,7 @@ def _read_key(path: Path) -> _Key:
         about = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(f"{path}: no JSON ({reason}); give the _key.json of the page") from error
+        raise UserError(f"{path}: not JSON ({reason}); give the _key.json of the page") from error
     try:
         return _parse_key(about)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -241,7 +237,7 @@ def _parse_key(about: Any) -> _Key:
 
 def _read_text(path: Path) -> str:
     try:
-        if not path.is_file():  # opening a named pipe would wait for its writer
+        if not path.is_file():  # opening a named pipe would block
             raise UserError(f"{path}: no such file")
         if path.stat().st_size > MAX_BYTES:
             raise UserError(
@@ -255,7 +251,7 @@ def _read_text(path: Path) -> str:
 def _read_raters(files: Sequence[Path], answers: _Key) -> dict[str, list[_Rating]]:
     """Ratings by rater."""
     if not files:
-        raise UserError("csv_files=[]: no ratings; give the CSV files that the raters saved")
+        raise UserError("csv_files=[]: no ratings; give the CSV files of the raters")
     by_rater: dict[str, list[_Rating]] = {}
     origin: dict[str, Path] = {}
     for number, path in enumerate(files):
@@ -265,8 +261,8 @@ def _read_raters(files: Sequence[Path], answers: _Key) -> dict[str, list[_Rating
             rater = row["rater"]
             if origin.setdefault(rater, path) != path:
                 raise UserError(
-                    f"{path}: the rater {rater!r} is in {origin[rater]} already; keep the later "
-                    "of them"
+                    f"{path}: rater {rater!r} is already in {origin[rater]}; keep only the later "
+                    "file"
                 )
             by_rater.setdefault(rater, []).append(
                 _parse_rating(row, f"{path} line {line}", answers)
@@ -277,8 +273,8 @@ def _read_raters(files: Sequence[Path], answers: _Key) -> dict[str, list[_Rating
         ).most_common(1)
         if count > 1:
             raise UserError(
-                f"{origin[rater]}: the rater {rater!r} rated {blinded_id} ({question}) {count} "
-                "times; keep one"
+                f"{origin[rater]}: rater {rater!r} rated {blinded_id} ({question}) {count} times; "
+                "keep one"
             )
     return by_rater
 
@@ -295,7 +291,7 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
             f"{path}: not a CSV of a listening test, the column {missing[0]!r} is missing"
         )
     if not rows:
-        raise UserError(f"{path}: has no ratings; leave it out")
+        raise UserError(f"{path}: has no ratings; remove it")
     return rows
 
 
@@ -303,8 +299,7 @@ def _parse_rating(row: Mapping[str, str], place: str, answers: _Key) -> _Rating:
     if row["blinded_id"] not in answers.system or row["question"] not in answers.questions:
         raise UserError(
             f"{place}: {row['blinded_id']} ({row['question']}) is not in this study; give the key "
-            "of the page that "
-            "was rated"
+            "of the rated page"
         )
     rating = row["rating"].strip()
     is_number = rating.isascii() and rating.isdigit() and len(rating) <= 3
@@ -327,7 +322,7 @@ def _parse_rating(row: Mapping[str, str], place: str, answers: _Key) -> _Rating:
 def _reason_to_drop(
     answers: _Key, ratings: Sequence[_Rating], played: Sequence[_Rating], filters: RaterFilter
 ) -> str:
-    """Why a rater is dropped; empty if not."""
+    """Why a rater is excluded; empty if not."""
     expected = len(answers.system) * len(answers.questions)
     references = [
         r.rating

@@ -1,7 +1,6 @@
-"""A training run, or systems side by side, in one HTML file with players, spectrograms and metrics.
+"""HTML reports of a training run or of several systems: players, spectrograms and metrics.
 
-`write_report` draws a Report; `run_report.report_from_run` fills one from the folder of a training
-run.
+`write_report` writes a Report; `run_report.report_from_run` creates one from a run folder.
 """
 
 import base64
@@ -24,61 +23,58 @@ from magnet_train.evaluation.page import Audio, audio_uri, data_uri, read_sound,
 from magnet_train.metrics.networks.frontend import mel_filters
 
 NUM_RANKED = 3
-"""Best and worst clips that are listed for each system."""
+"""Number of best and of worst clips listed per system."""
 
 
 @dataclass(frozen=True)
 class ReportClip:
-    """One piece of audio in a report."""
+    """A clip in a report."""
 
     audio: Audio
-    """File, or samples `t` or `t channels` and their rate in Hz; brought to -14 LUFS in the
-    page."""
+    """File, or samples `t` or `t channels` and their sample rate in Hz; normalised to -14 LUFS in
+    the page."""
     caption: str
-    """What it was made from."""
     codes: np.ndarray | None = None
     """`k t`, integers from the codec."""
     order: np.ndarray | None = None
     """`k t`, the step in its stage at which a code became final; -1 = given (`Generated.order`)."""
     score: float | None = None
-    """Per-clip score, by which the best and worst are found."""
+    """Per-clip score, to rank clips."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Seed, item and the like, shown folded."""
+    """Details such as seed and item; collapsed."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one page shows; every part but the title may be empty."""
+    """Content of a report; all fields except the title are optional."""
 
     title: str
     """Heading of the page."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Name to value, shown folded."""
+    """Values by name; collapsed."""
     clips: Sequence[Mapping[str, ReportClip]] = ()
-    """One entry for each prompt: checkpoint or system to its clip."""
+    """One entry per prompt: clips by checkpoint or system."""
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
-    """Metric to its points. `…/stage0`, `…/rate0.5` and `…/baseline_codec` share one chart."""
+    """Points by metric. `…/stage0`, `…/rate0.5` and `…/baseline_codec` share one chart."""
     records: Sequence[Mapping[str, Any]] = ()
-    """Figures, as `asdict` of a metrics record: `system`, `metric`, `value`, `interval` (low, high)
-    and `num_clips` have columns of their own; every other field that is not None belongs to the
-    protocol, which unfolds."""
+    """Metric records as dicts: `system`, `metric`, `value`, `interval` (low, high) and `num_clips`
+    have columns; all other fields that are not None are the protocol, which is collapsed."""
     notes: Sequence[str] = ()
-    """What a reader must know first, such as what is missing."""
+    """Warnings, such as missing parts."""
     score: str = "score"
     """Name of the per-clip score."""
     lower_is_better: bool = False
-    """Whether a low per-clip score is a good one."""
+    """Whether a lower per-clip score is better."""
 
 
 def write_report(path: str | Path, report: Report) -> int:
-    """Writes the report as one HTML file that loads nothing, and returns its size in bytes.
+    """Write the report as a self-contained HTML file; returns its size in bytes.
 
-    A clip of 10 s takes about 100 kB of the page at 16 kHz and 150 kB at 44.1 kHz: MP3 (see
-    `page.audio_uri`), a JPEG of 96 mel bands by 480 columns (12 kB, where a PNG of 64 shades takes
-    22), and base64's third on both.
+    A clip of 10 s takes about 100 kB at 16 kHz and 150 kB at 44.1 kHz: MP3 (see `page.audio_uri`)
+    and a JPEG of 96 mel bands by 480 columns (12 kB), both in base64.
 
     Raises:
-        UserError: if a file is unreadable, arrays do not fit, a number is not finite, or the page
+        UserError: if a file is unreadable, shapes do not match, a number is not finite, or the page
             cannot be written.
     """
     sections = {
@@ -141,7 +137,7 @@ def _clips(report: Report) -> str:
         captions = list(dict.fromkeys(clip.caption for clip in row.values()))
         heading = text(" / ".join(caption or "(no text)" for caption in captions))
         cells = "\n".join(
-            # An empty place keeps the columns of all prompts in line.
+            # An empty cell keeps the columns aligned.
             _cell(f"clip-{i}-{j}", name, row[name], report)
             if name in row
             else '<div class="clip faint">no clip</div>'
@@ -182,11 +178,7 @@ def _cell(anchor: str, system: str, clip: ReportClip, report: Report) -> str:
 
 
 def spectrogram_uri(wav: np.ndarray, sample_rate: int) -> str:
-    """A JPEG of 96 mel bands by 480 columns or fewer, the 80 dB below the loudest point, of samples
-    `t channels`.
-
-    The mel axis gives melodies the room that a linear one leaves to hiss.
-    """
+    """Mel spectrogram of `t channels` as a JPEG data URI: 96 bands, at most 480 columns, 80 dB."""
     from matplotlib.image import imsave
 
     window = 2048
@@ -203,7 +195,7 @@ def spectrogram_uri(wav: np.ndarray, sample_rate: int) -> str:
 
 
 def _grids(clip: ReportClip, name: str) -> str:
-    """Codes and order as numbers, which the page's script draws once they are unfolded."""
+    """Codes and order as numbers; the page's script draws them when they are expanded."""
     arrays = _checked_grids(clip, name)
     if not arrays:
         return ""
@@ -238,7 +230,7 @@ def _grids(clip: ReportClip, name: str) -> str:
 
 
 def _checked_grids(clip: ReportClip, name: str) -> dict[str, np.ndarray]:
-    """The arrays of a clip that are there.
+    """Codes and order of a clip, if they exist.
 
     Raises:
         UserError: if their shapes differ or a value is out of range.
@@ -259,13 +251,12 @@ def _checked_grids(clip: ReportClip, name: str) -> dict[str, np.ndarray]:
 
 def _finite(value: float, name: str) -> float:
     if not math.isfinite(value):
-        raise UserError(f"{name}: the value is {value}; leave it out")
+        raise UserError(f"{name}: the value is {value}; remove it")
     return value
 
 
 def _ranked(report: Report) -> str:
-    """The best and worst clips of each system, by links and buttons that play the clip itself
-    further below."""
+    """The best and worst clips of each system, with links and play buttons."""
     blocks = []
     for j, system in enumerate(_systems(report)):
         scored = [
@@ -274,7 +265,7 @@ def _ranked(report: Report) -> str:
             if (clip := row.get(system)) is not None and clip.score is not None
         ]
         scored.sort(key=lambda entry: entry[0], reverse=not report.lower_is_better)
-        count = min(NUM_RANKED, len(scored) // 2)  # no clip is both
+        count = min(NUM_RANKED, len(scored) // 2)  # no clip is in both lists
         if count:
             lists = {"Best": scored[:count], "Worst": scored[::-1][:count]}
             parts = "".join(
@@ -314,7 +305,7 @@ def _records(records: Sequence[Mapping[str, Any]]) -> str:
         metric = record.get("metric", "")
         value = record.get("value")
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"record {metric!r}: value={value!r} is no number; leave it out")
+            raise UserError(f"record {metric!r}: value={value!r} is not a number; remove it")
         _finite(value, f"record {metric!r}")
         row = {name: text(_number(record[name])) for name in heads if name in record}
         if "interval" in record:
@@ -346,10 +337,10 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 
 def load_grids(audio: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Codes and unmasking steps `k t` from the `.npz` beside an audio file; None where it has none.
+    """Codes and unmasking steps `k t` from the `.npz` beside an audio file; None if it has none.
 
     Raises:
-        UserError: if the file is broken.
+        UserError: if the file is damaged.
     """
     path = audio.with_suffix(".npz")
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The report of a training run, from its folder."""
+"""Creates the report of a training run from its folder."""
 
 import csv
 import json
@@ -28,15 +28,15 @@ _HEADLINES = (
 
 
 def report_from_run(run_folder: str | Path) -> Report:
-    """The report of one training run: what its validations wrote, its curves, its settings.
+    """The report of a training run: validation clips, curves and settings.
 
-    Reads `validation/step_*/records.json`; `NAME.wav` beside it with `NAME.json` (prompt, seed, …;
-    a number under `score` is the clip's score) and, where it exists, `NAME.npz` with the arrays
-    `codes` and `order`; `*/version_*/metrics.csv` of Lightning's CSVLogger, all versions of a
-    resumed run; and `config.yaml`. What is missing or broken becomes a note in the page.
+    Reads `validation/step_*/records.json`; `NAME.wav` with `NAME.json` (prompt, seed, …; `score` is
+    the clip's score) and, if it exists, `NAME.npz` with the arrays `codes` and `order`; all
+    versions of `*/version_*/metrics.csv` of Lightning's CSVLogger; and `config.yaml`. Missing or
+    damaged files become notes in the report.
 
     Raises:
-        UserError: if there is no such folder.
+        UserError: if the folder does not exist.
     """
     folder = Path(run_folder)
     if not folder.is_dir():
@@ -59,20 +59,20 @@ def report_from_run(run_folder: str | Path) -> Report:
         curves,
         records,
         notes,
-        "FAD of the clip alone",
+        "FAD of the single clip",
         lower_is_better=True,
     )
 
 
 def _validation_clips(folder: Path, notes: list[str]) -> list[dict[str, ReportClip]]:
-    """Clips of all validations: one entry per prompt, step to clip."""
+    """Clips of all validations: one entry per prompt, with clips by step."""
     rows: dict[str, dict[str, ReportClip]] = {}
     clips: list[ReportClip] = []
     for path in sorted(
         folder.glob("validation/step_*/*.wav"), key=lambda p: (p.name, p.parent.name)
     ):
         if path.name.startswith("."):
-            continue  # left behind by an interrupted write
+            continue  # left by an interrupted write
         clip = _read_clip(path, notes)
         if clip is not None:
             step = int(re.sub(r"\D", "", path.parent.name) or 0)
@@ -91,7 +91,7 @@ def _validation_clips(folder: Path, notes: list[str]) -> list[dict[str, ReportCl
 
 
 def _read_clip(path: Path, notes: list[str]) -> ReportClip | None:
-    """A clip with what stands beside it; None, and a note, if the audio is unreadable."""
+    """A clip with its JSON and codes; None, and a note, if the audio is unreadable."""
     place = f"{path.parent.name}/{path.name}"
     try:
         read_sound(path)
@@ -118,7 +118,7 @@ def _read_clip(path: Path, notes: list[str]) -> ReportClip | None:
 
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings under dotted names, without those that are None."""
+    """Settings that are not None, with dotted names."""
     return {name: value for name, value in flatten(values) if value is not None}
 
 
@@ -131,8 +131,8 @@ def _read_json_object(path: Path) -> dict[str, Any] | None:
 
 
 def _logged_curves(folder: Path, notes: list[str]) -> dict[str, list[Point]]:
-    """Curves from all versions of the log, later ones win at a step; `NAME_ci95` is the interval of
-    NAME."""
+    """Curves from all versions of the log; at equal steps the later version is used. `NAME_ci95` is
+    the interval of NAME."""
     found: dict[str, dict[float, float]] = {}
     skipped: dict[str, int] = {}
     files = sorted(folder.glob("*/version_*/metrics.csv"), key=_version)
@@ -164,7 +164,7 @@ def _version(path: Path) -> int:
 def _add_row(
     row: Mapping[str, Any], found: dict[str, dict[float, float]], skipped: dict[str, int]
 ) -> None:
-    """Adds the values of one row of the log, by name and step; counts those that are not finite."""
+    """Add the values of one row of the log; counts values that are not finite."""
     step = _float(row.get("step"))
     for name, cell in row.items():
         if step is None or name in ("step", "epoch", None) or cell in (None, ""):
@@ -192,7 +192,7 @@ def _with_interval(name: str, found: Mapping[str, Mapping[float, float]]) -> lis
 
 
 def _rank(name: str) -> tuple[int, int, str]:
-    """Sorting key: headline metrics first, curves by mask rate and the number of clips last."""
+    """Sort key: main metrics first, curves by mask rate and the number of clips last."""
     first = next(
         (i for i, start in enumerate(_HEADLINES) if name.startswith(start)), len(_HEADLINES)
     )
@@ -234,14 +234,14 @@ def _saved_records(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     try:
         return [dict(record) for record in json.loads(files[-1].read_text()) if "metric" in record]
     except (OSError, ValueError, TypeError) as error:
-        notes.append(f"The records of {files[-1].parent.name} are broken ({error}) and not shown.")
+        notes.append(f"The records of {files[-1].parent.name} are damaged ({error}) and not shown.")
         return []
 
 
 def _last_values(
     curves: Mapping[str, Sequence[Point]], settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Metrics of the last validation, with their baselines and the settings that they depend on."""
+    """Metrics of the last validation, with baselines and related settings."""
     protocol = {
         name: value
         for name, value in settings.items()

@@ -1,8 +1,7 @@
-"""The one loop of evaluation: take clips (decoded, read, reconstructed), level, embed, gather by
-id, score.
+"""Evaluation pipeline: normalise clips, embed, gather by id, score.
 
-The validation callback, `evaluate` and the scripts of the demo use it, so that their records have
-the same protocol.
+Used by the validation callback, `evaluate` and the demo's scripts, so that their records have the
+same protocol.
 
 Shapes: t samples; clips are `channels t`.
 """
@@ -29,7 +28,7 @@ from magnet_train.metrics.reference import ReferenceStatistics
 from magnet_train.metrics.scoring import REFERENCE_METRICS, FeatureSet, parse_metric, score
 
 SCORED_LEVEL = "generated mono at -14 LUFS"
-"""Level of generated clips when they are embedded, in records; real clips are never levelled."""
+"""Level of embedded generated clips, in records; real clips are never normalised."""
 UNCHANGED_LEVEL = "as it is"
 SILENT_RMS = 1e-5
 """-100 dB of full scale."""
@@ -43,13 +42,13 @@ class AudioClip:
     """A clip to be scored."""
 
     key: str
-    """Its id; clips with the same id belong together."""
+    """Id of the clip; it pairs generated and real clips."""
     wav: Tensor
     """`channels t` in [-1, 1]."""
     sample_rate: int
     """In Hz."""
     name: str = ""
-    """What errors call it: its file, or its id if empty."""
+    """Name in errors: the file, or the id if empty."""
 
 
 # --- Sources of clips -----------------------------------------------------------------------------
@@ -73,8 +72,7 @@ def decoded_clips(items: Iterable[DecodedItem]) -> Iterator[AudioClip]:
 
 
 def reconstructed_clips(clips: Iterable[AudioClip], codec: Codec) -> Iterator[AudioClip]:
-    """Mono clips encoded and decoded by a codec, at their own rate: what a perfect model would
-    generate."""
+    """Mono clips encoded and decoded by a codec, at their sample rate, as an upper bound."""
     from magnet_train.metrics.networks.frontend import resample
 
     facts = codec.facts
@@ -96,8 +94,7 @@ def clips_from_codes(codes: Mapping[str, Tensor], codec: Codec) -> Iterator[Audi
 
 
 def unigram_codes(frequencies: Tensor, num_frames: int, seed: int) -> Tensor:
-    """Codes `k t` drawn independently from the frequencies `k c` of each codebook's entries: a
-    baseline."""
+    """Unigram baseline: codes `k t` drawn independently from the frequencies `k c`."""
     generator = torch.Generator().manual_seed(seed)
     rows = [
         torch.multinomial(row.cpu(), num_frames, replacement=True, generator=generator)
@@ -112,20 +109,19 @@ def prepare_generated(
     keep_silent: bool = True,
     seconds: Mapping[str, float] | None = None,
 ) -> Iterator[AudioClip]:
-    """Generated clips as they are embedded: mono, levelled, cut to the length of their real
-    counterpart.
+    """Prepare generated clips: mono, normalised, truncated to the length of the real clip.
 
-    The level is that of the mono mix, because the mix is what is embedded: loudness adds the energy
-    of channels, so a mono clip and the same clip in two equal channels would get different gains.
+    Loudness is measured on the mono mix, which is what is embedded: the loudness of two equal
+    channels is higher, so it would give another gain.
 
     Args:
         clips: generated clips.
-        loudness: whether to bring them to -14 LUFS.
-        keep_silent: whether to score silence instead of raising.
+        loudness: normalise to -14 LUFS.
+        keep_silent: score silent clips instead of raising an error.
         seconds: lengths of the real clips by id.
 
     Raises:
-        UserError: for a silent clip, unless they are kept.
+        UserError: for a silent clip, unless `keep_silent`.
     """
     seconds = seconds or {}
     for clip in clips:
@@ -143,7 +139,7 @@ def prepare_generated(
 
 
 def prepare_reference(clips: Iterable[AudioClip]) -> Iterator[AudioClip]:
-    """Real clips as they are embedded: unchanged.
+    """Check real clips, which are embedded unchanged.
 
     Raises:
         UserError: for a silent clip.
@@ -164,7 +160,7 @@ def _is_silent(wav: Tensor) -> bool:
 def load_embedders(
     metrics: Iterable[str], weights: Mapping[str, str], device: str
 ) -> list[Embedder]:
-    """The embedders that these metrics need, each once.
+    """The embedders that these metrics need.
 
     Raises:
         UserError: if one cannot be loaded.
@@ -180,14 +176,14 @@ def embed_clips(
     total: int,
     quiet: bool = False,
 ) -> Features:
-    """Features of every clip from every embedder, of this rank only.
+    """Features of this rank's clips from every embedder.
 
     Args:
-        clips: as they shall be embedded (`prepare_generated`, `prepare_reference`).
+        clips: prepared clips (`prepare_generated`, `prepare_reference`).
         embedders: the networks.
-        description: of the progress bar.
+        description: text of the progress bar.
         total: number of clips, for the progress bar.
-        quiet: whether to show no progress bar.
+        quiet: hide the progress bar.
 
     Raises:
         UserError: if a clip cannot be embedded; the message names it.
@@ -207,7 +203,7 @@ def embed_clips(
 
 
 def gather_features(features: Features) -> Features:
-    """The features of all ranks. Every rank must have the same embedders. Collective."""
+    """Features of all ranks, which must have the same embedders. Collective."""
     return {name: features[name].all_gather() for name in sorted(features)}
 
 
@@ -221,17 +217,16 @@ def score_clips(
     on_error: Callable[[str, str], None] | None = None,
     **fields: Any,
 ) -> list[Record]:
-    """A record for every metric.
+    """Records of all metrics.
 
     Args:
-        metrics: METRIC/EMBEDDER each; those without features are skipped.
-        features: of all clips.
-        references: by the name of the embedder.
-        captions: by clip id, for text metrics.
-        convention: of KL, if not the classifier's own.
-        baselines: for each metric, fields of the record such as `baseline_codec`.
-        on_error: called with metric and message where a metric cannot be computed, which is then
-            skipped.
+        metrics: metrics as METRIC/EMBEDDER; those without features are skipped.
+        features: features of all clips.
+        references: reference statistics by embedder.
+        captions: captions by clip id, for text metrics.
+        convention: convention of KL (default: the classifier's).
+        baselines: additional fields per metric, such as `baseline_codec`.
+        on_error: called with metric and message if a metric cannot be computed; it is then skipped.
         fields: further fields of every record, such as system, level, decoding and seed.
 
     Raises:
@@ -258,8 +253,7 @@ def score_clips(
 
 
 def score_halves(metric: str, features: FeatureSet) -> float:
-    """A metric of one half of the real clips against the other, drawn with a fixed seed: the
-    baseline of real audio.
+    """Baseline of real audio: a metric of one random half of the clips against the other.
 
     Raises:
         UserError: if there are too few clips.
@@ -273,7 +267,7 @@ def score_halves(metric: str, features: FeatureSet) -> float:
 
 
 def compares_sets(metric: str) -> bool:
-    """Whether a metric compares a set of clips with a reference set, not clip with clip."""
+    """Whether a metric compares two sets of clips instead of pairs of clips."""
     name = parse_metric(metric)[0]
     return name in REFERENCE_METRICS and name != "kl"
 
@@ -281,8 +275,8 @@ def compares_sets(metric: str) -> bool:
 def scores_by_clip(
     metrics: Iterable[str], features: Features, references: Mapping[str, ReferenceStatistics]
 ) -> tuple[str, dict[str, float]]:
-    """The first embedder with a FAD, and the FAD of each clip alone by id, lowest first; empty
-    where it has none."""
+    """The first embedder with FAD, and the FAD of each single clip by id, sorted; empty if there is
+    none."""
     for metric in metrics:
         name, embedder = parse_metric(metric)
         if name != "fad" or embedder not in features or embedder not in references:
@@ -300,7 +294,7 @@ def scores_by_clip(
 def write_decoded(
     path: Path, item: DecodedItem, about: Mapping[str, Any], with_codes: bool
 ) -> None:
-    """Writes the clip, its note and on request its codes and unmasking steps (`.npz`), for reports.
+    """Write a clip, its JSON and, if requested, codes and unmasking steps (`.npz`) for reports.
 
     Raises:
         UserError: if a file cannot be written.

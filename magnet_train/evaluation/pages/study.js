@@ -125,7 +125,7 @@ function go(place) {
   byId("finish").hidden = !isOver;
   byId("back").disabled = place === 0;
   byId("next").hidden = isOver;
-  byId("save").textContent = isOver ? "Save the ratings (CSV)" : "Save what is rated so far (CSV)";
+  byId("save").textContent = isOver ? "Save the ratings (CSV)" : "Save ratings so far (CSV)";
   byId("save").classList.toggle("main", isOver);
   document.querySelector("progress").value = Math.min(place, trials.length);
   const screen = isOver ? byId("finish") : trials[place];
