@@ -1,6 +1,9 @@
 """A trained model ready to play: network, codec, text encoder and decoding settings in one object.
- `load` takes a release folder, a hub id, a checkpoint or a run folder; `generate` takes captions
-and gives audio. The command line, the validation callback and a notebook all go through it.
+
+`load` takes a release folder, a hub id, a checkpoint or a run folder; `generate` takes captions and
+gives audio, `edit` takes audio and makes parts of it anew. Both are one mechanism, `fill`: codes,
+and a mask of those that are given. The command line, the validation callback and a notebook all go
+through it.
 """
 
 import time
@@ -16,8 +19,35 @@ from torch import Tensor
 from magnet_train.codec.base import Codec, load_codec
 from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder, load_text_encoder
-from magnet_train.decoding.decode import DecodingConfig, DecodingStep, Networks, decode, item_noise
+from magnet_train.decoding.decode import (
+    DecodingConfig,
+    DecodingStep,
+    Network,
+    Networks,
+    circular,
+    decode,
+    item_noise,
+)
 from magnet_train.decoding.frame_cache import CachedForward
+from magnet_train.decoding.joins import (
+    BLOCK_S,
+    Join,
+    decode_loop,
+    encode_blocks,
+    join_loop,
+    linear_render,
+    resample,
+    resample_loop,
+)
+from magnet_train.decoding.keep import (
+    OVERLAP,
+    SEAM_S,
+    Edit,
+    Plan,
+    check_loop,
+    onset_frames,
+    windows,
+)
 from magnet_train.decoding.rescoring import Rescorer
 from magnet_train.model import Magnet, TextKeyValues
 from magnet_train.release import SavedModel, check_codec, write_release
@@ -53,6 +83,47 @@ class DecodedItem:
     """`k t`."""
     unmask_step: Tensor
     """`k t`, the step in its stage at which a code became final; -1 = it was given."""
+
+
+Cue = tuple[float, str]
+"""From this second on, this prompt holds."""
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A recording with parts made anew."""
+
+    codes: Tensor
+    """`k t`."""
+    given: Tensor
+    """bool `k t`, codes that stayed as they were."""
+    unmask_step: Tensor
+    """`k t`, the step in its stage at which a code became final; -1 = it was given."""
+    seed: int
+    """Of the noise."""
+    sample_rate: int
+    """That of the recording, in Hz."""
+    join: Join
+    """The recording, and the frames that are made anew."""
+    codec: Codec
+
+    def seconds(self, frame: int) -> float:
+        """Where a frame begins in the result."""
+        return min(frame * self.join.samples_per_frame, self.join.num_samples) / self.sample_rate
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The audio, `channels samples` piece by piece; outside the regions that of the
+        recording."""
+        if not self.join.is_loop:
+            yield from self.join.blocks(linear_render(self.codec, self.codes, self.sample_rate))
+            return
+        loop = decode_loop(self.codec, self.codes, SEAM_S)
+        yield join_loop(self.join, resample_loop(loop, self.join.num_samples))
+
+    @property
+    def wav(self) -> Tensor:
+        """The whole audio, `channels samples`, not normalised; decoded anew at each call."""
+        return torch.cat(list(self.blocks()), 1)
 
 
 class Generator:
@@ -132,6 +203,7 @@ class Generator:
         decoding: DecodingConfig | None = None,
         prompt_codes: Tensor | None = None,
         on_step: Callable[[DecodingStep], None] | None = None,
+        loop: bool = False,
     ) -> Generated:
         """One piece of audio for each caption; "" generates without text.
 
@@ -140,85 +212,258 @@ class Generator:
             seed: of the noise; each item's depends on (seed, its id) alone, not on its neighbours.
             items: ids, as many as prompts. If None, each caption is its own id, and a caption that
                 occurs again gets a number, so that equal captions give different audio.
-            duration_s: length in seconds; the trained length if None.
+            duration_s: length in seconds, the trained length if None; what is longer is decoded in
+                overlapping windows.
             decoding: instead of the model's own.
             prompt_codes: `b k t`, beginning that is continued and stays as it is.
             on_step: told of every pass.
+            loop: whether the end shall go on with the beginning.
 
         Raises:
-            UserError: if the length is not positive or shorter than the prompt, or the prompt does
-                not fit.
+            UserError: if the length is not positive or shorter than the prompt, the prompt does not
+                fit, or a loop is longer than the trained length.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         items = numbered(prompts) if items is None else items
-        config, facts = decoding or self.decoding, self.codec.facts
+        facts = self.codec.facts
         duration_s = self.crop_s if duration_s is None else duration_s
         num_frames = round(duration_s * facts.frame_rate)
         if num_frames < 1:
             raise UserError(
                 f"duration_s={duration_s} is shorter than one frame of {1 / facts.frame_rate} s"
             )
+        if loop:
+            check_loop(duration_s, facts.sample_rate, facts.frame_rate, self.crop_s)
         codes = torch.zeros(
             len(prompts), facts.num_codebooks, num_frames, dtype=torch.long, device=self.device
         )
-        fixed = torch.zeros(len(prompts), num_frames, dtype=torch.bool, device=self.device)
+        given = torch.zeros_like(codes, dtype=torch.bool)
         if prompt_codes is not None:
-            given = prompt_codes.shape[2]
-            if given > num_frames or prompt_codes.shape[:2] != codes.shape[:2]:
+            length = prompt_codes.shape[2]
+            if length > num_frames or prompt_codes.shape[:2] != codes.shape[:2]:
                 raise UserError(
                     f"prompt codes {tuple(prompt_codes.shape)} do not fit {tuple(codes.shape)}: "
-                    "give one for each "
-                    "caption, no longer than the duration"
+                    "give one for each caption, no longer than the duration"
                 )
-            codes[:, :, :given], fixed[:, :given] = prompt_codes.to(self.device), True
-        order = torch.full(codes.shape, -1, dtype=torch.int16, device=self.device)
+            codes[..., :length], given[..., :length] = prompt_codes.to(self.device), True
+        codes, order = self.fill(codes, given, [(0, prompts)], seed, items, decoding, loop, on_step)
+        # One by one: the codec's rounding may depend on the batch, and a listener's file should
+        # not.
+        if loop:
+            num_samples = round(duration_s * facts.sample_rate)
+            loops = [decode_loop(self.codec, row, SEAM_S) for row in codes]
+            wav = torch.stack([resample_loop(one, num_samples) for one in loops])
+        else:
+            wav = torch.cat([self.codec.decode(row[None]) for row in codes])
+        return Generated(codes, wav, facts.sample_rate, order)
+
+    @torch.no_grad()
+    def fill(
+        self,
+        codes: Tensor,
+        given: Tensor,
+        cues: Sequence[tuple[int, Sequence[str]]],
+        seed: int,
+        items: Sequence[str],
+        decoding: DecodingConfig | None = None,
+        loop: bool = False,
+        on_step: Callable[[DecodingStep], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Decodes all codes that are not given, at any length.
+
+        What is longer than the trained length is decoded in windows of that length, each of which
+        knows 40 % of what lies before it: memory does not grow with the length.
+
+        Args:
+            codes: `b k t`; anything where not `given`.
+            given: bool `b k t`, codes that stay as they are.
+            cues: from this frame on these prompts, one for each row; the first at frame 0.
+            seed: of the noise.
+            items: ids of the rows; their noise depends on (seed, id).
+            decoding: instead of the model's own.
+            loop: whether the last frame goes on with the first one; decoded as one window.
+            on_step: told of every pass, with the codes of its window.
+
+        Returns:
+            Codes `b k t`, and `b k t` the step in its stage at which each became final (-1: given).
+        """
+        config, t = decoding or self.decoding, codes.shape[2]
+        size = round(self.crop_s * self.codec.facts.frame_rate)
+        if loop and (t > size or config.reference_compat):
+            raise UserError(
+                f"a loop of {t} frames: must have at most {size}, the length that the model was "
+                "trained on, and reference_compat false"
+            )
+        if config.reference_compat:  # in one piece, whose frames behind the last span are dropped
+            networks = self._networks(cues[0][1], config)
+            return self._decode(networks, codes, given, config, seed, items, on_step)
+        codes, given = codes.clone(), given.clone()
+        order = torch.full(codes.shape, -1, dtype=torch.int16, device=codes.device)
+        anew = (~given).any(0).any(0).cpu()
+        cuts = [frame for frame, _ in cues[1:]]
+        for number, window in enumerate(windows(anew, size, int(OVERLAP * size), cuts)):
+            part = slice(window.start, window.end)
+            prompts = next(texts for frame, texts in reversed(cues) if frame <= window.first)
+            networks = self._networks(prompts, config)
+            if loop:
+                networks = circular(networks, t, max((size - t) // 2, size // 10))
+            names = items if number == 0 else [f"{item}@{window.first}" for item in items]
+            made, steps = self._decode(
+                networks, codes[..., part], given[..., part], config, seed, names, on_step
+            )
+            new = ~given[..., part]
+            new[..., window.stop - window.start :] = False
+            codes[..., part] = torch.where(new, made, codes[..., part])
+            order[..., part] = torch.where(new, steps, order[..., part])
+            given[..., part] |= new
+        return codes, order
+
+    def count_steps(self, anew: Tensor, decoding: DecodingConfig | None = None) -> int:
+        """Steps in which the frames `anew` (bool `t`) are decoded, for a progress bar."""
+        config = decoding or self.decoding
+        size = round(self.crop_s * self.codec.facts.frame_rate)
+        size = max(size, len(anew)) if config.reference_compat else size
+        num_windows = len(list(windows(anew, size, int(OVERLAP * size))))
+        return num_windows * config.num_steps(self.codec.facts.num_codebooks)
+
+    def _decode(
+        self,
+        networks: Networks,
+        codes: Tensor,
+        given: Tensor,
+        config: DecodingConfig,
+        seed: int,
+        items: Sequence[str],
+        on_step: Callable[[DecodingStep], None] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One window, `b k t` -> its codes and the steps at which they became final, `b k t`."""
+        order = torch.full(codes.shape, -1, dtype=torch.int16, device=codes.device)
 
         def record(step: DecodingStep) -> None:
             order[:, step.stage, : step.masked.shape[1]].masked_fill_(step.masked, step.index)
             if on_step is not None:
                 on_step(step)
 
-        steps = config.steps_per_stage(facts.num_codebooks)
-        noise = item_noise(seed, items, sum(steps), num_frames)
-        text = None
-        if any(p.strip() for p in prompts):
-            # Keys and values of the text once per generation, not once per pass.
-            states, tokens = (x.to(self.device) for x in self.text_encoder(list(prompts)))
-            text = self.network.encode_text(states.to(self.network.head.dtype), tokens)
-            if (
-                config.reference_compat
-            ):  # there, a caption's padding takes its share of the attention
-                text = replace(text, allowed=text.allowed.any(1)[:, None].expand_as(text.allowed))
-        networks = self._networks(text, config.cache_frames)
+        noise = item_noise(seed, items, config.num_steps(codes.shape[1]), codes.shape[2])
+        size = self.codec.facts.codebook_size
+        codes = decode(networks, codes, given, size, config, noise, record)
+        return codes, order[..., : codes.shape[2]]
+
+    @torch.no_grad()
+    def edit(
+        self,
+        wav: Tensor,
+        sample_rate: int,
+        edit: Edit,
+        prompts: str | Sequence[Cue] = "",
+        seed: int = 0,
+        variations: int = 1,
+        decoding: DecodingConfig | None = None,
+        on_step: Callable[[DecodingStep], None] | None = None,
+    ) -> list[Edited]:
+        """Makes parts of a recording anew: regions, a continuation, a loop.
+
+        Args:
+            wav: the recording, `channels samples`, 1 or 2 channels, at any rate.
+            sample_rate: in Hz; that of the result too.
+            edit: what is made anew.
+            prompts: one caption, or several with the second at which each begins.
+            seed: of the noise; variation i uses seed + i.
+            variations: results.
+            decoding: instead of the model's own.
+            on_step: told of every pass.
+
+        Returns:
+            The results; outside what is made anew their samples are those of the recording.
+
+        Raises:
+            UserError: if the edit does not fit the recording or the model.
+        """
+        facts = self.codec.facts
+        plan = edit.plan(
+            wav.shape[1], sample_rate, facts.frame_rate, facts.num_codebooks, self.crop_s
+        )
+        cues = [(0.0, prompts)] if isinstance(prompts, str) else list(prompts)
+        frames = [round(at_s * facts.frame_rate) for at_s, _ in cues]
+        frames[0] = 0  # what lies before the first prompt has it too
+        texts = [(frame, [text]) for frame, (_, text) in zip(frames, cues, strict=True)]
+        original, codes, onsets = self._read(wav, sample_rate, edit, plan)
+        join = Join(
+            original,
+            plan.anew,
+            plan.num_samples,
+            plan.num_samples / len(plan.anew) if plan.is_loop else sample_rate / facts.frame_rate,
+            int(SEAM_S * sample_rate),
+            round(BLOCK_S * facts.frame_rate),
+            plan.is_loop,
+        )
+        results = []
+        for own_seed in range(seed, seed + variations):
+            given = edit.hints.given(
+                plan.anew, facts.num_codebooks, facts.frame_rate, onsets, str(own_seed)
+            ).to(self.device)[None]
+            made, steps = self.fill(
+                codes, given, texts, own_seed, ["edit"], decoding, plan.is_loop, on_step
+            )
+            results.append(
+                Edited(made[0], given[0], steps[0], own_seed, sample_rate, join, self.codec)
+            )
+        return results
+
+    def _read(
+        self, wav: Tensor, sample_rate: int, edit: Edit, plan: Plan
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The recording that stays, `c n`; its codes `1 k t`, zero behind its end; its onsets."""
+        facts, num_frames = self.codec.facts, len(plan.anew)
+        wav = wav[:, plan.start :]
+        if plan.is_loop:
+            wav = wav[:, : plan.num_samples]
+            wav = torch.nn.functional.pad(wav, (0, plan.num_samples - wav.shape[1]))
+            heard = resample_loop(wav, num_frames * facts.hop_samples)
+        else:
+            heard = resample(wav, sample_rate, facts.sample_rate)
+        known = encode_blocks(self.codec, heard, plan.is_loop)[..., :num_frames].to(self.device)
+        codes = torch.zeros(1, facts.num_codebooks, num_frames, dtype=torch.long).to(self.device)
+        codes[..., : known.shape[2]] = known
+        onsets = None
+        if edit.hints.hint_onsets_s is not None:
+            onsets = onset_frames(heard.mean(0), facts.hop_samples, num_frames)
+        if edit.from_s is not None:
+            wav = wav[:, : round(edit.from_s * sample_rate)]
+        return wav, codes, onsets
+
+    def _networks(self, prompts: Sequence[str], config: DecodingConfig) -> Networks:
+        """The pass with these prompts, and that with the negative prompt or the null condition."""
+        text = self._text(prompts, config)
+        negative = self._text([config.negative_prompt] * len(prompts), config)
+        if config.cache_frames:
+            passes = [CachedForward(self.network, x) for x in (text, negative)]
+        else:
+            passes = [self._forward(text, begins_step=True), self._forward(negative)]
+        reading = None
         if config.rescorer is not None:
             reading = self._rescorer(config.rescorer).reading(prompts)
-            networks = networks._replace(rescorer=reading)
-        codes = decode(networks, codes, fixed, facts.codebook_size, config, noise, record)
-        order = order[
-            ..., : codes.shape[2]
-        ]  # reference_compat drops the frames behind the last whole span
-        # One by one: the codec's rounding may depend on the batch, and a listener's file should
-        # not.
-        wav = torch.cat([self.codec.decode(row[None]) for row in codes])
-        return Generated(codes, wav, facts.sample_rate, order)
+        return Networks(passes[0], None if text is negative else passes[1], reading)
 
-    def _networks(self, text: TextKeyValues | None, cache_frames: bool) -> Networks:
-        """The pass with text and that of the null condition, whose cross-attention is exactly zero
-        and not computed.
-        """
-        if cache_frames:
-            null = None if text is None else CachedForward(self.network, None)
-            return Networks(CachedForward(self.network, text), null)
+    def _text(self, prompts: Sequence[str], config: DecodingConfig) -> TextKeyValues | None:
+        """Keys and values of captions, once per window and not once per pass; None = no text."""
+        if not any(prompt.strip() for prompt in prompts):
+            return None
+        states, tokens = (x.to(self.device) for x in self.text_encoder(list(prompts)))
+        text = self.network.encode_text(states.to(self.network.head.dtype), tokens)
+        if config.reference_compat:  # there, a caption's padding takes its share of the attention
+            text = replace(text, allowed=text.allowed.any(1)[:, None].expand_as(text.allowed))
+        return text
 
-        def with_text(codes: Tensor, stage: int) -> Tensor:
-            if self._is_compiled:  # what an earlier step's graph returned may be overwritten
+    def _forward(self, text: TextKeyValues | None, begins_step: bool = False) -> Network:
+        """The pass with a text; without one, cross-attention is exactly zero and not computed."""
+
+        def run(codes: Tensor, stage: int) -> Tensor:
+            if self._is_compiled and begins_step:  # an earlier step's graph may be overwritten
                 torch.compiler.cudagraph_mark_step_begin()
             return self._pass(codes, self.network.config.stage(stage), text)
 
-        def without_text(codes: Tensor, stage: int) -> Tensor:
-            return self._pass(codes, self.network.config.stage(stage), None)
-
-        return Networks(with_text, None if text is None else without_text)
+        return run
 
     def _rescorer(self, name: str) -> Rescorer:
         """Loaded when it is first asked for."""
@@ -234,6 +479,8 @@ class Generator:
         decoding: DecodingConfig | None = None,
         duration_s: float | None = None,
         max_seconds: float | None = None,
+        prompt_codes: Tensor | None = None,
+        **settings: Any,
     ) -> Iterator[DecodedItem]:
         """Generates audio for many items, batch by batch.
 
@@ -247,20 +494,25 @@ class Generator:
             decoding: instead of the model's own.
             duration_s: length in seconds; the trained length if None.
             max_seconds: no batch begins after this time; the remaining items are skipped.
+            prompt_codes: `1 k t`, beginning that every item continues.
+            settings: `loop` and `on_step`, as of `generate`.
 
         Yields:
             One result for each item, in order.
         """
         start = time.monotonic()
         keys = list(captions)
+        if prompt_codes is not None:
+            prompt_codes = prompt_codes.expand(batch_size, -1, -1)
         for first in range(0, len(keys), batch_size):
             if max_seconds is not None and time.monotonic() - start > max_seconds:
                 return
             batch = keys[first : first + batch_size]
             padding = batch_size - len(batch)
             prompts = [captions[key] for key in batch] + [""] * padding
+            ids = batch + ["padding"] * padding
             result = self.generate(
-                prompts, seed, batch + ["padding"] * padding, duration_s, decoding
+                prompts, seed, ids, duration_s, decoding, prompt_codes, **settings
             )
             for i, key in enumerate(batch):
                 yield DecodedItem(

@@ -276,15 +276,12 @@ def test_generate_plays_a_run_and_says_how_to_make_it_again(run, tmp_path):
     audio = sorted(tmp_path.glob("*.flac"))
     assert len(audio) == 2 and all(p.with_suffix(".png").is_file() for p in audio)
     about = json.loads(audio[0].with_suffix(".json").read_text())
-    assert about["seed"] == 4 and about["decoding"]["decoding_steps"] == [2, 1, 1, 1]
+    made = about["options"]
+    assert made["seed"] == 4 and made["decoding"]["decoding_steps"] == [2, 1, 1, 1]
     first = soundfile.read(audio[0])[0]
     again = tmp_path / "again"
-    assert (
-        main(
-            ["generate", "--prompt", about["prompt"], "--format", "flac", *options[:-1], str(again)]
-        )
-        == 0
-    )
+    note = str(audio[0].with_suffix(".json"))
+    assert main(["generate", "--config", note, "--out", str(again)]) == 0
     assert np.array_equal(first, soundfile.read(next(again.glob("*.flac")))[0])
 
 
@@ -395,7 +392,8 @@ def test_fit_with_two_processes_validates_every_item_once(shards, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "verb", ["fit", "tokenize", "generate", "convert", "evaluate", "doctor", "bench", "dashboard"]
+    "verb",
+    ["fit", "tokenize", "generate", "edit", "convert", "evaluate", "doctor", "bench", "dashboard"],
 )
 def test_every_option_of_ours_has_a_sentence_of_help(verb, capsys):
     with pytest.raises(SystemExit):

@@ -16,6 +16,7 @@ from magnet_train.decoding.decode import (
     DecodingConfig,
     DecodingStep,
     Networks,
+    circular,
     decode,
     item_noise,
 )
@@ -274,3 +275,78 @@ def test_the_null_condition_is_not_asked_where_guidance_has_ended():
         item_noise(0, ["a"], 7, 12),
     )
     assert asked == [0, 0, 1, 2, 3]  # a single step begins with everything masked
+
+
+def neighbours(codes: torch.Tensor, stage: int) -> torch.Tensor:
+    """Logits from the codes of a frame and of the frames beside it; beyond the ends is silence."""
+    table = torch.randn(3, 4, SIZE + 1, SIZE, generator=torch.Generator().manual_seed(stage))
+    padded = torch.nn.functional.pad(codes, (1, 1), value=SIZE)
+    seen = [padded[:, k, i : i + codes.shape[2]] for k in range(4) for i in range(3)]
+    pairs = [(k, i) for k in range(4) for i in range(3)]
+    return 3 * sum(table[i, k][x] for (k, i), x in zip(pairs, seen, strict=True))
+
+
+@given(st.integers(2, 20), st.integers(1, 30), st.integers(0, 19))
+@settings(max_examples=30)
+def test_a_loop_turned_is_the_same_loop(num_frames, context, by):
+    """The network sees the end before the beginning: there is no place that is the seam."""
+    config = DecodingConfig(decoding_steps=(3, 2), span_len=1, span_scoring="random")
+    noise = item_noise(0, ["a"], 9, num_frames)
+    codes = torch.randint(0, SIZE, (1, 4, num_frames))
+    given = torch.rand(1, 4, num_frames) < 0.3
+    networks = circular(Networks(neighbours), num_frames, context)
+    out = decode(networks, codes, given, SIZE, config, noise)
+    turned = decode(
+        networks,
+        codes.roll(by, 2),
+        given.roll(by, 2),
+        SIZE,
+        config,
+        type(noise)(*(x.roll(by, 2) for x in noise)),
+    )
+    assert torch.equal(turned, out.roll(by, 2))
+
+
+@given(st.integers(1, 40), st.sampled_from([0.1, 0.5, 0.9]), st.integers(1, 4))
+@settings(max_examples=30)
+def test_the_second_lap_decodes_the_least_certain_spans_again(num_frames, share, span_len):
+    config = DecodingConfig(
+        decoding_steps=(6, 2), span_len=span_len, second_lap=share, anneal_temperature=False
+    )
+    steps: list[DecodingStep] = []
+    codes = torch.zeros(2, 4, num_frames, dtype=torch.long)
+    fixed = torch.zeros(2, num_frames, dtype=torch.bool)
+    fixed[:, : num_frames // 3] = True
+    noise = item_noise(0, ["a", "b"], config.num_steps(4), num_frames)
+    networks = Networks(scripted(1), scripted(2))
+    out = decode(networks, codes, fixed, SIZE, config, noise, steps.append)
+    first, second = steps[:12], steps[12:]
+    assert (
+        len(steps)
+        == config.num_steps(4)
+        == 12 + max(1, round(share * 6)) + 3 * max(1, round(share * 2))
+    )
+    again = second[0].masked
+    assert not (again & fixed).any()
+    spans = -(-(num_frames) // span_len) - (num_frames // 3) // span_len
+    assert (again.sum(1) <= max(1, int(share * spans)) * span_len).all() and again.any(1).all()
+    before = first[-1].codes
+    kept = ~again[:, None].expand_as(out)
+    assert torch.equal(out[kept], before[kept]), "what is certain stays, in all codebooks"
+    hidden = second[0].codes[:, 1:]
+    assert (hidden == SIZE).all(), "the second lap begins with the stage that the first began with"
+
+
+def test_codebooks_that_are_given_cost_no_pass():
+    asked = []
+
+    def network(codes, stage):
+        asked.append(stage)
+        return torch.zeros(1, 12, SIZE)
+
+    given = torch.zeros(1, 4, 12, dtype=torch.bool)
+    given[:, [0, 3]] = True
+    codes = torch.ones(1, 4, 12, dtype=torch.long)
+    config = DecodingConfig(decoding_steps=(2, 2, 1, 1))
+    out = decode(Networks(network), codes, given, SIZE, config, item_noise(0, ["a"], 6, 12))
+    assert asked == [1, 1, 2] and (out[:, [0, 3]] == 1).all()

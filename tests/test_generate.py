@@ -58,6 +58,15 @@ def test_prompts_come_from_text_and_from_manifests(name, content, tmp_path):
         ({"continue_from": Path("none.wav")}, "none.wav"),
         ({"variations": 0}, "variations"),
         ({"batch_size": 0}, "batch_size"),
+        ({"best_of": 0}, "best_of"),
+        ({"best_of": 2, "judge": "fad/musicnn"}, "--reference"),
+        ({"best_of": 2, "judge": "fad/ears"}, "fad/ears"),
+        ({"best_of": 2, "judge": "kl/musicnn"}, "kl/musicnn"),
+        ({"best_of": 2, "judge": "music/key_rank"}, "names no key"),
+        ({"best_of": 2, "judge": "music/beat"}, "names no tempo"),
+        ({"best_of": 2, "judge": "music/joy"}, "music/joy"),
+        ({"best_of": 2, "unconditional": True}, "needs a prompt"),
+        ({"loop": True, "continue_from": Path("c.wav")}, "edit --loop"),
         ({"seed": -1}, "seed"),
         ({"seed": 10**20}, "seed"),
         ({"format": "mp3"}, "format"),
@@ -86,10 +95,10 @@ def test_a_prompt_that_is_given_twice_gets_two_clips_each_of_which_can_be_made_a
     assert generate(again, QUICK)[0].read_bytes() == second
 
 
-def test_the_note_says_how_much_of_an_audio_prompt_was_kept(tmp_path):
+def test_an_audio_prompt_is_the_end_of_its_file_and_the_note_says_how_much_was_kept(tmp_path):
     soundfile.write(tmp_path / "c.wav", np.sin(np.arange(16_000) / 20), 16_000)
     options = GenerateOptions(
         prompt=["a"], out=tmp_path, duration_s=1.5, plots=False, continue_from=tmp_path / "c.wav"
     )
     (path,) = generate(options, QUICK)
-    assert json.loads(path.with_suffix(".json").read_text())["continue_s"] == 1.0
+    assert json.loads(path.with_suffix(".json").read_text())["options"]["continue_s"] == 1.0

@@ -2,10 +2,13 @@
 when it cannot.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from magnet_train.common.errors import UserError
+from magnet_train.decoding.keep import Edit, Hints
 from magnet_train.generator import Generator, load
 from magnet_train.model import Magnet, MagnetConfig
 
@@ -43,3 +46,100 @@ def test_another_codec_is_refused(tiny):
     other = Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=1, codebook_size=64, text_dim=384))
     with pytest.raises(UserError, match="codebooks of 256 entries"):
         Generator(other, tiny.codec, tiny.text_encoder, tiny.decoding, 1.0)
+
+
+def music(seconds, rate=44_100, channels=2):
+    time = torch.arange(round(seconds * rate)) / rate
+    notes = torch.sin(2 * torch.pi * 220 * time * 2 ** (time.long() % 5 / 12).float())
+    return 0.1 * torch.stack([notes, 0.8 * notes][:channels])
+
+
+def test_a_region_changes_and_all_samples_outside_are_those_of_the_recording(tiny):
+    wav = music(2.2)
+    first, second = tiny.edit(wav, 44_100, Edit(((0.4, 0.8), (1.2, 1.6))), "flute", variations=2)
+    out, inside = first.wav, torch.zeros(wav.shape[1], dtype=torch.bool)
+    for start, end in ((0.4, 0.8), (1.2, 1.6)):
+        inside[round(start * 44_100) : round(end * 44_100)] = True
+    assert out.shape == wav.shape and torch.equal(out[:, ~inside], wav[:, ~inside])
+    assert (out[:, inside] - wav[:, inside]).abs().mean() > 1e-3
+    assert torch.equal(first.codes[first.given], second.codes[first.given])
+    assert not torch.equal(first.codes, second.codes)
+    assert first.given.sum() == 5 * (55 - 20) and (first.unmask_step[first.given] == -1).all()
+    again = tiny.edit(wav, 44_100, Edit(((0.4, 0.8), (1.2, 1.6))), "flute", seed=1)[0]
+    assert torch.equal(again.codes, second.codes)
+
+
+def test_a_continuation_has_the_length_asked_for_and_the_memory_of_one_window(tiny):
+    wav, longest = music(1.5, 16_000, 1), 0
+    encode = tiny.network.embedded
+
+    def watched(codes):
+        nonlocal longest
+        longest = max(longest, codes.shape[2])
+        return encode(codes)
+
+    tiny.network.embedded = watched
+    try:
+        (made,) = tiny.edit(wav, 16_000, Edit(to_s=6.3))
+    finally:
+        del tiny.network.embedded
+    blocks = list(made.blocks())
+    assert longest == 25 and sum(b.shape[1] for b in blocks) == round(6.3 * 16_000)
+    kept = int(made.given.all(0).sum()) * 640
+    assert kept == 37 * 640 and torch.equal(made.wav[:, :kept], wav[:, :kept])
+    long = tiny.generate(["flute"], duration_s=2.0)
+    assert torch.equal(long.codes[:, :, :25], tiny.generate(["flute"], duration_s=1.0).codes)
+
+
+def test_prompts_change_where_the_timeline_says(tiny):
+    asked = []
+    text = tiny._text
+
+    def watched(prompts, config):
+        asked.append(prompts[0])
+        return text(prompts, config)
+
+    tiny._text = watched
+    try:
+        cues = [(0.0, "flute"), (1.5, "organ"), (2.0, "")]
+        (made,) = tiny.edit(music(1.0, 16_000, 1), 16_000, Edit(to_s=3.0), cues)
+    finally:
+        del tiny._text
+    assert [x for x in dict.fromkeys(asked) if x] == ["flute", "organ"] and asked[-2] == ""
+    assert (made.unmask_step[:, 25:] >= 0).all()
+
+
+@pytest.mark.parametrize("seconds", [0.8, 0.75])
+def test_a_loop_is_exact_to_the_sample_and_keeps_what_it_should(tiny, seconds):
+    wav = music(2.0, 44_100, 1)
+    edit = Edit(loop_s=seconds, loop_start_s=0.5, seam_s=0.16)
+    out = tiny.edit(wav, 44_100, edit)[0].wav
+    size, start = round(seconds * 44_100), 22_050
+    assert out.shape == (1, size)
+    middle = slice(round(0.25 * size), round(0.75 * size))
+    assert torch.equal(out[:, middle], wav[:, start : start + size][:, middle])
+    assert tiny.generate(["flute"], duration_s=seconds, loop=True).wav.shape[2] == 16_000 * seconds
+    with pytest.raises(UserError, match="must be between"):
+        tiny.generate(["flute"], duration_s=1.5, loop=True)
+
+
+def test_hints_stay_and_the_audio_of_the_region_is_decoded(tiny):
+    wav = music(1.0, 16_000, 1)
+    hints = Hints(hint_period_s=0.2, hint_codebooks=2, keep_fine=1)
+    (made,) = tiny.edit(wav, 16_000, Edit(hints=hints))
+    assert made.given[4].all() and made.given[:2].any(1).all() and not made.given[2:4].any()
+    assert not torch.equal(made.wav, wav)
+
+
+def test_a_negative_prompt_takes_the_place_of_the_null_condition(tiny):
+    decoding = replace(tiny.decoding, max_cfg_coef=5.0, negative_prompt="drums")
+    away = tiny.generate(["flute"], decoding=decoding).codes
+    null = replace(decoding, negative_prompt="")
+    assert not torch.equal(away, tiny.generate(["flute"], decoding=null).codes)
+    same = replace(decoding, negative_prompt="flute")
+    assert torch.equal(
+        tiny.generate(["flute"], decoding=same).codes,
+        tiny.generate(
+            ["flute"], decoding=replace(same, max_cfg_coef=1.0, negative_prompt="")
+        ).codes,
+    )

@@ -81,6 +81,37 @@ def generate_verb(args: list[str]) -> None:
         print(path)
 
 
+def edit_verb(args: list[str]) -> None:
+    from dataclasses import asdict
+
+    from magnet_train.cli.edit import EditOptions, edit
+    from magnet_train.cli.inherited import decoding_defaults
+    from magnet_train.cli.parser import make_parser
+    from magnet_train.decoding.decode import DecodingConfig
+
+    parser = make_parser(
+        "edit FILE", "Make regions of a recording anew, continue it, or turn it into a loop."
+    )
+    prompt = "One caption for all that is made anew, or one for each region of --regenerate."
+    parser.add_argument("-p", "--prompt", type=str, nargs="+", default=[], help=prompt)
+    for name in ("regenerate", "keep"):
+        what = "are made anew" if name == "regenerate" else "stay while all others are made anew"
+        region = f"Regions START:END, in seconds, that {what}; an empty END is the end."
+        parser.add_argument(f"--{name}", type=str, nargs="+", default=[], help=region)
+    loop = "Make a loop of --loop_s seconds, or of --bars at --bpm."
+    parser.add_argument("--loop", action="store_true", help=loop)
+    separate = {"prompt", "regenerate", "keep", "loop"}
+    parser.add_class_arguments(EditOptions, nested_key=None, as_group=False, skip=separate)
+    parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
+    parser.late_defaults = lambda given: decoding_defaults(given.get("checkpoint", "demo"))
+    if args and not args[0].startswith("-"):  # an option, so that a configuration can give it
+        args = ["--audio", *args]
+    config = parser.parse_args(args)
+    decoding = asdict(options_from(DecodingConfig, config.decoding))
+    for path in edit(options_from(EditOptions, config), decoding):
+        print(path)
+
+
 def evaluate_verb(args: list[str]) -> None:
     from dataclasses import asdict
 
@@ -277,6 +308,7 @@ def dashboard_verb(args: list[str]) -> None:
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "tokenize": tokenize_verb,
     "generate": generate_verb,
+    "edit": edit_verb,
     "evaluate": evaluate_verb,
     "convert": convert_verb,
     "sweep": sweep_verb,

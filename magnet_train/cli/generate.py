@@ -1,12 +1,22 @@
-"""`generate`: prompts to audio files, each with a JSON of all settings beside it."""
+"""`generate`: prompts to audio files, each with a JSON that makes it again."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from magnet_train.cli.output import (
+    MAX_DURATION_S,
+    Chooser,
+    OutputOptions,
+    check_model,
+    check_range,
+    load_generator,
+    recipe,
+    write_exact,
+)
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import writable_folder
 
@@ -14,14 +24,11 @@ if TYPE_CHECKING:
     import torch
 
     from magnet_train.decoding.decode import DecodingConfig
-    from magnet_train.generator import Generated, Generator
-
-MAX_SEED = 2**63 - 1
-MAX_DURATION_S = 3600.0
+    from magnet_train.generator import DecodedItem, Generator
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
+class GenerateOptions(OutputOptions):
     """Prompts and files."""
 
     prompt: list[str] = field(default_factory=list)
@@ -30,46 +37,25 @@ class GenerateOptions:
     """File with more prompts: text with one per line, or JSONL or CSV with captions."""
     unconditional: bool = False
     """Also generate without text, one file per variation."""
-    out: Path = Path("generated")
-    """Folder for the audio files."""
-    checkpoint: str = "demo"
-    """Release folder, hub id, checkpoint, run folder, or "demo" for the bundled model."""
-    seed: int = 0
-    """Seed; variation i uses seed + i. A repeated prompt continues with the next seeds."""
-    variations: int = 1
-    """Files per prompt."""
     duration_s: float | None = None
-    """Length in seconds (default: the trained length)."""
+    """Length in seconds (default: the trained length); longer clips are decoded in windows."""
+    loop: bool = False
+    """Make loops of --duration_s, whose end goes on with the beginning."""
     continue_from: Path | None = None
-    """Audio prompt: every output starts with the first --continue_s seconds of this file."""
+    """Audio prompt: every output starts with the last --continue_s seconds of this file."""
     continue_s: float = 3.0
     """Seconds of --continue_from to keep; a shorter file is kept completely."""
-    format: Literal["wav", "flac"] = "wav"
-    """Format of the audio files."""
-    plots: bool = True
-    """Write a spectrogram with the order of unmasking beside each file."""
     batch_size: int = 4
     """Prompts per batch."""
-    device: str = "auto"
-    """Device: cpu, cuda, cuda:1 …; auto uses a GPU if there is one."""
-    precision: Literal["32", "bf16"] = "32"
-    """Precision of the network; bf16 is faster on GPUs and gives different audio."""
-    compiled: bool = False
-    """Compile the network: takes minutes at the start; for many files on a GPU."""
 
     def __post_init__(self) -> None:
-        _check_range("seed", self.seed, 0, MAX_SEED)
-        _check_range("variations", self.variations, 1, 1_000_000)
-        _check_range("batch_size", self.batch_size, 1, 100_000)
-        _check_range("continue_s", self.continue_s, 0.02, MAX_DURATION_S, "seconds")
+        super().__post_init__()
+        check_range("batch_size", self.batch_size, 1, 100_000)
+        check_range("continue_s", self.continue_s, 0.02, MAX_DURATION_S, "seconds")
         if self.duration_s is not None:
-            _check_range("duration_s", self.duration_s, 0.02, MAX_DURATION_S, "seconds")
-        if self.format not in ("wav", "flac"):
-            raise UserError(f"--format {self.format}: choose wav or flac")
-        if self.precision not in ("32", "bf16"):
-            raise UserError(f"--precision {self.precision}: choose 32 or bf16")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise UserError(f"--device {self.device}: choose auto, cpu, cuda or cuda:N")
+            check_range("duration_s", self.duration_s, 0.02, MAX_DURATION_S, "seconds")
+        if self.loop and self.continue_from is not None:
+            raise UserError("--loop: give it without --continue_from, or use `edit --loop`")
 
 
 @dataclass(frozen=True)
@@ -93,27 +79,15 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
     Raises:
         UserError: if there is no prompt, or a setting or file is not valid.
     """
-    from magnet_train.decoding.decode import DecodingConfig
-
-    jobs = list_jobs(all_prompts(options), options.seed, options.variations)
-    rescorer = DecodingConfig.from_dict(decoding).rescorer
-    device = find_device(options.device)
+    prompts = all_prompts(options)
+    jobs = list_jobs(prompts, options.seed, options.variations, options.best_of)
+    check_model(options, decoding)
+    chooser = Chooser(options, prompts)
     if options.continue_from is not None and not options.continue_from.is_file():
         raise UserError(f"--continue_from {options.continue_from}: no such file")
     writable_folder(options.out, "--out")
-
-    import torch
-
-    from magnet_train.generator import load
-    from magnet_train.release import SavedModel
-    from magnet_train.rescorer import check_rescorer
-
-    if rescorer is not None:
-        check_rescorer(rescorer, SavedModel.open(options.checkpoint).codec)
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    generator = load(options.checkpoint, device, dtype, options.compiled)
-    settings = DecodingConfig.from_dict(asdict(generator.decoding) | decoding)
-    return list(_generate_files(generator, settings, options, jobs))
+    generator, settings = load_generator(options, decoding)
+    return list(_generate_files(generator, settings, options, jobs, chooser))
 
 
 def all_prompts(options: GenerateOptions) -> list[str]:
@@ -140,8 +114,8 @@ def all_prompts(options: GenerateOptions) -> list[str]:
     return prompts
 
 
-def list_jobs(prompts: Sequence[str], seed: int, variations: int) -> list[Job]:
-    """One job per prompt and variation, all different.
+def list_jobs(prompts: Sequence[str], seed: int, variations: int, seeds: int = 1) -> list[Job]:
+    """One job for each prompt and variation; no two are the same. Each has `seeds` seeds.
 
     >>> [job.seed for job in list_jobs(["a", "b", "a"], seed=5, variations=2)]
     [5, 6, 5, 6, 7, 8]
@@ -150,28 +124,9 @@ def list_jobs(prompts: Sequence[str], seed: int, variations: int) -> list[Job]:
     jobs = []
     for prompt in prompts:
         for _ in range(variations):
-            jobs.append(Job(prompt, seed + count[prompt]))
+            jobs.append(Job(prompt, seed + seeds * count[prompt]))
             count[prompt] += 1
     return jobs
-
-
-def find_device(name: str) -> str:
-    """The device that `--device` names.
-
-    Raises:
-        UserError: if this machine does not have it.
-    """
-    import torch
-
-    count = torch.cuda.device_count()
-    if name == "auto":
-        return "cuda" if count else "cpu"
-    index = int(name.partition(":")[2] or 0)
-    if name.startswith("cuda") and index >= count:
-        raise UserError(
-            f"--device {name}: this machine has {count} CUDA devices; choose another, or cpu"
-        )
-    return name
 
 
 def _generate_files(
@@ -179,77 +134,98 @@ def _generate_files(
     settings: "DecodingConfig",
     options: GenerateOptions,
     jobs: Sequence[Job],
+    chooser: Chooser,
 ) -> Iterator[Path]:
+    """Decodes the jobs of each seed together, once for each candidate, and writes the best."""
+    import torch
     from tqdm import tqdm
 
     start = kept_s = None
     if options.continue_from is not None:
         start, kept_s = _audio_prompt(generator, options.continue_from, options.continue_s)
-    about = {
-        "checkpoint": options.checkpoint,
-        "decoding": asdict(settings),
-        "precision": options.precision,
-        "codec": generator.codec.facts.to_dict(),
-        "continue_from": None if start is None else str(options.continue_from),
-        "continue_s": kept_s,
-        "model": generator.about,
-    }
-    with tqdm(total=len(jobs), unit="file", disable=len(jobs) == 1) as bar:
-        for batch in _batches(jobs, options.batch_size):
-            prompts = [job.prompt for job in batch]
-            codes = None if start is None else start.expand(len(batch), -1, -1)
-            result = generator.generate(
-                prompts,
-                batch[0].seed,
-                duration_s=options.duration_s,
-                decoding=settings,
-                prompt_codes=codes,
-            )
-            for row, job in enumerate(batch):
-                yield _write(result, row, job, options, about)
-                bar.update()
-
-
-def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
-    """Batches of one seed each."""
-    for seed in sorted({job.seed for job in jobs}):
-        of_seed = [job for job in jobs if job.seed == seed]
-        for first in range(0, len(of_seed), size):
-            yield of_seed[first : first + size]
+    by_seed = [
+        (seed, list(group))
+        for seed, group in groupby(sorted(jobs, key=lambda job: job.seed), lambda job: job.seed)
+    ]
+    sizes = [min(options.batch_size, len(group)) for _, group in by_seed]
+    batches = sum(-(-len(group) // size) for (_, group), size in zip(by_seed, sizes, strict=True))
+    seconds = options.duration_s or generator.crop_s
+    num_frames = max(1, round(seconds * generator.codec.facts.frame_rate))
+    steps = generator.count_steps(torch.ones(num_frames, dtype=torch.bool), settings)
+    with tqdm(total=batches * options.best_of * steps, unit="step") as bar:
+        for (seed, group), size in zip(by_seed, sizes, strict=True):
+            candidates = [
+                generator.decode_items(
+                    {job.prompt: job.prompt for job in group},
+                    size,
+                    seed + i,
+                    settings,
+                    options.duration_s,
+                    prompt_codes=start,
+                    loop=options.loop,
+                    on_step=lambda _: bar.update(),
+                )
+                for i in range(options.best_of)
+            ]
+            for items in zip(*candidates, strict=True):
+                best, judged = chooser([i.wav for i in items], items[0].sample_rate, items[0].key)
+                made = recipe(
+                    options,
+                    settings,
+                    prompt=[items[best].key] if items[best].key else [],
+                    unconditional=not items[best].key,
+                    seed=seed + best,
+                    continue_s=kept_s,
+                )
+                codec = generator.codec.facts.to_dict()
+                about = judged | {"options": made, "codec": codec, "model": generator.about}
+                yield _write(items[best], seed + best, options, about)
 
 
 def _audio_prompt(
     generator: "Generator", file: Path, seconds: float
 ) -> tuple["torch.Tensor", float]:
-    """Codes `1 k t` of the beginning of a file, and their length in seconds."""
+    """Codes `1 k t` of the end of a file, and their length in seconds."""
     import torch
 
     from magnet_train.data.audio import read_audio
 
     facts = generator.codec.facts
     wav = torch.from_numpy(read_audio(file, facts.sample_rate, facts.channels))
-    wav = wav[:, : round(seconds * facts.sample_rate)]
-    codes = generator.codec.encode(wav[None].to(generator.device))
-    return codes, wav.shape[-1] / facts.sample_rate
+    num_frames = min(round(seconds * facts.frame_rate), wav.shape[1] // facts.hop_samples)
+    if num_frames < 1:
+        raise UserError(f"--continue_from {file}: shorter than a frame; give a longer file")
+    wav = wav[:, -num_frames * facts.hop_samples :]
+    return generator.codec.encode(wav[None].to(generator.device)), num_frames / facts.frame_rate
 
 
-def _write(
-    result: "Generated", row: int, job: Job, options: GenerateOptions, about: dict[str, Any]
-) -> Path:
+def _write(item: "DecodedItem", seed: int, options: GenerateOptions, about: dict[str, Any]) -> Path:
     """Writes an audio file, its JSON and, if requested, its plot."""
-    from magnet_train.common.audio_files import save_plot, slug, write_audio
+    import numpy as np
+    import torch
 
-    path = options.out / f"{slug(job.prompt, job.seed)}.{options.format}"
-    wav = result.wav[row].T.cpu().numpy()
-    own = {"prompt": job.prompt, "seed": job.seed, "duration_s": len(wav) / result.sample_rate}
-    write_audio(path, wav, result.sample_rate, own | about)
-    if options.plots:
-        title = job.prompt or "(no text)"
-        order = result.order[row].cpu().numpy()
-        save_plot(path.with_suffix(".png"), {title: wav.mean(1)}, result.sample_rate, order)
+    from magnet_train.common.audio_files import (
+        normalize_for_listening,
+        save_plot,
+        slug,
+        write_audio,
+    )
+
+    path = options.out / f"{slug(item.caption, seed)}.{options.format}"
+    wav = item.wav.T.cpu().numpy()
+    about = {
+        "prompt": item.caption,
+        "seed": seed,
+        "duration_s": len(wav) / item.sample_rate,
+    } | about
+    if options.loop:  # levelled between copies of itself, so that its ends still meet
+        copies = normalize_for_listening(np.tile(wav, (3, 1)), item.sample_rate)
+        loop = torch.from_numpy(copies[len(wav) : 2 * len(wav)].T.copy())
+        write_exact(path, [loop], item.sample_rate, about)
+    else:
+        write_audio(path, wav, item.sample_rate, about)
+    if options.plots and len(wav) <= 180 * item.sample_rate:
+        title = item.caption or "(no text)"
+        order = item.unmask_step.cpu().numpy()
+        save_plot(path.with_suffix(".png"), {title: wav.mean(1)}, item.sample_rate, order)
     return path
-
-
-def _check_range(name: str, value: float, least: float, most: float, unit: str = "") -> None:
-    if not least <= value <= most:
-        raise UserError(f"--{name} {value}: must be between {least:g} and {most:g} {unit}".rstrip())

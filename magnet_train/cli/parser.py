@@ -1,6 +1,7 @@
 """The parser of all verbs: jsonargparse with one-line errors and late defaults."""
 
 import difflib
+import json
 import math
 import re
 import sys
@@ -46,7 +47,8 @@ def find_config(text: str) -> str:
     """The path or YAML text that `--config` names.
 
     Args:
-        text: a path, the name of a shipped configuration (`demo.yaml`, `conf/demo.yaml`), or YAML.
+        text: a path, the name of a shipped configuration (`demo.yaml`, `conf/demo.yaml`), or YAML;
+            of the JSON beside a generated clip, its options.
 
     Raises:
         UserError: if the file is not a regular UTF-8 file, or too large.
@@ -64,7 +66,16 @@ def find_config(text: str) -> str:
         else:
             return text
     check_config_file(path)
-    return str(path)
+    return options_of_note(path) or str(path)
+
+
+def options_of_note(path: Path) -> str | None:
+    """The options in the JSON beside a generated clip, as text; None for any other file."""
+    if path.suffix != ".json":
+        return None
+    note = yaml.safe_load(path.read_text(encoding="utf-8"))
+    options = note.get("options") if isinstance(note, dict) else None
+    return json.dumps(options) if isinstance(options, dict) else None
 
 
 def check_config_file(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,11 @@ def write_audio(path: Path, wav: np.ndarray, sample_rate: int, about: dict[str, 
 
 
 def save_plot(
-    path: Path, wavs: dict[str, np.ndarray], sample_rate: int, unmask_step: np.ndarray | None = None
+    path: Path,
+    wavs: dict[str, np.ndarray],
+    sample_rate: int,
+    unmask_step: np.ndarray | None = None,
+    regions: Sequence[tuple[float, ...]] = (),
 ) -> None:
     """Save a PNG with spectrograms of mono clips and the order of unmasking of the first.
 
@@ -133,6 +138,7 @@ def save_plot(
         wavs: mono clips `t` by title.
         sample_rate: sample rate in Hz.
         unmask_step: `k t`, step of its stage at which each code became final; -1 = given.
+        regions: start and end in seconds, framed in every spectrogram.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -143,6 +149,8 @@ def save_plot(
     axes = figure.subplots(rows, squeeze=False)[:, 0]
     for axis, (title, wav) in zip(axes, wavs.items(), strict=False):
         draw_spectrogram(axis, wav, sample_rate, title)
+        for start, end in regions:
+            axis.axvspan(start, end, fill=False, edgecolor="cyan", linestyle="--")
     if unmask_step is not None:
         relative = unmask_step / np.maximum(unmask_step.max(axis=1, keepdims=True), 1)
         image = axes[-1].imshow(

@@ -75,6 +75,8 @@ class DecodingConfig:
     """Guidance coefficient when all frames are masked; 1 = no guidance."""
     min_cfg_coef: float = 1.0
     """Guidance coefficient when no frame is masked any more; 1 = no guidance."""
+    negative_prompt: str = ""
+    """Caption that guidance leads away from, in place of the null condition."""
     span_len: int = 3
     """Length of the spans that are masked together, in frames; best as in training."""
     span_arrangement: Literal["nonoverlap", "stride1"] = "nonoverlap"
@@ -85,6 +87,10 @@ class DecodingConfig:
     """
     order_temperature: float = 0.0
     """Scale of the Gumbel noise on the spans' scores, annealed to 0 within a stage; 0 = none."""
+    second_lap: float = 0.0
+    """Share of stage-0 spans, the least certain, that are masked after the last stage and decoded
+    again with all codebooks above them, in as large a share of the steps; 0 = none.
+    """
     shared_noise: int = 1
     """Neighbouring frames that share the noise they are sampled with, in frames; 1 = each has its
     own. Borders between the groups move from step to step.
@@ -129,6 +135,7 @@ class DecodingConfig:
             ),
             ("span_scoring", self.span_scoring in ("max", "prod", "random"), "max, prod or random"),
             ("order_temperature", 0 <= self.order_temperature < math.inf, "0 or more"),
+            ("second_lap", 0 <= self.second_lap < 1, "a share of 0 or more, below 1"),
             ("shared_noise", self.shared_noise >= 1, "at least 1 frame"),
             (
                 "rescorer_weight",
@@ -162,6 +169,8 @@ class DecodingConfig:
             or self.order_temperature > 0
             or self.shared_noise > 1
             or self.rescorer is not None
+            or self.second_lap > 0
+            or self.negative_prompt != ""
         )
 
     @classmethod
@@ -185,6 +194,17 @@ class DecodingConfig:
             UserError: if there are more numbers than stages.
         """
         return per_codebook("decoding_steps", self.decoding_steps, num_codebooks)
+
+    def laps(self, num_codebooks: int) -> list[tuple[int, ...]]:
+        """Steps of each stage in each lap: one lap, or two with `second_lap`."""
+        steps = self.steps_per_stage(num_codebooks)
+        if self.second_lap == 0:
+            return [steps]
+        return [steps, tuple(max(1, round(self.second_lap * n)) for n in steps)]
+
+    def num_steps(self, num_codebooks: int) -> int:
+        """Steps of all stages and laps."""
+        return sum(map(sum, self.laps(num_codebooks)))
 
 
 @dataclass(frozen=True)
@@ -246,7 +266,6 @@ def decode(
     Raises:
         UserError: if the steps do not fit the codebooks.
     """
-    steps = config.steps_per_stage(codes.shape[1])
     given = given[:, None].expand_as(codes) if given.dim() == 2 else given
     noise = ItemNoise(noise.codes.to(codes.device), noise.order.to(codes.device))
     if config.reference_compat and config.span_arrangement == "nonoverlap":
@@ -256,17 +275,77 @@ def decode(
             given[..., :end],
             ItemNoise(*(x[..., :end] for x in noise)),
         )
-    known = torch.where(given, codes, codebook_size)
-    shown = known.clone() if config.reference_compat else torch.full_like(codes, codebook_size)
+    done, certainty = 0, torch.empty(())
+    for lap, steps in enumerate(config.laps(codes.shape[1])):
+        if lap == 1:
+            given = given | ~_least_certain(certainty, given[:, 0], config, noise)[:, None]
+        lap_noise = ItemNoise(*(x[:, done : done + sum(steps)] for x in noise))
+        codes, certainty = _decode_lap(
+            networks, codes, given, codebook_size, steps, config, lap_noise, on_step
+        )
+        done += sum(steps)
+    return codes
+
+
+def circular(networks: Networks, num_frames: int, context: int) -> Networks:
+    """Networks for a loop: they see `context` frames beyond each end, which are those of the other.
+
+    Where no frame looks farther than that, logits turn with the codes: the loop has no seam.
+    """
+    index = torch.arange(-context, num_frames + context) % num_frames
+
+    def wrapped(network: Network) -> Network:
+        def run(codes: Tensor, stage: int) -> Tensor:
+            logits = network(codes[..., index.to(codes.device)], stage)
+            return logits[:, context : context + num_frames]
+
+        return run
+
+    null = None if networks.null is None else wrapped(networks.null)
+    return networks._replace(conditional=wrapped(networks.conditional), null=null)
+
+
+def _least_certain(
+    certainty: Tensor, given: Tensor, config: DecodingConfig, noise: ItemNoise
+) -> Tensor:
+    """The frames of the second lap, by the certainty that their stage-0 codes were chosen with:
+    `b t` -> bool `b t`.
+    """
+    scoring = "prod" if config.span_scoring == "random" else config.span_scoring
+    share = torch.tensor(config.second_lap)
+    return remask_grid(
+        certainty, ~given, given, share, config.span_len, scoring, noise.order[:, -1]
+    )
+
+
+def _decode_lap(
+    networks: Networks,
+    codes: Tensor,
+    given: Tensor,
+    mask_id: int,
+    steps: Sequence[int],
+    config: DecodingConfig,
+    noise: ItemNoise,
+    on_step: Callable[[DecodingStep], None] | None,
+) -> tuple[Tensor, Tensor]:
+    """All stages once; the certainty of the stage-0 codes, `b t`, comes along."""
+    known = torch.where(given, codes, mask_id)
+    shown = known if config.reference_compat else torch.full_like(codes, mask_id)
+    certainties = []
     done = 0
     for stage, num_steps in enumerate(steps):
+        shown = shown.clone()  # a step may have been told of it
         shown[:, stage] = known[:, stage]
-        stage_noise = ItemNoise(*(x[:, done : done + num_steps] for x in noise))
-        shown = _decode_stage(
-            networks, shown, given[:, stage], codebook_size, stage, config, stage_noise, on_step
-        )
         done += num_steps
-    return shown
+        if bool(given[:, stage].all()):
+            certainties.append(torch.ones(given[:, stage].shape, device=codes.device))
+            continue
+        stage_noise = ItemNoise(*(x[:, done - num_steps : done] for x in noise))
+        shown, certainty = _decode_stage(
+            networks, shown, given[:, stage], mask_id, stage, config, stage_noise, on_step
+        )
+        certainties.append(certainty)
+    return shown, certainties[0]
 
 
 def _decode_stage(
@@ -278,10 +357,14 @@ def _decode_stage(
     config: DecodingConfig,
     noise: ItemNoise,
     on_step: Callable[[DecodingStep], None] | None,
-) -> Tensor:
-    """Fills codebook `stage` where not `given` (`b t`); one step for each of the noise's n."""
+) -> tuple[Tensor, Tensor]:
+    """Fills codebook `stage` where not `given` (`b t`); one step for each of the noise's n.
+
+    The certainty of each frame, `b t`, is that of the step that decided it.
+    """
     num_steps = noise.codes.shape[1]
     masked, certainty = ~given, torch.empty(())
+    decided = torch.ones(given.shape, device=codes.device)
     # Rounded as in the reference: the number of spans is this share of them, rounded down.
     shares = torch.cos(torch.linspace(0, 1, num_steps) * math.pi * 0.5)
     if not config.reference_compat:
@@ -317,9 +400,10 @@ def _decode_stage(
                 _at_step(config.rescorer_weight, step),
                 _at_step(config.rescorer_temperature, step),
             )
+        decided = torch.where(masked, certainty, decided)
         if on_step is not None:
             on_step(DecodingStep(stage, step, masked, codes))
-    return codes
+    return codes, decided
 
 
 def guided_logits(

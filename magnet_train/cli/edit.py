@@ -1,0 +1,315 @@
+"""`edit`: parts of a recording made anew, continuations, loops; each with a JSON that makes it
+again."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from magnet_train.cli.output import (
+    MAX_DURATION_S,
+    Chooser,
+    OutputOptions,
+    check_model,
+    check_range,
+    load_generator,
+    recipe,
+    write_exact,
+)
+from magnet_train.common.errors import UserError
+from magnet_train.common.folders import safe_name, writable_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from magnet_train.codec.base import CodecFacts
+    from magnet_train.decoding.decode import DecodingConfig
+    from magnet_train.decoding.keep import Edit, Region
+    from magnet_train.generator import Cue, Edited, Generator
+
+
+@dataclass(frozen=True)
+class EditOptions(OutputOptions):
+    """The recording, and what is made anew of it."""
+
+    audio: Path | None = None
+    """Recording, or an earlier result; any format and rate that `tokenize` reads."""
+    prompt: list[str] = field(default_factory=list)
+    """One caption for all that is made anew, or one for each region of --regenerate; by default
+    the one beside the recording."""
+    prompts: Path | None = None
+    """CSV or JSONL file of prompts over time: `at_s`, in seconds, and `caption`."""
+    regenerate: list[str] = field(default_factory=list)
+    """Regions START:END, in seconds, that are made anew; an empty END is the end."""
+    keep: list[str] = field(default_factory=list)
+    """Regions START:END, in seconds, that stay while all others are made anew."""
+    from_s: float | None = None
+    """Second of the recording from which --to_s goes on; its end by default."""
+    to_s: float | None = None
+    """Length of the result, in seconds, up to which the recording is continued."""
+    loop: bool = False
+    """Make a loop of --loop_s seconds, or of --bars at --bpm."""
+    loop_s: float | None = None
+    """Length of the loop, in seconds; a whole number of samples."""
+    bars: int | None = None
+    """Length of the loop, in bars."""
+    bpm: float | None = None
+    """Tempo of the loop, in beats per minute."""
+    beats_per_bar: int = 4
+    """Beats in a bar of the loop."""
+    loop_start_s: float = 0.0
+    """Second of the recording at which the loop begins."""
+    seam_s: float = 1.0
+    """Seconds that are made anew on each side of a loop's seam, if no region is given."""
+    intensity: float = 1.0
+    """Share of the frames in the regions that are made anew, drawn at random, in (0, 1]."""
+    hint_period_s: float | None = None
+    """Keep one frame of the regions in every period of so many seconds, as a hint."""
+    hint_onsets_s: float | None = None
+    """Keep the frames of the regions within so many seconds of an onset, as hints."""
+    hint_codebooks: int = 0
+    """Codebooks of the hints that stay, coarse ones first; 0 = all."""
+    keep_coarse: int = 0
+    """Codebooks that stay in all frames of the regions, counted from the coarsest."""
+    keep_fine: int = 0
+    """Codebooks that stay in all frames of the regions, counted from the finest."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("from_s", "to_s", "loop_s", "loop_start_s", "seam_s"):
+            if (value := getattr(self, name)) is not None:
+                check_range(name, value, 0, MAX_DURATION_S, "seconds")
+        if self.bpm is not None:
+            check_range("bpm", self.bpm, 10, 1000, "beats per minute")
+        check_range("bars", self.bars or 1, 1, 1000)
+        check_range("beats_per_bar", self.beats_per_bar, 1, 64)
+        self.loop_length_s()
+
+    def loop_length_s(self) -> float | None:
+        """Length of the loop in seconds; None = no loop.
+
+        Raises:
+            UserError: if it is given twice, or not at all.
+        """
+        in_bars = self.bars is not None or self.bpm is not None
+        if not (self.loop or in_bars or self.loop_s is not None):
+            return None
+        if in_bars == (self.loop_s is not None) or (in_bars and not (self.bars and self.bpm)):
+            raise UserError("--loop: give its length, --loop_s or both --bars and --bpm")
+        if self.bars and self.bpm:
+            return self.bars * self.beats_per_bar * 60 / self.bpm
+        return self.loop_s
+
+    def edit(self) -> "Edit":
+        """What is made anew.
+
+        Raises:
+            UserError: for a region that cannot be read, or a hint out of range.
+        """
+        from magnet_train.decoding.keep import Edit, Hints
+
+        return Edit(
+            regenerate=tuple(parse_region("regenerate", text) for text in self.regenerate),
+            keep=tuple(parse_region("keep", text) for text in self.keep),
+            from_s=self.from_s,
+            to_s=self.to_s,
+            loop_s=self.loop_length_s(),
+            loop_start_s=self.loop_start_s,
+            seam_s=self.seam_s,
+            hints=Hints(
+                self.intensity,
+                self.hint_period_s,
+                self.hint_onsets_s,
+                self.hint_codebooks,
+                self.keep_coarse,
+                self.keep_fine,
+            ),
+        )
+
+
+def edit(options: EditOptions, decoding: dict[str, Any]) -> list[Path]:
+    """Edit a recording and write the results.
+
+    Args:
+        options: the recording, and what is made anew of it.
+        decoding: replaces decoding settings of the checkpoint.
+
+    Returns:
+        The audio files.
+
+    Raises:
+        UserError: if a setting or file is not valid; before a model is loaded.
+    """
+    if options.audio is None:
+        raise UserError("no recording; give `edit FILE`")
+    saved = check_model(options, decoding)
+    wav, sample_rate = _read(options.audio)
+    edit, facts = options.edit(), _codec_facts(saved.codec)
+    plan = edit.plan(wav.shape[1], sample_rate, facts.frame_rate, facts.num_codebooks, saved.crop_s)
+    cues = list_cues(options, plan.num_samples / sample_rate)
+    chooser = Chooser(options, [text for _, text in cues])
+    writable_folder(options.out, "--out")
+    generator, settings = load_generator(options, decoding)
+    return list(_edit_files(generator, settings, options, (wav, sample_rate), cues, chooser))
+
+
+def parse_region(option: str, text: str) -> "Region":
+    """Seconds of START:END.
+
+    Raises:
+        UserError: if it is written in another way.
+
+    >>> parse_region("keep", "4:8.5"), parse_region("keep", ":2")
+    ((4.0, 8.5), (0.0, 2.0))
+    """
+    start, colon, end = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return float(start or 0), float(end) if end else float("inf")
+    except ValueError as error:
+        raise UserError(f"--{option} {text}: give START:END in seconds, as in 4:8") from error
+
+
+def list_cues(options: EditOptions, total_s: float) -> "list[Cue]":
+    """The prompts over time.
+
+    Raises:
+        UserError: if the timeline is unreadable, out of order or ends after the result, or there
+            are as many prompts as neither one nor regions.
+    """
+    from magnet_train.data.manifest import read_sidecar
+
+    if options.prompts is not None:
+        if options.prompt:
+            raise UserError("give --prompt or --prompts, not both")
+        return read_timeline(options.prompts, total_s)
+    if not options.prompt:
+        assert options.audio is not None
+        return [(0.0, read_sidecar(options.audio)[0])]
+    if len(options.prompt) == 1:
+        return [(0.0, options.prompt[0])]
+    if len(options.prompt) != len(options.regenerate):
+        raise UserError(
+            f"{len(options.prompt)} prompts for {len(options.regenerate)} regions: give one for "
+            "all, or one for each region of --regenerate"
+        )
+    starts = [parse_region("regenerate", text)[0] for text in options.regenerate]
+    return sorted(zip(starts, options.prompt, strict=True))
+
+
+def read_timeline(file: Path, total_s: float) -> "list[Cue]":
+    """Prompts and the second from which each holds.
+
+    Raises:
+        UserError: if the file or a row is unreadable, out of order or beyond `total_s`.
+    """
+    from magnet_train.data.manifest import CAPTION_FIELDS, is_manifest, read_rows
+
+    if not is_manifest(file):
+        raise UserError(f"--prompts {file}: give a CSV or JSONL file with at_s and caption")
+    cues: list[Cue] = []
+    for line, row in read_rows(file):
+        where = f"--prompts {file}, line {line}"
+        caption = next((str(row[name]) for name in CAPTION_FIELDS if row.get(name)), "")
+        try:
+            at_s = float(row.get("at_s", "missing"))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}: at_s must be a number of seconds") from error
+        if not 0 <= at_s < total_s:
+            raise UserError(f"{where}: at_s={at_s:g} is outside the result of {total_s:.3f} s")
+        if cues and at_s <= cues[-1][0]:
+            raise UserError(
+                f"{where}: at_s={at_s:g} does not follow {cues[-1][0]:g}; sort the rows"
+            )
+        cues.append((at_s, caption))
+    if not cues:
+        raise UserError(f"--prompts {file}: no prompt in it; give rows of at_s and caption")
+    return cues
+
+
+def _read(audio: Path) -> "tuple[Tensor, int]":
+    """The recording as `channels t`, one or two channels, and its rate in Hz."""
+    import torch
+
+    from magnet_train.data.audio import read_as_recorded
+
+    wav, sample_rate = read_as_recorded(audio.expanduser())
+    return torch.from_numpy(wav.T.copy()), sample_rate
+
+
+def _codec_facts(known: dict[str, Any]) -> "CodecFacts":
+    """Of the model's codec, which is loaded only where a checkpoint does not say them."""
+    from magnet_train.codec.base import CodecFacts, load_codec
+
+    try:
+        return CodecFacts.from_dict(known)
+    except ValueError:
+        return load_codec(known["id"]).facts
+
+
+def _edit_files(
+    generator: "Generator",
+    settings: "DecodingConfig",
+    options: EditOptions,
+    recording: "tuple[Tensor, int]",
+    cues: "Sequence[Cue]",
+    chooser: Chooser,
+) -> Iterator[Path]:
+    from tqdm import tqdm
+
+    edit, (wav, sample_rate) = options.edit(), recording
+    facts = generator.codec.facts
+    plan = edit.plan(
+        wav.shape[1], sample_rate, facts.frame_rate, facts.num_codebooks, generator.crop_s
+    )
+    steps = generator.count_steps(plan.anew, settings)
+    with tqdm(total=steps * options.variations * options.best_of, unit="step") as bar:
+        for i in range(options.variations):
+            candidates = generator.edit(
+                wav,
+                sample_rate,
+                edit,
+                cues,
+                options.seed + i * options.best_of,
+                options.best_of,
+                settings,
+                lambda _: bar.update(),
+            )
+            wavs = [candidate.wav for candidate in candidates] if options.best_of > 1 else [wav]
+            best, judged = chooser(wavs, sample_rate, cues[0][1])
+            yield _write(candidates[best], wav, options, settings, cues, generator, judged)
+
+
+def _write(
+    edited: "Edited",
+    before: "Tensor",
+    options: EditOptions,
+    settings: "DecodingConfig",
+    cues: "Sequence[Cue]",
+    generator: "Generator",
+    judged: dict[str, Any],
+) -> Path:
+    """Writes an audio file, its JSON and, if requested, its plot."""
+    from magnet_train.common.audio_files import save_plot
+    from magnet_train.decoding.joins import runs
+
+    assert options.audio is not None
+    own: dict[str, Any] = {"audio": options.audio, "seed": edited.seed}
+    if options.prompts is None:
+        own["prompt"] = options.prompt or [text for _, text in cues if text]
+    made = recipe(options, settings, **own)
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
+    name = f"{safe_name(options.audio.stem)}_{digest}_seed{edited.seed}.{options.format}"
+    regions = [tuple(round(edited.seconds(f), 4) for f in run) for run in runs(edited.join.anew)]
+    about = {"prompt": cues[0][1], "seed": edited.seed, "regions_s": regions} | judged
+    about |= {"options": made, "codec": generator.codec.facts.to_dict(), "model": generator.about}
+    path = options.out / name
+    write_exact(path, edited.blocks(), edited.sample_rate, about)
+    if options.plots and edited.join.num_samples <= 180 * edited.sample_rate:
+        wavs = {"before": before.mean(0).numpy(), "after": edited.wav.mean(0).numpy()}
+        steps = edited.unmask_step.cpu().numpy()
+        save_plot(path.with_suffix(".png"), wavs, edited.sample_rate, steps, regions)
+    return path

@@ -1,0 +1,206 @@
+"""What `generate` and `edit` share: options, the choice of the best, files and their JSON."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from magnet_train.common.errors import UserError
+from magnet_train.common.folders import replacing, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from magnet_train.decoding.decode import DecodingConfig
+    from magnet_train.generator import Generator
+    from magnet_train.release import SavedModel
+
+MAX_SEED = 2**63 - 1
+MAX_DURATION_S = 3600.0
+NOT_OF_THE_CLIP = {
+    "out", "plots", "batch_size", "device", "compiled", "variations", "best_of", "judge",
+    "reference", "prompts_file", "unconditional",
+}  # fmt: skip
+"""Options that do not decide what one clip sounds like; its JSON leaves them out."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Files, and how they are made."""
+
+    out: Path = Path("generated")
+    """Folder for the audio files."""
+    checkpoint: str = "demo"
+    """Release folder, hub id, checkpoint, run folder, or "demo" for the bundled model."""
+    seed: int = 0
+    """Seed; variation i uses seed + i. A repeated prompt continues with the next seeds."""
+    variations: int = 1
+    """Files per prompt."""
+    best_of: int = 1
+    """Candidates per file, of which --judge keeps the best; each takes a seed of its own."""
+    judge: str = "text/musicnn"
+    """What --best_of maximises: fad/EMBEDDER (negated), text/EMBEDDER, or music/key_rank, beat,
+    scale_fit or periodicity.
+    """
+    reference: str | None = None
+    """Folder of real audio, or statistics saved by `evaluate`, for a fad judge."""
+    format: Literal["wav", "flac"] = "wav"
+    """Format of the audio files."""
+    plots: bool = True
+    """Write a spectrogram with the order of unmasking beside each file of up to 3 minutes."""
+    device: str = "auto"
+    """Device: cpu, cuda, cuda:1 …; auto uses a GPU if there is one."""
+    precision: Literal["32", "bf16"] = "32"
+    """Precision of the network; bf16 is faster on GPUs and gives different audio."""
+    compiled: bool = False
+    """Compile the network: takes minutes at the start; for many files on a GPU."""
+
+    def __post_init__(self) -> None:
+        check_range("seed", self.seed, 0, MAX_SEED)
+        check_range("variations", self.variations, 1, 1_000_000)
+        check_range("best_of", self.best_of, 1, 10_000)
+        if self.format not in ("wav", "flac"):
+            raise UserError(f"--format {self.format}: choose wav or flac")
+        if self.precision not in ("32", "bf16"):
+            raise UserError(f"--precision {self.precision}: choose 32 or bf16")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UserError(f"--device {self.device}: choose auto, cpu, cuda or cuda:N")
+
+
+def check_range(name: str, value: float, least: float, most: float, unit: str = "") -> None:
+    """Raises a UserError that names the option if its value is out of range."""
+    if not least <= value <= most:
+        raise UserError(f"--{name} {value}: must be between {least:g} and {most:g} {unit}".rstrip())
+
+
+def find_device(name: str) -> str:
+    """The device that `--device` names.
+
+    Raises:
+        UserError: if this machine does not have it.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return "cuda" if count else "cpu"
+    index = int(name.partition(":")[2] or 0)
+    if name.startswith("cuda") and index >= count:
+        raise UserError(
+            f"--device {name}: this machine has {count} CUDA devices; choose another, or cpu"
+        )
+    return name
+
+
+def check_model(options: OutputOptions, decoding: dict[str, Any]) -> "SavedModel":
+    """The model of --checkpoint, without its weights.
+
+    Raises:
+        UserError: if it, the device, a decoding setting or its rescorer is not usable.
+    """
+    from magnet_train.decoding.decode import DecodingConfig
+    from magnet_train.release import SavedModel
+    from magnet_train.rescorer import check_rescorer
+
+    saved = SavedModel.open(options.checkpoint)
+    find_device(options.device)
+    rescorer = DecodingConfig.from_dict(decoding).rescorer
+    if rescorer is not None:
+        check_rescorer(rescorer, saved.codec)
+    return saved
+
+
+def load_generator(
+    options: OutputOptions, decoding: dict[str, Any]
+) -> "tuple[Generator, DecodingConfig]":
+    """The model of --checkpoint, and its decoding settings with those that were given."""
+    import torch
+
+    from magnet_train.decoding.decode import DecodingConfig
+    from magnet_train.generator import load
+
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    generator = load(options.checkpoint, find_device(options.device), dtype, options.compiled)
+    return generator, DecodingConfig.from_dict(asdict(generator.decoding) | decoding)
+
+
+class Chooser:
+    """Picks one of the candidates for a file."""
+
+    def __init__(self, options: OutputOptions, prompts: Sequence[str]):
+        """Checks the judge; its networks are loaded when they are needed first.
+
+        Raises:
+            UserError: if the judge cannot be asked about these prompts.
+        """
+        self.options, self._judge = options, None
+        if options.best_of > 1:
+            from magnet_train.evaluation.judge import check_judge
+
+            check_judge(options.judge, options.reference, prompts)
+
+    def __call__(
+        self, wavs: "Sequence[Tensor]", sample_rate: int, caption: str
+    ) -> tuple[int, dict[str, Any]]:
+        """The index of the best of `wavs`, `channels t` each, and what the JSON says of it."""
+        if len(wavs) == 1:
+            return 0, {}
+        from magnet_train.evaluation.judge import best_of, load_judge
+        from magnet_train.evaluation.scorer import AudioClip
+
+        options = self.options
+        if self._judge is None:
+            device = find_device(options.device)
+            self._judge = load_judge(options.judge, options.reference, device)
+        clips = [AudioClip(str(i), wav.cpu(), sample_rate) for i, wav in enumerate(wavs)]
+        index, value = best_of(clips, caption, self._judge)
+        return index, {"best_of": len(wavs), "judge": options.judge, "judged": round(value, 4)}
+
+
+def recipe(options: OutputOptions, settings: "DecodingConfig", **own: Any) -> dict[str, Any]:
+    """The options that make one clip again, for its JSON; `own` are those of this clip."""
+    values = {k: v for k, v in asdict(options).items() if k not in NOT_OF_THE_CLIP}
+    values = values | own | {"decoding": asdict(settings)}
+    return json.loads(json.dumps({k: v for k, v in values.items() if v is not None}, default=str))
+
+
+def write_exact(
+    path: Path, blocks: "Iterable[Tensor]", sample_rate: int, about: dict[str, Any]
+) -> None:
+    """Writes blocks `channels t` as they are, in 24 bits, one after the other, and `about` as JSON.
+
+    Samples of a 16- or 24-bit recording come back as they were.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    import soundfile
+
+    from magnet_train.common.audio_files import clipped_share
+
+    clipped, total, file = 0.0, 0, None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            for block in blocks:
+                wav = block.T.double().numpy()
+                if file is None:
+                    kind = path.suffix[1:].upper()
+                    shape = sample_rate, wav.shape[1]
+                    file = soundfile.SoundFile(temporary, "w", *shape, "PCM_24", format=kind)
+                clipped += clipped_share(wav) * len(wav)
+                total += len(wav)
+                file.write((wav * 2**23).round().clip(-(2**23), 2**23 - 1).astype("int32") * 256)
+            if file is not None:
+                file.close()
+        about = about | {
+            "duration_s": total / sample_rate,
+            "clipped_share": round(clipped / max(total, 1), 6),
+        }
+        write_json(path.with_suffix(".json"), about)
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise UserError(
+            f"{path}: cannot be written ({error}); choose another folder or free some space"
+        ) from error

@@ -1,0 +1,206 @@
+"""Recorded and decoded audio joined: blocks with context, loops, cross-fades inside the regions.
+
+A codec's decoder hears neighbouring frames, and may invent phases. So every block is decoded with
+context on both sides, and what meets at a border is cross-faded. All fades lie inside the regions
+that are made anew: outside them the recording stays as it is, sample by sample.
+
+Shapes: c channels, n samples, k codebooks, t frames.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from magnet_train.codec.base import Codec
+
+CONTEXT_S = 1.0
+"""What the codec is given on each side of a block, in seconds."""
+BLOCK_S = 10.0
+"""Longest block that the codec decodes at once, in seconds."""
+
+Render = Callable[[int, int], Tensor]
+"""First and last frame -> decoded audio `c n` from the first one on, longer than asked for where
+there is more."""
+
+
+def crossfade(old: Tensor, new: Tensor) -> Tensor:
+    """From `old` to `new`, `c n` each, at constant power whatever their correlation.
+
+    Equal signals come out unchanged (linear fades), unrelated ones at equal power.
+    """
+    fade = torch.linspace(0, 1, old.shape[1] + 2)[1:-1]
+    energy = (old.square().sum() * new.square().sum()).sqrt()
+    correlation = ((old * new).sum() / energy.clamp(min=1e-12)).clamp(0, 1)
+    power = (1 - fade).square() + fade.square() + 2 * correlation * fade * (1 - fade)
+    return ((1 - fade) * old + fade * new) / power.sqrt()
+
+
+def encode_blocks(codec: Codec, wav: Tensor, is_loop: bool = False) -> Tensor:
+    """Codes `1 k t` of audio `c n` at the codec's rate, block by block, each with context.
+
+    Of a loop, whose length must be a whole number of frames, each end hears the other.
+    """
+    hop, rate = codec.facts.hop_samples, codec.facts.frame_rate
+    context, block = round(CONTEXT_S * rate), round(BLOCK_S * rate)
+    num_frames = -(-wav.shape[1] // hop)
+    if is_loop:
+        index = torch.arange(-context * hop, wav.shape[1] + context * hop) % wav.shape[1]
+        return codec.encode(wav[None, :, index])[..., context : context + num_frames]
+    if num_frames <= block + 2 * context:
+        return codec.encode(wav[None])
+    parts = []
+    for first in range(0, num_frames, block):
+        start = max(0, first - context)
+        part = wav[None, :, start * hop : (first + block + context) * hop]
+        parts.append(codec.encode(part)[..., first - start : first - start + block])
+    return torch.cat(parts, 2)
+
+
+def resample(wav: Tensor, rate: float, wanted: float) -> Tensor:
+    """`c n` at another rate, by soxr."""
+    import soxr
+
+    if rate == wanted:
+        return wav
+    samples = soxr.resample(wav.T.numpy().astype(np.float64), rate, wanted)
+    return torch.from_numpy(samples.T.copy()).float()
+
+
+def resample_loop(wav: Tensor, num_samples: int) -> Tensor:
+    """A period `c n` of another length, by its Fourier series: exact for loops."""
+    from scipy.signal import resample
+
+    if wav.shape[1] == num_samples:
+        return wav
+    return torch.from_numpy(resample(wav.double().numpy(), num_samples, axis=1)).float()
+
+
+def decode_loop(codec: Codec, codes: Tensor, fade_s: float) -> Tensor:
+    """Codes `k t` of a loop -> `c (t hop)`, whose end goes on with its beginning.
+
+    The codec gets each end as the context of the other. Where it invents phases, what follows the
+    end is not what begins the loop, and the two are cross-faded.
+    """
+    t, hop = codes.shape[1], codec.facts.hop_samples
+    context = round(CONTEXT_S * codec.facts.frame_rate)
+    index = torch.arange(-context, t + context) % t
+    wav = codec.decode(codes[None][..., index.to(codes.device)])[0].cpu()
+    loop = wav[:, context * hop : (context + t) * hop].clone()
+    fade = min(round(fade_s * codec.facts.sample_rate), loop.shape[1])
+    behind = wav[:, (context + t) * hop :][:, :fade]
+    loop[:, :fade] = crossfade(behind, loop[:, :fade])
+    return loop
+
+
+def linear_render(codec: Codec, codes: Tensor, sample_rate: int) -> Render:
+    """Decodes blocks of `codes` (`k t`) with context, at `sample_rate`."""
+    hop, facts = codec.facts.hop_samples, codec.facts
+    context = round(CONTEXT_S * facts.frame_rate)
+
+    def render(first: int, last: int) -> Tensor:
+        start = max(0, first - context)
+        wav = codec.decode(codes[None, :, start : last + context])[0].cpu()
+        wav = resample(wav, facts.sample_rate, sample_rate)
+        return wav[:, round((first - start) * hop * sample_rate / facts.sample_rate) :]
+
+    return render
+
+
+@dataclass(frozen=True)
+class Join:
+    """A recording with some of its frames made anew."""
+
+    original: Tensor
+    """`c n`, the recording; where it ends, all is made anew."""
+    anew: Tensor
+    """bool `t`, frames that are made anew."""
+    num_samples: int
+    """Of the result."""
+    samples_per_frame: float
+    fade: int
+    """Length of the cross-fades, in samples."""
+    block: int
+    """Longest block that is decoded at once, in frames."""
+    is_loop: bool = False
+    """Whether the end goes on with the beginning, which stays."""
+
+    def blocks(self, render: Render) -> Iterator[Tensor]:
+        """The result, `c n` piece by piece: memory does not grow with its length."""
+        done = 0
+        for first, last in runs(self.anew):
+            start = self._sample(first)
+            yield self.original[:, done:start]
+            done = self._sample(last)
+            yield from self._decoded(render, first, last)
+        yield self.original[:, done : self.num_samples]
+
+    def _sample(self, frame: int) -> int:
+        end = self.num_samples if frame == len(self.anew) else round(frame * self.samples_per_frame)
+        return min(end, self.num_samples)
+
+    def _decoded(self, render: Render, first: int, last: int) -> Iterator[Tensor]:
+        """Blocks of one region, faded in from what lies before it and out to what lies behind."""
+        before = self.original[:, self._sample(first) :] if first > 0 else None
+        for start in range(first, last, self.block):
+            end = min(start + self.block, last)
+            wav = _with_channels(render(start, end), len(self.original))
+            size = self._sample(end) - self._sample(start)
+            wav, behind = _padded(wav[:, :size], size), wav[:, size:]
+            if before is not None:
+                fade = min(self.fade, size, before.shape[1])
+                wav[:, :fade] = crossfade(before[:, :fade], wav[:, :fade])
+            if end == last and (last < len(self.anew) or self.is_loop):
+                after = self.original[:, : self._sample(last)][:, -min(self.fade, size) :]
+                tail = wav[:, size - after.shape[1] :]
+                wav[:, size - after.shape[1] :] = crossfade(tail, after)
+            yield wav
+            before = behind
+
+
+def _with_channels(wav: Tensor, channels: int) -> Tensor:
+    """`c n` with so many channels, of which all but its own are their mean."""
+    return wav if len(wav) == channels else wav.mean(0, keepdim=True).expand(channels, -1)
+
+
+def _padded(wav: Tensor, size: int) -> Tensor:
+    """A copy with zeros behind the end, where rounding left a sample too few."""
+    return torch.nn.functional.pad(wav, (0, size - wav.shape[1])).clone()
+
+
+def runs(mask: Tensor) -> list[tuple[int, int]]:
+    """Start and end of each run of True: bool `t`.
+
+    >>> runs(torch.tensor([True, False, True, True]))
+    [(0, 1), (2, 4)]
+    """
+    edges = torch.diff(mask.int(), prepend=torch.zeros(1), append=torch.zeros(1))
+    starts = (edges > 0).nonzero()[:, 0].tolist()
+    return list(zip(starts, (edges < 0).nonzero()[:, 0].tolist(), strict=True))
+
+
+def join_loop(join: Join, loop: Tensor) -> Tensor:
+    """`join` of a decoded loop `c n`, whose regions may reach over its end."""
+    frames = len(join.anew)
+    if bool(join.anew.all()):
+        return _with_channels(loop, len(join.original)).clone()
+    # Turned so that it begins with a frame that stays, no region reaches over the end.
+    turn = int((~join.anew).nonzero()[0])
+    by = round(turn * join.samples_per_frame)
+    turned = Join(
+        join.original.roll(-by, 1),
+        join.anew.roll(-turn),
+        join.num_samples,
+        join.samples_per_frame,
+        join.fade,
+        frames,
+        is_loop=True,
+    )
+    samples = loop.roll(-by, 1)
+
+    def render(first: int, last: int) -> Tensor:
+        return samples[:, turned._sample(first) :]
+
+    return torch.cat(list(turned.blocks(render)), 1).roll(by, 1)

@@ -1,0 +1,324 @@
+"""Which codes are given, and in which windows the others are decoded.
+
+An `Edit` says in seconds what is made anew of a recording; its `plan` says the same in frames and
+checks it. Inside the regions some codes may stay as hints: single frames (periodic, at onsets, at
+random) or whole codebooks, the masks that VampNet (Garcia et al., 2023) made known.
+
+Shapes: k codebooks, t frames. `given` is bool, True = kept as it is; `anew` is its opposite for all
+codebooks of a frame.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from magnet_train.common.errors import UserError
+from magnet_train.common.randomness import generator_for
+
+OVERLAP = 0.4
+"""Share of a window that is known when what follows it is decoded; MusicGen keeps 12 of 30 s."""
+SEAM_S = 0.02
+"""Length of the cross-fades between recorded and decoded audio, in seconds."""
+
+Region = tuple[float, float]
+"""Start and end, in seconds."""
+
+
+@dataclass(frozen=True)
+class Hints:
+    """Which codes of the regions stay, as hints for what is made anew."""
+
+    intensity: float = 1.0
+    """Share of the frames in the regions that are made anew, drawn at random, in (0, 1]."""
+    hint_period_s: float | None = None
+    """Keep one frame of the regions in every period of so many seconds."""
+    hint_onsets_s: float | None = None
+    """Keep the frames of the regions within so many seconds of an onset."""
+    hint_codebooks: int = 0
+    """Codebooks of the kept frames that stay, coarse ones first; 0 = all."""
+    keep_coarse: int = 0
+    """Codebooks that stay in all frames of the regions, counted from the coarsest."""
+    keep_fine: int = 0
+    """Codebooks that stay in all frames of the regions, counted from the finest."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.intensity <= 1:
+            raise UserError(f"--intensity {self.intensity}: must be above 0 and at most 1")
+        for name in ("hint_period_s", "hint_onsets_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 3600:
+                raise UserError(f"--{name} {value}: must be above 0 and at most 3600 seconds")
+        for name in ("hint_codebooks", "keep_coarse", "keep_fine"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be 0 or more codebooks")
+
+    @property
+    def keep_any(self) -> bool:
+        """Whether anything stays in the regions."""
+        return self != Hints(hint_codebooks=self.hint_codebooks)
+
+    def given(
+        self,
+        anew: Tensor,
+        num_codebooks: int,
+        frame_rate: float,
+        onsets: Tensor | None = None,
+        place: str = "0",
+    ) -> Tensor:
+        """The codes that stay: `t` -> bool `k t`.
+
+        Args:
+            anew: frames of the regions, bool `t`.
+            num_codebooks: k.
+            frame_rate: in Hz.
+            onsets: frames with an onset, bool `t`; needed for `hint_onsets_s`.
+            place: what the random draws belong to, such as "seed/item".
+        """
+        hints = torch.zeros_like(anew)
+        frames = anew.nonzero()[:, 0]
+        draws = generator_for(f"{place}/hints")
+        if self.intensity < 1 and len(frames):
+            num_anew = max(1, round(self.intensity * len(frames)))
+            hints[frames[torch.randperm(len(frames), generator=draws)[num_anew:]]] = True
+        if self.hint_period_s is not None:
+            period = max(1, round(self.hint_period_s * frame_rate))
+            offset = int(torch.randint(period, (), generator=draws))
+            hints |= torch.arange(len(anew)).add(offset).remainder(period) == 0
+        if self.hint_onsets_s is not None and onsets is not None:
+            width = round(self.hint_onsets_s * frame_rate)
+            near = torch.nn.functional.max_pool1d(
+                onsets.float()[None], 2 * width + 1, stride=1, padding=width
+            )
+            hints |= near[0] > 0
+        codebook = torch.arange(num_codebooks)
+        of_hints = codebook < (self.hint_codebooks or num_codebooks)
+        stays = (codebook < self.keep_coarse) | (codebook >= num_codebooks - self.keep_fine)
+        return ~anew | hints & of_hints[:, None] | stays[:, None]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is made anew of a recording, in seconds; the rest stays."""
+
+    regenerate: tuple[Region, ...] = ()
+    """Regions that are made anew."""
+    keep: tuple[Region, ...] = ()
+    """Regions that stay while all others are made anew."""
+    from_s: float | None = None
+    """Where a continuation begins; the end of the recording if None."""
+    to_s: float | None = None
+    """Length of the result of a continuation; None = no continuation."""
+    loop_s: float | None = None
+    """Length of the loop that is cut from the recording; None = no loop."""
+    loop_start_s: float = 0.0
+    """Where in the recording the loop begins."""
+    seam_s: float = 1.0
+    """What is made anew on each side of a loop's seam, where no region is given."""
+    hints: Hints = Hints()
+
+    def plan(
+        self,
+        num_samples: int,
+        sample_rate: int,
+        frame_rate: float,
+        num_codebooks: int,
+        crop_s: float,
+    ) -> "Plan":
+        """The same in frames and samples.
+
+        Args:
+            num_samples: of the recording.
+            sample_rate: of the recording, in Hz.
+            frame_rate: of the codec, in Hz.
+            num_codebooks: of the codec.
+            crop_s: length that the model was trained on, in seconds.
+
+        Raises:
+            UserError: if a region, a loop or a continuation does not fit the recording or the
+                model, or nothing is left to decode.
+        """
+        if self.regenerate and self.keep:
+            raise UserError("give --regenerate or --keep, not both")
+        if self.loop_s is not None:
+            plan = self._loop(num_samples, sample_rate, frame_rate, crop_s)
+        else:
+            plan = self._linear(num_samples, sample_rate, frame_rate)
+        if self.hints.keep_coarse + self.hints.keep_fine >= num_codebooks or not plan.anew.any():
+            raise UserError(
+                "nothing left to decode: give --regenerate, --keep, --to_s, --loop, or hints that "
+                f"leave some of the {num_codebooks} codebooks and of the frames open"
+            )
+        return plan
+
+    def _linear(self, num_samples: int, sample_rate: int, frame_rate: float) -> "Plan":
+        recorded_s = num_samples / sample_rate
+        kept_s = recorded_s if self.from_s is None else self.from_s
+        if not 0 <= kept_s <= recorded_s:
+            raise UserError(
+                f"--from_s {kept_s}: outside the recording, which has {recorded_s:.3f} s"
+            )
+        if self.from_s is not None and self.to_s is None:
+            raise UserError(f"--from_s {self.from_s}: give --to_s too, the length of the result")
+        total_s = recorded_s if self.to_s is None else self.to_s
+        num_frames = math.ceil(round(total_s * frame_rate, 6))
+        anew = self._regions(num_frames, frame_rate, recorded_s)
+        if self.to_s is not None:
+            if not kept_s + 1 / frame_rate <= self.to_s <= 24 * 3600:
+                raise UserError(
+                    f"--to_s {self.to_s}: must be at least a frame ({1 / frame_rate:.3g} s) beyond "
+                    f"the {kept_s:.3f} s that are kept, and at most a day"
+                )
+            # The seam's cross-fade needs recorded audio behind the last frame that is kept.
+            anew[max(0, math.floor((kept_s - SEAM_S) * frame_rate)) :] = True
+        return Plan(anew, 0, round(total_s * sample_rate), is_loop=False)
+
+    def _loop(self, num_samples: int, sample_rate: int, frame_rate: float, crop_s: float) -> "Plan":
+        assert self.loop_s is not None
+        if self.to_s is not None or self.from_s is not None:
+            raise UserError("--loop: give it without --to_s and --from_s")
+        check_loop(self.loop_s, sample_rate, frame_rate, crop_s)
+        start = round(self.loop_start_s * sample_rate)
+        if not 0 <= start < num_samples:
+            raise UserError(f"--loop_start_s {self.loop_start_s}: outside the recording")
+        available = (num_samples - start) / sample_rate
+        num_frames = round(self.loop_s * frame_rate)
+        anew = self._regions(num_frames, frame_rate, self.loop_s)
+        if not (self.regenerate or self.keep or self.hints.keep_any):
+            width = max(1, round(self.seam_s * frame_rate))
+            anew[:width] = anew[-width:] = True
+        anew[math.floor(max(0.0, available - SEAM_S) * frame_rate) :] |= available < self.loop_s
+        return Plan(anew, start, round(self.loop_s * sample_rate), is_loop=True)
+
+    def _regions(self, num_frames: int, frame_rate: float, length_s: float) -> Tensor:
+        """Frames in the regions, bool `t`."""
+        name = "regenerate" if self.regenerate else "keep"
+        inside = torch.zeros(num_frames, dtype=torch.bool)
+        for start, end in check_regions(name, self.regenerate or self.keep, length_s, frame_rate):
+            last = num_frames if end >= length_s else round(end * frame_rate)
+            inside[round(start * frame_rate) : last] = True
+        if self.keep:
+            return ~inside
+        if self.hints.keep_any and not self.regenerate and self.to_s is None:
+            return torch.ones_like(inside)
+        return inside
+
+
+class Plan(NamedTuple):
+    """An edit in frames and samples."""
+
+    anew: Tensor
+    """bool `t`, frames that are made anew."""
+    start: int
+    """First sample of the recording that is used."""
+    num_samples: int
+    """Length of the result, at the rate of the recording."""
+    is_loop: bool
+
+
+def check_regions(
+    option: str, regions: Sequence[Region], length_s: float, frame_rate: float
+) -> list[Region]:
+    """The regions in order.
+
+    Raises:
+        UserError: if one is outside the recording, empty, shorter than a frame, or overlaps
+            another.
+    """
+    ordered = sorted((start, length_s if math.isinf(end) else end) for start, end in regions)
+    for start, end in ordered:
+        text = f"--{option} {start:g}:{end:g}"
+        if not 0 <= start < length_s or end > length_s + 1e-6:
+            raise UserError(f"{text}: outside the recording, which has {length_s:.3f} s")
+        if end <= start:
+            raise UserError(f"{text}: is empty; give START:END in seconds")
+        if round(min(end, length_s) * frame_rate) - round(start * frame_rate) < 1:
+            raise UserError(f"{text}: shorter than a frame of {1 / frame_rate:.3g} s")
+    for (_, end), (start, other) in pairwise(ordered):
+        if start < end:
+            raise UserError(f"--{option} {start:g}:{other:g}: overlaps the region before it")
+    return ordered
+
+
+def check_loop(loop_s: float, sample_rate: int, frame_rate: float, crop_s: float) -> None:
+    """Check that a loop of this length can be made exactly.
+
+    Raises:
+        UserError: if it is shorter than a frame, longer than what the model was trained on, or no
+            whole number of samples.
+    """
+    if not 1 / frame_rate <= loop_s <= crop_s + 1e-6:
+        raise UserError(
+            f"a loop of {loop_s:g} s: must be between {1 / frame_rate:g} s, one frame, and "
+            f"{crop_s:g} s, the length that the model was trained on"
+        )
+    samples = loop_s * sample_rate
+    if abs(samples - round(samples)) > 1e-4:
+        nearest = round(samples) / sample_rate
+        raise UserError(
+            f"a loop of {loop_s:.6f} s is {samples:.2f} samples at {sample_rate} Hz, no whole "
+            f"number: choose another tempo, or a length of {nearest!r} s"
+        )
+
+
+# --- windows --------------------------------------------------------------------------------------
+
+
+class Window(NamedTuple):
+    """Frames that are decoded together."""
+
+    start: int
+    end: int
+    first: int
+    """The first open frame."""
+    stop: int
+    """What is decoded from here on is left to a later window."""
+
+
+def windows(anew: Tensor, size: int, overlap: int, cuts: Sequence[int] = ()) -> Iterator[Window]:
+    """Windows of at most `size` frames that decode all open frames, from left to right.
+
+    A gap that fits lies in the middle of its window; of a longer one each window knows `overlap`
+    frames on its left, and a gap that the end of a window would cut is left to the next.
+
+    Args:
+        anew: open frames, bool `t`.
+        size: in frames.
+        overlap: in frames, below `size`.
+        cuts: frames at which a window stops, because the prompt changes there.
+    """
+    anew = anew.clone()
+    t = len(anew)
+    while anew.any():
+        first = int(anew.nonzero()[0])
+        cut = min((c for c in cuts if c > first), default=t)
+        closed = (~anew[first:cut]).nonzero()
+        length = int(closed[0]) if len(closed) else cut - first
+        before = max((size - length) // 2, overlap)
+        start = max(0, min(first - before, t - size))
+        end = min(start + size, t)
+        stop = min(end, cut)
+        if stop == end < t and anew[stop]:
+            kept = (~anew[first:stop]).nonzero()
+            stop = first + int(kept[-1]) + 1 if len(kept) else stop
+        yield Window(start, end, first, stop)
+        anew[:stop] = False
+
+
+def onset_frames(wav: Tensor, hop_samples: int, num_frames: int) -> Tensor:
+    """Frames in which something begins: `t` samples -> bool `num_frames`.
+
+    Peaks of the spectral flux, the rise of log magnitudes, more than a deviation above its mean.
+    """
+    size = 2 * hop_samples
+    padded = torch.nn.functional.pad(wav, (size // 2, size))
+    spectra = padded.unfold(0, size, hop_samples)[:num_frames] * torch.hann_window(size)
+    level = (torch.fft.rfft(spectra).abs() + 1e-3).log()
+    flux = torch.nn.functional.pad(level.diff(dim=0).clamp(min=0).sum(1), (1, 0))
+    peaks = flux == torch.nn.functional.max_pool1d(flux[None], 3, stride=1, padding=1)[0]
+    found = peaks & (flux > flux.mean() + flux.std())
+    return torch.nn.functional.pad(found, (0, num_frames - len(found)))
