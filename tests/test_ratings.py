@@ -140,7 +140,7 @@ def test_bad_csv_files_are_named_in_one_line(tmp_path, study, key):
     assert "seconds_listened='nan'" in refused_with(seconds_listened="nan")
     ann = write_csv(tmp_path / "ann.csv", good)
     again = write_csv(tmp_path / "ann_2.csv", good)
-    assert "ann_2.csv: the rater 'Ann' is in" in analysis_refused([ann, again], study.key)
+    assert "ann_2.csv: rater 'Ann' is already in" in analysis_refused([ann, again], study.key)
     assert "ann.csv: given twice" in analysis_refused([ann, ann], study.key)
     twice = write_csv(tmp_path / "twice.csv", [*good, good[0]])
     assert "rated" in analysis_refused([twice], study.key) and "2 times" in analysis_refused(
