@@ -121,7 +121,7 @@ def test_a_chain_is_known_to_its_entropy_and_noise_is_not_better_known_than_by_f
     )
 
 
-def test_the_count_ends_after_the_item_that_reaches_most_frames():
+def test_the_count_ends_after_the_item_that_reaches_max_frames():
     items = chains(6, 80)
     some, two = CountTables.count(items, SIZE, 100), CountTables.count(items[:2], SIZE, None)
     assert torch.equal(some.unigram, two.unigram)

@@ -118,7 +118,7 @@ def test_broken_files_of_records_are_named(tmp_path: Path):
     for content in (None, "[", "{}x", '{"a": 1}', "[1]", '[{"system": "a"}]', "3"):
         if content is not None:
             path.write_text(content)
-        with pytest.raises(UserError, match=r"records\.json: missing or no list of records"):
+        with pytest.raises(UserError, match=r"records\.json: missing or not a list of records"):
             read_records(path)
     write_records(path, [FAD])
     row = json.loads(path.read_text())[0]
@@ -126,7 +126,7 @@ def test_broken_files_of_records_are_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"records\.json: unknown field colour"):
         read_records(path)
     path.write_text(json.dumps([row | {"value": "4.5"}]))
-    with pytest.raises(UserError, match="no list of records"):
+    with pytest.raises(UserError, match="not a list of records"):
         read_records(path)
 
 

@@ -90,7 +90,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"r\.safetensors: missing, broken"):
         ReferenceStatistics.load(path)
     save_file({"mean": torch.zeros(2)}, path)  # another program's
-    with pytest.raises(UserError, match="no reference statistics"):
+    with pytest.raises(UserError, match="not reference statistics"):
         ReferenceStatistics.load(path)
     for change in (
         {"tensors": {"mean": torch.zeros(3, dtype=torch.float64)}},

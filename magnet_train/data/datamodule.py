@@ -187,7 +187,7 @@ class MagnetDataModule(L.LightningDataModule):
         return self._sets[split]
 
     def count_tables(self) -> CountTables:
-        """Counts of the training codes, up to baselines.MOST_FRAMES of them, in shuffled shards.
+        """Counts of the training codes, up to baselines.MAX_FRAMES of them, in shuffled shards.
 
         The same on every rank. Shards that cannot be read are skipped.
 

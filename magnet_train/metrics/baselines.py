@@ -1,9 +1,8 @@
-"""What a model must beat: tables of counts, and copying the nearest visible code.
+"""Baselines: unigram and bigram tables, and copying the nearest visible code.
 
-Codec codes repeat: the code before tells most of what there is to tell about the next one. So a
-cross-entropy below that of single frequencies (unigram) shows little, one below that of a table of
-counts given the code before (bigram) shows that more than repetition was learnt. Copying the
-nearest visible code is the same for accuracy.
+Codec codes often repeat. So a cross-entropy below the unigram baseline shows little, but one below
+the bigram baseline shows that the model has learnt more than repetition. Copying the nearest
+visible code is the corresponding baseline of accuracy.
 
 Shapes: b examples, k codebooks, t frames, c entries of a codebook.
 """
@@ -17,20 +16,19 @@ from torch import Tensor
 
 from magnet_train.common.errors import UserError
 
-MOST_FRAMES = 2_000_000
-"""Frames that tables are counted from unless told otherwise: 11 hours at 50 Hz."""
+MAX_FRAMES = 2_000_000
+"""Default number of frames to count: 11 hours at 50 Hz."""
 STRENGTHS = tuple(2.0**i for i in range(-3, 13))
-"""Weights of single frequencies in a bigram that are tried, in counts."""
+"""Candidates for the weight of the unigram prior in the bigram, in counts."""
 
 
 @dataclass(frozen=True)
 class CountTables:
-    """How often each code occurs and follows each code, for every codebook by itself.
+    """Unigram and bigram counts of each codebook.
 
-    P(c) = (n(c) + 1) / (N + C), and P(c | a) = (n(a, c) + s P(c)) / (n(a) + s): codes that were
-    seldom seen after a are drawn as in general (a Dirichlet prior). The strength s of each codebook
-    is the one of STRENGTHS with the lowest cross-entropy when each pair is left out of its own
-    count, so that no data need be held back.
+    P(c) = (n(c) + 1) / (N + C), and P(c | a) = (n(a, c) + s P(c)) / (n(a) + s), a Dirichlet prior.
+    The strength s of each codebook is the one of STRENGTHS with the lowest leave-one-out
+    cross-entropy, so that no held-out data is needed.
     """
 
     unigram: Tensor
@@ -40,14 +38,14 @@ class CountTables:
 
     @classmethod
     def count(
-        cls, items: Iterable[Tensor], codebook_size: int, most_frames: int | None = MOST_FRAMES
+        cls, items: Iterable[Tensor], codebook_size: int, max_frames: int | None = MAX_FRAMES
     ) -> "CountTables":
-        """Counts the codes `k t` of each item; pairs do not cross items.
+        """Count the codes `k t` of each item; pairs do not cross items.
 
         Args:
             items: codes of any integer type, with the same number of codebooks.
             codebook_size: c.
-            most_frames: after which no further item is counted; None = all.
+            max_frames: stop counting after this many frames; None = all.
 
         Raises:
             UserError: if there is no frame.
@@ -66,7 +64,7 @@ class CountTables:
                 ones = torch.ones(len(pairs), dtype=torch.int32)
                 bigram[k].view(-1).index_add_(0, pairs, ones)
             num_frames += codes.shape[1]
-            if most_frames is not None and num_frames >= most_frames:
+            if max_frames is not None and num_frames >= max_frames:
                 break
         if not num_frames:
             raise UserError("no codes to count: give at least one item with frames")
@@ -80,7 +78,7 @@ class CountTables:
 
     @cached_property
     def followed(self) -> Tensor:
-        """n(a), how often each code is followed by another, float64 `k c`."""
+        """n(a), the number of times each code is followed by another, float64 `k c`."""
         return self.bigram.sum(2, dtype=torch.float64)
 
     @cached_property
@@ -107,9 +105,7 @@ class CountTables:
         return torch.stack([loss[k][codes[:, k]] for k in range(codes.shape[1])], dim=1)
 
     def bigram_losses(self, codes: Tensor) -> Tensor:
-        """-log P of each code given the one before, the first by itself: `b k t` -> float64 `b k
-        t`.
-        """
+        """-log P of each code given the previous one, in nats: `b k t` -> float64 `b k t`."""
         codes = codes.cpu().long()
         losses = self.unigram_losses(codes)
         for k, s in enumerate(self.strengths.tolist()):
@@ -120,14 +116,14 @@ class CountTables:
 
 
 def sample_unigram(tables: CountTables, num_frames: int, generator: torch.Generator) -> Tensor:
-    """Codes drawn by their frequencies, each by itself: int64 `k t`."""
+    """Codes drawn independently by their frequencies: int64 `k t`."""
     return torch.multinomial(tables.frequencies, num_frames, True, generator=generator)
 
 
 def sample_bigram(tables: CountTables, num_frames: int, generator: torch.Generator) -> Tensor:
-    """Codes drawn as chains, each given the code before it in its own codebook: int64 `k t`.
+    """Codes drawn as Markov chains, independently for each codebook: int64 `k t`.
 
-    The codebooks know nothing of each other. The first code of each is drawn by its frequency.
+    The first code of each chain is drawn by its frequency.
     """
     codes = [torch.multinomial(tables.frequencies, 1, generator=generator)[:, 0]]
     books = torch.arange(len(tables.unigram))
@@ -139,14 +135,14 @@ def sample_bigram(tables: CountTables, num_frames: int, generator: torch.Generat
 
 
 def copy_nearest(codes: Tensor, masked: Tensor) -> Tensor:
-    """The nearest visible code for every masked frame, of two equally near the earlier: `b t`.
+    """The nearest visible code for every masked frame, or the earlier of two: `b t`.
 
     Args:
         codes: `b t`.
-        masked: bool `b t`, True = to be predicted; visible frames stay as they are.
+        masked: bool `b t`, True = to be predicted; visible frames are not changed.
 
     Returns:
-        Codes `b t`; -1, which is no code, where an example has no visible frame.
+        Codes `b t`; -1 if an example has no visible frame.
     """
     num_frames = codes.shape[1]
     places = torch.arange(num_frames, device=codes.device).expand_as(codes)

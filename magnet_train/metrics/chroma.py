@@ -1,4 +1,4 @@
-"""Pitch classes over time, to ask whether a melody survived a codec."""
+"""Chroma: pitch classes over time."""
 
 import numpy as np
 
@@ -8,16 +8,16 @@ from magnet_train.common.spectrogram import magnitude_spectrogram
 def chroma(
     wav: np.ndarray, sample_rate: int, window_s: float = 0.256, hop_s: float = 0.064
 ) -> np.ndarray:
-    """How much of each pitch class sounds at each moment: `t` -> unit vectors `frames 12`, C first.
+    """Chroma of a mono clip: `t` -> unit vectors `frames 12`, C first.
 
-    Magnitudes of a Hann-windowed spectrum between 65 Hz and 2.1 kHz, each bin given to the nearest
-    semitone of A = 440 Hz. Silent moments are all zero.
+    Magnitudes of a Hann-windowed spectrum between 65 Hz and 2.1 kHz; each bin is assigned to the
+    nearest semitone (A = 440 Hz). Silent frames are zero.
 
     Args:
-        wav: mono.
-        sample_rate: in Hz.
-        window_s: length of a spectrum, in seconds; 0.256 s tells semitones apart above 130 Hz.
-        hop_s: distance between two, in seconds.
+        wav: mono clip.
+        sample_rate: sample rate in Hz.
+        window_s: window length in seconds; 0.256 s separates semitones above 130 Hz.
+        hop_s: hop length in seconds.
 
     >>> tone = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
     >>> int(chroma(tone, 16000).mean(0).argmax())
@@ -34,18 +34,17 @@ def chroma(
 
 
 def chroma_agreement(original: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Mean cosine, and share of moments with the same strongest pitch class, where the original
-    sounds.
+    """Mean cosine, and share of frames with the same strongest pitch class, without silent frames.
 
-    Unrelated music is far from 0 in both, since it shares keys: compare with the control of another
-    clip.
+    Unrelated music is far from 0 in both because keys are shared, so compare with another clip as a
+    control.
 
     Args:
         original: chroma, `frames 12`.
-        other: chroma, `frames 12`; the longer of the two is cut.
+        other: chroma, `frames 12`; the longer one is truncated.
 
     Raises:
-        ValueError: if the original is silent throughout.
+        ValueError: if the original is silent.
     """
     length = min(len(original), len(other))
     original, other = original[:length], other[:length]

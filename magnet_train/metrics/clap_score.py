@@ -1,8 +1,8 @@
-"""CLAP score: does the audio fit its caption, as cosines of embeddings that a network made of both.
+"""CLAP score: cosine similarity of the embeddings of audio and caption.
 
-Which checkpoint embeds decides the number (0.13 and 0.31 were reported for the same audio), so its
-name and hash go into the record. Raw cosines, as in the MusicGen and MAGNeT tables: not times 100,
-not cut at zero.
+The value depends on the checkpoint (0.13 and 0.31 were reported for the same audio), so its name
+and hash are part of the record. Raw cosines, as in the MusicGen and MAGNeT tables: not multiplied
+by 100 and not clipped at zero.
 
 Shapes: b pairs, d dimensions; row i of the audio belongs to row i of the text.
 """
@@ -18,8 +18,7 @@ from magnet_train.metrics.intervals import bootstrap_interval
 
 
 def cosines(audio: Tensor, text: Tensor) -> Tensor:
-    """Cosine of every audio with every caption: `b d`, `c d` -> `b c`, float64; 0 where an
-    embedding is zero.
+    """Cosine of every audio with every caption: `b d`, `c d` -> `b c`, float64; 0 if a vector is 0.
 
     Raises:
         ValueError: if the widths differ.
@@ -33,7 +32,7 @@ def cosines(audio: Tensor, text: Tensor) -> Tensor:
         broken = (~torch.isfinite(x)).any(1).nonzero().flatten().tolist()
         if broken:
             raise UserError(
-                f"{what} embedding {broken[0]} is NaN or infinite; look at the clip or its caption"
+                f"{what} embedding {broken[0]} is NaN or infinite; check the clip and its caption"
             )
     audio, text = audio.detach().cpu().double(), text.detach().cpu().double()
     lengths = audio.norm(dim=1)[:, None] * text.norm(dim=1)
@@ -41,10 +40,9 @@ def cosines(audio: Tensor, text: Tensor) -> Tensor:
 
 
 def retrieval(similarities: Tensor, k: int) -> float:
-    """Share of captions whose own audio is among the k most similar ones (recall at k, text to
-    audio).
+    """Text-to-audio recall at k: share of captions whose audio is among the k most similar clips.
 
-    Ties rank the own audio last, so that constant embeddings score 0.
+    In ties the matching audio ranks last, so that constant embeddings score 0.
 
     Args:
         similarities: `b b`, audio by caption.
@@ -71,7 +69,7 @@ class ClapSummary:
     """Control: mean over all pairs of audio and the caption of another; None for one pair."""
     recall_at_1: float
     recall_at_10: float
-    """Text to audio; a set of ten pairs or fewer always scores 1, unless there are ties."""
+    """Recall at 10; always 1 for ten pairs or fewer, unless there are ties."""
     num_pairs: int
 
 
@@ -79,8 +77,8 @@ def clap_summary(audio: Tensor, text: Tensor, draws: int = 1000, seed: int = 0) 
     """Score, interval, control and retrieval of `b d` audio and `b d` text embeddings.
 
     Raises:
-        ValueError: if there are more of one than of the other, or their widths differ.
-        UserError: for no pair, and for embeddings with NaN or infinite numbers.
+        ValueError: if the numbers or widths differ.
+        UserError: if there is no pair, or an embedding is NaN or infinite.
     """
     if audio.shape != text.shape:
         raise ValueError(

@@ -1,5 +1,4 @@
-"""Exchange of items and errors between ranks; without torch.distributed these functions leave
-things as they are."""
+"""Exchange of items and errors between ranks; without torch.distributed, nothing is exchanged."""
 
 import traceback
 from collections.abc import Mapping
@@ -16,14 +15,14 @@ def all_gather_by_id(
 ) -> dict[str, Tensor]:
     """All-gathers items by id to every rank, sorted, on CPU. Collective.
 
-    Shapes may differ and a rank may have no items; values arrive bit by bit. An id that several
-    ranks have, such as the padding of a sampler, is kept once, from the lowest rank.
+    Shapes may differ, and a rank may have no items. Values stay bit-identical. If several ranks
+    have the same id, such as the padding of a sampler, the lowest rank's item is kept.
 
     Args:
         items: this rank's items, by id.
-        group: the ranks that take part; all of them if None.
+        group: process group (default: all ranks).
     """
-    # Cloned because pickling a slice sends the whole tensor that it was cut from.
+    # Cloned because pickling a slice sends the complete underlying tensor.
     local = {key: value.detach().cpu().clone() for key, value in items.items()}
     merged: dict[str, Tensor] = {}
     for part in reversed(all_gather_list([local], group)):
@@ -32,8 +31,7 @@ def all_gather_by_id(
 
 
 def all_gather_list(items: list[Any], group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Concatenates the lists of all ranks, the lowest rank first. Pickled: for small objects.
-    Collective."""
+    """Concatenate the lists of all ranks in order; pickled, so for small objects. Collective."""
     if not (dist.is_available() and dist.is_initialized()):
         return items
     parts: list[Any] = [None] * dist.get_world_size(group)
@@ -42,15 +40,14 @@ def all_gather_list(items: list[Any], group: dist.ProcessGroup | None = None) ->
 
 
 def raise_on_all_ranks(error: Exception | None) -> None:
-    """Raises on every rank if any rank passes an error, so that no rank waits for one that has
-    failed. Collective.
+    """Raise on every rank if any rank has an error, so that no rank waits for a failed one.
 
-    A rank that has an error raises that one, with its traceback. The other ranks raise the error of
-    the lowest rank that has one, with its text: a UserError as a UserError, anything else as a
-    RuntimeError with the traceback.
+    A rank with an error raises it with its traceback. The others raise the error of the lowest
+    failed rank: a UserError as a UserError, anything else as a RuntimeError with the traceback.
+    Collective.
 
     Args:
-        error: what this rank has caught; None if its work has succeeded.
+        error: exception of this rank, or None.
 
     Raises:
         Exception: this rank's own error.

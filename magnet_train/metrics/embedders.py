@@ -1,5 +1,4 @@
-"""Embedders: networks behind one interface, from a clip at any sample rate to what the metrics
-compare.
+"""Embedders: the networks of the metrics, with a common interface for clips at any sample rate.
 
 Shapes: n windows or segments, d dimensions, c classes, b captions.
 """
@@ -31,7 +30,7 @@ class ClipFeatures:
 
 @dataclass(frozen=True)
 class Embedder:
-    """A network and its protocol; call it with a clip to get its features."""
+    """A network and its protocol; call it with a clip to get features."""
 
     name: str
     """Name in metrics: musicnn, vggish …"""
@@ -40,9 +39,9 @@ class Embedder:
     hash: str
     """Hash of its weights."""
     sample_rate: int
-    """Rate of its input, in Hz."""
+    """Sample rate of its input, in Hz."""
     min_duration_s: float
-    """Length of the shortest clip that it can embed, in seconds."""
+    """Minimum length of a clip, in seconds."""
     resampler: str
     """Name of the resampler."""
     windowing: str
@@ -52,15 +51,15 @@ class Embedder:
     embed_text: Callable[[Sequence[str]], Tensor] | None = None
     """Captions -> unit vectors `b d` of the shared space."""
     convention: str | None = None
-    """Default convention of its KL, a name of `kl.CONVENTIONS`."""
+    """Default convention of KL, a name of `kl.CONVENTIONS`."""
 
     def __call__(self, wav: Tensor, sample_rate: int, key: str) -> ClipFeatures:
         """Features of one clip.
 
         Args:
-            wav: `channels t`, any rate; channels are averaged.
-            sample_rate: in Hz.
-            key: id of the clip, named in errors.
+            wav: `channels t`; channels are averaged.
+            sample_rate: any sample rate, in Hz.
+            key: id of the clip, for errors.
 
         Raises:
             UserError: if it is too short, or has NaN or infinite samples.
@@ -81,23 +80,23 @@ EMBEDDERS = (
     "clap",
     "laion-clap",
 )
-"""Names for `load_embedder`; musicnn ships, the weights of the others are downloaded once."""
+"""Names for `load_embedder`; musicnn is bundled, the weights of the others are downloaded once."""
 
 
 def load_embedder(
     name: str, weights: str | None = None, device: str = "cpu", tokenizer: str = "roberta-base"
 ) -> Embedder:
-    """The embedder of that name.
+    """Load an embedder.
 
     Args:
         name: one of EMBEDDERS, or "music" for the measures of `music.py`, which need no network.
-        weights: file of its weights, the cached or downloaded one if None; for "codec" the codec,
-            "demo" if None.
-        device: where it runs.
+        weights: weight file (default: cached or downloaded); for "codec", the codec's name
+            (default: "demo").
+        device: device of the network.
         tokenizer: folder or hub id, for CLAP.
 
     Raises:
-        UserError: if there is none of that name, or its weights cannot be found.
+        UserError: if the name is unknown, or the weights cannot be found.
     """
     if name == "music":
         return _music_embedder()
@@ -139,7 +138,7 @@ def _resampled_embedder(
     embed: Callable[[Tensor, str], ClipFeatures],
     **fields: Any,
 ) -> Embedder:
-    """An embedder whose network takes mono clips that julius has resampled."""
+    """An embedder whose network needs mono clips resampled with julius."""
 
     def embed_clip(wav: Tensor, sample_rate: int, key: str) -> ClipFeatures:
         return embed(network.resample(wav, sample_rate), key)
@@ -194,8 +193,7 @@ def _load_clap_embedder(name: str, weights: str | None, device: str, tokenizer: 
 
 
 def _load_codec_embedder(name: str, device: str) -> Embedder:
-    """Quantised latents of a codec, averaged over each second: nearly free where a codec is loaded
-    anyway."""
+    """Quantised latents of a codec, averaged over each second."""
     from magnet_train.codec.base import load_codec
 
     codec = load_codec(name).to(device)
@@ -225,7 +223,7 @@ def _load_codec_embedder(name: str, device: str) -> Embedder:
 
 
 def _load_musicnn_embedder() -> Embedder:
-    """The shipped network, with the text-audio head where the demo's text encoder is installed."""
+    """The bundled network, with the text-audio head if the demo's text encoder is installed."""
     from magnet_train.metrics.networks.musicnn import load_musicnn
     from magnet_train.metrics.networks.text_audio import (
         clip_features,

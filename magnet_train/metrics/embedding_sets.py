@@ -33,35 +33,34 @@ def subsample(embeddings: Tensor, num_windows: int = MAX_WINDOWS, seed: int = 0)
 
 @dataclass(frozen=True)
 class FadInfinity:
-    """A line fitted to FAD against 1 / windows."""
+    """Linear fit of FAD against 1 / windows."""
 
     value: float
-    """The intercept: FAD of infinitely many windows; unlike FAD it may be below zero."""
+    """Intercept: FAD of infinitely many windows; may be negative, unlike FAD."""
     slope: float
-    """Slope of the line: the bias of FAD times the number of windows."""
+    """Slope: bias of FAD times the number of windows."""
     r2: float
-    """Share of the points' variance that the line explains; well below 1, the value is noise."""
+    """Coefficient of determination; if it is well below 1, the value is unreliable."""
     sizes: tuple[int, ...]
-    """Windows drawn for each point."""
+    """Windows per point."""
     points: tuple[float, ...]
-    """FAD of each."""
+    """FAD per point."""
 
 
 def draws_of_clips(
     windows_per_clip: Sequence[int], points: int = 25, seed: int = 0
 ) -> list[Tensor]:
-    """Rows to draw for `fad_infinity`: whole clips without replacement, from a quarter of them to
-    all; `points` draws.
+    """Rows to draw for `fad_infinity`: complete clips without replacement, from a quarter to all.
 
-    fadtk draws single windows with replacement. That extrapolates to the FAD of these very clips
-    and takes nothing of their bias away: on 200 clips of the reference's own population, whose FAD
-    should be 0, FAD is 0.161, FAD-infinity from fadtk's draws 0.156, from single windows without
-    replacement 0.117, from these draws 0.008.
+    fadtk draws single windows with replacement, which does not remove the bias of a finite number
+    of clips: for 200 clips of the reference's population, whose FAD should be 0, FAD is 0.161,
+    FAD-infinity is 0.156 with fadtk's draws, 0.117 with single windows without replacement, and
+    0.008 with these draws.
 
     Args:
-        windows_per_clip: of the clips, in the order in which their windows are concatenated.
-        points: sizes, evenly spaced.
-        seed: of the draws.
+        windows_per_clip: number of windows of each clip, in the order of concatenation.
+        points: number of draws, with evenly spaced sizes.
+        seed: seed of the draws.
 
     Raises:
         UserError: for fewer than eight clips.
@@ -78,8 +77,7 @@ def draws_of_clips(
 
 
 def fad_infinity(generated: Tensor, reference: Moments, draws: Sequence[Tensor]) -> FadInfinity:
-    """FAD of infinitely many windows, by a straight line through FAD against 1 / n (Chong and
-    Forsyth, CVPR 2020).
+    """FAD of infinitely many windows, by a linear fit against 1 / n (Chong and Forsyth, CVPR 2020).
 
     Equals fadtk's FAD-inf on the same draws.
 
@@ -89,7 +87,7 @@ def fad_infinity(generated: Tensor, reference: Moments, draws: Sequence[Tensor])
         draws: rows for each point, from `draws_of_clips`.
 
     Raises:
-        UserError: where FAD would, and for draws of a single size.
+        UserError: if FAD cannot be computed, or all draws have the same size.
     """
     sizes = [len(rows) for rows in draws]
     if len(set(sizes)) < 2:
@@ -105,17 +103,17 @@ def fad_infinity(generated: Tensor, reference: Moments, draws: Sequence[Tensor])
 
 
 def fad_per_clip(clips: Mapping[str, Tensor], reference: Moments) -> dict[str, float]:
-    """FAD of every clip alone against the reference, the worst first: a list of what to listen to.
+    """FAD of every single clip against the reference, worst first, to find clips to listen to.
 
-    With few windows the value is mostly bias, the same for clips of one length: compare clips, read
-    no figure. Equals fadtk's `--indiv`.
+    With few windows the values are mostly bias, which is equal for clips of equal length, so only
+    their order is meaningful. Equals fadtk's `--indiv`.
 
     Args:
         clips: windows of each clip by its id, `n d` with n at least 2.
         reference: moments of the real windows.
 
     Raises:
-        UserError: naming the clip that has fewer than two windows, or a broken one.
+        UserError: if a clip has fewer than two windows or an invalid one; names the clip.
     """
     values = {}
     for key, windows in clips.items():
@@ -132,20 +130,19 @@ def fad_per_clip(clips: Mapping[str, Tensor], reference: Moments) -> dict[str, f
 def kad(generated: Tensor, reference: Tensor, bandwidth: float | None = None) -> float:
     """Kernel audio distance (Chung et al., 2025): 100 x unbiased MMD² under a Gaussian kernel.
 
-    Unbiased at any number of windows, therefore the better curve over a training than FAD, and
-    negative at times. Not symmetric, since the reference gives the bandwidth. Equals kadtk.
+    Unbiased at any number of windows, so it may be negative and gives better training curves than
+    FAD. Not symmetric, because the reference sets the bandwidth. Equals kadtk.
 
     Args:
         generated: `n d`.
         reference: `m d`.
-        bandwidth: of the kernel exp(-|x - y|² / (2 bandwidth²)); if not given, the median distance
-            between windows of the reference (of an even number the lower middle one, as
-            torch.median).
+        bandwidth: of the kernel exp(-|x - y|² / (2 bandwidth²)); default: the median distance
+            between windows of the reference (torch.median).
 
     Raises:
         ValueError: if the widths differ.
-        UserError: for fewer than two windows on a side, too many, broken ones, or a reference
-            without spread.
+        UserError: for fewer than two windows, too many or invalid windows, or a reference without
+            variance.
     """
     x, y = _pair(generated, reference, "KAD")
     if bandwidth is None:
@@ -164,7 +161,7 @@ def kad(generated: Tensor, reference: Tensor, bandwidth: float | None = None) ->
 def kid(generated: Tensor, reference: Tensor) -> float:
     """Kernel distance (Binkowski et al., ICLR 2018): unbiased MMD² under the kernel (x·y / d + 1)³.
 
-    Unbiased, so negative at times. Equals torchmetrics' on one subset; arguments and errors as for
+    Unbiased, so it may be negative. Equals torchmetrics' on one subset; arguments and errors as in
     `kad`.
     """
     x, y = _pair(generated, reference, "KID")
@@ -176,7 +173,7 @@ def kid(generated: Tensor, reference: Tensor) -> float:
 
 
 def _unbiased_mmd2(xx: Tensor, yy: Tensor, xy: Tensor) -> float:
-    """From kernel matrices `n n`, `m m` and `n m`; a window with itself does not count."""
+    """Unbiased MMD² from kernel matrices `n n`, `m m` and `n m`, without the diagonals."""
     n, m = xy.shape
     within_x = (xx.sum() - xx.trace()) / (n * (n - 1))
     within_y = (yy.sum() - yy.trace()) / (m * (m - 1))
@@ -188,16 +185,16 @@ def _unbiased_mmd2(xx: Tensor, yy: Tensor, xy: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Neighbourhoods:
-    """How two sets lie in each other's neighbourhoods."""
+    """Precision, recall, density and coverage of two sets."""
 
     precision: float
-    """Share of generated windows within the neighbourhood of some real one (Kynkäänniemi et al.,
+    """Share of generated windows within the neighbourhood of a real one (Kynkäänniemi et al.,
     NeurIPS 2019)."""
     recall: float
-    """Share of real windows within the neighbourhood of some generated one."""
+    """Share of real windows within the neighbourhood of a generated one."""
     density: float
-    """Real neighbourhoods that a generated window lies in, per k; may exceed 1 (Naeem et al., ICML
-    2020)."""
+    """Mean number of real neighbourhoods around a generated window, divided by k; may exceed 1
+    (Naeem et al., ICML 2020)."""
     coverage: float
     """Share of real windows with a generated one in their neighbourhood."""
 
@@ -205,8 +202,7 @@ class Neighbourhoods:
 def neighbourhoods(generated: Tensor, reference: Tensor, k: int = 5) -> Neighbourhoods:
     """Precision, recall, density and coverage. Equals the `prdc` package.
 
-    A window's neighbourhood reaches to its k-th neighbour in its own set, itself not counted,
-    border excluded.
+    The neighbourhood of a window is the open ball up to its k-th neighbour in its own set.
 
     Args:
         generated: `n d`.
@@ -215,7 +211,7 @@ def neighbourhoods(generated: Tensor, reference: Tensor, k: int = 5) -> Neighbou
 
     Raises:
         ValueError: if the widths differ.
-        UserError: for k windows or fewer on a side, too many, or broken ones.
+        UserError: for k windows or fewer in a set, too many, or invalid ones.
     """
     x, y = _pair(generated, reference, "precision and recall", k + 1)
 
@@ -236,16 +232,16 @@ def neighbourhoods(generated: Tensor, reference: Tensor, k: int = 5) -> Neighbou
 
 
 def vendi_score(embeddings: Tensor) -> float:
-    """How many different windows there are in effect, 1 to n (Friedman and Dieng, TMLR 2023).
+    """Effective number of different windows, 1 to n (Friedman and Dieng, TMLR 2023).
 
-    exp of the entropy of the eigenvalues of the cosine similarities, over n. Equals `vendi-score`
-    with q = 1.
+    Exponential of the entropy of the eigenvalues of the cosine similarities divided by n. Equals
+    `vendi-score` with q = 1.
 
     Args:
         embeddings: `n d`.
 
     Raises:
-        UserError: without a window, and for a broken or zero one, which has no cosine.
+        UserError: without windows, and for invalid or zero ones.
 
     >>> round(vendi_score(torch.eye(3)), 6)
     3.0
@@ -254,16 +250,16 @@ def vendi_score(embeddings: Tensor) -> float:
     lengths = x.norm(dim=1, keepdim=True)
     if lengths.min() == 0:
         raise UserError(
-            "the Vendi score: an embedding is zero and has no direction; look at the audio"
+            "the Vendi score: an embedding is zero and has no direction; check the audio"
         )
     x = x / lengths
-    # The smaller of the two has the same eigenvalues but for zeros.
+    # Both have the same non-zero eigenvalues; use the smaller one.
     similarities = x @ x.T if len(x) < x.shape[1] else x.T @ x
     shares = torch.linalg.eigvalsh(similarities).clamp(min=0) / len(x)
     return torch.special.entr(shares).sum().exp().item()
 
 
-# Distances by subtraction; torch's short cut by a product turns equal windows into close ones.
+# Exact distances: torch's matrix product gives non-zero distances between equal windows.
 _EXACT = "donot_use_mm_for_euclid_dist"
 
 
@@ -292,5 +288,5 @@ def _checked(what: str, fewest: int, *sets: Tensor) -> list[Tensor]:
                 "clips"
             )
         if not torch.isfinite(x).all():
-            raise UserError(f"{what}: an embedding is NaN or infinite; look at the audio")
+            raise UserError(f"{what}: an embedding is NaN or infinite; check the audio")
     return [x.detach().cpu().double() for x in sets]

@@ -1,7 +1,7 @@
-"""Fréchet audio distance: how far apart two clouds of embeddings lie, each taken as a Gaussian.
+"""Fréchet audio distance: distance between Gaussians fitted to two sets of embeddings.
 
-Kilgour et al., "Fréchet Audio Distance", Interspeech 2019. Which network embeds decides the number,
-so the name of the network is part of the metric's name wherever it is logged.
+Kilgour et al., "Fréchet Audio Distance", Interspeech 2019. The value depends on the network, so its
+name is part of the metric's name.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from magnet_train.common.errors import UserError
 
 @dataclass(frozen=True)
 class Moments:
-    """What FAD needs of windows `n d`: their count, mean and scatter about the mean, in float64.
+    """Count, mean and scatter of windows `n d`, in float64.
 
-    Adding two gives those of the union (Chan, Golub and LeVeque, 1979). Plain sums of x xᵀ would be
-    simpler, but the mean is subtracted from them only at the end: at a mean of 10,000 deviations,
-    and with fewer windows than dimensions, that moves FAD by 4e-3.
+    The sum of two is that of the union (Chan, Golub and LeVeque, 1979). Plain sums of x xᵀ are
+    simpler but less accurate: if the mean is 10,000 standard deviations and there are fewer windows
+    than dimensions, FAD changes by 4e-3.
     """
 
     count: int
@@ -29,16 +29,16 @@ class Moments:
 
     @classmethod
     def of(cls, windows: Tensor) -> "Moments":
-        """Those of `n d`; n may be 0.
+        """Moments of windows `n d`; n may be 0.
 
         Raises:
-            ValueError: if the windows are no matrix.
-            UserError: if one has NaN or an infinite number.
+            ValueError: if the windows are not a matrix.
+            UserError: if a value is NaN or infinite.
         """
         if windows.dim() != 2:
             raise ValueError(f"embeddings are {tuple(windows.shape)}, not n x d")
         if not torch.isfinite(windows).all():
-            raise UserError("an embedding is NaN or infinite; look at the audio")
+            raise UserError("an embedding is NaN or infinite; check the audio")
         x = windows.detach().double()
         mean = x.mean(0) if len(x) else x.sum(0)
         return cls(len(x), mean, (x - mean).T @ (x - mean))
@@ -53,11 +53,10 @@ class Moments:
         return Moments(count, mean, self.scatter + other.scatter + between)
 
     def covariance(self, side: str = "") -> Tensor:
-        """Unbiased, `d d`: divided by n - 1, as in the published figures.
+        """Unbiased covariance `d d` (divided by n - 1), as in published results.
 
         Raises:
-            UserError: with fewer than two windows, where it has no meaning; `side` names whose they
-                are.
+            UserError: for fewer than two windows; `side` names the set.
         """
         if self.count < 2:
             windows = f"{side} windows".strip()
@@ -77,9 +76,9 @@ def frechet_distance(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tenso
     """|mean_x - mean_y|² + tr(cov_x + cov_y - 2 (cov_x cov_y)^½), in float64.
 
     The trace of the root is the sum of singular values of cov_x^½ cov_y^½, which is real and
-    non-negative whatever the rank; scipy's `sqrtm`, in use elsewhere, turns complex when there are
-    fewer windows than dimensions, and an epsilon on the diagonal, the usual remedy, moves FAD by
-    2e-2. What rounding could leave below zero is cut off at zero.
+    non-negative at any rank. scipy's `sqrtm`, used elsewhere, becomes complex with fewer windows
+    than dimensions, and the usual remedy, an epsilon on the diagonal, changes FAD by 2e-2. Negative
+    results of rounding are set to zero.
 
     Args:
         mean_x: `d`.
@@ -108,10 +107,10 @@ def frechet_distance(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tenso
 
 
 def square_root(matrix: Tensor) -> Tensor:
-    """The positive root of a covariance `d d`.
+    """The positive square root of a covariance `d d`.
 
-    Eigenvalues below the rounding of the largest are zero: their roots would be a hundred million
-    times as large.
+    Eigenvalues below the rounding error of the largest are set to zero, because the root would
+    amplify them.
     """
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     floor = values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps

@@ -1,7 +1,7 @@
-"""Cross-entropy and accuracy on masks that never change, by codebook and by mask rate.
+"""Cross-entropy and accuracy on fixed masks, by codebook and mask rate.
 
-Training loss is a mixture of stages and mask rates that differ tenfold; under fixed masks one
-validation can be compared with the next.
+Training losses of different stages and mask rates differ tenfold; with fixed masks, validations are
+comparable.
 """
 
 import hashlib
@@ -18,11 +18,9 @@ MASK_RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def fixed_span_mask(key: str, stage: int, num_frames: int, span_len: int) -> tuple[Tensor, int]:
-    """The mask of one validation item in one stage: bool `t`, and the index of its rate in
-    `MASK_RATES`.
+    """Mask of a validation item in a stage, bool `t`, and the index of its rate in `MASK_RATES`.
 
-    Mask and rate are a function of the item's key and the stage alone; rates rotate over stages and
-    items.
+    Mask and rate are functions of the item's key and the stage; rates rotate over stages and items.
     """
     digest = hashlib.sha256(key.encode()).digest()
     rate = (digest[0] + stage) % len(MASK_RATES)
@@ -31,7 +29,7 @@ def fixed_span_mask(key: str, stage: int, num_frames: int, span_len: int) -> tup
 
 
 class FixedMaskMetrics(Metric):
-    """Sums in float64 over items: exact on any number of ranks, one without data included."""
+    """float64 sums over items, exact on any number of ranks, including ranks without data."""
 
     full_state_update = False
     sums: Tensor
@@ -56,16 +54,15 @@ class FixedMaskMetrics(Metric):
         mean = loss.ce.double() / loss.count.double().clamp(min=1)
         columns = [loss.ce.double(), loss.correct.double(), loss.count.double()]
         columns += [mean, mean.square(), some, copied.double()]
-        # A clone, because a reset in inference mode leaves a tensor that nothing may write to.
+        # A clone, because a reset in inference mode leaves an immutable tensor.
         sums = self.sums.clone()
         sums[stage].index_add_(0, rates, torch.stack(columns, dim=1))
         self.sums = sums
 
     def compute(self) -> dict[str, float]:
-        """Metric keys to values; the mean over frames, with a 95 % interval (`_ci95`, half width)
-        over items.
+        """Metrics by name: means over frames, and half 95 % intervals over items (`_ci95`).
 
-        Rates that met no frame are left out rather than shown as NaN.
+        Rates without frames are omitted.
         """
         values: dict[str, float] = {}
         for stage, by_rate in enumerate(self.sums.cpu()):

@@ -1,9 +1,7 @@
-"""Kullback-Leibler divergences between a classifier's outputs for the real clip and for the
-generated one.
+"""KL divergence between a classifier's outputs for the real and for the generated clip.
 
-A "KL" means nothing without its classifier, direction, window and averaging: on one set of logits
-the conventions in use give 1.25, 1.26, 0.63 and -0.34. Each convention has a name here, and the
-name is part of the metric's.
+KL depends on classifier, direction, windows and averaging: for the same logits, the conventions in
+use give 1.25, 1.26, 0.63 and -0.34. Each convention has a name, which is part of the record.
 
 Shapes: n segments (windows) of a clip, c classes.
 """
@@ -23,10 +21,9 @@ EPSILON = 1e-6
 def kl_divergence(reference: Tensor, generated: Tensor, epsilon: float = EPSILON) -> Tensor:
     """KL(reference ‖ generated) of distributions `… c`, in nats: `…`.
 
-    `epsilon` is added to the generated side only, as audiocraft's `kld.py` does; identical
-    distributions therefore come out as about -c epsilon, a hair below zero, and nothing exceeds
-    -log(epsilon) = 13.8. Swap the arguments for the other direction; epsilon=0 gives the plain
-    divergence.
+    `epsilon` is added to the generated side only, as in audiocraft's `kld.py`. So the value for
+    identical distributions is about -c epsilon, and the maximum is -log(epsilon) = 13.8. Swap the
+    arguments for the other direction; epsilon=0 gives the plain divergence.
 
     >>> p = torch.tensor([0.5, 0.5])
     >>> round(kl_divergence(p, torch.tensor([0.9, 0.1])).item(), 3)
@@ -37,35 +34,33 @@ def kl_divergence(reference: Tensor, generated: Tensor, epsilon: float = EPSILON
 
 
 def tag_distribution(tags: Tensor) -> Tensor:
-    """Probabilities of independent tags `… c` (sigmoids) divided by their sum; PaSST's way is a
-    softmax."""
+    """Probabilities of independent tags `… c` (sigmoids), divided by their sum."""
     return tags / tags.sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
 class Convention:
-    """How a classifier's outputs for two clips become divergences."""
+    """How divergences are computed from a classifier's outputs."""
 
     distribution: Callable[[Tensor], Tensor]
-    """Outputs `… c` -> what is compared, `… c`."""
+    """Outputs `… c` -> distribution `… c`."""
     epsilon: float = EPSILON
     """Added to the second argument of the divergence."""
     pooled: bool = False
-    """Whether a clip's outputs are averaged over its segments first; else segments are compared
-    pair by pair, and each counts as much as any other, whichever its clip."""
+    """Average a clip's outputs over its segments first; otherwise compare segments in pairs, with
+    equal weight."""
     reverse: bool = False
-    """Whether it is KL(generated ‖ reference)."""
+    """Compute KL(generated ‖ reference)."""
 
 
 _softmax = partial(torch.softmax, dim=-1)
 
 CONVENTIONS = {
-    # audiocraft/metrics/kld.py: `kld`, PaSST logits; the one of the MusicGen and MAGNeT tables.
+    # audiocraft/metrics/kld.py: `kld`, PaSST logits; used in the MusicGen and MAGNeT tables.
     "audiocraft": Convention(_softmax),
-    # audioldm_eval/metrics/kl.py: PANNs logits; one segment a clip, so that audiocraft's formula is
-    # also its own.
+    # audioldm_eval/metrics/kl.py: PANNs logits; one segment per clip, so equal to audiocraft's.
     "audioldm_eval": Convention(_softmax),
-    # The same with sigmoids, which add up to no distribution: it may come out negative.
+    # The same with sigmoids, which are not a distribution, so it may be negative.
     "audioldm_eval-sigmoid": Convention(torch.sigmoid),
     # av-benchmark: PaSST or PANNs.
     "av-benchmark": Convention(_softmax, epsilon=0.0),
@@ -74,21 +69,20 @@ CONVENTIONS = {
     # Ours, for musicnn's 50 tags; its inputs are probabilities, not logits.
     "musicnn-tags": Convention(tag_distribution, pooled=True),
 }
-"""By name. All take logits, but for "musicnn-tags", which takes probabilities."""
+"""Conventions by name. All need logits, except for "musicnn-tags", which needs probabilities."""
 
 
 def clip_divergences(convention: str, reference: Tensor, generated: Tensor) -> Tensor:
-    """Divergences of one clip in float64: `n`, one per segment, or `1` where the convention pools
-    segments.
+    """Divergences of one clip in float64: `n`, one per segment, or `1` if segments are pooled.
 
     Args:
         convention: a name of `CONVENTIONS`.
         reference: outputs for the real clip, `n c`, or `c` for a single segment.
-        generated: the same for the generated one; its n may differ where the convention pools.
+        generated: outputs for the generated clip; its n may differ if segments are pooled.
 
     Raises:
         ValueError: if the classes differ.
-        UserError: for an unknown convention, segments that do not pair up, and outputs that are
+        UserError: for an unknown convention, different numbers of segments, and outputs that are
             NaN, infinite, all zero or missing.
     """
     if convention not in CONVENTIONS:
@@ -109,24 +103,24 @@ def clip_divergences(convention: str, reference: Tensor, generated: Tensor) -> T
     if how.reverse:
         p, q = q, p
     divergences = kl_divergence(p, q, how.epsilon)
-    # Outputs are looked at too: of a logit of minus infinity nothing would show.
+    # Outputs are checked too, because a logit of minus infinity does not show in the divergence.
     if not len(divergences) or not all(
         torch.isfinite(x).all() for x in (reference, generated, divergences)
     ):
-        raise UserError("its tags are NaN, infinite or all zero; look at the audio")
+        raise UserError("its tags are NaN, infinite or all zero; check the audio")
     return divergences
 
 
 def kl(convention: str, reference: Sequence[Tensor], generated: Sequence[Tensor]) -> float:
-    """The metric over clips, in nats: mean of all `clip_divergences`.
+    """Mean of all `clip_divergences`, in nats.
 
     Args:
         convention: a name of `CONVENTIONS`.
         reference: outputs `n c` of each real clip.
-        generated: those of each generated clip, in the same order.
+        generated: outputs of each generated clip, in the same order.
 
     Raises:
-        ValueError: if there are more of one than of the other; otherwise as `clip_divergences`.
+        ValueError: if the numbers differ; otherwise as in `clip_divergences`.
         UserError: if there is no clip.
 
     >>> logits = [torch.tensor([[2.0, 0.0]])]

@@ -1,9 +1,7 @@
-"""Figures that others published, each with its source, to stand beside ours where protocol and set
-are the same.
+"""Published results with sources, for comparison at the same protocol and dataset.
 
-Only what was read at the source is here: audiocraft's model cards, for the released models (trained
-without vocals, decoded without rescoring). The MAGNeT paper's own table is for other weights, and
-is not among them.
+From audiocraft's model cards, for the released models (trained without vocals, decoded without
+rescoring). The table of the MAGNeT paper is for other weights and not included.
 """
 
 from dataclasses import dataclass
@@ -11,11 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """One figure of one model."""
+    """A published value."""
 
     model: str
     dataset: str
-    """Its evaluation set, whole."""
+    """Complete evaluation set."""
     metric: str
     """fad/vggish (windows of the Google code), kl/passt (20 s; for sound kl/passt-10s) or text/clap
     (LAION music_audioset)."""
@@ -24,8 +22,7 @@ class Published:
 
     @property
     def protocol(self) -> str:
-        """What a record names as its `published_protocol` when it follows the recipe in full, on
-        the same set."""
+        """Value of `published_protocol` in records with the same protocol and dataset."""
         return f"audiocraft/{self.dataset}"
 
 
@@ -33,7 +30,7 @@ RECIPES = {
     "MusicCaps": ("fad/vggish", "kl/passt", "text/clap"),
     "AudioCaps": ("fad/vggish", "kl/passt-10s", "text/clap"),
 }
-"""The metrics that are published of a set."""
+"""Published metrics by dataset."""
 
 
 def _rows(

@@ -1,5 +1,4 @@
-"""A metric with its protocol: what was measured, with which network, on what, and what it may be
-compared with."""
+"""Records: metrics with their protocol, and tables of comparable records."""
 
 import datetime
 import json
@@ -16,8 +15,8 @@ from magnet_train.common.folders import write_json
 from magnet_train.metrics.published import Published
 
 MIN_CLIPS = 250
-"""Below, tables warn: with 256 clips of 19 windows FAD is 2.6 % of the windows' total variance
-above its limit."""
+"""Tables warn below this: with 256 clips of 19 windows, the bias of FAD is 2.6 % of the windows'
+total variance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class Record:
     """
 
     system: str
-    """What was scored: a checkpoint, a release, a folder."""
+    """Checkpoint, release or folder that was scored."""
     metric: str
     """METRIC/EMBEDDER: "fad/vggish", "kl/passt", "text/clap"."""
     value: float
@@ -38,14 +37,13 @@ class Record:
     embedder_hash: str
     """Hash of its weights."""
     resampler: str
-    """Name of the resampler, for clips whose rate differs from the network's."""
+    """Name of the resampler, for clips with another sample rate than the network's."""
     windowing: str
-    """Length and hop of the windows, as in "1 s every 0.5 s"."""
+    """Length and hop of the windows, such as "1 s every 0.5 s"."""
     num_clips: int
     num_windows: int
     level: str = "as it is"
-    """Level of the clips when they were embedded: "as it is", or as in "generated mono at -14
-    LUFS"."""
+    """Level of the embedded clips: "as it is", or for example "generated mono at -14 LUFS"."""
     convention: str | None = None
     """Convention of KL, a name of `kl.CONVENTIONS`."""
     reference_hash: str | None = None
@@ -57,26 +55,24 @@ class Record:
     interval: tuple[float, float] | None = None
     """95 % interval over clips; None for a single clip."""
     baseline_real: float | None = None
-    """The same metric of other real clips."""
+    """The same metric for other real clips."""
     baseline_codec: float | None = None
-    """The same metric of the codec's reconstructions of real clips: what a perfect model would
-    reach."""
+    """The same metric for the codec's reconstructions of real clips, an upper bound for models."""
     details: dict[str, float] | None = None
     """Further numbers, such as the R² of an extrapolation."""
     clipped_share: float | None = None
-    """Mean share of clipped samples in the clips as they were embedded, 0 to 1; None if not
-    measured."""
+    """Mean share of clipped samples in the embedded clips, 0 to 1; None if not measured."""
     sample_rates: tuple[int, ...] = ()
     """Sample rates of the clips, in Hz."""
     published_protocol: str | None = None
-    """Set only if a published protocol was followed in full, with its whole set, as in
+    """Set only if a published protocol was followed with the complete set, e.g.
     "audiocraft/MusicCaps"."""
     version: str = magnet_train.__version__
     """Version of this package."""
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
 
     def __post_init__(self) -> None:
-        # As JSON gives them back, so that a record that was read equals the one that was written.
+        # Types as in JSON, so that records are equal after writing and reading.
         if self.interval is not None:
             low, high = self.interval
             object.__setattr__(self, "interval", (low, high))
@@ -102,8 +98,7 @@ class Record:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """Fields that two comparable records share; for FAD also the number of clips, because FAD
-        depends on it."""
+        """Fields that must agree in comparable records; for FAD including the number of clips."""
         names = [
             "metric",
             "convention",
@@ -120,10 +115,10 @@ class Record:
 
 
 def compare(records: Sequence[Record], force: bool = False) -> list[str]:
-    """Differences in protocol between the first record and each of the others, a sentence each.
+    """Differences in protocol between the first record and the others, one sentence each.
 
     Raises:
-        UserError: if there is a difference, unless forced.
+        UserError: if there is a difference, unless `force`.
     """
     differences = []
     for record in records[1:]:
@@ -141,17 +136,17 @@ def compare(records: Sequence[Record], force: bool = False) -> list[str]:
 
 
 def write_records(path: str | Path, records: Sequence[Record]) -> None:
-    """Writes records as a JSON list."""
+    """Write records as a JSON list."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, [asdict(record) for record in records])
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Reads records that `write_records` wrote.
+    """Read records written by `write_records`.
 
     Raises:
-        UserError: if the file is missing or broken, or has unknown fields.
+        UserError: if the file is missing or damaged, or has unknown fields.
     """
     try:
         rows = json.loads(Path(path).read_text())
@@ -163,7 +158,9 @@ def read_records(path: str | Path) -> list[Record]:
                 )
         return [Record(**row) for row in rows]
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: missing or no list of records ({error}); score again") from error
+        raise UserError(
+            f"{path}: missing or not a list of records ({error}); score again"
+        ) from error
 
 
 def markdown_table(
@@ -172,12 +169,12 @@ def markdown_table(
     """A Markdown table with a row per system and a column per metric with its 95 % interval;
     warnings follow.
 
-    Baselines have rows of their own, and so have figures of `published` whose protocol and set are
-    those of all records of their metric.
+    Baselines have their own rows, and so have `published` values with the same protocol and set as
+    all records of their metric.
 
     Raises:
-        UserError: for records of one metric that cannot be compared, unless forced; then the table
-            says so. Also for two records of one system and metric, and for none.
+        UserError: for records that cannot be compared, unless `force`, which adds a note; for two
+            records of one system and metric; and for no records.
     """
     columns = _columns(records)
     notes = []
@@ -193,7 +190,7 @@ def markdown_table(
 
 
 _Columns = dict[str, dict[str, Record]]
-"""Metric to system to record."""
+"""Records by metric and system."""
 
 
 def _columns(records: Sequence[Record]) -> _Columns:
@@ -232,7 +229,7 @@ def _cell(record: Record | None) -> str:
 
 
 def _baseline_rows(columns: _Columns) -> list[list[str]]:
-    """Rows of baselines, without those that no record has."""
+    """Rows of the baselines that records have."""
     rows = []
     for title, baseline in (
         ("real clips", "baseline_real"),
@@ -247,8 +244,7 @@ def _baseline_rows(columns: _Columns) -> list[list[str]]:
 
 
 def _range(values: Iterable[float | None]) -> str:
-    """The lowest and the highest value, once if they agree: systems of one protocol share a
-    baseline."""
+    """The range of values, or a single value if they agree."""
     known = [value for value in values if value is not None]
     return " to ".join(dict.fromkeys(f"{v:.3f}" for v in (min(known), max(known)))) if known else ""
 
@@ -256,7 +252,7 @@ def _range(values: Iterable[float | None]) -> str:
 def _published_rows(
     columns: _Columns, published: Iterable[Published]
 ) -> tuple[list[list[str]], list[str]]:
-    """Rows of published figures that are comparable, and their sources."""
+    """Rows of comparable published results, and their sources."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for figure in published:
         column = columns.get(figure.metric, {})
@@ -273,7 +269,7 @@ def _published_rows(
 
 
 def _warnings(records: Sequence[Record]) -> list[str]:
-    """A line for each number of clips that is too small for FAD."""
+    """Warnings for numbers of clips that are too small for FAD."""
     fewest: dict[str, int] = {}
     for record in records:
         fewest[record.system] = min(record.num_clips, fewest.get(record.system, record.num_clips))
@@ -281,8 +277,7 @@ def _warnings(records: Sequence[Record]) -> list[str]:
     for number in dict.fromkeys(n for n in fewest.values() if n < MIN_CLIPS):
         systems = ", ".join(system for system, n in fewest.items() if n == number)
         lines.append(
-            f"Warning: {systems}: {number} clips; below {MIN_CLIPS} FAD is well above its value "
-            "for many clips, and "
-            "intervals are wide."
+            f"Warning: {systems}: {number} clips; below {MIN_CLIPS}, FAD is strongly biased "
+            "upwards and intervals are wide."
         )
     return lines

@@ -1,5 +1,4 @@
-"""What scoring needs of a reference set, in one safetensors file, so that its audio is embedded
-once.
+"""Statistics of a reference set in a safetensors file, so that its audio is embedded only once.
 
 Shapes: n windows of a clip, d dimensions, c classes.
 """
@@ -23,14 +22,13 @@ _PROTOCOL = ("embedder", "embedder_hash", "resampler", "windowing")
 
 
 def hash_of_ids(ids: Iterable[str]) -> str:
-    """Names a set of items whatever their order: 16 hex digits. Only the ids count, so an id must
-    name its audio."""
+    """16 hex digits that identify a set of ids in any order; ids must identify their audio."""
     return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """Moments of real clips, how they were embedded, and on request the features of each."""
+    """Moments of real clips, their protocol and, optionally, the features of each clip."""
 
     moments: Moments
     """Moments of all windows."""
@@ -44,11 +42,11 @@ class ReferenceStatistics:
     resampler: str
     """Name of the resampler, for clips whose rate differs from the network's."""
     windowing: str
-    """Length and hop of the windows, as in "1 s every 0.5 s"."""
+    """Length and hop of the windows, such as "1 s every 0.5 s"."""
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
-    """By item id, `n d`; may be empty."""
+    """Embeddings `n d` by item id; may be empty."""
     logits: Mapping[str, Tensor] = field(default_factory=dict)
-    """By item id, `n c`, compared by KL; may be empty."""
+    """Classifier outputs `n c` by item id, for KL; may be empty."""
 
     @classmethod
     def of(
@@ -63,21 +61,19 @@ class ReferenceStatistics:
         keep_embeddings: bool = False,
         names: Iterable[str] | None = None,
     ) -> "ReferenceStatistics":
-        """From windows `n d` of each clip by its id; the ids may come in any order.
+        """Compute from windows `n d` by clip id, in any order.
 
-        `names` stand for the clips in `ids_hash` where ids alone do not tell their audio from other
-        audio.
+        `names` replace the ids in `ids_hash` if ids do not identify the audio.
 
         Raises:
-            UserError: for fewer than two windows in all, and naming a clip whose embedding is
-                broken.
+            UserError: for fewer than two windows in total, or an invalid embedding.
             ValueError: if the widths differ.
         """
         clips = dict(sorted(embeddings.items()))
         for key, windows in clips.items():
             if not torch.isfinite(windows).all():
                 raise UserError(
-                    f"reference clip {key}: its embedding is NaN or infinite; look at the audio"
+                    f"reference clip {key}: its embedding is NaN or infinite; check the audio"
                 )
         if len({windows.shape[1:] for windows in clips.values()}) > 1:
             raise ValueError("embeddings of different widths in one reference")
@@ -100,11 +96,7 @@ class ReferenceStatistics:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes the file: tensors `mean` and `covariance`, windows of items one after the other,
-        all else as metadata.
-
-        It appears whole or not at all.
-        """
+        """Write the file atomically: `mean`, `covariance`, concatenated windows, and metadata."""
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -128,14 +120,14 @@ class ReferenceStatistics:
 
     @classmethod
     def load(cls, path: str | Path, **expected: str) -> "ReferenceStatistics":
-        """Reads the file.
+        """Read a file written by `save`.
 
         Args:
-            path: written by `save`.
-            expected: what must agree, of embedder, embedder_hash, resampler and windowing.
+            path: the file.
+            expected: required values of embedder, embedder_hash, resampler and windowing.
 
         Raises:
-            UserError: if the file is missing or broken, or was embedded in another way.
+            UserError: if the file is missing or damaged, or has another protocol.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -145,7 +137,7 @@ class ReferenceStatistics:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if about["format"] != FORMAT:
                 raise UserError(
-                    f"{path}: format {about['format']}, this version reads {FORMAT}; write it anew"
+                    f"{path}: format {about['format']}, this version reads {FORMAT}; write it again"
                 )
             moments = _moments(tensors, int(about["num_windows"]))
             others: dict[str, Any] = {name: str(about[name]) for name in ("ids_hash", *_PROTOCOL)}
@@ -156,7 +148,7 @@ class ReferenceStatistics:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(
-                f"{path}: missing, broken or no reference statistics ({reason}); write it anew"
+                f"{path}: missing, broken or not reference statistics ({reason}); write it again"
             ) from error
         for name, value in expected.items():
             if name not in _PROTOCOL:
@@ -164,7 +156,7 @@ class ReferenceStatistics:
             if getattr(read, name) != value:
                 raise UserError(
                     f"{path}: its {name} is {getattr(read, name)!r}, this run's {value!r}; "
-                    "compute the reference anew"
+                    "compute the reference again"
                 )
         return read
 

@@ -1,4 +1,4 @@
-"""Metrics of features: the one place where embedded clips become records.
+"""Computes records of all metrics from features.
 
 A metric is named METRIC/EMBEDDER, as in `fad/vggish` or `kl/passt`, or music/MEASURE, as in
 `music/key_rank`. Everything is ordered by clip
@@ -59,14 +59,14 @@ REFERENCE_METRICS = (
 CLASSIFIERS = ("musicnn", "passt", "passt-10s")
 TEXT_EMBEDDERS = ("musicnn", "clap", "laion-clap")
 MAX_PAIRED_WINDOWS = 5000
-"""Windows drawn, with a fixed seed, where all pairs are compared; the record has their number."""
+"""Windows drawn for metrics of all pairs, with a fixed seed; their number is in the record."""
 
 
 def parse_metric(name: str) -> tuple[str, str]:
     """Metric and embedder of `METRIC/EMBEDDER`; the embedder of `music/MEASURE` is "music".
 
     Raises:
-        UserError: if either is not known, or the embedder has no such metric.
+        UserError: if either is unknown, or the embedder does not support the metric.
 
     >>> parse_metric("fad/vggish")
     ('fad', 'vggish')
@@ -99,19 +99,19 @@ class FeatureSet:
     rates: set[int] = field(default_factory=set)
     """Sample rates of the clips, in Hz."""
     clipped: dict[str, Tensor] = field(default_factory=dict)
-    """Share of clipped samples in each clip as it was embedded; empty if not measured."""
+    """Share of clipped samples in each embedded clip; empty if not measured."""
 
     def add(self, key: str, wav: Tensor, sample_rate: int) -> None:
-        """Embeds one clip `channels t`; a key that is there already is skipped.
+        """Embed one clip `channels t`; existing keys are skipped.
 
         Raises:
-            UserError: if the embedder cannot embed it.
+            UserError: if the clip cannot be embedded.
         """
         if key not in self.embeddings:
             self.put(key, self.embedder(wav, sample_rate, key), sample_rate)
 
     def put(self, key: str, features: ClipFeatures, sample_rate: int) -> None:
-        """Stores features of one clip."""
+        """Store the features of one clip."""
         self.rates.add(sample_rate)
         self.embeddings[key] = features.embeddings
         if features.outputs is not None:
@@ -146,10 +146,8 @@ class FeatureSet:
         """Statistics of these clips as a reference.
 
         Args:
-            keep: whether to keep the embeddings of each clip, which kernel and neighbour metrics
-                need.
-            names: names that tell this set of clips from any other, such as ids with hashes of
-                files; ids if None.
+            keep: keep the embeddings of each clip, for kernel and neighbour metrics.
+            names: names that identify the audio, such as ids with file hashes (default: ids).
 
         Raises:
             UserError: for fewer than two windows.
@@ -167,7 +165,7 @@ class FeatureSet:
 
 
 class _Scored(NamedTuple):
-    """A value and what its record says beside it."""
+    """A value with further fields of its record."""
 
     value: float
     num_windows: int
@@ -188,11 +186,11 @@ def score(
 
     Args:
         metric: METRIC/EMBEDDER, with the embedder of `features`.
-        features: of all clips (`all_gather`).
-        reference: statistics of real clips from the same embedder; for KL with outputs under the
+        features: features of all clips (`all_gather`).
+        reference: statistics of real clips from the same embedder; for KL, with outputs for the
             same ids.
-        captions: by id, for text metrics.
-        convention: of KL, a name of `kl.CONVENTIONS`; the embedder's own if None.
+        captions: captions by id, for text metrics.
+        convention: convention of KL, a name of `kl.CONVENTIONS` (default: the embedder's).
         fields: further fields of the record, such as system, level, decoding and seed.
 
     Raises:
@@ -202,7 +200,7 @@ def score(
     embedder = features.embedder
     assert embedder_name == embedder.name
     if not features.embeddings:
-        raise UserError(f"{metric}: no clips; generate or give some")
+        raise UserError(f"{metric}: no clips; give at least one")
     if name in REFERENCE_METRICS and reference is None:
         raise UserError(f"{metric}: no reference; give --reference")
     try:
@@ -246,7 +244,7 @@ def _windows(features: FeatureSet) -> Tensor:
 def _score_against(
     name: str, features: FeatureSet, reference: ReferenceStatistics, convention: str | None
 ) -> _Scored:
-    """A metric that compares with a reference."""
+    """Metrics that need a reference."""
     if name == "kl":
         return _score_kl(features, reference, convention or features.embedder.convention)
     windows = _windows(features)

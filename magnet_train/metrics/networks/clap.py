@@ -1,4 +1,4 @@
-"""LAION's CLAP: audio and captions as unit vectors of one space; their cosine is the CLAP score.
+"""LAION's CLAP: embeds audio and captions as unit vectors, whose cosine is the CLAP score.
 
 Wu et al., "Large-scale contrastive language-audio pretraining", ICASSP 2023. Published scores use
 the checkpoint `music_audioset_epoch_15_esc_90.14.pt`; it runs here in transformers' ClapModel, with
@@ -25,9 +25,9 @@ from magnet_train.metrics.networks.frontend import check_clip, resample
 
 SAMPLE_RATE = 48_000
 WINDOW = 10 * SAMPLE_RATE
-"""Samples of its input."""
+"""Input length in samples."""
 MAX_TOKENS = 77
-"""Tokens of a caption, including its start and end tokens; the rest is cut."""
+"""Maximum number of tokens of a caption, including start and end; longer ones are truncated."""
 
 CONFIG: dict[str, Any] = {
     # RoBERTa's own epsilon; ClapTextConfig's default is another.
@@ -41,7 +41,7 @@ CONFIG: dict[str, Any] = {
     },
     "projection_dim": 512,
 }
-"""ClapConfig of LAION's HTSAT-base with RoBERTa-base, no fusion; all else is at its default."""
+"""ClapConfig of LAION's HTSAT-base with RoBERTa-base, without fusion; other values are defaults."""
 
 FEATURES: dict[str, Any] = {
     "sampling_rate": SAMPLE_RATE,
@@ -53,7 +53,7 @@ FEATURES: dict[str, Any] = {
     "truncation": "rand_trunc",
     "padding": "repeatpad",
 }
-"""ClapFeatureExtractor as LAION computes; its defaults differ by up to 67 dB."""
+"""Settings of ClapFeatureExtractor that match LAION; its defaults differ by up to 67 dB."""
 
 _RENAMED = {
     "text_branch.": [(r"^text_branch\.", "text_model.")],
@@ -73,7 +73,7 @@ _RENAMED = {
     ],
 }
 _COMPUTED = ("position_ids", "token_type_ids", "relative_position_index")
-"""Buffers of ClapModel that follow from its configuration."""
+"""Buffers that ClapModel computes from its configuration."""
 _UNRELATED = ("a slow waltz for solo piano", "a dog barks at a passing train")
 
 
@@ -100,15 +100,15 @@ class AudioTextModel(Protocol):
 
 
 def ten_seconds(wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
-    """The 480,000 samples of a clip, `t`, that the network gets.
+    """The network's input: 480,000 samples of a clip `t`.
 
-    A shorter clip is repeated as often as it fits, then padded with zeros; of a longer one a crop
-    is taken, which LAION draws at random at every call and which here depends on (seed, key) alone.
+    Shorter clips are repeated and padded with zeros; longer ones are cropped. LAION draws the crop
+    at random in every call; here it is a function of (seed, key).
 
     Args:
         wav: mono at 48 kHz, not empty.
-        key: Names the clip.
-        seed: Another seed crops elsewhere.
+        key: Id of the clip.
+        seed: Seed of the crop.
     """
     if len(wav) > WINDOW:
         digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
@@ -119,8 +119,7 @@ def ten_seconds(wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
 
 
 def transformers_name(name: str) -> str:
-    """A name of LAION's in transformers' ClapModel, whose query, key and value LAION keeps in one,
-    `qkv`.
+    """Convert a tensor name of LAION to transformers' ClapModel, except for the packed `qkv`.
 
     >>> transformers_name("audio_branch.layers.2.blocks.0.attn.proj.weight")
     'audio_model.audio_encoder.layers.2.blocks.0.attention.output.dense.weight'
@@ -134,10 +133,10 @@ def transformers_name(name: str) -> str:
 def to_transformers(
     state: Mapping[str, Tensor], needed: Container[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """LAION's tensors under transformers' names, and the names of those that are not `needed`.
+    """LAION's tensors under transformers' names, and the names of tensors that are not `needed`.
 
-    Of the published checkpoint not needed are: the STFT and mel filters as layers, the classifier's
-    heads, two transforms of the training, masks of attention and indices that ClapModel computes.
+    In the published checkpoint, these are STFT and mel layers, classifier heads, two transforms of
+    training, attention masks, and indices that ClapModel computes.
     """
     renamed: dict[str, Tensor] = {}
     unused = []
@@ -166,8 +165,8 @@ class Clap:
         Args:
             model: A ClapModel.
             tokenizer: RoBERTa's.
-            hash: Of the weights.
-            unused: Names of the checkpoint's tensors that the model has no use for.
+            hash: Hash of the weights.
+            unused: Names of tensors in the checkpoint that the model does not use.
         """
         from transformers import ClapFeatureExtractor
 
@@ -184,7 +183,7 @@ class Clap:
 
     @torch.no_grad()
     def embed_audio(self, wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
-        """A mono clip at 48 kHz, `t` -> its unit vector, `512`; of more than 10 s one crop is used.
+        """A mono clip at 48 kHz, `t` -> unit vector, `512`; clips above 10 s are cropped.
 
         Args:
             wav: not empty; silence is allowed.
@@ -218,7 +217,7 @@ class Clap:
 
 
 class LaionClap:
-    """The package `laion-clap` behind the same interface. Not tested: it could not be imported."""
+    """The package `laion-clap` with the same interface. Not tested: it could not be imported."""
 
     id = "laion-clap-music"
     sample_rate = SAMPLE_RATE
@@ -270,13 +269,13 @@ def load_clap(
     package: bool = False,
     device: str = "cpu",
 ) -> AudioTextModel:
-    """The published CLAP, in evaluation mode.
+    """Load the published CLAP in evaluation mode.
 
     Args:
-        path: `music_audioset_epoch_15_esc_90.14.pt`; the cached or downloaded one if None.
+        path: `music_audioset_epoch_15_esc_90.14.pt` (default: cached or downloaded).
         tokenizer: folder or hub id of RoBERTa's tokenizer.
-        package: whether to use the package `laion-clap` instead of transformers.
-        device: where it runs.
+        package: use the package `laion-clap` instead of transformers.
+        device: device of the network.
 
     Raises:
         UserError: if the weights or the tokenizer cannot be found, or have another hash.
@@ -290,11 +289,11 @@ def load_clap(
 def make_clap(
     file: WeightsFile, config: Mapping[str, Any], tokenizer: str, device: str = "cpu"
 ) -> Clap:
-    """A checkpoint of LAION's in a ClapModel of that configuration.
+    """Load a checkpoint of LAION into a ClapModel with this configuration.
 
     Raises:
-        UserError: if a tensor is missing, left over or of another shape, or the tokenizer does not
-            fit.
+        UserError: if a tensor is missing, unexpected or of another shape, or the tokenizer does not
+            match.
     """
     ensure_torchaudio_imports()  # before anything imports transformers
     from transformers import ClapConfig, ClapModel
@@ -322,8 +321,7 @@ def make_clap(
 
 
 def load_tokenizer(name: str, vocab_size: int) -> Any:
-    """RoBERTa's tokenizer from a folder or a hub id, with exactly the tokens that the network
-    knows.
+    """Load RoBERTa's tokenizer from a folder or hub id, and check its vocabulary.
 
     Raises:
         UserError: if it cannot be loaded or has another vocabulary.
@@ -339,18 +337,17 @@ def load_tokenizer(name: str, vocab_size: int) -> Any:
     tokenizer = load_pretrained(
         "CLAP tokenizer", name, load, ("config.json", "tokenizer_config.json")
     )
-    # transformers may answer a missing vocabulary with an empty tokenizer, and no error.
+    # transformers may silently create an empty tokenizer if the vocabulary is missing.
     if len(tokenizer) != vocab_size:
         raise UserError(
-            f"CLAP tokenizer {name!r}: {len(tokenizer)} tokens where CLAP knows {vocab_size}; "
-            "give roberta-base, complete with its vocabulary"
+            f"CLAP tokenizer {name!r}: {len(tokenizer)} tokens instead of {vocab_size}; give "
+            "roberta-base with its vocabulary"
         )
     return tokenizer
 
 
 def check_captions(clap: AudioTextModel) -> None:
-    """Nothing, if two unrelated captions lie apart, as broken text weights or tokenizers would not
-    place them.
+    """Check that the vectors of two unrelated captions differ, to detect damaged text weights.
 
     Raises:
         UserError: if their cosine is 0.9 or more, or not a number.
@@ -366,16 +363,15 @@ def check_captions(clap: AudioTextModel) -> None:
 
 
 def _state(file: WeightsFile) -> dict[str, Tensor]:
-    """The network's tensors in a checkpoint of LAION's training.
+    """The network's tensors in a training checkpoint of LAION.
 
     Raises:
-        UserError: if there are none.
+        UserError: if it is not such a checkpoint.
     """
     content = load_tensors(file)
     state = content.get("state_dict", content)
     if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
         raise UserError(
-            f"{file.path}: not a checkpoint of LAION's training, it holds other things than named "
-            "tensors"
+            f"{file.path}: not a training checkpoint of LAION: has more than named tensors"
         )
     return {name.removeprefix("module."): x for name, x in state.items()}  # what several GPUs left

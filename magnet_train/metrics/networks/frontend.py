@@ -1,4 +1,4 @@
-"""Shared by the front ends of the networks: resampling, checks of a clip, mel filter banks.
+"""Shared by the networks' front ends: resampling, checks of a clip, mel filter banks.
 
 Shapes: c channels, t samples, f mel bands.
 """
@@ -15,7 +15,7 @@ from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
 
 def resample(wav: Tensor, sample_rate: int, new_rate: int) -> Tensor:
-    """Mono `t` at `new_rate`, from `t` or `c t`, by julius: the resampler of the published metrics.
+    """Resample `t` or `c t` to mono `t` with julius, the resampler of published metrics.
 
     Channels are averaged after resampling, as in audiocraft.
     """
@@ -31,7 +31,7 @@ def _resampler(sample_rate: int, new_rate: int) -> ResampleFrac:
 
 
 def check_clip(wav: Tensor, sample_rate: int, min_duration_s: float, network: str) -> None:
-    """Checks that the mono clip `t` is long enough for `network` and finite. Silence is allowed.
+    """Check that a mono clip `t` is finite and long enough for `network`. Silence is allowed.
 
     Raises:
         UserError: if it is too short, or has NaN or infinite samples.
@@ -40,7 +40,7 @@ def check_clip(wav: Tensor, sample_rate: int, min_duration_s: float, network: st
         seconds = wav.shape[-1] / sample_rate if wav.dim() else 0
         raise UserError(
             f"a clip of shape {tuple(wav.shape)}, {seconds:.3f} s, is too short for {network}, "
-            f"which takes mono clips of at least {min_duration_s:.3f} s"
+            f"which needs mono clips of at least {min_duration_s:.3f} s"
         )
     if not torch.isfinite(wav).all():
         raise UserError(f"a clip has NaN or infinite samples; {network} cannot embed it")

@@ -1,7 +1,7 @@
-"""musicnn: waveform in, embeddings and tags of each window out.
+"""musicnn: embeddings and tags of each window of a waveform.
 
 Pons and Serra, "musicnn: pre-trained convolutional neural networks for music audio tagging", 2019
-(ISC licence); the MagnaTagATune version with 50 tags, which is small enough to ship.
+(ISC licence); the MagnaTagATune version with 50 tags, which is bundled.
 
 Shapes: n windows, t samples or spectrogram frames, f mel bands.
 """
@@ -87,7 +87,7 @@ class MusicnnOutput:
 
 
 class ScaleShift(nn.Module):
-    """A batch normalisation in inference: one scale and shift per channel, channels on axis 1."""
+    """Batch normalisation in inference: scale and shift per channel on axis 1."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -112,7 +112,7 @@ class Layer(nn.Module):
 
 
 class Musicnn(nn.Module):
-    """musicnn's network behind its own front end.
+    """musicnn's network with its front end.
 
     96 mel bands of 16 kHz audio, log10(1 + 10000 power), windows of 187 spectrogram frames (2.99 s)
     every `window_hop_s` seconds; the remainder at the end is dropped.
@@ -158,15 +158,13 @@ class Musicnn(nn.Module):
         )
 
     def spectrogram(self, wav: Tensor) -> Tensor:
-        """`t` -> `frames f`, as librosa's melspectrogram with its defaults (zeros beyond the
-        ends)."""
+        """`t` -> `frames f`, as librosa's melspectrogram with zero padding."""
         power = (
             torch.stft(wav, 512, 256, window=self.hann, pad_mode="constant", return_complex=True)
             .abs()
             .square()
         )
-        # The network was trained on half-precision spectrograms; rounding here keeps what it
-        # expects.
+        # Rounded, because the network was trained on half-precision spectrograms.
         return torch.log10(10_000 * (self.mel @ power).clamp(max=65_504).half().float().T + 1)
 
     @torch.no_grad()
@@ -182,7 +180,7 @@ class Musicnn(nn.Module):
             .unfold(0, self.window_frames, self.hop_frames)
             .transpose(1, 2)
         )
-        # Few at a time: the first layer makes 200 MB of eight windows.
+        # In small batches: eight windows take 200 MB in the first layer.
         outputs = [self._windows(part) for part in windows.split(8)]
         embeddings, tags, features = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         return MusicnnOutput(embeddings, tags, features)
@@ -210,13 +208,13 @@ class Musicnn(nn.Module):
 def reference_arrays(
     wav: Tensor, sample_rate: int, network: Musicnn | None = None
 ) -> dict[str, np.ndarray] | None:
-    """Float32 `embeddings` (`n 200`) and `tags` (`n 50`) of a real clip, as stored in a shard; None
-    below 2.99 s.
+    """Float32 `embeddings` (`n 200`) and `tags` (`n 50`) of a real clip for a shard; None if it is
+    shorter than 2.99 s.
 
     Args:
         wav: mono, `t`.
-        sample_rate: in Hz.
-        network: the shipped one if None.
+        sample_rate: sample rate in Hz.
+        network: the network (default: the bundled one).
     """
     network = network or load_musicnn()
     wav = network.resample(wav, sample_rate)
@@ -228,10 +226,10 @@ def reference_arrays(
 
 @lru_cache
 def load_musicnn() -> Musicnn:
-    """The shipped network, in evaluation mode.
+    """Load the bundled network in evaluation mode.
 
     Raises:
-        UserError: if its weights are missing or broken.
+        UserError: if its weights are missing or damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load

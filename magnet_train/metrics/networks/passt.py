@@ -1,4 +1,4 @@
-"""PaSST, the classifier of published KL divergences: logits of AudioSet's 527 classes by segment.
+"""PaSST, the classifier of published KL: logits of AudioSet's 527 classes per segment.
 
 Koutini et al., "Efficient training of audio transformers with patchout", Interspeech 2022; front
 end and names of the weights as in the package hear21passt, segments as in
@@ -30,7 +30,7 @@ class PasstOutput:
 
 
 class Attention(nn.Module):
-    """Every patch attends to every patch."""
+    """Self-attention over all patches."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Four times as wide inside."""
+    """Feed-forward layer with four times the width."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -56,7 +56,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind its normalisation and added to its input."""
+    """Pre-norm transformer block."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 class Passt(nn.Module):
-    """PaSST behind its front end, over segments of `segment_s` seconds.
+    """PaSST with its front end, for segments of `segment_s` seconds.
 
     The last segment is not padded; a remainder of 0.15 s or less is dropped.
     """
@@ -89,8 +89,7 @@ class Passt(nn.Module):
         heads: int = 12,
         classes: int = 527,
     ):
-        """`segment_s` is 20 for music and 10 for sound in published values; the rest is the size of
-        the network."""
+        """`segment_s` is 20 for music and 10 for sound in published results."""
         super().__init__()
         self.hash = ""
         self.id = f"passt-{segment_s}s"
@@ -102,7 +101,7 @@ class Passt(nn.Module):
         self.register_buffer(
             "mel", mel_filters(self.sample_rate, 1024, 128, "htk", highest=15_000), persistent=False
         )
-        # The models were made for 998 spectrogram frames and for 2000.
+        # The models were trained with 998 and 2000 spectrogram frames.
         frames = {10: 998, 20: 2000}[segment_s]
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, width, self.patch, self.stride)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -113,7 +112,7 @@ class Passt(nn.Module):
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
-        self.head_dist = nn.Linear(width, classes)  # of the training; not in use since
+        self.head_dist = nn.Linear(width, classes)  # only used in training
 
     @classmethod
     def resample(cls, wav: Tensor, sample_rate: int) -> Tensor:
@@ -121,15 +120,15 @@ class Passt(nn.Module):
         return resample(wav, sample_rate, cls.sample_rate)
 
     def segments(self, wav: Tensor) -> list[Tensor]:
-        """`t` -> pieces of `segment_s` seconds and what is left, if longer than 0.15 s."""
+        """`t` -> segments of `segment_s` seconds and the remainder, if longer than 0.15 s."""
         pieces = wav.split(self.segment_s * self.sample_rate)
         return [
             piece for piece in pieces if len(piece) >= round(self.min_duration_s * self.sample_rate)
         ]
 
     def log_mel(self, wav: Tensor) -> Tensor:
-        """`t` -> `f frames`: log power of the pre-emphasised clip, mirrored at its ends, moved to
-        about [-1, 1]."""
+        """`t` -> `f frames`: log power of the pre-emphasised clip with reflection padding, scaled
+        to about [-1, 1]."""
         emphasised = wav[1:] - 0.97 * wav[:-1]
         power = (
             torch.stft(emphasised, 1024, 320, 800, self.hann, return_complex=True).abs().square()
@@ -163,14 +162,14 @@ class Passt(nn.Module):
 
 @lru_cache
 def load_passt(path: str | None = None, segment_s: int = 20) -> Passt:
-    """The published network, in evaluation mode.
+    """Load the published network in evaluation mode.
 
     Args:
-        path: the package's weights file; the cached or downloaded one if None.
+        path: the package's weight file (default: cached or downloaded).
         segment_s: 20 for music, 10 for sound, in seconds; each has its own weights.
 
     Raises:
-        UserError: if the weights cannot be found or have another hash, or for another length.
+        UserError: if the weights cannot be found or have another hash, or `segment_s` is invalid.
     """
     published = {10: PASST_10S, 20: PASST_20S}
     if segment_s not in published:

@@ -1,8 +1,7 @@
-"""Does the audio fit its caption? A small scorer for the embedded demo: never CLAP, and not
-comparable with it.
+"""Text-audio similarity for the demo: a small scorer that is not CLAP and not comparable with it.
 
-Frozen musicnn features of the audio and frozen sentence states of the caption meet in a joint space
-that `data/demo/train_text_audio.py` trained on original audio of the training split only.
+Maps frozen musicnn features of audio and frozen sentence embeddings of captions into a joint space,
+trained by `data/demo/train_text_audio.py` on the original audio of the training split.
 """
 
 import hashlib
