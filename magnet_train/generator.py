@@ -1,9 +1,8 @@
-"""A trained model ready to play: network, codec, text encoder and decoding settings in one object.
+"""A loaded model: network, codec, text encoder and decoding settings.
 
-`load` takes a release folder, a hub id, a checkpoint or a run folder; `generate` takes captions and
-gives audio, `edit` takes audio and makes parts of it anew. Both are one mechanism, `fill`: codes,
-and a mask of those that are given. The command line, the validation callback and a notebook all go
-through it.
+`load` opens a release folder, hub id, checkpoint or run folder. `generate` turns captions into
+audio, and `edit` regenerates parts of a recording. Both use `fill`, which decodes all codes that
+are not given. Used by the command line, the validation callback and notebooks.
 """
 
 import time
@@ -56,29 +55,29 @@ from magnet_train.rescorer import load_rescorer
 
 @dataclass(frozen=True)
 class Generated:
-    """What came out for a batch of captions."""
+    """Results of a batch of captions."""
 
     codes: Tensor
     """`b k t`."""
     wav: Tensor
-    """`b channels samples`, as the codec gave it: not normalised."""
+    """`b channels samples`, the codec's output, not normalised."""
     sample_rate: int
-    """Of `wav`, in Hz."""
+    """Sample rate of `wav`, in Hz."""
     order: Tensor
-    """`b k t`, the step in its stage at which a frame got its final code; -1 = it was given."""
+    """`b k t`, step of its stage at which a code became final; -1 = given."""
 
 
 @dataclass(frozen=True)
 class DecodedItem:
-    """What came out for one of many items."""
+    """Result of one of many items."""
 
     key: str
     """Id of the item."""
     caption: str
     wav: Tensor
-    """`channels samples`, as the codec gave it: not normalised."""
+    """`channels samples`, the codec's output, not normalised."""
     sample_rate: int
-    """Of `wav`, in Hz."""
+    """Sample rate of `wav`, in Hz."""
     codes: Tensor
     """`k t`."""
     unmask_step: Tensor
@@ -86,34 +85,33 @@ class DecodedItem:
 
 
 Cue = tuple[float, str]
-"""From this second on, this prompt holds."""
+"""Start in seconds and prompt from there on."""
 
 
 @dataclass(frozen=True)
 class Edited:
-    """A recording with parts made anew."""
+    """A recording with regenerated parts."""
 
     codes: Tensor
     """`k t`."""
     given: Tensor
-    """bool `k t`, codes that stayed as they were."""
+    """bool `k t`, codes of the recording that were kept."""
     unmask_step: Tensor
     """`k t`, the step in its stage at which a code became final; -1 = it was given."""
     seed: int
-    """Of the noise."""
+    """Seed of the noise."""
     sample_rate: int
-    """That of the recording, in Hz."""
+    """Sample rate of the recording, in Hz."""
     join: Join
-    """The recording, and the frames that are made anew."""
+    """The recording, and the regenerated frames."""
     codec: Codec
 
     def seconds(self, frame: int) -> float:
-        """Where a frame begins in the result."""
+        """Start of a frame in the result, in seconds."""
         return min(frame * self.join.samples_per_frame, self.join.num_samples) / self.sample_rate
 
     def blocks(self) -> Iterator[Tensor]:
-        """The audio, `channels samples` piece by piece; outside the regions that of the
-        recording."""
+        """The audio in blocks of `channels samples`; outside the regions, the recording."""
         if not self.join.is_loop:
             yield from self.join.blocks(linear_render(self.codec, self.codes, self.sample_rate))
             return
@@ -122,12 +120,12 @@ class Edited:
 
     @property
     def wav(self) -> Tensor:
-        """The whole audio, `channels samples`, not normalised; decoded anew at each call."""
+        """The complete audio, `channels samples`, not normalised; decoded again at each call."""
         return torch.cat(list(self.blocks()), 1)
 
 
 class Generator:
-    """Text to audio with one model; stateless, so that the same call gives the same audio."""
+    """Text-to-audio generation and editing with one model; equal calls give equal audio."""
 
     def __init__(
         self,
@@ -140,22 +138,20 @@ class Generator:
         guidance_dropout: float = 0.3,
         compiled: bool = False,
     ):
-        """Puts the parts together.
-
+        """
         Args:
-            network: in evaluation or training mode alike; it has no dropout.
-            codec: whose codes the network was trained on.
-            text_encoder: whose states it was trained on.
-            decoding: used unless a call brings its own.
-            crop_s: length of the crops it was trained on, in seconds; the default duration.
-            about: provenance, written beside what is generated.
-            guidance_dropout: share of examples that it was trained on without their caption, for a
-                release.
-            compiled: whether passes are compiled, on a GPU into graphs that are replayed; the first
-                generation of a length and batch size then takes minutes.
+            network: the network, in any mode, because it has no dropout.
+            codec: codec that the network was trained with.
+            text_encoder: text encoder that the network was trained with.
+            decoding: default decoding settings.
+            crop_s: length of the training crops in seconds; the default duration.
+            about: provenance, written beside generated files.
+            guidance_dropout: share of examples trained without their caption, for a release.
+            compiled: compile the passes, on a GPU into CUDA graphs; the first generation of each
+                length and batch size then takes minutes.
 
         Raises:
-            UserError: if codec or text encoder do not fit the network.
+            UserError: if codec or text encoder do not match the network.
         """
         facts, config = codec.facts, network.config
         if (facts.num_codebooks, facts.codebook_size) != (
@@ -182,7 +178,7 @@ class Generator:
             guidance_dropout,
         )
         self._rescorers: dict[str, Rescorer] = {}
-        # One graph for a whole pass: replayed, it leaves nothing to Python between the kernels.
+        # One CUDA graph per pass, without Python overhead between kernels.
         self._is_compiled, self._pass = compiled, network.forward
         if compiled:
             network.prepare_for_compile()
@@ -190,7 +186,7 @@ class Generator:
 
     @property
     def device(self) -> torch.device:
-        """Where the network lies."""
+        """Device of the network."""
         return self.network.head.device
 
     @torch.no_grad()
@@ -205,23 +201,23 @@ class Generator:
         on_step: Callable[[DecodingStep], None] | None = None,
         loop: bool = False,
     ) -> Generated:
-        """One piece of audio for each caption; "" generates without text.
+        """Generate audio for each caption; "" generates without text.
 
         Args:
             prompts: captions; a single string is one caption.
-            seed: of the noise; each item's depends on (seed, its id) alone, not on its neighbours.
-            items: ids, as many as prompts. If None, each caption is its own id, and a caption that
-                occurs again gets a number, so that equal captions give different audio.
-            duration_s: length in seconds, the trained length if None; what is longer is decoded in
+            seed: seed of the noise, which is a function of (seed, id) for each item.
+            items: one id per prompt. By default each caption is its own id, and repeated captions
+                are numbered, so that they give different audio.
+            duration_s: length in seconds (default: the trained length); longer audio is decoded in
                 overlapping windows.
-            decoding: instead of the model's own.
-            prompt_codes: `b k t`, beginning that is continued and stays as it is.
-            on_step: told of every pass.
-            loop: whether the end shall go on with the beginning.
+            decoding: decoding settings (default: the model's).
+            prompt_codes: `b k t`, beginning to continue, which is not changed.
+            on_step: called after every step.
+            loop: make the end continue with the beginning.
 
         Raises:
-            UserError: if the length is not positive or shorter than the prompt, the prompt does not
-                fit, or a loop is longer than the trained length.
+            UserError: if the length is not positive or shorter than the prompt, the prompt has the
+                wrong shape, or a loop is longer than the trained length.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         items = numbered(prompts) if items is None else items
@@ -247,8 +243,7 @@ class Generator:
                 )
             codes[..., :length], given[..., :length] = prompt_codes.to(self.device), True
         codes, order = self.fill(codes, given, [(0, prompts)], seed, items, decoding, loop, on_step)
-        # One by one: the codec's rounding may depend on the batch, and a listener's file should
-        # not.
+        # One by one, because the codec's rounding may depend on the batch.
         if loop:
             num_samples = round(duration_s * facts.sample_rate)
             loops = [decode_loop(self.codec, row, SEAM_S) for row in codes]
@@ -269,23 +264,23 @@ class Generator:
         loop: bool = False,
         on_step: Callable[[DecodingStep], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Decodes all codes that are not given, at any length.
+        """Decode all codes that are not given, at any length.
 
-        What is longer than the trained length is decoded in windows of that length, each of which
-        knows 40 % of what lies before it: memory does not grow with the length.
+        Sequences above the trained length are decoded in windows of that length, with 40 % of each
+        window already known, so that memory is constant.
 
         Args:
-            codes: `b k t`; anything where not `given`.
-            given: bool `b k t`, codes that stay as they are.
-            cues: from this frame on these prompts, one for each row; the first at frame 0.
-            seed: of the noise.
-            items: ids of the rows; their noise depends on (seed, id).
-            decoding: instead of the model's own.
-            loop: whether the last frame goes on with the first one; decoded as one window.
-            on_step: told of every pass, with the codes of its window.
+            codes: `b k t`; ignored where not `given`.
+            given: bool `b k t`, True = kept unchanged.
+            cues: start frames with one prompt per row; the first starts at frame 0.
+            seed: seed of the noise.
+            items: ids of the rows; their noise is a function of (seed, id).
+            decoding: decoding settings (default: the model's).
+            loop: make the last frame continue with the first; decoded as one window.
+            on_step: called after every step, with the codes of its window.
 
         Returns:
-            Codes `b k t`, and `b k t` the step in its stage at which each became final (-1: given).
+            Codes `b k t`, and `b k t` the step of its stage at which each became final (-1: given).
         """
         config, t = decoding or self.decoding, codes.shape[2]
         size = round(self.crop_s * self.codec.facts.frame_rate)
@@ -294,7 +289,7 @@ class Generator:
                 f"a loop of {t} frames: must have at most {size}, the length that the model was "
                 "trained on, and reference_compat false"
             )
-        if config.reference_compat:  # in one piece, whose frames behind the last span are dropped
+        if config.reference_compat:  # in one window; drops the frames after the last full span
             networks = self._networks(cues[0][1], config)
             return self._decode(networks, codes, given, config, seed, items, on_step)
         codes, given = codes.clone(), given.clone()
@@ -319,7 +314,7 @@ class Generator:
         return codes, order
 
     def count_steps(self, anew: Tensor, decoding: DecodingConfig | None = None) -> int:
-        """Steps in which the frames `anew` (bool `t`) are decoded, for a progress bar."""
+        """Number of steps to decode the frames `anew` (bool `t`), for a progress bar."""
         config = decoding or self.decoding
         size = round(self.crop_s * self.codec.facts.frame_rate)
         size = max(size, len(anew)) if config.reference_compat else size
@@ -336,7 +331,7 @@ class Generator:
         items: Sequence[str],
         on_step: Callable[[DecodingStep], None] | None,
     ) -> tuple[Tensor, Tensor]:
-        """One window, `b k t` -> its codes and the steps at which they became final, `b k t`."""
+        """Decode one window `b k t`; returns codes and the steps at which they became final."""
         order = torch.full(codes.shape, -1, dtype=torch.int16, device=codes.device)
 
         def record(step: DecodingStep) -> None:
@@ -361,23 +356,23 @@ class Generator:
         decoding: DecodingConfig | None = None,
         on_step: Callable[[DecodingStep], None] | None = None,
     ) -> list[Edited]:
-        """Makes parts of a recording anew: regions, a continuation, a loop.
+        """Regenerate parts of a recording: regions, a continuation, a loop.
 
         Args:
-            wav: the recording, `channels samples`, 1 or 2 channels, at any rate.
-            sample_rate: in Hz; that of the result too.
-            edit: what is made anew.
-            prompts: one caption, or several with the second at which each begins.
-            seed: of the noise; variation i uses seed + i.
-            variations: results.
-            decoding: instead of the model's own.
-            on_step: told of every pass.
+            wav: the recording, `channels samples`, with 1 or 2 channels.
+            sample_rate: sample rate of the recording and the result, in Hz.
+            edit: what to regenerate.
+            prompts: one caption, or several with their start in seconds.
+            seed: seed of the noise; variation i uses seed + i.
+            variations: number of results.
+            decoding: decoding settings (default: the model's).
+            on_step: called after every step.
 
         Returns:
-            The results; outside what is made anew their samples are those of the recording.
+            The results; samples outside of regenerated parts equal the recording's.
 
         Raises:
-            UserError: if the edit does not fit the recording or the model.
+            UserError: if the edit does not match the recording or the model.
         """
         facts = self.codec.facts
         plan = edit.plan(
@@ -385,7 +380,7 @@ class Generator:
         )
         cues = [(0.0, prompts)] if isinstance(prompts, str) else list(prompts)
         frames = [round(at_s * facts.frame_rate) for at_s, _ in cues]
-        frames[0] = 0  # what lies before the first prompt has it too
+        frames[0] = 0  # the first prompt also applies before its start
         texts = [(frame, [text]) for frame, (_, text) in zip(frames, cues, strict=True)]
         original, codes, onsets = self._read(wav, sample_rate, edit, plan)
         join = Join(
@@ -413,7 +408,7 @@ class Generator:
     def _read(
         self, wav: Tensor, sample_rate: int, edit: Edit, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The recording that stays, `c n`; its codes `1 k t`, zero behind its end; its onsets."""
+        """The kept recording `c n`, its codes `1 k t` (zero after its end), and its onsets."""
         facts, num_frames = self.codec.facts, len(plan.anew)
         wav = wav[:, plan.start :]
         if plan.is_loop:
@@ -433,7 +428,7 @@ class Generator:
         return wav, codes, onsets
 
     def _networks(self, prompts: Sequence[str], config: DecodingConfig) -> Networks:
-        """The pass with these prompts, and that with the negative prompt or the null condition."""
+        """The conditional pass, and the pass with the negative prompt or null condition."""
         text = self._text(prompts, config)
         negative = self._text([config.negative_prompt] * len(prompts), config)
         if config.cache_frames:
@@ -446,17 +441,17 @@ class Generator:
         return Networks(passes[0], None if text is negative else passes[1], reading)
 
     def _text(self, prompts: Sequence[str], config: DecodingConfig) -> TextKeyValues | None:
-        """Keys and values of captions, once per window and not once per pass; None = no text."""
+        """Keys and values of captions, computed once per window; None = no text."""
         if not any(prompt.strip() for prompt in prompts):
             return None
         states, tokens = (x.to(self.device) for x in self.text_encoder(list(prompts)))
         text = self.network.encode_text(states.to(self.network.head.dtype), tokens)
-        if config.reference_compat:  # there, a caption's padding takes its share of the attention
+        if config.reference_compat:  # audiocraft attends to padding of captions
             text = replace(text, allowed=text.allowed.any(1)[:, None].expand_as(text.allowed))
         return text
 
     def _forward(self, text: TextKeyValues | None, begins_step: bool = False) -> Network:
-        """The pass with a text; without one, cross-attention is exactly zero and not computed."""
+        """The pass with a text; without text, cross-attention is skipped."""
 
         def run(codes: Tensor, stage: int) -> Tensor:
             if self._is_compiled and begins_step:  # an earlier step's graph may be overwritten
@@ -466,7 +461,7 @@ class Generator:
         return run
 
     def _rescorer(self, name: str) -> Rescorer:
-        """Loaded when it is first asked for."""
+        """The rescorer, loaded at first use."""
         if name not in self._rescorers:
             self._rescorers[name] = load_rescorer(name, self.codec.facts, self.text_encoder)
         return self._rescorers[name]
@@ -482,23 +477,23 @@ class Generator:
         prompt_codes: Tensor | None = None,
         **settings: Any,
     ) -> Iterator[DecodedItem]:
-        """Generates audio for many items, batch by batch.
+        """Generate audio for many items in batches.
 
-        The last batch is filled up with empty captions: another batch size could round differently
-        and tip a tie, so codes would depend on how items are split over devices.
+        The last batch is filled up with empty captions, because another batch size could round
+        differently, and codes would depend on how items are split over devices.
 
         Args:
-            captions: by item id.
-            batch_size: items decoded at once.
-            seed: of the noise; each item's depends on (seed, its id) alone.
-            decoding: instead of the model's own.
-            duration_s: length in seconds; the trained length if None.
-            max_seconds: no batch begins after this time; the remaining items are skipped.
+            captions: captions by item id.
+            batch_size: items per batch.
+            seed: seed of the noise, which is a function of (seed, id) for each item.
+            decoding: decoding settings (default: the model's).
+            duration_s: length in seconds (default: the trained length).
+            max_seconds: no batch starts after this time; the remaining items are skipped.
             prompt_codes: `1 k t`, beginning that every item continues.
-            settings: `loop` and `on_step`, as of `generate`.
+            settings: `loop` and `on_step`, as in `generate`.
 
         Yields:
-            One result for each item, in order.
+            One result per item, in order.
         """
         start = time.monotonic()
         keys = list(captions)
@@ -525,15 +520,15 @@ class Generator:
                 )
 
     def save(self, out: str | Path, card: str | None = None) -> None:
-        """Write a release: `config.json`, `model.safetensors`, `README.md`, and the codec if it
-        lies in a folder.
+        """Write a release: `config.json`, `model.safetensors`, `README.md`, and the codec if it is
+        a folder.
 
         Args:
-            out: folder; must not exist, or be empty.
-            card: README.md; one with provenance, licence and use if None.
+            out: folder; must be empty or not exist.
+            card: README.md (default: with provenance, licence and usage).
 
         Raises:
-            UserError: if `out` holds anything already.
+            UserError: if `out` is not empty.
         """
         trained = SavedModel(
             Path(out),
@@ -552,7 +547,7 @@ class Generator:
 
 
 def numbered(names: Sequence[str]) -> list[str]:
-    """Names made unique by a number behind each repetition.
+    """Make names unique by numbering repetitions.
 
     >>> numbered(["a", "b", "a"])
     ['a', 'b', 'a#2']
@@ -571,17 +566,17 @@ def load(
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
 ) -> Generator:
-    """A model from a release folder, a hub id, a Lightning checkpoint, or a run folder (its newest
-    checkpoint).
+    """Load a model from a release folder, hub id, Lightning checkpoint, or run folder.
 
     Args:
-        path: "demo" for the shipped model.
-        device: where it shall run.
-        dtype: of the network's weights; in bfloat16 other codes come out than in float32.
+        path: folder, file or hub id; "demo" for the bundled model. A run folder means its newest
+            checkpoint.
+        device: device of the model.
+        dtype: data type of the network's weights; bfloat16 gives other codes than float32.
         compiled: see `Generator`.
 
     Raises:
-        UserError: if nothing usable is there; the message names the file.
+        UserError: if there is no usable model; the message names the file.
     """
     trained = SavedModel.open(path)
     network, codec = trained.build(), load_codec(trained.codec["id"])

@@ -638,9 +638,9 @@ def test_help_says_what_it_is(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert (
         said.startswith("usage: python -m magnet_train doctor [-c CONFIG]")
-        and "Nothing is trained." in said
+        and "without training" in said
     )
-    assert "Price of one GPU for an hour, in any currency" in said
+    assert "Price of one GPU-hour, in any currency" in said
 
 
 def test_one_real_launch(parts, tmp_path):

@@ -1,13 +1,13 @@
-"""audiocraft's choice of what to mask again (896ec7c, `models/lm_magnet.py`), faults included.
+"""audiocraft's remasking (896ec7c, `models/lm_magnet.py`), including its bugs.
 
-For comparisons with published results only; `decoding.py` does the right thing. It differs in this:
+Only for comparison with published results. Differences from `remask.py`:
 
-- a prompt that ends inside a span leaves that span maskable, although its frames are given again at
-  each step
-- ties fall as `torch.topk` lets them fall
-- sliding spans: a binary search over their number returns what it tried last instead of the closest
- Two more faults are the callers' to reproduce: `decode` drops the frames behind the last whole
-span, and `Generator.generate` lets captions' padding be attended to.
+- a span in which a prompt ends can be masked, although its known frames are restored in each step
+- ties are resolved by `torch.topk`
+- sliding spans: a binary search for their number returns the last number tried, not the closest
+
+Two more bugs are reproduced elsewhere: `decode` drops the frames after the last full span, and
+`Generator.generate` attends to the padding of captions.
 
 Shapes: b examples, t frames, u units (spans of the grid), s spans.
 """
@@ -22,7 +22,7 @@ NEVER = -1e4
 def remask_grid(
     certainty: Tensor, masked: Tensor, fixed: Tensor, share: Tensor, span_len: int, scoring: str
 ) -> Tensor:
-    """Least certain units of a grid, t a multiple of the span: `b t` -> bool `b t`."""
+    """Least certain units of a grid; t is a multiple of the span: `b t` -> bool `b t`."""
     spans = certainty.unflatten(1, (-1, span_len))
     scores = 1 - spans.amax(-1) if scoring == "max" else -spans.log().sum(-1)
     was_masked = masked.unflatten(1, (-1, span_len)).any(-1)
@@ -35,7 +35,7 @@ def remask_grid(
 def remask_sliding(
     certainty: Tensor, masked: Tensor, fixed: Tensor, share: Tensor, span_len: int
 ) -> Tensor:
-    """Least certain spans that may begin anywhere: `b t` -> bool `b t`."""
+    """Least certain spans that start at any frame: `b t` -> bool `b t`."""
     scores = (-certainty.log()).masked_fill(~masked, NEVER)
     target = max(int(share * int((~fixed).sum(1)[0])), 1)
     if span_len <= 1:
@@ -44,7 +44,7 @@ def remask_sliding(
 
 
 def least_probable_spans(scores: Tensor, target: int, span_len: int) -> Tensor:
-    """The mask that a binary search for `target` frames tried last: scores `t` -> bool `t`."""
+    """The last mask of a binary search for `target` frames: scores `t` -> bool `t`."""
     spans = scores.unfold(0, span_len, 1).sum(-1)
     order = spans.topk(len(spans)).indices
 

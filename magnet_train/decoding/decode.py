@@ -1,13 +1,14 @@
-"""Iterative decoding: from masked frames to codes, stage by stage, a few parallel steps each
-(MAGNeT, Sec. 3).
- One step: mask the worst spans of the last one, run the network, fill them in, score what was
-filled in. The networks are callables, so a lambda tests the loop; nothing here waits for the device
-between steps.
- In each stage the network sees what training showed it: the codebooks above the stage are hidden
-everywhere, given codes included, and the given codes of a codebook come back when its stage begins.
+"""Iterative decoding: stage by stage, in a few parallel steps each (MAGNeT, Sec. 3).
+
+Each step masks the spans with the lowest scores again, runs the network, samples the masked frames
+and scores them. The networks are callables, so that a lambda can test the loop. The loop does not
+wait for the device between steps.
+
+The network's input looks as in training: the codebooks above the stage are masked everywhere,
+including given codes, which are restored when their stage starts.
 
 Shapes: b examples, k codebooks, t frames, c entries, n steps. Masks are bool, True = to be
-    predicted.
+predicted.
 """
 
 import math
@@ -35,79 +36,78 @@ class Networks(NamedTuple):
 
     conditional: Network
     null: Network | None = None
-    """Without text, for guidance; None = no guidance, whatever the coefficients."""
+    """Pass without text, for guidance; None = no guidance at any coefficient."""
     rescorer: Reading | None = None
-    """Another model's reading of what a step filled in (rescoring.py); None = no rescoring."""
+    """Logits of another model after each step (rescoring.py); None = no rescoring."""
 
 
 def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
-    """One number or several, as several; an empty list is no valid value and gives NaN."""
+    """The value as a tuple; an empty tuple is invalid and becomes NaN."""
     return (value or (math.nan,)) if isinstance(value, tuple) else (value,)
 
 
 def _at_step(value: float | tuple[float, ...], step: int) -> float:
-    """The number of a step; the last one given holds for all further steps."""
+    """The value at a step; the last one is repeated for further steps."""
     numbers = _numbers(value)
     return numbers[min(step, len(numbers) - 1)]
 
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """How codes are decoded. The defaults are those of the published 10-second music models."""
+    """Decoding settings. Without a model, the defaults are those of published 10-second music."""
 
     decoding_steps: tuple[int, ...] = (20, 10, 10, 10)
-    """Passes through the network for each stage, stage 0 first; the last number holds for all
-    further stages.
+    """Number of steps of each stage, stage 0 first; the last number is repeated for further stages.
     """
     temperature: float = 3.0
     """Softmax temperature at the first step of a stage; annealed to 0 unless anneal_temperature is
     false.
     """
     anneal_temperature: bool = True
-    """Whether the temperature falls linearly over the steps of a stage."""
+    """Anneal the temperature linearly to 0 over the steps of a stage."""
     top_p: float = 0.9
     """Nucleus (top-p) threshold in (0, 1]; 0 disables it. Takes precedence over top_k."""
     top_k: int = 0
-    """Number of most likely entries that are sampled from; 0 = all."""
+    """Sample only from this number of most likely entries; 0 = all."""
     greedy: bool = False
-    """Whether the most likely entry is taken instead of a sample."""
+    """Take the most likely entry instead of sampling."""
     max_cfg_coef: float = 10.0
-    """Guidance coefficient when all frames are masked; 1 = no guidance."""
+    """Guidance coefficient while all frames are masked; 1 = no guidance."""
     min_cfg_coef: float = 1.0
-    """Guidance coefficient when no frame is masked any more; 1 = no guidance."""
+    """Guidance coefficient at the end of a stage; 1 = no guidance."""
     negative_prompt: str = ""
-    """Caption that guidance leads away from, in place of the null condition."""
+    """Caption to guide away from, instead of the null condition."""
     span_len: int = 3
-    """Length of the spans that are masked together, in frames; best as in training."""
+    """Length of masked spans, in frames; use the value of training."""
     span_arrangement: Literal["nonoverlap", "stride1"] = "nonoverlap"
-    """Whether spans lie on a fixed grid, or may begin at every frame (always scored by prod)."""
+    """Spans start on a fixed grid (nonoverlap) or at every frame (stride1; always scored by prod).
+    """
     span_scoring: Literal["max", "prod", "random"] = "max"
-    """Which spans are kept: those whose most likely code is likeliest (max), those whose codes are
-    likeliest together (prod), or a random choice.
+    """Score of a span: probability of its most likely code (max), product over its codes (prod), or
+    random.
     """
     order_temperature: float = 0.0
-    """Scale of the Gumbel noise on the spans' scores, annealed to 0 within a stage; 0 = none."""
+    """Scale of Gumbel noise on the spans' scores, annealed to 0 within a stage; 0 = none."""
     second_lap: float = 0.0
-    """Share of stage-0 spans, the least certain, that are masked after the last stage and decoded
-    again with all codebooks above them, in as large a share of the steps; 0 = none.
+    """Share of stage-0 spans, the least certain, that are decoded again after the last stage with
+    all codebooks above them, in the same share of the steps; 0 = none.
     """
     shared_noise: int = 1
-    """Neighbouring frames that share the noise they are sampled with, in frames; 1 = each has its
-    own. Borders between the groups move from step to step.
+    """Length of groups of frames that share their sampling noise; 1 = independent noise. Groups
+    shift from step to step.
     """
     rescorer: str | None = None
-    """Model that helps to choose which spans are kept (paper, Eq. 5): another MAGNeT (release, hub
-    id, checkpoint, run; RUN@raw for the weights that are not averaged), or a MusicGen that
-    transformers reads (folder or hub id).
+    """Second model for scoring spans (paper, Eq. 5): another MAGNeT (release, hub id, checkpoint or
+    run; RUN@raw for its raw weights) or a MusicGen (folder or hub id for transformers).
     """
     rescorer_weight: float | tuple[float, ...] = 0.5
-    """Weight of the rescorer's probabilities, from 0 (ignored) to 1 (they alone decide). One
-    number, or one for each step of a stage, of which the last holds for all further steps.
+    """Weight of the rescorer's probabilities, 0 (ignored) to 1 (only the rescorer). One number, or
+    one per step of a stage; the last is repeated for further steps.
     """
     rescorer_temperature: float | tuple[float, ...] = 1.0
-    """Softmax temperature of the rescorer; one number, or one for each step of a stage."""
+    """Softmax temperature of the rescorer; one number, or one per step of a stage."""
     rescore_stages: tuple[int, ...] | None = None
-    """Stages in which the rescorer is used, all if not given; stage 0 has most of the steps."""
+    """Stages in which the rescorer is used (default: all)."""
     cache_frames: bool = False
     """Recompute only masked and just-decided frames in each step: faster, approximate
     (frame_cache.py).
@@ -163,7 +163,7 @@ class DecodingConfig:
 
     @property
     def _is_unpublished(self) -> bool:
-        """Whether a setting is used that audiocraft does not have."""
+        """Whether any setting is used that audiocraft does not have."""
         return (
             self.span_scoring == "random"
             or self.order_temperature > 0
@@ -182,7 +182,7 @@ class DecodingConfig:
         return cls(**settings)
 
     def rescores(self, stage: int) -> bool:
-        """Whether the rescorer is asked in this stage."""
+        """Whether the rescorer is used in this stage."""
         return self.rescorer is not None and (
             self.rescore_stages is None or stage in self.rescore_stages
         )
@@ -209,11 +209,11 @@ class DecodingConfig:
 
 @dataclass(frozen=True)
 class DecodingStep:
-    """What `on_step` is called with after every step."""
+    """Argument of `on_step` after every step."""
 
     stage: int
     index: int
-    """Of the step in its stage, from 0."""
+    """Index of the step in its stage, from 0."""
     masked: Tensor
     """`b t`, frames that this step predicted."""
     codes: Tensor
@@ -221,18 +221,18 @@ class DecodingStep:
 
 
 class ItemNoise(NamedTuple):
-    """Uniform numbers in [0, 1) that belong to the items: `b n t` each, n steps of all stages."""
+    """Uniform noise in [0, 1) for each item: `b n t` each, n steps of all stages."""
 
     codes: Tensor
-    """With which codes are sampled."""
+    """Noise for sampling codes."""
     order: Tensor
-    """With which spans are ordered."""
+    """Noise for the order of spans."""
 
 
 def item_noise(seed: int, items: Sequence[str], num_steps: int, num_frames: int) -> ItemNoise:
-    """The noise of each item, from a generator seeded by (seed, item) alone.
+    """Noise of each item from a generator seeded by (seed, item).
 
-    So an item gets the same codes in any batch, on any rank, on any number of GPUs.
+    So an item gets the same codes in any batch, on any rank and number of GPUs.
     """
     codes, order = [], []
     for item in items:
@@ -252,15 +252,15 @@ def decode(
     noise: ItemNoise,
     on_step: Callable[[DecodingStep], None] | None = None,
 ) -> Tensor:
-    """All stages, lowest codebook first: `b k t` -> `b k t` without a mask id.
+    """Decode all stages, lowest codebook first: `b k t` -> `b k t` without mask ids.
 
     Args:
         networks: the passes to run.
-        codes: the codes to keep where `given`; anything elsewhere.
-        given: `b k t` or `b t` (the same for all codebooks), True = kept as it is.
+        codes: codes to keep where `given`; ignored elsewhere.
+        given: `b k t` or `b t` (the same for all codebooks), True = kept.
         codebook_size: c; the mask id is c.
-        config: see there.
-        noise: from `item_noise`, n the sum of all stages' steps.
+        config: decoding settings.
+        noise: from `item_noise`; n is the sum of all stages' steps.
         on_step: called after every step.
 
     Raises:
@@ -288,9 +288,9 @@ def decode(
 
 
 def circular(networks: Networks, num_frames: int, context: int) -> Networks:
-    """Networks for a loop: they see `context` frames beyond each end, which are those of the other.
+    """Networks for a loop: each end is extended by `context` frames of the other end.
 
-    Where no frame looks farther than that, logits turn with the codes: the loop has no seam.
+    If no frame attends farther than that, logits are shift-equivariant, so the loop has no seam.
     """
     index = torch.arange(-context, num_frames + context) % num_frames
 
@@ -308,9 +308,7 @@ def circular(networks: Networks, num_frames: int, context: int) -> Networks:
 def _least_certain(
     certainty: Tensor, given: Tensor, config: DecodingConfig, noise: ItemNoise
 ) -> Tensor:
-    """The frames of the second lap, by the certainty that their stage-0 codes were chosen with:
-    `b t` -> bool `b t`.
-    """
+    """Frames of the second lap, from the certainty of their stage-0 codes: `b t` -> bool `b t`."""
     scoring = "prod" if config.span_scoring == "random" else config.span_scoring
     share = torch.tensor(config.second_lap)
     return remask_grid(
@@ -328,7 +326,7 @@ def _decode_lap(
     noise: ItemNoise,
     on_step: Callable[[DecodingStep], None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """All stages once; the certainty of the stage-0 codes, `b t`, comes along."""
+    """Decode all stages once; also returns the certainty of the stage-0 codes, `b t`."""
     known = torch.where(given, codes, mask_id)
     shown = known if config.reference_compat else torch.full_like(codes, mask_id)
     certainties = []
@@ -358,19 +356,19 @@ def _decode_stage(
     noise: ItemNoise,
     on_step: Callable[[DecodingStep], None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Fills codebook `stage` where not `given` (`b t`); one step for each of the noise's n.
+    """Decode codebook `stage` where not `given` (`b t`), in as many steps as the noise has.
 
-    The certainty of each frame, `b t`, is that of the step that decided it.
+    Also returns the certainty of each frame, `b t`, at the step that decided it.
     """
     num_steps = noise.codes.shape[1]
     masked, certainty = ~given, torch.empty(())
     decided = torch.ones(given.shape, device=codes.device)
-    # Rounded as in the reference: the number of spans is this share of them, rounded down.
+    # Rounded as in audiocraft: the number of spans is this share of them, rounded down.
     shares = torch.cos(torch.linspace(0, 1, num_steps) * math.pi * 0.5)
     if not config.reference_compat:
         shares = shares.clamp(
             min=0
-        )  # the last is -4e-8, and would keep guidance from ending at exactly its minimum
+        )  # otherwise the last is -4e-8, and guidance would not end exactly at its minimum
     for step, share in enumerate(shares):
         if step > 0:
             masked = _remask(certainty, masked, given, share, config, noise.order[:, step])
@@ -409,8 +407,8 @@ def _decode_stage(
 def guided_logits(
     networks: Networks, codes: Tensor, stage: int, config: DecodingConfig, share: float
 ) -> Tensor:
-    """Logits `b t c` under classifier-free guidance, whose coefficient follows the share still
-    masked (Sec. 3.4).
+    """Logits `b t c` with classifier-free guidance; its coefficient depends on the masked share
+    (Sec. 3.4).
     """
     coef = share * config.max_cfg_coef + (1 - share) * config.min_cfg_coef
     logits = networks.conditional(codes, stage)
@@ -428,9 +426,7 @@ def _remask(
     config: DecodingConfig,
     order_noise: Tensor,
 ) -> Tensor:
-    """Which frames to predict again: `certainty` and `masked` of the last step, `b t` -> bool `b
-    t`.
-    """
+    """Frames to mask again, from `certainty` and `masked` of the last step: `b t` -> bool `b t`."""
     on_grid = config.span_arrangement == "nonoverlap"
     if config.reference_compat:
         if on_grid:

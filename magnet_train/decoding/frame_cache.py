@@ -1,13 +1,12 @@
-"""Passes of one decoding that compute only the frames that matter to the step: faster, and not
-exact.
- Between two steps of a stage most codes stay. This keeps the queries, keys and values of every
-layer and computes anew only the frames that the step predicts and those whose codes changed since
-the last one; the others keep what the network made of them when they were last computed, although a
-neighbour has changed since. How much that costs in the metrics is measured in EXPERIMENTS.md. The
-first pass of a stage is exact.
+"""Approximate forward passes that recompute only some frames in each step.
 
-Shapes: b examples, k codebooks, t frames, h heads, c entries, d width, m frames computed anew, of
-    all examples.
+Most codes do not change between two steps of a stage. This caches the queries, keys and values of
+every layer and recomputes only masked frames and those whose codes changed; the others are
+outdated if a neighbour changed. EXPERIMENTS.md has the effect on metrics. The first pass of a stage
+is exact.
+
+Shapes: b examples, k codebooks, t frames, h heads, c entries, d width, m recomputed frames of all
+examples.
 """
 
 import torch
@@ -19,14 +18,14 @@ from magnet_train.model import Magnet, TextKeyValues, rotate
 
 
 class CachedForward:
-    """A stand-in for `Magnet.forward` in one decoding: codes `b k t` and a stage -> logits `b t c`.
+    """Replaces `Magnet.forward` in one decoding: codes `b k t` and a stage -> logits `b t c`.
 
-    To be called with the codes of one step after the other. Waits for the device at each pass,
-    since the number of frames to compute decides the shapes.
+    Call it with the codes of consecutive steps. Each pass waits for the device, because shapes
+    depend on the number of frames to compute.
     """
 
     def __init__(self, model: Magnet, text: TextKeyValues | None):
-        """`text` as of `Magnet.trunk`; a pass with text and one without need an object each."""
+        """`text` as in `Magnet.trunk`; passes with and without text need separate objects."""
         self.model, self.text, self.stage = model, text, -1
 
     @torch.no_grad()
@@ -63,14 +62,14 @@ class CachedForward:
         return self.logits.view(b, t, -1)
 
     def _frames(self, qkv: Tensor, active: Tensor) -> Tensor:
-        """What the active frames (`b t`) get from all frames: `b t 3d` -> `m d`."""
+        """Self-attention of the active frames (`b t`) to all frames: `b t 3d` -> `m d`."""
         q, k, v = qkv.unflatten(2, (3, self.model.config.num_heads, -1)).permute(
             2, 0, 3, 1, 4
         )  # each b h t d
         if self.frames.rotation is not None:
             q = rotate(q, *self.frames.rotation)
             k = rotate(k, *self.frames.rotation)
-        if self.frames.context >= 0:  # the window is cheap enough to be computed for all
+        if self.frames.context >= 0:  # windowed attention is cheap enough for all frames
             y = windowed_attention(q, k, v, self.frames.context, bias=self.frames.bias)
             return y.transpose(1, 2).flatten(2)[active]
         examples = zip(q, k, v, active, strict=True)

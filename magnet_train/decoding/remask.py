@@ -1,5 +1,4 @@
-"""Which of the frames that a step filled in are masked again for the next one (MAGNeT, Sec. 3.2 and
-App. B).
+"""Remasking: the frames that are masked again for the next step (MAGNeT, Sec. 3.2 and App. B).
 
 Shapes: b examples, t frames, s spans. Masks are bool, True = to be predicted.
 """
@@ -12,8 +11,8 @@ from torch.nn import functional as F
 
 
 def _count(share: Tensor, units: Tensor) -> Tensor:
-    """How many of `units` (`b`) to mask: the share rounded down, but at least one."""
-    return (float(share) * units).floor().clamp(min=1)  # a share on the CPU: no wait for the device
+    """Number of `units` (`b`) to mask: the share, rounded down, but at least one."""
+    return (float(share) * units).floor().clamp(min=1)  # `share` is on the CPU: no device sync
 
 
 def gumbel(uniform: Tensor) -> Tensor:
@@ -31,10 +30,9 @@ def remask_grid(
     order_noise: Tensor,
     order_temperature: float = 0.0,
 ) -> Tensor:
-    """The worst spans of a fixed grid, among those just predicted: `b t` -> bool `b t`.
+    """Lowest-scoring spans of a fixed grid among those just predicted: `b t` -> bool `b t`.
 
-    The last span of a sequence that is no multiple of the span is shorter. Scores are means or
-    maxima over frames, so it competes on equal terms.
+    The last span may be shorter; scores are means or maxima over frames, so they are comparable.
 
     Args:
         certainty: `b t`, probability of the chosen code.
@@ -42,10 +40,10 @@ def remask_grid(
         given: `b t`, frames that are never masked.
         share: share of the spans to mask, 0 to 1.
         span_len: length of a span, in frames.
-        scoring: "max" (a span is as certain as its most likely code), "prod" (the mean of its log
-            probabilities) or "random" (spans in random order).
-        order_noise: `b t` uniform in [0, 1); each span uses the number of its first frame.
-        order_temperature: scale of the noise that is added to the scores; 0 = none.
+        scoring: "max" (probability of the most likely code), "prod" (mean log probability) or
+            "random".
+        order_noise: `b t` uniform in [0, 1); each span uses the value of its first frame.
+        order_temperature: scale of the noise added to the scores; 0 = none.
     """
     t = certainty.shape[1]
     tail = -t % span_len
@@ -81,19 +79,18 @@ def remask_sliding(
     order_noise: Tensor,
     order_temperature: float = 0.0,
 ) -> Tensor:
-    """The worst spans that may begin at every frame, as many as come closest to the share: `b t` ->
-    bool `b t`.
+    """Lowest-scoring spans that start at any frame, with coverage closest to the share.
 
-    Spans are taken in the order of their summed surprise. A frame is covered once the first span
-    over it is taken, so the number of frames that n spans cover is known for all n at once, without
-    a search. Arguments as of `remask_grid`; any scoring but "random" is "prod".
+    `b t` -> bool `b t`. Spans are taken in order of their summed surprise. A frame is covered when
+    the first span over it is taken, so the coverage of n spans is computed for all n at once,
+    without a search. Arguments as in `remask_grid`; any scoring except "random" means "prod".
     """
     t = certainty.shape[1]
     length = min(span_len, t)
     surprise = -certainty.clamp(min=1e-30).log() if scoring != "random" else order_noise
     if order_temperature > 0:
         surprise = surprise + order_temperature * gumbel(order_noise)
-    # Frames that stay as they are count as certain beyond doubt, so spans over them come last.
+    # Frames that were not just predicted have the lowest surprise, so their spans come last.
     surprise = surprise.masked_fill(~masked, -1e4)
     score = surprise.unfold(1, length, 1).sum(-1)  # b s
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -108,7 +105,6 @@ def remask_sliding(
         .cumsum(1)
     )
     target = _count(share, (~given).sum(1))[:, None]
-    # Entry n of `covered` counts the frames of the first n + 1 spans; of equally close ones take
-    # the fewest.
+    # Entry n of `covered` is the coverage of the first n + 1 spans; in ties use fewer spans.
     last = (covered[:, : rank.shape[1]] - target).abs().argmin(1, keepdim=True)
     return (first <= last) & masked
