@@ -1,23 +1,26 @@
-"""How good the shipped model is on captions it has not seen: generates the test split and scores
-it.
+"""Scores a model on the captions of the test split, beside real clips and baselines.
 
     python data/demo/evaluate_model.py --checkpoint runs/shipped --out data/demo/magnet/metrics.json
 
-Every test caption is decoded once and scored as in validation. The baselines are the codec's
-reconstruction of the real clip, and codes drawn by each codebook's frequencies. The text-audio
-score comes with its control, the same clips against the other captions, and a 95 % interval by
-bootstrap over clips.
+Each caption is decoded once and scored as in validation. Baselines: the codec's reconstruction of
+the real clip, and codes drawn from the counts of single codes (unigram) and of pairs (bigram).
+Stage 0 is also scored on masks of fixed rates, beside copying the nearest visible code.
+All intervals are 95 %, by bootstrap over clips.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import soundfile
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
 
 from magnet_train.common.assets import demo_path
 from magnet_train.common.audio_files import save_plot
@@ -25,7 +28,11 @@ from magnet_train.data.pipeline import EvaluationDataset
 from magnet_train.data.shards import ShardSet
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.evaluation import scorer
-from magnet_train.generator import DecodedItem, Generator, load
+from magnet_train.evaluation.music_table import baseline_clips, measure_systems, read_codes
+from magnet_train.evaluation.scorer import AudioClip
+from magnet_train.generator import Generator, load
+from magnet_train.masking import span_mask
+from magnet_train.metrics.baselines import CountTables, copy_nearest
 from magnet_train.metrics.clap_score import cosines
 from magnet_train.metrics.embedders import load_embedder
 from magnet_train.metrics.networks.text_audio import true_minus_shuffled
@@ -37,6 +44,7 @@ METRICS = {
     "kl_musicnn_tags": "kl/musicnn",
     "text_audio": "text/musicnn",
 }
+MASK_RATES = (0.1, 0.3, 0.6, 0.9)
 NUM_PLOTTED = 8
 
 
@@ -54,10 +62,26 @@ def read_items(
     return items[:num_clips]
 
 
+def real_clips(folder: Path, keys: Iterable[str], crop_s: float) -> list[AudioClip]:
+    """The audio that the codes were made of; a key ends with its offset in ms."""
+    clips = []
+    for key in keys:
+        stem, offset_ms = key.rsplit("_", 1)
+        path = folder / f"{stem}.flac"
+        rate = soundfile.info(path).samplerate
+        start = round(int(offset_ms) * rate / 1000)
+        wav, _ = soundfile.read(path, round(crop_s * rate), start, dtype="float32")
+        clips.append(AudioClip(key, torch.from_numpy(wav)[None], rate))
+    return clips
+
+
 def summary(
-    features: FeatureSet, reference: ReferenceStatistics, captions: dict[str, str]
+    clips: list[AudioClip], reference: ReferenceStatistics, captions: dict[str, str], name: str
 ) -> dict[str, Any]:
-    """The metrics of one system, and how much better clips fit their own caption than others'."""
+    """FAD, KL and text score of one system, and how much better clips fit their own caption."""
+    embedder = load_embedder("musicnn")
+    prepared = scorer.prepare_generated(clips)
+    features: FeatureSet = scorer.embed_clips(prepared, [embedder], name, len(clips))["musicnn"]
     records = scorer.score_clips(
         list(METRICS.values()),
         {"musicnn": features},
@@ -66,8 +90,8 @@ def summary(
         system="demo",
     )
     values = {record.metric: record.value for record in records}
-    assert features.embedder.embed_text is not None
-    text = features.embedder.embed_text([captions[key] for key in features.vectors])
+    assert embedder.embed_text is not None
+    text = embedder.embed_text([captions[key] for key in features.vectors])
     gap, low, high = true_minus_shuffled(
         cosines(torch.stack(list(features.vectors.values())), text)
     )
@@ -75,7 +99,60 @@ def summary(
     return named | {"text_audio_true_minus_shuffled": gap, "interval_95": [low, high]}
 
 
-def main() -> None:
+@torch.no_grad()
+def stage0_scores(
+    generator: Generator, codes: Tensor, captions: list[str], tables: CountTables
+) -> dict[str, Any]:
+    """Cross-entropy and accuracy of stage 0 on single masked frames, at fixed mask rates.
+
+    Args:
+        generator: the model.
+        codes: `b k t`.
+        captions: one for each example.
+        tables: counts of the training codes.
+    """
+    network, mask_id = generator.network, codes.new_tensor(generator.codec.facts.codebook_size)
+    states, allowed = generator.text_encoder(captions)
+    states = states.to(network.head.dtype)
+    bigram = tables.bigram_losses(codes)[:, 0].mean().item()
+    scores: dict[str, Any] = {"bigram_cross_entropy": bigram}
+    for rate in MASK_RATES:
+        noise = torch.Generator().manual_seed(0)
+        masked = span_mask(torch.full((len(codes),), rate), codes.shape[2], 1, noise)
+        shown = torch.full_like(codes, int(mask_id))
+        shown[:, 0] = torch.where(masked, mask_id, codes[:, 0])
+        losses, right = [], []
+        for rows in torch.arange(len(codes)).split(16):
+            logits = network.masked_logits(
+                shown[rows], network.config.stage(0), states[rows], allowed[rows], masked[rows]
+            ).float()
+            targets = codes[rows, 0][masked[rows]]
+            losses.append(F.cross_entropy(logits, targets, reduction="none"))
+            right.append((logits.argmax(1) == targets).float())
+        copied = (copy_nearest(codes[:, 0], masked) == codes[:, 0])[masked]
+        scores[str(rate)] = {
+            "cross_entropy": torch.cat(losses).mean().item(),
+            "accuracy": torch.cat(right).mean().item(),
+            "copying_accuracy": copied.float().mean().item(),
+        }
+    return scores
+
+
+def music_scores(
+    systems: Mapping[str, list[AudioClip]], captions: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Music measures of each system: value, interval and number of clips."""
+    figures = measure_systems(systems, captions, "real" if "real" in systems else "codec")
+    return {
+        name: {
+            measure: {"value": f.value, "interval": f.interval, "clips": f.num_clips}
+            for measure, f in some.items()
+        }
+        for name, some in figures.items()
+    }
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -86,6 +163,12 @@ def main() -> None:
         "--shards", type=Path, help="Test shards with references; the embedded demo's by default."
     )
     parser.add_argument(
+        "--train", type=Path, help="Training shards for the counts; the embedded demo's by default."
+    )
+    parser.add_argument(
+        "--audio", type=Path, help="Folder with the real test clips (make_music.py), to score them."
+    )
+    parser.add_argument(
         "--clips", type=int, default=1000, help="Largest number of captions to generate for."
     )
     parser.add_argument("--batch", type=int, default=8, help="Clips decoded at once.")
@@ -94,68 +177,78 @@ def main() -> None:
     parser.add_argument(
         "--decoding", type=json.loads, default={}, help="JSON of decoding settings to replace."
     )
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="Run the network in bfloat16 instead of float32."
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the result.")
+    parser.add_argument("--wavs", type=Path, help="Folder for the model's clips as WAV files.")
     parser.add_argument(
         "--picture", type=Path, help="PNG with eight clips above the codec's reconstructions."
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     torch.set_num_threads(args.threads)
-    generator = load(args.checkpoint)
-    embedder = load_embedder("musicnn")
+    start = time.monotonic()
+    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
+    generator = load(args.checkpoint, dtype=dtype)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in args.decoding.items()}
     settings: DecodingConfig = replace(generator.decoding, **given)
     items = read_items(args.shards or demo_path("shards/test"), generator, args.clips, args.batch)
     captions = {item["key"]: item["caption"] for item in items}
     codes = {item["key"]: item["codes"] for item in items}
-    size = generator.codec.facts.codebook_size
-    stacked = torch.stack(list(codes.values())).transpose(0, 1)
-    frequencies = torch.stack(
-        [torch.bincount(row.flatten(), minlength=size).float() for row in stacked]
-    )
-    drawn = {
-        key: scorer.unigram_codes(frequencies, rows.shape[1], seed)
-        for seed, (key, rows) in enumerate(codes.items())
-    }
-    wavs = {}
+    train, _ = read_codes(str(args.train or demo_path("shards/train")))
+    tables = CountTables.count(train.values(), generator.codec.facts.codebook_size)
 
-    def decoded() -> Iterator[DecodedItem]:
-        for item in generator.decode_items(captions, args.batch, args.seed, settings):
-            if len(wavs) < 2 * NUM_PLOTTED:
-                wavs[f"generated: {item.caption}"] = item.wav[0].numpy()
-                wavs[f"codec: {item.caption}"] = generator.codec.decode(codes[item.key][None])[
-                    0, 0
-                ].numpy()
-            yield item
+    decoded = generator.decode_items(captions, args.batch, args.seed, settings)
+    model = [
+        AudioClip(item.key, item.wav.cpu(), item.sample_rate)
+        for item in tqdm(decoded, desc="decode", total=len(captions), unit="clip")
+    ]
+    systems = {"model": model}
+    baselines = baseline_clips(codes, generator.codec, tables)
+    systems |= {name: list(clips) for name, clips in baselines.items()}
+    if args.audio:
+        systems["real"] = real_clips(args.audio, codes, generator.crop_s)
 
-    systems = {
-        "model": scorer.decoded_clips(decoded()),
-        "codec": scorer.clips_from_codes(codes, generator.codec),
-        "unigram": scorer.clips_from_codes(drawn, generator.codec),
-    }
-    real = FeatureSet(embedder)
+    real = FeatureSet(load_embedder("musicnn"))
     for item in items:
         real.embeddings[item["key"]] = item["reference"]["embeddings"]
         real.outputs[item["key"]] = item["reference"]["tags"]
     reference = real.statistics()
-    start = time.monotonic()
+    stacked = torch.stack(list(codes.values())).long()
     report: dict[str, Any] = {
         "clips": len(items),
         "different_captions": len(set(captions.values())),
         "seed": args.seed,
         "level": scorer.SCORED_LEVEL,
+        "dtype": str(dtype).removeprefix("torch."),
         "decoding": vars(settings),
         "codec": generator.codec.facts.hash,
         "checkpoint": generator.about,
+        "stage0": stage0_scores(generator, stacked, list(captions.values()), tables),
+        "systems": {
+            name: summary(clips, reference, captions, name) for name, clips in systems.items()
+        },
+        "music": music_scores(systems, captions),
+        "seconds": round(time.monotonic() - start),
     }
-    for name, clips in systems.items():
-        features = scorer.embed_clips(scorer.prepare_generated(clips), [embedder], name, len(items))
-        report[name] = summary(features["musicnn"], reference, captions)
-    report["seconds"] = round(time.monotonic() - start)
     text = json.dumps(report, indent=2, default=list)
     print(text)
     if args.out:
         args.out.write_text(text + "\n")
+    if args.wavs:
+        args.wavs.mkdir(parents=True, exist_ok=True)
+        for clip in model:
+            soundfile.write(args.wavs / f"{clip.key}.wav", clip.wav[0].numpy(), clip.sample_rate)
     if args.picture:
+        codec = {clip.key: clip for clip in systems["codec"]}
+        wavs = {}
+        for clip in model[:NUM_PLOTTED]:
+            wavs[f"generated: {captions[clip.key]}"] = clip.wav[0].numpy()
+            wavs[f"codec: {captions[clip.key]}"] = codec[clip.key].wav[0].numpy()
         save_plot(args.picture, wavs, generator.codec.facts.sample_rate)
 
 
