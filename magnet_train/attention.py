@@ -229,7 +229,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
         q: queries.
         k: keys.
         v: values.
-        bias: added to the scores, `b 1 1 t`, 0 or -inf; None = all frames are visible.
+        bias: added to the scores, `b 1 1 t` or `1 1 t t`, 0 or -inf; None = all visible.
     """
     if not _is_low_precision_on_cpu(q) or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -239,6 +239,14 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
     one_block = hidden.expand(-1, -1, t, t)
     with torch.autocast("cpu", enabled=False):
         return _InPieces.apply(q, k, v, one_block)  # type: ignore[no-any-return]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of every row to itself and those before it: `b h t d` each -> `b h t d`."""
+    if not _is_low_precision_on_cpu(q) or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    t = q.shape[2]
+    return full_attention(q, k, v, torch.full((1, 1, t, t), -math.inf).triu(1))
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:

@@ -127,6 +127,12 @@ class TextEncoder(nn.Module):
         self._remember(known)
         return states.to(self.device), mask.to(self.device)
 
+    def save(self, folder: Path) -> None:
+        """Writes the encoder and its tokenizer as `load_text_encoder` reads them."""
+        model: Any = self.model
+        model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+
     def num_tokens(self, captions: Sequence[str]) -> list[int]:
         """Number of tokens of each caption, including special ones, before truncation."""
         with quiet():  # the tokenizer warns about long captions

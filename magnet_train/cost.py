@@ -105,7 +105,8 @@ def activation_bytes(
     kept = frames * d * (3 * full + (3 + 1 + 3 + config.ffn_ratio) * half)
     text = batch_size * NUM_TEXT * 2 * d * half
     passing = frames * d * 3 * config.ffn_ratio * half + config.ffn_ratio * d * d * full
-    logits = MEAN_MASK_RATE * frames * config.codebook_size * (half + 3 * FULL)
+    predicted = batch_size * predicted_codes(config, num_frames)
+    logits = predicted * config.codebook_size * (half + 3 * FULL)
     return config.num_layers * (kept + text) + max(passing, logits)
 
 
@@ -167,7 +168,17 @@ def checkpoint_bytes(
 
 def training_flop(config: MagnetConfig, num_frames: int, stage: int) -> float:
     """FLOP of one example, forward and backward: three times the forward pass."""
-    return 3 * useful_flop(config, num_frames, stage, round(MEAN_MASK_RATE * num_frames), NUM_TEXT)
+    predicted = round(predicted_codes(config, num_frames))
+    return 3 * useful_flop(config, num_frames, stage, predicted, NUM_TEXT)
+
+
+def predicted_codes(config: MagnetConfig, num_frames: int) -> float:
+    """Codes of an example that a training step predicts, on average: the masked frames of one
+    stage, and half of all codes where a hybrid begins.
+    """
+    beginning = {"parallel": 0.0, "hybrid": 0.5, "autoregressive": 1.0}[config.order]
+    masked = MEAN_MASK_RATE * (1 - beginning) * num_frames
+    return masked + beginning * config.num_codebooks * num_frames
 
 
 def decoding_flop(config: MagnetConfig, num_frames: int, decoding_steps: tuple[int, ...]) -> float:

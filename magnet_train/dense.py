@@ -63,16 +63,83 @@ def dense_logits(
     valid: Tensor | None = None,
 ) -> Tensor:
     """Logits of all codebooks at all frames `b k t c`; states are `b s e`, tokens `b s` bool."""
+    context = model.config.stage(stage).context
+    features = _features(
+        model,
+        codes,
+        states,
+        tokens,
+        lambda q, k, v: dense_attention(q, k, v, context, valid),
+        lambda x, weight: dense_convolution(x, weight, valid),
+    )
+    books = range(model.config.num_codebooks)
+    return torch.stack([F.linear(features, model.head[k]) for k in books], dim=1)
+
+
+def dense_delayed_logits(
+    model: Magnet, codes: Tensor, stage: int, states: Tensor, tokens: Tensor, prompt: int
+) -> Tensor:
+    """The same in the delay layout, with `prompt` causal rows, of all codebooks at their frames."""
+    books, t = codes.shape[1:]
+    columns = torch.full((*codes.shape[:2], t + books), model.config.mask_id)
+    for k in range(books):
+        columns[:, k, 1 + k : 1 + k + t] = codes[:, k]
+    allowed = delayed_mask(t, books, stage, model.config.stage(stage).context, prompt)
+    near = delayed_mask(t, books, stage, -1, prompt)
+    near[prompt:stage] = near[max(prompt, stage + t) :] = False  # no frame, no neighbours
+    features = _features(
+        model,
+        columns,
+        states,
+        tokens,
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=allowed),
+        lambda x, weight: _masked_convolution(x, weight, near),
+    )
+    return torch.stack([F.linear(features[:, k : k + t], model.head[k]) for k in range(books)], 1)
+
+
+def delayed_mask(num_frames: int, books: int, stage: int, context: int, prompt: int) -> Tensor:
+    """What each row of the delay layout may attend to: bool `s s`, rows by columns."""
+    row = torch.arange(num_frames + books)[:, None]
+    column = row.T
+    frame = column - 1 - stage  # of the stage's codebook
+    own = (frame >= 0) & (frame < num_frames)
+    if context >= 0:
+        own = own & ((row - stage - frame).abs() <= context)
+    is_frame = (row >= stage) & (row < stage + num_frames)
+    return torch.where(row < prompt, column <= row, own | ~is_frame)
+
+
+def _masked_convolution(x: Tensor, weight: Tensor, allowed: Tensor) -> Tensor:
+    """The convolution around the next column, over the allowed columns of each row."""
+    s, side = x.shape[1], len(weight) // 2
+    y = torch.zeros_like(x)
+    for row in range(s):
+        for i, tap in enumerate(weight):
+            column = row + 1 + i - side
+            if 0 <= column < s and allowed[row, column]:
+                y[:, row] = y[:, row] + x[:, column] * tap
+    return y
+
+
+def _features(
+    model: Magnet,
+    codes: Tensor,
+    states: Tensor,
+    tokens: Tensor,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    convolve: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """What the heads get, `b t d`, under any attention between frames."""
     config = model.config
     x = sum((model.embedding[k][codes[:, k]] for k in range(config.num_codebooks)), torch.zeros(()))
     if config.positions == "sinusoidal":
         x = x + sinusoidal_positions(codes.shape[2], config.dim, codes.device)
     text = model.text_projection(states) * tokens[..., None]
     some = tokens.any(1)
-    context = config.stage(stage).context
     for block in model.blocks:
         if block.convolution is not None:
-            x = x + dense_convolution(x, block.convolution.weight, valid)
+            x = x + convolve(x, block.convolution.weight)
         attention = block.self_attention
         q, k, v = attention.qkv(block.self_norm(x)).chunk(3, dim=-1)
         q, k, v = (
@@ -80,7 +147,7 @@ def dense_logits(
         )
         if config.positions == "rotary":
             q, k = (dense_rotation(part) for part in (q, k))
-        x = x + attention.out(dense_attention(q, k, v, context, valid).transpose(1, 2).flatten(2))
+        x = x + attention.out(attend(q, k, v).transpose(1, 2).flatten(2))
         cross = block.cross_attention
         q, (k, v) = cross.q(block.cross_norm(x)), cross.kv(text).chunk(2, dim=-1)
         q, k, v = (part.unflatten(2, (cross.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
@@ -90,8 +157,7 @@ def dense_logits(
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed) * some[:, None, None, None]
         x = x + cross.out(y.transpose(1, 2).flatten(2))
         x = x + block.ffn_out(F.gelu(block.ffn_in(block.ffn_norm(x))))
-    x = model.out_norm(x)
-    return torch.stack([F.linear(x, model.head[k]) for k in range(config.num_codebooks)], dim=1)
+    return model.out_norm(x)
 
 
 def dense_networks(

@@ -18,6 +18,11 @@ from torch import Tensor
 from magnet_train.codec.base import Codec, load_codec
 from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder, load_text_encoder
+from magnet_train.decoding.autoregressive import (
+    autoregressive_frames,
+    autoregressive_noise,
+    decode_beginning,
+)
 from magnet_train.decoding.decode import (
     DecodingConfig,
     DecodingStep,
@@ -289,6 +294,8 @@ class Generator:
                 f"a loop of {t} frames: must have at most {size}, the length that the model was "
                 "trained on, and reference_compat false"
             )
+        rate = self.codec.facts.frame_rate
+        beginning = autoregressive_frames(self.network.config, config, t, rate)
         if config.reference_compat:  # in one window; drops the frames after the last full span
             networks = self._networks(cues[0][1], config)
             return self._decode(networks, codes, given, config, seed, items, on_step)
@@ -303,11 +310,19 @@ class Generator:
             if loop:
                 networks = circular(networks, t, max((size - t) // 2, size // 10))
             names = items if number == 0 else [f"{item}@{window.first}" for item in items]
-            made, steps = self._decode(
-                networks, codes[..., part], given[..., part], config, seed, names, on_step
-            )
             new = ~given[..., part]
             new[..., window.stop - window.start :] = False
+            made, known = codes[..., part].clone(), given[..., part].clone()
+            steps = torch.zeros_like(order[..., part])
+            begun = slice(0, max(0, min(beginning, window.end) - window.start))
+            if begun.stop:  # a hybrid's first frames, one after the other
+                made[..., begun] = self._begin(
+                    prompts, made[..., begun], known[..., begun], config, seed, names
+                )
+                known[..., begun] = True
+            if not known.all():
+                made, steps = self._decode(networks, made, known, config, seed, names, on_step)
+                steps[..., begun] = 0
             codes[..., part] = torch.where(new, made, codes[..., part])
             order[..., part] = torch.where(new, steps, order[..., part])
             given[..., part] |= new
@@ -320,6 +335,21 @@ class Generator:
         size = max(size, len(anew)) if config.reference_compat else size
         num_windows = len(list(windows(anew, size, int(OVERLAP * size))))
         return num_windows * config.num_steps(self.codec.facts.num_codebooks)
+
+    def _begin(
+        self,
+        prompts: Sequence[str],
+        codes: Tensor,
+        given: Tensor,
+        config: DecodingConfig,
+        seed: int,
+        items: Sequence[str],
+    ) -> Tensor:
+        """Frames decoded one after the other: `b k t`."""
+        negative = [config.negative_prompt] * len(prompts)
+        texts = self._text(prompts, config), self._text(negative, config)
+        noise = autoregressive_noise(seed, items, codes.shape[1], sum(codes.shape[1:]))
+        return decode_beginning(self.network, texts, codes, given, config, noise.to(self.device))
 
     def _decode(
         self,

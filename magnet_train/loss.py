@@ -1,4 +1,4 @@
-"""Cross-entropy of one codebook at its masked frames, as sums and counts to add up over ranks."""
+"""Cross-entropy and divergence at masked frames, as sums and counts to add up over ranks."""
 
 from dataclasses import dataclass
 
@@ -28,6 +28,10 @@ class MaskedLoss:
             )
         )
 
+    def __getitem__(self, examples: slice) -> "MaskedLoss":
+        """Of some of the examples."""
+        return MaskedLoss(self.ce[examples], self.correct[examples], self.count[examples])
+
     def mean(self) -> Tensor:
         """Mean over all masked frames of the batch (MAGNeT, Eq. 2); 0 if there is none."""
         return self.ce.sum() / self.count.sum().clamp(min=1)
@@ -35,6 +39,14 @@ class MaskedLoss:
     def accuracy(self) -> Tensor:
         """Accuracy over all masked frames of the batch; 0 if there is none."""
         return self.correct.sum() / self.count.sum().clamp(min=1)
+
+
+def balanced_mean(stage: MaskedLoss, prompt: MaskedLoss, prompt_weight: float) -> Tensor:
+    """Mean over the masked frames of a stage and the codes of beginnings, each of these counted
+    `prompt_weight` times: hybrid MAGNeT's objective. 0 if there is neither.
+    """
+    count = stage.count.sum() + prompt_weight * prompt.count.sum()
+    return (stage.ce.sum() + prompt_weight * prompt.ce.sum()) / count.clamp(min=1)
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, masked: Tensor) -> MaskedLoss:
@@ -48,12 +60,41 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, masked: Tensor) -> Mas
     Raises:
         ValueError: if `logits` has another number of frames than `masked`.
     """
-    rows = masked.nonzero()[:, 0]
-    if len(rows) != len(logits):
-        raise ValueError(f"{len(logits)} rows of logits for {len(rows)} masked frames")
+    rows = _example_of_each(logits, masked)
     wanted = targets[masked]
     # Softmax in float32 at any precision: in bf16 the sum over 2048 entries is too inaccurate.
     ce = F.cross_entropy(logits.float(), wanted, reduction="none")
-    correct = (logits.detach().argmax(1) == wanted).float()
-    sums = torch.zeros(3, len(masked), device=logits.device)
-    return MaskedLoss(*sums.index_add(1, rows, torch.stack([ce, correct, torch.ones_like(ce)])))
+    return _sums(ce, logits.detach().argmax(1) == wanted, rows, len(masked))
+
+
+def masked_divergence(logits: Tensor, teacher: Tensor, masked: Tensor) -> MaskedLoss:
+    """KL divergence of the network's distribution from a teacher's, in nats, in the place of the
+    cross-entropy; "correct" is a frame whose most likely entry is the teacher's.
+
+    Args:
+        logits: `n c`, as of `masked_cross_entropy`.
+        teacher: `n c`, logits without gradient.
+        masked: `b t` bool, n frames True.
+
+    Raises:
+        ValueError: if `logits` has another number of frames than `masked`.
+    """
+    rows = _example_of_each(logits, masked)
+    ours, theirs = logits.float().log_softmax(1), teacher.float().log_softmax(1)
+    kl = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+    return _sums(kl, logits.detach().argmax(1) == teacher.argmax(1), rows, len(masked))
+
+
+def _example_of_each(logits: Tensor, masked: Tensor) -> Tensor:
+    """The example that each of the n masked frames belongs to."""
+    rows = masked.nonzero()[:, 0]
+    if len(rows) != len(logits):
+        raise ValueError(f"{len(logits)} rows of logits for {len(rows)} masked frames")
+    return rows
+
+
+def _sums(loss: Tensor, correct: Tensor, rows: Tensor, num_examples: int) -> MaskedLoss:
+    """Sums over the frames, `n` each, of each example."""
+    sums = torch.zeros(3, num_examples, device=loss.device)
+    columns = torch.stack([loss, correct.float(), torch.ones_like(loss)])
+    return MaskedLoss(*sums.index_add(1, rows, columns))

@@ -48,7 +48,7 @@ def expected_mask_rate(num_spans: int, span_len: int, num_frames: int) -> float:
     return 1.0 - free
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)  # hybrids ask for every length
 def span_counts(num_frames: int, span_len: int) -> tuple[int, ...]:
     """Smallest number of spans that reaches each mask rate 0, 0.01 … 1 (MAGNeT, App. C)."""
     rates = torch.ones(num_frames, dtype=torch.float64)
@@ -88,3 +88,30 @@ def span_mask(
     starts = order < counts.clamp(min=1)[:, None]
     covering = F.pad(starts.long().cumsum(1), (span_len, 0))
     return (covering[:, span_len:] > covering[:, :-span_len]).to(rates.device)
+
+
+def span_mask_behind(
+    starts: Tensor,
+    rates: Tensor,
+    num_frames: int,
+    span_len: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`span_mask` of the frames behind a beginning that stays, of each example its own: bool `b t`.
+
+    An example without frames behind its beginning has no mask.
+
+    Args:
+        starts: `b`, first frame that may be masked, 0 to `num_frames`.
+        rates: `b`, wanted share of the frames from there on.
+        num_frames: T, in frames.
+        span_len: L, in frames; no longer than what is left.
+        generator: source of randomness; the global one if None.
+    """
+    masked = torch.zeros(len(rates), num_frames, dtype=torch.bool)
+    for row, start in enumerate(starts.tolist()):
+        left = num_frames - start
+        if left > 0:
+            rate = rates[row : row + 1].cpu()
+            masked[row, start:] = span_mask(rate, left, min(span_len, left), generator)[0]
+    return masked.to(rates.device)

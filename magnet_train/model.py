@@ -20,16 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magnet_train.attention import (
-    full_attention,
-    recomputed,
-    text_attention,
-    window_bias,
-    windowed_attention,
-)
+from magnet_train.attention import recomputed, text_attention, window_bias
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.common.per_codebook import per_codebook
+from magnet_train.layout import (
+    DelayedInputs,
+    FrameInputs,
+    causal_rows,
+    delayed,
+    hidden_keys,
+    predicting_rows,
+)
 
 
 class Pass(NamedTuple):
@@ -39,6 +41,11 @@ class Pass(NamedTuple):
     """Codebooks whose logits are computed, in this order."""
     context: int = -1
     """Frames visible on each side; -1 = all frames."""
+    causal: Tensor | int = 0
+    """In the delay layout: number of rows, from the first, that see only the columns up to their
+    own; -1 = all. One number, or one for each example, `b`. The other rows belong to the stage of
+    the first codebook.
+    """
 
 
 LARGEST = {
@@ -83,6 +90,12 @@ class MagnetConfig:
     (published).
     """
 
+    order: Literal["parallel", "hybrid", "autoregressive"] = "parallel"
+    """How codes are predicted: in parallel (MAGNeT); a beginning frame after frame and the rest in
+    parallel (hybrid MAGNeT); or all frame after frame (MusicGen). The last two have the delay
+    layout.
+    """
+
     def __post_init__(self) -> None:
         if not isinstance(self.context, int):
             object.__setattr__(self, "context", tuple(self.context))  # JSON and YAML give a list
@@ -100,6 +113,8 @@ class MagnetConfig:
                 "frames"
             )
         per_codebook("context", numbers, self.num_codebooks)
+        if self.order not in ("parallel", "hybrid", "autoregressive"):
+            raise UserError(f"order={self.order}: choose parallel, hybrid or autoregressive")
         if self.positions not in ("sinusoidal", "rotary"):
             raise UserError(f"positions={self.positions}: choose sinusoidal or rotary")
         if self.positions == "rotary" and self.dim // self.num_heads % 2:
@@ -125,6 +140,11 @@ class MagnetConfig:
         else:
             context = -1 if index == 0 else self.context
         return Pass((index,), context)
+
+    @property
+    def reading(self) -> Pass:
+        """The pass that predicts all codebooks, each code from those in the columns before it."""
+        return Pass(tuple(range(self.num_codebooks)), causal=-1)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -161,29 +181,6 @@ def rotary_angles(num_frames: int, head_dim: int, device=None) -> Tensor:
     return frame / 10_000 ** (2 * pair / head_dim)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE to queries or keys: `b h t d` -> `b h t d`; channel i pairs with channel i + d/2.
-
-    Scores then depend only on the distance of two frames. Computed in float32.
-    """
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-
-@dataclass(frozen=True)
-class FrameInputs:
-    """Inputs shared by all blocks of one pass."""
-
-    context: int
-    """Frames visible on each side; -1 = all."""
-    bias: Tensor | None
-    """Added to the attention scores, 0 or -inf; None = all frames are visible."""
-    valid: Tensor | None
-    """`b t`, False = padding; None = no padding."""
-    rotation: tuple[Tensor, Tensor] | None
-    """Cosines and sines, `t d/2` each; None = positions are sinusoidal."""
-
-
 class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -191,17 +188,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm, frames: FrameInputs) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.LayerNorm, frames: FrameInputs | DelayedInputs) -> Tensor:
         qkv = recomputed(lambda x: self.qkv(norm(x)), x)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each b h t d
-        if frames.rotation is not None:
-            q = rotate(q, *frames.rotation)
-            k = rotate(k, *frames.rotation)
-        if frames.context >= 0:
-            y = windowed_attention(q, k, v, frames.context, bias=frames.bias)
-        else:
-            y = full_attention(q, k, v, frames.bias)
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.out(frames.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -229,18 +219,14 @@ class CrossAttention(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Depthwise convolution over frames: `b t d` -> `b t d`; padding counts as zero."""
+    """Depthwise convolution over frames, `b t d` -> `b t d`; the layout decides what is near."""
 
     def __init__(self, dim: int, kernel: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(kernel, dim))
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        if valid is not None:
-            x = x.masked_fill(~valid[..., None], 0)
-        kernel, dim = self.weight.shape
-        mixed = F.conv1d(x.transpose(1, 2), self.weight.T[:, None], padding=kernel // 2, groups=dim)
-        return mixed.transpose(1, 2)
+    def forward(self, x: Tensor, frames: FrameInputs | DelayedInputs) -> Tensor:
+        return frames.convolve(x, self.weight)
 
 
 class Block(nn.Module):
@@ -258,10 +244,13 @@ class Block(nn.Module):
         self.ffn_out = nn.Linear(config.ffn_ratio * config.dim, config.dim, bias=False)
 
     def forward(
-        self, x: Tensor, frames: FrameInputs, text: tuple[Tensor, Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        frames: FrameInputs | DelayedInputs,
+        text: tuple[Tensor, Tensor, Tensor] | None,
     ) -> Tensor:
         if self.convolution is not None:
-            x = x + self.convolution(x, frames.valid)
+            x = x + self.convolution(x, frames)
         x = x + self.self_attention(x, self.self_norm, frames)
         if text is not None:
             x = x + self.cross_attention(x, self.cross_norm, *text)
@@ -277,6 +266,7 @@ class Magnet(nn.Module):
     def __init__(self, config: MagnetConfig):
         super().__init__()
         self.config = config
+        self.is_delayed = config.order != "parallel"
         self.text_multiple = 1  # captions are padded to a multiple of this, in tokens
         self.embedding = nn.Parameter(
             torch.empty(config.num_codebooks, config.codebook_size + 1, config.dim)
@@ -373,7 +363,7 @@ class Magnet(nn.Module):
     def trunk(
         self, codes: Tensor, pass_: Pass, text: TextKeyValues | None, valid: Tensor | None = None
     ) -> Tensor:
-        """Features of every frame: `b k t` -> `b t d`.
+        """Features of every row: `b k t` -> `b t d`; in the delay layout `b s d`.
 
         Args:
             codes: the mask id marks unknown codes; codebooks above the predicted ones should be
@@ -383,7 +373,7 @@ class Magnet(nn.Module):
             valid: `b t`, False = padding; None = no padding.
         """
         x = self.embedded(codes)
-        frames = self.frame_inputs(x, pass_.context, valid)
+        frames = self.frame_inputs(x, pass_, valid)
         for i, block in enumerate(self.blocks):
             x = block(
                 x, frames, None if text is None else (text.keys[i], text.values[i], text.allowed)
@@ -391,37 +381,60 @@ class Magnet(nn.Module):
         return self.out_norm(x)
 
     def embedded(self, codes: Tensor) -> Tensor:
-        """Input of the first block: sum of code embeddings and position, `b k t` -> `b t d`."""
+        """Input of the first block: sum of code embeddings and position, `b k t` -> `b t d`; in the
+        delay layout `b s d`.
+        """
+        if self.is_delayed:
+            codes = delayed(codes, self.config.mask_id)
+        return self.embedded_columns(codes)
+
+    def embedded_columns(self, codes: Tensor, first: int = 0) -> Tensor:
+        """`embedded` for columns as they stand, from column `first` on: `b k s` -> `b s d`."""
         k, size = self.config.num_codebooks, self.config.codebook_size + 1
         offset = torch.arange(k, device=codes.device)[:, None] * size
         x = F.embedding(codes + offset, self.embedding.flatten(0, 1)).sum(1)
         if self.config.positions == "rotary":
             return x
-        return (x.float() + sinusoidal_positions(codes.shape[2], self.config.dim, codes.device)).to(
-            x.dtype
-        )
+        end = first + codes.shape[2]
+        positions = sinusoidal_positions(end, self.config.dim, codes.device)[first:]
+        return (x.float() + positions).to(x.dtype)
 
-    def frame_inputs(self, x: Tensor, context: int, valid: Tensor | None) -> FrameInputs:
-        """Shared inputs of all blocks, from the first block's input `b t d`."""
-        num_frames = x.shape[1]
-        if context >= num_frames - 1:  # the window covers the sequence
-            context = -1
+    def frame_inputs(
+        self, x: Tensor, pass_: Pass, valid: Tensor | None
+    ) -> FrameInputs | DelayedInputs:
+        """Shared inputs of all blocks, from the first block's input `b t d`, or `b s d`."""
         rotation = None
         if self.config.positions == "rotary":
-            angles = rotary_angles(num_frames, self.config.dim // self.config.num_heads, x.device)
+            angles = rotary_angles(x.shape[1], self.config.dim // self.config.num_heads, x.device)
             rotation = angles.cos(), angles.sin()
-        return FrameInputs(context, self._bias(x, context, valid), valid, rotation)
+        if not self.is_delayed:
+            return self._frames(x, pass_.context, valid, rotation)
+        num_frames, stage = x.shape[1] - self.config.num_codebooks, pass_.codebooks[0]
+        frames = self._frames(x[:, :num_frames], pass_.context, valid, None)
+        seen = None
+        if valid is not None:  # columns beside the stage's own are never padding
+            beside = (1 + stage, self.config.num_codebooks - 1 - stage)
+            seen = F.pad(valid, beside, value=True)[:, None, None]
+        causal = causal_rows(pass_.causal, x.shape[1], x.device)
+        return DelayedInputs(frames, stage, num_frames, causal, rotation, seen)
 
-    def _bias(self, x: Tensor, context: int, valid: Tensor | None) -> Tensor | None:
-        """Bias on the self-attention scores, 0 or -inf; None = no bias."""
-        heads = x.unflatten(2, (self.config.num_heads, -1)).transpose(1, 2)  # the queries' shape
+    def _frames(self, x: Tensor, context: int, valid: Tensor | None, rotation: Any) -> FrameInputs:
+        """Of frames `b t d` in which nothing is causal."""
+        if context >= x.shape[1] - 1:  # the window covers the sequence
+            context = -1
+        bias = None
         if context >= 0:
-            return window_bias(heads, context, valid)
-        if valid is None:
-            return None
-        return torch.zeros(valid.shape, dtype=x.dtype, device=x.device).masked_fill_(
-            ~valid, -math.inf
-        )[:, None, None]
+            heads = x.unflatten(2, (self.config.num_heads, -1)).transpose(1, 2)  # as queries
+            bias = window_bias(heads, context, valid)
+        elif valid is not None:
+            bias = hidden_keys(valid, x.dtype)
+        return FrameInputs(context, bias, valid, rotation)
+
+    def rows(self, features: Tensor, codebook: int) -> Tensor:
+        """Features of the rows that predict a codebook, one for each frame: `b s d` -> `b t d`."""
+        if not self.is_delayed:
+            return features
+        return predicting_rows(features, codebook, self.config.num_codebooks)
 
     def logits(self, features: Tensor, codebook: int) -> Tensor:
         """Logits of one codebook: `… d` -> `… c`."""
@@ -436,19 +449,24 @@ class Magnet(nn.Module):
         masked: Tensor,
         valid: Tensor | None = None,
     ) -> Tensor:
-        """Training forward pass: logits `n c` of the pass's codebook at the n masked frames.
+        """Training forward pass: logits `n c` of the pass's codebooks at the n masked frames, one
+        codebook after the other.
 
         Args:
             codes: `b k t`, as in `trunk`.
-            pass_: a pass with one codebook.
+            pass_: a pass with m codebooks.
             states: text states, as in `encode_text`.
             allowed: text mask, as in `encode_text`.
-            masked: `b t` bool.
+            masked: `b t` bool for one codebook, `b m t` for several.
             valid: as in `trunk`.
         """
         features = self.trunk(codes, pass_, self.encode_text(states, allowed), valid)
-        (codebook,) = pass_.codebooks
-        return self.logits(features[masked], codebook)
+        of_books = masked[:, None] if masked.dim() == 2 else masked
+        logits = [
+            self.logits(self.rows(features, book)[frames], book)
+            for book, frames in zip(pass_.codebooks, of_books.unbind(1), strict=True)
+        ]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def forward(
         self, codes: Tensor, pass_: Pass, text: TextKeyValues | None, valid: Tensor | None = None
@@ -458,5 +476,5 @@ class Magnet(nn.Module):
         Arguments as in `trunk`.
         """
         features = self.trunk(codes, pass_, text, valid)
-        logits = [self.logits(features, codebook) for codebook in pass_.codebooks]
+        logits = [self.logits(self.rows(features, book), book) for book in pass_.codebooks]
         return logits[0] if len(logits) == 1 else torch.stack(logits, 1)

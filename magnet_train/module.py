@@ -8,6 +8,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from magnet_train.codec.base import absolute_name, load_codec
 from magnet_train.common import private_api
@@ -17,11 +18,17 @@ from magnet_train.common.pretrained import absolute_path
 from magnet_train.common.randomness import generator_for
 from magnet_train.conditioning import TextEncoder, drop_captions, load_text_encoder
 from magnet_train.data.pipeline import Batch
-from magnet_train.loss import MaskedLoss, masked_cross_entropy
-from magnet_train.masking import cosine_mask_rate, span_mask
+from magnet_train.layout import prompt_frames
+from magnet_train.loss import (
+    MaskedLoss,
+    balanced_mean,
+    masked_cross_entropy,
+    masked_divergence,
+)
+from magnet_train.masking import cosine_mask_rate, span_mask, span_mask_behind
 from magnet_train.metrics.baselines import copy_nearest
 from magnet_train.metrics.fixed_masks import FixedMaskMetrics, fixed_span_mask
-from magnet_train.model import Magnet, MagnetConfig
+from magnet_train.model import Magnet, MagnetConfig, Pass
 from magnet_train.optimizer import OptimizerConfig, allows_fused, make_optimizer, schedule_factor
 from magnet_train.release import SavedModel, check_codec, check_weights
 from magnet_train.resume import check_same_model, differing
@@ -35,6 +42,36 @@ def step_generator(seed: int, *place: int) -> torch.Generator:
     draw the same numbers and validation does not affect training.
     """
     return generator_for(repr((seed, *place)))
+
+
+def checked_stage_weights(
+    weights: tuple[float, ...] | None, num_codebooks: int
+) -> tuple[float, ...] | None:
+    """How often each stage is trained, one number for each; None = alike.
+
+    Raises:
+        UserError: if one is below 0, or none above.
+    """
+    if weights is None:
+        return None
+    weights = tuple(float(weight) for weight in weights)
+    if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
+        raise UserError(f"stage_weights={list(weights)} must be at least 0, and one above 0")
+    return per_codebook("stage_weights", weights, num_codebooks)
+
+
+def load_teacher(start: SavedModel | None, network: MagnetConfig) -> Magnet:
+    """The network whose guided logits are learnt.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if start is None or network.order != "parallel":
+        raise UserError(
+            "distil_guidance=true needs a model with order=parallel to distil; give "
+            "--model.init_from RELEASE"
+        )
+    return start.build().requires_grad_(False)
 
 
 MAX_CROP_S = 3600.0
@@ -51,11 +88,13 @@ class MagnetModule(L.LightningModule):
         text_encoder: str = "demo",
         crop_s: float = 10.0,
         span_len: int = 3,
+        prompt_weight: float = 1.0,
         guidance_dropout: float = 0.3,
         stage_sampling: Literal["batch", "example"] = "batch",
         stage_weights: tuple[float, ...] | None = None,
         start_from_codec: bool = False,
         init_from: str | None = None,
+        distil_guidance: bool = False,
         compiled: bool = False,
         seed: int = 2036,
     ):
@@ -70,6 +109,9 @@ class MagnetModule(L.LightningModule):
                 its tokenizer.
             crop_s: Length of training crops and, by default, of generated audio, in seconds.
             span_len: Length of masked spans, in frames; 3 frames are 60 ms at 50 Hz.
+            prompt_weight: Weight of a code in a hybrid's beginning relative to a masked one, at
+                least 0. At 1, as in audiocraft's branch, all beginnings weigh about six times as
+                much, because they have more codes. Not read for order=parallel.
             guidance_dropout: Share of examples trained without their caption, for classifier-free
                 guidance, 0 to 1.
             stage_sampling: "batch" trains one stage per optimizer step, as published; "example"
@@ -81,6 +123,9 @@ class MagnetModule(L.LightningModule):
             init_from: Start from these weights (release folder, hub id, checkpoint or run folder).
                 Their network, codec, text encoder, lengths and decoding settings become the
                 defaults.
+            distil_guidance: Learn the guided logits of init_from, so that decoding needs no null
+                pass and takes half the time. Guidance coefficients are those of its decoding
+                settings.
             compiled: Compile the transformer's blocks, for GPUs. The first steps then take a minute
                 or more.
             seed: Seed of initial weights, masks and dropout.
@@ -90,16 +135,11 @@ class MagnetModule(L.LightningModule):
             raise UserError(f"guidance_dropout={guidance_dropout} must be between 0 and 1")
         if span_len < 1:
             raise UserError(f"span_len={span_len} must be at least 1 frame")
+        if not 0 <= prompt_weight < math.inf:
+            raise UserError(f"prompt_weight={prompt_weight} must be 0 or more")
         if stage_sampling not in ("batch", "example"):
             raise UserError(f"stage_sampling={stage_sampling}: choose batch or example")
-        if stage_weights is not None:
-            stage_weights = tuple(float(weight) for weight in stage_weights)
-            finite = all(0 <= weight < math.inf for weight in stage_weights)
-            if not finite or not sum(stage_weights):
-                raise UserError(
-                    f"stage_weights={list(stage_weights)} must be at least 0, and one above 0"
-                )
-            stage_weights = per_codebook("stage_weights", stage_weights, network.num_codebooks)
+        stage_weights = checked_stage_weights(stage_weights, network.num_codebooks)
         if not 0 < crop_s <= MAX_CROP_S:
             raise UserError(f"crop_s={crop_s} must be above 0 and at most {MAX_CROP_S:.0f} seconds")
         if init_from is not None and start_from_codec:
@@ -107,6 +147,9 @@ class MagnetModule(L.LightningModule):
                 f"init_from={init_from} and start_from_codec=true: choose one to start from"
             )
         start = None if init_from is None else SavedModel.open(init_from)
+        # In a tuple, so that it enters neither checkpoints nor the optimizer.
+        self._teacher = (load_teacher(start, network),) if distil_guidance else ()
+        self._teacher_decoding = None if start is None else start.decoding
         # A run may be resumed from another working directory.
         codec, text_encoder = absolute_name(codec), absolute_path(text_encoder)
         # Plain values, so that a checkpoint loads without unpickling classes of ours.
@@ -118,11 +161,13 @@ class MagnetModule(L.LightningModule):
                 "text_encoder": text_encoder,
                 "crop_s": crop_s,
                 "span_len": span_len,
+                "prompt_weight": prompt_weight,
                 "guidance_dropout": guidance_dropout,
                 "stage_sampling": stage_sampling,
                 "stage_weights": stage_weights,
                 "start_from_codec": start_from_codec,
                 "init_from": init_from,
+                "distil_guidance": distil_guidance,
                 "seed": seed,
             }
         )
@@ -141,6 +186,7 @@ class MagnetModule(L.LightningModule):
             seed,
             crop_s,
         )
+        self.prompt_weight = prompt_weight
         self.stage_weights = None if stage_weights is None else torch.tensor(stage_weights)
         self.stage_sampling, self.codec_name, self.text_encoder_name = (
             stage_sampling,
@@ -160,6 +206,7 @@ class MagnetModule(L.LightningModule):
         if compiled:
             self.network.compile_blocks()
         self.fixed_masks = FixedMaskMetrics(network.num_codebooks)
+        self.reading_ce = MeanMetric().set_dtype(torch.float64)
         # In a tuple, so that the frozen encoder enters neither checkpoints nor the optimizer.
         self._frozen: tuple[TextEncoder, ...] = ()
         self._generator: Any = None
@@ -192,6 +239,8 @@ class MagnetModule(L.LightningModule):
                 "with"
             )
         self.text_encoder.to(self.device)
+        for teacher in self._teacher:
+            teacher.to(self.device)
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -214,44 +263,155 @@ class MagnetModule(L.LightningModule):
             stage: 0 … K-1.
             masked: `b t`; padded frames are ignored.
         """
-        codes, valid = batch["codes"], batch["valid"]
-        mask_id = self.config.mask_id
-        masked_codes = codes.clone()
-        masked_codes[:, stage] = masked_codes[:, stage].masked_fill(masked, mask_id)
-        masked_codes[:, stage + 1 :] = mask_id
+        shown = self._shown(batch["codes"], stage, masked)
+        return self._loss(batch, captions, self.config.stage(stage), shown, masked[:, None])
+
+    def hybrid_loss(
+        self, batch: Batch, captions: list[str], stage: int, masked: Tensor, steps: Tensor
+    ) -> tuple[MaskedLoss, MaskedLoss]:
+        """Losses of a stage behind beginnings, and of these beginnings' codes, from one pass.
+
+        Args:
+            batch: codes and valid frames.
+            captions: one per example; "" = without text.
+            stage: 0 … K-1.
+            masked: `b t`, none of them in the stage's beginning.
+            steps: `b`, prompt step of each example: rows before it are causal, and predict all
+                codes of its beginning.
+        """
+        codes = batch["codes"]
+        prompt = prompt_frames(steps, *codes.shape[1:])
+        shown = torch.where(prompt, codes, self._shown(codes, stage, masked))
+        own, every = self.config.stage(stage), self.config.reading
+        pass_ = Pass(own.codebooks + every.codebooks, own.context, steps)
+        predicted = torch.cat([masked[:, None], prompt], 1)
+        loss = self._loss(batch, captions, pass_, shown, predicted)
+        return loss[: len(codes)], loss[len(codes) :]
+
+    def reading_loss(self, batch: Batch, captions: list[str]) -> MaskedLoss:
+        """Loss of all codes, each after those that come before it in the delay layout."""
+        codes = batch["codes"]
+        everywhere = torch.ones_like(codes, dtype=torch.bool)
+        return self._loss(batch, captions, self.config.reading, codes, everywhere)
+
+    def distilled_loss(
+        self, batch: Batch, captions: list[str], stage: int, masked: Tensor, rates: Tensor
+    ) -> MaskedLoss:
+        """KL divergence of one stage's single pass from the teacher's guided logits.
+
+        Args:
+            batch: codes and valid frames.
+            captions: one per example; "" = without text, where guidance changes nothing.
+            stage: 0 … K-1.
+            masked: `b t`.
+            rates: `b`, share of frames masked; the guidance coefficient follows it, as in decoding.
+        """
+        teacher, settings = self._teacher[0], self._teacher_decoding
+        assert settings is not None
+        shown, pass_ = self._shown(batch["codes"], stage, masked), self.config.stage(stage)
+        masked = (masked & batch["valid"])[:, None]
+        with torch.no_grad():
+            with_text = self._logits(teacher, batch, captions, pass_, shown, masked)
+            without = self._logits(teacher, batch, [""] * len(captions), pass_, shown, masked)
+            coefs = rates * settings.max_cfg_coef + (1 - rates) * settings.min_cfg_coef
+            coef = coefs.to(with_text)[masked.nonzero()[:, 0], None]
+            guided = without + (with_text - without) * coef
+        logits = self._logits(self.unsharded, batch, captions, pass_, shown, masked)
+        return masked_divergence(logits, guided, masked[:, 0])
+
+    def _shown(self, codes: Tensor, stage: int, masked: Tensor) -> Tensor:
+        """What the network sees of the codes `b k t`: no codebook above the stage, and no masked
+        frame of the stage.
+        """
+        shown = codes.clone()
+        shown[:, stage] = shown[:, stage].masked_fill(masked, self.config.mask_id)
+        shown[:, stage + 1 :] = self.config.mask_id
+        return shown
+
+    def _loss(
+        self, batch: Batch, captions: list[str], pass_: Pass, shown: Tensor, masked: Tensor
+    ) -> MaskedLoss:
+        """Loss of a pass's m codebooks at frames `b m t`, padding excepted: of m times b examples,
+        codebook after codebook.
+        """
+        masked = masked & batch["valid"][:, None]
+        logits = self._logits(self.unsharded, batch, captions, pass_, shown, masked)
+        targets = batch["codes"][:, list(pass_.codebooks)]
+        by_codebook = (x.transpose(0, 1).flatten(0, 1) for x in (targets, masked))
+        return masked_cross_entropy(logits, *by_codebook)
+
+    def _logits(
+        self,
+        network: Magnet,
+        batch: Batch,
+        captions: list[str],
+        pass_: Pass,
+        shown: Tensor,
+        masked: Tensor,
+    ) -> Tensor:
+        valid = batch["valid"]
         padded = not bool(valid.all())
         if padded:
-            masked_codes = masked_codes.masked_fill(~valid[:, None], mask_id)
-        masked = masked & valid
+            shown = shown.masked_fill(~valid[:, None], self.config.mask_id)
         # Text is encoded even if all captions are dropped, because DDP needs all gradients.
         states, text_mask = self.text_encoder(captions)
-        logits = self.unsharded.masked_logits(
-            masked_codes,
-            self.config.stage(stage),
-            states,
-            text_mask,
-            masked,
-            valid if padded else None,
+        return network.masked_logits(
+            shown, pass_, states, text_mask, masked, valid if padded else None
         )
-        return masked_cross_entropy(logits, codes[:, stage], masked)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         count = self.trainer.fit_loop.epoch_loop.total_batch_idx
         generator = step_generator(self.seed, count, self.global_rank)
         size, num_frames = batch["valid"].shape
         rates = cosine_mask_rate(torch.rand(size, generator=generator))
-        masked = span_mask(rates, num_frames, self.span_len, generator).to(self.device)
+        stages = self._drawn_stages(count, size)
+        masked, steps = self._draw_masks(rates, stages, num_frames, generator)
         captions = drop_captions(batch["captions"], self.guidance_dropout, generator)
-        losses = []
-        for stage, rows in self._drawn_stages(count, size):
+        losses, prompts = [], []
+        for stage, rows in stages:
             part: Any = {name: batch[name][rows] for name in ("codes", "valid")}
-            loss = self.stage_loss(part, [captions[row] for row in rows], stage, masked[rows])
+            given = part, [captions[row] for row in rows], stage, masked[rows]
+            if self.config.order != "parallel":
+                loss, prompt = self.hybrid_loss(*given, steps[rows])
+                prompts.append(prompt)
+            elif self._teacher:
+                loss = self.distilled_loss(*given, rates[rows])
+            else:
+                loss = self.stage_loss(*given)
             self.log(f"train/ce/stage{stage}", loss.mean().detach(), batch_size=len(rows))
             self.log(f"train/accuracy/stage{stage}", loss.accuracy(), batch_size=len(rows))
             losses.append(loss)
-        mean = MaskedLoss.concatenate(losses).mean()
+        whole = MaskedLoss.concatenate(losses)
+        mean = whole.mean()
+        if prompts:
+            prompt = MaskedLoss.concatenate(prompts)
+            mean = balanced_mean(whole, prompt, self.prompt_weight)
+            self.log("train/ce/prompt", prompt.mean().detach(), batch_size=size)
         self.log("train/loss", mean, prog_bar=True, batch_size=size)
         return mean
+
+    def _draw_masks(
+        self,
+        rates: Tensor,
+        stages: list[tuple[int, list[int]]],
+        num_frames: int,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Masked frames, `b t`, and prompt steps, `b`; these are 0 for MAGNeT, which draws none."""
+        size, books = len(rates), self.config.num_codebooks
+        if self.config.order == "parallel":
+            masked = span_mask(rates, num_frames, self.span_len, generator)
+            return masked.to(self.device), torch.zeros(size, dtype=torch.long)
+        if self.config.order == "hybrid":
+            steps = torch.randint(num_frames, (size,), generator=generator)
+        else:  # all rows are causal
+            steps = torch.full((size,), num_frames + books)
+        stage_of = torch.zeros(size, dtype=torch.long)
+        for stage, rows in stages:
+            stage_of[rows] = stage
+        starts = (steps - stage_of).clamp(0, num_frames)
+        masked = span_mask_behind(starts, rates, num_frames, self.span_len, generator)
+        return masked.to(self.device), steps.to(self.device)
 
     def _drawn_stages(self, count: int, size: int) -> list[tuple[int, list[int]]]:
         """Stages to train in the batch after `count` others, with the rows of each.
@@ -277,6 +437,11 @@ class MagnetModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         num_frames = batch["valid"].shape[1]
+        if self.config.order != "parallel":
+            read = self.reading_loss(batch, batch["captions"])
+            self.reading_ce.update(read.mean(), read.count.sum())
+        if self.config.order == "autoregressive":
+            return
         for stage in range(self.config.num_codebooks):
             masks, rates = zip(
                 *(fixed_span_mask(key, stage, num_frames, self.span_len) for key in batch["keys"]),
@@ -298,6 +463,9 @@ class MagnetModule(L.LightningModule):
         self._unsharded = ()
         self.log_dict(self.fixed_masks.compute())
         self.fixed_masks.reset()
+        if self.config.order != "parallel":
+            self.log("val/ce/reading", self.reading_ce.compute())
+            self.reading_ce.reset()
 
     test_step = validation_step
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start

@@ -9,7 +9,13 @@ from magnet_train.codec.base import CodecFacts, load_codec
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import MAX_CONFIG_BYTES, one_line
 from magnet_train.conditioning import TextEncoder, load_text_encoder
-from magnet_train.decoding.rescoring import MagnetRescorer, Rescorer, load_musicgen
+from magnet_train.decoding.rescoring import (
+    HybridRescorer,
+    MagnetRescorer,
+    MusicGenRescorer,
+    Rescorer,
+    load_musicgen,
+)
 from magnet_train.release import SavedModel
 
 COMPARED = ("num_codebooks", "codebook_size", "sample_rate", "frame_rate", "hash")
@@ -26,7 +32,7 @@ def check_rescorer(name: str, codec: Mapping[str, Any]) -> SavedModel | None:
     Raises:
         UserError: if it does not exist, or its codes are others.
     """
-    config = _musicgen_config(name)
+    config = musicgen_config(name)
     saved = None if config is not None else SavedModel.open(name)
     theirs = _musicgen_codes(config or {}, name) if saved is None else _codes(saved)
     for fact in COMPARED:
@@ -48,11 +54,13 @@ def load_rescorer(name: str, codec: CodecFacts, text_encoder: TextEncoder) -> Re
     device = text_encoder.device
     saved = check_rescorer(name, codec.to_dict())
     if saved is None:
-        return load_musicgen(name, device)
+        model, own = load_musicgen(name)
+        return MusicGenRescorer(model.to(device), own)
     own = text_encoder
     if saved.text_encoder != text_encoder.id:
         own = load_text_encoder(saved.text_encoder).to(device)
-    return MagnetRescorer(saved.build().to(device).eval(), own)
+    kind = MagnetRescorer if saved.network.order == "parallel" else HybridRescorer
+    return kind(saved.build().to(device).eval(), own)
 
 
 def _codes(saved: SavedModel) -> dict[str, Any]:
@@ -62,7 +70,7 @@ def _codes(saved: SavedModel) -> dict[str, Any]:
     return (load_codec(codec["id"]).facts.to_dict() if codec.keys() == {"id"} else codec) | sizes
 
 
-def _musicgen_config(name: str) -> dict[str, Any] | None:
+def musicgen_config(name: str) -> dict[str, Any] | None:
     """Content of the config.json of a folder or hub id, if it is a MusicGen's of transformers."""
     from transformers.utils import cached_file
 
@@ -81,29 +89,33 @@ def _musicgen_config(name: str) -> dict[str, Any] | None:
 
 
 def _musicgen_codes(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Facts about the codes of a MusicGen, from its configuration alone.
-
-    Raises:
-        UserError: if it is none that reads the codes of one channel from text alone.
-    """
-    from transformers import MusicgenConfig
-
-    if config["model_type"] != "musicgen":
-        raise UserError(
-            f"rescorer={name}: {config['model_type']} is conditioned on a melody; choose a "
-            "MusicGen for text alone"
-        )
-    try:
-        parsed: Any = MusicgenConfig.from_dict(dict(config))
-    except Exception as error:
-        raise UserError(
-            f"rescorer={name}: its config.json is damaged ({one_line(error)})"
-        ) from error
-    if parsed.decoder.audio_channels != 1:
-        raise UserError(f"rescorer={name}: a stereo MusicGen; choose one with a single channel")
+    """Facts about the codes of a MusicGen, from its configuration alone."""
+    parsed = parse_musicgen(config, f"rescorer={name}")
     return {
         "num_codebooks": parsed.decoder.num_codebooks,
         "codebook_size": parsed.decoder.vocab_size,
         "sample_rate": parsed.audio_encoder.sampling_rate,
         "frame_rate": parsed.audio_encoder.frame_rate,
     }
+
+
+def parse_musicgen(config: Mapping[str, Any], where: str) -> Any:
+    """`MusicgenConfig` of transformers.
+
+    Raises:
+        UserError: if it is damaged, or the model is stereo or conditioned on a melody.
+    """
+    from transformers import MusicgenConfig
+
+    if config["model_type"] != "musicgen":
+        raise UserError(
+            f"{where}: {config['model_type']} is conditioned on a melody; choose a "
+            "MusicGen for text alone"
+        )
+    try:
+        parsed: Any = MusicgenConfig.from_dict(dict(config))
+    except Exception as error:
+        raise UserError(f"{where}: config.json is damaged ({one_line(error)})") from error
+    if parsed.decoder.audio_channels != 1:
+        raise UserError(f"{where}: a stereo MusicGen; choose one with a single channel")
+    return parsed

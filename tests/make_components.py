@@ -143,7 +143,7 @@ def make_musicgen(folder: Path, seed: int = 0, dim: int = 32, **decoder: Any) ->
     )
 
     make_t5(folder / "t5", seed, dim=dim)
-    make_codec(folder / "codec", seed)
+    codec = make_codec(folder / "codec", seed)
     make_tokenizer(folder)
     settings: dict[str, Any] = {
         "hidden_size": 2 * dim,
@@ -165,6 +165,7 @@ def make_musicgen(folder: Path, seed: int = 0, dim: int = 32, **decoder: Any) ->
         model = MusicgenForConditionalGeneration(config).eval()
     for weight in model.decoder.parameters():
         torch.nn.init.normal_(weight, std=0.1) if weight.dim() > 1 else None
+    model.audio_encoder.load_state_dict(codec.state_dict())
     model.save_pretrained(folder)
     return model
 

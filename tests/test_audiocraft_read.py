@@ -30,9 +30,10 @@ def refusal(source: Path) -> str:
 
 
 SETTINGS = [
-    ("lm_model", "transformer_lm_hybrid_magnet", "a hybrid MAGNeT (lm_model=transformer_lm_hybrid"),
-    ("codebooks_pattern.modeling", "delay", "a hybrid MAGNeT (codebooks_pattern.modeling=delay)"),
-    ("codebooks_pattern.modeling", "other", "another model (codebooks_pattern.modeling=other)"),
+    ("lm_model", "other", "neither a MAGNeT, a hybrid MAGNeT nor a MusicGen (lm_model=other"),
+    ("codebooks_pattern.modeling", "other", "codebooks_pattern.modeling=other"),
+    ("interleave_stereo_codebooks", {"use": True}, "a stereo model"),
+    ("conditioners.self_wav", {"model": "chroma_stem"}, "conditioned on a melody (self_wav)"),
     ("conditioners.description.t5.name", "t5-large", "width 768, but 't5-large' has 1024"),
     ("conditioners.description.model", "lut", "conditioners.description.model='lut'; only t5"),
     (
@@ -40,7 +41,7 @@ SETTINGS = [
         128,
         "emb.0.weight is (65, 64), expected (129, 64) (codebook size 128)",
     ),
-    ("transformer_lm.causal", True, "causal=True; only transformer_lm.causal=False"),
+    ("transformer_lm.causal", True, "transformer_lm.causal=True, codebooks_pattern"),
     ("transformer_lm.num_layers", None, "transformer_lm.num_layers=None, not a number"),
     ("transformer_lm.num_layers", 10**8, "num_layers=100000000"),
     ("transformer_lm.n_q", 10**8, "100000000"),
@@ -71,7 +72,6 @@ def test_unsupported_settings(key, value, message, tmp_path):
 TENSORS: list[tuple[Any, Any, str]] = [
     ("emb.2.weight", None, "lacks emb.2.weight"),
     ("surplus", torch.zeros(1), "unknown surplus"),
-    ("hybrid_emb.weight", torch.zeros(2), "a hybrid MAGNeT (hybrid_emb.weight)"),
     ("out_norm.bias", torch.zeros(3).half(), "out_norm.bias is (3,), expected (64,)"),
     ("out_norm.bias", 3, "out_norm.bias is int, not a dense floating-point tensor"),
     ("out_norm.bias", torch.zeros(64).to(torch.float8_e4m3fn), "not a dense floating-point tensor"),

@@ -60,9 +60,9 @@ def parts(tmp_path_factory) -> dict[str, Path]:
 
 
 def launch(configs: list[str], parts: dict[str, Path], out: Path) -> int:
-    own = any(c.startswith(("music", "sound", "modern")) for c in configs)
+    own = any(c.startswith(("music", "hybrid", "sound", "modern")) for c in configs)
     args = ["fit", *(x for c in configs for x in ("--config", str(CONF / c))), *QUICK]
-    if "demo_shipped.yaml" in configs:
+    if configs[0].startswith("demo_"):
         args[1:1] = ["--config", str(CONF / "demo.yaml")]
     if "finetune.yaml" in configs:
         args += ["--model.init_from", str(parts["release"])]
@@ -94,13 +94,13 @@ def test_a_configuration_begins_with_what_it_is_and_how_to_run_it(name):
     )
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n.startswith(("music", "sound"))])
+@pytest.mark.parametrize("name", [n for n in MODELS if n.startswith(("music", "hybrid", "sound"))])
 def test_published_shapes_and_batches_are_those_of_the_paper(name):
     config = yaml.safe_load((CONF / name).read_text())
     kind, size, length = name.removesuffix(".yaml").split("_")
     shape = {"small": (1024, 16, 24), "medium": (1536, 24, 48), "large": (2048, 32, 48)}[size]
     assert tuple(config["model"]["network"][k] for k in ("dim", "num_heads", "num_layers")) == shape
-    batch = {"10s": 576, "30s": 192}[length] if kind == "music" else 128
+    batch = {"10s": 576, "30s": 192}[length] if kind != "sound" else 128
     assert config["data"]["global_batch_size"] == batch
     assert config["model"]["crop_s"] == float(length.removesuffix("s"))
     assert config["generation"]["decoding"]["decoding_steps"][0] == {"10s": 20, "30s": 60}[length]

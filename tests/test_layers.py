@@ -16,6 +16,7 @@ LAYERS = [
     {"release", "adapters", "sharding"},
     {"decoding", "dense", "cost"},
     {"model", "conditioning", "codec", "sweeps"},
+    {"layout"},
     {"attention", "masking", "loss", "optimizer", "common"},
 ]
 """From the top down: a file imports from its own layer and from those below."""

@@ -13,10 +13,11 @@ from magnet_train.common.errors import UserError
 from magnet_train.decoding.decode import DecodingConfig, Networks, decode, item_noise
 from magnet_train.decoding.rescoring import (
     MagnetRescorer,
-    delayed,
+    MusicGenRescorer,
     load_musicgen,
     mixed_certainty,
 )
+from magnet_train.layout import delayed
 from magnet_train.rescorer import check_rescorer
 
 BASE = DecodingConfig(
@@ -121,7 +122,7 @@ def musicgen(tmp_path_factory) -> Path:
 
 @torch.no_grad()
 def test_musicgen_reads_every_frame_with_finite_numbers_equal_to_transformers(musicgen):
-    rescorer = load_musicgen(str(musicgen), torch.device("cpu"))
+    rescorer = MusicGenRescorer(*load_musicgen(str(musicgen)))
     codes = torch.randint(2048, (2, 4, 30))
     codes[:, 3] = 2048  # stage 2: the codebook above is not known yet
     prompts = ["a slow waltz", ""]
@@ -144,7 +145,7 @@ def test_musicgen_reads_every_frame_with_finite_numbers_equal_to_transformers(mu
 
 @torch.no_grad()
 def test_musicgen_sees_only_what_comes_before(musicgen):
-    rescorer = load_musicgen(str(musicgen), torch.device("cpu"))
+    rescorer = MusicGenRescorer(*load_musicgen(str(musicgen)))
     codes = torch.randint(2048, (1, 4, 30))
     reading, all_frames = rescorer.reading(["flute"]), torch.ones(1, 30, dtype=torch.bool)
     changed = codes.clone()

@@ -11,8 +11,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from magnet_train.audiocraft.musicgen import (
+    CROP_S,
+    musicgen_decoding,
+    musicgen_network,
+    musicgen_weights,
+)
 from magnet_train.audiocraft.names import (
     CODEC_FILE,
+    HYBRIDS,
     MODEL_FILE,
     PUBLISHED,
     PUBLISHED_LICENCE,
@@ -25,8 +32,10 @@ from magnet_train.codec.base import CodecFacts, load_codec, split_name
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import check_new
 from magnet_train.common.pretrained import absolute_path, one_line
+from magnet_train.decoding.rescoring import load_musicgen
 from magnet_train.model import MagnetConfig
-from magnet_train.release import SavedModel, check_codec, write_release
+from magnet_train.release import SavedModel, check_codec, check_weights, write_release
+from magnet_train.rescorer import musicgen_config, parse_musicgen
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,8 @@ def convert(source: str, options: ConvertOptions) -> Path:
         return write_model(_with_options(SavedModel.open(source), options), out)
     if folder is not None:
         saved = _from_audiocraft(folder, source, options)
+    elif (config := musicgen_config(source)) is not None:
+        saved = _from_musicgen(source, parse_musicgen(config, source), options)
     else:
         saved = _with_options(SavedModel.open(source), options)
         weights = saved.weights()
@@ -112,7 +123,7 @@ def _audiocraft_folder(source: str, with_codec: bool) -> Path | None:
 
 
 def _hub_id(source: str) -> str:
-    return f"facebook/{source}" if source in PUBLISHED else source
+    return f"facebook/{source}" if source in (*PUBLISHED, *HYBRIDS) else source
 
 
 def _is_release(name: str) -> bool:
@@ -146,6 +157,29 @@ def _from_audiocraft(folder: Path, source: str, options: ConvertOptions) -> Save
             provenance=provenance,
         )
         return write_release(options.out, saved, to_ours(model.weights, model.pairs))
+
+
+def _from_musicgen(source: str, config: Any, options: ConvertOptions) -> SavedModel:
+    """Writes a release of a MusicGen that transformers stores, with its codec and text encoder."""
+    network = musicgen_network(config, source)
+    model, text = load_musicgen(source)
+    licence = options.licence or PUBLISHED_LICENCE
+    with TemporaryDirectory() as scratch:
+        codec, encoder = Path(scratch) / "codec", Path(scratch) / "text_encoder"
+        model.audio_encoder.save_pretrained(codec)
+        text.save(encoder)
+        saved = SavedModel(
+            file=Path(source) / "model.safetensors",
+            network=network,
+            codec=_first_codebooks(options.codec or str(codec), network, source).to_dict(),
+            text_encoder=absolute_path(options.text_encoder or str(encoder)),
+            crop_s=CROP_S,
+            decoding=musicgen_decoding(model.generation_config),
+            provenance={"licence": licence, "source": f"MusicGen {Path(source).name}"},
+        )
+        weights = musicgen_weights(model.state_dict(), network)
+        check_weights(weights, network, saved.file)
+        return write_release(options.out, saved, {k: lambda v=v: v for k, v in weights.items()})
 
 
 def _provenance(model: ExportedModel, source: str, licence: str | None) -> dict[str, Any]:

@@ -33,9 +33,17 @@ TEXT_WIDTHS = {
     "google/flan-t5-xxl": 4096,
 }
 """Text encoders supported by audiocraft, and the width of their states."""
+HYBRIDS = ("hybrid-magnet-small", "hybrid-magnet-medium")
+"""On the hub under facebook/ too; no code has loaded them there."""
+ORDERS = {
+    ("transformer_lm_magnet", "False", "parallel"): "parallel",
+    ("transformer_lm_magnet", "False", "delay"): "hybrid",
+    ("transformer_lm", "True", "delay"): "autoregressive",
+}
+"""MagnetConfig.order by lm_model, transformer_lm.causal and codebooks_pattern.modeling. The weights
+have the same names in all three.
+"""
 REQUIRED = (
-    "lm_model",
-    "transformer_lm.causal",
     "transformer_lm.norm_first",
     "transformer_lm.activation",
     "transformer_lm.positional_embedding",
@@ -74,6 +82,8 @@ DECODING_KEYS = {
     "span_arrangement": "span_arrangement",
 }
 """Fields of DecodingConfig under `generate.lm`."""
+AUTOREGRESSIVE_KEYS = {"autoregressive_temperature": "temp", "autoregressive_top_k": "top_k"}
+"""The same of a MusicGen."""
 BLOCK_NAMES = {
     "self_norm.weight": "norm1.weight",
     "self_norm.bias": "norm1.bias",

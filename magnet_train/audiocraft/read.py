@@ -18,9 +18,13 @@ import yaml
 from torch import Tensor
 
 from magnet_train.audiocraft.names import (
+    AUTOREGRESSIVE_KEYS,
     DECODING_KEYS,
+    HYBRIDS,
     MODEL_FILE,
     NETWORK_KEYS,
+    ORDERS,
+    PUBLISHED,
     PUBLISHED_LICENCE,
     REQUIRED,
     SETTINGS_FILE,
@@ -96,7 +100,6 @@ def read_model(folder: Path) -> ExportedModel:
             f"{file}: has a tensor named {unnamed!r}, which is not a string; {DOWNLOAD_AGAIN}"
         )
     config = read_config(text, file)
-    _refuse_hybrids(weights, config, file)
     conditioner = _text_condition(config, file)
     projection = weights.get(f"{text_projection(conditioner)}.weight")
     if not isinstance(projection, Tensor) or projection.dim() != 2:
@@ -154,20 +157,46 @@ def _resolve(value: Any, config: Config) -> Any:
     return value
 
 
-def _refuse_hybrids(weights: Mapping[str, Any], config: Config, where: Path) -> None:
-    """Refuse Hybrid-MAGNeT, which generates the beginning autoregressively in a delay pattern."""
-    prefixes = ("attn_mask_per_stage", "ar_", "prompt_")
-    signs = [key for key in weights if "hybrid" in key or key.startswith(prefixes)]
-    if "hybrid" in str(config.get("lm_model", "")):
-        signs.append(f"lm_model={config['lm_model']}")
-    pattern = config.get("codebooks_pattern.modeling", "parallel")
-    if pattern != "parallel":
-        signs.append(f"codebooks_pattern.modeling={pattern}")
-    if signs:
-        kind = "a hybrid MAGNeT" if pattern in ("parallel", "delay") else "another model"
+def _order(config: Config, where: Path) -> Any:
+    """`MagnetConfig.order`, by the configuration alone: weights of all three have the same names.
+
+    Raises:
+        UserError: if it is neither MAGNeT, hybrid MAGNeT nor MusicGen, or a variant that this
+            package cannot compute.
+    """
+    if config.get("interleave_stereo_codebooks.use"):
         raise UserError(
-            f"{where}: {kind} ({signs[0]}), which is not supported; "
-            "use a magnet-… model without `hybrid` in its name"
+            f"{where}: a stereo model (interleave_stereo_codebooks.use=true), which is not "
+            "supported; take one without `stereo` in its name"
+        )
+    signs = {
+        "lm_model": config.get("lm_model", "transformer_lm_magnet"),
+        "transformer_lm.causal": config.get("transformer_lm.causal", False),
+        "codebooks_pattern.modeling": config.get("codebooks_pattern.modeling", "parallel"),
+    }
+    order = ORDERS.get(tuple(map(str, signs.values())))
+    if order is None:
+        found = ", ".join(f"{key}={value}" for key, value in signs.items())
+        raise UserError(
+            f"{where}: neither a MAGNeT, a hybrid MAGNeT nor a MusicGen ({found}); take one of "
+            f"these: {', '.join((*PUBLISHED, *HYBRIDS))}, musicgen-small, -medium or -large"
+        )
+    if order != "parallel":
+        _check_delays(config, where)
+    return order
+
+
+def _check_delays(config: Config, where: Path) -> None:
+    """Checks that codebook k is delayed by k columns and one, as in all published models."""
+    pattern = "codebooks_pattern.delay"
+    delays = config.get(f"{pattern}.delays")
+    num_codebooks = min(int(_number(config, "transformer_lm.n_q", where, 1)), MAX_KEYS)
+    expected = list(range(num_codebooks))
+    others = [config.get(f"{pattern}.{key}") for key in ("flatten_first", "empty_initial")]
+    if delays not in (None, expected) or any(others):
+        raise UserError(
+            f"{where}: {pattern}.delays={delays}, flatten_first and empty_initial={others}; only "
+            f"delays={expected} without these are supported"
         )
 
 
@@ -176,6 +205,11 @@ def _text_condition(config: Config, where: Path) -> str:
     names = _required(config, "fuser.cross", where)
     keys = ("fuser.sum", "fuser.prepend", "fuser.input_interpolate")
     others = [key for key in keys if config.get(key)]
+    if melody := [name for name in ("self_wav", "chroma") if _mentions(config, name)]:
+        raise UserError(
+            f"{where}: conditioned on a melody ({melody[0]}), which is not supported; take a model "
+            "for text alone"
+        )
     if not isinstance(names, list) or len(names) != 1 or others:
         raise UserError(
             f"{where}: conditions {names} {others}; only one text, by cross-attention, is supported"
@@ -186,6 +220,11 @@ def _text_condition(config: Config, where: Path) -> str:
     return str(names[0])
 
 
+def _mentions(config: Config, conditioner: str) -> bool:
+    """Whether a condition other than text is configured under that name."""
+    return any(key.startswith(f"conditioners.{conditioner}.") for key in config)
+
+
 def read_settings(config: Config, text_dim: int, where: Path) -> Settings:
     """Convert a configuration; `text_dim` is the width of the text states.
 
@@ -193,25 +232,30 @@ def read_settings(config: Config, text_dim: int, where: Path) -> Settings:
         UserError: if a setting is not supported.
     """
     own = dict(flatten(yaml.safe_load(SETTINGS_FILE.read_text())))
+    order = _order(config, where)
     for key in REQUIRED:
         if config.get(key, own[key]) != own[key]:
             raise UserError(f"{where}: {key}={config[key]!r}; only {key}={own[key]!r} is supported")
     conditioner = _text_condition(config, where)
+    # MusicGen has neither windows nor spans.
+    default = None if order != "autoregressive" else MagnetConfig.context
     sizes = {
         ours: int(
-            _number(config, f"transformer_lm.{theirs}", where, -1 if ours == "context" else 1)
+            _number(config, f"transformer_lm.{theirs}", where, -1, default)
+            if ours == "context"
+            else _number(config, f"transformer_lm.{theirs}", where, 1)
         )
         for ours, theirs in NETWORK_KEYS.items()
     }
     try:
-        network = MagnetConfig(**sizes, text_dim=text_dim)
+        network = MagnetConfig(**sizes, text_dim=text_dim, order=order)
     except UserError as error:
         raise UserError(f"{where}: its configuration's transformer_lm: {error}") from error
     return Settings(
         network=network,
         conditioner=conditioner,
         text_encoder=str(config[f"conditioners.{conditioner}.t5.name"]),
-        decoding=_read_decoding(config, network.num_codebooks, where),
+        decoding=_read_decoding(config, network, where),
         crop_s=_number(config, "dataset.segment_duration", where, 0.01),
         guidance_dropout=_number(
             config, "classifier_free_guidance.training_dropout", where, 0, default=0.3
@@ -219,15 +263,21 @@ def read_settings(config: Config, text_dim: int, where: Path) -> Settings:
     )
 
 
-def _read_decoding(config: Config, num_codebooks: int, where: Path) -> DecodingConfig:
-    values = {ours: config.get(f"generate.lm.{key}") for ours, key in DECODING_KEYS.items()}
+def _read_decoding(config: Config, network: MagnetConfig, where: Path) -> DecodingConfig:
+    is_causal = network.order == "autoregressive"
+    keys = AUTOREGRESSIVE_KEYS if is_causal else DECODING_KEYS
+    values = {ours: config.get(f"generate.lm.{key}") for ours, key in keys.items()}
+    if network.order != "parallel":
+        values["autoregressive_cfg_coef"] = config.get("classifier_free_guidance.inference_coef")
     values = {name: value for name, value in values.items() if value is not None}
-    values["span_len"] = _required(config, "masking.span_len", where)
+    if not is_causal:
+        values["span_len"] = _required(config, "masking.span_len", where)
     values["greedy"] = config.get("generate.lm.use_sampling") is False
     try:
         decoding = DecodingConfig.from_dict(values)
-        if len(steps := decoding.decoding_steps) != num_codebooks:
-            raise ValueError(f"decoding_steps={list(steps)} for {num_codebooks} codebooks")
+        steps = decoding.decoding_steps
+        if not is_causal and len(steps) != network.num_codebooks:
+            raise ValueError(f"decoding_steps={list(steps)} for {network.num_codebooks} codebooks")
     except (UserError, TypeError, ValueError) as error:
         raise UserError(f"{where}: its configuration's generate.lm: {error}") from error
     return decoding

@@ -68,7 +68,8 @@ def _settings(saved: SavedModel) -> Settings:
     sizes = {name: getattr(saved.network, name) for name in NETWORK_KEYS}
     published = MagnetConfig(**sizes, text_dim=saved.network.text_dim)
     if saved.network != published or not isinstance(published.context, int):
-        lacking = [n for n in ("context", "positions", "convolution") if _differs(saved, n)]
+        options = ("context", "positions", "convolution", "order")
+        lacking = [n for n in options if _differs(saved, n)]
         raise UserError(
             f"{saved.file}: its network has options that audiocraft lacks: {', '.join(lacking)}; "
             "train with the published architecture"

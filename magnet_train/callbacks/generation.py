@@ -20,6 +20,7 @@ from magnet_train.common.errors import UserError
 from magnet_train.common.folders import safe_name
 from magnet_train.data.pipeline import Batch
 from magnet_train.data.shards import ShardSet
+from magnet_train.decoding.autoregressive import check_autoregressive
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.evaluation import scorer
 from magnet_train.generator import DecodedItem, Generator
@@ -132,9 +133,10 @@ class GenerationCallback(Callback):
     # --- Collect ----------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses a rescorer that reads other codes before hours are spent."""
+        """Refuses settings that do not fit the model, before hours are spent."""
+        assert isinstance(pl_module, MagnetModule)
+        check_autoregressive(pl_module.config, self.decoding, pl_module.crop_s)
         if self.decoding.rescorer is not None and self.num_prompts:
-            assert isinstance(pl_module, MagnetModule)
             check_rescorer(self.decoding.rescorer, load_codec(pl_module.codec_name).facts.to_dict())
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

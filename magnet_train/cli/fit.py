@@ -278,8 +278,9 @@ class MagnetCLI(private_api.lightning_cli()):
         if self.verb == "fit" and config.ckpt_path is None and requeue_count():
             config.ckpt_path = "auto"
         resumes = config.ckpt_path is not None
-        if resumes and config.ckpt_path not in NAMED_CHECKPOINTS:
-            config.model.init_from = None  # the checkpoint has the weights
+        distils = config.model.distil_guidance  # from weights that a checkpoint does not hold
+        if resumes and not distils and config.ckpt_path not in NAMED_CHECKPOINTS:
+            config.model.init_from = None  # the weights are the checkpoint's
         self.run_folder = Path(config.trainer.default_root_dir or "runs/run").expanduser()
         if self.verb == "fit" and not config.trainer.fast_dev_run:
             writable_folder(self.run_folder, "--trainer.default_root_dir")
@@ -400,6 +401,8 @@ class DryRunCLI(MagnetCLI):
             options.model.start_from_codec = False
             options.model.init_from = None
         options.model.compiled = False
+        if self.parsed.model.init_from is not None:  # the other mistake is the module's to name
+            options.model.distil_guidance = False
 
     def instantiate_classes(self) -> None:
         with torch.device("meta"):  # a network of any size, without memory

@@ -35,7 +35,7 @@ def fit_defaults(given: Namespace) -> dict[str, Any]:
     if checkpoint is not None and checkpoint not in NAMED_CHECKPOINTS:
         inherited = settings_of_checkpoint(Path(checkpoint).expanduser())
     elif init_from is not None:
-        inherited = settings_of_release(init_from)
+        inherited = settings_of_release(init_from, bool(given.get("model.distil_guidance")))
     if given.get("config"):
         return inherited
     file = conf_path("demo.yaml" if init_from is None else "finetune.yaml")
@@ -43,9 +43,15 @@ def fit_defaults(given: Namespace) -> dict[str, Any]:
     return _merged(yaml.safe_load(file.read_text(encoding="utf-8")), inherited)
 
 
-def settings_of_release(init_from: str) -> dict[str, Any]:
-    """Settings of a model that training starts from, as defaults of `fit`."""
+def settings_of_release(init_from: str, distils: bool = False) -> dict[str, Any]:
+    """Settings of a model that training starts from, as defaults of `fit`.
+
+    A model that learns guided logits is decoded without guidance.
+    """
     trained = SavedModel.open(init_from)
+    decoding = asdict(trained.decoding)
+    if distils:
+        decoding |= {"max_cfg_coef": 1.0, "min_cfg_coef": 1.0}
     return {
         "model": {
             "network": {k: v for k, v in trained.network.to_dict().items() if k not in LINKED},
@@ -55,7 +61,7 @@ def settings_of_release(init_from: str) -> dict[str, Any]:
             "span_len": trained.decoding.span_len,
             "guidance_dropout": trained.guidance_dropout,
         },
-        "generation": {"decoding": asdict(trained.decoding)},
+        "generation": {"decoding": decoding},
     }
 
 
@@ -65,7 +71,8 @@ def settings_of_checkpoint(file: Path) -> dict[str, Any]:
     if "network" not in settings:
         raise UserError(f"--ckpt_path {file}: not a checkpoint of magnet_train; choose another")
     seed = settings.pop("seed", None)
-    settings.pop("init_from", None)  # the checkpoint has the weights
+    if not settings.get("distil_guidance"):
+        settings.pop("init_from", None)  # the weights are the checkpoint's
     settings["network"] = {k: v for k, v in settings["network"].items() if k not in LINKED}
     return {"model": settings} | ({} if seed is None else {"seed_everything": seed})
 

@@ -96,6 +96,16 @@ class DecodingConfig:
     """Length of groups of frames that share their sampling noise; 1 = independent noise. Groups
     shift from step to step.
     """
+    autoregressive_s: float = 0.0
+    """Beginning that a hybrid decodes one frame after the other, in seconds; the rest is decoded in
+    parallel. A MusicGen decodes all frames so.
+    """
+    autoregressive_temperature: float = 1.0
+    """Softmax temperature of that beginning."""
+    autoregressive_top_k: int = 250
+    """Number of most likely entries that it is sampled from; 0 = all."""
+    autoregressive_cfg_coef: float = 3.0
+    """Guidance coefficient of that beginning; 1 = no guidance."""
     rescorer: str | None = None
     """Second model for scoring spans (paper, Eq. 5): another MAGNeT (release, hub id, checkpoint or
     run; RUN@raw for its raw weights) or a MusicGen (folder or hub id for transformers).
@@ -137,6 +147,14 @@ class DecodingConfig:
             ("order_temperature", 0 <= self.order_temperature < math.inf, "0 or more"),
             ("second_lap", 0 <= self.second_lap < 1, "a share of 0 or more, below 1"),
             ("shared_noise", self.shared_noise >= 1, "at least 1 frame"),
+            ("autoregressive_s", 0 <= self.autoregressive_s < math.inf, "0 or more seconds"),
+            (
+                "autoregressive_temperature",
+                0 < self.autoregressive_temperature < math.inf,
+                "a number above 0",
+            ),
+            ("autoregressive_top_k", self.autoregressive_top_k >= 0, "0 or more"),
+            ("autoregressive_cfg_coef", 0 <= self.autoregressive_cfg_coef < math.inf, "0 or more"),
             (
                 "rescorer_weight",
                 all(0 <= w <= 1 for w in _numbers(self.rescorer_weight)),

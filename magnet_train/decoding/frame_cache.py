@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from magnet_train.attention import text_attention, windowed_attention
-from magnet_train.model import Magnet, TextKeyValues, rotate
+from magnet_train.layout import FrameInputs
+from magnet_train.model import Magnet, TextKeyValues
 
 
 class CachedForward:
@@ -37,9 +38,9 @@ class CachedForward:
             self.qkv = [x.new_empty(b * t, 3 * x.shape[1]) for _ in model.blocks]
             self.inputs = [x.new_empty(b * t, x.shape[1]) for _ in model.blocks]
             self.logits = x.new_empty(b * t, model.config.codebook_size)
-            self.frames = model.frame_inputs(
-                x.view(b, t, -1), model.config.stage(stage).context, None
-            )
+            frames = model.frame_inputs(x.view(b, t, -1), model.config.stage(stage), None)
+            assert isinstance(frames, FrameInputs)
+            self.frames = frames
         else:
             active = (codes != self.codes).any(1) | (codes[:, stage] == model.config.mask_id)
         self.codes = codes
@@ -48,7 +49,7 @@ class CachedForward:
         for i, block in enumerate(model.blocks):
             if block.convolution is not None:
                 self.inputs[i][rows] = x
-                x = x + block.convolution(self.inputs[i].view(b, t, -1), None)[active]
+                x = x + block.convolution(self.inputs[i].view(b, t, -1), self.frames)[active]
             self.qkv[i][rows] = block.self_attention.qkv(block.self_norm(x))
             x = x + block.self_attention.out(self._frames(self.qkv[i].view(b, t, -1), active))
             if self.text is not None:
@@ -66,9 +67,7 @@ class CachedForward:
         q, k, v = qkv.unflatten(2, (3, self.model.config.num_heads, -1)).permute(
             2, 0, 3, 1, 4
         )  # each b h t d
-        if self.frames.rotation is not None:
-            q = rotate(q, *self.frames.rotation)
-            k = rotate(k, *self.frames.rotation)
+        q, k = self.frames.rotated(q, k)
         if self.frames.context >= 0:  # windowed attention is cheap enough for all frames
             y = windowed_attention(q, k, v, self.frames.context, bias=self.frames.bias)
             return y.transpose(1, 2).flatten(2)[active]

@@ -21,7 +21,8 @@ from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import load_pretrained
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 from magnet_train.conditioning import TextEncoder, check_tokenizer
-from magnet_train.model import Magnet
+from magnet_train.layout import delayed
+from magnet_train.model import Magnet, Pass, TextKeyValues
 
 Reading = Callable[[Tensor, Tensor, int], Tensor]
 """Codes `b k t` after a step, the frames that it filled in (`b t` bool) and its stage -> logits of
@@ -60,17 +61,38 @@ class MagnetRescorer:
     def __init__(self, network: Magnet, text_encoder: TextEncoder):
         self.network, self.text_encoder = network, text_encoder
 
+    def _text(self, prompts: Sequence[str]) -> TextKeyValues | None:
+        if not any(prompt.strip() for prompt in prompts):
+            return None
+        states, allowed = self.text_encoder(prompts)
+        return self.network.encode_text(states.to(self.network.head.dtype), allowed)
+
     @torch.no_grad()
     def reading(self, prompts: Sequence[str]) -> Reading:
-        network, text = self.network, None
-        if any(prompt.strip() for prompt in prompts):
-            states, allowed = self.text_encoder(prompts)
-            text = network.encode_text(states.to(network.head.dtype), allowed)
+        network, text = self.network, self._text(prompts)
 
         def read(codes: Tensor, masked: Tensor, stage: int) -> Tensor:
             shown = codes.clone()
             shown[:, stage].masked_fill_(masked, network.config.mask_id)
             return network(shown, network.config.stage(stage), text)
+
+        return read
+
+
+class HybridRescorer(MagnetRescorer):
+    """A hybrid MAGNeT, or a MusicGen as one of our models: the probability of each code after all
+    that come before it in the delay layout.
+
+    A hybrid has learnt this from beginnings with all their codebooks. In stages below the last the
+    upper ones are hidden here, as in `MusicGenRescorer`.
+    """
+
+    @torch.no_grad()
+    def reading(self, prompts: Sequence[str]) -> Reading:
+        network, text = self.network, self._text(prompts)
+
+        def read(codes: Tensor, masked: Tensor, stage: int) -> Tensor:
+            return network(codes, Pass((stage,), causal=-1), text)
 
         return read
 
@@ -110,17 +132,8 @@ class MusicGenRescorer:
         return read
 
 
-def delayed(codes: Tensor, special: int) -> Tensor:
-    """Codes in the delay pattern: `b k t` -> `b k t+k`; code (k, t) in column 1 + t + k."""
-    b, k, t = codes.shape
-    columns = codes.new_full((b, k, t + k), special)
-    for book in range(k):
-        columns[:, book, 1 + book : 1 + book + t] = codes[:, book]
-    return columns
-
-
-def load_musicgen(name: str, device: torch.device) -> MusicGenRescorer:
-    """A MusicGen with its own text encoder, in float32, from a folder or hub id.
+def load_musicgen(name: str) -> tuple[Any, TextEncoder]:
+    """transformers' MusicGen in float32, and its text encoder, from a folder or hub id.
 
     Raises:
         UserError: if it cannot be loaded, or its weights are not complete.
@@ -138,12 +151,12 @@ def load_musicgen(name: str, device: torch.device) -> MusicGenRescorer:
         )
         if missing := sorted(report["missing_keys"]):
             raise UserError(
-                f"rescorer {name!r}: its weights lack {missing[0]}; use a complete copy"
+                f"MusicGen {name!r}: its weights lack {missing[0]}; use a complete copy"
             )
         return model, tokenizer
 
     ensure_torchaudio_imports()
-    model, tokenizer = load_pretrained("rescorer", name, load)
+    model, tokenizer = load_pretrained("MusicGen", name, load)
     check_tokenizer(tokenizer, model.config.text_encoder.vocab_size, name)
-    model.requires_grad_(False).to(device).eval()
-    return MusicGenRescorer(model, TextEncoder(model.text_encoder, tokenizer, name))
+    model.requires_grad_(False).eval()
+    return model, TextEncoder(model.text_encoder, tokenizer, name)

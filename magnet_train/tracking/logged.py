@@ -118,6 +118,19 @@ LOGGED: tuple[Logged, ...] = (
     ),
     *_entries(
         "more of validation",
+        (
+            "val/ce/reading",
+            "lower",
+            "hybrids only: cross-entropy of all codes, each given those before it, in nats",
+        ),
+        (
+            "train/ce/prompt",
+            "lower",
+            "hybrids only: the same of the beginnings in the batches that trained them, in nats",
+        ),
+    ),
+    *_entries(
+        "more of validation",
         *((f"val/music/{name}", _BETTER_MUSIC[name], text) for name, text in MEASURES.items()),
     ),
     *_entries(

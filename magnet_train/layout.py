@@ -1,0 +1,194 @@
+"""Where codes stand in the network's sequence, and what its rows attend to.
+
+MAGNeT's layout is parallel: column t holds all codes of frame t, and its row predicts them. That
+of MusicGen and hybrid MAGNeT is delayed: of T frames and K codebooks it makes S = T + K columns.
+Code (k, t) stands in column 1 + t + k, column 0 and what is left hold the mask id, and the code is
+predicted in row t + k, the column before its own. So a causal row sees no code that it predicts.
+
+One network reads the delay layout in two ways (`Pass`):
+
+- causally: a row sees the columns up to its own
+- as a stage of MAGNeT: rows k … k + T - 1 stand for the frames of codebook k and see the columns
+  1 + k … k + T, which hold its codes, full or windowed as in the parallel layout; the K other
+  rows see all columns
+
+Rows before an example's prompt step may be causal while the others belong to the stage: that is how
+a hybrid is trained (audiocraft, branch hybrid_magnet).
+
+Shapes: b examples, k codebooks, t frames, s columns, h heads, d width.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from magnet_train.attention import causal_attention, full_attention, windowed_attention
+
+
+def delayed(codes: Tensor, special: int) -> Tensor:
+    """Codes in the delay layout: `b k t` -> `b k t+k`, `special` where no code stands."""
+    b, k, t = codes.shape
+    columns = codes.new_full((b, k, t + k), special)
+    for book in range(k):
+        columns[:, book, 1 + book : 1 + book + t] = codes[:, book]
+    return columns
+
+
+def undelayed(columns: Tensor) -> Tensor:
+    """The inverse of `delayed`: `b k s` -> `b k t`."""
+    k = columns.shape[1]
+    t = columns.shape[2] - k
+    return torch.stack([columns[:, book, 1 + book : 1 + book + t] for book in range(k)], 1)
+
+
+def predicting_rows(features: Tensor, codebook: int, num_codebooks: int) -> Tensor:
+    """Of the delay layout's rows `b s d` those that predict a codebook, one a frame: `b t d`."""
+    return features[:, codebook : features.shape[1] - num_codebooks + codebook]
+
+
+def prompt_frames(steps: Tensor, num_codebooks: int, num_frames: int) -> Tensor:
+    """Codes that rows before a prompt step predict: `b` -> bool `b k t`.
+
+    Of codebook k these are the first p - k frames at step p.
+    """
+    frame = torch.arange(num_frames, device=steps.device)
+    codebook = torch.arange(num_codebooks, device=steps.device)[:, None]
+    return frame + codebook < steps[:, None, None]
+
+
+# --- what rows attend to --------------------------------------------------------------------------
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys turned by their frame's angles: `b h t d` -> `b h t d`; channel i pairs with
+    channel i + d/2.
+
+    The scores of two rotated frames depend on their distance alone. Computed in float32.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class FrameInputs:
+    """What all blocks of one pass share, in the parallel layout."""
+
+    context: int
+    """Frames visible on each side; -1 = all."""
+    bias: Tensor | None
+    """Added to the attention scores, 0 or -inf; None = nothing is hidden."""
+    valid: Tensor | None
+    """`b t`, False = padding; None = no padding."""
+    rotation: tuple[Tensor, Tensor] | None
+    """Cosines and sines, `t d/2` each; None = positions are sinusoidal."""
+
+    def rotated(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys with their positions: `b h t d` each."""
+        if self.rotation is None:
+            return q, k
+        return rotate(q, *self.rotation), rotate(k, *self.rotation)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What each frame gets from the frames that it sees: `b h t d` each -> `b h t d`."""
+        q, k = self.rotated(q, k)
+        if self.context >= 0:
+            return windowed_attention(q, k, v, self.context, bias=self.bias)
+        return full_attention(q, k, v, self.bias)
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Each channel mixed over neighbouring frames: `b t d`, `kernel d` -> `b t d`; padding
+        counts as zero.
+        """
+        if self.valid is not None:
+            x = x.masked_fill(~self.valid[..., None], 0)
+        kernel, dim = weight.shape
+        mixed = F.conv1d(x.transpose(1, 2), weight.T[:, None], padding=kernel // 2, groups=dim)
+        return mixed.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class DelayedInputs:
+    """The same in the delay layout, for the stage of one codebook behind a causal beginning."""
+
+    frames: FrameInputs
+    """Of the stage's frames among themselves, without positions."""
+    codebook: int
+    """k, of the stage."""
+    num_frames: int
+    """T."""
+    causal: Tensor | bool
+    """Rows that are causal, bool `b s`; or whether all are."""
+    rotation: tuple[Tensor, Tensor] | None
+    """Cosines and sines of the columns, `s d/2` each; None = positions are sinusoidal."""
+    seen: Tensor | None
+    """Columns that are not padding, bool `b 1 1 s`; None = no padding."""
+
+    rotated = FrameInputs.rotated
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As of FrameInputs; rows and columns are as many."""
+        q, k = self.rotated(q, k)  # type: ignore[arg-type]
+        if self.causal is True:
+            return causal_attention(q, k, v)
+        rows, columns = self._rows, self._columns
+        of_frames = self.frames.attend(q[:, :, rows], k[:, :, columns], v[:, :, columns])
+        others = torch.cat([q[:, :, : rows.start], q[:, :, rows.stop :]], 2)
+        of_others = F.scaled_dot_product_attention(others, k, v, attn_mask=self.seen)
+        before, behind = of_others.split([rows.start, others.shape[2] - rows.start], 2)
+        of_stage = torch.cat([before, of_frames, behind], 2)
+        if self.causal is False:
+            return of_stage
+        return torch.where(self.causal[:, None, :, None], causal_attention(q, k, v), of_stage)
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """As of FrameInputs: a stage's row sees the columns around its frame, a causal row those of
+        them that are not behind it, and any other row none.
+        """
+        before = _convolve_before(x, weight)
+        if self.causal is True:
+            return before
+        rows = self._rows
+        of_frames = self.frames.convolve(x[:, self._columns], weight)
+        of_stage = F.pad(of_frames, (0, 0, rows.start, x.shape[1] - rows.stop))
+        if self.causal is False:
+            return of_stage
+        return torch.where(self.causal[..., None], before, of_stage)
+
+    @property
+    def _rows(self) -> slice:
+        return slice(self.codebook, self.codebook + self.num_frames)
+
+    @property
+    def _columns(self) -> slice:
+        return slice(self.codebook + 1, self.codebook + 1 + self.num_frames)
+
+
+def _convolve_before(x: Tensor, weight: Tensor) -> Tensor:
+    """The part of the convolution around the next column that lies before it: `b s d` -> `b s
+    d`.
+    """
+    side = len(weight) // 2
+    if side == 0:
+        return torch.zeros_like(x)
+    padded = F.pad(x.transpose(1, 2), (side - 1, 0))
+    return F.conv1d(padded, weight[:side].T[:, None], groups=x.shape[2]).transpose(1, 2)
+
+
+def causal_rows(prompt: Tensor | int, num_columns: int, device: Any) -> Tensor | bool:
+    """Rows before a prompt step, one step for each example (`b`) or for all: bool `b s`, or whether
+    all are; -1 = all.
+    """
+    if isinstance(prompt, int) and (prompt <= 0 or prompt >= num_columns):
+        return prompt != 0
+    steps = torch.as_tensor(prompt, device=device).reshape(-1, 1)
+    return torch.arange(num_columns, device=device) < steps
+
+
+def hidden_keys(valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores so that padding is not seen: `b t` -> `b 1 1 t`."""
+    zeros = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
+    return zeros.masked_fill_(~valid, -math.inf)[:, None, None]
