@@ -1,4 +1,4 @@
-"""Finds and checks the rescorer that decoding settings name, before its weights are read."""
+"""Finds and checks the rescorer of decoding settings, before its weights are read."""
 
 import json
 from collections.abc import Mapping
@@ -19,18 +19,18 @@ from magnet_train.decoding.rescoring import (
 from magnet_train.release import SavedModel
 
 COMPARED = ("num_codebooks", "codebook_size", "sample_rate", "frame_rate", "hash")
-"""Facts about the codes that both models must share, as far as they are known."""
+"""Codec facts that must agree for both models, as far as they are known."""
 
 
 def check_rescorer(name: str, codec: Mapping[str, Any]) -> SavedModel | None:
-    """Settings of a rescorer that reads the codes of `codec`; None for a MusicGen.
+    """Check that a rescorer uses the codes of `codec`; returns its settings, None for a MusicGen.
 
     Args:
-        name: as `DecodingConfig.rescorer`.
-        codec: facts about the codec of the model that is rescored, as far as they are known.
+        name: as in `DecodingConfig.rescorer`.
+        codec: facts of the main model's codec, as far as they are known.
 
     Raises:
-        UserError: if it does not exist, or its codes are others.
+        UserError: if it does not exist, or uses other codes.
     """
     config = musicgen_config(name)
     saved = None if config is not None else SavedModel.open(name)
@@ -46,10 +46,10 @@ def check_rescorer(name: str, codec: Mapping[str, Any]) -> SavedModel | None:
 
 
 def load_rescorer(name: str, codec: CodecFacts, text_encoder: TextEncoder) -> Rescorer:
-    """The rescorer of that name, on the device of `text_encoder`, which it shares if it is its own.
+    """Load a rescorer on the device of `text_encoder`, which is shared if it is the same.
 
     Raises:
-        UserError: if it cannot be loaded, or does not read these codes.
+        UserError: if it cannot be loaded, or uses other codes.
     """
     device = text_encoder.device
     saved = check_rescorer(name, codec.to_dict())
@@ -64,14 +64,14 @@ def load_rescorer(name: str, codec: CodecFacts, text_encoder: TextEncoder) -> Re
 
 
 def _codes(saved: SavedModel) -> dict[str, Any]:
-    """Facts about the codes of one of our models; a checkpoint only names its codec."""
+    """Codec facts of one of our models; a checkpoint has only the codec's name."""
     sizes = {name: getattr(saved.network, name) for name in ("num_codebooks", "codebook_size")}
     codec = dict(saved.codec)
     return (load_codec(codec["id"]).facts.to_dict() if codec.keys() == {"id"} else codec) | sizes
 
 
 def musicgen_config(name: str) -> dict[str, Any] | None:
-    """Content of the config.json of a folder or hub id, if it is a MusicGen's of transformers."""
+    """The config.json of a folder or hub id, if it is a MusicGen of transformers."""
     from transformers.utils import cached_file
 
     path = Path(name).expanduser()
@@ -82,7 +82,7 @@ def musicgen_config(name: str) -> dict[str, Any] | None:
         if file.stat().st_size > MAX_CONFIG_BYTES:
             return None
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # what opens it as a release says why
+    except (OSError, ValueError, RecursionError):  # reported when it is opened as a release
         return None
     kind = config.get("model_type") if isinstance(config, dict) else None
     return config if isinstance(kind, str) and kind.startswith("musicgen") else None

@@ -1,5 +1,5 @@
-"""`edit`: parts of a recording made anew, continuations, loops; each with a JSON that makes it
-again."""
+"""`edit`: regenerates parts of a recording, continues it or makes a loop, with a JSON to reproduce
+the result."""
 
 import hashlib
 import json
@@ -32,49 +32,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EditOptions(OutputOptions):
-    """The recording, and what is made anew of it."""
+    """Options of `edit`."""
 
     audio: Path | None = None
-    """Recording, or an earlier result; any format and rate that `tokenize` reads."""
+    """Recording or earlier result, in any format that `tokenize` reads."""
     prompt: list[str] = field(default_factory=list)
-    """One caption for all that is made anew, or one for each region of --regenerate; by default
-    the one beside the recording."""
+    """One caption, or one per region of --regenerate (default: the caption beside the recording).
+    """
     prompts: Path | None = None
-    """CSV or JSONL file of prompts over time: `at_s`, in seconds, and `caption`."""
+    """CSV or JSONL file of prompts over time, with `at_s` (seconds) and `caption`."""
     regenerate: list[str] = field(default_factory=list)
-    """Regions START:END, in seconds, that are made anew; an empty END is the end."""
+    """Regions START:END to regenerate, in seconds; an empty END means the end."""
     keep: list[str] = field(default_factory=list)
-    """Regions START:END, in seconds, that stay while all others are made anew."""
+    """Regions START:END to keep, in seconds; everything else is regenerated."""
     from_s: float | None = None
-    """Second of the recording from which --to_s goes on; its end by default."""
+    """Start of the continuation in the recording, in seconds (default: its end)."""
     to_s: float | None = None
-    """Length of the result, in seconds, up to which the recording is continued."""
+    """Continue the recording up to this total length, in seconds."""
     loop: bool = False
-    """Make a loop of --loop_s seconds, or of --bars at --bpm."""
+    """Make a loop of length --loop_s, or of --bars at --bpm."""
     loop_s: float | None = None
-    """Length of the loop, in seconds; a whole number of samples."""
+    """Length of the loop, in seconds; must be a whole number of samples."""
     bars: int | None = None
     """Length of the loop, in bars."""
     bpm: float | None = None
     """Tempo of the loop, in beats per minute."""
     beats_per_bar: int = 4
-    """Beats in a bar of the loop."""
+    """Beats per bar of the loop."""
     loop_start_s: float = 0.0
-    """Second of the recording at which the loop begins."""
+    """Start of the loop in the recording, in seconds."""
     seam_s: float = 1.0
-    """Seconds that are made anew on each side of a loop's seam, if no region is given."""
+    """Seconds to regenerate on each side of a loop's seam, if no region is given."""
     intensity: float = 1.0
-    """Share of the frames in the regions that are made anew, drawn at random, in (0, 1]."""
+    """Share of frames in the regions to regenerate, drawn at random, in (0, 1]."""
     hint_period_s: float | None = None
-    """Keep one frame of the regions in every period of so many seconds, as a hint."""
+    """Keep one frame per this number of seconds in the regions, as a hint."""
     hint_onsets_s: float | None = None
-    """Keep the frames of the regions within so many seconds of an onset, as hints."""
+    """Keep frames within this number of seconds of an onset in the regions, as hints."""
     hint_codebooks: int = 0
-    """Codebooks of the hints that stay, coarse ones first; 0 = all."""
+    """Number of codebooks of the hints to keep, coarse ones first; 0 = all."""
     keep_coarse: int = 0
-    """Codebooks that stay in all frames of the regions, counted from the coarsest."""
+    """Number of coarsest codebooks to keep in all frames of the regions."""
     keep_fine: int = 0
-    """Codebooks that stay in all frames of the regions, counted from the finest."""
+    """Number of finest codebooks to keep in all frames of the regions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +91,7 @@ class EditOptions(OutputOptions):
         """Length of the loop in seconds; None = no loop.
 
         Raises:
-            UserError: if it is given twice, or not at all.
+            UserError: if it is missing or given twice.
         """
         in_bars = self.bars is not None or self.bpm is not None
         if not (self.loop or in_bars or self.loop_s is not None):
@@ -103,10 +103,10 @@ class EditOptions(OutputOptions):
         return self.loop_s
 
     def edit(self) -> "Edit":
-        """What is made anew.
+        """The options as an `Edit`.
 
         Raises:
-            UserError: for a region that cannot be read, or a hint out of range.
+            UserError: if a region is invalid, or a hint out of range.
         """
         from magnet_train.decoding.keep import Edit, Hints
 
@@ -133,14 +133,14 @@ def edit(options: EditOptions, decoding: dict[str, Any]) -> list[Path]:
     """Edit a recording and write the results.
 
     Args:
-        options: the recording, and what is made anew of it.
-        decoding: replaces decoding settings of the checkpoint.
+        options: options of `edit`.
+        decoding: decoding settings that override the checkpoint's.
 
     Returns:
         The audio files.
 
     Raises:
-        UserError: if a setting or file is not valid; before a model is loaded.
+        UserError: if a setting or file is invalid; before a model is loaded.
     """
     if options.audio is None:
         raise UserError("no recording; give `edit FILE`")
@@ -156,10 +156,10 @@ def edit(options: EditOptions, decoding: dict[str, Any]) -> list[Path]:
 
 
 def parse_region(option: str, text: str) -> "Region":
-    """Seconds of START:END.
+    """Parse START:END in seconds.
 
     Raises:
-        UserError: if it is written in another way.
+        UserError: if it has another form.
 
     >>> parse_region("keep", "4:8.5"), parse_region("keep", ":2")
     ((4.0, 8.5), (0.0, 2.0))
@@ -177,8 +177,8 @@ def list_cues(options: EditOptions, total_s: float) -> "list[Cue]":
     """The prompts over time.
 
     Raises:
-        UserError: if the timeline is unreadable, out of order or ends after the result, or there
-            are as many prompts as neither one nor regions.
+        UserError: if the timeline is unreadable, not sorted or ends after the result, or the number
+            of prompts is neither one nor that of regions.
     """
     from magnet_train.data.manifest import read_sidecar
 
@@ -201,10 +201,10 @@ def list_cues(options: EditOptions, total_s: float) -> "list[Cue]":
 
 
 def read_timeline(file: Path, total_s: float) -> "list[Cue]":
-    """Prompts and the second from which each holds.
+    """Prompts with their start in seconds.
 
     Raises:
-        UserError: if the file or a row is unreadable, out of order or beyond `total_s`.
+        UserError: if the file or a row is unreadable, not sorted or beyond `total_s`.
     """
     from magnet_train.data.manifest import CAPTION_FIELDS, is_manifest, read_rows
 
@@ -231,7 +231,7 @@ def read_timeline(file: Path, total_s: float) -> "list[Cue]":
 
 
 def _read(audio: Path) -> "tuple[Tensor, int]":
-    """The recording as `channels t`, one or two channels, and its rate in Hz."""
+    """The recording as `channels t`, one or two channels, and its sample rate in Hz."""
     import torch
 
     from magnet_train.data.audio import read_as_recorded
@@ -241,7 +241,7 @@ def _read(audio: Path) -> "tuple[Tensor, int]":
 
 
 def _codec_facts(known: dict[str, Any]) -> "CodecFacts":
-    """Of the model's codec, which is loaded only where a checkpoint does not say them."""
+    """Facts of the model's codec, which is loaded only if the checkpoint does not have them."""
     from magnet_train.codec.base import CodecFacts, load_codec
 
     try:

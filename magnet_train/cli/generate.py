@@ -1,4 +1,4 @@
-"""`generate`: prompts to audio files, each with a JSON that makes it again."""
+"""`generate`: prompts to audio files, each with a JSON to reproduce it."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerateOptions(OutputOptions):
-    """Prompts and files."""
+    """Options of `generate`."""
 
     prompt: list[str] = field(default_factory=list)
     """Captions; one file per caption."""
@@ -40,7 +40,7 @@ class GenerateOptions(OutputOptions):
     duration_s: float | None = None
     """Length in seconds (default: the trained length); longer clips are decoded in windows."""
     loop: bool = False
-    """Make loops of --duration_s, whose end goes on with the beginning."""
+    """Generate seamless loops of length --duration_s."""
     continue_from: Path | None = None
     """Audio prompt: every output starts with the last --continue_s seconds of this file."""
     continue_s: float = 3.0
@@ -120,7 +120,7 @@ def all_prompts(options: GenerateOptions) -> list[str]:
 
 
 def list_jobs(prompts: Sequence[str], seed: int, variations: int, seeds: int = 1) -> list[Job]:
-    """One job for each prompt and variation; no two are the same. Each has `seeds` seeds.
+    """One job per prompt and variation, all different. Each has `seeds` seeds.
 
     >>> [job.seed for job in list_jobs(["a", "b", "a"], seed=5, variations=2)]
     [5, 6, 5, 6, 7, 8]
@@ -141,7 +141,7 @@ def _generate_files(
     jobs: Sequence[Job],
     chooser: Chooser,
 ) -> Iterator[Path]:
-    """Decodes the jobs of each seed together, once for each candidate, and writes the best."""
+    """Decode the jobs of each seed in batches, once per candidate, and write the best."""
     import torch
     from tqdm import tqdm
 
@@ -223,7 +223,7 @@ def _write(item: "DecodedItem", seed: int, options: GenerateOptions, about: dict
         "seed": seed,
         "duration_s": len(wav) / item.sample_rate,
     } | about
-    if options.loop:  # levelled between copies of itself, so that its ends still meet
+    if options.loop:  # normalised between copies of itself, so that its ends still match
         copies = normalize_for_listening(np.tile(wav, (3, 1)), item.sample_rate)
         loop = torch.from_numpy(copies[len(wav) : 2 * len(wav)].T.copy())
         write_exact(path, [loop], item.sample_rate, about)

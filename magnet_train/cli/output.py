@@ -1,4 +1,4 @@
-"""What `generate` and `edit` share: options, the choice of the best, files and their JSON."""
+"""Shared by `generate` and `edit`: options, best-of-n, audio files and their JSON."""
 
 import json
 import re
@@ -23,12 +23,12 @@ NOT_OF_THE_CLIP = {
     "out", "plots", "batch_size", "device", "compiled", "variations", "best_of", "judge",
     "reference", "prompts_file", "unconditional",
 }  # fmt: skip
-"""Options that do not decide what one clip sounds like; its JSON leaves them out."""
+"""Options that do not change a clip, and are not in its JSON."""
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Files, and how they are made."""
+    """Options of output files."""
 
     out: Path = Path("generated")
     """Folder for the audio files."""
@@ -39,13 +39,13 @@ class OutputOptions:
     variations: int = 1
     """Files per prompt."""
     best_of: int = 1
-    """Candidates per file, of which --judge keeps the best; each takes a seed of its own."""
+    """Number of candidates per file, with different seeds; only the best by --judge is kept."""
     judge: str = "text/musicnn"
-    """What --best_of maximises: fad/EMBEDDER (negated), text/EMBEDDER, or music/key_rank, beat,
-    scale_fit or periodicity.
+    """Metric of --best_of: fad/EMBEDDER, text/EMBEDDER, or music/key_rank, beat, scale_fit or
+    periodicity.
     """
     reference: str | None = None
-    """Folder of real audio, or statistics saved by `evaluate`, for a fad judge."""
+    """Folder of real audio, or statistics saved by `evaluate`, for --judge fad/EMBEDDER."""
     format: Literal["wav", "flac"] = "wav"
     """Format of the audio files."""
     plots: bool = True
@@ -70,7 +70,7 @@ class OutputOptions:
 
 
 def check_range(name: str, value: float, least: float, most: float, unit: str = "") -> None:
-    """Raises a UserError that names the option if its value is out of range."""
+    """Raise a UserError that names the option if its value is out of range."""
     if not least <= value <= most:
         raise UserError(f"--{name} {value}: must be between {least:g} and {most:g} {unit}".rstrip())
 
@@ -95,10 +95,10 @@ def find_device(name: str) -> str:
 
 
 def check_model(options: OutputOptions, decoding: dict[str, Any]) -> "SavedModel":
-    """The model of --checkpoint, without its weights.
+    """Open the model of --checkpoint without its weights, and check the options.
 
     Raises:
-        UserError: if it, the device, a decoding setting or its rescorer is not usable.
+        UserError: if the model, device, a decoding setting or the rescorer is not usable.
     """
     from magnet_train.decoding.decode import DecodingConfig
     from magnet_train.release import SavedModel
@@ -115,7 +115,7 @@ def check_model(options: OutputOptions, decoding: dict[str, Any]) -> "SavedModel
 def load_generator(
     options: OutputOptions, decoding: dict[str, Any]
 ) -> "tuple[Generator, DecodingConfig]":
-    """The model of --checkpoint, and its decoding settings with those that were given."""
+    """Load the model of --checkpoint, and merge its decoding settings with the given ones."""
     import torch
 
     from magnet_train.decoding.decode import DecodingConfig
@@ -127,13 +127,13 @@ def load_generator(
 
 
 class Chooser:
-    """Picks one of the candidates for a file."""
+    """Chooses the best candidate for a file."""
 
     def __init__(self, options: OutputOptions, prompts: Sequence[str]):
-        """Checks the judge; its networks are loaded when they are needed first.
+        """Check the judge; its networks are loaded at first use.
 
         Raises:
-            UserError: if the judge cannot be asked about these prompts.
+            UserError: if the judge cannot be used for these prompts.
         """
         self.options, self._judge = options, None
         if options.best_of > 1:
@@ -144,7 +144,7 @@ class Chooser:
     def __call__(
         self, wavs: "Sequence[Tensor]", sample_rate: int, caption: str
     ) -> tuple[int, dict[str, Any]]:
-        """The index of the best of `wavs`, `channels t` each, and what the JSON says of it."""
+        """Index of the best of `wavs`, `channels t` each, and fields for its JSON."""
         if len(wavs) == 1:
             return 0, {}
         from magnet_train.evaluation.judge import best_of, load_judge
@@ -160,7 +160,7 @@ class Chooser:
 
 
 def recipe(options: OutputOptions, settings: "DecodingConfig", **own: Any) -> dict[str, Any]:
-    """The options that make one clip again, for its JSON; `own` are those of this clip."""
+    """Options to reproduce a clip, for its JSON; `own` are specific to this clip."""
     values = {k: v for k, v in asdict(options).items() if k not in NOT_OF_THE_CLIP}
     values = values | own | {"decoding": asdict(settings)}
     return json.loads(json.dumps({k: v for k, v in values.items() if v is not None}, default=str))
@@ -169,9 +169,9 @@ def recipe(options: OutputOptions, settings: "DecodingConfig", **own: Any) -> di
 def write_exact(
     path: Path, blocks: "Iterable[Tensor]", sample_rate: int, about: dict[str, Any]
 ) -> None:
-    """Writes blocks `channels t` as they are, in 24 bits, one after the other, and `about` as JSON.
+    """Write consecutive blocks `channels t` unchanged as 24-bit audio, and `about` as JSON.
 
-    Samples of a 16- or 24-bit recording come back as they were.
+    Samples of a 16- or 24-bit recording stay exact.
 
     Raises:
         UserError: if the folder cannot be written.

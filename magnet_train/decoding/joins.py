@@ -1,8 +1,8 @@
-"""Recorded and decoded audio joined: blocks with context, loops, cross-fades inside the regions.
+"""Joins recorded and decoded audio: blocks with context, loops, cross-fades.
 
-A codec's decoder hears neighbouring frames, and may invent phases. So every block is decoded with
-context on both sides, and what meets at a border is cross-faded. All fades lie inside the regions
-that are made anew: outside them the recording stays as it is, sample by sample.
+A codec's decoder uses neighbouring frames and may reconstruct other phases. So every block is
+decoded with context on both sides and cross-faded at its borders. All cross-fades are inside the
+regenerated regions; all other samples of the recording stay exact.
 
 Shapes: c channels, n samples, k codebooks, t frames.
 """
@@ -17,19 +17,18 @@ from torch import Tensor
 from magnet_train.codec.base import Codec
 
 CONTEXT_S = 1.0
-"""What the codec is given on each side of a block, in seconds."""
+"""Context on each side of a block, in seconds."""
 BLOCK_S = 10.0
-"""Longest block that the codec decodes at once, in seconds."""
+"""Maximum length of a block, in seconds."""
 
 Render = Callable[[int, int], Tensor]
-"""First and last frame -> decoded audio `c n` from the first one on, longer than asked for where
-there is more."""
+"""First and last frame -> decoded audio `c n` from the first on; may be longer than requested."""
 
 
 def crossfade(old: Tensor, new: Tensor) -> Tensor:
-    """From `old` to `new`, `c n` each, at constant power whatever their correlation.
+    """Cross-fade from `old` to `new`, `c n` each, at constant power for any correlation.
 
-    Equal signals come out unchanged (linear fades), unrelated ones at equal power.
+    Equal signals are unchanged (linear fade); uncorrelated ones keep their power.
     """
     fade = torch.linspace(0, 1, old.shape[1] + 2)[1:-1]
     energy = (old.square().sum() * new.square().sum()).sqrt()
@@ -39,9 +38,9 @@ def crossfade(old: Tensor, new: Tensor) -> Tensor:
 
 
 def encode_blocks(codec: Codec, wav: Tensor, is_loop: bool = False) -> Tensor:
-    """Codes `1 k t` of audio `c n` at the codec's rate, block by block, each with context.
+    """Codes `1 k t` of audio `c n` at the codec's rate, in blocks with context.
 
-    Of a loop, whose length must be a whole number of frames, each end hears the other.
+    In a loop, which must be a whole number of frames, each end is the context of the other.
     """
     hop, rate = codec.facts.hop_samples, codec.facts.frame_rate
     context, block = round(CONTEXT_S * rate), round(BLOCK_S * rate)
@@ -60,7 +59,7 @@ def encode_blocks(codec: Codec, wav: Tensor, is_loop: bool = False) -> Tensor:
 
 
 def resample(wav: Tensor, rate: float, wanted: float) -> Tensor:
-    """`c n` at another rate, by soxr."""
+    """Resample `c n` with soxr."""
     import soxr
 
     if rate == wanted:
@@ -70,7 +69,7 @@ def resample(wav: Tensor, rate: float, wanted: float) -> Tensor:
 
 
 def resample_loop(wav: Tensor, num_samples: int) -> Tensor:
-    """A period `c n` of another length, by its Fourier series: exact for loops."""
+    """Resample a loop `c n` to another length by its Fourier series, which is exact."""
     from scipy.signal import resample
 
     if wav.shape[1] == num_samples:
@@ -79,10 +78,10 @@ def resample_loop(wav: Tensor, num_samples: int) -> Tensor:
 
 
 def decode_loop(codec: Codec, codes: Tensor, fade_s: float) -> Tensor:
-    """Codes `k t` of a loop -> `c (t hop)`, whose end goes on with its beginning.
+    """Codes `k t` of a loop -> `c (t hop)`, whose end continues with its beginning.
 
-    The codec gets each end as the context of the other. Where it invents phases, what follows the
-    end is not what begins the loop, and the two are cross-faded.
+    Each end is the codec's context of the other. The codec may reconstruct other phases, so the
+    audio after the end is cross-faded with the beginning.
     """
     t, hop = codes.shape[1], codec.facts.hop_samples
     context = round(CONTEXT_S * codec.facts.frame_rate)
@@ -96,7 +95,7 @@ def decode_loop(codec: Codec, codes: Tensor, fade_s: float) -> Tensor:
 
 
 def linear_render(codec: Codec, codes: Tensor, sample_rate: int) -> Render:
-    """Decodes blocks of `codes` (`k t`) with context, at `sample_rate`."""
+    """A function that decodes blocks of `codes` (`k t`) with context, at `sample_rate`."""
     hop, facts = codec.facts.hop_samples, codec.facts
     context = round(CONTEXT_S * facts.frame_rate)
 
@@ -111,24 +110,24 @@ def linear_render(codec: Codec, codes: Tensor, sample_rate: int) -> Render:
 
 @dataclass(frozen=True)
 class Join:
-    """A recording with some of its frames made anew."""
+    """A recording with some regenerated frames."""
 
     original: Tensor
-    """`c n`, the recording; where it ends, all is made anew."""
+    """`c n`, the recording; all frames after its end are regenerated."""
     anew: Tensor
-    """bool `t`, frames that are made anew."""
+    """bool `t`, frames to regenerate."""
     num_samples: int
-    """Of the result."""
+    """Length of the result."""
     samples_per_frame: float
     fade: int
     """Length of the cross-fades, in samples."""
     block: int
-    """Longest block that is decoded at once, in frames."""
+    """Maximum length of a decoded block, in frames."""
     is_loop: bool = False
-    """Whether the end goes on with the beginning, which stays."""
+    """Whether the end continues with the beginning, which is kept."""
 
     def blocks(self, render: Render) -> Iterator[Tensor]:
-        """The result, `c n` piece by piece: memory does not grow with its length."""
+        """The result in blocks `c n`, with constant memory."""
         done = 0
         for first, last in runs(self.anew):
             start = self._sample(first)
@@ -142,7 +141,7 @@ class Join:
         return min(end, self.num_samples)
 
     def _decoded(self, render: Render, first: int, last: int) -> Iterator[Tensor]:
-        """Blocks of one region, faded in from what lies before it and out to what lies behind."""
+        """Blocks of one region, cross-faded with the recording before and after it."""
         before = self.original[:, self._sample(first) :] if first > 0 else None
         for start in range(first, last, self.block):
             end = min(start + self.block, last)
@@ -161,12 +160,12 @@ class Join:
 
 
 def _with_channels(wav: Tensor, channels: int) -> Tensor:
-    """`c n` with so many channels, of which all but its own are their mean."""
+    """`c n` with this number of channels; added channels are the mean of the others."""
     return wav if len(wav) == channels else wav.mean(0, keepdim=True).expand(channels, -1)
 
 
 def _padded(wav: Tensor, size: int) -> Tensor:
-    """A copy with zeros behind the end, where rounding left a sample too few."""
+    """A copy padded with zeros to `size`, in case of rounding."""
     return torch.nn.functional.pad(wav, (0, size - wav.shape[1])).clone()
 
 
@@ -182,11 +181,11 @@ def runs(mask: Tensor) -> list[tuple[int, int]]:
 
 
 def join_loop(join: Join, loop: Tensor) -> Tensor:
-    """`join` of a decoded loop `c n`, whose regions may reach over its end."""
+    """`join` for a decoded loop `c n`, whose regions may cross its end."""
     frames = len(join.anew)
     if bool(join.anew.all()):
         return _with_channels(loop, len(join.original)).clone()
-    # Turned so that it begins with a frame that stays, no region reaches over the end.
+    # Rotated to start with a kept frame, so that no region crosses the end.
     turn = int((~join.anew).nonzero()[0])
     by = round(turn * join.samples_per_frame)
     turned = Join(

@@ -1,11 +1,11 @@
 """Which codes are given, and in which windows the others are decoded.
 
-An `Edit` says in seconds what is made anew of a recording; its `plan` says the same in frames and
-checks it. Inside the regions some codes may stay as hints: single frames (periodic, at onsets, at
-random) or whole codebooks, the masks that VampNet (Garcia et al., 2023) made known.
+An `Edit` describes in seconds what to regenerate; its `plan` checks it and converts it to frames.
+Inside the regions some codes may be kept as hints: single frames (periodic, at onsets, random) or
+complete codebooks, as in VampNet (Garcia et al., 2023).
 
-Shapes: k codebooks, t frames. `given` is bool, True = kept as it is; `anew` is its opposite for all
-codebooks of a frame.
+Shapes: k codebooks, t frames. `given` is bool, True = kept; `anew` is bool, True = regenerate the
+frame.
 """
 
 import math
@@ -21,7 +21,7 @@ from magnet_train.common.errors import UserError
 from magnet_train.common.randomness import generator_for
 
 OVERLAP = 0.4
-"""Share of a window that is known when what follows it is decoded; MusicGen keeps 12 of 30 s."""
+"""Share of a window that overlaps with the previous one; MusicGen uses 12 of 30 s."""
 SEAM_S = 0.02
 """Length of the cross-fades between recorded and decoded audio, in seconds."""
 
@@ -31,20 +31,20 @@ Region = tuple[float, float]
 
 @dataclass(frozen=True)
 class Hints:
-    """Which codes of the regions stay, as hints for what is made anew."""
+    """Codes of the regions to keep as hints; options as in `edit`."""
 
     intensity: float = 1.0
-    """Share of the frames in the regions that are made anew, drawn at random, in (0, 1]."""
+    """Share of frames in the regions to regenerate, drawn at random, in (0, 1]."""
     hint_period_s: float | None = None
-    """Keep one frame of the regions in every period of so many seconds."""
+    """Keep one frame per this number of seconds."""
     hint_onsets_s: float | None = None
-    """Keep the frames of the regions within so many seconds of an onset."""
+    """Keep frames within this number of seconds of an onset."""
     hint_codebooks: int = 0
-    """Codebooks of the kept frames that stay, coarse ones first; 0 = all."""
+    """Number of codebooks of the hints to keep, coarse ones first; 0 = all."""
     keep_coarse: int = 0
-    """Codebooks that stay in all frames of the regions, counted from the coarsest."""
+    """Number of coarsest codebooks to keep in all frames of the regions."""
     keep_fine: int = 0
-    """Codebooks that stay in all frames of the regions, counted from the finest."""
+    """Number of finest codebooks to keep in all frames of the regions."""
 
     def __post_init__(self) -> None:
         if not 0 < self.intensity <= 1:
@@ -59,7 +59,7 @@ class Hints:
 
     @property
     def keep_any(self) -> bool:
-        """Whether anything stays in the regions."""
+        """Whether any code of the regions is kept."""
         return self != Hints(hint_codebooks=self.hint_codebooks)
 
     def given(
@@ -70,14 +70,14 @@ class Hints:
         onsets: Tensor | None = None,
         place: str = "0",
     ) -> Tensor:
-        """The codes that stay: `t` -> bool `k t`.
+        """The codes to keep: `t` -> bool `k t`.
 
         Args:
             anew: frames of the regions, bool `t`.
             num_codebooks: k.
-            frame_rate: in Hz.
+            frame_rate: frame rate in Hz.
             onsets: frames with an onset, bool `t`; needed for `hint_onsets_s`.
-            place: what the random draws belong to, such as "seed/item".
+            place: key of the random numbers, such as "seed/item".
         """
         hints = torch.zeros_like(anew)
         frames = anew.nonzero()[:, 0]
@@ -103,22 +103,22 @@ class Hints:
 
 @dataclass(frozen=True)
 class Edit:
-    """What is made anew of a recording, in seconds; the rest stays."""
+    """What to regenerate of a recording, in seconds; everything else is kept."""
 
     regenerate: tuple[Region, ...] = ()
-    """Regions that are made anew."""
+    """Regions to regenerate."""
     keep: tuple[Region, ...] = ()
-    """Regions that stay while all others are made anew."""
+    """Regions to keep; everything else is regenerated."""
     from_s: float | None = None
-    """Where a continuation begins; the end of the recording if None."""
+    """Start of a continuation (default: the end of the recording)."""
     to_s: float | None = None
-    """Length of the result of a continuation; None = no continuation."""
+    """Total length with a continuation; None = no continuation."""
     loop_s: float | None = None
-    """Length of the loop that is cut from the recording; None = no loop."""
+    """Length of the loop taken from the recording; None = no loop."""
     loop_start_s: float = 0.0
-    """Where in the recording the loop begins."""
+    """Start of the loop in the recording."""
     seam_s: float = 1.0
-    """What is made anew on each side of a loop's seam, where no region is given."""
+    """Length to regenerate on each side of a loop's seam, if no region is given."""
     hints: Hints = Hints()
 
     def plan(
@@ -129,18 +129,18 @@ class Edit:
         num_codebooks: int,
         crop_s: float,
     ) -> "Plan":
-        """The same in frames and samples.
+        """Check the edit, and convert it to frames and samples.
 
         Args:
-            num_samples: of the recording.
-            sample_rate: of the recording, in Hz.
-            frame_rate: of the codec, in Hz.
-            num_codebooks: of the codec.
-            crop_s: length that the model was trained on, in seconds.
+            num_samples: length of the recording.
+            sample_rate: sample rate of the recording, in Hz.
+            frame_rate: frame rate of the codec, in Hz.
+            num_codebooks: number of codebooks of the codec.
+            crop_s: length of the model's training crops, in seconds.
 
         Raises:
-            UserError: if a region, a loop or a continuation does not fit the recording or the
-                model, or nothing is left to decode.
+            UserError: if a region, loop or continuation does not match the recording or the model,
+                or there is nothing to decode.
         """
         if self.regenerate and self.keep:
             raise UserError("give --regenerate or --keep, not both")
@@ -173,7 +173,7 @@ class Edit:
                     f"--to_s {self.to_s}: must be at least a frame ({1 / frame_rate:.3g} s) beyond "
                     f"the {kept_s:.3f} s that are kept, and at most a day"
                 )
-            # The seam's cross-fade needs recorded audio behind the last frame that is kept.
+            # The cross-fade needs recorded audio after the last kept frame.
             anew[max(0, math.floor((kept_s - SEAM_S) * frame_rate)) :] = True
         return Plan(anew, 0, round(total_s * sample_rate), is_loop=False)
 
@@ -212,21 +212,21 @@ class Plan(NamedTuple):
     """An edit in frames and samples."""
 
     anew: Tensor
-    """bool `t`, frames that are made anew."""
+    """bool `t`, frames to regenerate."""
     start: int
-    """First sample of the recording that is used."""
+    """First used sample of the recording."""
     num_samples: int
-    """Length of the result, at the rate of the recording."""
+    """Length of the result, at the recording's sample rate."""
     is_loop: bool
 
 
 def check_regions(
     option: str, regions: Sequence[Region], length_s: float, frame_rate: float
 ) -> list[Region]:
-    """The regions in order.
+    """Check and sort regions.
 
     Raises:
-        UserError: if one is outside the recording, empty, shorter than a frame, or overlaps
+        UserError: if a region is outside the recording, empty, shorter than a frame, or overlaps
             another.
     """
     ordered = sorted((start, length_s if math.isinf(end) else end) for start, end in regions)
@@ -245,11 +245,11 @@ def check_regions(
 
 
 def check_loop(loop_s: float, sample_rate: int, frame_rate: float, crop_s: float) -> None:
-    """Check that a loop of this length can be made exactly.
+    """Check that an exact loop of this length is possible.
 
     Raises:
-        UserError: if it is shorter than a frame, longer than what the model was trained on, or no
-            whole number of samples.
+        UserError: if it is shorter than a frame, longer than the trained length, or not a whole
+            number of samples.
     """
     if not 1 / frame_rate <= loop_s <= crop_s + 1e-6:
         raise UserError(
@@ -274,22 +274,23 @@ class Window(NamedTuple):
     start: int
     end: int
     first: int
-    """The first open frame."""
+    """First frame to decode."""
     stop: int
-    """What is decoded from here on is left to a later window."""
+    """Frames from here on are decoded in a later window."""
 
 
 def windows(anew: Tensor, size: int, overlap: int, cuts: Sequence[int] = ()) -> Iterator[Window]:
-    """Windows of at most `size` frames that decode all open frames, from left to right.
+    """Windows of at most `size` frames that decode all frames `anew`, from left to right.
 
-    A gap that fits lies in the middle of its window; of a longer one each window knows `overlap`
-    frames on its left, and a gap that the end of a window would cut is left to the next.
+    A gap that fits is in the middle of its window. For a longer gap, each window overlaps the
+    previous one by `overlap` frames. A gap that would be split at the end of a window is decoded in
+    the next one.
 
     Args:
-        anew: open frames, bool `t`.
-        size: in frames.
-        overlap: in frames, below `size`.
-        cuts: frames at which a window stops, because the prompt changes there.
+        anew: frames to decode, bool `t`.
+        size: length of a window, in frames.
+        overlap: overlap in frames, below `size`.
+        cuts: frames at which a window stops because the prompt changes.
     """
     anew = anew.clone()
     t = len(anew)
@@ -310,9 +311,9 @@ def windows(anew: Tensor, size: int, overlap: int, cuts: Sequence[int] = ()) -> 
 
 
 def onset_frames(wav: Tensor, hop_samples: int, num_frames: int) -> Tensor:
-    """Frames in which something begins: `t` samples -> bool `num_frames`.
+    """Frames with an onset: `t` samples -> bool `num_frames`.
 
-    Peaks of the spectral flux, the rise of log magnitudes, more than a deviation above its mean.
+    Peaks of the spectral flux (rise of log magnitudes) above its mean plus one standard deviation.
     """
     size = 2 * hop_samples
     padded = torch.nn.functional.pad(wav, (size // 2, size))

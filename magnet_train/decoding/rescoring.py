@@ -1,12 +1,11 @@
-"""Rescoring (MAGNeT, Eq. 5 and Fig. 4): another model helps to choose which spans are kept.
+"""Rescoring (MAGNeT, Eq. 5 and Fig. 4): a second model takes part in scoring spans.
 
-After each step the rescorer reads what the step filled in and gives its own probability of every
-code. A mixture of the two probabilities then ranks the spans; which codes are sampled does not
-change. The paper contradicts itself twice. Its equation samples from the mixture, its figure ranks
-by it: this is the figure's form. The weight multiplies MAGNeT in the equation and the rescorer in
-the figure: here it is always the rescorer's.
+After each step the rescorer computes its own probabilities of the sampled codes, and a mixture of
+both models' probabilities scores the spans. The sampled codes do not change. The paper is
+inconsistent: its equation samples from the mixture while its figure scores with it (as here), and
+the weight belongs to MAGNeT in the equation and to the rescorer in the figure (as here).
 
-The rescorer is asked once a step, without guidance: one row pass more beside MAGNeT's two.
+The rescorer runs once per step, without guidance: one forward pass besides MAGNeT's two.
 
 Shapes: b examples, k codebooks, t frames, c entries, s text tokens, e width of text states.
 """
@@ -25,16 +24,16 @@ from magnet_train.layout import delayed
 from magnet_train.model import Magnet, Pass, TextKeyValues
 
 Reading = Callable[[Tensor, Tensor, int], Tensor]
-"""Codes `b k t` after a step, the frames that it filled in (`b t` bool) and its stage -> logits of
-the stage's codebook, `b t c`. Codebooks above the stage hold the mask id, c.
+"""Codes `b k t` after a step, the frames sampled in it (`b t` bool) and its stage -> logits of the
+stage's codebook, `b t c`. Codebooks above the stage contain the mask id, c.
 """
 
 
 class Rescorer(Protocol):
-    """A model that gives probabilities of codes."""
+    """A model that scores codes."""
 
     def reading(self, prompts: Sequence[str]) -> Reading:
-        """Its passes for these captions; "" is read without text."""
+        """A function for these captions that computes logits; "" means no text."""
         ...
 
 
@@ -45,10 +44,10 @@ def mixed_certainty(
 
     Args:
         certainty: `b t`, probability of the chosen code under MAGNeT.
-        logits: `b t c`, of the rescorer.
+        logits: `b t c`, the rescorer's logits.
         chosen: `b t`, the codes.
-        weight: of the rescorer, 0 to 1.
-        temperature: of the rescorer's softmax, above 0.
+        weight: weight of the rescorer, 0 to 1.
+        temperature: softmax temperature of the rescorer, above 0.
     """
     theirs = torch.softmax(logits.float() / temperature, dim=-1)
     theirs = theirs.gather(2, chosen[..., None])[..., 0]
@@ -56,7 +55,7 @@ def mixed_certainty(
 
 
 class MagnetRescorer:
-    """Another MAGNeT: it predicts the frames of the step from the others, as it was trained to."""
+    """Another MAGNeT, which predicts the frames of the step from all others, as in training."""
 
     def __init__(self, network: Magnet, text_encoder: TextEncoder):
         self.network, self.text_encoder = network, text_encoder
@@ -98,15 +97,15 @@ class HybridRescorer(MagnetRescorer):
 
 
 class MusicGenRescorer:
-    """MusicGen, read by transformers: the probability of each code after all that come before it.
+    """MusicGen from transformers: the probability of each code given all previous ones.
 
-    In its delay pattern the code of codebook k and frame t stands in column 1 + t + k, behind a
-    column of special ids, and is predicted in the column before. The pattern is made for T + K
-    columns, so that the last frames of the upper codebooks are predicted like all others.
+    In its delay pattern the code of codebook k and frame t is in column 1 + t + k, after a column
+    of special ids, and is predicted in the column before. The pattern has T + K columns, so that
+    the last frames of the upper codebooks are predicted too.
     """
 
     def __init__(self, model: Any, text_encoder: TextEncoder):
-        """Takes transformers' `MusicgenForConditionalGeneration`, and its text encoder."""
+        """`model` is transformers' `MusicgenForConditionalGeneration`, with its text encoder."""
         self.model, self.text_encoder = model, text_encoder
 
     @torch.no_grad()
@@ -115,7 +114,7 @@ class MusicGenRescorer:
         if hasattr(self.model, "enc_to_dec_proj"):
             states = self.model.enc_to_dec_proj(states.to(self.model.dtype))
         states = states * allowed[..., None]
-        # A row without text attends to states of zero, which give zero; to nothing would be NaN.
+        # A row without text attends to zero states, because an empty softmax is NaN.
         allowed = allowed | ~allowed.any(1, keepdim=True)
 
         @torch.no_grad()
