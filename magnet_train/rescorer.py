@@ -89,7 +89,7 @@ def musicgen_config(name: str) -> dict[str, Any] | None:
 
 
 def _musicgen_codes(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Facts about the codes of a MusicGen, from its configuration alone."""
+    """Codec facts of a MusicGen, from its configuration."""
     parsed = parse_musicgen(config, f"rescorer={name}")
     return {
         "num_codebooks": parsed.decoder.num_codebooks,

@@ -1,8 +1,10 @@
-"""The runs that ablation.ipynb reads: the shipped model at several strengths of guidance, each with several seeds.
+"""Runs for ablation.ipynb: the bundled model with several guidance coefficients and seeds.
 
-    python guidance_runs.py      # writes guidance_runs.csv, a line for each run; those that it holds are not repeated
+    python guidance_runs.py      # adds missing runs to guidance_runs.csv
 
-The caption of each of the demo's 16 clips, 4.5 s long (two windows of musicnn), scored against the clips.
+The stored file is from the demo's model of 2026-11-21; remove it to measure the current model. Each
+run generates 4.5 s (two windows of musicnn) for each of the demo's 16 captions, scored against the
+clips.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""Puts a trained run into `data/demo/magnet`, the release that ships.
+"""Exports a trained run to `data/demo/magnet`, the bundled release.
 
     python data/demo/release_model.py --checkpoint runs/shipped --metrics metrics.json --trained "…"
 
@@ -27,15 +27,14 @@ tags: [magnet, arxiv:2401.04577]
 
 # The demo's MAGNeT
 
-{parameters:.1f} M parameters, {crop_s:g}-second clips at 16 kHz. It plays at once:
+{parameters:.1f} M parameters, {crop_s:g}-second clips at 16 kHz. Usage:
 
     python -m magnet_train generate --prompt "a slow chorale for string quartet" --out generated
 
-It shows that the whole way works on two CPU cores. `audio/` has twelve of its clips beside the real
-ones.
+It shows that training and generation work on two CPU cores. `audio/` has twelve of its clips and
+the corresponding real ones.
 
-**Trained on** 40 hours of music rendered from public-domain scores (data/demo/README.md), on
-nothing else.
+**Trained on** 40 hours of music rendered from public-domain scores (data/demo/README.md) only.
 {trained}
 Configuration: conf/demo.yaml with conf/demo_shipped.yaml. Decoding: {decoding}
 
@@ -44,24 +43,23 @@ intervals over clips (`data/demo/evaluate_model.py`):
 
 {scores}
 
-FAD and KL are against the real clips, with musicnn. The text-audio score was trained on real audio
-of the training split only. "codec" is the codec's reconstruction of the real clips, the best that
-any model of these codes can reach. "bigram" and "unigram" are codes drawn from the counts of pairs
-and of single codes. None of these figures is comparable with published FAD, KL or CLAP, which use
-other networks.
+FAD and KL use musicnn and the real clips. The text-audio scorer was trained on real audio of the
+training split only. "codec" is the codec's reconstruction of the real clips, an upper bound for
+models of these codes. "bigram" and "unigram" are codes drawn from bigram and unigram counts. These
+values are not comparable with published FAD, KL or CLAP, which use other networks.
 
 {music}
 
-Key rank: the caption's key among 12, 1 is best and 6.5 is chance. Captions that name no key or no
-tempo do not count for key rank and beat. Note lengths: distance to those of the real clips.
+Key rank: rank of the caption's key among 12; 1 is best and 6.5 is chance. Captions without a key or
+tempo are not used for key rank or beat. Note lengths: distance to those of the real clips.
 
-Stage 0 on single masked frames, at fixed mask rates; the cross-entropy of the bigram table is
+Stage 0 on single masked frames, at fixed mask rates; the cross-entropy of the bigram baseline is
 {bigram:.2f} nats:
 
 {stage0}
 
-**What is wrong with it**: {faults} Eight prompts beside codec reconstructions of the real clips:
-`spectrograms.jpg`.
+**Limitations**: {faults} `spectrograms.jpg` shows eight prompts and codec reconstructions of the
+real clips.
 """
 
 
