@@ -26,6 +26,7 @@ from magnet_train.common.pretrained import one_line
 from magnet_train.common.tensor_files import (
     Shapes,
     check_numbers,
+    check_same_shapes,
     read_pickle,
     read_safetensors,
     safetensors_shapes,
@@ -325,22 +326,7 @@ def check_shapes(shapes: Shapes, config: MagnetConfig, source: Path) -> None:
             expected = _shapes(Magnet(config).state_dict())
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
         raise UserError(f"{source}: {config}: invalid network ({one_line(error)})") from error
-    differences = {
-        "lacks": expected.keys() - shapes.keys(),
-        "has the unknown": shapes.keys() - expected.keys(),
-    }
-    for problem, names in differences.items():
-        if names:
-            raise UserError(
-                f"{source}: {problem} {min(names)} and {len(names) - 1} more; "
-                "the file does not match the model configuration"
-            )
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise UserError(
-                f"{source}: {name} is {shapes[name]}, expected {shape}; "
-                "the file does not match the model configuration"
-            )
+    check_same_shapes(expected, shapes, source)
 
 
 def check_weights(weights: Mapping[str, Tensor], config: MagnetConfig, source: Path) -> None:

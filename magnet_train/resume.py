@@ -75,7 +75,10 @@ def newest_intact_checkpoint(folders: Iterable[Path]) -> Path | None:
     """
     found: dict[Path, tuple[int, float]] = {}
     for path in {
-        path.resolve(): path for folder in folders for path in folder.glob("*.ckpt")
+        path.resolve(): path
+        for folder in folders
+        for path in folder.glob("*.ckpt")
+        if path.is_file()
     }.values():
         with _skipping_damaged(path):
             # Without verification, which would read each file completely.

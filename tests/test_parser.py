@@ -10,14 +10,10 @@ import yaml
 
 from magnet_train.__main__ import main
 from magnet_train.cli.fit import build_without_training
-from magnet_train.cli.parser import (
-    MAX_CONFIG_ALIASES,
-    MAX_CONFIG_BYTES,
-    find_config,
-    make_parser,
-)
+from magnet_train.cli.parser import find_config, make_parser
 from magnet_train.common.assets import conf_path, shipped_configurations
 from magnet_train.common.errors import UserError
+from magnet_train.common.yaml_files import MAX_ALIASES, MAX_BYTES
 from magnet_train.release import SavedModel
 
 SMALL = {"dim": 32, "num_heads": 2, "num_layers": 1}
@@ -121,8 +117,8 @@ def test_a_shipped_configuration_is_found_by_name_from_anywhere(tmp_path, monkey
     [
         (b"\xe3\x00\xff", "not UTF-8"),
         (b"a: [", "not valid YAML"),
-        (b"a: &a x\nb: [" + b"*a, " * (MAX_CONFIG_ALIASES + 1) + b"]", "aliases"),
-        (b"#" * (MAX_CONFIG_BYTES + 1), "larger than"),
+        (b"a: &a x\nb: [" + b"*a, " * (MAX_ALIASES + 1) + b"]", "aliases"),
+        (b"#" * (MAX_BYTES + 1), "larger than"),
         (None, "no such file"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -144,6 +140,10 @@ def test_a_file_that_is_no_configuration_is_named(content, says, tmp_path, capsy
         (["fit", "--model.crop_z", "3"], "did you mean model.crop_s?"),
         (["fit", "--model.optimizer.name", "sgd"], "choose adamw, dadapt_adam"),
         (["fit", "--model.crop_s", "three"], "--model.crop_s three: give a number"),
+        (["generate", "--duration_s", "nan"], "--duration_s nan: give a number or null"),
+        (["fit", "--seed_everything", "x"], "--seed_everything x: give"),
+        (["fit", "--model.optimizer.betas", "[1]"], "betas [1]: give 2 values"),
+        (["fit", "--model", "3"], "--model 3: give options"),
         (["fit", "--model.optimizer.lr", ".nan"], "--model.optimizer.lr nan"),
         (["fit", "--model.crop_s", ".inf"], "--model.crop_s inf"),
         (["fit", "--seed_everything", "100000000000000000000"], "seed_everything"),

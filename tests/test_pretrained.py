@@ -2,10 +2,12 @@
 
 import builtins
 import json
+import resource
 
 import pytest
-from make_components import make_t5
+from make_components import make_codec, make_t5
 
+from magnet_train.codec.base import load_codec
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import absolute_path, load_pretrained, one_line
 from magnet_train.conditioning import load_text_encoder
@@ -46,6 +48,33 @@ def test_a_truncated_file_of_weights_is_named(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     assert "model.safetensors is damaged or truncated" in refusal(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_filters", 10**6),
+        ("hidden_size", 10**12),
+        ("codebook_size", 10**9),
+        ("target_bandwidths", [1e9]),
+        ("num_lstm_layers", 10**8),
+        ("num_residual_layers", 10**8),
+        ("upsampling_ratios", [2] * 10**4),
+        ("upsampling_ratios", [2] * 60),
+        ("sampling_rate", -1),
+        ("kernel_size", "seven"),
+        ("num_filters", None),
+    ],
+)
+def test_impossible_sizes_are_refused_before_anything_is_allocated(name, value, tmp_path):
+    make_codec(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="codec") as caught:
+        load_codec(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
 def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch):

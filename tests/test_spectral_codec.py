@@ -20,6 +20,7 @@ from magnet_train.codec.spectral import (
     soft_limit,
 )
 from magnet_train.common.assets import demo_path
+from magnet_train.common.errors import UserError
 
 RATE, HOP = 16_000, 640
 SMALL = SpectralCodecConfig(
@@ -208,6 +209,19 @@ def test_soft_limit_leaves_what_is_within_its_knee():
     inside = wav.abs() <= 0.8
     assert torch.equal(limited[inside], wav[inside])
     assert limited.abs().max() < 0.9501 and (limited.diff() >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dim", 4096), ("layers", 10**9), ("codebook_size", 1 << 16), ("num_bands", "x"), ("dim", -1)],
+)
+def test_sizes_that_the_weights_have_not_are_refused(name, value, model, tmp_path: Path):
+    model.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(UserError, match=r"codec|model\.safetensors") as caught:
+        load_codec(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_codec_of_zeros_is_refused(tmp_path: Path):

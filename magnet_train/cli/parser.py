@@ -9,17 +9,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from magnet_train.common import private_api
 from magnet_train.common.assets import shipped_configurations
 from magnet_train.common.errors import UserError, user_error_from
+from magnet_train.common.yaml_files import read_yaml
 
-MAX_CONFIG_BYTES = 2**20
-MAX_CONFIG_ALIASES = 100
-"""Limit against YAML files whose aliases expand beyond memory."""
-TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
+TYPES = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "tuple": "a list",
+    "list": "a list",
+    "Iterable": "a list",
+    "dict": "a mapping",
+    "Union": "",
+    "NoneType": "null",
+}
+"""What a type is called in a message."""
 
 Defaults = Callable[[Namespace], dict[str, Any]]
 """Maps the options given by file or flag to defaults of the others."""
@@ -65,47 +74,17 @@ def find_config(text: str) -> str:
             raise UserError(f"--config {text}: no such file{did_you_mean(name, list(shipped))}")
         else:
             return text
-    check_config_file(path)
-    return options_of_note(path) or str(path)
+    content = read_yaml(path, f"--config {path}")
+    return options_of_note(path, content) or str(path)
 
 
-def options_of_note(path: Path) -> str | None:
+def options_of_note(path: Path, content: Any) -> str | None:
     """The options in the JSON beside a generated clip, as text; None for any other file."""
-    if path.suffix != ".json":
-        return None
-    note = yaml.safe_load(path.read_text(encoding="utf-8"))
-    options = note.get("options") if isinstance(note, dict) else None
-    return json.dumps(options) if isinstance(options, dict) else None
+    options = content.get("options") if isinstance(content, dict) else None
+    is_note = path.suffix == ".json" and isinstance(options, dict)
+    return json.dumps(options) if is_note else None
 
 
-def check_config_file(path: Path) -> None:
-    """Check that a configuration can be read with bounded time and memory.
-
-    Raises:
-        UserError: if it cannot.
-    """
-    if not path.is_file():
-        raise UserError(f"--config {path}: not a regular file; give a YAML file")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise UserError(
-            f"--config {path}: larger than {MAX_CONFIG_BYTES:,} bytes; give a YAML file of options"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-        events = yaml.parse(text, Loader=yaml.SafeLoader)
-        num_aliases = sum(isinstance(event, yaml.AliasEvent) for event in events)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(
-            f"--config {path}: not valid YAML ({' '.join(str(error).split())[:200]})"
-        ) from error
-    if num_aliases > MAX_CONFIG_ALIASES:
-        raise UserError(
-            f"--config {path}: {num_aliases} YAML aliases; at most {MAX_CONFIG_ALIASES} are read"
-        )
 
 
 class OneLineErrors(ArgumentParser):
@@ -218,16 +197,49 @@ def parser_message(text: str) -> str:
     '--seed three: give an integer'
     """
     lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
-    message = " ".join(dict.fromkeys(lines))[:600]
-    wrong = re.fullmatch(r'Parser key "(\S+)": Expected an? (.*?)\. Got value: (.*)', message)
-    if wrong is None:
-        return message
-    name, expected, value = wrong.groups()
-    if kind := re.fullmatch(r"<class '(\w+)'>", expected):
-        return f"--{name} {value}: give {TYPES.get(kind[1], f'a value of type {kind[1]}')}"
-    if choices := re.fullmatch(r"typing\.Literal\[(.*)\]", expected):
-        return f"--{name} {value}: choose {choices[1].replace(chr(39), '')}"
-    return message
+    message = " ".join(dict.fromkeys(lines))
+    for pattern in _WRONG_VALUE:
+        if wrong := pattern.search(message):
+            name, value = wrong["name"], wrong["value"][:100]
+            return f"--{name} {value}: {_expected(wrong['expected'])}"
+    return message[:600]
+
+
+_WRONG_VALUE = (
+    re.compile(
+        r'Parser key "(?P<name>\S+)":.* Subtypes: \[(?P<expected>.*)\] Errors: .*'
+        r"Given value: (?P<value>.*)"
+    ),
+    re.compile(
+        r'Parser key "(?P<name>\S+)": Expected an? (?P<expected>.*?)\. Got value: (?P<value>.*)'
+    ),
+    re.compile(
+        r'Parser key "(?P<name>\S+)": (?P<expected>Unable) to load config \W(?P<value>.*?)\W( |$)'
+    ),
+)
+
+
+def _expected(kinds: str) -> str:
+    """What to give instead, from a parser's names of types.
+
+    >>> _expected("<class 'int'>, list[float], <class 'NoneType'>")
+    'give an integer, a list or null'
+    >>> _expected("typing.Literal['a', 'b']")
+    'choose a, b'
+    """
+    if kinds == "Unable":
+        return "give options, as YAML or one by one"
+    choices = re.findall(r"typing\.Literal\[(.*?)\]", kinds)
+    if choices:
+        return f"choose {', '.join(choices).replace(chr(39), '')}"
+    if size := re.fullmatch(r"tuple with (\d+) elements", kinds):
+        return f"give {size[1]} values"
+    kinds = re.sub(r"\[[^\[\]]*\]", "", kinds)  # the types of a list's entries
+    names = [name.rpartition(".")[2] for name in re.findall(r"[\w.]+", kinds.replace("<class", ""))]
+    words = [TYPES.get(name, f"a {name}") for name in dict.fromkeys(names)]
+    words = [word for word in words if word and not (word == "an integer" and "float" in names)]
+    *first, last = words or ["another value"]
+    return f"give {', '.join(first)} or {last}" if first else f"give {last}"
 
 
 def make_parser(verb: str, description: str) -> OneLineErrors:

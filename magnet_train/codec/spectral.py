@@ -16,7 +16,7 @@ k codebooks.
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Self
 
@@ -26,10 +26,26 @@ from torch.nn import functional as F
 
 from magnet_train.codec.base import Codec, CodecFacts, check_weights, codes_hash, first_codebooks
 from magnet_train.common.folders import replacing, write_json
+from magnet_train.common.tensor_files import (
+    check_same_shapes,
+    read_safetensors,
+    safetensors_shapes,
+)
 
 MODEL_TYPE = "magnet_train_pitch_first"
 DECODER_SETTINGS = ("dim", "layers", "griffin_lim_steps")
 """Settings that do not change the codes."""
+MAX_SIZES = {
+    "sample_rate": 768_000,
+    "hop_samples": 1 << 16,
+    "window_samples": 1 << 16,
+    "pitch_window_samples": 1 << 16,
+    "codebook_size": 1 << 16,
+    "layers": 64,
+    "sub_frames": 64,
+}
+MAX_SIZE = 4096
+"""Of all other settings."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,13 @@ class SpectralCodecConfig:
     """Blocks of the decoder."""
     griffin_lim_steps: int = 20
     """Iterations of fast Griffin-Lim."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            largest = MAX_SIZES.get(each.name, MAX_SIZE)
+            if type(value) not in (int, type(each.default)) or not 1 <= value <= largest:
+                raise ValueError(f"{each.name}={value!r:.40} must be from 1 to {largest}")
 
     @property
     def latent_dim(self) -> int:
@@ -337,15 +360,17 @@ class SpectralModel(nn.Module):
         """The inverse of `save`, in float32.
 
         Raises:
-            RuntimeError: if weights are missing or of another shape.
-            OSError, SafetensorError: if a file is missing or broken.
+            UserError: if a file of weights is missing, broken, or of another shape.
+            OSError, ValueError, TypeError: if the configuration is.
         """
-        from safetensors.torch import load_file
-
-        config = json.loads((folder / "config.json").read_text())
-        weights = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
-        model = cls(SpectralCodecConfig(**{k: v for k, v in config.items() if k != "model_type"}))
-        model.load_state_dict(weights)
+        values = json.loads((folder / "config.json").read_text())
+        config = SpectralCodecConfig(**{k: v for k, v in values.items() if k != "model_type"})
+        file, remedy = folder / "model.safetensors", "copy or download it again"
+        with torch.device("meta"):  # before anything of its size is allocated
+            expected = {k: tuple(v.shape) for k, v in cls(config).state_dict().items()}
+        check_same_shapes(expected, safetensors_shapes(file, remedy), file)
+        model = cls(config)
+        model.load_state_dict({k: v.float() for k, v in read_safetensors(file, remedy).items()})
         return model
 
 

@@ -10,15 +10,23 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
 T = TypeVar("T")
 Load = Callable[[str, bool], T]
 
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 MAX_CONFIG_BYTES = 10_000_000
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+MAX_PARAMETERS_PER_BYTE = 4
+"""A file may lack parts that are not used, such as T5's decoder; parameters take 2 or 4 bytes."""
+MAX_LAYERS = 1000
+"""Layers of one kind, codebooks, and entries of a list in a configuration."""
+MAX_NUMBER = float(1 << 31)
+MAX_DEPTH = 20
 
 
 def load_pretrained(
@@ -111,6 +119,7 @@ def _load_folder(what: str, path: Path, load: Load[T], required: Sequence[str]) 
             "give a folder written by transformers' save_pretrained"
         )
     _refuse_code(what, path)
+    _check_size(what, path)
     try:
         with quiet():
             return load(str(path), True)
@@ -143,6 +152,53 @@ def _refuse_code(what: str, folder: Path) -> None:
                 f"{what} {str(folder)!r}: {name} needs code of the model (auto_map), which is "
                 "never run; choose a model that transformers supports"
             )
+
+
+def _check_size(what: str, folder: Path) -> None:
+    """Refuses a configuration of a network far larger than the weights beside it.
+
+    transformers would allocate all that the weights lack before it says so.
+    """
+    import torch
+
+    ensure_torchaudio_imports()
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if values.get("model_type") not in CONFIG_MAPPING:  # which its loader knows, or refuses
+        return
+    stored = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES)
+    try:
+        _check_counts(values)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _check_counts({"quantizer_layers": getattr(config, "num_quantizers", 0)})
+        with torch.device("meta"), quiet():
+            model = AutoModel.from_config(config, trust_remote_code=False)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        if size > MAX_PARAMETERS_PER_BYTE * stored:
+            raise ValueError(f"{size:,} parameters, but {stored:,} bytes of weights")
+    except UserError:
+        raise
+    except Exception as error:  # a dozen kinds, from a wrong type to a size beyond 64 bits
+        raise UserError(
+            f"{what} {str(folder)!r}: config.json describes no possible network "
+            f"({one_line(error)}); copy or download it again"
+        ) from error
+
+
+def _check_counts(values: dict[str, Any], depth: int = 0) -> None:
+    """Raises ValueError for a count that would take endless time to build."""
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    for name, value in values.items():
+        is_count = any(word in name for word in ("layer", "codebooks", "depth"))
+        limit = MAX_LAYERS if is_count else MAX_NUMBER
+        parts = value if isinstance(value, list) else [value]
+        numbers = [n for n in parts if isinstance(n, int | float)]
+        if len(parts) > MAX_LAYERS or not all(-MAX_NUMBER <= n <= limit for n in numbers):
+            raise ValueError(f"{name}={str(value)[:80]} is out of range")
+        if isinstance(value, dict):
+            _check_counts(value, depth + 1)
 
 
 def _damaged_weights(folder: Path) -> Path | None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -40,12 +41,16 @@ def read_pickle(path: Path, remedy: str) -> Any:
         UserError: if the file is missing, damaged, or needs code.
     """
     try:
-        stat = path.stat()
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):  # opening a named pipe would wait for its writer
+            raise UserError(f"{path}: not a regular file; {remedy}")
         if zipfile.is_zipfile(path):
-            _verify_zip(path, stat.st_size, stat.st_mtime_ns)
+            _verify_zip(path, about.st_size, about.st_mtime_ns)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         # The format before torch 1.6 has no checksums and cannot be memory-mapped.
         return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; {remedy}") from error
     except Exception as error:  # the type depends on where the file is damaged
@@ -87,6 +92,30 @@ def safetensors_shapes(path: Path, remedy: str) -> Shapes:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: missing or damaged ({one_line(error)}); {remedy}") from error
     return shapes
+
+
+def check_same_shapes(expected: Shapes, found: Shapes, source: Path) -> None:
+    """Checks names and shapes of a file's tensors.
+
+    Raises:
+        UserError: that names the first difference.
+    """
+    differences = {
+        "lacks": expected.keys() - found.keys(),
+        "has the unknown": found.keys() - expected.keys(),
+    }
+    for problem, names in differences.items():
+        if names:
+            raise UserError(
+                f"{source}: {problem} {min(names)} and {len(names) - 1} more; "
+                "the file does not match the model configuration"
+            )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise UserError(
+                f"{source}: {name} is {found[name]}, expected {shape}; "
+                "the file does not match the model configuration"
+            )
 
 
 def read_safetensors(path: Path, remedy: str) -> dict[str, Tensor]:

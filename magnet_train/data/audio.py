@@ -128,6 +128,8 @@ def _mean(wav: np.ndarray) -> np.ndarray:
 def _check_regular(path: Path) -> None:
     try:
         is_file = stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; correct its name, or put it there") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: unreadable ({reason}); convert or remove it") from error

@@ -155,7 +155,7 @@ class MagnetDataModule(L.LightningDataModule):
             (min(float(length), crop_s), int(steps)) for length, steps in crop_schedule or []
         ]
         for length, steps in self.crop_schedule:
-            if length <= 0 or steps < 1:
+            if not length > 0 or steps < 1:
                 raise UserError(
                     f"data: crop_schedule=[{length}, {steps}]: the length must be above 0 seconds, "
                     "and the number of steps at least 1"

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 from collections import deque
@@ -76,7 +77,7 @@ def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any
         write_json(out / ".plan.json", plan)
     jobs = [Job(number, crops, out, options, facts) for number, crops in enumerate(shards)]
     _encode_all(jobs, options)
-    reports = [report for job in jobs if (report := _read_json(job.report_path)) is not None]
+    reports = [report for job in jobs if (report := job.report()) is not None]
     index = _index(plan, reports, skipped)
     with _lock(out / ".plan.lock", wait=True):
         write_json(out / "index.json", index)
@@ -116,10 +117,29 @@ class Job:
     def lock_path(self) -> Path:
         return self.out / f".{self.path.name}.lock"
 
+    def report(self) -> dict[str, Any] | None:
+        """What was written about the finished shard; None if there is nothing, or not that."""
+        report = _read_json(self.report_path)
+        if not isinstance(report, dict):
+            return None
+        numbers = [report.get(name) for name in ("num_examples", "num_frames", "seconds")]
+        skipped, unreadable = report.get("skipped"), report.get("unreadable")
+        is_whole = (
+            report.get("name") == self.path.name
+            and isinstance(report.get("sha256"), str)
+            and all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers)
+            and isinstance(skipped, list)
+            and all(isinstance(e, dict) and e.keys() == {"file", "reason"} for e in skipped)
+            and all(isinstance(text, str) for entry in skipped for text in entry.values())
+            and isinstance(unreadable, list)
+            and all(isinstance(path, str) for path in unreadable)
+        )
+        return report if is_whole else None
+
     def is_done(self) -> bool:
         """Whether the shard exists, matches its report, and has all readable crops."""
-        report = _read_json(self.report_path)
-        if not isinstance(report, dict) or not self.path.is_file():
+        report = self.report()
+        if report is None or not self.path.is_file():
             return False
         with open(self.path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != report.get("sha256"):
@@ -147,13 +167,10 @@ def _open_plan(out: Path, options: TokenizeOptions, facts: dict[str, Any]) -> di
             raise UserError(f"{out}: already has shards; {remedy}")
         return new
     is_plan = isinstance(known, dict) and known.get("format") == FORMAT
-    if (
-        not is_plan
-        or not isinstance(known.get("codec"), dict)
-        or not _is_rounds(known.get("rounds"))
-    ):
+    codec = known.get("codec") if is_plan else None
+    if not isinstance(codec, dict) or not _is_rounds(known.get("rounds")):
         raise UserError(f"{path}: not a plan of this version; {remedy}")
-    if known["codec"].get("hash") != facts["hash"]:
+    if not isinstance(codec.get("id"), str) or codec | {"id": ""} != facts | {"id": ""}:
         raise UserError(f"{out}: begun with another codec; {remedy}")
     if known.get("settings") != settings:
         raise UserError(f"{out}: begun with other options; {remedy}")

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import math
 import os
 import re
 import shlex
@@ -23,11 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from magnet_train.common.assets import conf_path
 from magnet_train.common.errors import UserError
 from magnet_train.common.tables import markdown_table
+from magnet_train.common.yaml_files import read_yaml
 
 FIT = (sys.executable, "-m", "magnet_train", "fit")
 FOLDER = "--trainer.default_root_dir"
@@ -35,6 +35,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_TIMEOUT_S = 60.0
 """Seconds for runs to save and exit after an interruption."""
 POLL_S = 0.1
+MAX_RUNS = 10_000
 EXAMPLE = "see conf/sweep/span_len.yaml"
 
 
@@ -76,11 +77,7 @@ def read_sweep(file: Path, out: Path) -> list[Run]:
     Raises:
         UserError: if the file is not a grid sweep, or two runs get the same name.
     """
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file}: unreadable ({reason}); give a sweep file") from error
+    content = read_yaml(file, str(file))
     needed = {"method", "parameters", "command"}
     if not isinstance(content, dict) or not content.keys() >= needed:
         raise UserError(f"{file}: a sweep needs method, parameters and command; {EXAMPLE}")
@@ -93,6 +90,8 @@ def read_sweep(file: Path, out: Path) -> list[Run]:
     choices = _choices(file, content["parameters"])
     varied = [name for name in choices if "values" in content["parameters"][name]]
     short = short_names(varied)
+    if math.prod(map(len, choices.values())) > MAX_RUNS:
+        raise UserError(f"{file}: more than {MAX_RUNS:,} runs; give fewer values")
     runs = []
     for point in itertools.product(*choices.values()):
         values = dict(zip(choices, point, strict=True))

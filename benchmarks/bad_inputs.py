@@ -1,0 +1,1171 @@
+"""Gives the command line hundreds of bad inputs over all verbs, and each reader of files as many
+random ones as fit into some minutes; draws a table of what was expected and what happened.
+
+    python benchmarks/bad_inputs.py [--out benchmarks/records/bad_inputs.md] [--only tokenize …]
+    python benchmarks/bad_inputs.py --fuzz 5 [--only shard …]
+
+Each input is a command in a process of its own, forked from this one, which has only imported what
+it needs. "Refused" is right if the last line begins with "error:" and names the option or file, the
+status is 2, no traceback was printed, no half-written file is left, and processor time and memory
+stay within bounds.
+"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import numpy as np
+import torch
+from helpers_data import tone, write_clip
+from strategies import READERS, Samples, as_json, check, nested, npy, tar_of
+
+from magnet_train.common.tables import markdown_table
+
+MAX_CPU_S, MAX_MB = 30.0, 3000
+"""Bounds of one command: time of the processor, and memory, imports included."""
+MAX_WALL_S = 900.0
+"""After which a command counts as one that hangs, whatever else the machine does."""
+INF, NAN, BIG = ".inf", ".nan", "1" + "0" * 20
+SMALL_FIT = [
+    "--model.network.dim=16",
+    "--model.network.num_heads=2",
+    "--model.network.num_layers=1",
+    "--model.crop_s=1.0",
+    "--model.start_from_codec=false",
+    "--model.optimizer.warmup_steps=1",
+    "--data.batch_size=2",
+    "--data.num_workers=0",
+    "--trainer.max_steps=2",
+    "--trainer.val_check_interval=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.logger=false",
+    "--trainer.accelerator=cpu",
+    "--trainer.default_root_dir=run",
+    "--generation.num_prompts=0",
+    "--generation.at_start=false",
+    "--generation.metrics=[]",
+    "--checkpoint.monitor=null",
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A bad input, and what should become of it."""
+
+    verb: str
+    what: str
+    """The input, for the table."""
+    args: list[str]
+    make: Callable[[Path], Any] = lambda folder: None
+    """Writes what the arguments name into the folder in which the command runs."""
+    expected: str = "refused"
+    """Or "left out": status 0, and the output names it; "used"; or "failed": what doctor says."""
+    words: tuple[str, ...] = ()
+    """One of which the last line has; the option's name if none are given."""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+# --- options --------------------------------------------------------------------------------------
+
+NO_NUMBER = (NAN, "x", "[1, 2]", '""')
+WRONG: dict[str, dict[str, tuple[str, ...]]] = {
+    "tokenize": {
+        "crop_s": (*NO_NUMBER, INF, "-1", "0", "1e9", "1e-9"),
+        "hop_s": (NAN, "x", "[1, 2]", INF, "-1", "0", "1e9", "1e-9"),
+        "min_s": (*NO_NUMBER, INF, "-1", "0", "99"),
+        "silence_db": (*NO_NUMBER, INF, "1"),
+        "mixtures": (*NO_NUMBER, INF, "-1", "1e9"),
+        "mixture_snr_db": (*NO_NUMBER, INF, "-1", "1e9"),
+        "shard_size": (*NO_NUMBER, "0", "-1", "1.5", BIG),
+        "batch_size": (*NO_NUMBER, "0", "-1", "1.5"),
+        "processes": (*NO_NUMBER, "0", "-1", "1000000"),
+        "split": ("../x", '""', "a/b", "x" * 300, "a b", "*"),
+        "embedder": ("x", "vggish"),
+        "codec": ("/nowhere", "./nowhere", "a/b/c", "no/such", "demo@99", "demo@0"),
+    },
+    "generate": {
+        "seed": (*NO_NUMBER, "-1", BIG, "1.5"),
+        "variations": (*NO_NUMBER, "0", "-1", "10000000"),
+        "batch_size": (*NO_NUMBER, "0", "-1"),
+        "duration_s": (NAN, "x", "[1, 2]", INF, "-1", "0", "1e9"),
+        "continue_s": (*NO_NUMBER, INF, "-1", "0", "1e9"),
+        "format": ("mp3", "5"),
+        "precision": ("16", "x"),
+        "device": ("gpu", "cuda:99", "tpu", '""'),
+        "plots": ("maybe", "2"),
+        "checkpoint": ("/nowhere", "./nowhere", "a/b/c", "no/such"),
+        "prompts_file": ("/nowhere", "/", "/dev/null"),
+        "continue_from": ("/nowhere", "/", "/dev/null"),
+        "decoding.decoding_steps": (
+            "[0]",
+            "[-1]",
+            "[]",
+            "[1,1,1,1,1,1,1]",
+            "x",
+            "[.nan]",
+            "[99999]",
+        ),
+        "decoding.temperature": (*NO_NUMBER, INF, "0", "-1"),
+        "decoding.top_p": (*NO_NUMBER, INF, "-0.1", "1.1"),
+        "decoding.top_k": (*NO_NUMBER, "-1", "1.5"),
+        "decoding.max_cfg_coef": (*NO_NUMBER, INF, "-1"),
+        "decoding.min_cfg_coef": (*NO_NUMBER, INF, "-1"),
+        "decoding.span_len": (*NO_NUMBER, "0", "-1", "1.5"),
+        "decoding.span_arrangement": ("x",),
+        "decoding.span_scoring": ("x",),
+        "decoding.order_temperature": (*NO_NUMBER, INF, "-1"),
+        "decoding.shared_noise": (*NO_NUMBER, "0", "-1"),
+    },
+    "evaluate": {
+        "batch_size": (*NO_NUMBER, "0", "-1"),
+        "devices": (*NO_NUMBER, "0", "-1"),
+        "seed": ("x", "1.5"),
+        "metrics": ("x", "fad", "fad/x", "/", "kl/none", "5"),
+        "kl_convention": ("x",),
+        "published_set": ("x",),
+        "reference": ("/nowhere",),
+        "generated": ("/nowhere", "a=/nowhere"),
+        "captions": ("/nowhere.jsonl",),
+        "checkpoint": ("demo",),
+        "study": ("key.json",),
+        "ratings": ("r.csv",),
+        "prompts": ("p.txt",),
+        "out": (".",),
+        "report": (".",),
+    },
+    "fit": {
+        "seed_everything": ("-1", BIG, "x", "1.5", NAN),
+        "model.crop_s": (NAN, INF, "-1", "0", "1e9", "0.001", "x"),
+        "model.span_len": ("0", "-1", "1000000000", "1.5"),
+        "model.guidance_dropout": (NAN, "-0.1", "1.1"),
+        "model.stage_sampling": ("x",),
+        "model.stage_weights": ("[0]", "[-1]", "[.nan]", "[1,1,1,1,1,1,1]"),
+        "model.codec": ("/nowhere", "no/such"),
+        "model.text_encoder": ("/nowhere", "no/such"),
+        "model.init_from": ("/nowhere", "no/such"),
+        "model.optimizer.name": ("sgd",),
+        "model.optimizer.lr": (NAN, INF, "0", "-1"),
+        "model.optimizer.betas": ("[2, 3]", "[1]", "[.nan, 0.9]", "0.9"),
+        "model.optimizer.eps": ("0", "-1", NAN),
+        "model.optimizer.weight_decay": ("-1", NAN, INF),
+        "model.optimizer.warmup_steps": ("-1", "1.5"),
+        "model.optimizer.schedule": ("x",),
+        "model.network.dim": ("0", "-16", "10000000", "17"),
+        "model.network.num_layers": ("0", "-1", "100000000"),
+        "model.network.num_heads": ("0", "3"),
+        "model.network.context": ("-2", "[1,1,1,1,1,1,1]"),
+        "data.batch_size": ("0", "-1", "1.5"),
+        "data.num_workers": ("-1", "x"),
+        "data.train": ("/nowhere", "{a", "/tmp/*/nowhere", "no-such://x"),
+        "data.validation": ("/nowhere",),
+        "trainer.accelerator": ("gpu", "x", "tpu"),
+        "trainer.devices": ("0", "-5", "x"),
+        "trainer.num_nodes": ("0", "-1"),
+        "trainer.strategy": ("foo", "fsdp3"),
+        "trainer.precision": ("bf16-true", "16-true", "64-true", "7"),
+        "trainer.max_steps": ("-5", "x"),
+        "trainer.max_epochs": ("-5",),
+        "trainer.max_time": ("x", "1:2"),
+        "trainer.overfit_batches": ("1",),
+        "trainer.accumulate_grad_batches": ("0", "-1"),
+        "trainer.val_check_interval": ("0", "-1", "0.5", "00:00:00:01"),
+        "trainer.limit_val_batches": ("-1",),
+        "trainer.log_every_n_steps": ("0", "-1"),
+        "trainer.gradient_clip_val": ("-1", NAN),
+        "trainer.gradient_clip_algorithm": ("x",),
+        "trainer.callbacks": ("x",),
+        "checkpoint.monitor": ("val/nothing",),
+        "checkpoint.mode": ("x",),
+        "checkpoint.save_top_k": ("-7",),
+        "checkpoint.every_n_train_steps": ("0", "-1"),
+        "averaging.decay": ("-1", "2", NAN),
+        "averaging.every_n_steps": ("0", "-1"),
+        "generation.num_prompts": ("-1",),
+        "generation.metrics": ("[fad/x]", "[x]"),
+        "ckpt_path": ("/nowhere", "./nowhere.ckpt", "/dev/null"),
+        "model.no_such": ("1",),
+    },
+    "bench": {"only": ("x",), "repeats": ("0", "-1", "x"), "threads": ("0", "x")},
+    "sweep": {"run": ("99", "-1", "x"), "jobs": ("0", "-1", "x")},
+}
+"""Options of verbs, and values that each of them refuses."""
+BESIDE: dict[str, list[str]] = {
+    "tokenize": ["in", "--out", "out"],
+    "generate": ["--prompt", "a", "--out", "out"],
+    "evaluate": ["--generated", "in", "--reference", "in"],
+    "fit": SMALL_FIT,
+    "bench": [],
+    "sweep": ["s.yaml", "--out", "out"],
+}
+"""What a command needs beside the option that is tried; an option that comes twice is the later."""
+DOCTOR_TOO = 40
+"""How many of the options that `fit` refuses are given to `doctor`."""
+GRID = {
+    "method": "grid",
+    "parameters": {"model.span_len": {"values": [1, 3]}},
+    "command": ["python", "-m", "magnet_train", "fit", "${args}"],
+}
+
+
+def wrong_options() -> Iterator[Case]:
+    for verb, options in WRONG.items():
+        for option, given in options.items():
+            for value in given:
+                args = [*BESIDE[verb], f"--{option}={value}"]
+                name = option.rpartition(".")[2]
+                words = (name, name.replace("_", " "), value.strip("./[]") or value)
+                shown = value if len(value) < 40 else f"{value[:20]}…"
+                yield Case(verb, f"`--{option}={shown}`", args, basic_files, words=words)
+
+
+def doctors() -> Iterator[Case]:
+    """What `fit` would refuse."""
+    cases = [case for case in wrong_options() if case.verb == "fit"]
+    for case in cases[:: max(1, len(cases) // DOCTOR_TOO)]:
+        yield Case("doctor", case.what, case.args, case.make, "failed", case.words)
+
+
+def basic_files(folder: Path) -> None:
+    """A clip, a sweep."""
+    write_clip(folder / "in" / "a.wav", 2.0, "a tone", 16_000)
+    (folder / "s.yaml").write_text(json.dumps(GRID))
+
+
+def verbs() -> Iterator[Case]:
+    for args, word in (
+        (["genrate"], "generate"),
+        (["--fit"], "--fit"),
+        (["fit", "fit"], "fit"),
+        (["validate"], "ckpt_path"),
+        (["test"], "ckpt_path"),
+        (["predict"], "ckpt_path"),
+        (["validate", "--ckpt_path=/nowhere"], "nowhere"),
+        (["test", "--ckpt_path=/dev/null"], "/dev/null"),
+        (["predict", "--ckpt_path=in"], "in"),
+        (["predict", "--seed_everything=-1", "--ckpt_path=x"], "seed_everything"),
+        (["tokenize"], "input"),
+        (["tokenize", "in"], "out"),
+        (["tokenize", "/nowhere", "--out", "out"], "/nowhere"),
+        (["tokenize", "in/a.wav", "--out", "out"], "a.wav"),
+        (["tokenize", "in", "--out", "in/a.wav"], "a.wav"),
+        (["tokenize", "in", "--out", "/proc/x"], "/proc/x"),
+        (["generate"], "prompt"),
+        (["generate", "--prompt", ""], "empty prompt"),
+        (["generate", "--prompt", "a", "--out", "in/a.wav"], "a.wav"),
+        (["generate", "--prompt", "caf\udce9"], "UTF-8"),
+        (["generate", "--promt", "a"], "did you mean prompt"),
+        (["evaluate"], "nothing to score"),
+        (["evaluate", "--generated", "in"], "reference"),
+        (["convert"], "source"),
+        (["convert", "demo"], "out"),
+        (["convert", "demo", "--out", "in"], "in"),
+        (["convert", "/nowhere", "--out", "out"], "/nowhere"),
+        (["convert", "demo", "--out", "out", "--to", "x"], "to x"),
+        (["convert", "demo", "--out", "out", "--push_to_hub", "a b"], "push_to_hub"),
+        (["convert", "demo", "--out", "in/a.wav/x"], "a.wav"),
+        (["sweep"], "file"),
+        (["sweep", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["sweep", "in"], "in"),
+        (["dashboard", "--no_such=1"], "no_such"),
+    ):
+        verb = args[0] if not args[0].startswith("-") else "(none)"
+        yield Case(
+            verb,
+            f"`{' '.join(args)}`".encode(errors="replace").decode(),
+            args,
+            basic_files,
+            words=(word,),
+        )
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def put(name: str, content: bytes | str) -> Callable[[Path], None]:
+    """Writes a file beside the good clip."""
+
+    def make(folder: Path) -> None:
+        basic_files(folder)
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return make
+
+
+def fifo(name: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        basic_files(folder)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(folder / name)
+
+    return make
+
+
+BOMB = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
+    b"%c: &%c [%s]\n" % (n + 1, n + 1, b",".join([b"*%c" % n] * 9)) for n in range(97, 107)
+)
+
+
+def configurations() -> Iterator[Case]:
+    for what, content, word in (
+        ("binary", b"\xe3\x00\xff\x01", "UTF-8"),
+        ("no UTF-8", b"seed: 1 # \xff", "UTF-8"),
+        ("an open bracket", b"a: [", "YAML"),
+        ("a list", b"- 1\n- 2\n", "c.yaml"),
+        ("a bomb of aliases", BOMB, "c.yaml"),
+        ("2 MB", b"#" * 2_000_000, "larger"),
+        ("a tag of Python", b"seed: !!python/object/apply:os.getcwd []", "YAML"),
+        ("a key of another verb", b"crop_z: 1", "crop_z"),
+        ("deep lists", as_json(nested(5000)), "c.yaml"),
+        ("a date that is none", b"seed: 2001-99-99", "seed"),
+        ("a null for a number", b"seed: null", "seed"),
+    ):
+        for verb in ("generate", "tokenize"):
+            args = [*BESIDE[verb], "--config", "c.yaml"]
+            words = (word, "c.yaml", word.replace("seed", "--seed"))
+            if "seed" in word and verb == "tokenize":
+                continue
+            yield Case(verb, f"configuration: {what}", args, put("c.yaml", content), words=words)
+    args = [*BESIDE["generate"], "--config"]
+    yield Case(
+        "generate", "configuration: a FIFO", [*args, "c.yaml"], fifo("c.yaml"), words=("c.yaml",)
+    )
+    yield Case("generate", "configuration: none", [*args, "no.yaml"], words=("no.yaml",))
+    yield Case("generate", "configuration: a folder", [*args, "in"], basic_files, words=("in",))
+
+
+def manifests() -> Iterator[Case]:
+    row = '{"path": "in/a.wav", "caption": "x"}\n'
+    good = "path,caption\nin/a.wav,x\n"
+    for name, what, content, word in (
+        ("m.jsonl", "empty", "", "no audio"),
+        ("m.jsonl", "no JSON", "{", "line 1"),
+        ("m.jsonl", "second line no JSON", row + "{x}", "line 2"),
+        ("m.jsonl", "a list in a line", row + "[1]", "line 2"),
+        ("m.jsonl", "deep lists", row + json.dumps(nested(3000)), "line 2"),
+        ("m.jsonl", "no path", '{"caption": "x"}', "no path"),
+        ("m.jsonl", "a path that is a number", '{"path": 5, "caption": "x"}', "no path"),
+        ("m.jsonl", "no UTF-8", row.encode() + b"\xff", "UTF-8"),
+        ("m.csv", "no UTF-8", b"path,caption\n\xff,x", "UTF-8"),
+        ("m.csv", "an open quote", 'path,caption\nin/a.wav,"x\nb,y\n', "line 2"),
+        ("m.csv", "more columns than names", "path,caption\nin/a.wav,x,y\n", "line 2"),
+        ("m.csv", "two columns of one name", "path,path\na,b\n", "line 1"),
+        ("m.csv", "no path", "caption\nx\n", "no path"),
+        ("m.csv", "a field of 200 kB", good + "a," + "x" * 200_000, "line 3"),
+        ("m.csv", "only a head", "path,caption\n", "no audio"),
+        ("m.jsonl.gz", "no gzip", b"abc", "unreadable"),
+        ("m.jsonl.gz", "a damaged gzip", b"\x1f\x8b\x08\0\0\0\0\0\0\0\xff\xff", "unreadable"),
+        ("m.xlsx", "of another kind", b"PK", "m.xlsx"),
+    ):
+        args = ["tokenize", name, "--out", "out", "--crop_s=1"]
+        yield Case("tokenize", f"manifest: {what}", args[1:], put(name, content), words=(word,))
+    yield Case(
+        "tokenize",
+        "manifest: a FIFO",
+        ["m.jsonl", "--out", "out"],
+        fifo("m.jsonl"),
+        words=("m.jsonl",),
+    )
+    for what, extra, word in (
+        ("a file that is not there", '{"path": "gone.wav", "caption": "x"}', "no such file"),
+        ("a NUL in a path", '{"path": "a\\u0000.wav", "caption": "x"}', "characters"),
+        ("a caption that is a number", '{"path": "in/a.wav", "caption": 5}', "caption"),
+        ("offset NaN", '{"path": "in/a.wav", "caption": "y", "offset": "x"}', "offset"),
+        ("a negative offset", '{"path": "in/a.wav", "caption": "y", "offset": -1}', "offset"),
+        (
+            "an offset beyond the end",
+            '{"path": "in/a.wav", "caption": "y", "offset": 99}',
+            "offset",
+        ),
+        ("duration 0", '{"path": "in/a.wav", "caption": "y", "duration": 0}', "duration"),
+        ("a row twice", row.strip(), "twice"),
+        ("caption null", '{"path": "in/b.wav", "caption": null}', "no such file"),
+    ):
+        make = put("m.jsonl", row + extra)
+        args = ["m.jsonl", "--out", "out", "--crop_s=1", "--min_s=0.5"]
+        yield Case("tokenize", f"manifest, one row: {what}", args, make, "left out", (word,))
+    for what, content in (
+        ("U+2028 in a caption", "a\\u2028b"),
+        ("a caption of two lines", "a\\nb"),
+    ):
+        make = put("m.jsonl", f'{{"path": "in/a.wav", "caption": "{content}"}}')
+        yield Case("tokenize", f"manifest: {what}", ["m.jsonl", "--out", "out"], make, "used")
+    for what, content, word in (
+        ("empty", b"", "no prompt"),
+        ("no UTF-8", b"\xff\xfe", "UTF-8"),
+        ("only empty lines", b"\n\n  \n", "no prompt"),
+    ):
+        args = ["--prompts_file", "p.txt", "--out", "out"]
+        yield Case("generate", f"prompts: {what}", args, put("p.txt", content), words=(word,))
+    args = ["--prompts_file", "p.jsonl", "--out", "out"]
+    yield Case(
+        "generate",
+        "prompts: a row without one",
+        args,
+        put("p.jsonl", '{"a": 1}'),
+        words=("line 1",),
+    )
+
+
+def sidecars() -> Iterator[Case]:
+    for what, content in (
+        ("no JSON", b"{"),
+        ("a list", b"[1]"),
+        ("no UTF-8", b"\xff"),
+        ("a caption that is a list", b'{"caption": ["x"]}'),
+        ("deep objects", b'{"a":' * 3000 + b"1" + b"}" * 3000),
+        ("2 MB", b'"' + b"x" * 2_000_000 + b'"'),
+        ("empty", b""),
+    ):
+
+        def make(folder: Path, content: bytes = content) -> None:
+            basic_files(folder)
+            write_clip(folder / "in" / "bad.wav", 2.0, None, 16_000)
+            (folder / "in" / "bad.json").write_bytes(content)
+
+        args = ["in", "--out", "out", "--crop_s=1"]
+        yield Case("tokenize", f"`.json` beside a clip: {what}", args, make, "left out", ("bad",))
+
+
+def wav(rate: int = 16_000, seconds: float = 1.0, gain: float = 1.0, bits: str = "float") -> bytes:
+    """A WAV made by hand."""
+    samples = tone(seconds, 16_000)[:, 0] * np.float32(gain)
+    data = samples.tobytes() if bits == "float" else (samples * 32767).astype("<i2").tobytes()
+    kind, size = (3, 4) if bits == "float" else (1, 2)
+    head = struct.pack("<HHIIHH", kind, 1, rate, rate * size, size, 8 * size)
+    body = (
+        b"WAVEfmt " + struct.pack("<I", 16) + head + b"data" + struct.pack("<I", len(data)) + data
+    )
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def sounds() -> Iterator[Case]:
+    good = wav(bits="int")
+    at = good.index(b"data")
+    nan = bytearray(wav())
+    nan[200:204] = struct.pack("<f", math.nan)
+    left_out = {
+        "empty": b"",
+        "text": b"this is no audio",
+        "zeros": bytes(5000),
+        "a head without samples": good[: at + 8],
+        "cut in its head": good[:20],
+        "cut in its middle": good[: len(good) // 2],
+        "NaN": bytes(nan),
+        "samples of 3e38": wav(gain=3e38),
+        "samples in integer units": wav(gain=32767),
+        "a rate of 1 Hz": wav(rate=1),
+        "a rate of 0 Hz": wav(rate=0),
+        "a rate of 4 GHz": wav(rate=2**32 - 1),
+        "no channels": good[:22] + b"\0\0" + good[24:],
+        "9,999 channels": good[:22] + struct.pack("<H", 9999) + good[24:],
+        "an unknown coding": good[:20] + b"\x77\x77" + good[22:],
+        "digital silence": wav(gain=0.0),
+        "0.1 s": wav(seconds=0.1),
+    }
+    used = {
+        "sizes of 0": good[:4] + bytes(4) + good[8 : at + 4] + bytes(4) + good[at + 8 :],
+        "sizes of 0xFFFFFFFF": good[:4]
+        + b"\xff" * 4
+        + good[8 : at + 4]
+        + b"\xff" * 4
+        + good[at + 8 :],
+        "a RIFF size that counts its own head": good[:4] + struct.pack("<I", len(good)) + good[8:],
+        "bytes behind the samples": good + b"LIST\4\0\0\0abcd",
+    }
+    args = ["in", "--out", "out", "--crop_s=1", "--min_s=0.5"]
+    for what, content in left_out.items():
+        make = put("in/bad.wav", content)
+        yield Case("tokenize", f"WAV: {what}", args, captioned(make), "left out", ("bad.wav",))
+    for what, content in used.items():
+        yield Case("tokenize", f"WAV: {what}", args, captioned(put("in/bad.wav", content)), "used")
+    for suffix in (".flac", ".ogg", ".mp3", ".opus", ".aiff", ".m4a", ".wma"):
+        for what, content in (
+            ("text", b"this is no audio"),
+            ("empty", b""),
+            ("zeros", bytes(3000)),
+        ):
+            make = captioned(put(f"in/bad{suffix}", content))
+            yield Case("tokenize", f"{suffix}: {what}", args, make, "left out", (f"bad{suffix}",))
+    yield Case(
+        "tokenize",
+        "a FIFO called .wav",
+        args,
+        captioned(fifo("in/bad.wav")),
+        "left out",
+        ("bad.wav",),
+    )
+    for what, content in (("text", b"no audio"), ("empty", b""), ("NaN", bytes(nan))):
+        given = [*BESIDE["generate"], "--continue_from", "in/bad.wav"]
+        make = put("in/bad.wav", content)
+        yield Case("generate", f"--continue_from: {what}", given, make, words=("bad.wav",))
+    for what, content in (("text", b"no audio"), ("NaN", bytes(nan)), ("empty", b"")):
+        make = put("in/bad.wav", content)
+        given = [*BESIDE["evaluate"], "--metrics", "fad/musicnn"]
+        yield Case("evaluate", f"a clip: {what}", given, make, words=("bad.wav",))
+
+
+def captioned(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    def both(folder: Path) -> None:
+        make(folder)
+        (folder / "in" / "bad.txt").write_text("bad")
+
+    return both
+
+
+def broken_shards(samples: Samples) -> Iterator[Case]:
+    """Indexes are refused by `fit`; shards too, in a validation, and in training are left out."""
+    from magnet_train.codec.base import load_codec
+
+    demo = load_codec("demo").facts.to_dict()
+
+    def index(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            write_set(folder / "data", demo)
+            file = folder / "data" / "index.json"
+            content = json.loads(file.read_text())
+            changed = change(content)
+            file.write_bytes(
+                changed if isinstance(changed, bytes) else json.dumps(content).encode()
+            )
+
+        return make
+
+    changes: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "binary": lambda c: b"\xff\0",
+        "empty": lambda c: b"",
+        "a list": lambda c: b"[]",
+        "deep lists": lambda c: as_json(nested(5000)),
+        "no codec": lambda c: c.pop("codec") and None,
+        "codec a list": lambda c: c.update(codec=[]),
+        "another codec": lambda c: c["codec"].update(hash="0" * 16),
+        "frame_rate 0": lambda c: c["codec"].update(frame_rate=0),
+        "frame_rate NaN": lambda c: c["codec"].update(frame_rate=math.nan),
+        "num_codebooks a text": lambda c: c["codec"].update(num_codebooks="4"),
+        "num_codebooks 10^8": lambda c: c["codec"].update(num_codebooks=10**8),
+        "no shards": lambda c: c.pop("shards") and None,
+        "shards an object": lambda c: c.update(shards={}),
+        "an empty list of shards": lambda c: c.update(shards=[]),
+        "a shard called ../x.tar": lambda c: c["shards"][0].update(name="../x.tar"),
+        "a shard twice": lambda c: c["shards"].append(c["shards"][0]),
+        "num_examples negative": lambda c: c["shards"][0].update(num_examples=-1),
+        "num_examples 10^9": lambda c: c["shards"][0].update(num_examples=10**9),
+        "num_examples a text": lambda c: c["shards"][0].update(num_examples="2"),
+        "sha256 a number": lambda c: c["shards"][0].update(sha256=5),
+    }
+    for what, change in changes.items():
+        args = [*SMALL_FIT, "--data.train=data", "--data.validation=data"]
+        words = ("index.json", "data", "codec")
+        yield Case("fit", f"index: {what}", args, index(change), words=words)
+    shards: dict[str, tuple[list[tuple[str, bytes]] | bytes, str]] = {
+        "cut off": (b"", "s.tar"),
+        "a key that leads elsewhere": (item(key="../x"), "key"),
+        "no codes": (item()[1:], "no codes"),
+        "no JSON": (item()[:1], "no json"),
+        "codes of float": (item(codes=np.zeros((5, 30), np.float32)), "float32"),
+        "codes of 3 codebooks": (item(codes=np.zeros((3, 30), np.uint16)), "codebooks"),
+        "codes out of range": (item(codes=np.full((5, 30), 60_000, np.uint16)), "codebooks"),
+        "duration_s missing": (item(about={"key": "k", "caption": "x"}), "duration_s"),
+        "duration_s NaN": (
+            item(about={"key": "k", "caption": "x", "duration_s": math.nan}),
+            "duration_s",
+        ),
+        "duration_s 1e308": (
+            item(about={"key": "k", "caption": "x", "duration_s": 1e308}),
+            "duration_s",
+        ),
+        "duration_s negative": (
+            item(about={"key": "k", "caption": "x", "duration_s": -1}),
+            "duration_s",
+        ),
+        "a caption that is a number": (
+            item(about={"key": "k", "caption": 5, "duration_s": 1}),
+            "caption",
+        ),
+        "JSON a list": (item(about=[]), "object"),
+        "JSON deep": (item(about=b"[" * 50_000), "nested"),
+        "another key in its JSON": (
+            item(about={"key": "z", "caption": "x", "duration_s": 1}),
+            "key",
+        ),
+    }
+    for what, (members, word) in shards.items():
+
+        def make(folder: Path, members: Any = members) -> None:
+            write_set(folder / "good", demo)
+            write_set(
+                folder / "data", demo, tar_of(members) if isinstance(members, list) else b"x" * 700
+            )
+
+        args = [*SMALL_FIT, "--data.train=good", "--data.validation=data"]
+        yield Case("fit", f"validation shard: {what}", args, make, words=(word, "s-0.tar"))
+        if what in ("cut off", "duration_s missing", "codes of float"):
+            args = [*SMALL_FIT, "--data.train=data", "--data.validation=good"]
+            yield Case(
+                "fit", f"training shard: {what}", args, make, "left out", ("skipping shard",)
+            )
+
+
+def item(
+    key: str = "k", codes: np.ndarray | None = None, about: Any = None
+) -> list[tuple[str, bytes]]:
+    codes = np.zeros((5, 30), np.uint16) if codes is None else codes
+    about = {"key": key, "caption": "x", "duration_s": 1.2} if about is None else about
+    return [
+        (f"{key}.codes.npy", npy(codes)),
+        (f"{key}.json", about if isinstance(about, bytes) else as_json(about)),
+    ]
+
+
+def write_set(folder: Path, codec: dict[str, Any], bad: bytes | None = None) -> None:
+    """Three shards of two items each; one is other bytes, whose checksum is right."""
+    import hashlib
+
+    folder.mkdir()
+    entries = []
+    for number in range(3):
+        content = tar_of([part for i in range(2) for part in item(f"k{number}{i}")])
+        if number == 0 and bad is not None:
+            content = bad
+        (folder / f"s-{number}.tar").write_bytes(content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        count = 1 if number == 0 and bad is not None else 2
+        entries.append({"name": f"s-{number}.tar", "num_examples": count, "sha256": sha256})
+    index = {"format": 1, "codec": codec, "shards": entries, "skipped": []}
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+class Evil:
+    """Would run code where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch RAN",)
+
+
+def releases(samples: Samples) -> Iterator[Case]:
+    release = samples.release
+    config = json.loads((release / "config.json").read_text())
+
+    def released(change: Callable[[Path, dict[str, Any]], Any]) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            shutil.copytree(release, folder / "m")
+            content = json.loads(json.dumps(config))
+            if not isinstance(change(folder / "m", content), bytes | int):
+                (folder / "m" / "config.json").write_text(json.dumps(content))
+
+        return make
+
+    def flip(folder: Path, _: Any) -> int:
+        file = folder / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 1
+        return file.write_bytes(content)
+
+    def code(folder: Path, content: dict[str, Any]) -> None:
+        (folder / "text_encoder").mkdir()
+        about = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}
+        (folder / "text_encoder" / "config.json").write_text(json.dumps(about))
+        content["text_encoder"]["id"] = "./text_encoder"
+
+    changes: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
+        "no weights": lambda f, c: (f / "model.safetensors").unlink(),
+        "a flipped bit of the weights": flip,
+        "weights cut off": lambda f, c: os.truncate(f / "model.safetensors", 900),
+        "weights a text": lambda f, c: (f / "model.safetensors").write_text("x"),
+        "configuration binary": lambda f, c: (f / "config.json").write_bytes(b"\xff\0"),
+        "configuration a list": lambda f, c: (f / "config.json").write_bytes(b"[]"),
+        "configuration deep": lambda f, c: (f / "config.json").write_bytes(as_json(nested(5000))),
+        "configuration of 2 MB": lambda f, c: (f / "config.json").write_bytes(b" " * 2_000_000),
+        "format 99": lambda f, c: c.update(format=99),
+        "network null": lambda f, c: c.update(network=None),
+        "num_layers 10^8": lambda f, c: c["network"].update(num_layers=10**8),
+        "dim 10^9": lambda f, c: c["network"].update(dim=10**9),
+        "dim a text": lambda f, c: c["network"].update(dim="8"),
+        "num_codebooks 10^8": lambda f, c: c["codec"].update(num_codebooks=10**8),
+        "codec null": lambda f, c: c.update(codec=None),
+        "codec /etc": lambda f, c: c["codec"].update(id="/etc"),
+        "text encoder null": lambda f, c: c.update(text_encoder=None),
+        "text encoder ../x": lambda f, c: c["text_encoder"].update(id="../x"),
+        "text encoder with code": code,
+        "crop_s NaN": lambda f, c: c.update(crop_s=math.nan),
+        "crop_s 1e12": lambda f, c: c.update(crop_s=1e12),
+        "temperature 0": lambda f, c: c["decoding"].update(temperature=0),
+        "decoding a list": lambda f, c: c.update(decoding=[]),
+        "provenance a text": lambda f, c: c.update(provenance="x"),
+        "sha256 of another file": lambda f, c: c.update(sha256="0" * 64),
+    }
+    for what, change in changes.items():
+        args = ["--checkpoint", "m", *BESIDE["generate"]]
+        yield Case("generate", f"release: {what}", args, released(change), words=("m/",))
+        if what in ("no weights", "network null", "format 99"):
+            args = ["m", "--out", "out"]
+            yield Case("convert", f"release: {what}", args, released(change), words=("m/",))
+
+
+def checkpoints(samples: Samples) -> Iterator[Case]:
+    def saved(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            content = samples.checkpoint
+            changed = change(content)
+            if isinstance(changed, bytes):
+                (folder / "c.ckpt").write_bytes(changed)
+            else:
+                torch.save(content, folder / "c.ckpt")
+
+        return make
+
+    first = next(iter(samples.checkpoint["state_dict"]))
+    wholes: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "empty": lambda c: b"",
+        "a text": lambda c: b"hello",
+        "a list": lambda c: pickle.dumps([1, 2]),
+        "code": lambda c: pickle.dumps(Evil()),
+        "no state_dict": lambda c: c.pop("state_dict") and None,
+        "state_dict a list": lambda c: c.update(state_dict=[]),
+        "a weight NaN": lambda c: c["state_dict"][first].fill_(math.nan) and None,
+        "a weight of integers": lambda c: c["state_dict"].update(
+            {first: c["state_dict"][first].long()}
+        ),
+        "a weight of another shape": lambda c: c["state_dict"].update({first: torch.zeros(3)}),
+        "a weight less": lambda c: c["state_dict"].pop(first) is None,
+        "no settings": lambda c: c.pop("hyper_parameters") and None,
+        "crop_s NaN": lambda c: c["hyper_parameters"].update(crop_s=math.nan),
+        "num_layers 10^8": lambda c: c["hyper_parameters"]["network"].update(num_layers=10**8),
+        "codec a number": lambda c: c["hyper_parameters"].update(codec=5),
+        "span_len a text": lambda c: c["hyper_parameters"].update(span_len="x"),
+    }
+    for what, change in wholes.items():
+        for verb, args in (
+            ("generate", ["--checkpoint", "c.ckpt", *BESIDE["generate"]]),
+            ("convert", ["c.ckpt", "--out", "out"]),
+        ):
+            yield Case(verb, f"checkpoint: {what}", args, saved(change), words=("c.ckpt",))
+    for what in ("empty", "a text", "code", "no state_dict", "no settings"):
+        args = [*SMALL_FIT, "--ckpt_path=c.ckpt"]
+        yield Case("fit", f"checkpoint: {what}", args, saved(wholes[what]), words=("c.ckpt",))
+    yield Case(
+        "generate",
+        "checkpoint: a FIFO",
+        ["--checkpoint", "c.ckpt", *BESIDE["generate"]],
+        fifo("c.ckpt"),
+        words=("c.ckpt",),
+    )
+
+    def bomb(folder: Path) -> None:
+        with zipfile.ZipFile(folder / "c.ckpt", "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("x/data.pkl", bytes(50_000_000))
+
+    args = ["--checkpoint", "c.ckpt", *BESIDE["generate"]]
+    yield Case("generate", "checkpoint: a compressed archive", args, bomb, words=("c.ckpt",))
+    for what, content in (("a text", b"x"), ("empty", b""), ("a list", pickle.dumps([1]))):
+        make = put("a/state_dict.bin", content)
+        yield Case(
+            "convert",
+            f"audiocraft's file: {what}",
+            ["a", "--out", "out"],
+            make,
+            words=("state_dict.bin",),
+        )
+
+
+def codecs(samples: Samples) -> Iterator[Case]:
+    config = json.loads((samples.codec / "config.json").read_text())
+    for name, value in (
+        ("num_filters", 10**6),
+        ("hidden_size", 10**12),
+        ("codebook_size", 10**9),
+        ("target_bandwidths", [1e9]),
+        ("target_bandwidths", []),
+        ("num_lstm_layers", 10**8),
+        ("upsampling_ratios", [2] * 10_000),
+        ("sampling_rate", -1),
+        ("sampling_rate", "x"),
+        ("model_type", "llama"),
+        ("model_type", None),
+        ("auto_map", {"AutoModel": "evil.C"}),
+    ):
+
+        def make(folder: Path, name: str = name, value: Any = value) -> None:
+            basic_files(folder)
+            shutil.copytree(samples.codec, folder / "codec")
+            (folder / "codec" / "config.json").write_text(json.dumps(config | {name: value}))
+
+        args = [*BESIDE["tokenize"], "--codec", "codec"]
+        yield Case("tokenize", f"codec: {name}={str(value)[:30]}", args, make, words=("codec",))
+
+
+def listening_tests(samples: Samples) -> Iterator[Case]:
+    from magnet_train.evaluation.ratings import COLUMNS
+
+    key = samples.listening_key
+    head = ",".join(COLUMNS)
+    rows = [
+        f"r,1,{clip},{question},90,1.0,1" for clip in key["clips"] for question in key["questions"]
+    ]
+    table = "\n".join([head, *rows])
+
+    def files(about: Any, text: Any) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            content = about if isinstance(about, bytes) else as_json(about)
+            (folder / "key.json").write_bytes(content)
+            (folder / "r.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+
+        return make
+
+    keys: dict[str, Any] = {
+        "binary": b"\xff\0",
+        "empty": b"",
+        "a list": b"[]",
+        "deep": as_json(nested(5000)),
+        "systems null": key | {"systems": None},
+        "systems a text": key | {"systems": "ours"},
+        "clips a list": key | {"clips": [1]},
+        "seconds a text": key | {"clips": {"a1": {"system": "ours", "trial": 1, "seconds": "x"}}},
+        "seconds NaN": key | {"clips": {"a1": {"system": "ours", "trial": 1, "seconds": math.nan}}},
+        "no questions": key | {"questions": []},
+        "title a number": key | {"title": 5},
+        "trial 1e400": key | {"clips": {"a1": {"system": "ours", "trial": 10**400, "seconds": 1}}},
+        "another study": key | {"clips": {"zz": {"system": "ours", "trial": 1, "seconds": 1}}},
+    }
+    args = ["--study", "key.json", "--ratings", "r.csv"]
+    for what, about in keys.items():
+        yield Case(
+            "evaluate",
+            f"key of a listening test: {what}",
+            args,
+            files(about, table),
+            words=("key.json", "r.csv"),
+        )
+    texts: dict[str, Any] = {
+        "binary": b"\xff\0",
+        "empty": "",
+        "only a head": head,
+        "a column less": table.replace("seconds_listened", "s"),
+        "a rating of 0": table.replace(",90,", ",0,"),
+        "a rating of 101": table.replace(",90,", ",101,"),
+        "a rating of ²": table.replace(",90,", ",²,"),
+        "a rating of 1.5": table.replace(",90,", ",1.5,"),
+        "seconds NaN": table.replace(",1.0,", ",nan,"),
+        "seconds negative": table.replace(",1.0,", ",-1,"),
+        "a clip of another study": table.replace("a1", "zz"),
+        "a question that was not asked": table.replace("relevance", "x"),
+        "a row twice": f"{table}\n{rows[0]}",
+        "a system without ratings": "\n".join([head, *rows[:2]]),
+        "a field of 200 kB": table + "\n" + "x" * 200_000,
+        "a NUL": table.replace("r,1", "\0,1"),
+    }
+    for what, text in texts.items():
+        if what == "a NUL":  # a name like any other
+            yield Case("evaluate", "ratings: a NUL in a name", args, files(key, text), "used")
+            continue
+        yield Case(
+            "evaluate",
+            f"ratings: {what}",
+            args,
+            files(key, text),
+            words=("r.csv", "system", "rater"),
+        )
+
+
+def sweeps() -> Iterator[Case]:
+    span = {"model.span_len": {"values": [1, 3]}}
+    contents: dict[str, Any] = {
+        "binary": b"\xff\0",
+        "empty": b"",
+        "a list": b"[]",
+        "a bomb of aliases": BOMB,
+        "deep lists": as_json(nested(5000)),
+        "method bayes": GRID | {"method": "bayes"},
+        "no parameters": {k: v for k, v in GRID.items() if k != "parameters"},
+        "parameters a list": GRID | {"parameters": [1]},
+        "parameters null": GRID | {"parameters": None},
+        "values empty": GRID | {"parameters": {"model.span_len": {"values": []}}},
+        "values a text": GRID | {"parameters": {"model.span_len": {"values": "123"}}},
+        "a distribution": GRID | {"parameters": {"model.span_len": {"min": 1, "max": 3}}},
+        "a value null": GRID | {"parameters": {"model.span_len": {"values": [None, 1]}}},
+        "a value twice": GRID | {"parameters": {"model.span_len": {"values": [1, 1]}}},
+        "10^12 runs": GRID
+        | {"parameters": span | {f"p{i}": {"values": list(range(100))} for i in range(6)}},
+        "no command": {k: v for k, v in GRID.items() if k != "command"},
+        "a command of another program": GRID | {"command": ["rm", "-rf", "${args}"]},
+        "a command without ${args}": GRID | {"command": ["python", "-m", "magnet_train", "fit"]},
+        "${env}": GRID | {"command": ["${env}", "-m", "magnet_train", "fit", "${x}", "${args}"]},
+    }
+    for what, content in contents.items():
+        data = content if isinstance(content, bytes) else as_json(content)
+        yield Case(
+            "sweep",
+            f"sweep: {what}",
+            ["s.yaml", "--out", "out"],
+            put("s.yaml", data),
+            words=("s.yaml",),
+        )
+    yield Case(
+        "sweep", "sweep: a FIFO", ["f.yaml", "--out", "out"], fifo("f.yaml"), words=("f.yaml",)
+    )
+
+
+def environments() -> Iterator[Case]:
+    for name, value in (
+        ("SLURM_RESTART_COUNT", "abc"),
+        ("SLURM_STEP_NUM_TASKS", "x"),
+        ("MAGNET_TRAIN_CACHE", "/proc/nowhere"),
+    ):
+        expected = "used" if name == "MAGNET_TRAIN_CACHE" else "refused"
+        args = SMALL_FIT if expected == "refused" else BESIDE["tokenize"]
+        verb = "fit" if expected == "refused" else "tokenize"
+        yield Case(verb, f"{name}={value}", args, basic_files, expected, (name,), {name: value})
+
+
+def all_cases(samples: Samples) -> list[Case]:
+    return [
+        *verbs(),
+        *wrong_options(),
+        *configurations(),
+        *manifests(),
+        *sidecars(),
+        *sounds(),
+        *codecs(samples),
+        *releases(samples),
+        *checkpoints(samples),
+        *listening_tests(samples),
+        *sweeps(),
+        *environments(),
+        *broken_shards(samples),
+        *doctors(),
+    ]
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    status: int
+    said: str
+    cpu_s: float
+    mb: float
+    leftovers: list[str]
+
+    @property
+    def last(self) -> str:
+        lines = [line.rpartition("\r")[2].strip() for line in self.said.split("\n") if line.strip()]
+        return lines[-1] if lines else ""
+
+
+def run(case: Case) -> Outcome:
+    """The command in a process of its own and an empty folder."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        case.make(folder)
+        before = set(folder.rglob("*"))
+        log = folder / "said.log"
+        child = os.fork()
+        if child == 0:
+            _become(case, folder, log)
+        status, cpu_s, mb = _wait(child)
+        new = set(folder.rglob("*")) - before
+        leftovers = [path.name for path in new if path.suffix in (".part", ".tmp", ".new")]
+        if (folder / "RAN").exists():
+            leftovers.append("code was run")
+        return Outcome(status, log.read_text(errors="replace"), cpu_s, mb, leftovers)
+
+
+def _become(case: Case, folder: Path, log: Path) -> None:
+    """Never returns."""
+    status = 1
+    try:
+        os.setsid()
+        os.chdir(folder)
+        os.environ.update(case.environment)
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT)
+        for number, target in ((os.open(os.devnull, os.O_RDONLY), 0), (handle, 1), (handle, 2)):
+            os.dup2(number, target)
+        sys.stdin = os.fdopen(0, closefd=False)
+        sys.stdout, sys.stderr = (
+            os.fdopen(n, "w", 1, closefd=False, errors="replace") for n in (1, 2)
+        )
+        resource.setrlimit(resource.RLIMIT_CPU, (int(2 * MAX_CPU_S), int(2 * MAX_CPU_S)))
+        from magnet_train.__main__ import main
+
+        verb = [] if case.args[:1] == [case.verb] or case.verb == "(none)" else [case.verb]
+        status = main([*verb, *case.args])
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _wait(child: int) -> tuple[int, float, float]:
+    """Status, time of the processor and memory of a process; one that hangs is killed."""
+    end = time.monotonic() + MAX_WALL_S
+    while True:
+        pid, status, used = os.wait4(child, os.WNOHANG)
+        if pid:
+            break
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+
+
+def judged(case: Case, found: Outcome) -> str:
+    """What was wrong; empty if nothing was."""
+    problems = []
+    has_word = any(word in found.said.replace("\n", " ") for word in case.words)
+    if "Traceback (most recent call last)" in found.said:
+        problems.append("traceback")
+    if found.cpu_s > MAX_CPU_S or found.mb > MAX_MB:
+        problems.append(f"{found.cpu_s:.0f} s, {found.mb:.0f} MB")
+    problems += found.leftovers
+    if case.expected in ("refused", "failed"):
+        ok = found.status == 2 or (case.expected == "failed" and found.status == 1)
+        if not ok or not found.last.startswith("error: "):
+            problems.append(f"status {found.status}")
+        named = found.last if case.expected == "refused" else found.said
+        if case.words and not any(word in named for word in case.words):
+            problems.append("does not name it")
+    elif found.status != 0:
+        problems.append(f"status {found.status}")
+    elif case.expected == "left out" and not has_word:
+        problems.append("not said")
+    return ", ".join(problems)
+
+
+def shown(found: Outcome, case: Case, folder: str = "") -> str:
+    """What a command said, for the table."""
+    line = found.last
+    if case.expected == "left out":
+        lines = [text for text in found.said.split("\n") if any(w in text for w in case.words)]
+        line = lines[-1].rpartition("\r")[2] if lines else line
+    if case.expected == "failed":
+        lines = [text for text in found.said.split("\n") if text.startswith(("failed", "missing"))]
+        line = lines[0] if lines else line
+    line = line.replace("|", "/").replace("`", "'")
+    line = line.replace(str(Path(__file__).parents[1]), "…")
+    return f"{found.status}: {line[:160]}"
+
+
+def table(only: list[str], out: Path | None) -> int:
+    """Runs all cases; the number of those that were wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        cases = [c for c in all_cases(Samples(Path(folder))) if not only or c.verb in only]
+        rows, wrong = [], []
+        for number, case in enumerate(cases, 1):
+            found = run(case)
+            problem = judged(case, found)
+            what = case.what.replace("|", "/").replace("\n", " ")
+            rows.append(
+                [
+                    str(number),
+                    case.verb,
+                    what,
+                    case.expected,
+                    shown(found, case),
+                    problem or "right",
+                ]
+            )
+            if problem:
+                wrong.append(rows[-1])
+                print(" | ".join(rows[-1]), flush=True)
+            elif number % 25 == 0:
+                print(f"{number} of {len(cases)}", flush=True)
+    by_verb = Counter(case.verb for case in cases)
+    summary = f"{len(cases)} bad inputs, {len(cases) - len(wrong)} right, {len(wrong)} wrong"
+    print(summary)
+    if out is not None:
+        head = (
+            "# Bad inputs\n\nWritten by `python benchmarks/bad_inputs.py --out FILE`: what was "
+            "expected, and the exit status with the line that was printed. `left out` means that "
+            "one item is skipped and named; `failed` is what doctor says.\n\n"
+            f"{summary}. By verb: {', '.join(f'{v} {n}' for v, n in by_verb.items())}.\n\n"
+        )
+        columns = ["", "verb", "input", "expected", "got", ""]
+        out.write_text(head + markdown_table(columns, rows) + "\n")
+    return len(wrong)
+
+
+def fuzz(names: list[str], minutes: float, out: Path | None) -> None:
+    """Gives each reader random files for so long.
+
+    Raises:
+        Exception: the first that is not the project's own.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        samples = Samples(Path(folder))
+        for name in names or list(READERS):
+            counts, start, cpu, seed = Counter[str](), time.monotonic(), time.process_time(), 0
+            while time.monotonic() < start + 60 * minutes:
+                counts += check(name, samples, examples=100, seed=seed)
+                seed += 1
+            cpu = time.process_time() - cpu
+            wall = (time.monotonic() - start) / 60
+            total = counts["used"] + counts["refused"]
+            rows.append(
+                [name, f"{wall:.1f}", f"{cpu:.0f}", str(total), str(counts["refused"]), "0"]
+            )
+            print(" | ".join(rows[-1]), flush=True)
+    if out is not None:
+        columns = [
+            "reader",
+            "minutes",
+            "s of processor",
+            "files",
+            "refused in a line",
+            "other exceptions",
+        ]
+        head = (
+            "# Random bad files\n\nWritten by `python benchmarks/bad_inputs.py --fuzz MINUTES "
+            "--out FILE`: each reader gets files of tests/strategies.py, other ones each time.\n\n"
+        )
+        out.write_text(head + markdown_table(columns, rows) + "\n")
+
+
+def main() -> int:
+    """0 if all were right."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, help="Markdown file of the table.")
+    parser.add_argument("--only", nargs="+", default=[], help="Verbs, or readers with --fuzz.")
+    parser.add_argument("--fuzz", type=float, help="Minutes of random files for each reader.")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    import magnet_train.audiocraft.convert
+    import magnet_train.cli.fit
+    import magnet_train.cli.generate
+    import magnet_train.data.tokenize
+    import magnet_train.evaluation.evaluate  # noqa: F401  imported once, before the forks
+
+    if given.fuzz is not None:
+        fuzz(given.only, given.fuzz, given.out)
+        return 0
+    return int(table(given.only, given.out) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""Files of strangers are used, or refused in one line, within bounds: by each reader, and by the
+command line (benchmarks/bad_inputs.py has many more of both)."""
+
+import pytest
+from strategies import READERS, Samples, check
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+    return Samples(tmp_path_factory.mktemp("samples"))
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_is_used_or_refused_in_one_line(name: str, samples: Samples):
+    counts = check(name, samples, examples=25)
+    assert counts["refused"] > 5
