@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
 import torch
 from helpers_data import tone, write_clip
-from strategies import READERS, Samples, as_json, check, nested, npy, tar_of
+from strategies import READERS, Samples, as_json, check, deep, npy, tar_of
 
 from magnet_train.common.tables import markdown_table
 
@@ -231,7 +231,7 @@ def wrong_options() -> Iterator[Case]:
             for value in given:
                 args = [*BESIDE[verb], f"--{option}={value}"]
                 name = option.rpartition(".")[2]
-                words = (name, name.replace("_", " "), value.strip("./[]") or value)
+                words = (name, name.replace("_", " "), value.rpartition("=")[2].strip("./[]") or value)
                 shown = value if len(value) < 40 else f"{value[:20]}…"
                 yield Case(verb, f"`--{option}={shown}`", args, basic_files, words=words)
 
@@ -245,7 +245,7 @@ def doctors() -> Iterator[Case]:
 
 def basic_files(folder: Path) -> None:
     """A clip, a sweep."""
-    write_clip(folder / "in" / "a.wav", 2.0, "a tone", 16_000)
+    write_clip(folder / "in" / "a.wav", 4.0, "a tone", 16_000)
     (folder / "s.yaml").write_text(json.dumps(GRID))
 
 
@@ -335,7 +335,7 @@ def configurations() -> Iterator[Case]:
         ("2 MB", b"#" * 2_000_000, "larger"),
         ("a tag of Python", b"seed: !!python/object/apply:os.getcwd []", "YAML"),
         ("a key of another verb", b"crop_z: 1", "crop_z"),
-        ("deep lists", as_json(nested(5000)), "c.yaml"),
+        ("deep lists", deep(5000), "c.yaml"),
         ("a date that is none", b"seed: 2001-99-99", "seed"),
         ("a null for a number", b"seed: null", "seed"),
     ):
@@ -361,7 +361,7 @@ def manifests() -> Iterator[Case]:
         ("m.jsonl", "no JSON", "{", "line 1"),
         ("m.jsonl", "second line no JSON", row + "{x}", "line 2"),
         ("m.jsonl", "a list in a line", row + "[1]", "line 2"),
-        ("m.jsonl", "deep lists", row + json.dumps(nested(3000)), "line 2"),
+        ("m.jsonl", "deep lists", row + deep(3000).decode(), "line 2"),
         ("m.jsonl", "no path", '{"caption": "x"}', "no path"),
         ("m.jsonl", "a path that is a number", '{"path": 5, "caption": "x"}', "no path"),
         ("m.jsonl", "no UTF-8", row.encode() + b"\xff", "UTF-8"),
@@ -451,7 +451,7 @@ def wav(rate: int = 16_000, seconds: float = 1.0, gain: float = 1.0, bits: str =
     samples = tone(seconds, 16_000)[:, 0] * np.float32(gain)
     data = samples.tobytes() if bits == "float" else (samples * 32767).astype("<i2").tobytes()
     kind, size = (3, 4) if bits == "float" else (1, 2)
-    head = struct.pack("<HHIIHH", kind, 1, rate, rate * size, size, 8 * size)
+    head = struct.pack("<HHIIHH", kind, 1, rate, rate * size % 2**32, size, 8 * size)
     body = (
         b"WAVEfmt " + struct.pack("<I", 16) + head + b"data" + struct.pack("<I", len(data)) + data
     )
@@ -554,7 +554,7 @@ def broken_shards(samples: Samples) -> Iterator[Case]:
         "binary": lambda c: b"\xff\0",
         "empty": lambda c: b"",
         "a list": lambda c: b"[]",
-        "deep lists": lambda c: as_json(nested(5000)),
+        "deep lists": lambda c: deep(5000),
         "no codec": lambda c: c.pop("codec") and None,
         "codec a list": lambda c: c.update(codec=[]),
         "another codec": lambda c: c["codec"].update(hash="0" * 16),
@@ -693,7 +693,7 @@ def releases(samples: Samples) -> Iterator[Case]:
         "weights a text": lambda f, c: (f / "model.safetensors").write_text("x"),
         "configuration binary": lambda f, c: (f / "config.json").write_bytes(b"\xff\0"),
         "configuration a list": lambda f, c: (f / "config.json").write_bytes(b"[]"),
-        "configuration deep": lambda f, c: (f / "config.json").write_bytes(as_json(nested(5000))),
+        "configuration deep": lambda f, c: (f / "config.json").write_bytes(deep(5000)),
         "configuration of 2 MB": lambda f, c: (f / "config.json").write_bytes(b" " * 2_000_000),
         "format 99": lambda f, c: c.update(format=99),
         "network null": lambda f, c: c.update(network=None),
@@ -741,7 +741,7 @@ def checkpoints(samples: Samples) -> Iterator[Case]:
         "code": lambda c: pickle.dumps(Evil()),
         "no state_dict": lambda c: c.pop("state_dict") and None,
         "state_dict a list": lambda c: c.update(state_dict=[]),
-        "a weight NaN": lambda c: c["state_dict"][first].fill_(math.nan) and None,
+        "a weight NaN": lambda c: c["state_dict"][first].fill_(math.nan) is None,
         "a weight of integers": lambda c: c["state_dict"].update(
             {first: c["state_dict"][first].long()}
         ),
@@ -835,7 +835,7 @@ def listening_tests(samples: Samples) -> Iterator[Case]:
         "binary": b"\xff\0",
         "empty": b"",
         "a list": b"[]",
-        "deep": as_json(nested(5000)),
+        "deep": deep(5000),
         "systems null": key | {"systems": None},
         "systems a text": key | {"systems": "ours"},
         "clips a list": key | {"clips": [1]},
@@ -893,7 +893,7 @@ def sweeps() -> Iterator[Case]:
         "empty": b"",
         "a list": b"[]",
         "a bomb of aliases": BOMB,
-        "deep lists": as_json(nested(5000)),
+        "deep lists": deep(5000),
         "method bayes": GRID | {"method": "bayes"},
         "no parameters": {k: v for k, v in GRID.items() if k != "parameters"},
         "parameters a list": GRID | {"parameters": [1]},
@@ -1006,6 +1006,8 @@ def _become(case: Case, folder: Path, log: Path) -> None:
         sys.stdout, sys.stderr = (
             os.fdopen(n, "w", 1, closefd=False, errors="replace") for n in (1, 2)
         )
+        in_use = 4096 * int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + MAX_MB * 10**6,) * 2)
         resource.setrlimit(resource.RLIMIT_CPU, (int(2 * MAX_CPU_S), int(2 * MAX_CPU_S)))
         from magnet_train.__main__ import main
 
@@ -1066,7 +1068,7 @@ def shown(found: Outcome, case: Case, folder: str = "") -> str:
         lines = [text for text in found.said.split("\n") if text.startswith(("failed", "missing"))]
         line = lines[0] if lines else line
     line = line.replace("|", "/").replace("`", "'")
-    line = line.replace(str(Path(__file__).parents[1]), "…")
+    line = line.replace(str(Path(__file__).resolve().parents[1]), "…")
     return f"{found.status}: {line[:160]}"
 
 

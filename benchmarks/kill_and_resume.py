@@ -1,8 +1,9 @@
-"""Trains a tiny model twice, once undisturbed and once killed with SIGKILL at random moments; the
-ends must be equal.
+"""Trains a tiny model twice, or tokenizes twice: once undisturbed and once killed with SIGKILL at
+random moments; the ends must be equal.
 
     python benchmarks/kill_and_resume.py --kills 20 [--workers 2] [--ranks 2] [--accumulated 3]
-    [--seed 0]
+    [--per_example] [--decoding] [--seed 0]
+    python benchmarks/kill_and_resume.py --kills 40 --tokenize
 
 Each attempt is the same command in a process group of its own, forked from this process, which has
 only imported what it needs; the whole group is killed, data workers and other ranks too, as
@@ -20,9 +21,11 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers_data import make_data_codec, write_clip
 from helpers_programs import attempt, ended
 from helpers_resume import arguments, differences, ledger, make_data, outcome
 
@@ -67,8 +70,25 @@ def come_to(child: int, run: Path, batches: int, within_s: float) -> int | None:
     return status
 
 
+PER_EXAMPLE = ["--model.stage_sampling=example"]
+DECODING = [
+    "--generation.num_prompts=2",
+    "--generation.batch_size=2",
+    "--generation.metrics=[]",
+    "--generation.baselines=false",
+    "--generation.num_media=1",
+    "--generation.decoding.decoding_steps=[2,1,1,1]",
+]
+
+
 def killed_often(
-    folder: Path, kills: int, workers: int, ranks: int, accumulated: int, seed: int
+    folder: Path,
+    kills: int,
+    workers: int,
+    ranks: int,
+    accumulated: int,
+    seed: int,
+    more: Sequence[str] = (),
 ) -> list[str]:
     """Differences between the two ends: none, if all is well."""
     from magnet_train.callbacks import checkpoint
@@ -84,6 +104,7 @@ def killed_often(
         "--trainer.logger.save_dir=.",
         "--trainer.logger.flush_logs_every_n_steps=1",
         "--trainer.logger.name=csv",
+        *more,
     ]
     if ranks > 1:
         options += [f"--trainer.devices={ranks}", "--trainer.strategy=ddp_fork"]
@@ -155,6 +176,57 @@ def killed_often(
     return found
 
 
+def tokenized(source: Path, out: Path, codec: str) -> int:
+    """A process that tokenizes, in a group of its own."""
+    arguments = ["tokenize", str(source), f"--out={out}", f"--codec={codec}"]
+    return attempt([*arguments, "--crop_s=2", "--shard_size=3"], out.with_suffix(".log"))
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """Shards and index of a folder by name; no other file may be left but hidden ones."""
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name[0] != "."}
+
+
+def killed_in_tokenizing(folder: Path, kills: int, seed: int) -> list[str]:
+    """Differences between what an undisturbed process wrote and what killed ones did."""
+    codec = make_data_codec(folder / "codec")
+    source = folder / "in"
+    for number in range(10):
+        write_clip(source / f"clip{number:02d}.flac", 5 + number % 3, f"tone {number}", seed=number)
+    twin, draw, found = folder / "twin", random.Random(seed), []
+    begin = time.monotonic()
+    assert ended(tokenized(source, twin, codec), 600) == 0, twin.with_suffix(".log").read_text()
+    seconds, expected, done, round_ = time.monotonic() - begin, content(twin), 0, 0
+    while done < kills:
+        out = folder / f"out{round_}"
+        child = tokenized(source, out, codec)
+        status = ended(child, draw.uniform(0.1, 1.0) * seconds)
+        if status is None:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            done += 1
+        names = sorted(path.name for path in out.glob("*.tar")) if out.is_dir() else []
+        half = len(list(out.glob(".*.tmp")) + list(out.glob(".*.part"))) if out.is_dir() else 0
+        print(f"kill {done:>2}: {len(names)} shards, {half} half written", flush=True)
+        found += [name for name in names if (out / name).read_bytes() != expected[name]]
+        if status is not None:  # it came to its end
+            assert status == 0, out.with_suffix(".log").read_text()[-3000:]
+            found += [] if content(out) == expected else [f"folder {round_}"]
+            round_ += 1
+            seconds *= 0.8
+        elif draw.random() < 0.2:
+            seconds *= 1.2
+    last = folder / f"out{round_}"
+    assert ended(tokenized(source, last, codec), 600) == 0
+    found += [] if content(last) == expected else ["the last folder"]
+    left = [path.name for path in last.iterdir() if path.name.endswith((".part", ".tmp"))]
+    print(
+        f"{kills} kills in tokenizing, {round_ + 1} folders brought to their end, "
+        f"{len(expected)} files each, {len(found) + len(left)} differences"
+    )
+    return found + left
+
+
 def main() -> int:
     """0 if both ended alike."""
     parser = argparse.ArgumentParser()
@@ -163,18 +235,25 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--accumulated", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenize", action="store_true", help="Kill tokenize instead of fit.")
+    parser.add_argument("--per_example", action="store_true", help="Draw stages per example.")
+    parser.add_argument("--decoding", action="store_true", help="Decode in validations.")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     import torch
 
     torch.set_num_threads(1)
     # Imported before the first fork, so that an attempt begins with its work.
-    import magnet_train.cli.fit  # noqa: F401
+    import magnet_train.cli.fit
+    import magnet_train.data.tokenize  # noqa: F401
 
     with tempfile.TemporaryDirectory() as folder:
-        found = killed_often(
-            Path(folder), given.kills, given.workers, given.ranks, given.accumulated, given.seed
-        )
+        if given.tokenize:
+            found = killed_in_tokenizing(Path(folder), given.kills, given.seed)
+        else:
+            more = PER_EXAMPLE * given.per_example + DECODING * given.decoding
+            sizes = given.workers, given.ranks, given.accumulated
+            found = killed_often(Path(folder), given.kills, *sizes, given.seed, more)
     print("\n".join(found[:20]) or "equal bit for bit")
     return int(bool(found))
 

@@ -13,7 +13,7 @@ from magnet_train.cli.fit import build_without_training
 from magnet_train.cli.parser import find_config, make_parser
 from magnet_train.common.assets import conf_path, shipped_configurations
 from magnet_train.common.errors import UserError
-from magnet_train.common.yaml_files import MAX_ALIASES, MAX_BYTES
+from magnet_train.common.yaml_files import MAX_BYTES
 from magnet_train.release import SavedModel
 
 SMALL = {"dim": 32, "num_heads": 2, "num_layers": 1}
@@ -117,7 +117,9 @@ def test_a_shipped_configuration_is_found_by_name_from_anywhere(tmp_path, monkey
     [
         (b"\xe3\x00\xff", "not UTF-8"),
         (b"a: [", "not valid YAML"),
-        (b"a: &a x\nb: [" + b"*a, " * (MAX_ALIASES + 1) + b"]", "aliases"),
+        (b"a: &a [%s]\nb: &b [%s]\nc: [%s]" % (b"1," * 99, b"*a," * 99, b"*b," * 99), "aliases"),
+        (b"a: &a [*a]", "alias"),
+        (b"- 1", "holds a list"),
         (b"#" * (MAX_BYTES + 1), "larger than"),
         (None, "no such file"),
     ],

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from magnet_train.common import private_api
+from magnet_train.common.errors import UserError
 from magnet_train.loss import masked_cross_entropy
 from magnet_train.model import Magnet, MagnetConfig
 
@@ -42,6 +43,13 @@ class BenchOptions:
     """Examples per batch."""
     json: Path | None = None
     """Write the results to this JSON file."""
+
+    def __post_init__(self) -> None:
+        for name in ("repeats", "threads", "num_frames", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.device not in ("cpu", "cuda"):
+            raise UserError(f"--device {self.device}: choose cpu or cuda")
 
 
 @dataclass(frozen=True)

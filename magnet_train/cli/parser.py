@@ -75,6 +75,9 @@ def find_config(text: str) -> str:
         else:
             return text
     content = read_yaml(path, f"--config {path}")
+    if content is not None and not isinstance(content, dict):
+        kind = type(content).__name__
+        raise UserError(f"--config {path}: holds a {kind}; give options, one a line as NAME: VALUE")
     return options_of_note(path, content) or str(path)
 
 

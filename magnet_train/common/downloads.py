@@ -1,22 +1,24 @@
 """Weights of the metrics' networks: from a given path, the cache, or a download.
 
 CLAP is downloaded by huggingface_hub, which has its own cache; the others are cached in
-`MAGNET_TRAIN_CACHE` (default `~/.cache/magnet_train`). Files are verified by their published
-SHA-256 at every use. If none is published, the download's size is checked, and its SHA-256 is
-recorded in `FILE.sha256` (the format of `sha256sum --check`) and checked later.
+`MAGNET_TRAIN_CACHE` (default `~/.cache/magnet_train`). Interrupted downloads are resumed. Files are
+verified by their published SHA-256 at every use. If none is published, the download's size is
+checked, and its SHA-256 is recorded in `FILE.sha256` (the format of `sha256sum --check`) and checked
+later.
 """
 
 import os
-import socket
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
+from tqdm import tqdm
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import offline_variable, one_line
@@ -24,6 +26,7 @@ from magnet_train.common.tensor_files import read_pickle, sha256_of
 
 TIMEOUT_S = 60.0
 """Timeout for a server's answers during a download."""
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,7 @@ def _download(weights: Weights) -> Path:
             if not target.is_file():  # another process may have downloaded it meanwhile
                 _download_from_url(weights, target)
         return target
-    except Exception as error:  # OSError, RuntimeError of torch.hub, many types of the hub's
+    except Exception as error:  # OSError, HTTPException, a dozen kinds of the hub's
         raise UserError(
             f"{weights.name} weights: not in the cache, and the download failed "
             f"({one_line(error)}); {_by_hand(weights)}"
@@ -207,30 +210,44 @@ def _download_from_url(weights: Weights, target: Path) -> None:
     expected = weights.sha256
     if not expected and note.is_file():
         expected = note.read_text(errors="replace").partition(" ")[0]
-    arrived = target.with_name(f"{target.name}.new")
-    try:
-        with _socket_timeout(TIMEOUT_S):
-            torch.hub.download_url_to_file(
-                weights.url, str(arrived), expected or None, progress=sys.stderr.isatty()
-            )
-        size = arrived.stat().st_size
-        if not expected and size != weights.size:
-            raise ConnectionError(f"{size} of {weights.size} bytes arrived")
-        note.write_text(f"{sha256_of(arrived)}  {target.name}\n")
-        arrived.replace(target)
-    finally:
-        arrived.unlink(missing_ok=True)
+    arrived = target.with_name(f"{target.name}.part")
+    _fetch_rest(weights.url, arrived, 2 * weights.size)
+    size, sha256 = arrived.stat().st_size, sha256_of(arrived)
+    if not sha256.startswith(expected) or (not expected and size != weights.size):
+        arrived.unlink()
+        if expected:
+            raise ConnectionError(f"SHA-256 of what arrived is {sha256}, not {expected}")
+        raise ConnectionError(f"{size} of {weights.size} bytes arrived")
+    note.write_text(f"{sha256}  {target.name}\n")
+    arrived.replace(target)
 
 
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """torch.hub has no timeout of its own."""
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+def _fetch_rest(url: str, arrived: Path, max_bytes: int) -> None:
+    """Downloads what is missing of a file; what arrives stays there for the next try.
+
+    Raises:
+        OSError: if the connection fails, or breaks off.
+    """
+    start = arrived.stat().st_size if arrived.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        yield
-    finally:
-        socket.setdefaulttimeout(previous)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            is_rest = answer.status == HTTPStatus.PARTIAL_CONTENT
+            expected = int(answer.headers.get("Content-Length") or 0)
+            with (
+                arrived.open("ab" if is_rest else "wb") as file,
+                tqdm(total=expected, unit="B", unit_scale=True, disable=None, leave=False) as bar,
+            ):
+                while piece := answer.read(CHUNK_BYTES):
+                    if file.tell() + len(piece) > max_bytes:
+                        raise ConnectionError(f"more than {max_bytes:,} bytes arrive")
+                    file.write(piece)
+                    bar.update(len(piece))
+            if bar.n < expected:
+                raise ConnectionError(f"{bar.n} of {expected} bytes arrived; try again to go on")
+    except urllib.error.HTTPError as error:
+        if error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # all of it is there
+            raise
 
 
 def load_tensors(file: WeightsFile) -> dict[str, Any]:

@@ -1,0 +1,166 @@
+"""The length of a file is what its decoder delivers, however its head was written or lost."""
+
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers_data import write_clip
+
+from magnet_train.common.errors import UserError
+from magnet_train.data.audio import duration_s, read_audio, split_mp3, split_ogg
+
+RATE = 16_000
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+
+
+def clip(folder: Path, suffix: str, seconds: float = 1.0, **kind: Any) -> Path:
+    return write_clip(folder / f"{seconds}{suffix}", seconds, None, RATE, **kind)
+
+
+def length_s(path: Path) -> float:
+    """As it is read, which is as it is planned."""
+    read = read_audio(path, RATE, 1).shape[1] / RATE
+    assert read == pytest.approx(duration_s(path), abs=1 / RATE)
+    return read
+
+
+def without_count(content: bytes) -> bytes:
+    """An MP3 without its first frame, which counts the others."""
+    (found,) = split_mp3(content)
+    assert b"Info" in found[:200] or b"Xing" in found[:200]
+    return found[found.index(found[:2], 4) :]
+
+
+def resized(content: bytes, riff: int, data: int | None = None) -> bytes:
+    """A WAV that gives other sizes, in bytes."""
+    found = bytearray(content)
+    found[4:8] = struct.pack("<I", riff)
+    if data is not None:
+        at = content.index(b"data") + 4
+        found[at : at + 4] = struct.pack("<I", data)
+    return bytes(found)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [
+        (".mp3", {}),
+        (".mp3", {"bitrate_mode": "VARIABLE"}),
+        (".ogg", {}),
+        (".opus", {"format": "OGG", "subtype": "OPUS"}),
+    ],
+    ids=str,
+)
+def test_files_joined_end_to_end_are_read_to_their_end(suffix: str, kind: Any, tmp_path: Path):
+    parts = [clip(tmp_path, suffix, seconds, **kind) for seconds in (1.0, 0.5)]
+    (tmp_path / f"joined{suffix}").write_bytes(b"".join(p.read_bytes() for p in parts))
+    lengths = [length_s(part) for part in parts]
+    assert length_s(tmp_path / f"joined{suffix}") == pytest.approx(sum(lengths), abs=2 / RATE)
+    wav = read_audio(tmp_path / f"joined{suffix}", RATE, 1)
+    second = read_audio(parts[1], RATE, 1)
+    assert np.allclose(wav[:, -second.shape[1] :], second, atol=1e-4)
+
+
+def test_streams_of_other_rates_are_no_one_recording(tmp_path: Path):
+    one = clip(tmp_path, ".ogg").read_bytes()
+    other = write_clip(tmp_path / "other.ogg", 1, None, 44_100).read_bytes()
+    (tmp_path / "joined.ogg").write_bytes(one + other)
+    with pytest.raises(UserError, match="different rates or channels; split it"):
+        duration_s(tmp_path / "joined.ogg")
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+def test_an_mp3_without_a_count_is_read_to_its_end(mode: str, tmp_path: Path):
+    path = clip(tmp_path, ".mp3", 2.0, bitrate_mode=mode)
+    path.write_bytes(without_count(path.read_bytes()))
+    assert length_s(path) == pytest.approx(2.0, abs=0.15)  # with the encoder's padding
+
+
+def test_an_ogg_that_was_cut_is_called_truncated(tmp_path: Path):
+    path = clip(tmp_path, ".ogg")
+    content = path.read_bytes()
+    assert split_ogg(content, path) == [content]
+    for end in (len(content) - 1, len(content) // 2):
+        path.write_bytes(content[:end])
+        with pytest.raises(UserError, match="truncated"):
+            read_audio(path, RATE, 1)
+    path.write_bytes(content[: content.rindex(b"OggS")])  # at a page's border
+    with pytest.raises(UserError, match="truncated"):
+        read_audio(path, RATE, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: resized(x, len(x)),
+        lambda x: resized(x, 0, 0),
+        lambda x: resized(x, 0xFFFFFFFF, 0xFFFFFFFF),
+        lambda x: resized(x, 2_000_000_036, 2_000_000_000),
+        lambda x: x + b"LIST\4\0\0\0abcd",
+    ],
+    ids=["own head", "zero", "unknown", "placeholder", "more behind"],
+)
+def test_a_wav_with_wrong_sizes_is_read_to_its_end(
+    change: Callable[[bytes], bytes], tmp_path: Path
+):
+    path = clip(tmp_path, ".wav", subtype="PCM_16")
+    path.write_bytes(change(path.read_bytes()))
+    assert read_audio(path, RATE, 1).shape[1] == pytest.approx(RATE, abs=8)
+
+
+def test_a_wav_that_promises_more_than_it_has_is_truncated(tmp_path: Path):
+    path = clip(tmp_path, ".wav", subtype="PCM_16")
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(UserError, match=r"truncated after .* copy it again"):
+        read_audio(path, RATE, 1)
+
+
+def test_a_flac_of_unknown_length_goes_through_ffmpeg(tmp_path: Path):
+    path = clip(tmp_path, ".flac")
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    if shutil.which("ffmpeg") is None:
+        with pytest.raises(UserError, match="needs ffmpeg; install it"):
+            duration_s(path)
+    else:
+        assert length_s(path) == pytest.approx(1.0, abs=1 / RATE)
+
+
+def test_without_ffmpeg_its_formats_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "a.m4a").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match=r"a\.m4a: needs ffmpeg; install it"):
+        duration_s(tmp_path / "a.m4a")
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [(".m4a", ["-c:a", "aac"]), (".aac", ["-c:a", "aac"]), (".wma", ["-c:a", "wmav2"])],
+)
+def test_what_soundfile_cannot_read_goes_through_ffmpeg(
+    suffix: str, options: list[str], tmp_path: Path
+):
+    source = clip(tmp_path, ".wav")
+    command = ["ffmpeg", "-v", "error", "-i", str(source), *options, str(tmp_path / f"a{suffix}")]
+    subprocess.run(command, check=True)
+    assert length_s(tmp_path / f"a{suffix}") == pytest.approx(1.0, abs=0.2)
+    (tmp_path / f"a{suffix}").write_bytes(b"no audio" * 50)
+    with pytest.raises(UserError, match="unreadable by ffmpeg"):
+        duration_s(tmp_path / f"a{suffix}")
+
+
+def test_reasons_send_nobody_the_wrong_way(tmp_path: Path):
+    with pytest.raises(UserError, match="no such file"):
+        duration_s(tmp_path / "gone.wav")
+    (tmp_path / "a.mp3").write_bytes(b"\xff\xf1\x50\x80" + bytes(500))  # AAC's own head
+    with pytest.raises(UserError) as caught:
+        duration_s(tmp_path / "a.mp3")
+    assert "does not exist" not in str(caught.value) and "copy it again" not in str(caught.value)
