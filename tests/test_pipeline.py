@@ -200,6 +200,21 @@ def test_a_resumed_stream_goes_on_exactly(workers: int, start: int, shards: Shar
     assert same(whole[start:], rest)
 
 
+@pytest.mark.parametrize(("workers", "start"), [(0, 5), (2, 5), (2, 40)])
+def test_a_stream_that_skipped_a_shard_goes_on_exactly(
+    workers: int, start: int, codec: str, tmp_path: Path
+):
+    """As long as the same shards are unreadable; others stand in their items' places."""
+    found = ShardSet.open(write_shards(tmp_path, codec, COUNTS))
+    found.paths[1].write_bytes(found.paths[1].read_bytes()[:1000])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = list(islice(load(TrainingStream(found, 30, 3, 5), workers), start + 6))
+        rest = list(islice(load(TrainingStream(found, 30, 3, 5, start_batch=start), workers), 6))
+    assert same(whole[start:], rest)
+    assert {key for batch in whole for key in batch["keys"]}.isdisjoint(all_keys(8)[5:])
+
+
 def test_a_resume_reads_nothing_it_does_not_need(shards: ShardSet, monkeypatch: pytest.MonkeyPatch):
     """It finds its place by arithmetic, however far it is."""
     read = []

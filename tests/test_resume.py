@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -420,6 +421,23 @@ def test_what_another_run_left_is_refused(data: Path, tmp_path: Path, capsys: An
         )
     assert any("another validation set" in r.getMessage() for r in caplog.records)
     assert outcome(tmp_path / "run")["step"] == 8  # nothing was lost
+
+
+def test_a_run_that_skipped_a_shard_ends_like_its_twin_and_says_when_not(
+    data: Path, tmp_path: Path, caplog: Any
+):
+    shutil.copytree(data / "train", tmp_path / "train")
+    shard = tmp_path / "train" / "shard-000001.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:2000])
+    options = f"--data.train={tmp_path / 'train'}", "--trainer.max_steps=12"
+    assert main(arguments(data, tmp_path / "twin", *options)) == 0
+    stopped(data, tmp_path / "run", *options, stop_at=9)
+    with caplog.at_level("INFO"):
+        assert main(arguments(data, tmp_path / "run", *options)) == 0
+    assert equal(tmp_path / "twin", tmp_path / "run")
+    said = "bit-identical to a run without the interruption only if the same shards are still"
+    assert any(said in r.getMessage() for r in caplog.records)
 
 
 def test_a_run_goes_on_with_the_settings_that_it_is_given(data: Path, tmp_path: Path, caplog: Any):

@@ -10,7 +10,7 @@ import pytest
 from jsonargparse import Namespace
 
 from magnet_train.cli import run_folder
-from magnet_train.cli.run_folder import RunFolderLock, prepare_run_folder
+from magnet_train.cli.run_folder import RunFolderLock, check_run_folder, prepare_run_folder
 from magnet_train.common.errors import UserError
 
 HOLD = """
@@ -34,6 +34,8 @@ def test_a_second_process_is_told_which_one_has_the_folder(tmp_path, monkeypatch
         for _ in range(2):  # being refused leaves the owner's note as it is
             with pytest.raises(UserError, match=rf"used by process {first.pid} on .+; wait for it"):
                 RunFolderLock(tmp_path).acquire()
+        with pytest.raises(UserError, match="trains there"):
+            check_run_folder(options(tmp_path))
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
@@ -69,6 +71,8 @@ def test_checkpoints_that_a_new_run_would_overwrite_are_refused(setting, tmp_pat
     (folder / "last.ckpt").write_text("")
     with pytest.raises(UserError, match=rf"--\w+\.{setting} .*{folder.name}"):
         prepare_run_folder(options(tmp_path, **{setting: str(folder)}), is_fit=True)
+    with pytest.raises(UserError, match=rf"--\w+\.{setting} .*{folder.name}"):
+        check_run_folder(options(tmp_path, **{setting: str(folder)}))  # of which doctor asks
     assert (folder / "last.ckpt").exists()
 
 

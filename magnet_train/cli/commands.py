@@ -234,12 +234,17 @@ def doctor_verb(args: list[str]) -> None:
 
     from magnet_train.checks.doctor import Finding, doctor
     from magnet_train.checks.plan import Plan
+    from magnet_train.cli.run_folder import check_run_folder
 
     where = "start" if built else "configuration"
     plan, findings = None, [Finding("failed", where, _reason(error)) for error in errors]
     if built is not None:
         findings.insert(0, Finding("ok", "configuration", "valid"))
         plan = Plan(built.parsed, built.datamodule, built.config_init.fit.generation.decoding)
+        try:
+            check_run_folder(built.parsed)
+        except UserError as error:
+            findings.append(Finding("failed", "run folder", str(error)))
     print("\n".join(map(str, findings)))
     for found in doctor(plan, {finding.what for finding in findings}):
         if isinstance(found, Finding):

@@ -45,7 +45,9 @@ def prepare_run_folder(config: Any, is_fit: bool) -> Path:
         config.ckpt_path = None if newest is None else str(newest)
         rank_zero_info(f"--ckpt_path auto: {newest or 'no checkpoint yet, starting from scratch'}")
     if config.ckpt_path is None and is_fit and not config.trainer.fast_dev_run:
-        _make_room(config, folder, own_checkpoints)
+        _check_room(config, folder)
+        if Path(config.checkpoint.dirpath) == own_checkpoints:
+            _move_aside(own_checkpoints)
     return folder
 
 
@@ -57,13 +59,17 @@ class RunFolderLock:
         self._lock = FileLock(folder / ".fit.lock")
 
     @rank_zero_only
-    def acquire(self) -> None:
+    def acquire(self, wait_s: float | None = None) -> None:
         """
+        Args:
+            wait_s: Seconds to wait for it; LOCK_WAIT_S by default.
+
         Raises:
             UserError: if another process uses the folder; the message names it.
         """
+        wait_s = LOCK_WAIT_S if wait_s is None else wait_s
         try:
-            self._lock.acquire(timeout=LOCK_WAIT_S, poll_interval=0.5)
+            self._lock.acquire(timeout=wait_s, poll_interval=0.5)
         except Timeout as error:
             owner = self._read_owner()
             raise UserError(
@@ -90,6 +96,24 @@ class RunFolderLock:
         return owner if isinstance(owner, dict) else {}
 
 
+def check_run_folder(config: Any) -> None:
+    """Check what `fit` would refuse of its folder, and change nothing.
+
+    Args:
+        config: options of `fit`.
+
+    Raises:
+        UserError: if another process trains there, or a new run would overwrite checkpoints.
+    """
+    folder = Path(config.trainer.default_root_dir or "runs/run").expanduser()
+    if (folder / ".fit.lock").exists():
+        lock = RunFolderLock(folder)
+        lock.acquire(wait_s=0)
+        lock.release()
+    if config.ckpt_path is None and not config.trainer.fast_dev_run:
+        _check_room(config, folder)
+
+
 def _is_within(path: str | None, folder: Path) -> bool:
     """Whether a path names something in the folder, or a folder that contains it."""
     if path is None:
@@ -99,20 +123,15 @@ def _is_within(path: str | None, folder: Path) -> bool:
     return given == folder or given in folder.parents or folder in given.parents
 
 
-def _make_room(config: Any, folder: Path, own_checkpoints: Path) -> None:
-    """Move an earlier run's checkpoints to another folder.
-
-    Raises:
-        UserError: if the new run starts from one of them, or they are not in the run folder.
-    """
+def _check_room(config: Any, folder: Path) -> None:
+    own_checkpoints = folder / "checkpoints"
     if _is_within(config.model.init_from, own_checkpoints):
         raise UserError(
             f"--model.init_from {config.model.init_from}: is in the run folder {folder}, which a "
             "new run would overwrite; set --trainer.default_root_dir to another folder"
         )
-    if Path(config.checkpoint.dirpath) == own_checkpoints:
-        _move_aside(own_checkpoints)
-    elif any(Path(config.checkpoint.dirpath).glob("*.ckpt")):
+    dirpath = Path(config.checkpoint.dirpath or own_checkpoints).expanduser()
+    if dirpath != own_checkpoints and any(dirpath.glob("*.ckpt")):
         raise UserError(
             f"--checkpoint.dirpath {config.checkpoint.dirpath}: has checkpoints of an earlier run; "
             "give another folder, or --ckpt_path auto to resume that run"
