@@ -36,12 +36,14 @@ import torch
 from helpers_data import tone, write_clip
 from strategies import READERS, Samples, as_json, check, deep, npy, tar_of
 
+from magnet_train.common.assets import demo_path
 from magnet_train.common.tables import markdown_table
 
 MAX_CPU_S, MAX_MB = 30.0, 3000
 """Bounds of one command: time of the processor, and memory, imports included."""
 MAX_WALL_S = 900.0
 """After which a command counts as one that hangs, whatever else the machine does."""
+DEMO_CODEBOOKS = json.loads((demo_path("codec") / "config.json").read_text())["num_codebooks"]
 INF, NAN, BIG = ".inf", ".nan", "1" + "0" * 20
 SMALL_FIT = [
     "--model.network.dim=16",
@@ -216,7 +218,7 @@ BESIDE: dict[str, list[str]] = {
     "sweep": ["s.yaml", "--out", "out"],
 }
 """What a command needs beside the option that is tried; an option that comes twice is the later."""
-DOCTOR_TOO = 40
+DOCTOR_TOO = 15
 """How many of the options that `fit` refuses are given to `doctor`."""
 GRID = {
     "method": "grid",
@@ -231,7 +233,11 @@ def wrong_options() -> Iterator[Case]:
             for value in given:
                 args = [*BESIDE[verb], f"--{option}={value}"]
                 name = option.rpartition(".")[2]
-                words = (name, name.replace("_", " "), value.rpartition("=")[2].strip("./[]") or value)
+                words = (
+                    name,
+                    name.replace("_", " "),
+                    value.rpartition("=")[2].strip("./[]") or value,
+                )
                 shown = value if len(value) < 40 else f"{value[:20]}…"
                 yield Case(verb, f"`--{option}={shown}`", args, basic_files, words=words)
 
@@ -581,9 +587,12 @@ def broken_shards(samples: Samples) -> Iterator[Case]:
         "a key that leads elsewhere": (item(key="../x"), "key"),
         "no codes": (item()[1:], "no codes"),
         "no JSON": (item()[:1], "no json"),
-        "codes of float": (item(codes=np.zeros((5, 30), np.float32)), "float32"),
-        "codes of 3 codebooks": (item(codes=np.zeros((3, 30), np.uint16)), "codebooks"),
-        "codes out of range": (item(codes=np.full((5, 30), 60_000, np.uint16)), "codebooks"),
+        "codes of float": (item(codes=np.zeros((DEMO_CODEBOOKS, 30), np.float32)), "float32"),
+        "codes of one codebook": (item(codes=np.zeros((1, 30), np.uint16)), "codebooks"),
+        "codes out of range": (
+            item(codes=np.full((DEMO_CODEBOOKS, 30), 60_000, np.uint16)),
+            "codebooks",
+        ),
         "duration_s missing": (item(about={"key": "k", "caption": "x"}), "duration_s"),
         "duration_s NaN": (
             item(about={"key": "k", "caption": "x", "duration_s": math.nan}),
@@ -628,7 +637,7 @@ def broken_shards(samples: Samples) -> Iterator[Case]:
 def item(
     key: str = "k", codes: np.ndarray | None = None, about: Any = None
 ) -> list[tuple[str, bytes]]:
-    codes = np.zeros((5, 30), np.uint16) if codes is None else codes
+    codes = np.zeros((DEMO_CODEBOOKS, 30), np.uint16) if codes is None else codes
     about = {"key": key, "caption": "x", "duration_s": 1.2} if about is None else about
     return [
         (f"{key}.codes.npy", npy(codes)),
@@ -938,9 +947,6 @@ def environments() -> Iterator[Case]:
 
 def all_cases(samples: Samples) -> list[Case]:
     return [
-        *verbs(),
-        *wrong_options(),
-        *configurations(),
         *manifests(),
         *sidecars(),
         *sounds(),
@@ -949,7 +955,10 @@ def all_cases(samples: Samples) -> list[Case]:
         *checkpoints(samples),
         *listening_tests(samples),
         *sweeps(),
+        *configurations(),
         *environments(),
+        *verbs(),
+        *wrong_options(),
         *broken_shards(samples),
         *doctors(),
     ]
@@ -1072,43 +1081,46 @@ def shown(found: Outcome, case: Case, folder: str = "") -> str:
     return f"{found.status}: {line[:160]}"
 
 
-def table(only: list[str], out: Path | None) -> int:
+def table(only: list[str], kinds: list[str], out: Path | None) -> int:
     """Runs all cases; the number of those that were wrong."""
+    rows: list[list[str]] = []
     with tempfile.TemporaryDirectory() as folder:
-        cases = [c for c in all_cases(Samples(Path(folder))) if not only or c.verb in only]
-        rows, wrong = [], []
+        cases = [
+            case
+            for case in all_cases(Samples(Path(folder)))
+            if (not only or case.verb in only)
+            and (not kinds or any(kind in case.what for kind in kinds))
+        ]
         for number, case in enumerate(cases, 1):
             found = run(case)
-            problem = judged(case, found)
             what = case.what.replace("|", "/").replace("\n", " ")
-            rows.append(
-                [
-                    str(number),
-                    case.verb,
-                    what,
-                    case.expected,
-                    shown(found, case),
-                    problem or "right",
-                ]
-            )
-            if problem:
-                wrong.append(rows[-1])
+            verdict = judged(case, found) or "right"
+            rows.append([str(number), case.verb, what, case.expected, shown(found, case), verdict])
+            if verdict != "right":
                 print(" | ".join(rows[-1]), flush=True)
-            elif number % 25 == 0:
-                print(f"{number} of {len(cases)}", flush=True)
-    by_verb = Counter(case.verb for case in cases)
-    summary = f"{len(cases)} bad inputs, {len(cases) - len(wrong)} right, {len(wrong)} wrong"
-    print(summary)
-    if out is not None:
-        head = (
-            "# Bad inputs\n\nWritten by `python benchmarks/bad_inputs.py --out FILE`: what was "
-            "expected, and the exit status with the line that was printed. `left out` means that "
-            "one item is skipped and named; `failed` is what doctor says.\n\n"
-            f"{summary}. By verb: {', '.join(f'{v} {n}' for v, n in by_verb.items())}.\n\n"
-        )
-        columns = ["", "verb", "input", "expected", "got", ""]
-        out.write_text(head + markdown_table(columns, rows) + "\n")
-    return len(wrong)
+            if number % 25 == 0 or number == len(cases):
+                print(summary(rows), flush=True)
+                if out is not None:
+                    write_table(rows, out)
+    return sum(row[-1] != "right" for row in rows)
+
+
+def summary(rows: list[list[str]]) -> str:
+    num_right = sum(row[-1] == "right" for row in rows)
+    return f"{len(rows)} bad inputs, {num_right} right, {len(rows) - num_right} wrong"
+
+
+def write_table(rows: list[list[str]], out: Path) -> None:
+    by_verb = Counter(row[1] for row in rows)
+    head = (
+    only = "Only inputs whose description has one of these words."
+    parser.add_argument("--kinds", nargs="+", default=[], help=only)
+        "and the exit status with the line that was printed. `left out`: one item is skipped and "
+        "named, the others are used; `failed`: doctor says it.\n\n"
+        f"{summary(rows)}. By verb: {', '.join(f'{v} {n}' for v, n in by_verb.items())}.\n\n"
+    )
+    columns = ["", "verb", "input", "expected", "got", ""]
+    out.write_text(head + markdown_table(columns, rows) + "\n")
 
 
 def fuzz(names: list[str], minutes: float, out: Path | None) -> None:
@@ -1154,6 +1166,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="Markdown file of the table.")
     parser.add_argument("--only", nargs="+", default=[], help="Verbs, or readers with --fuzz.")
     parser.add_argument("--fuzz", type=float, help="Minutes of random files for each reader.")
+    parser.add_argument(
+        "--kinds", nargs="+", default=[], help="Only inputs with one of these words."
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
@@ -1166,7 +1181,7 @@ def main() -> int:
     if given.fuzz is not None:
         fuzz(given.only, given.fuzz, given.out)
         return 0
-    return int(table(given.only, given.out) > 0)
+    return int(table(given.only, given.kinds, given.out) > 0)
 
 
 if __name__ == "__main__":

@@ -172,11 +172,21 @@ class Samples:
         return path.read_bytes()
 
     @property
+    def network(self) -> Any:
+        """A very small one, for the codes of the demo's codec."""
+        from magnet_train.codec.base import load_codec
+        from magnet_train.model import MagnetConfig
+
+        facts = load_codec("demo").facts
+        k, c = facts.num_codebooks, facts.codebook_size
+        return MagnetConfig(8, 2, 1, num_codebooks=k, codebook_size=c, text_dim=8)
+
+    @property
     def checkpoint(self) -> dict[str, Any]:
         """As far as it is read, with the weights of a very small network."""
-        from magnet_train.model import Magnet, MagnetConfig
+        from magnet_train.model import Magnet
 
-        config = MagnetConfig(dim=8, num_heads=2, num_layers=1, codebook_size=16, text_dim=8)
+        config = self.network
         settings = {"network": config.to_dict(), "codec": "demo", "text_encoder": "demo"}
         settings |= {"crop_s": 2.0, "span_len": 3, "guidance_dropout": 0.3}
         weights = {f"network.{k}": v for k, v in Magnet(config).state_dict().items()}
@@ -188,11 +198,11 @@ class Samples:
     def release(self) -> Path:
         """A release without components of its own."""
         from magnet_train.decoding.decode import DecodingConfig
-        from magnet_train.model import Magnet, MagnetConfig
+        from magnet_train.model import Magnet
         from magnet_train.release import SavedModel, write_release
 
         def make(path: Path) -> None:
-            config = MagnetConfig(dim=8, num_heads=2, num_layers=1, codebook_size=16, text_dim=8)
+            config = self.network
             saved = SavedModel(path, config, {"id": "demo"}, "demo", 2.0, DecodingConfig())
             weights = Magnet(config).state_dict()
             write_release(path, saved, {k: lambda v=v: v for k, v in weights.items()})
