@@ -1113,10 +1113,9 @@ def summary(rows: list[list[str]]) -> str:
 def write_table(rows: list[list[str]], out: Path) -> None:
     by_verb = Counter(row[1] for row in rows)
     head = (
-    only = "Only inputs whose description has one of these words."
-    parser.add_argument("--kinds", nargs="+", default=[], help=only)
-        "and the exit status with the line that was printed. `left out`: one item is skipped and "
-        "named, the others are used; `failed`: doctor says it.\n\n"
+        "# Bad inputs\n\nWritten by `python benchmarks/bad_inputs.py --out FILE`: what was "
+        "expected, and the exit status with the line that was printed. `left out`: one item is "
+        "skipped and named, the others are used; `failed`: doctor says it.\n\n"
         f"{summary(rows)}. By verb: {', '.join(f'{v} {n}' for v, n in by_verb.items())}.\n\n"
     )
     columns = ["", "verb", "input", "expected", "got", ""]

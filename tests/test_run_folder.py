@@ -34,7 +34,7 @@ def test_a_second_process_is_told_which_one_has_the_folder(tmp_path, monkeypatch
         for _ in range(2):  # being refused leaves the owner's note as it is
             with pytest.raises(UserError, match=rf"used by process {first.pid} on .+; wait for it"):
                 RunFolderLock(tmp_path).acquire()
-        with pytest.raises(UserError, match="trains there"):
+        with pytest.raises(UserError, match="used by process"):
             check_run_folder(options(tmp_path))
     finally:
         first.send_signal(signal.SIGKILL)

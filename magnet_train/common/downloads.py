@@ -3,8 +3,8 @@
 CLAP is downloaded by huggingface_hub, which has its own cache; the others are cached in
 `MAGNET_TRAIN_CACHE` (default `~/.cache/magnet_train`). Interrupted downloads are resumed. Files are
 verified by their published SHA-256 at every use. If none is published, the download's size is
-checked, and its SHA-256 is recorded in `FILE.sha256` (the format of `sha256sum --check`) and checked
-later.
+checked, and its SHA-256 is recorded in `FILE.sha256` (the format of `sha256sum --check`) and
+checked later.
 """
 
 import os
@@ -238,13 +238,15 @@ def _fetch_rest(url: str, arrived: Path, max_bytes: int) -> None:
                 arrived.open("ab" if is_rest else "wb") as file,
                 tqdm(total=expected, unit="B", unit_scale=True, disable=None, leave=False) as bar,
             ):
+                begin = file.tell()
                 while piece := answer.read(CHUNK_BYTES):
                     if file.tell() + len(piece) > max_bytes:
                         raise ConnectionError(f"more than {max_bytes:,} bytes arrive")
                     file.write(piece)
                     bar.update(len(piece))
-            if bar.n < expected:
-                raise ConnectionError(f"{bar.n} of {expected} bytes arrived; try again to go on")
+                got = file.tell() - begin
+            if got < expected:
+                raise ConnectionError(f"{got} of {expected} bytes arrived; try again to go on")
     except urllib.error.HTTPError as error:
         if error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # all of it is there
             raise
