@@ -3,6 +3,35 @@
 from pathlib import Path
 from typing import Any
 
+LISTEN_FOR = {
+    "chroma_change": "notes that change",
+    "scale_fit": "notes of one scale",
+    "key_rank": "the caption's key",
+    "beat": "a beat at the caption's tempo",
+}
+
+
+def what_to_listen_for(metrics: dict[str, Any]) -> list[str]:
+    """One line per music measure: heard, partly or not, between random codes and real clips.
+
+    A measure is heard where it covers three quarters of the way from codes drawn by their
+    frequencies to the codec's reconstructions of real clips, and partly from one quarter on.
+    """
+    lines = []
+    for measure, meaning in LISTEN_FOR.items():
+        name = f"val/music/{measure}"
+        names = (name, f"{name}/baseline_codec", f"{name}/baseline_unigram")
+        if any(key not in metrics for key in names):
+            continue
+        value, real, random = (metrics[key]["after"] for key in names)
+        covered = (value - random) / (real - random) if real != random else 0.0
+        verdict = "heard" if covered >= 0.75 else "partly" if covered >= 0.25 else "not yet"
+        lines.append(
+            f"{meaning:<32}{verdict:<8}  {value:.2f} (real clips {real:.2f}, random codes "
+            f"{random:.2f})"
+        )
+    return ["", "what to listen for", *lines] if lines else []
+
 
 def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
     """The summary as text; metrics by mask rate and intervals are only in the JSON."""
@@ -19,4 +48,5 @@ def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
             before = "" if values["before"] is None else f"{values['before']:.4g}"
             lines.append(f"{key:<44}{before:>10}{values['after']:>10.4g}")
     seconds = [f"{name} {value:.0f} s" for name, value in summary["seconds"].items()]
-    return "\n".join([*lines, "", "  ".join(seconds)])
+    heard = what_to_listen_for(summary["metrics"])
+    return "\n".join([*lines, *heard, "", "  ".join(seconds)])

@@ -1,0 +1,22 @@
+"""The text at the end of `fit`."""
+
+import pytest
+
+from magnet_train.cli.summary import what_to_listen_for
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"), [(6.5, "not yet"), (5.0, "partly"), (1.9, "heard"), (1.0, "heard")]
+)
+def test_a_music_measure_is_put_into_words_between_random_codes_and_real_clips(value, verdict):
+    name = "val/music/key_rank"
+    after = {name: value, f"{name}/baseline_codec": 1.2, f"{name}/baseline_unigram": 6.5}
+    metrics = {key: {"before": None, "after": number} for key, number in after.items()}
+    *_, line = what_to_listen_for(metrics)
+    assert line.startswith("the caption's key") and f" {verdict} " in line
+    assert f"{value:.2f} (real clips 1.20, random codes 6.50)" in line
+    assert what_to_listen_for(metrics | {"val/ce": {"before": 1.0, "after": 1.0}})[-1] == line
+
+
+def test_without_music_measures_or_baselines_nothing_is_said():
+    assert what_to_listen_for({"val/music/beat": {"before": None, "after": 0.3}}) == []
