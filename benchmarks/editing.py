@@ -1,5 +1,6 @@
 """Seams, long continuations, and decoding options of `edit` and `generate`, on any model.
 
+    python benchmarks/editing.py prompt --clips 105
     python benchmarks/editing.py seams --clips 24
     python benchmarks/editing.py extension --minutes 10
     python benchmarks/editing.py options --clips 24
@@ -145,6 +146,43 @@ def seams(generator: Generator, args: argparse.Namespace) -> dict[str, Any]:
     return {"clips": len(items), "frames_behind": BEHIND, "rows": rows}
 
 
+# --- what the network sees of given codes ---------------------------------------------------------
+
+
+@torch.no_grad()
+def prompt(generator: Generator, args: argparse.Namespace) -> dict[str, Any]:
+    """Cross-entropy of stage 0 behind a given half, whose upper codebooks are hidden or not."""
+    size, items = generator.codec.facts.codebook_size, validation_items(generator, args.clips)
+    found: dict[str, list[Tensor]] = {}
+    for item in items:
+        codes = item["codes"]
+        half = codes.shape[1] // 2
+        nothing = torch.full_like(codes, size)
+        hidden = nothing.clone()
+        hidden[0, :half] = codes[0, :half]
+        visible = nothing.clone()
+        visible[:, :half] = codes[:, :half]
+        network = generator._networks([item["caption"]], generator.decoding).conditional
+        shown = {
+            "nothing is given": nothing,
+            "given, codebooks above the stage hidden (as in training)": hidden,
+            "given, codebooks above the stage visible (as audiocraft)": visible,
+        }
+        for name, seen in shown.items():
+            logits = network(seen[None], 0)[0, half:].float()
+            loss = torch.nn.functional.cross_entropy(logits, codes[0, half:])
+            found.setdefault(name, []).append(loss)
+    _, hidden_loss, visible_loss = (torch.stack(x) for x in found.values())
+    found["visible minus hidden"] = list(visible_loss - hidden_loss)
+    rows = []
+    for name, losses in found.items():
+        values = torch.stack(losses)
+        value = {"value": float(values.mean()), "interval": bootstrap_interval(values)}
+        rows.append({"audio": name, "nats": value})
+    worse = float((visible_loss > hidden_loss).double().mean())
+    return {"clips": len(items), "clips where visible is worse": round(worse, 3), "rows": rows}
+
+
 # --- extension ------------------------------------------------------------------------------------
 
 
@@ -280,7 +318,7 @@ def table(record: dict[str, Any]) -> list[str]:
 def write_record(part: str, record: dict[str, Any]) -> None:
     write_json(RECORDS / f"editing_{part}.json", json.loads(json.dumps(record, default=list)))
     lines = ["# Editing", "", "Written by `benchmarks/editing.py`, which says what is measured."]
-    for name in ("seams", "extension", "options"):
+    for name in ("prompt", "seams", "extension", "options"):
         file = RECORDS / f"editing_{name}.json"
         if file.is_file():
             found = json.loads(file.read_text())
@@ -295,7 +333,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["seams", "extension", "options"])
+    parts = {"prompt": prompt, "seams": seams, "extension": extension, "options": options}
+    parser.add_argument("part", choices=parts)
     parser.add_argument("--checkpoint", default="demo")
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--minutes", type=int, default=10)
@@ -309,7 +348,6 @@ def main() -> None:
     step = saved.provenance.get("step")
     generator = load(args.checkpoint, dtype=torch.bfloat16)
     start = time.monotonic()
-    parts = {"seams": seams, "extension": extension, "options": options}
     record = parts[args.part](generator, args)
     record["weights"] = f"{args.checkpoint}, step {step}, SHA-256 {str(saved.sha256)[:16]}"
     record["machine"] = f"one CPU core, bfloat16, {platform.machine()}, torch {torch.__version__}"

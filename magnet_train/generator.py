@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from magnet_train.decoding.frame_cache import CachedForward
 from magnet_train.decoding.joins import (
     BLOCK_S,
     Join,
+    decode_blocks,
     decode_loop,
     encode_blocks,
     join_loop,
@@ -123,9 +125,9 @@ class Edited:
         loop = decode_loop(self.codec, self.codes, SEAM_S)
         yield join_loop(self.join, resample_loop(loop, self.join.num_samples))
 
-    @property
+    @cached_property
     def wav(self) -> Tensor:
-        """The complete audio, `channels samples`, not normalised; decoded again at each call."""
+        """The complete audio, `channels samples`, not normalised."""
         return torch.cat(list(self.blocks()), 1)
 
 
@@ -254,7 +256,7 @@ class Generator:
             loops = [decode_loop(self.codec, row, SEAM_S) for row in codes]
             wav = torch.stack([resample_loop(one, num_samples) for one in loops])
         else:
-            wav = torch.cat([self.codec.decode(row[None]) for row in codes])
+            wav = torch.stack([decode_blocks(self.codec, row, SEAM_S) for row in codes])
         return Generated(codes, wav, facts.sample_rate, order)
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from magnet_train.cli.output import (
     MAX_DURATION_S,
+    MAX_PLOT_S,
     Chooser,
     OutputOptions,
     check_model,
@@ -307,8 +308,11 @@ def _write(
     about = {"prompt": cues[0][1], "seed": edited.seed, "regions_s": regions} | judged
     about |= {"options": made, "codec": generator.codec.facts.to_dict(), "model": generator.about}
     path = options.out / name
-    write_exact(path, edited.blocks(), edited.sample_rate, about)
-    if options.plots and edited.join.num_samples <= 180 * edited.sample_rate:
+    is_short = edited.join.num_samples <= MAX_PLOT_S * edited.sample_rate
+    whole = (options.plots and is_short) or options.best_of > 1
+    blocks = [edited.wav] if whole else edited.blocks()
+    write_exact(path, blocks, edited.sample_rate, about)
+    if options.plots and is_short:
         wavs = {"before": before.mean(0).numpy(), "after": edited.wav.mean(0).numpy()}
         steps = edited.unmask_step.cpu().numpy()
         save_plot(path.with_suffix(".png"), wavs, edited.sample_rate, steps, regions)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from magnet_train.cli.output import (
     MAX_DURATION_S,
+    MAX_PLOT_S,
     Chooser,
     OutputOptions,
     check_model,
@@ -229,7 +230,7 @@ def _write(item: "DecodedItem", seed: int, options: GenerateOptions, about: dict
         write_exact(path, [loop], item.sample_rate, about)
     else:
         write_audio(path, wav, item.sample_rate, about)
-    if options.plots and len(wav) <= 180 * item.sample_rate:
+    if options.plots and len(wav) <= MAX_PLOT_S * item.sample_rate:
         title = item.caption or "(no text)"
         order = item.unmask_step.cpu().numpy()
         save_plot(path.with_suffix(".png"), {title: wav.mean(1)}, item.sample_rate, order)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 MAX_DURATION_S = 3600.0
+MAX_PLOT_S = 180.0
+"""Length of the longest clip that gets a plot, in seconds."""
 NOT_OF_THE_CLIP = {
     "out", "plots", "batch_size", "device", "compiled", "variations", "best_of", "judge",
     "reference", "prompts_file", "unconditional",

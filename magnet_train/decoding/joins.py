@@ -180,6 +180,20 @@ def runs(mask: Tensor) -> list[tuple[int, int]]:
     return list(zip(starts, (edges < 0).nonzero()[:, 0].tolist(), strict=True))
 
 
+def decode_blocks(codec: Codec, codes: Tensor, fade_s: float) -> Tensor:
+    """Codes `k t` -> `c (t hop)`: as the codec decodes them, but in blocks of at most BLOCK_S."""
+    facts, num_frames = codec.facts, codes.shape[1]
+    join = Join(
+        torch.zeros(facts.channels, 0),
+        torch.ones(num_frames, dtype=torch.bool),
+        num_frames * facts.hop_samples,
+        facts.hop_samples,
+        round(fade_s * facts.sample_rate),
+        round(BLOCK_S * facts.frame_rate),
+    )
+    return torch.cat(list(join.blocks(linear_render(codec, codes, facts.sample_rate))), 1)
+
+
 def join_loop(join: Join, loop: Tensor) -> Tensor:
     """`join` for a decoded loop `c n`, whose regions may cross its end."""
     frames = len(join.anew)
