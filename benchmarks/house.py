@@ -45,10 +45,7 @@ FIT = (
     "--trainer.default_root_dir=run",
 )
 GENERATE = ("generate", "--prompt", "a slow waltz", "--duration_s", "1", "--out", "out")
-JOURNEYS = {
-    FIT: ("batch to loss", "tar to batch", "audio to W&B"),
-    GENERATE: ("prompt to wav",),
-}
+JOURNEYS = {FIT: ("batch to loss", "tar to batch", "audio to W&B"), GENERATE: ("prompt to wav",)}
 """Command that is traced, and the journeys in it."""
 
 
@@ -237,8 +234,10 @@ def is_on_the_way(frame: FrameType, journey: str, package: str) -> bool:
     if journey == "batch to loss":
         return any(name == "training_step" for _, name in stack)
     if journey == "tar to batch":
-        at = [i for i, (_, name) in enumerate(stack) if name == "__iter__"]
-        return bool(at) and all(file.startswith("data/") for file, _ in stack[: at[0] + 1])
+        # Where the loader asks for its next batch, or builds the pipeline.
+        at = [i for i, (_, name) in enumerate(stack) if name in ("__iter__", "_timed")]
+        rooms = ("data/", "common/")
+        return bool(at) and all(file.startswith(rooms) for file, _ in stack[: at[-1] + 1])
     if journey == "audio to W&B":
         hooks = ("on_validation_batch_end", "on_validation_epoch_end", "on_validation_end")
         return any(file.startswith("callbacks/") and name in hooks for file, name in stack)

@@ -169,9 +169,8 @@ def killed_often(
     ]
     print(
         f"{kills} kills, {workers} data workers, {ranks} ranks, {accumulated} accumulated: "
-        f"{len(one)} batches and "
-        f"{len(validations[0]) - 1} validations and {len(expected)} logged values compared, "
-        f"{len(found)} differences"
+        f"{len(one)} batches and {len(validations[0]) - 1} validations and {len(expected)} logged "
+        f"values compared, {len(found)} differences"
     )
     return found
 

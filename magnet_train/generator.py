@@ -167,15 +167,13 @@ class Generator:
         ):
             raise UserError(
                 f"codec {facts.id!r} has {facts.num_codebooks} codebooks of {facts.codebook_size} "
-                "entries, the network "
-                f"{config.num_codebooks} of {config.codebook_size}: use the codec it was trained "
-                "with"
+                f"entries, the network {config.num_codebooks} of {config.codebook_size}: use the "
+                "codec it was trained with"
             )
         if text_encoder.dim != config.text_dim:
             raise UserError(
                 f"text encoder {text_encoder.id!r} is {text_encoder.dim} wide, the network "
-                f"expects {config.text_dim}: "
-                "use the encoder it was trained with"
+                f"expects {config.text_dim}: use the encoder it was trained with"
             )
         self.network, self.codec, self.text_encoder = network, codec, text_encoder
         self.decoding, self.crop_s, self.about, self.guidance_dropout = (

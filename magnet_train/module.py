@@ -180,19 +180,15 @@ class MagnetModule(L.LightningModule):
         self.config, self.optimizer_config = network, optimizer
         self.trained_steps = 0
         """Optimizer steps of the loaded checkpoint, if the trainer does not know them."""
-        self.span_len, self.guidance_dropout, self.seed, self.crop_s = (
-            span_len,
-            guidance_dropout,
-            seed,
-            crop_s,
-        )
+        self.span_len = span_len
+        self.guidance_dropout = guidance_dropout
+        self.seed = seed
+        self.crop_s = crop_s
         self.prompt_weight = prompt_weight
         self.stage_weights = None if stage_weights is None else torch.tensor(stage_weights)
-        self.stage_sampling, self.codec_name, self.text_encoder_name = (
-            stage_sampling,
-            codec,
-            text_encoder,
-        )
+        self.stage_sampling = stage_sampling
+        self.codec_name = codec
+        self.text_encoder_name = text_encoder
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = Magnet(network)
@@ -234,9 +230,8 @@ class MagnetModule(L.LightningModule):
         if self.text_encoder.dim != self.config.text_dim:
             raise UserError(
                 f"text encoder {self.text_encoder_name!r} has states of width "
-                f"{self.text_encoder.dim}, but the network "
-                f"was built for text_dim={self.config.text_dim}: use the encoder it was trained "
-                "with"
+                f"{self.text_encoder.dim}, but the network was built for "
+                f"text_dim={self.config.text_dim}: use the encoder it was trained with"
             )
         self.text_encoder.to(self.device)
         for teacher in self._teacher:

@@ -94,8 +94,7 @@ class OptimizerConfig:
         if self.schedule == "cosine" and not math.isfinite(total_steps):
             raise UserError(
                 "schedule=cosine: the run has no end; set --trainer.max_steps, or choose "
-                "--model.optimizer.schedule "
-                "inverse_sqrt"
+                "--model.optimizer.schedule inverse_sqrt"
             )
         return self.warmup_steps if self.warmup_steps < total_steps else int(total_steps) // 10
 
@@ -186,7 +185,8 @@ class DAdaptAdam(torch.optim.Optimizer):
         return loss
 
     def _step(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        beta2, dlr = group["betas"][1], group["d"] * group["lr"]
+        beta2 = group["betas"][1]
+        dlr = group["d"] * group["lr"]
         if group["lr"] > 0:
             sums = torch.stack([self._moments(p, group, dlr) for p in parameters]).double().sum(0)
         else:

@@ -132,7 +132,7 @@ def _checked_step(path: Path, checkpoint: Mapping[str, Any]) -> int:
     return step
 
 
-def fingerprint(index: Mapping[str, Any]) -> str:
+def shards_hash(index: Mapping[str, Any]) -> str:
     """16 hex digits that identify a set of shards by its codec and the shards' names, lengths and
     checksums."""
     shards = [

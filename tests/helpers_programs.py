@@ -40,9 +40,8 @@ def attempt(arguments: list[str], log: Path, environment: Mapping[str, str] | No
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    sys.stdout, sys.stderr = (
-        os.fdopen(n, "w", 1, closefd=False) for n in (1, 2)
-    )  # a test's would catch what is said
+    # A test's would catch what is said.
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
     status = 1
     try:
         from magnet_train.__main__ import main

@@ -116,34 +116,19 @@ def arguments(data: Path, run: Path, *options: str, **ledger: Any) -> list[str]:
     callbacks = [{"class_path": "helpers_resume.Ledger", "init_args": ledger}]
     config.write_text(json.dumps({"trainer": {"callbacks": callbacks}}))
     return [
-        "fit",
-        f"--config={config}",
-        f"--model.codec={data / 'codec'}",
-        f"--data.train={data / 'train'}",
-        f"--data.validation={data / 'validation'}",
-        f"--trainer.default_root_dir={run}",
-        "--ckpt_path=auto",
-        "--model.network.dim=16",
-        "--model.network.num_heads=2",
-        "--model.network.num_layers=1",
-        "--model.crop_s=1.0",
-        "--model.optimizer.warmup_steps=1",
-        "--model.optimizer.lr=0.01",
-        "--data.batch_size=2",
-        "--data.num_workers=0",
-        "--averaging.every_n_steps=2",
-        "--averaging.decay=0.9",
-        "--checkpoint.every_n_train_steps=2",
-        "--trainer.accelerator=cpu",
-        "--trainer.max_steps=8",
-        "--trainer.val_check_interval=1000",
-        "--trainer.logger=false",
-        "--trainer.enable_progress_bar=false",
-        "--trainer.enable_model_summary=false",
-        "--trainer.num_sanity_val_steps=0",
-        "--trainer.gradient_clip_val=1.0",
-        "--generation.num_prompts=0",
-        "--generation.at_start=false",
+        *(
+            f"fit --config={config} --model.codec={data / 'codec'} --data.train={data / 'train'} "
+            f"--data.validation={data / 'validation'} --trainer.default_root_dir={run} "
+            "--ckpt_path=auto --model.network.dim=16 --model.network.num_heads=2 "
+            "--model.network.num_layers=1 --model.crop_s=1.0 --model.optimizer.warmup_steps=1 "
+            "--model.optimizer.lr=0.01 --data.batch_size=2 --data.num_workers=0 "
+            "--averaging.every_n_steps=2 --averaging.decay=0.9 "
+            "--checkpoint.every_n_train_steps=2 --trainer.accelerator=cpu --trainer.max_steps=8 "
+            "--trainer.val_check_interval=1000 --trainer.logger=false "
+            "--trainer.enable_progress_bar=false --trainer.enable_model_summary=false "
+            "--trainer.num_sanity_val_steps=0 --trainer.gradient_clip_val=1.0 "
+            "--generation.num_prompts=0 --generation.at_start=false"
+        ).split(),
         *options,
     ]
 

@@ -72,9 +72,8 @@ def test_a_row_for_each_setting_and_what_overlaps_below(tmp_path):
     assert rows[2:5] == [["1", "3", "31 ± 2.5"], ["3", "3", "11 ± 2.5"], ["5", "3", "13 ± 2.5"]]
     assert rows[5] == ["run", "val/fad/musicnn"]  # one by one
     singles = sorted(float(value) for _, value in rows[7:])
-    assert len(singles) == 9 and singles == sorted(
-        value for values in FAD.values() for value in values
-    )
+    assert len(singles) == 9
+    assert singles == sorted(value for values in FAD.values() for value in values)
     overlap = [line for line in lines if "overlap" in line]
     assert overlap == [
         "- `val/fad/musicnn`: no difference (intervals overlap) between span_len=3 and span_len=5."
@@ -132,9 +131,8 @@ def test_settings_that_differ_beside_the_varied_ones_are_named(tmp_path, monkeyp
     finish(runs[1], resumed, **{"val/fad/musicnn": 10.0})
     csv = {"trainer": {"max_steps": 800, "default_root_dir": str(runs[2].folder.absolute())}}
     finish(runs[2], csv, **{"val/fad/musicnn": 12.0})
-    assert (
-        read_ablation(runs).notes == []
-    )  # neither varied values, nor the run's own folder, nor that it was resumed
+    # Neither varied values, nor the run's own folder, nor that it was resumed.
+    assert read_ablation(runs).notes == []
     finish(runs[4], {"trainer": {"max_steps": 400}}, **{"val/fad/musicnn": 11.0})
     assert any(
         "Runs also differ in trainer.max_steps** (800, 400)" in n for n in read_ablation(runs).notes

@@ -28,10 +28,8 @@ def test_loading():
     assert speed.ratio == pytest.approx(speed.baseline_median_s / speed.median_s)
     assert "60 shards" in first.name and first.median_s > 0 and first.baseline_median_s is None
     assert memory.peak_mb is not None and memory.baseline_peak_mb is not None
-    assert (
-        0 < memory.peak_mb < 2 * memory.baseline_peak_mb
-        and memory.ratio == memory.peak_mb / memory.baseline_peak_mb
-    )
+    assert 0 < memory.peak_mb < 2 * memory.baseline_peak_mb
+    assert memory.ratio == memory.peak_mb / memory.baseline_peak_mb
     assert all(row(m) for m in (speed, first, memory))
 
 
@@ -84,8 +82,6 @@ def test_the_model_is_the_published_one_at_half_its_width(tmp_path: Path):
 @pytest.mark.slow
 def test_start():
     plain, fit = bench_data.start(OPTIONS, 1.0)
-    assert (
-        plain.name == "start, --help"
-        and fit.name == "start, fit --help"
-        and plain.median_s < fit.median_s
-    )
+    assert plain.name == "start, --help"
+    assert fit.name == "start, fit --help"
+    assert plain.median_s < fit.median_s

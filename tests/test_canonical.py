@@ -31,11 +31,9 @@ def test_encodec_and_t5_from_tokenize_to_generate(components, tmp_path: Path):
         options = ["--codec", components["codec"], "--embedder", embedder]
         assert main(["tokenize", str(clips), "--out", str(out), *options]) == 0
         facts = json.loads((out / "index.json").read_text())["codec"]
-        assert (
-            facts["sample_rate"] == 32_000
-            and facts["codebook_size"] == 2048
-            and facts["num_codebooks"] == 4
-        )
+        assert facts["sample_rate"] == 32_000
+        assert facts["codebook_size"] == 2048
+        assert facts["num_codebooks"] == 4
 
     run = tmp_path / "run"
     chosen = [

@@ -185,10 +185,8 @@ def test_the_real_configuration_is_of_200_million_parameters():
     # The package counts 199.6 million, with 5.7 of a classifier, two transforms and mel filters,
     # which nothing uses.
     assert sum(p.numel() for p in model.parameters()) == 193_913_882
-    assert (
-        model.config.audio_config.hidden_size == 1024
-        and model.config.text_config.layer_norm_eps == 1e-5
-    )
+    assert model.config.audio_config.hidden_size == 1024
+    assert model.config.text_config.layer_norm_eps == 1e-5
 
 
 @pytest.mark.parametrize(
@@ -348,6 +346,6 @@ def test_a_missing_laion_clap_is_one_line(
     monkeypatch.setattr(
         clap_module, "CLAP_MUSIC", Weights("CLAP", CLAP_MUSIC.url, 1, "CC0-1.0", "", "tests")
     )
-    with pytest.raises(UserError, match=r"pip install 'magnet-train\[laion-clap\]'") as error:
+    with pytest.raises(UserError, match=r"pip install -e '\.\[laion-clap\]'") as error:
         load_clap(str(file.path), package=True)
     assert "\n" not in str(error.value)

@@ -7,12 +7,7 @@ import pytest
 import soundfile
 
 from magnet_train.common.errors import UserError
-from magnet_train.evaluation.clips import (
-    list_clips,
-    load_captions,
-    load_prompts,
-    parse_systems,
-)
+from magnet_train.evaluation.clips import list_clips, load_captions, load_prompts, parse_systems
 
 
 def test_clips_have_ids_and_equal_ones_are_named(tmp_path):

@@ -218,11 +218,9 @@ def test_an_untrained_model_is_refused(tmp_path: Path):
 
 def test_the_first_codebooks_are_a_codec_of_their_own(folder: Path, codec: EncodecCodec):
     two = load_codec(f"{folder}@2")
-    assert (
-        two.facts.num_codebooks == 2
-        and two.facts.id.endswith("@2")
-        and two.facts.hash != codec.facts.hash
-    )
+    assert two.facts.num_codebooks == 2
+    assert two.facts.id.endswith("@2")
+    assert two.facts.hash != codec.facts.hash
     wav = noise(1, 1, 20 * HOP)
     assert torch.equal(two.encode(wav), codec.encode(wav)[:, :2])
     assert "codebooks" in message(f"{folder}@9")
@@ -274,11 +272,9 @@ def test_folders_and_ids_that_do_not_lead_to_a_codec(
     assert "no such folder" in message(tmp_path / "absent")
     assert "config.json" in message(folder / "config.json")
     text = message("facebook/encodec_no_such_model")
-    assert (
-        "facebook/encodec_no_such_model" in text
-        and "HF_HUB_OFFLINE" in text
-        and "local folder" in text
-    )
+    assert "facebook/encodec_no_such_model" in text
+    assert "HF_HUB_OFFLINE" in text
+    assert "local folder" in text
     (tmp_path / "config.json").write_text("{")
     assert str(tmp_path) in message(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')

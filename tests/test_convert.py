@@ -159,7 +159,7 @@ def test_the_references_own_configurations_and_pointer_are_read(tmp_path):
         assert real == cut_down
     pointer = read_package(SHARED / "published_form_pointer" / "compression_state_dict.bin")
     source = write_audiocraft(tmp_path / "theirs", codec=pointer)
-    with pytest.warns(UserWarning, match="points at a codec"):
+    with pytest.warns(UserWarning, match="refers to a codec"):
         release = convert(str(source), ConvertOptions(tmp_path / "release"))
     again = convert(str(release), ConvertOptions(tmp_path / "again", to="audiocraft"))
     same(
@@ -358,7 +358,7 @@ def test_mistakes_in_the_options_are_named(tmp_path):
     for given, options, message in (
         (source, ConvertOptions(tmp_path / "full"), "not an empty folder"),
         (source, ConvertOptions(tmp_path / "x", to="audiocraft"), "is already an audiocraft model"),
-        (tmp_path / "nowhere", ConvertOptions(tmp_path / "x"), "no such file or folder"),
+        (tmp_path / "nowhere", ConvertOptions(tmp_path / "x"), "not a file, folder or hub id"),
         (
             "facebook/magnet-none",
             ConvertOptions(tmp_path / "x"),

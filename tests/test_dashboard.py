@@ -63,9 +63,8 @@ def test_every_defined_name_is_drawn_in_its_section_over_steps():
 
 def test_figures_are_drawn_over_hours_too():
     over_hours = panels()["over hours of audio"]
-    assert len(over_hours) == len(OVER_HOURS) and {config["xAxis"] for config in over_hours} == {
-        HOURS
-    }
+    assert len(over_hours) == len(OVER_HOURS)
+    assert {config["xAxis"] for config in over_hours} == {HOURS}
 
 
 def test_the_command_makes_one_workspace_however_often_it_is_called(monkeypatch, capsys):

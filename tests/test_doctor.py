@@ -36,7 +36,7 @@ from magnet_train.conditioning import load_text_encoder
 from magnet_train.cost import Memory, training_flop
 from magnet_train.data.pipeline import ShardSet
 from magnet_train.model import MagnetConfig
-from magnet_train.resume import fingerprint
+from magnet_train.resume import shards_hash
 
 CONF = Path(__file__).parents[1] / "conf"
 NETWORK = {"dim": 32, "num_heads": 2, "num_layers": 2}
@@ -124,16 +124,14 @@ def test_the_embedded_default_is_ready_and_nothing_is_left_behind(tmp_path, monk
 def test_a_whole_configuration_is_ready(parts, tmp_path, capsys):
     run = tmp_path / "a" / "run"
     status, said, _ = ask(capsys, parts, f"--trainer.default_root_dir={run}")
-    assert status == 0 and not [
-        what for what, text in said.items() if text.startswith(("failed", "missing"))
-    ]
+    assert status == 0
+    assert not [what for what, text in said.items() if text.startswith(("failed", "missing"))]
     assert said["batch"] == "ok 1 devices x 2 examples x 1 accumulated batches = 2 per step"
     assert said["train shards"].startswith("ok 17 items in 4 shards")
     assert "4 read in full: 17 items of 100 to 100" in said["train shards"]
     assert said["shards per worker"] == "ok 4 shards for 1 ranks x 1 readers, 4 each"
-    assert said["start"] == "ok random weights" and said["validation"].startswith(
-        "ok every 2 steps"
-    )
+    assert said["start"] == "ok random weights"
+    assert said["validation"].startswith("ok every 2 steps")
     assert said["disk"].endswith("one of them being written") and "3 checkpoints of" in said["disk"]
     assert not run.parent.exists()
 
@@ -151,13 +149,8 @@ def test_the_published_medium_model_is_never_made(parts, monkeypatch, capsys):
     monkeypatch.setattr(
         estimate, "training_pass", lambda *_: pytest.fail("a network was made to be measured")
     )
-    args = [
-        "doctor",
-        "--config",
-        str(CONF / "music_medium_30s.yaml"),
-        "--config",
-        str(CONF / "hardware/gpus_8x80gb.yaml"),
-    ]
+    files = [CONF / "music_medium_30s.yaml", CONF / "hardware/gpus_8x80gb.yaml"]
+    args = ["doctor", *(f"--config={file}" for file in files)]
     parts_here = [f"--model.codec={parts / 'codec'}", f"--model.text_encoder={parts / 't5'}"]
     data = [f"--data.train={parts / 'train'}", f"--data.validation={parts / 'validation'}"]
     assert main([*args, *parts_here, *data, "--gpu_hour_price=2"]) == 2
@@ -196,7 +189,8 @@ def test_every_check_runs_whatever_the_others_found(parts, tmp_path, monkeypatch
         "--trainer.accumulate_grad_batches=2",
         f"--trainer.default_root_dir={tmp_path / 'run'}",
     )
-    assert status == 2 and re.match(
+    assert status == 2
+    assert re.match(
         r"error: \d+ of \d+ checks failed; `fit` would fail too: start, settings, ", error
     )
     for what, sign in {
@@ -207,9 +201,8 @@ def test_every_check_runs_whatever_the_others_found(parts, tmp_path, monkeypatch
         "disk": "0 MB free for 3 checkpoints of",
     }.items():
         assert said[what].startswith("failed ") and sign in said[what], (what, said[what])
-    assert "made with codec" in said["validation shards"] and said["metrics of codec"].startswith(
-        "ok "
-    )
+    assert "made with codec" in said["validation shards"]
+    assert said["metrics of codec"].startswith("ok ")
     assert not (tmp_path / "run").exists()
 
 
@@ -226,10 +219,8 @@ def test_shards_that_are_too_few_damaged_absent_or_empty(parts, plan, tmp_path, 
         f"--data.test={tmp_path / 'nowhere'}",
     )
     assert status == 2
-    assert (
-        "shard-000003.tar: broken" in said["train shards"]
-        and "copy it again" in said["train shards"]
-    )
+    assert "shard-000003.tar: broken" in said["train shards"]
+    assert "copy it again" in said["train shards"]
     assert "index.json: not there; make it with tokenize" in said["validation shards"]
     assert "nowhere/index.json: not there" in said["test shards"]
     assert (
@@ -240,9 +231,8 @@ def test_shards_that_are_too_few_damaged_absent_or_empty(parts, plan, tmp_path, 
     said = look(
         "shards", plan, data__folders=plan.data.folders | {"validation": str(tmp_path / "empty")}
     )
-    assert (
-        said[1].startswith("failed validation shards: ") and "lists no shards with items" in said[1]
-    )
+    assert said[1].startswith("failed validation shards: ")
+    assert "lists no shards with items" in said[1]
 
 
 def test_captions_and_lengths_are_told_with_numbers(parts, tmp_path, monkeypatch, capsys):
@@ -260,10 +250,8 @@ def test_captions_and_lengths_are_told_with_numbers(parts, tmp_path, monkeypatch
     assert said["train captions"].startswith("warning 17 read: 35% empty, 82% repeat another")
     assert "18% are cut after 512 tokens" in said["train captions"]
     assert "100% of them shorter than an example (200 frames)" in said["train shards"]
-    assert (
-        said["train shards"].startswith("warning ")
-        and "tokenize with --crop_s 4 or more" in said["train shards"]
-    )
+    assert said["train shards"].startswith("warning ")
+    assert "tokenize with --crop_s 4 or more" in said["train shards"]
 
 
 def test_components_that_are_missing_are_named_with_their_source(
@@ -278,16 +266,12 @@ def test_components_that_are_missing_are_named_with_their_source(
     metrics = "--generation.metrics=[fad/vggish,kl/passt]"
     status, said, error = ask(capsys, parts, *options, metrics)
     assert status == 2 and "codec facebook/encodec_32khz, text encoder t5-base" in error
-    assert (
-        said["metrics of vggish"].startswith("warning not in the cache")
-        and "metrics of" not in error
-    )
+    assert said["metrics of vggish"].startswith("warning not in the cache")
+    assert "metrics of" not in error
     assert "doctor --prefetch downloads" in said["metrics of vggish"]
     assert "vggish-10086976.pth (289 MB, licence Apache-2.0)" in said["metrics of vggish"]
-    assert (
-        said["text encoder t5-base"].startswith("missing ")
-        and "doctor --prefetch" in said["text encoder t5-base"]
-    )
+    assert said["text encoder t5-base"].startswith("missing ")
+    assert "doctor --prefetch" in said["text encoder t5-base"]
     # What does not need them is looked at all the same.
     assert said["train shards"].startswith("ok ") and said["shards per worker"].startswith("ok ")
     assert "nothing of that name is logged; choose val/ce, val/fad/vggish" in said["settings"]
@@ -308,21 +292,18 @@ def test_components_that_are_missing_are_named_with_their_source(
 )
 def test_a_configuration_that_does_not_hold_is_said_as_fit_says_it(options, sign, parts, capsys):
     status, said, error = ask(capsys, parts, *options)
-    assert (
-        status == 2
-        and said["configuration"].startswith("failed ")
-        and sign in said["configuration"]
-    )
-    assert "checks failed; `fit` would fail too: configuration" in error and said[
-        "packages"
-    ].startswith("ok ")
+    assert status == 2
+    assert said["configuration"].startswith("failed ")
+    assert sign in said["configuration"]
+    assert "checks failed; `fit` would fail too: configuration" in error
+    assert said["packages"].startswith("ok ")
 
 
 def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch, capsys):
     network = asdict(MagnetConfig(**NETWORK, num_codebooks=4, codebook_size=64, text_dim=32))
-    stamp = {"codec": ShardSet.open(parts / "train").index["codec"]["hash"]}
-    stamp["train"] = fingerprint(ShardSet.open(parts / "train").index)
-    stamp["text_encoder"] = load_text_encoder(str(parts / "t5")).stamp
+    hashes = {"codec": ShardSet.open(parts / "train").index["codec"]["hash"]}
+    hashes["train"] = shards_hash(ShardSet.open(parts / "train").index)
+    hashes["text_encoder"] = load_text_encoder(str(parts / "t5")).hash
     model = {
         "network": network,
         "codec": str(parts / "codec"),
@@ -331,7 +312,7 @@ def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch,
     }
 
     def saved(name: str, **changes) -> str:
-        content = {"hyper_parameters": model, "global_step": 3, "state_dict": {}, "run": stamp}
+        content = {"hyper_parameters": model, "global_step": 3, "state_dict": {}, "run": hashes}
         content |= {"optimizer_states": [], "lr_schedulers": [], "loops": {}, "callbacks": {}}
         torch.save(content | changes, tmp_path / name)
         return str(tmp_path / name)
@@ -339,19 +320,17 @@ def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch,
     assert look("start", plan, ckpt_path=saved("a.ckpt")) == [
         f"ok start: resumes after step 3 of {tmp_path}/a.ckpt"
     ]
-    (said,) = look("start", plan, ckpt_path=saved("b.ckpt", run=stamp | {"train": "0"}))
+    (said,) = look("start", plan, ckpt_path=saved("b.ckpt", run=hashes | {"train": "0"}))
     assert "failed start: --ckpt_path: trained on other shards" in said
-    (said,) = look("start", plan, ckpt_path=saved("b.ckpt", run=stamp | {"text_encoder": "0"}))
+    (said,) = look("start", plan, ckpt_path=saved("b.ckpt", run=hashes | {"text_encoder": "0"}))
     assert "failed start: --ckpt_path: trained with another text encoder" in said
     (said,) = look("start", plan, ckpt_path=saved("c.ckpt"), model__network__num_layers=3)
     assert "the checkpoint has another model: network.num_layers=3 (checkpoint: 2)" in said
     (tmp_path / "d.ckpt").write_bytes(b"damaged")
     status, said, _ = ask(capsys, parts, f"--ckpt_path={tmp_path / 'd.ckpt'}")
-    assert (
-        status == 2
-        and "d.ckpt: damaged or truncated" in said["start"]
-        and said["disk"].startswith("ok ")
-    )
+    assert status == 2
+    assert "d.ckpt: damaged or truncated" in said["start"]
+    assert said["disk"].startswith("ok ")
     (said,) = look("start", plan, ckpt_path=saved("d.ckpt", optimizer_states=None))
     assert "d.ckpt: not a checkpoint of a training run (optimizer_states is missing)" in said
     (tmp_path / "d.ckpt").unlink()
@@ -391,9 +370,8 @@ def test_checkpoints_that_will_be_replaced_have_their_room(plan, tmp_path, monke
     (said,) = look("disk", plan, **given)  # those there are set aside
     assert said.startswith("failed disk: ") and "free for 3 checkpoints" in said
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 0.9 * size))
-    assert look("disk", plan, ckpt_path="auto", **given)[0].startswith(
-        "failed disk: "
-    )  # one is written beside them
+    # One is written beside them.
+    assert look("disk", plan, ckpt_path="auto", **given)[0].startswith("failed disk: ")
 
 
 def test_a_run_folder_that_cannot_be_written_is_named(plan, tmp_path):
@@ -449,9 +427,8 @@ def test_a_metric_whose_network_or_references_are_missing_matters_if_the_monitor
     none = "references of vggish: none, so no fad/vggish; give --generation.reference"
     for monitor, status in ((None, "warning"), ("val/kl/passt", "failed")):
         said = look("references", plan, checkpoint__monitor=monitor)
-        assert said[1] == f"warning {none}" and said[2].startswith(
-            f"{status} references of passt: none"
-        )
+        assert said[1] == f"warning {none}"
+        assert said[2].startswith(f"{status} references of passt: none")
     assert look("references", plan, checkpoint__monitor="val/fad/vggish")[1] == f"failed {none}"
     said = look("references", plan, generation__reference=str(tmp_path))
     assert said[1].startswith(
@@ -497,11 +474,8 @@ def test_memory_is_what_may_still_be_had_within_the_jobs_limit(tmp_path):
     (tmp_path / "proc/self").mkdir()
     (tmp_path / "proc/self/cgroup").write_text("4:memory:/elsewhere\n0::/slurm/job_1/step_0\n")
     for limit, bytes_ in (("max", 4000 * 1024), ("3000000", 3e6), ("9000000", 4000 * 1024)):
-        for folder in (
-            job,
-            job.parent,
-            tmp_path / "sys/fs/cgroup",
-        ):  # the nearest, the job's, a container's
+        # The nearest, the job's, a container's.
+        for folder in (job, job.parent, tmp_path / "sys/fs/cgroup"):
             (folder / "memory.max").write_text(f"{limit}\n")
             assert available_memory(tmp_path) == bytes_
             (folder / "memory.max").write_text("max\n")
@@ -539,9 +513,8 @@ def test_versions_are_held_to_what_the_package_needs(parts, monkeypatch, capsys)
         found[1]
         == "failed   packages: nowhere-to-be-had is missing: pip install 'nowhere-to-be-had'"
     )
-    assert found[2].startswith("ok       packages: torch ") and not [
-        line for line in found if "laion" in line
-    ]
+    assert found[2].startswith("ok       packages: torch ")
+    assert not [line for line in found if "laion" in line]
 
 
 @pytest.fixture
@@ -587,20 +560,15 @@ def test_a_refused_key_ends_a_run_that_begins_and_none_that_goes_on(online, tmp_
     with server(lambda _: (401, {"errors": [{"message": "permission denied"}]})) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
         (said,) = look("W&B", online)
-        assert (
-            said.startswith("failed W&B: the key is refused, or there is no network (")
-            and "WANDB_MODE" in said
-        )
-        assert look("W&B", online, ckpt_path="auto")[0].startswith(
-            "failed "
-        )  # of a first submission
+        assert said.startswith("failed W&B: the key is refused, or there is no network (")
+        assert "WANDB_MODE" in said
+        # Of a first submission.
+        assert look("W&B", online, ckpt_path="auto")[0].startswith("failed ")
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "wandb_run_id").write_text("abc\n")
         (said,) = look("W&B", online, ckpt_path="auto")
-        assert (
-            said.startswith("warning W&B: the key is refused")
-            and "the run will be logged offline" in said
-        )
+        assert said.startswith("warning W&B: the key is refused")
+        assert "the run will be logged offline" in said
 
 
 def test_a_server_that_is_not_to_be_reached_ends_a_run_that_begins(online, monkeypatch):
@@ -636,22 +604,15 @@ def test_help_says_what_it_is(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["doctor", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert (
-        said.startswith("usage: python -m magnet_train doctor [-c CONFIG]")
-        and "without training" in said
-    )
+    assert said.startswith("usage: python -m magnet_train doctor [-c CONFIG]")
+    assert "without training" in said
     assert "Price of one GPU-hour, in any currency" in said
 
 
 def test_one_real_launch(parts, tmp_path):
     args = [
         sys.executable,
-        "-m",
-        "magnet_train",
-        "doctor",
-        "--config",
-        str(parts / "c.yaml"),
-        "--data.num_workers=7",
+        *f"-m magnet_train doctor --config {parts}/c.yaml --data.num_workers=7".split(),
     ]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(

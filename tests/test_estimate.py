@@ -42,9 +42,8 @@ def test_activations_are_within_a_fifth_of_what_the_allocator_counts(
         config, batch_size, num_frames, num_predicted, estimate.NUM_TEXT, "cpu", half
     )
     step(stage)
-    measured = peak_mb(lambda: step(stage), "cpu") - (
-        weights / 2e6 if half else 0
-    )  # autocast's copies
+    # Autocast's copies.
+    measured = peak_mb(lambda: step(stage), "cpu") - (weights / 2e6 if half else 0)
     calculated = estimate.activation_bytes(config, batch_size, num_frames, precision) / 1e6
     with capsys.disabled():
         case = f"{config.dim} x {config.num_layers}, {precision}, stage {stage}"
@@ -133,10 +132,8 @@ def test_a_validation_in_shards_has_all_weights_once_more():
     """However many the ranks: it may be what does not fit."""
     many = memory(WIDE, 1, 100, "bf16-mixed", ranks=1000, sharded=True, frozen=1e6)
     weights = 4 * estimate.num_parameters(WIDE)
-    assert (
-        many.validation == pytest.approx(1.5 * weights + 1e6, rel=0.01)
-        and many.total == many.validation
-    )
+    assert many.validation == pytest.approx(1.5 * weights + 1e6, rel=0.01)
+    assert many.total == many.validation
     assert many.total > sum(many.in_training.values()) > 0
     assert estimate.largest_batch(many, 1, many.validation) == 0
     assert estimate.largest_batch(many, 1, 1.2 * many.validation) > 0

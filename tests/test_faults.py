@@ -27,10 +27,7 @@ def test_nothing_is_lost():
         line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")
     ]
     assert [lost for _, _, lost in rows] == ["nothing"] * len(faults)
-    assert (
-        "the disk is full; free some space" in rows[0][1]
-        and "--model.span_len three: give an integer" in rows[6][1]
-    )
-    assert re.search(
-        r"rank [01], after step \d+: .* usually", rows[3][1]
-    )  # the one that stands, or the one that waits
+    assert "the disk is full; free some space" in rows[0][1]
+    assert "--model.span_len three: give an integer" in rows[6][1]
+    # The one that stands, or the one that waits.
+    assert re.search(r"rank [01], after step \d+: .* usually", rows[3][1])

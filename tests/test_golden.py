@@ -19,31 +19,15 @@ PROMPT = "a slow chorale for string quartet in G minor"
 
 def losses(folder: Path) -> list[float]:
     """Of the first ten training steps of conf/demo.yaml."""
-    args = [
-        "fit",
-        "--trainer.default_root_dir",
-        str(folder),
-        "--trainer.max_steps",
-        "10",
-        "--generation.num_prompts",
-        "0",
-    ]
-    args += [
-        "--model.optimizer.warmup_steps",
-        "5",
-        "--trainer.log_every_n_steps",
-        "1",
-        "--generation.at_start",
-        "false",
-    ]
-    args += [
-        "--trainer.limit_val_batches",
-        "1",
-        "--trainer.val_check_interval",
-        "10",
-        "--data.num_workers",
-        "0",
-    ]
+    args = (
+        f"fit --trainer.default_root_dir {folder} --trainer.max_steps 10 --generation.num_prompts 0"
+    ).split()
+    args += (
+        "--model.optimizer.warmup_steps 5 --trainer.log_every_n_steps 1 --generation.at_start false"
+    ).split()
+    args += (
+        "--trainer.limit_val_batches 1 --trainer.val_check_interval 10 --data.num_workers 0".split()
+    )
     logger = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": ".", "name": "csv"},

@@ -43,12 +43,10 @@ def test_a_bad_step_changes_nothing_and_is_named(kind: str, data: Path, tmp_path
         assert main(arguments(data, tmp_path / "run", *ALL, **{kind: (3,)})) == 0
     named = [str(w.message) for w in caught if "skipped" in str(w.message)]
     keys = ledger(tmp_path / "run")[3, 0]["keys"]
-    assert (
-        len(named) == 1
-        and all(key in named[0] for key in keys)
-        and "step 3" in named[0]
-        and "rank 0" in named[0]
-    )
+    assert len(named) == 1
+    assert all(key in named[0] for key in keys)
+    assert "step 3" in named[0]
+    assert "rank 0" in named[0]
     before, after, later = (checkpoint(tmp_path / "run", step) for step in (3, 4, 5))
     for name, value in before["current_model_state"].items():
         assert torch.equal(value, after["current_model_state"][name])
@@ -85,9 +83,8 @@ def test_too_many_in_a_row_end_the_run_and_keep_the_last_good_checkpoint(
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert "3 steps in a row" in line and "lr" in line
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == 6 and all(
-        v.isfinite().all() for v in saved["current_model_state"].values()
-    )
+    assert saved["global_step"] == 6
+    assert all(v.isfinite().all() for v in saved["current_model_state"].values())
     assert saved["callbacks"]["NanGuard"] == {"skipped": 4, "consecutive": 1}
 
 
@@ -185,12 +182,10 @@ def test_the_watchdog_names_rank_and_phase_once(passes: Callable[[float], None])
     assert heard(watchdog, 0) == []  # not ten times as long
     passes(0.02)
     (line,) = heard(watchdog, 1)
-    assert (
-        "rank 3" in line
-        and "step 17" in line
-        and "between steps" in line
-        and "usually 0.02 s" in line
-    )
+    assert "rank 3" in line
+    assert "step 17" in line
+    assert "between steps" in line
+    assert "usually 0.02 s" in line
     passes(100)
     assert heard(watchdog, 0) == []  # it has been told
     hooks[0](trainer, None, None, 0)  # type: ignore[arg-type]
@@ -265,10 +260,8 @@ def test_throughput_counts_all_that_is_heard(data: Path, tmp_path: Path):
         )
         heard = float(row["speed/audio_hours_per_s"])
         assert heard == pytest.approx(float(row["speed/examples_per_s"]) / 3600, rel=1e-4)
-        assert (
-            0 <= float(row["speed/data_share"]) < 1
-            and 0.05 < float(row["speed/peak_memory_gb"]) < 50
-        )
+        assert 0 <= float(row["speed/data_share"]) < 1
+        assert 0.05 < float(row["speed/peak_memory_gb"]) < 50
         assert not row.get("speed/mfu")  # no peak is known of a CPU
 
 

@@ -37,10 +37,8 @@ def page(study) -> Page:
 def test_every_system_and_both_anchors_stand_on_every_screen(study, key, page):
     assert (study.num_trials, study.num_clips, study.size) == (3, 15, study.page.stat().st_size)
     assert study.key.name == "study_key.json"
-    assert (
-        len(page.all("audio")) == 15
-        and len([s for s in page.all("section") if "data-trial" in s]) == 3
-    )
+    assert len(page.all("audio")) == 15
+    assert len([s for s in page.all("section") if "data-trial" in s]) == 3
     assert {a["data-id"] for a in page.all("article")} == set(key["clips"])
     for trial in (1, 2, 3):
         assert sorted(c["system"] for c in key["clips"].values() if c["trial"] == trial) == sorted(
@@ -55,9 +53,8 @@ def test_the_page_loads_nothing_and_escapes_captions(page):
 
 
 def test_the_page_is_blind(study, key):
-    html = re.sub(
-        r'src="data:[^"]*"', "", study.page.read_text(encoding="utf-8")
-    )  # in audio any word may stand
+    # In audio any word may stand.
+    html = re.sub(r'src="data:[^"]*"', "", study.page.read_text(encoding="utf-8"))
     for word in (
         "ours",
         "theirs",
@@ -118,9 +115,8 @@ def test_clips_are_equally_loud_and_long_and_the_key_tells_the_truth(page, key):
     heard = played(page, key)
     assert len({len(wav) for wav in heard.values()}) == 1
     for wav in heard.values():
-        assert (
-            abs(pyloudnorm.Meter(RATE).integrated_loudness(wav) + 14) < 0.5
-        )  # the fade and clipping take a little
+        # The fade and clipping take a little.
+        assert abs(pyloudnorm.Meter(RATE).integrated_loudness(wav) + 14) < 0.5
         assert np.abs(wav[-3:]).max() < 0.01
     captions = {c["trial"]: CAPTIONS.index(c["caption"]) for c in key["clips"].values()}
     for (trial, system), wav in heard.items():

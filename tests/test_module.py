@@ -170,9 +170,8 @@ def test_each_example_may_have_a_stage_of_its_own(module):
     groups = [module._drawn_stages(count, size=8) for count in range(40)]
     assert all(sorted(row for _, rows in step for row in rows) == [*range(8)] for step in groups)
     drawn = [stage for step in groups for stage, rows in step for _ in rows]
-    assert all(
-        abs(drawn.count(stage) / 320 - 0.25) < 0.1 for stage in range(4)
-    )  # four deviations of a fair draw
+    # Four deviations of a fair draw.
+    assert all(abs(drawn.count(stage) / 320 - 0.25) < 0.1 for stage in range(4))
     module._trainer.global_rank = 1
     assert groups == [module._drawn_stages(count, size=8) for count in range(40)]
 
@@ -182,8 +181,7 @@ def test_stages_of_their_own_are_trained_as_each_alone(module):
     module.stage_sampling, size = "example", 6
     data = batch(valid=(24, 24, 24, 20, 24, 9))
     module._trainer = SimpleNamespace(
-        global_rank=0,
-        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=3)),
+        global_rank=0, fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=3))
     )
     logged = {}
     module.log = lambda name, value, **_: logged.update({name: float(value.detach())})
@@ -207,9 +205,8 @@ def test_stages_of_their_own_are_trained_as_each_alone(module):
         for i in range(len(captions))
     ]
     total = sum(one.ce.sum() for one in alone) / sum(one.count.sum() for one in alone)
-    assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-6) and logged[
-        "train/loss"
-    ] == float(loss.detach())
+    assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-6)
+    assert logged["train/loss"] == float(loss.detach())
     assert {n for n in logged if n.startswith("train/ce")} == {
         f"train/ce/stage{stage}" for *_, stage, _ in parts
     }

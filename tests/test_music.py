@@ -220,12 +220,10 @@ def test_beat_strength_reads_known_lags():
     correlation[round(0.5 / music.HOP_S)] = 1  # lag 31, 0.496 s
     assert music.beat_strength(correlation, 60 / (31 * music.HOP_S)) == pytest.approx(1)
     assert music.beat_strength(correlation, 30 / (31 * music.HOP_S)) == pytest.approx(1)  # its half
-    assert music.beat_strength(correlation, 120 / (31 * music.HOP_S)) == pytest.approx(
-        1
-    )  # its double
-    assert music.beat_strength(correlation, 60 / (31.5 * music.HOP_S)) == pytest.approx(
-        0.5
-    )  # between two lags
+    # Its double.
+    assert music.beat_strength(correlation, 120 / (31 * music.HOP_S)) == pytest.approx(1)
+    # Between two lags.
+    assert music.beat_strength(correlation, 60 / (31.5 * music.HOP_S)) == pytest.approx(0.5)
     assert music.beat_strength(correlation, 60 / (45 * music.HOP_S)) == pytest.approx(0)
     with pytest.raises(ValueError, match="half beat"):
         music.beat_strength(correlation, 10)
@@ -350,9 +348,8 @@ def test_scores_are_means_over_the_clips_that_count(tunes):
     assert (rank.value, rank.interval, rank.num_clips, rank.num_left_out) == (1, (1, 1), 3, 1)
     beat = figures["beat"]
     assert (beat.interval, beat.num_clips, beat.num_left_out) == (None, 1, 3)
-    assert (
-        beat.value == music.beat_strength(tunes["c"].correlation, 100) > 0.5
-    )  # 0.3 s a note: half a beat of 0.6 s
+    # 0.3 s a note: half a beat of 0.6 s.
+    assert beat.value == music.beat_strength(tunes["c"].correlation, 100) > 0.5
     change = figures["chroma_change"]
     assert change.value == pytest.approx(np.mean([clip.chroma_change for clip in tunes.values()]))
     assert change.interval is not None

@@ -67,9 +67,8 @@ def outputs_of(source: str, namespace: dict[str, Any], number: int) -> list[dict
     if value is not None:
         data: dict[str, Any] = {"text/plain": repr(value).splitlines(True)}
         if hasattr(value, "_repr_html_"):
-            assert (
-                value._repr_html_()
-            )  # players and scripts run only where the notebook does, so they are not stored
+            # Players and scripts run only where the notebook does, so they are not stored.
+            assert value._repr_html_()
         if hasattr(value, "_repr_png_"):
             data["image/png"] = base64.b64encode(value._repr_png_()).decode()
         outputs.append(

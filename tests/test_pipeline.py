@@ -106,19 +106,14 @@ def test_few_items_and_few_shards(
 
 def test_validation_takes_the_first_frames_and_the_references(shards: ShardSet):
     for batch in EvaluationDataset(shards, 60, 5):
-        assert (
-            batch["codes"].shape == (len(batch["keys"]), 4, 60)
-            and batch["codes"].dtype == torch.int64
-        )
+        assert batch["codes"].shape == (len(batch["keys"]), 4, 60)
+        assert batch["codes"].dtype == torch.int64
         assert batch["valid"].all() and batch["valid"].dtype == torch.bool
         for i, index in enumerate(batch["indices"]):
-            assert (batch["codes"][i, 0] == index).all() and batch["codes"][i, 1].tolist() == list(
-                range(60)
-            )
-            assert (
-                batch["captions"][i] == f"caption {index}"
-                and batch["infos"][i]["key"] == batch["keys"][i]
-            )
+            assert (batch["codes"][i, 0] == index).all()
+            assert batch["codes"][i, 1].tolist() == list(range(60))
+            assert batch["captions"][i] == f"caption {index}"
+            assert batch["infos"][i]["key"] == batch["keys"][i]
             assert (
                 torch.as_tensor(batch["references"][i]["embeddings"]).tolist()
                 == [[index] * 200] * 2
@@ -151,11 +146,9 @@ def test_an_epoch_is_every_item_once(ranks: int, workers: int, codec: str, tmp_p
     drawn = [list(islice(stream, 2 * batches)) for stream in streams]
     first = [k for batches_of_rank in drawn for k in keys(batches_of_rank[:batches])]
     second = [k for batches_of_rank in drawn for k in keys(batches_of_rank[batches:])]
-    assert (
-        sorted(first) == sorted(second) == all_keys(48)
-        and first != second
-        and first != all_keys(48)
-    )
+    assert sorted(first) == sorted(second) == all_keys(48)
+    assert first != second
+    assert first != all_keys(48)
 
 
 def test_unequal_shares_even_out(shards: ShardSet):
@@ -239,9 +232,8 @@ def test_random_crops_reach_both_ends(codec: str, tmp_path: Path):
         for row, index in zip(batch["codes"], batch["indices"], strict=True):
             frames = row[1] + 64 * row[2]
             starts.append(int(frames[0]))
-            assert (row[0] == index).all() and frames.tolist() == list(
-                range(starts[-1], starts[-1] + 30)
-            )
+            assert (row[0] == index).all()
+            assert frames.tolist() == list(range(starts[-1], starts[-1] + 30))
     counts = Counter(starts)
     assert set(counts) == set(range(6)) and min(counts.values()) > 10
 
@@ -257,17 +249,14 @@ def test_short_items_are_padded_and_marked(codec: str, tmp_path: Path):
     assert batch["valid"].sum(1).tolist() == [50, 31, 30, 30]
     for row, valid in zip(batch["codes"], batch["valid"], strict=True):
         real = int(valid.sum())
-        assert (
-            valid[:real].all()
-            and row[1, :real].tolist() == list(range(real))
-            and not row[:, real:].any()
-        )
+        assert valid[:real].all()
+        assert row[1, :real].tolist() == list(range(real))
+        assert not row[:, real:].any()
     for batch in islice(TrainingStream(found, 31, 4, 0), 30):
         for row, valid, index in zip(batch["codes"], batch["valid"], batch["indices"], strict=True):
             frames, real = row[1][valid], round(np.ceil(round(seconds[index] * FRAME_RATE, 6)))
-            assert (
-                len(frames) == min(31, real) and int(frames.max()) < real
-            )  # never the codec's padding
+            # Never the codec's padding.
+            assert len(frames) == min(31, real) and int(frames.max()) < real
             assert frames.tolist() == list(range(int(frames[0]), int(frames[0]) + len(frames)))
 
 
@@ -637,9 +626,8 @@ def test_shards_of_another_codec(codec: str, folder: Path, tmp_path: Path):
     other = make_data_codec(tmp_path / "codec", seed=1)
     text = refusal(data_module(other, folder, folder).setup, "fit")
     assert str(folder) in text and "codec" in text and other in text
-    data_module(make_data_codec(tmp_path / "copy"), folder, folder).setup(
-        "fit"
-    )  # the same under another path
+    # The same under another path.
+    data_module(make_data_codec(tmp_path / "copy"), folder, folder).setup("fit")
 
 
 def test_splits_that_are_missing(codec: str, folder: Path, tmp_path: Path):

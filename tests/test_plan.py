@@ -172,8 +172,6 @@ def test_the_global_batch_is_divided():
 
 def test_sharded_strategies_are_known_by_name_and_class():
     model_parallel = Namespace(class_path="lightning.pytorch.strategies.ModelParallelStrategy")
-    assert (
-        plan(trainer__strategy="fsdp2").is_sharded
-        and plan(trainer__strategy=model_parallel).is_sharded
-    )
+    assert plan(trainer__strategy="fsdp2").is_sharded
+    assert plan(trainer__strategy=model_parallel).is_sharded
     assert not plan(trainer__strategy="ddp").is_sharded

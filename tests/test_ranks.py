@@ -39,9 +39,8 @@ def test_three_ranks_of_which_one_has_nothing_to_validate(
     lines = ledger(tmp_path / "run")
     assert sorted(lines) == [(batch, rank) for batch in range(4) for rank in range(3)]
     assert all(len(line["keys"]) == 2 for line in lines.values())
-    assert (
-        len({key for line in lines.values() for key in line["keys"]}) > 16
-    )  # ranks have shards of their own
+    # Ranks have shards of their own.
+    assert len({key for line in lines.values() for key in line["keys"]}) > 16
     assert [p.name for p in tmp_path.glob("run/checkpoints/*.ckpt") if p.stem == "last"] == [
         "last.ckpt"
     ]
@@ -104,10 +103,7 @@ LAUNCHED = ("--trainer.devices=2", "--trainer.max_steps=4", "--trainer.val_check
 def test_torchrun_launches_it(data: Path, tmp_path: Path):
     command = [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        f"--master_port={free_port()}",
+        *f"-m torch.distributed.run --nproc_per_node=2 --master_port={free_port()}".split(),
     ]
     command += [
         "-m",

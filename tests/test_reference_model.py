@@ -134,9 +134,8 @@ def test_initial_weights_have_the_references_statistics(parity):
         assert abs(tensor.mean().item() - want["mean"]) < 9 * want["std"] / tensor.numel() ** 0.5, (
             name
         )
-        assert abs(tensor.abs().max().item() / want["absmax"] - 1) < 0.1, (
-            name
-        )  # truncated where theirs is
+        # Truncated where theirs is.
+        assert abs(tensor.abs().max().item() / want["absmax"] - 1) < 0.1, name
     parity(
         "initial weights of magnet-small",
         f"{len(expected)} tensors",

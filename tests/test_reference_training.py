@@ -161,9 +161,8 @@ def test_the_average_is_the_references():
         count = count * 0.99 + 1
         theirs = theirs + (current - theirs) / count
         ours = callback.updated(ours, current, n)
-        assert torch.allclose(
-            ours, theirs, rtol=1e-12
-        )  # after the first, nothing of the initial 9 is left
+        # After the first, nothing of the initial 9 is left.
+        assert torch.allclose(ours, theirs, rtol=1e-12)
 
 
 def test_frames_at_the_edge_are_masked_as_seldom_as_there():

@@ -43,7 +43,7 @@ from magnet_train.data.pipeline import (
 )
 from magnet_train.data.remote import find_folders
 from magnet_train.data.shards import ShardSet
-from magnet_train.resume import fingerprint
+from magnet_train.resume import shards_hash
 
 COUNTS = (4, 3, 5, 4)
 CODEC = {"id": "x", "hash": "x", "num_codebooks": 1, "codebook_size": 2, "frame_rate": 50.0}
@@ -165,7 +165,7 @@ def test_patterns_name_folders_in_order(tmp_path: Path, monkeypatch: pytest.Monk
 def test_joined_sets_are_one_set_of_the_same_shards(
     data: st.DataObject, codec: str, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ):
-    """However they are dealt out: the same counts, fingerprint, and order of training and
+    """However they are dealt out: the same counts, shards_hash, and order of training and
     validation.
     """
     cuts = sorted(data.draw(st.sets(st.integers(1, len(COUNTS) - 1))))
@@ -179,15 +179,14 @@ def test_joined_sets_are_one_set_of_the_same_shards(
         ShardSet.open(f"{root}/part*"),
         ShardSet.open(f"{root}/*/shard-*.tar"),
     ):
-        assert joined.counts == whole.counts and fingerprint(joined.index) == fingerprint(
-            whole.index
-        )
+        assert joined.counts == whole.counts
+        assert shards_hash(joined.index) == shards_hash(whole.index)
         for rank in range(2):
             streams = [islice(TrainingStream(s, 50, 3, 1, rank, 2), 8) for s in (whole, joined)]
             assert keys(streams[0]) == keys(streams[1])
         assert keys(EvaluationDataset(joined, 50, 3)) == all_keys()
     if len(parts) > 1:
-        assert fingerprint(ShardSet.open(names[::-1]).index) != fingerprint(whole.index)
+        assert shards_hash(ShardSet.open(names[::-1]).index) != shards_hash(whole.index)
 
 
 @settings(max_examples=60)
@@ -230,7 +229,7 @@ def test_picked_shards(folder: Path):
         assert picked.counts == [COUNTS[n] for n in numbers]
         assert picked.paths == [folder / index["shards"][n]["name"] for n in numbers]
         assert [len(picked.read(n)) for n in range(len(numbers))] == picked.counts
-        assert (fingerprint(picked.index) == fingerprint(index)) == (numbers == [0, 1, 2, 3])
+        assert (shards_hash(picked.index) == shards_hash(index)) == (numbers == [0, 1, 2, 3])
     text = refusal(ShardSet.open, f"{folder}/shard-{{000003..000004}}.tar")
     assert "shard-000004.tar" in text and "shard-000000.tar … shard-000003.tar" in text
     assert "named twice" in refusal(ShardSet.open, [str(folder), f"{folder}/shard-000001.tar"])
@@ -251,13 +250,13 @@ def test_sets_of_two_codecs_are_not_joined(folder: Path, tmp_path: Path):
     assert str(folder) in text and str(other) in text and "codec" in text
 
 
-def test_a_fingerprint_is_what_it_was(folder: Path):
+def test_the_hash_of_shards_is_what_it_was(folder: Path):
     """Or no older checkpoint would go on. The number is that of the version before patterns."""
     index = {
         "codec": {"hash": "c"},
         "shards": [{"name": "a.tar", "num_examples": 2, "sha256": "0"}],
     }
-    assert fingerprint(index) == "643c76b11039bfe4"
+    assert shards_hash(index) == "643c76b11039bfe4"
 
 
 def test_items_of_one_key_are_no_validation(codec: str, tmp_path: Path):
@@ -279,23 +278,20 @@ def test_shards_of_a_web_server_are_those_of_the_folder(
     perhaps twice.
     """
     near, far = ShardSet.open(folder), ShardSet.open(f"{server.address}/train")
-    assert fingerprint(near.index) == fingerprint(far.index)
+    assert shards_hash(near.index) == shards_hash(far.index)
     streams = [islice(load(TrainingStream(s, 50, 4, 3), workers), 16) for s in (near, far)]
     assert keys(streams[0]) == keys(streams[1])
     assert keys(load(EvaluationDataset(far, 50, 3), workers)) == all_keys()
-    assert server.requests.pop("train/index.json") == 1 and set(server.requests) == {
-        shard(n) for n in range(4)
-    }
+    assert server.requests.pop("train/index.json") == 1
+    assert set(server.requests) == {shard(n) for n in range(4)}
     assert max(server.requests.values()) == 1 or workers
     assert sorted(cached()) == sorted(s["sha256"] for s in far.index["shards"])
     assert not server.during(lambda: keys(EvaluationDataset(far, 50, 3)))
     picked = ShardSet.open(
         [f"{server.address}/train/shard-00000[01].tar", f"{folder}/shard-000003.tar"]
     )
-    assert (
-        picked.counts == [4, 3, 4]
-        and keys(EvaluationDataset(picked, 50, 9)) == all_keys()[:7] + all_keys()[12:]
-    )
+    assert picked.counts == [4, 3, 4]
+    assert keys(EvaluationDataset(picked, 50, 9)) == all_keys()[:7] + all_keys()[12:]
 
 
 def test_other_stores_by_what_stands_for_them(folder: Path):
@@ -316,7 +312,7 @@ def test_what_a_store_needs_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     for name in ("s3://music/train", "s3://music/train_*"):
         text = refusal(ShardSet.open, name)
-        assert "pip install 'magnet-train[s3]'" in text and name in text
+        assert "pip install -e '.[s3]'" in text and name in text
     assert "nfs://music" in refusal(ShardSet.open, "nfs://music")
 
 
@@ -361,9 +357,9 @@ def test_what_does_not_pass_is_named(
     server.always[shard(1)] = fault
     begin = time.monotonic()
     text = refusal(list, EvaluationDataset(found, 50, 4))
-    assert (
-        f"{server.address}/{shard(1)}" in text and says in text and time.monotonic() - begin < 300
-    )
+    assert f"{server.address}/{shard(1)}" in text
+    assert says in text
+    assert time.monotonic() - begin < 300
     requests = server.requests[shard(1)]
     # 0.6 s hold six pauses at most; and a connection that breaks aiohttp itself tries twice.
     assert requests == tries or (tries is None and 2 <= requests <= 7 * 2)
@@ -404,9 +400,8 @@ def test_an_index_is_read_anew_and_outlives_its_store(
     store.stop()
     with pytest.warns(UserWarning, match="cannot be reached"):
         again = ShardSet.open(f"{store.address}/set")
-    assert again.counts == [2, 3] and keys(EvaluationDataset(again, 50, 5)) == all_keys(
-        5
-    )  # all of it from the cache
+    # All of it from the cache.
+    assert again.counts == [2, 3] and keys(EvaluationDataset(again, 50, 5)) == all_keys(5)
     begin = time.monotonic()
     text = refusal(ShardSet.open, f"{store.address}/elsewhere")
     assert "elsewhere/index.json: cannot be reached" in text and time.monotonic() - begin < 300
@@ -489,11 +484,9 @@ def test_batches_count_what_was_left_out(workers: int, codec: str, tmp_path: Pat
         batches = list(islice(load(TrainingStream(found, 50, 2, 0), workers), 120))
     shards, items = (sum(b[f"{what}_skipped"] for b in batches) for what in ("shards", "items"))
     epochs = len(keys(batches)) / 18  # others stand in for the items of the missing shard
-    assert (
-        items == 6 * shards
-        and abs(shards - epochs) <= 2
-        and {b["shards_skipped"] for b in batches} == {0, 1}
-    )
+    assert items == 6 * shards
+    assert abs(shards - epochs) <= 2
+    assert {b["shards_skipped"] for b in batches} == {0, 1}
 
 
 def test_a_reader_without_any_shard_ends_the_run(
@@ -554,10 +547,8 @@ def test_a_run_from_a_bucket_is_that_from_a_folder(
     assert main(arguments(data, tmp_path / "folder", workers)) == 0
     given = [f"--data.{split}=s3://shards/{split[:5]}*" for split in ("train", "validation")]
     assert main(arguments(data, tmp_path / "bucket", workers, *given)) == 0
-    assert (
-        ledger(tmp_path / "folder") == ledger(tmp_path / "bucket")
-        and len(ledger(tmp_path / "bucket")) == 8
-    )
+    assert ledger(tmp_path / "folder") == ledger(tmp_path / "bucket")
+    assert len(ledger(tmp_path / "bucket")) == 8
     assert differences(outcome(tmp_path / "folder"), outcome(tmp_path / "bucket")) == []
     for address in ("s3://shards/elsewhere", "s3://no-such-bucket/train"):
         assert main(arguments(data, tmp_path / "none", f"--data.train={address}")) == 2
@@ -584,9 +575,8 @@ def test_a_run_from_a_bucket_is_that_from_a_folder(
     with pytest.warns(UserWarning, match=r"skipping shard s3://.*shard-000001.tar: not there"):
         found = ShardSet.open("s3://shards/train")
         shutil.rmtree(os.environ["MAGNET_TRAIN_CACHE"])
-        assert (
-            len(set(keys(list(islice(load(TrainingStream(found, 50, 2, 0), 0), 24))))) == 21
-        )  # of 24 items
+        # Of 24 items.
+        assert len(set(keys(list(islice(load(TrainingStream(found, 50, 2, 0), 0), 24))))) == 21
 
 
 def test_a_slow_model_is_no_store_that_fails(
@@ -673,18 +663,13 @@ def test_two_ranks_train_on_from_a_server_that_misses_a_shard(data: Path, tmp_pa
     """
     store = FaultyServer(data)
     store.always["train/shard-000002.tar"] = "503"  # four items
-    options = [
-        "--trainer.devices=2",
-        "--trainer.strategy=ddp_fork",
-        f"--data.train={store.address}/train",
-        f"--data.validation={store.address}/one",
-        "--data.num_workers=2",
-        "--trainer.val_check_interval=4",
-        "--trainer.logger=CSVLogger",
-        f"--trainer.logger.save_dir={tmp_path / 'run'}",
-        "--trainer.max_steps=12",
-        "--trainer.log_every_n_steps=4",
-    ]
+    options = (
+        f"--trainer.devices=2 --trainer.strategy=ddp_fork --data.train={store.address}/train "
+        f"--data.validation={store.address}/one --data.num_workers=2 "
+        "--trainer.val_check_interval=4 --trainer.logger=CSVLogger "
+        f"--trainer.logger.save_dir={tmp_path / 'run'} --trainer.max_steps=12 "
+        "--trainer.log_every_n_steps=4"
+    ).split()
     write_shards(data / "one", str(data / "codec"), (1,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -714,7 +699,7 @@ def test_two_ranks_train_on_from_a_server_that_misses_a_shard(data: Path, tmp_pa
     [
         ("--data.train=http://127.0.0.1:9/train", "cannot be reached"),
         ("--data.train=part-{0..3}/{", "braces"),
-        ("--data.validation=gs://music/validation", "pip install 'magnet-train[gs]'"),
+        ("--data.validation=gs://music/validation", "pip install -e '.[gs]'"),
         ("--data.validation=[validation_*, train]", "no folder matches"),
         ("--trainer.limit_val_batches=0.5", "limit_val_batches=0.5"),
     ],

@@ -11,11 +11,7 @@ from helpers_ranks import free_port
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
-from magnet_train.metrics.distributed import (
-    all_gather_by_id,
-    all_gather_list,
-    raise_on_all_ranks,
-)
+from magnet_train.metrics.distributed import all_gather_by_id, all_gather_list, raise_on_all_ranks
 from magnet_train.metrics.embedders import ClipFeatures, load_embedder
 from magnet_train.metrics.scoring import METRICS, FeatureSet, parse_metric, score
 

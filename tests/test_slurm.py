@@ -10,33 +10,21 @@ from helpers_programs import LONGEST_S, program
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted((ROOT / "conf" / "slurm").glob("*.sbatch"))
-TINY = [
-    "--model.network.dim=32",
-    "--model.network.num_heads=2",
-    "--model.network.num_layers=1",
-    "--model.crop_s=3.2",
-    "--model.optimizer.warmup_steps=1",
-    "--data.batch_size=2",
-    "--data.num_workers=0",
-    "--trainer.accelerator=cpu",
-    "--trainer.max_steps=6",
-    "--trainer.limit_val_batches=1",
-    "--generation.at_start=false",
-    "--generation.num_prompts=0",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.val_check_interval=6",
-]
+TINY = (
+    "--model.network.dim=32 --model.network.num_heads=2 --model.network.num_layers=1 "
+    "--model.crop_s=3.2 --model.optimizer.warmup_steps=1 --data.batch_size=2 "
+    "--data.num_workers=0 --trainer.accelerator=cpu --trainer.max_steps=6 "
+    "--trainer.limit_val_batches=1 --generation.at_start=false --generation.num_prompts=0 "
+    "--trainer.enable_progress_bar=false --trainer.val_check_interval=6"
+).split()
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda p: p.stem)
 def test_a_job_file_is_what_its_head_says(job: Path):
     text = job.read_text()
     assert subprocess.run(["bash", "-n", str(job)]).returncode == 0
-    for option in (
-        "--requeue",
-        "--open-mode=append",
-        "--signal=SIGUSR1@900",
-    ):  # of the steps, not of the batch script
+    # Of the steps, not of the batch script.
+    for option in ("--requeue", "--open-mode=append", "--signal=SIGUSR1@900"):
         assert f"#SBATCH {option}\n" in text
     assert "HF_HUB_OFFLINE" in text and "WANDB_MODE" in text and f"conf/slurm/{job.name}" in text
 
@@ -115,13 +103,11 @@ def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(
     run_id = (run / "wandb_run_id").read_text().strip()
     said = start(SLURM_RESTART_COUNT="1")
     assert f"--ckpt_path auto: {run / 'checkpoints' / 'last.ckpt'}" in said
-    assert (run / "summary.json").is_file() and (
-        tmp_path / "scontrol.txt"
-    ).read_text() == "requeue 7\n"
+    assert (run / "summary.json").is_file()
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 7\n"
     sessions = [p.name for p in (run / "wandb").glob("offline-run-*")]
-    assert len(sessions) == 2 and all(
-        name.endswith(f"-{run_id}") for name in sessions
-    )  # of W&B they are one run
+    # Of W&B they are one run.
+    assert len(sessions) == 2 and all(name.endswith(f"-{run_id}") for name in sessions)
     assert (run / "config.yaml").is_file() and [p.name for p in tmp_path.glob("run*")] == ["run"]
 
 
@@ -167,9 +153,7 @@ def test_a_job_that_fails_is_queued_again_a_few_times(job: Path, tmp_path: Path)
         0,
         0,
     ]
-    assert (
-        calls(137, SECONDS="4000") == 1 and calls(137) == 1
-    )  # as bash counts them from a job's start
-    assert [calls(status) for status in (0, 137)] == [0, 1] and len(
-        [*tmp_path.glob(".magnet-failures-*")]
-    ) == 1
+    # As bash counts them from a job's start.
+    assert calls(137, SECONDS="4000") == 1 and calls(137) == 1
+    assert [calls(status) for status in (0, 137)] == [0, 1]
+    assert len([*tmp_path.glob(".magnet-failures-*")]) == 1

@@ -1,5 +1,6 @@
 """Sweeps: shipped files as W&B's agent and our parser read them; runs that fail or stop."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ import pytest
 import yaml
 from helpers_programs import LONGEST_S, program, wait_for
 
-import magnet_train.cli.commands
-import magnet_train.sweeps.sweep
 from magnet_train.__main__ import main
+from magnet_train.cli import commands
+from magnet_train.sweeps import sweep
 from magnet_train.sweeps.sweep import read_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +61,12 @@ def write(path: Path, **content: object) -> Path:
     return path
 
 
+def grid(folder: Path, *values: object, **fixed: object) -> Path:
+    """A sweep file over some values of x; the other parameters are fixed."""
+    parameters = {"x": {"values": list(values)}} | {k: {"value": v} for k, v in fixed.items()}
+    return write(folder / "s.yaml", parameters=parameters)
+
+
 def notes(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "notes").read_text().splitlines()]
 
@@ -68,8 +76,8 @@ def fake(tmp_path, monkeypatch) -> Path:
     """`fit` is FAKE_FIT, whose options nobody parses; a folder for the runs comes back."""
     script = tmp_path / "fake_fit.py"
     script.write_text(FAKE_FIT)
-    monkeypatch.setattr(magnet_train.sweeps.sweep, "FIT", (sys.executable, "-S", "-E", str(script)))
-    monkeypatch.setattr(magnet_train.cli.commands, "check_fit", lambda args: None)
+    monkeypatch.setattr(sweep, "FIT", (sys.executable, "-S", "-E", str(script)))
+    monkeypatch.setattr(commands, "check_fit", lambda args: None)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return tmp_path / "runs"
 
@@ -92,13 +100,10 @@ def agents_argv(name: str, point: dict, folder: Path) -> list[str]:
     given = create_sweep_command_args({"args": {k: {"value": v} for k, v in point.items()}})
     given |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [config["program"]]}
     argv: list[str] = []
-    for word in create_sweep_command(
-        list(config["command"])
-    ):  # as wandb_agent.Agent._command_run puts it together
+    # As wandb_agent.Agent._command_run puts it together.
+    for word in create_sweep_command(list(config["command"])):
         argv += given[word[2:-1]] if word.startswith("${") and word.endswith("}") else [word]
-    python = folder / "python"
-    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    python.chmod(0o755)
+    program(folder / "python", 'printf "%s\\n" "$@"')
     env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "WANDB_RUN_ID": "abc123"}
     said = subprocess.run(
         argv, env=env, capture_output=True, text=True, check=True
@@ -136,23 +141,19 @@ def test_what_wandbs_agent_starts_our_parser_takes_and_our_sweep_starts_too(
             found = found[part]
         assert found == value, parameter
     logger = config["trainer"]["logger"][0]["init_args"]
-    assert (
-        not logger["offline"] and logger["name"] is None
-    )  # or an agent's runs never reach the server
+    # Or an agent's runs never reach the server.
+    assert not logger["offline"] and logger["name"] is None
 
 
 @pytest.mark.parametrize("base", ["training", "decoding"])
 def test_every_ablation_is_parsed_over_its_base(base, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    mine = [
-        n
-        for n in ABLATIONS
-        if n.startswith(("span_len", "context", "stage")) == (base == "training")
-    ]
+    is_training = base == "training"
+    mine = [n for n in ABLATIONS if n.startswith(("span_len", "context", "stage")) == is_training]
     mine = [f"{base}.yaml", *(n for n in mine if n not in ("training.yaml", "decoding.yaml"))]
-    configs = (["conf/demo.yaml"] if base == "training" else []) + [
-        f"conf/ablation/{n}" for n in mine
-    ]
+    configs = [f"conf/ablation/{n}" for n in mine]
+    if is_training:
+        configs.insert(0, "conf/demo.yaml")
     with pytest.raises(SystemExit) as end:
         main(["fit", *(f"--config={c}" for c in configs), "--print_config"])
     assert end.value.code == 0 and len(mine) > 5
@@ -174,9 +175,8 @@ def test_a_file_begins_with_question_base_command_cost_and_expectation(name):
 
 def test_the_sweeps_hold_what_they_promise():
     def values(name: str, parameter: str) -> list:
-        return yaml.safe_load((ROOT / "conf" / "sweep" / name).read_text())["parameters"][
-            parameter
-        ]["values"]
+        content = yaml.safe_load((ROOT / "conf" / "sweep" / name).read_text())
+        return content["parameters"][parameter]["values"]
 
     assert values("span_len.yaml", "model.span_len") == [1, 2, 3, 5, 7, 10]
     assert values("context.yaml", "model.network.context") == [2, 5, 10, 25, -1]
@@ -223,41 +223,22 @@ def test_parameters_of_the_same_last_name_are_named_in_full(tmp_path):
     assert runs[0].name == "model.seed=-1,data.seed=0,lr=5"
 
 
+ONE = {"x": {"values": [1]}}
 BAD = {
     "nothing there": (None, "unreadable"),
-    "no sweep": ({"trainer": {"max_steps": 4}}, "a sweep needs"),
     "not YAML": ("a: [", "unreadable"),
-    "bayes": (
-        HEAD | {"method": "bayes", "parameters": {"x": {"min": 0, "max": 1}}},
-        "method=bayes needs a W&B server",
-    ),
-    "random": (
-        HEAD | {"method": "random", "parameters": {"x": {"values": [1]}}},
-        "method=random needs a W&B server",
-    ),
-    "a range": (HEAD | {"parameters": {"x": {"min": 0, "max": 1}}}, "parameter x: a grid needs"),
-    "no values": (HEAD | {"parameters": {"x": {"values": []}}}, "parameter x: a grid needs"),
-    "nested": (
-        HEAD | {"parameters": {"x": {"parameters": {"y": {"values": [1]}}}}},
-        "parameter x: a grid needs",
-    ),
-    "nothing to vary": (HEAD | {"parameters": {}}, "no parameters"),
-    "None": (HEAD | {"parameters": {"x": {"values": [1, None]}}}, '"null" in quotes'),
-    "twice": (HEAD | {"parameters": {"x": {"values": [1, 2, 1]}}}, "two runs are named x=1"),
-    "alike in a name": (
-        HEAD | {"parameters": {"x": {"values": ["a b", "a/b"]}}},
-        "two runs are named x=a-b",
-    ),
-    "another program": (
-        HEAD | {"parameters": {"x": {"values": [1]}}, "command": ["train.py", "${args}"]},
-        "command is not",
-    ),
+    "no sweep": ({"method": None}, "a sweep needs"),
+    "bayes": ({"method": "bayes", "parameters": ONE}, "method=bayes needs a W&B server"),
+    "a range": ({"parameters": {"x": {"min": 0, "max": 1}}}, "parameter x: a grid needs"),
+    "no values": ({"parameters": {"x": {"values": []}}}, "parameter x: a grid needs"),
+    "nested": ({"parameters": {"x": {"parameters": ONE}}}, "parameter x: a grid needs"),
+    "nothing to vary": ({"parameters": {}}, "no parameters"),
+    "None": ({"parameters": {"x": {"values": [1, None]}}}, '"null" in quotes'),
+    "twice": ({"parameters": {"x": {"values": [1, 2, 1]}}}, "two runs are named x=1"),
+    "alike in a name": ({"parameters": {"x": {"values": ["a b", "a/b"]}}}, "named x=a-b"),
+    "another program": ({"parameters": ONE, "command": ["train.py", "${args}"]}, "command is not"),
     "a macro": (
-        HEAD
-        | {
-            "parameters": {"x": {"values": [1]}},
-            "command": ["magnet_train", "fit", "${args_json}", "${args}"],
-        },
+        {"parameters": ONE, "command": ["magnet_train", "fit", "${args_json}", "${args}"]},
         "only W&B's agent fills in",
     ),
 }
@@ -266,10 +247,11 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_file_gets_one_line(case, tmp_path, capsys, fake):
     content, want = BAD[case]
-    if content is not None:
-        (tmp_path / "s.yaml").write_text(
-            content if isinstance(content, str) else yaml.safe_dump(content)
-        )
+    if isinstance(content, str):
+        (tmp_path / "s.yaml").write_text(content)
+    elif content is not None:
+        given = {name: value for name, value in (HEAD | content).items() if value is not None}
+        (tmp_path / "s.yaml").write_text(yaml.safe_dump(given))
     assert status(tmp_path / "s.yaml", "--out", fake) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and want in lines[0] and "s.yaml" in lines[0]
@@ -277,7 +259,7 @@ def test_a_bad_file_gets_one_line(case, tmp_path, capsys, fake):
 
 
 def test_a_value_of_the_wrong_type_is_found_before_anything_starts(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(magnet_train.sweeps.sweep, "FIT", ("false",))
+    monkeypatch.setattr(sweep, "FIT", ("false",))
     file = write(tmp_path / "s.yaml", parameters={"model.span_len": {"values": [3, "three"]}})
     assert status(file, "--out", tmp_path / "runs") == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -290,9 +272,7 @@ def test_a_value_of_the_wrong_type_is_found_before_anything_starts(tmp_path, cap
 
 
 def test_runs_go_one_after_another_and_finished_ones_stay(tmp_path, fake, capsys):
-    file = write(
-        tmp_path / "s.yaml", parameters={"x": {"values": [3, 1, 2]}, "wait": {"value": 0.1}}
-    )
+    file = grid(tmp_path, 3, 1, 2, wait=0.1)
     assert status(file, "--out", fake) == 0
     said = [notes(fake / f"x={x}") for x in (3, 1, 2)]
     assert [len(n) for n in said] == [2, 2, 2]
@@ -306,13 +286,9 @@ def test_runs_go_one_after_another_and_finished_ones_stay(tmp_path, fake, capsys
 
 
 def test_as_many_run_together_as_jobs_say(tmp_path, fake):
-    until = ":".join(
-        str(fake / f"x={x}" / "notes") for x in (1, 2)
-    )  # neither of these ends before both have begun
-    file = write(
-        tmp_path / "s.yaml",
-        parameters={"x": {"values": [1, 2, 3, 4, 5]}, "until": {"value": until}},
-    )
+    # Neither of these ends before both have begun.
+    until = ":".join(str(fake / f"x={x}" / "notes") for x in (1, 2))
+    file = grid(tmp_path, 1, 2, 3, 4, 5, until=until)
     assert status(file, "--out", fake, "--jobs", 2) == 0
     spans = [(n[0]["start"], n[1]["end"]) for n in (notes(fake / f"x={x}") for x in range(1, 6))]
     together = [sum(a <= start < b for a, b in spans) for start, _ in spans]
@@ -323,7 +299,7 @@ def test_an_unfinished_run_goes_on_from_its_checkpoint(tmp_path, fake, capsys):
     last = fake / "x=1" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
     last.touch()
-    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2]}})
+    file = grid(tmp_path, 1, 2)
     assert status(file, "--out", fake) == 0
     assert all(notes(fake / f"x={x}")[0]["ckpt"] == "auto" for x in (1, 2))
     out = capsys.readouterr().out
@@ -331,13 +307,11 @@ def test_an_unfinished_run_goes_on_from_its_checkpoint(tmp_path, fake, capsys):
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, fake, capsys):
-    file = write(tmp_path / "s.yaml", parameters={"x": {"values": ["bad", 2]}})
+    file = grid(tmp_path, "bad", 2)
     assert status(file, "--out", fake) == 1
     out = capsys.readouterr().out
-    assert (
-        "failed, exit status 2: error: the shards are gone" in out
-        and "1 of 2 runs are finished" in out
-    )
+    assert "failed, exit status 2: error: the shards are gone" in out
+    assert "1 of 2 runs are finished" in out
     assert (fake / "x=2" / "summary.json").is_file()
     assert "1 of 2 runs are not finished" in (fake / "table.md").read_text()
 
@@ -345,10 +319,12 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, fake, capsys):
 def start_sweep(file: Path, out: Path) -> "subprocess.Popen[str]":
     """The command in a process of its own, with FAKE_FIT."""
     code = (
-        "import sys, magnet_train.cli.commands, magnet_train.sweeps.sweep\n"
+        "import sys\n"
         "from magnet_train.__main__ import main\n"
-        f"magnet_train.sweeps.sweep.FIT = {magnet_train.sweeps.sweep.FIT!r}\n"
-        "magnet_train.cli.commands.check_fit = lambda args: None\n"
+        "from magnet_train.cli import commands\n"
+        "from magnet_train.sweeps import sweep\n"
+        f"sweep.FIT = {sweep.FIT!r}\n"
+        "commands.check_fit = lambda args: None\n"
         f"sys.exit(main(['sweep', {str(file)!r}, '--out', {str(out)!r}, '--jobs', '2']))"
     )
     return subprocess.Popen(
@@ -373,18 +349,21 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def handled(number: int, handler: Any) -> Iterator[None]:
+    """A way to handle a signal that children inherit."""
+    previous = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_the_runs_and_says_one_line(number, tmp_path, fake):
-    file = write(
-        tmp_path / "s.yaml", parameters={"x": {"values": [1, 2, 3]}, "wait": {"value": 500}}
-    )
-    previous = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background jobs ignore it
-    try:
+    file = grid(tmp_path, 1, 2, 3, wait=500)
+    with handled(signal.SIGINT, signal.default_int_handler):  # background jobs ignore it
         process = start_sweep(file, fake)
-    finally:
-        signal.signal(signal.SIGINT, previous)
     wait_for_files(fake / "x=1" / "notes", fake / "x=2" / "notes")
     process.send_signal(number)
     _, err = process.communicate(timeout=LONGEST_S)
@@ -398,31 +377,23 @@ def test_an_interruption_ends_the_runs_and_says_one_line(number, tmp_path, fake)
 def test_an_interruption_as_a_run_is_started_leaves_none_behind(
     tmp_path, fake, monkeypatch, capsys
 ):
-    file, started = (
-        write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2]}, "wait": {"value": 500}}),
-        [],
-    )
+    file, started, start = grid(tmp_path, 1, 2, wait=500), [], sweep._start
 
-    def start_told(
-        run: magnet_train.sweeps.sweep.Run, jobs: int, start: Any = magnet_train.sweeps.sweep._start
-    ) -> Any:
+    def start_told(run: sweep.Run, jobs: int) -> Any:
         started.append(start(run, jobs))
         os.kill(os.getpid(), signal.SIGTERM)
         return started[-1]
 
-    monkeypatch.setattr(magnet_train.sweeps.sweep, "_start", start_told)
+    monkeypatch.setattr(sweep, "_start", start_told)
     assert status(file, "--out", fake, "--jobs", "2") == 130
     assert [process.returncode is not None for process in started] == [True]
     assert "interrupted" in capsys.readouterr().err
 
 
 def test_under_nohup_a_sweep_outlives_its_terminal(tmp_path, fake):
-    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1]}, "wait": {"value": 1}})
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the child inherits
-    try:
+    file = grid(tmp_path, 1, wait=1)
+    with handled(signal.SIGHUP, signal.SIG_IGN):
         process = start_sweep(file, fake)
-    finally:
-        signal.signal(signal.SIGHUP, previous)
     wait_for_files(fake / "x=1" / "notes")
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=LONGEST_S)
@@ -433,9 +404,7 @@ def test_a_run_that_a_killed_sweep_left_behind_is_waited_for_not_started_twice(
     tmp_path, fake, monkeypatch
 ):
     until, said = tmp_path / "until", []
-    file = write(
-        tmp_path / "s.yaml", parameters={"x": {"values": [1]}, "until": {"value": str(until)}}
-    )
+    file = grid(tmp_path, 1, until=str(until))
     process = start_sweep(file, fake)
     wait_for_files(fake / "x=1" / "notes")
     process.kill()
@@ -446,7 +415,7 @@ def test_a_run_that_a_killed_sweep_left_behind_is_waited_for_not_started_twice(
         if "already running elsewhere" in text:
             until.touch()
 
-    monkeypatch.setattr(magnet_train.sweeps.sweep, "log", say)
+    monkeypatch.setattr(sweep, "log", say)
     assert status(file, "--out", fake) == 0 and until.exists(), said
     assert len([n for n in notes(fake / "x=1") if "start" in n]) == 1
 
@@ -458,9 +427,7 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(
     tmp_path, fake, capsys, monkeypatch
 ):
     fake = tmp_path / "runs of 'mine'"
-    file = write(
-        tmp_path / "s.yaml", parameters={"x": {"values": [0, 1, 2]}, "y": {"value": "a b"}}
-    )
+    file = grid(tmp_path, 0, 1, 2, y="a b")
     (fake / "x=0").mkdir(parents=True)
     (fake / "x=0" / "summary.json").write_text('{"metrics": {"val/ce": {"after": 1.0}}}')
     tools = tmp_path / "tools"
@@ -471,18 +438,15 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(
     words = shlex.split(
         said.removeprefix("error: no sbatch on this machine; nothing was submitted; run: ")
     )
-    assert words[2] == "--array=1,2%4" and words[4:] == [
-        str(SBATCH / "sweep.sbatch"),
-        str(file),
-        "--out",
-        str(fake),
-    ]
+    assert words[2] == "--array=1,2%4"
+    assert words[4:] == [str(SBATCH / "sweep.sbatch"), str(file), "--out", str(fake)]
     # The job as SLURM would run it, with the interpreter that has the fake `fit`.
     program(tools / "srun", 'shift; exec "$@"')
     program(tools / "python", f'shift 2\nexec {sys.executable} {tmp_path / "with_fake.py"} "$@"')
     (tmp_path / "with_fake.py").write_text(
-        "import sys, magnet_train.sweeps.sweep\nfrom magnet_train.__main__ import main\n"
-        f"magnet_train.sweeps.sweep.FIT = {magnet_train.sweeps.sweep.FIT!r}\nsys.exit(main())\n"
+        "import sys\nfrom magnet_train.__main__ import main\n"
+        "from magnet_train.sweeps import sweep\n"
+        f"sweep.FIT = {sweep.FIT!r}\nsys.exit(main())\n"
     )
     for task in ("0", "1", "2"):
         env = os.environ | {
@@ -502,9 +466,9 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(
 
 
 def test_a_task_leaves_a_run_alone_that_another_process_has(tmp_path, fake, capsys):
-    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1]}})
+    file = grid(tmp_path, 1)
     run = read_sweep(file, fake)[0]
-    lock = magnet_train.sweeps.sweep._lock(run)
+    lock = sweep._lock(run)
     assert status(file, "--out", fake, "--run", 0) == 2
     assert "another process has this run" in capsys.readouterr().err
     os.close(lock)
@@ -513,7 +477,7 @@ def test_a_task_leaves_a_run_alone_that_another_process_has(tmp_path, fake, caps
 def test_sbatch_is_called_where_it_is_and_its_refusal_is_one_line(
     tmp_path, fake, capsys, monkeypatch
 ):
-    file = write(tmp_path / "s.yaml", parameters={"x": {"values": [1, 2]}})
+    file = grid(tmp_path, 1, 2)
     program(tmp_path / "sbatch", f'echo "$@" > {tmp_path / "asked"}; echo "Submitted batch job 77"')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert status(file, "--out", fake, "--slurm") == 0
@@ -529,40 +493,21 @@ def test_sbatch_is_called_where_it_is_and_its_refusal_is_one_line(
 
 # --- for real -------------------------------------------------------------------------------------
 
-TINY = [
-    "--model.network.dim=32",
-    "--model.network.num_heads=2",
-    "--model.network.num_layers=2",
-    "--model.crop_s=3.2",
-    "--model.optimizer.warmup_steps=1",
-    "--data.batch_size=2",
-    "--data.num_workers=0",
-    "--trainer.accelerator=cpu",
-    "--trainer.max_steps=2",
-    "--trainer.val_check_interval=2",
-    "--trainer.check_val_every_n_epoch=null",
-    "--trainer.limit_val_batches=1",
-    "--generation.at_start=false",
-    "--trainer.num_sanity_val_steps=0",
-    "--trainer.enable_model_summary=false",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.logger=false",
-    "--generation.num_prompts=0",
-]
+TINY = (
+    "--model.network.dim=32 --model.network.num_heads=2 --model.network.num_layers=2 "
+    "--model.crop_s=3.2 --model.optimizer.warmup_steps=1 --data.batch_size=2 "
+    "--data.num_workers=0 --trainer.accelerator=cpu --trainer.max_steps=2 "
+    "--trainer.val_check_interval=2 --trainer.check_val_every_n_epoch=null "
+    "--trainer.limit_val_batches=1 --generation.at_start=false "
+    "--trainer.num_sanity_val_steps=0 --trainer.enable_model_summary=false "
+    "--trainer.enable_progress_bar=false --trainer.logger=false --generation.num_prompts=0"
+).split()
 
 
 @pytest.mark.slow
 def test_a_real_sweep_that_was_stopped_after_its_first_run_goes_on_with_the_second(tmp_path):
     (tmp_path / "base.yaml").write_text("{}\n")
-    command = [
-        "-m",
-        "magnet_train",
-        "fit",
-        "--config",
-        str(tmp_path / "base.yaml"),
-        *TINY,
-        "${args}",
-    ]
+    command = [*f"-m magnet_train fit --config {tmp_path}/base.yaml".split(), *TINY, "${args}"]
     parameters = {"seed_everything": {"values": [1, 2]}, "model.span_len": {"value": 5}}
     file, out = (
         write(tmp_path / "spans.yaml", command=command, parameters=parameters),
@@ -585,12 +530,10 @@ def test_a_real_sweep_that_was_stopped_after_its_first_run_goes_on_with_the_seco
     assert "2 of 2 runs are finished" in done.stdout
     assert (first / "summary.json").stat().st_mtime_ns == before
     table = (out / "table.md").read_text()
-    assert (
-        "| all |" not in table
-        and "± " in table
-        and "Runs also differ" not in table
-        and "No config" not in table
-    )
+    assert "| all |" not in table
+    assert "± " in table
+    assert "Runs also differ" not in table
+    assert "No config" not in table
     config = yaml.safe_load((second / "config.yaml").read_text())
     assert config["model"]["span_len"] == 5 and config["seed_everything"] == 2
 
@@ -602,24 +545,14 @@ def test_the_base_of_decoding_ablations_validates_the_model_as_it_was_loaded(tmp
     from magnet_train.release import SavedModel
 
     monkeypatch.chdir(ROOT)
-    quick = [
-        "--trainer.logger=false",
-        "--trainer.limit_val_batches=1",
-        "--generation.num_prompts=0",
-    ]
-    folder = f"--trainer.default_root_dir={tmp_path}"
-    assert (
-        main(
-            ["fit", "--config=conf/ablation/decoding.yaml", "--data.num_workers=0", *quick, folder]
-        )
-        == 0
-    )
+    args = (
+        "fit --config=conf/ablation/decoding.yaml --data.num_workers=0 --trainer.logger=false "
+        "--trainer.limit_val_batches=1 --generation.num_prompts=0"
+    ).split()
+    assert main([*args, f"--trainer.default_root_dir={tmp_path}"]) == 0
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    loaded = SavedModel.open("demo").weights()
-    assert all(
-        torch.equal(checkpoint["state_dict"][f"network.{k}"], v.float()) for k, v in loaded.items()
-    )
-    assert any(  # and it is the average that does it: the raw weights have moved
-        not torch.equal(checkpoint["current_model_state"][f"network.{k}"], v.float())
-        for k, v in loaded.items()
-    )
+    averaged, raw = checkpoint["state_dict"], checkpoint["current_model_state"]
+    loaded = SavedModel.open("demo").weights().items()
+    assert all(torch.equal(averaged[f"network.{k}"], v.float()) for k, v in loaded)
+    # And it is the average that does it: the raw weights have moved.
+    assert any(not torch.equal(raw[f"network.{k}"], v.float()) for k, v in loaded)

@@ -97,9 +97,8 @@ def test_gap_of_true_and_shuffled_captions():
     mean, low, high = true_minus_shuffled(noise + 0.5 * torch.eye(200))
     assert low < mean < high
     assert mean == pytest.approx(0.5, abs=0.03)
-    assert high - low == pytest.approx(
-        2 * 1.96 * 0.1 / 200**0.5, rel=0.2
-    )  # the normal interval of the mean
+    # The normal interval of the mean.
+    assert high - low == pytest.approx(2 * 1.96 * 0.1 / 200**0.5, rel=0.2)
     assert true_minus_shuffled(noise + 0.5 * torch.eye(200)) == (mean, low, high)
     _, low, high = true_minus_shuffled(noise)
     assert low < 0 < high

@@ -102,9 +102,8 @@ def test_every_format_rate_and_channel_count(kind: str, rate: int, channels: int
     assert wav.dtype == np.float32 and wav.shape[0] == 1 and np.isfinite(wav).all()
     assert wav.shape[1] == pytest.approx(1.5 * 16_000, abs=0.1 * 16_000)  # mp3 pads
     spectrum = np.abs(np.fft.rfft(wav[0, :16_000]))
-    assert spectrum.argmax() == pytest.approx(
-        440, abs=1
-    )  # the pitch is what a wrong rate would change
+    # The pitch is what a wrong rate would change.
+    assert spectrum.argmax() == pytest.approx(440, abs=1)
     assert wav[0].std() == pytest.approx(0.3 / 2**0.5, rel=0.1)
 
 
@@ -223,13 +222,11 @@ def test_captions_beside_the_files(run: Callable[..., dict], tmp_path: Path):
         "d.flac": "from text field",
     }
     b = found["b.flac"]
-    assert (b["music_key"], b["tempo_bpm"], b["instruments"]) == ("G minor", 70, ["oboe"]) and b[
-        "key"
-    ] != "G minor"
+    assert (b["music_key"], b["tempo_bpm"], b["instruments"]) == ("G minor", 70, ["oboe"])
+    assert b["key"] != "G minor"
     assert found["d.flac"]["licence"] == "CC0"
-    assert [entry["file"] for entry in index["skipped"]] == ["e.wav"] and "no caption" in index[
-        "skipped"
-    ][0]["reason"]
+    assert [entry["file"] for entry in index["skipped"]] == ["e.wav"]
+    assert "no caption" in index["skipped"][0]["reason"]
 
 
 def test_no_captions_at_all(run: Callable[..., dict], tmp_path: Path):
@@ -263,9 +260,8 @@ def test_names_of_all_kinds_give_different_keys(run: Callable[..., dict], tmp_pa
         n: n for n in names if n not in ("a/b.wav", "a/b.flac")
     }
     keys = [item["info"]["key"] for item in found]
-    assert len(set(keys)) == len(names) and all(
-        re.fullmatch(r"[A-Za-z0-9_-]+", key) for key in keys
-    )
+    assert len(set(keys)) == len(names)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+", key) for key in keys)
 
 
 def test_long_file_names(run: Callable[..., dict], tmp_path: Path):
@@ -273,9 +269,8 @@ def test_long_file_names(run: Callable[..., dict], tmp_path: Path):
         write_clip(tmp_path / f"in/{'very-long-' * 12}{end}.wav", 2, end)
     run()
     found = items(tmp_path / "out")
-    assert [item["info"]["caption"] for item in found] == ["a", "b"] and len(
-        {i["info"]["key"] for i in found}
-    ) == 2
+    assert [item["info"]["caption"] for item in found] == ["a", "b"]
+    assert len({i["info"]["key"] for i in found}) == 2
 
 
 def manifest(folder: Path, kind: str, rows: list[dict[str, str]]) -> Path:
@@ -370,12 +365,10 @@ def test_crops_cover_the_clip(run: Callable[..., dict], codec: str, tmp_path: Pa
         assert (info["codec"], info["codec_hash"]) == (network.facts.id, network.facts.hash)
     assert [entry["name"] for entry in index["shards"]] == [f"train-{i:06d}.tar" for i in range(3)]
     assert [entry["num_examples"] for entry in index["shards"]] == [3, 3, 1]
-    assert index["num_examples"] == 7 and index["num_frames"] == sum(
-        item["codes"].shape[1] for item in found
-    )
-    assert (
-        index["hours"] == pytest.approx(12.3 / 3600) and index["codec"] == network.facts.to_dict()
-    )
+    assert index["num_examples"] == 7
+    assert index["num_frames"] == sum(item["codes"].shape[1] for item in found)
+    assert index["hours"] == pytest.approx(12.3 / 3600)
+    assert index["codec"] == network.facts.to_dict()
     assert (index["crop_s"], index["hop_s"], index["skipped"]) == (2.0, 2.0, [])
     for entry in index["shards"]:
         content = (tmp_path / "out" / entry["name"]).read_bytes()
@@ -417,9 +410,8 @@ def test_references_of_the_original_audio(run: Callable[..., dict], tmp_path: Pa
         heard = network(network.resample(wav, RATE))
         assert torch.equal(torch.as_tensor(item["reference"]["embeddings"]), heard.embeddings)
         assert torch.equal(torch.as_tensor(item["reference"]["tags"]), heard.tags)
-        assert (
-            item["info"]["embedder"] == network.id and item["info"]["embedder_hash"] == network.hash
-        )
+        assert item["info"]["embedder"] == network.id
+        assert item["info"]["embedder_hash"] == network.hash
 
 
 def items_with_references(out: Path) -> list[Any]:
@@ -455,9 +447,8 @@ def test_the_shipped_clips(tmp_path: Path):
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / file.name).write_bytes(file.read_bytes())
     index = tokenize(tmp_path / "in", tmp_path / "out", TokenizeOptions(crop_s=5.0))
-    assert index["num_examples"] >= 1 and all(
-        item["info"]["caption"] for item in items(tmp_path / "out")
-    )
+    assert index["num_examples"] >= 1
+    assert all(item["info"]["caption"] for item in items(tmp_path / "out"))
 
 
 # --- reading ahead --------------------------------------------------------------------------------
@@ -679,9 +670,8 @@ def test_a_damaged_or_missing_shard_is_made_again(run: Callable[..., dict], tmp_
         damage(out / "shard-000001.tar")
         untouched = (out / "shard-000000.tar").stat().st_mtime_ns
         run()
-        assert (
-            shards(out) == expected and (out / "shard-000000.tar").stat().st_mtime_ns == untouched
-        )
+        assert shards(out) == expected
+        assert (out / "shard-000000.tar").stat().st_mtime_ns == untouched
 
 
 @pytest.mark.parametrize("change", ["option", "codec", "caption", "gone"])
@@ -726,9 +716,8 @@ def test_full_disk(run: Callable[..., dict], tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "fsync", fsync)
     assert "disk is full" in refusal(run)
     monkeypatch.undo()
-    assert not (tmp_path / "out/index.json").exists() and not list(
-        (tmp_path / "out").rglob("*.tar.tmp")
-    )
+    assert not (tmp_path / "out/index.json").exists()
+    assert not list((tmp_path / "out").rglob("*.tar.tmp"))
     run()
     assert shards(tmp_path / "out") == shards(tmp_path / "expected")
 
@@ -754,12 +743,7 @@ def test_killed_on_the_command_line(codec: str, tmp_path: Path):
     many_clips(tmp_path / "in", 60)
     command = [
         sys.executable,
-        "-m",
-        "magnet_train",
-        "tokenize",
-        str(tmp_path / "in"),
-        "--out",
-        str(tmp_path / "out"),
+        *f"-m magnet_train tokenize {tmp_path}/in --out {tmp_path}/out".split(),
     ]
     command += ["--codec", codec, "--crop_s", "2", "--shard_size", "4", "--processes", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -842,11 +826,9 @@ def test_new_files_are_appended_and_those_that_came_back(run: Callable[..., dict
     write_clip(tmp_path / "in/a.wav", 5, seed=2)
     index = run()
     after = shards(tmp_path / "out")
-    assert (
-        index["num_examples"] == 9
-        and index["skipped"] == []
-        and index["num_examples"] == len(items(tmp_path / "out"))
-    )
+    assert index["num_examples"] == 9
+    assert index["skipped"] == []
+    assert index["num_examples"] == len(items(tmp_path / "out"))
     assert {k: v for k, v in before.items() if k != "index.json"}.items() <= after.items()
     assert run() == index and shards(tmp_path / "out") == after
 

@@ -10,21 +10,13 @@ import pytest
 from helpers_programs import LONGEST_S
 
 ROOT = Path(__file__).parents[1]
-SHORT = [
-    "--trainer.max_steps=2",
-    "--trainer.val_check_interval=2",
-    "--generation.num_prompts=2",
-    "--generation.batch_size=2",
-    "--generation.num_media=1",
-    "--generation.decoding.decoding_steps=[2,1,1,1]",
-    "--model.network.dim=32",
-    "--model.network.num_layers=1",
-    "--model.crop_s=4",
-    "--model.optimizer.warmup_steps=1",
-    "--generation.baselines=false",
-    "--trainer.limit_val_batches=1",
-    "--generation.at_start=false",
-]
+SHORT = (
+    "--trainer.max_steps=2 --trainer.val_check_interval=2 --generation.num_prompts=2 "
+    "--generation.batch_size=2 --generation.num_media=1 "
+    "--generation.decoding.decoding_steps=[2,1,1,1] --model.network.dim=32 "
+    "--model.network.num_layers=1 --model.crop_s=4 --model.optimizer.warmup_steps=1 "
+    "--generation.baselines=false --trainer.limit_val_batches=1 --generation.at_start=false"
+).split()
 
 
 @pytest.mark.slow
@@ -34,26 +26,12 @@ def test_fit_without_arguments_runs_from_a_wheel_in_an_empty_folder(tmp_path):
     empty.mkdir()
     build = [
         *pip,
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "-w",
-        str(wheels),
+        *f"wheel --no-deps --no-build-isolation --no-index -w {wheels}".split(),
         str(ROOT),
     ]
     subprocess.run(build, check=True, timeout=LONGEST_S)
     (wheel,) = wheels.glob("*.whl")
-    install = [
-        *pip,
-        "install",
-        "--no-deps",
-        "--no-index",
-        "--no-compile",
-        "--target",
-        str(site),
-        str(wheel),
-    ]
+    install = [*pip, *f"install --no-deps --no-index --no-compile --target {site} {wheel}".split()]
     subprocess.run(install, check=True, timeout=LONGEST_S)
     done = subprocess.run(
         [sys.executable, "-m", "magnet_train", "fit", *SHORT],

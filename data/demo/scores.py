@@ -1,6 +1,6 @@
 """Read public-domain scores as plain notes, and find out which of them share a melody.
 
-Reads music21's corpus (installed with `pip install 'magnet-train[music]'`) and writes one JSON file
+Reads music21's corpus (installed with `pip install -e '.[music]'`) and writes one JSON file
 per score:
 
     {"id", "collection", "title", "composer", "style", "key", "tonic", "mode", "metre", "bar_ql",

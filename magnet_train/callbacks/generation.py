@@ -87,8 +87,7 @@ class GenerationCallback(Callback):
         if num_prompts < 0 or batch_size < 1 or num_media < 0:
             raise UserError(
                 f"generation: num_prompts={num_prompts} and num_media={num_media} must be at "
-                "least 0, "
-                f"batch_size={batch_size} at least 1"
+                f"least 0, batch_size={batch_size} at least 1"
             )
         for metric in metrics:
             parse_metric(metric)
@@ -193,9 +192,7 @@ class GenerationCallback(Callback):
     # --- Decode, embed, score ---------------------------------------------------------------------
 
     def _validate(self, trainer: L.Trainer, module: MagnetModule) -> None:
-        # Items are redistributed, because ranks may have read very different numbers of them.
-        items = {item["key"]: item for item in all_gather_list(self._items)}
-        ordered = sorted(items.values(), key=lambda item: item["index"])
+        ordered = self._ordered_items()
         share = ordered[trainer.global_rank :: trainer.world_size]
         counts = all_gather_list([] if self._counts is None else [self._counts.cpu()])
         embeds_baselines = self.baselines and not self._baseline_values
@@ -217,10 +214,7 @@ class GenerationCallback(Callback):
         features = self._gather(features)
         if "music" in features.get("codec", {}) and len(features["codec"]["music"].embeddings) > 1:
             self._codec_music = features["codec"]["music"].statistics()
-        real = {
-            name: all_gather_by_id({k: v[name] for k, v in self._real.items()})
-            for name in ("embeddings", "tags")
-        }
+        real = {name: self._gather_real(name) for name in ("embeddings", "tags")}
         self.audio = sorted(all_gather_list(self.audio))
         self.plots = sorted(all_gather_list(self.plots))
         records: list[Record] = []
@@ -243,6 +237,16 @@ class GenerationCallback(Callback):
                 f"step {self.step(trainer, module)}: {len(self.audio)} clips and plots in "
                 f"{self.audio[0].parent}"
             )
+
+    def _gather_real(self, name: str) -> dict[str, Any]:
+        """One array of each real clip, by key. Collective."""
+        return all_gather_by_id({key: arrays[name] for key, arrays in self._real.items()})
+
+    def _ordered_items(self) -> list[dict[str, Any]]:
+        """Items of all ranks, in order. They are redistributed, because ranks may have read very
+        different numbers of them. Collective."""
+        items = {item["key"]: item for item in all_gather_list(self._items)}
+        return sorted(items.values(), key=lambda item: item["index"])
 
     def _decode(
         self,
@@ -276,8 +280,7 @@ class GenerationCallback(Callback):
         if len(decoded) < len(share):
             warnings.warn(
                 f"validation after {self.max_seconds} s: {len(decoded)} of {len(share)} prompts "
-                "of rank "
-                f"{trainer.global_rank} decoded, the rest skipped (generation.max_seconds)",
+                f"of rank {trainer.global_rank} decoded, the rest skipped (generation.max_seconds)",
                 stacklevel=1,
             )
         return features, decoded
@@ -362,8 +365,7 @@ class GenerationCallback(Callback):
             if module.crop_s < embedder.min_duration_s:
                 rank_zero_warn(
                     f"no metrics of {name}: it needs clips of {embedder.min_duration_s:.2f} s, "
-                    "these have "
-                    f"{module.crop_s} s"
+                    f"these have {module.crop_s} s"
                 )
                 continue
             embedders[name] = embedder

@@ -67,9 +67,8 @@ class Preemption(Callback):
         requeues = any_rank(
             self._requeue_signal is not None and self._received == self._requeue_signal
         )
-        if (
-            requeues
-        ):  # SLURM then signals all processes, which must not interrupt the end of the W&B session
+        # SLURM then signals all processes, which must not interrupt the end of the W&B session.
+        if requeues:
             for number in self._handlers:
                 signal.signal(number, signal.SIG_IGN)
             self._handlers = {}
@@ -104,9 +103,8 @@ class Preemption(Callback):
 
     def _handle_signals(self, trainer: L.Trainer) -> None:
         """Replace Lightning's handlers: its SIGTERM handler runs a collective."""
-        is_main_thread = (
-            threading.current_thread() is threading.main_thread()
-        )  # Python sets handlers only in the main thread
+        # Python sets handlers only in the main thread.
+        is_main_thread = threading.current_thread() is threading.main_thread()
         if self._handlers or not is_main_thread:
             return
         self._is_first_rank = trainer.is_global_zero
@@ -132,18 +130,16 @@ class Preemption(Callback):
             self._received = number
             self._received_at = now
         elif now - self._received_at > TOGETHER_S and not self._is_saving:
-            if (
-                self._received == self._requeue_signal and self._is_first_rank
-            ):  # second signal during a validation
+            # Second signal during a validation.
+            if self._received == self._requeue_signal and self._is_first_rank:
                 print(f"ended before a checkpoint could be saved: {_requeue()[0]}", flush=True)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
-            if (
-                signal.getsignal(number) == self._note
-            ):  # otherwise Lightning has already restored its own
+            # Otherwise Lightning has already restored its own.
+            if signal.getsignal(number) == self._note:
                 signal.signal(number, handler)
         self._handlers = {}
 

@@ -12,7 +12,7 @@ from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder
 from magnet_train.data.shards import ShardSet
 from magnet_train.module import MagnetModule
-from magnet_train.resume import Layout, fingerprint
+from magnet_train.resume import Layout, shards_hash
 
 
 class ExactResume(Callback):
@@ -57,10 +57,10 @@ class ExactResume(Callback):
             "layout": asdict(_layout(trainer)),
             "open_batches": self._open_batches,
             "has_skipped": trainer.strategy.reduce_boolean_decision(self._has_skipped, all=False),
-            "train": fingerprint(data.shards("train").index),
-            "validation": _validation_fingerprint(data),
+            "train": shards_hash(data.shards("train").index),
+            "validation": _validation_hash(data),
             "codec": data.shards("train").index["codec"]["hash"],
-            "text_encoder": pl_module.text_encoder.stamp,
+            "text_encoder": pl_module.text_encoder.hash,
         }
 
     def on_load_checkpoint(
@@ -78,7 +78,7 @@ class ExactResume(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, MagnetModule)
         check_data(data.shards("train"), saved, pl_module.text_encoder)
-        if saved["validation"] != _validation_fingerprint(data):
+        if saved["validation"] != _validation_hash(data):
             rank_zero_info(
                 "another validation set than before: metrics under val/ do not compare with "
                 "earlier ones"
@@ -136,7 +136,7 @@ def check_data(found: ShardSet, saved: dict[str, Any], text_encoder: TextEncoder
     Raises:
         UserError: if they, or the shards' codec, differ.
     """
-    if text_encoder is not None and saved["text_encoder"] != text_encoder.stamp:
+    if text_encoder is not None and saved["text_encoder"] != text_encoder.hash:
         raise UserError(
             f"--ckpt_path: trained with another text encoder than {text_encoder.id}; set "
             "--model.text_encoder as in the run's config.yaml, or start a new run"
@@ -147,14 +147,14 @@ def check_data(found: ShardSet, saved: dict[str, Any], text_encoder: TextEncoder
             f"of {found.index['codec']['hash']}; give the shards it was trained on, or start a new "
             "run"
         )
-    if saved["train"] != fingerprint(found.index):
+    if saved["train"] != shards_hash(found.index):
         raise UserError(
             f"--ckpt_path: trained on other shards than those of {found.name}; give those it was "
             "trained on, or start a new run from its weights with --model.init_from CHECKPOINT"
         )
 
 
-def _validation_fingerprint(data: Any) -> str | None:
+def _validation_hash(data: Any) -> str | None:
     return (
-        None if data.folders["validation"] is None else fingerprint(data.shards("validation").index)
+        None if data.folders["validation"] is None else shards_hash(data.shards("validation").index)
     )

@@ -16,7 +16,7 @@ from magnet_train.common import private_api
 from magnet_train.common.folders import write_text
 from magnet_train.common.redact import redact
 from magnet_train.module import MagnetModule
-from magnet_train.resume import fingerprint
+from magnet_train.resume import shards_hash
 from magnet_train.tracking.environment import add_environment, environment
 from magnet_train.tracking.logged import HOURS, LOGGED, STEP
 
@@ -91,7 +91,7 @@ class Tracking(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         session = environment(trainer.world_size)
         splits = [split for split in ("train", "validation") if data.folders[split] is not None]
-        session["data"] = {split: fingerprint(data.shards(split).index) for split in splits}
+        session["data"] = {split: shards_hash(data.shards(split).index) for split in splits}
         add_environment(Path(trainer.default_root_dir), session)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -203,9 +203,8 @@ def upload(run: Any, checkpoint: Path, alias: str) -> None:
 
     step = int(read_checkpoint(checkpoint)["global_step"])
     artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata={"step": step})
-    artifact.add_file(
-        str(checkpoint), name="model.ckpt", skip_cache=True
-    )  # W&B's cache is in the home folder
+    # W&B's cache is in the home folder.
+    artifact.add_file(str(checkpoint), name="model.ckpt", skip_cache=True)
     run.log_artifact(artifact, aliases=[alias, f"step-{step}"])
 
 

@@ -62,9 +62,8 @@ def attention(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
     for context in (5, 25, 100):
         for backward in (False, True):
             inputs = _inputs(shape, options.device, backward)
-            bias = window_bias(
-                inputs[0], context
-            )  # not measured: masks are made once per forward pass
+            # Not measured: masks are made once per forward pass.
+            bias = window_bias(inputs[0], context)
             yield compare(
                 f"attention, {'forward and backward' if backward else 'forward'}",
                 _attend(windowed_attention, inputs, backward, context=context, bias=bias),

@@ -229,12 +229,14 @@ def _memory_of_reading(folder: Path) -> tuple[float, float]:
 def _write_shards(folder: Path, number: int) -> Path:
     """A set of shards with random codes, in the format of `tokenize`."""
     folder.mkdir()
-    rng, entries = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    entries = []
     for shard in range(number):
         path = folder / f"shard-{shard:06d}.tar"
         with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
             for item in range(PER_SHARD):
-                key, codes = f"track-{shard:04d}-{item:04d}_00000000", io.BytesIO()
+                key = f"track-{shard:04d}-{item:04d}_00000000"
+                codes = io.BytesIO()
                 np.save(codes, rng.integers(2048, size=(4, ITEM_FRAMES), dtype=np.uint16))
                 about = {
                     "key": key,
@@ -313,7 +315,8 @@ def _encodec(folder: Path) -> str:
 def _write_audio(folder: Path, num_crops: int, crop_s: float) -> Path:
     """Clips of three crops each, with captions: two notes and some noise."""
     folder.mkdir()
-    rng, seconds = np.random.default_rng(0), np.arange(round(3 * crop_s * 44_100)) / 44_100
+    rng = np.random.default_rng(0)
+    seconds = np.arange(round(3 * crop_s * 44_100)) / 44_100
     for number in range(num_crops // 3):
         notes = 0.3 * np.sin(2 * np.pi * np.outer(seconds, (220 + number, 330 + number)))
         path = folder / f"clip{number:02d}.flac"

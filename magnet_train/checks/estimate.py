@@ -204,10 +204,8 @@ def available_memory(root: Path = Path("/")) -> float:
             / "sys/fs/cgroup"
             / next((g[3:].strip("/") for g in groups if g.startswith("0::")), "")
         )
-        for folder in (
-            own,
-            *own.parents,
-        ):  # jobs and containers set limits in parent groups
+        # Jobs and containers set limits in parent groups.
+        for folder in (own, *own.parents):
             file = folder / "memory.max"
             if file.is_file() and (limit := file.read_text().strip()) != "max":
                 found.append(float(limit))

@@ -151,9 +151,8 @@ def peak_mb(call: Callable[[], Any], device: str) -> float:
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "6"
-    )  # otherwise the profiler reports its own start and end
+    # Otherwise the profiler reports its own start and end.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # Process memory would depend on when malloc returns pages.
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

@@ -147,9 +147,8 @@ def evaluate_verb(args: list[str]) -> None:
     finally:
         import torch.distributed as dist
 
-        if (
-            dist.is_available() and dist.is_initialized()
-        ):  # otherwise the interpreter may abort at exit
+        # Otherwise the interpreter may abort at exit.
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -237,7 +236,8 @@ def doctor_verb(args: list[str]) -> None:
     from magnet_train.cli.run_folder import check_run_folder
 
     where = "start" if built else "configuration"
-    plan, findings = None, [Finding("failed", where, _reason(error)) for error in errors]
+    plan = None
+    findings = [Finding("failed", where, _reason(error)) for error in errors]
     if built is not None:
         findings.insert(0, Finding("ok", "configuration", "valid"))
         plan = Plan(built.parsed, built.datamodule, built.config_init.fit.generation.decoding)

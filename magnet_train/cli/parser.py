@@ -88,8 +88,6 @@ def options_of_note(path: Path, content: Any) -> str | None:
     return json.dumps(options) if is_note else None
 
 
-
-
 class OneLineErrors(ArgumentParser):
     """Parser that raises UserErrors, reads dashes as underscores, and refuses NaN and infinity."""
 

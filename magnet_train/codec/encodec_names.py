@@ -119,7 +119,8 @@ def transformers_config(audiocraft: Mapping[str, Any], where: str) -> dict[str, 
             "only weight_norm and time_group_norm"
         )
     try:
-        rate, ratios = int(audiocraft["sample_rate"]), [int(r) for r in audiocraft["seanet.ratios"]]
+        rate = int(audiocraft["sample_rate"])
+        ratios = [int(r) for r in audiocraft["seanet.ratios"]]
         hop = math.prod(ratios)
         bits_per_s = (
             int(audiocraft["rvq.n_q"])

@@ -334,7 +334,8 @@ class SpectralModel(nn.Module):
 
     def quantise(self, latents: Tensor) -> Tensor:
         """Latents `b d t` -> codes `b k t`: the entry nearest to the residual of each codebook."""
-        residual, codes = latents.transpose(1, 2), []
+        residual = latents.transpose(1, 2)
+        codes = []
         for entries in self.entries:
             codes.append(nearest(residual, entries))
             residual = residual - entries[codes[-1]]

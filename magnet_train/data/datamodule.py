@@ -23,7 +23,7 @@ from magnet_train.data.pipeline import (
 )
 from magnet_train.data.timed_loader import TimedLoader
 from magnet_train.metrics.baselines import CountTables
-from magnet_train.resume import fingerprint
+from magnet_train.resume import shards_hash
 
 
 def split_global_batch(
@@ -86,9 +86,25 @@ def check_codec(found: ShardSet, codec: CodecFacts) -> None:
     if made["hash"] != codec.hash:
         raise UserError(
             f"{found.name}: made with codec {made['id']!r} ({made['hash']}), but --model.codec "
-            f"{codec.id!r} is "
-            f"{codec.hash}: tokenize again with it, or train with theirs"
+            f"{codec.id!r} is {codec.hash}: tokenize again with it, or train with theirs"
         )
+
+
+def check_crop_schedule(
+    schedule: list[tuple[float, int]], crop_s: float
+) -> list[tuple[float, int]]:
+    """The schedule with crops of at most `crop_s` seconds.
+
+    Raises:
+        UserError: for a length or a number of steps that is not positive.
+    """
+    for length, steps in schedule:
+        if not length > 0 or steps < 1:  # NaN too
+            raise UserError(
+                f"data: crop_schedule=[{length}, {steps}]: the length must be above 0 seconds, "
+                "and the number of steps at least 1"
+            )
+    return [(min(float(length), crop_s), int(steps)) for length, steps in schedule]
 
 
 class MagnetDataModule(L.LightningDataModule):
@@ -149,19 +165,16 @@ class MagnetDataModule(L.LightningDataModule):
         }
         if global_batch_size is not None and global_batch_size < 1:
             raise UserError(f"data: global_batch_size={global_batch_size} must be at least 1")
-        self.batch_size, self.num_workers, self.crop_s = batch_size, num_workers, crop_s
-        self.global_batch_size, self.augmentation = global_batch_size, augmentation
-        self.crop_schedule = [
-            (min(float(length), crop_s), int(steps)) for length, steps in crop_schedule or []
-        ]
-        for length, steps in self.crop_schedule:
-            if not length > 0 or steps < 1:
-                raise UserError(
-                    f"data: crop_schedule=[{length}, {steps}]: the length must be above 0 seconds, "
-                    "and the number of steps at least 1"
-                )
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.crop_s = crop_s
+        self.global_batch_size = global_batch_size
+        self.augmentation = augmentation
+        self.crop_schedule = check_crop_schedule(crop_schedule or [], crop_s)
         self._is_batch_split = False
-        self.codec_name, self.seed, self.predict_split = codec, seed, predict_split
+        self.codec_name = codec
+        self.seed = seed
+        self.predict_split = predict_split
         self.resumes_from: str | None = None
         """Checkpoint from which `fit` resumes, as found by this rank."""
         self._sets: dict[str, ShardSet] = {}
@@ -225,32 +238,39 @@ class MagnetDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the shards that the stage needs, so that errors are found before weights load."""
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}
-        if self.trainer is not None:
-            rank, first = (
-                self.trainer.global_rank,
-                self.trainer.strategy.broadcast(self.resumes_from),
-            )
-            if first != self.resumes_from:
-                raise UserError(
-                    f"--ckpt_path: rank {rank} resumes from {self.resumes_from}, rank 0 from "
-                    f"{first}; the run folder must be shared by all nodes"
-                )
-        if stage == "fit" and self.trainer is not None and self.trainer.limit_val_batches == 0:
+        trainer: Any = self.trainer
+        if trainer is not None:
+            self._check_checkpoint_of_ranks(trainer)
+        if stage == "fit" and trainer is not None and trainer.limit_val_batches == 0:
             needed["fit"] = ["train"]
-        for split in needed.get(stage, [self.predict_split]):
-            found = self.shards(split)
-            if self.trainer is not None:  # nodes may have their own copies or a cached index
-                own = fingerprint(found.index)
-                if self.trainer.strategy.broadcast(own) != own:
-                    raise UserError(
-                        f"{found.name}: rank {self.trainer.global_rank} finds other shards there "
-                        "than rank 0; all nodes need the same copies"
-                    )
-        if stage == "fit" and self.trainer is not None:
-            self._apply_batch_split(self.trainer)
+        found = [self.shards(split) for split in needed.get(stage, [self.predict_split])]
+        if trainer is None:
+            return
+        self._check_shards_of_ranks(trainer, found)
+        if stage == "fit":
+            self._apply_batch_split(trainer)
         # With limit_train_batches each epoch has a new loader, which continues after the last one.
-        if self.trainer is not None:
-            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        trainer.reload_dataloaders_every_n_epochs = 1
+
+    def _check_checkpoint_of_ranks(self, trainer: Any) -> None:
+        """Ranks must go on from the same checkpoint. Collective."""
+        first = trainer.strategy.broadcast(self.resumes_from)
+        if first != self.resumes_from:
+            raise UserError(
+                f"--ckpt_path: rank {trainer.global_rank} resumes from {self.resumes_from}, "
+                f"rank 0 from {first}; the run folder must be shared by all nodes"
+            )
+
+    @staticmethod
+    def _check_shards_of_ranks(trainer: Any, found: list[ShardSet]) -> None:
+        """Nodes may have copies of their own, or one of them a cached index. Collective."""
+        for shards in found:
+            own = shards_hash(shards.index)
+            if trainer.strategy.broadcast(own) != own:
+                raise UserError(
+                    f"{shards.name}: rank {trainer.global_rank} finds other shards there than "
+                    "rank 0; all nodes need the same copies"
+                )
 
     def batch_split(self, world_size: int, accumulated: int) -> tuple[int, int]:
         """Examples per batch on each device, and batches to accumulate, for one optimizer step.

@@ -152,7 +152,8 @@ def read_training(
             continue
         for group, group_done in waiting:
             for number in range(group_done, len(group)):
-                place, variant = group[number], []
+                place = group[number]
+                variant = []
                 if place.shard not in content:
                     place = readable[number % len(readable)]
                     variant = [number + 1]  # another crop than at its own position

@@ -101,14 +101,14 @@ class UsableClip:
     clip: Clip
     start_s: float
     length_s: float
-    fingerprint: str
+    hash: str
     """Hash of the clip's name, audio, caption, fields and segment, but not of its folder."""
 
 
 def find_usable(
     clips: list[Clip], options: TokenizeOptions
 ) -> tuple[dict[str, UsableClip], list[dict[str, str]]]:
-    """Usable clips by fingerprint, and `file` and `reason` of skipped ones.
+    """Usable clips by hash, and `file` and `reason` of skipped ones.
 
     Raises:
         UserError: if no clip can be used.
@@ -118,10 +118,10 @@ def find_usable(
     for clip in tqdm(clips, desc="reading lengths", unit="file", leave=False):
         try:
             start_s, length_s = _usable_part(clip, options)
-            fingerprint = _fingerprint(clip)
-            if fingerprint in usable:
+            clip_hash = _hash_of(clip)
+            if clip_hash in usable:
                 raise UserError(f"{clip.name}: listed twice with the same caption")
-            usable[fingerprint] = UsableClip(clip, start_s, length_s, fingerprint)
+            usable[clip_hash] = UsableClip(clip, start_s, length_s, clip_hash)
         except UserError as error:
             skipped.append({"file": clip.name, "reason": str(error)})
     if not usable:
@@ -131,18 +131,18 @@ def find_usable(
 
 
 def append_round(usable: dict[str, UsableClip], rounds: list[list[str]]) -> list[list[str]]:
-    """The rounds of fingerprints of earlier calls, and one of all clips that are new.
+    """The rounds of hashes of earlier calls, and one of all clips that are new.
 
     Raises:
         UserError: if a clip of an earlier round is gone, changed or unreadable.
     """
-    planned = {fingerprint for part in rounds for fingerprint in part}
+    planned = {clip_hash for part in rounds for clip_hash in part}
     if missing := planned - usable.keys():
         raise UserError(
             f"{len(missing)} of the {len(planned)} clips of an earlier call are gone, unreadable, "
             "or have other audio, captions or fields"
         )
-    new = [fingerprint for fingerprint in usable if fingerprint not in planned]
+    new = [clip_hash for clip_hash in usable if clip_hash not in planned]
     return [*rounds, new] if new else rounds
 
 
@@ -152,7 +152,7 @@ def plan_shards(
     """The crops of each shard; a shard has crops of one round."""
     shards: list[list[Crop]] = []
     for part in rounds:
-        crops = [crop for fingerprint in part for crop in _crops(usable[fingerprint], options)]
+        crops = [crop for clip_hash in part for crop in _crops(usable[clip_hash], options)]
         if options.mixtures:
             crops = with_mixtures(crops, options)
         size = options.shard_size
@@ -172,7 +172,7 @@ def _usable_part(clip: Clip, options: TokenizeOptions) -> tuple[float, float]:
     return start_s, length_s
 
 
-def _fingerprint(clip: Clip) -> str:
+def _hash_of(clip: Clip) -> str:
     digest = hashlib.sha256()
     try:
         size = clip.path.stat().st_size
@@ -198,7 +198,7 @@ def _crops(part: UsableClip, options: TokenizeOptions) -> Iterator[Crop]:
         and (number - 1) * hop_s + options.crop_s < length_s
     ):
         offset_s = part.start_s + number * hop_s
-        key = f"{stem}-{part.fingerprint[:10]}_{round(offset_s * 1000):08d}"
+        key = f"{stem}-{part.hash[:10]}_{round(offset_s * 1000):08d}"
         yield Crop(part.clip, key, offset_s, min(options.crop_s, length_s - number * hop_s))
         number += 1
 

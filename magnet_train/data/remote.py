@@ -170,9 +170,8 @@ def read_bytes(url_or_path: str | Path, sha256: str | None) -> bytes:
         raise
     except Exception as error:  # each store has its own types
         raise _explain(str(url_or_path), error) from error
-    if (
-        sha256 is not None
-    ):  # and it is its SHA-256: an index of strangers cannot choose another name
+    # And it is its SHA-256: an index of strangers cannot choose another name.
+    if sha256 is not None:
         _keep(content, cached)
     return content
 
@@ -297,7 +296,7 @@ def _explain(address: str, error: BaseException) -> UserError:
             f"{shown}: access denied ({reason}); give credentials, or correct the address"
         )
     if isinstance(error, ImportError):
-        extras = {"s3": "'magnet-train[s3]'", "gs": "'magnet-train[gs]'"}
+        extras = {"s3": "-e '.[s3]'", "gs": "-e '.[gs]'"}
         extra = extras.get(address.partition("://")[0], "it")
         return UserError(f"{shown}: a package is missing ({reason}); pip install {extra}")
     if not _is_transient(error):

@@ -419,9 +419,8 @@ class _Evaluation:
         captions = load_captions(None, self.reference.clips)
         for metric, found in baselines.items():
             if scorer.compares_sets(metric):
-                with suppress(
-                    UserError
-                ):  # too few clips for the baseline; the metric may still be valid
+                # Too few clips for the baseline; the metric may still be valid.
+                with suppress(UserError):
                     found["baseline_real"] = scorer.score_halves(
                         metric, self.real_features[parse_metric(metric)[1]]
                     )

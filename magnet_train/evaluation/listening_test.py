@@ -139,8 +139,7 @@ def group_by_caption(
         if caption in files:
             raise UserError(
                 f"{clip.path}: has the caption of {files[caption].name}, {caption!r}, in system "
-                f"{system}; keep one of "
-                "them"
+                f"{system}; keep one of them"
             )
         files[caption] = clip.path
     return files
@@ -159,8 +158,7 @@ def check_systems(files: Mapping[str, Mapping[str, Path]], reference: str | None
     if reference is not None and reference not in files:
         raise UserError(
             f"reference={reference!r}: no such system among {', '.join(files)}; name the one that "
-            "has the real clips, "
-            "or give None for a test without reference and anchors"
+            "has the real clips, or give None for a test without reference and anchors"
         )
     if not set(files) - {reference}:
         raise UserError(
@@ -173,8 +171,7 @@ def check_systems(files: Mapping[str, Mapping[str, Path]], reference: str | None
         if missing := [caption for caption in captions if caption not in found]:
             raise UserError(
                 f"system {name}: no clip for {len(missing)} of {len(captions)} captions, such as "
-                f"{missing[0]!r}; "
-                "generate it, or remove it from the other systems"
+                f"{missing[0]!r}; generate it, or remove it from the other systems"
             )
     if reference is not None and len(captions) < 2:
         raise UserError(

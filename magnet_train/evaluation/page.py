@@ -103,8 +103,7 @@ def write_page(path: Path, title: str, body: str, script: str) -> int:
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = (
         "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri "
-        "'none'; "
-        f"form-action 'none'; script-src 'sha256-{digest}'"
+        f"'none'; form-action 'none'; script-src 'sha256-{digest}'"
     )
     content = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

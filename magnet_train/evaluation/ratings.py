@@ -157,9 +157,8 @@ def analyse_ratings(
     raters = "1 rater" if len(kept) == 1 else f"{len(kept)} raters"
     protocol = (
         f"Mean of {raters} on a scale from 1 to 100, [95 % interval] by bootstrap over raters "
-        f"({num_draws} draws, seed "
-        f"{seed}); study {answers.study}, {answers.num_trials} captions, the clips of a caption "
-        "at one loudness."
+        f"({num_draws} draws, seed {seed}); study {answers.study}, {answers.num_trials} captions, "
+        "the clips of a caption at one loudness."
     )
     rows = _rows(answers, kept, num_draws, seed)
     return RatingsTable(answers.title, rows, len(kept), dropped, num_unplayed, protocol)
@@ -375,6 +374,5 @@ def _rows(
             )
     first = answers.questions[0]
     quality = {row.system: row.mean for row in rows if row.question == first}
-    return tuple(
-        sorted(rows, key=lambda row: -quality[row.system])
-    )  # stable: questions keep their order
+    # Stable: questions keep their order.
+    return tuple(sorted(rows, key=lambda row: -quality[row.system]))

@@ -291,35 +291,21 @@ def _entries(ranked: Sequence[tuple[float, str, str]]) -> str:
 # --- Metrics, settings ----------------------------------------------------------------------------
 
 
+_COLUMNS = {
+    "system": "System",
+    "metric": "Metric",
+    "value": "Value",
+    "interval": "95 % interval",
+    "num_clips": "Clips",
+}
+
+
 def _records(records: Sequence[Mapping[str, Any]]) -> str:
-    heads = {
-        "system": "System",
-        "metric": "Metric",
-        "value": "Value",
-        "interval": "95 % interval",
-        "num_clips": "Clips",
-    }
-    rows: list[dict[str, str]] = []
-    for record in records:
-        record = {name: value for name, value in record.items() if value is not None}
-        metric = record.get("metric", "")
-        value = record.get("value")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"record {metric!r}: value={value!r} is not a number; remove it")
-        _finite(value, f"record {metric!r}")
-        row = {name: text(_number(record[name])) for name in heads if name in record}
-        if "interval" in record:
-            row["interval"] = " to ".join(_number(float(end)) for end in record["interval"])
-        rest = {name: value for name, value in record.items() if name not in heads}
-        if protocol := {name: value for name, value in flatten(rest) if value is not None}:
-            row["protocol"] = (
-                f"<details><summary>protocol</summary>{_definitions(protocol)}</details>"
-            )
-        rows.append(row)
-    heads["protocol"] = ""
-    if not rows:
-        return ""
+    rows = [_record_row(record) for record in records]
+    heads = _COLUMNS | {"protocol": ""}
     shown = {key: head for key, head in heads.items() if any(key in row for row in rows)}
+    if not shown:
+        return ""
     head = "".join(f'<th scope="col">{name}</th>' for name in shown.values())
     body = "".join(
         "<tr>" + "".join(f'<td class="{key}">{row.get(key, "")}</td>' for key in shown) + "</tr>"
@@ -327,6 +313,23 @@ def _records(records: Sequence[Mapping[str, Any]]) -> str:
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="scroll">{table}</div>'
+
+
+def _record_row(record: Mapping[str, Any]) -> dict[str, str]:
+    """The cells of one record, by column."""
+    record = {name: value for name, value in record.items() if value is not None}
+    metric, value = record.get("metric", ""), record.get("value")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"record {metric!r}: value={value!r} is not a number; remove it")
+    _finite(value, f"record {metric!r}")
+    row = {name: text(_number(record[name])) for name in _COLUMNS if name in record}
+    if "interval" in record:
+        row["interval"] = " to ".join(_number(float(end)) for end in record["interval"])
+    rest = flatten({name: value for name, value in record.items() if name not in _COLUMNS})
+    protocol = {name: value for name, value in rest if value is not None}
+    if protocol:
+        row["protocol"] = f"<details><summary>protocol</summary>{_definitions(protocol)}</details>"
+    return row
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

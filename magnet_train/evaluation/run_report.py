@@ -84,8 +84,7 @@ def _validation_clips(folder: Path, notes: list[str]) -> list[dict[str, ReportCl
     elif without_codes:
         notes.append(
             f"{without_codes} of {len(clips)} clips are shown without codes and order of "
-            "unmasking: there is no .npz "
-            "beside the audio."
+            "unmasking: there is no .npz beside the audio."
         )
     return list(rows.values())
 

@@ -216,9 +216,8 @@ def neighbourhoods(generated: Tensor, reference: Tensor, k: int = 5) -> Neighbou
     x, y = _pair(generated, reference, "precision and recall", k + 1)
 
     def radii(a: Tensor) -> Tensor:
-        return (
-            torch.cdist(a, a, compute_mode=_EXACT).kthvalue(k + 1, dim=1).values
-        )  # the first is itself
+        # The first is itself.
+        return torch.cdist(a, a, compute_mode=_EXACT).kthvalue(k + 1, dim=1).values
 
     between = torch.cdist(y, x, compute_mode=_EXACT)  # m n
     of_real, of_generated = radii(y), radii(x)

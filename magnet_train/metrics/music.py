@@ -441,19 +441,20 @@ def score_music(
         ],
         "periodicity": [periodicity(clip.correlation) for clip in clips.values()],
     }
-    figures = {}
-    for name, some in values.items():
-        if some:
-            interval = bootstrap_interval(torch.tensor(some).double()) if len(some) > 1 else None
-            figures[name] = MusicFigure(
-                float(np.mean(some)), interval, len(some), len(clips) - len(some)
-            )
+    figures = {name: _mean_figure(some, len(clips)) for name, some in values.items()}
     for name in REFERENCE_MEASURES:
         durations = [_durations(clip, name) for clip in clips.values()]
         real = [_durations(clip, name) for clip in (reference or {}).values()]
-        if (figure := _distance_figure(durations, real)) is not None:
-            figures[name] = figure
-    return {name: figures[name] for name in MEASURES if name in figures}
+        figures[name] = _distance_figure(durations, real)
+    return {name: figure for name in MEASURES if (figure := figures.get(name)) is not None}
+
+
+def _mean_figure(values: list[float], num_clips: int) -> MusicFigure | None:
+    """The mean over those of `num_clips` clips that have a value; None if none has."""
+    if not values:
+        return None
+    interval = bootstrap_interval(torch.tensor(values).double()) if len(values) > 1 else None
+    return MusicFigure(float(np.mean(values)), interval, len(values), num_clips - len(values))
 
 
 def _durations(clip: ClipMusic, name: str) -> np.ndarray:

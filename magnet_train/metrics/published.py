@@ -58,10 +58,7 @@ PUBLISHED = (
     *_rows(
         "AudioCaps",
         "MAGNET_MODEL_CARD.md",
-        {
-            "audio-magnet-small": (3.21, 1.42, None),
-            "audio-magnet-medium": (2.32, 1.64, None),
-        },
+        {"audio-magnet-small": (3.21, 1.42, None), "audio-magnet-medium": (2.32, 1.64, None)},
     ),
     *_rows(
         "MusicCaps",
@@ -73,11 +70,5 @@ PUBLISHED = (
             "musicgen-melody": (4.93, 1.41, 0.27),
         },
     ),
-    *_rows(
-        "AudioCaps",
-        "AUDIOGEN_MODEL_CARD.md",
-        {
-            "audiogen-medium": (1.77, 1.58, 0.30),
-        },
-    ),
+    *_rows("AudioCaps", "AUDIOGEN_MODEL_CARD.md", {"audiogen-medium": (1.77, 1.58, 0.30)}),
 )

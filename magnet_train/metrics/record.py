@@ -127,8 +127,7 @@ def compare(records: Sequence[Record], force: bool = False) -> list[str]:
             if first.get(name) != value:
                 differences.append(
                     f"{records[0].system} and {record.system}: {records[0].metric} differs in "
-                    f"{name}, "
-                    f"{first.get(name)!r} and {value!r}"
+                    f"{name}, {first.get(name)!r} and {value!r}"
                 )
     if differences and not force:
         raise UserError(f"{differences[0]}; score both in the same way, or use --force true")

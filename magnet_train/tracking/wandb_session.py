@@ -139,9 +139,8 @@ def _quick_answers(settings: Any) -> Iterator[None]:
     try:
         for name, value in quick.items():
             setattr(settings, name, value)
-        os.environ[HTTP_TIMEOUT] = str(
-            2 * attempt_s + 10
-        )  # so that `wandb.login` outlasts both attempts
+        # So that `wandb.login` outlasts both attempts.
+        os.environ[HTTP_TIMEOUT] = str(2 * attempt_s + 10)
         yield
     finally:
         for name, value in before.items():

@@ -234,7 +234,7 @@ class LaionClap:
         except Exception as error:  # a torchvision for another torch raises OSError, RuntimeError
             raise UserError(
                 f"laion-clap cannot be imported ({one_line(error)}): pip install "
-                "'magnet-train[laion-clap]', or use clap: transformers computes the same from the "
+                "-e '.[laion-clap]', or use clap: transformers computes the same from the "
                 "same weights"
             ) from error
         self.hash = file.hash
@@ -357,8 +357,7 @@ def check_captions(clap: AudioTextModel) -> None:
     if not cosine < 0.9:
         raise UserError(
             f"{clap.id}: two unrelated captions have cosine {cosine:.3f}, which should be far "
-            "below 0.9; "
-            "the text weights or the tokenizer are broken"
+            "below 0.9; the text weights or the tokenizer are broken"
         )
 
 
