@@ -195,4 +195,4 @@ def test_bad_systems_are_named_in_one_line(tmp_path):
     one = write_systems(tmp_path / "s3", CAPTIONS[:1])
     assert "one caption" in export_refused(one)
     lonely = write_systems(tmp_path / "s4", systems=("reference",))
-    assert "needs a system beside the reference" in export_refused(lonely)
+    assert "needs a system besides the reference" in export_refused(lonely)

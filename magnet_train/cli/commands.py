@@ -68,7 +68,7 @@ def generate_verb(args: list[str]) -> None:
     from magnet_train.decoding.decode import DecodingConfig
 
     parser = make_parser(
-        "generate", "Generate audio from prompts; a JSON beside each file has all settings."
+        "generate", "Generate audio from prompts; a JSON next to each file has all settings."
     )
     prompt = "Captions, each in quotes; one file per caption."
     parser.add_argument("-p", "--prompt", type=str, nargs="+", default=[], help=prompt)
