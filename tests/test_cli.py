@@ -1,4 +1,4 @@
-"""The command line as people use it: real runs on tiny shards, one line for each mistake."""
+"""The command line: runs on tiny shards, and one-line errors."""
 
 import json
 import os
@@ -166,7 +166,7 @@ def test_metrics_without_weights_are_skipped_in_fit_and_an_error_elsewhere(
 
 
 def test_half_precision_trains_every_stage(shards, tmp_path):
-    """Under autocast the window's backward pass runs outside of it."""
+    """The backward pass of windowed attention runs outside of autocast."""
     options = [
         "--trainer.precision=bf16-mixed",
         "--trainer.max_steps=6",
@@ -286,7 +286,7 @@ def test_generate_plays_a_run_and_says_how_to_make_it_again(run, tmp_path):
 
 
 def mistake(capsys, *args: str) -> str:
-    """The one line that a mistake gets."""
+    """The one-line error message."""
     status = main(list(args))
     lines = [
         line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("error:")
@@ -345,7 +345,7 @@ def test_mistakes_of_fit(capsys, tmp_path, shards, clips):
 
 @pytest.mark.slow
 def test_fit_with_two_processes_validates_every_item_once(shards, tmp_path):
-    """One real launch, two gloo ranks: the counts of items and clips are those of one process."""
+    """A launch with two gloo ranks has the same counts of items and clips as one process."""
     (tmp_path / "c.yaml").write_text("{}")
     data = [f"--data.train={shards / 'train'}", f"--data.validation={shards / 'validation'}"]
     two = [
@@ -384,7 +384,7 @@ def test_fit_with_two_processes_validates_every_item_once(shards, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["metrics"]["val/num_clips"]["after"] == 2
     assert (tmp_path / "run" / "checkpoints" / "step=0000002.ckpt").is_file()
-    # Each rank wrote one of the clips, and W&B, which the first rank alone talks to, has both.
+    # Each rank wrote one of the clips, and rank 0 logged both to W&B.
     assert [Path(path).name[:2] for path in summary["audio"]] == ["00", "01"]
     tables = [row for row in history(records(tmp_path / "run")) if "gen/clips.nrows" in row]
     assert [row["gen/clips.nrows"] for row in tables] == [2, 4]
@@ -416,7 +416,7 @@ def test_every_option_of_ours_has_a_sentence_of_help(verb, capsys):
 
 
 def test_a_rank_that_fails_under_nccl_waits_for_nobody(monkeypatch, capsys):
-    """Where the process group ends only with all ranks, which wait for this one."""
+    """Under NCCL, destroying the process group would wait for the other ranks."""
     for name, value in {"is_initialized": True, "get_world_size": 2, "get_backend": "nccl"}.items():
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     monkeypatch.setattr(os, "_exit", sys.exit)

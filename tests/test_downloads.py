@@ -1,4 +1,4 @@
-"""Weights come from a path, the cache or one download; a wrong file is refused."""
+"""Weights are read from a path, the cache or a download; a wrong file is refused."""
 
 import hashlib
 import multiprocessing
@@ -33,7 +33,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT for every address but those with "absent"; counts requests."""
+    """Serves CONTENT for every URL except those with "absent", and counts requests."""
 
     requests = 0
     arriving = len(CONTENT)

@@ -1,5 +1,4 @@
-"""`evaluate`: through the command line, on real clips and damaged ones, and every mistake in one
-line."""
+"""`evaluate` from the command line, on real and degraded clips, with one-line errors."""
 
 import json
 import os
@@ -26,7 +25,7 @@ SECONDS = 4
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> Path:
-    """The beginnings of eight of the demo's clips, with their captions."""
+    """The first seconds of eight of the demo's clips, with captions."""
     folder = tmp_path_factory.mktemp("real")
     for path in sorted(p for p in demo_path("clips").iterdir() if p.suffix in (".flac", ".mp3"))[
         :8
@@ -38,7 +37,7 @@ def real(tmp_path_factory) -> Path:
 
 
 def damaged(real: Path, folder: Path, damage) -> Path:
-    """Copies with something done to the samples `t` or `t channels`, captions included."""
+    """Copies with changed samples (`t` or `t channels`) and the same captions."""
     folder.mkdir()
     for path in real.glob("*.wav"):
         wav, rate = soundfile.read(path)
@@ -116,7 +115,7 @@ def test_a_table_records_a_report_and_a_listening_test_through_the_command_line(
         and (tmp_path / "listen_key.json").exists()
     )
     assert "noisy" not in re.sub(r'src="data:[^"]*"', "", (tmp_path / "listen.html").read_text())
-    # The saved statistics give the same figures, without the audio.
+    # The saved statistics give the same values without the audio.
     again = [
         "--generated",
         str(bad),
@@ -141,8 +140,8 @@ def test_a_table_records_a_report_and_a_listening_test_through_the_command_line(
 
 
 def test_a_ladder_of_damage_comes_out_in_order(real, tmp_path):
-    """Real, codec, low-passed, noisy, white noise: farther and farther, and the ends' intervals do
-    not meet."""
+    """Distances increase from real clips over codec, low-pass and noisy clips to white noise; the
+    first and last intervals do not overlap."""
     steps = {
         "real": real,
         "low-passed": damaged(real, tmp_path / "low", low_pass),
@@ -203,7 +202,7 @@ def test_a_model_is_generated_for_and_scored_in_one_go(tmp_path, tiny, real):
         and records[0].seed == 0
     )
     folders = sorted(len(list(folder.glob("*.wav"))) for folder in (tmp_path / "out").iterdir())
-    assert folders == [1, 3]  # one folder for each setting; the first ended at its first clip
+    assert folders == [1, 3]  # one folder for each setting; the first stopped at its first clip
     assert (tmp_path / "report.html").stat().st_size > 100_000
 
 
@@ -261,7 +260,7 @@ def test_figures_are_written_even_where_a_table_is_refused(real, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_on_the_command_line_give_the_same_figure(real, tmp_path):
-    """One real launch; an unreadable clip ends both with its message."""
+    """A launch with two ranks; an unreadable clip stops both with its message."""
     command = [
         sys.executable,
         "-m",
@@ -399,7 +398,7 @@ def chord(i: int) -> np.ndarray:
 
 
 def test_mono_and_two_equal_channels_in_folders_with_an_equals_sign(tmp_path):
-    """The same sound has the same metrics and the same protocol, levelled or not."""
+    """Mono and two equal channels have the same metrics and protocol, normalised or not."""
     for i in range(4):
         for name, channels in (("span_len=1", 1), ("span_len=2", 2)):
             (tmp_path / name).mkdir(exist_ok=True)
@@ -426,7 +425,7 @@ def test_mono_and_two_equal_channels_in_folders_with_an_equals_sign(tmp_path):
 
 
 def test_a_listening_test_takes_the_captions_that_scoring_takes(tmp_path, real):
-    """Generated clips without captions have those of the real clips; a gap is named at once."""
+    """Generated clips without captions use those of the real clips; missing ones are reported."""
     bare = tmp_path / "bare"
     bare.mkdir()
     for path in sorted(real.glob("*.wav"))[:3]:
