@@ -47,10 +47,10 @@ def step_generator(seed: int, *place: int) -> torch.Generator:
 def checked_stage_weights(
     weights: tuple[float, ...] | None, num_codebooks: int
 ) -> tuple[float, ...] | None:
-    """Relative frequencies of the stages, one number each; None = all equal.
+    """How often each stage is trained, one number for each; None = alike.
 
     Raises:
-        UserError: if a number is negative, or all are 0.
+        UserError: if one is below 0, or none above.
     """
     if weights is None:
         return None
@@ -61,10 +61,10 @@ def checked_stage_weights(
 
 
 def load_teacher(start: SavedModel | None, network: MagnetConfig) -> Magnet:
-    """Load the teacher for guidance distillation.
+    """The network whose guided logits are learnt.
 
     Raises:
-        UserError: if there is no model with order=parallel.
+        UserError: if there is none.
     """
     if start is None or network.order != "parallel":
         raise UserError(
@@ -75,6 +75,13 @@ def load_teacher(start: SavedModel | None, network: MagnetConfig) -> Magnet:
 
 
 MAX_CROP_S = 3600.0
+
+
+def initial_provenance(start: SavedModel | None) -> dict[str, Any]:
+    """Origin and licence of the initial weights; empty for random ones."""
+    if start is None:
+        return {}
+    return {name: start.provenance.get(name) for name in ("licence", "base_model", "source")}
 
 
 class MagnetModule(L.LightningModule):
@@ -109,9 +116,9 @@ class MagnetModule(L.LightningModule):
                 its tokenizer.
             crop_s: Length of training crops and, by default, of generated audio, in seconds.
             span_len: Length of masked spans, in frames; 3 frames are 60 ms at 50 Hz.
-            prompt_weight: Weight of the codes in a hybrid's autoregressive beginning relative to
-                masked ones, at least 0. At 1, as in audiocraft's branch, the beginnings have about
-                six times the total weight. Ignored for order=parallel.
+            prompt_weight: Weight of a code in a hybrid's beginning relative to a masked one, at
+                least 0. At 1, as in audiocraft's branch, all beginnings weigh about six times as
+                much, because they have more codes. Not read for order=parallel.
             guidance_dropout: Share of examples trained without their caption, for classifier-free
                 guidance, 0 to 1.
             stage_sampling: "batch" trains one stage per optimizer step, as published; "example"
@@ -123,8 +130,8 @@ class MagnetModule(L.LightningModule):
             init_from: Start from these weights (release folder, hub id, checkpoint or run folder).
                 Their network, codec, text encoder, lengths and decoding settings become the
                 defaults.
-            distil_guidance: Distil the guided logits of init_from, so that decoding needs no null
-                pass and takes half the time. Uses the guidance coefficients of its decoding
+            distil_guidance: Learn the guided logits of init_from, so that decoding needs no null
+                pass and takes half the time. Guidance coefficients are those of its decoding
                 settings.
             compiled: Compile the transformer's blocks, for GPUs. The first steps then take a minute
                 or more.
@@ -171,12 +178,7 @@ class MagnetModule(L.LightningModule):
                 "seed": seed,
             }
         )
-        # Origin and licence of the initial weights.
-        self.init_provenance = (
-            {}
-            if start is None
-            else {k: start.provenance.get(k) for k in ("licence", "base_model", "source")}
-        )
+        self.init_provenance = initial_provenance(start)
         self.config, self.optimizer_config = network, optimizer
         self.trained_steps = 0
         """Optimizer steps of the loaded checkpoint, if the trainer does not know them."""
@@ -264,15 +266,15 @@ class MagnetModule(L.LightningModule):
     def hybrid_loss(
         self, batch: Batch, captions: list[str], stage: int, masked: Tensor, steps: Tensor
     ) -> tuple[MaskedLoss, MaskedLoss]:
-        """Losses of a stage and of the autoregressive beginnings, from one pass.
+        """Losses of a stage behind beginnings, and of these beginnings' codes, from one pass.
 
         Args:
             batch: codes and valid frames.
             captions: one per example; "" = without text.
             stage: 0 … K-1.
-            masked: `b t`, none in the autoregressive beginning.
-            steps: `b`, prompt step of each example; rows before it are causal and predict all codes
-                of the beginning.
+            masked: `b t`, none of them in the stage's beginning.
+            steps: `b`, prompt step of each example: rows before it are causal, and predict all
+                codes of its beginning.
         """
         codes = batch["codes"]
         prompt = prompt_frames(steps, *codes.shape[1:])
@@ -284,7 +286,7 @@ class MagnetModule(L.LightningModule):
         return loss[: len(codes)], loss[len(codes) :]
 
     def reading_loss(self, batch: Batch, captions: list[str]) -> MaskedLoss:
-        """Autoregressive loss of all codes in the delay layout."""
+        """Loss of all codes, each after those that come before it in the delay layout."""
         codes = batch["codes"]
         everywhere = torch.ones_like(codes, dtype=torch.bool)
         return self._loss(batch, captions, self.config.reading, codes, everywhere)
@@ -296,7 +298,7 @@ class MagnetModule(L.LightningModule):
 
         Args:
             batch: codes and valid frames.
-            captions: one per example; "" = without text, where guidance has no effect.
+            captions: one per example; "" = without text, where guidance changes nothing.
             stage: 0 … K-1.
             masked: `b t`.
             rates: `b`, share of frames masked; the guidance coefficient follows it, as in decoding.

@@ -1,4 +1,4 @@
-"""The data benchmarks, on less data."""
+"""The benchmarks of the data side measure what they say, on less of it."""
 
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_loading():
 
 
 def test_webdataset_yields_what_we_yield(tmp_path: Path):
-    """Otherwise the comparison would be unfair."""
+    """Or the two would not be compared at the same work."""
     folder = bench_data._write_shards(tmp_path / "shards", 4)
     ours, theirs = (
         list(islice(b, 4)) for b in (bench_data._ours(folder), bench_data._webdataset(folder))

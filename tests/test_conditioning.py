@@ -1,4 +1,6 @@
-"""The text encoder: states of captions, alone and in batches, and errors of invalid folders."""
+"""The text encoder: what a caption gives, alone and beside others, and what a wrong folder
+gives.
+"""
 
 import copy
 import shutil
@@ -206,7 +208,9 @@ def test_each_caption_is_dropped_for_itself():
 
 
 def test_the_stamp_is_of_what_makes_the_states(demo: TextEncoder, folder: Path, tmp_path: Path):
-    """A copy with another random pooler has the same stamp; another encoder has another."""
+    """A copy elsewhere and without the pooler has the same, whatever is drawn for that; another
+    encoder another.
+    """
     elsewhere = tmp_path / "copy"
     shutil.copytree(_demo_folder(), elsewhere)
     weights = {

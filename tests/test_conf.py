@@ -1,4 +1,6 @@
-"""Every file in conf/ is parsed unchanged, built with reduced width, and trained for one step."""
+"""Every file in conf/ is parsed as it stands, built at reduced width, and takes one training
+step.
+"""
 
 from pathlib import Path
 
@@ -39,8 +41,8 @@ QUICK = [
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> dict[str, Path]:
-    """A codec in the published format with shards, a text encoder, and a release of the bundled
-    model.
+    """A codec of published form with shards of its own, a text encoder, and a release of the
+    shipped model.
     """
     folder = tmp_path_factory.mktemp("parts")
     make_codec(folder / "codec")

@@ -1,4 +1,4 @@
-"""Which errors are user errors, and which are bugs with a traceback."""
+"""Which errors are the user's, and which are bugs and keep their traceback."""
 
 import errno
 import itertools
@@ -16,7 +16,7 @@ from magnet_train.common.errors import (
 
 
 def raised(*errors: BaseException) -> BaseException:
-    """The first error, raised from the second, raised from the third, and so on."""
+    """The first error, raised from the second, which was raised from the third …"""
     for error, cause in itertools.pairwise(errors):
         error.__cause__ = cause
     return errors[0]

@@ -1,4 +1,6 @@
-"""The generator: results independent of the batch, saving and loading, and clear errors."""
+"""A trained model as an object: alone or in a batch the same, saved and loaded the same, and clear
+when it cannot.
+"""
 
 from dataclasses import replace
 

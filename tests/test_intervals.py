@@ -1,4 +1,4 @@
-"""Coverage of intervals, simulated with clips from a known population."""
+"""Intervals hold what they promise: simulated with clips whose population is known."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from magnet_train.metrics.intervals import bootstrap_interval, frechet_interval,
 
 
 def clips_of(num_clips: int, dim: int, shift: float, generator: torch.Generator) -> list[Tensor]:
-    """Clips of five windows, with half of the variance between clips."""
+    """Five windows each, half of their variance between clips."""
     own = torch.randn(num_clips, 5, dim, generator=generator)
     common = torch.randn(num_clips, 1, dim, generator=generator)
     return list((0.7 * own + 0.7 * common + shift).unbind())
@@ -24,7 +24,9 @@ def fad(clips: list[Tensor], reference: Moments) -> float:
 
 @pytest.mark.parametrize("dim, num_clips, shift", [(8, 40, 0.3), (8, 41, 0.3), (32, 40, 0.3)])
 def test_interval_of_fad_holds_what_other_clips_give(dim: int, num_clips: int, shift: float):
-    """95 % of 150 intervals within three standard deviations, and none too wide."""
+    """95 % of 150 intervals, give or take three standard deviations; and none too wide to be of
+    use.
+    """
     generator = torch.Generator().manual_seed(0)
     reference = Moments.of(torch.randn(20_000, dim, generator=generator))
     others = [fad(clips_of(num_clips, dim, shift, generator), reference) for _ in range(300)]
@@ -49,7 +51,9 @@ def test_near_its_floor_the_interval_of_fad_is_too_wide_but_never_too_narrow():
 
 
 def test_drawing_with_replacement_raises_fad():
-    """The reason against percentiles of the bootstrap: they exclude the true value."""
+    """Why the interval is not one of percentiles of the bootstrap: they leave out what they are
+    for.
+    """
     generator = torch.Generator().manual_seed(0)
     reference = Moments.of(torch.randn(20_000, 32, generator=generator))
     clips = clips_of(40, 32, 0.3, generator)
@@ -62,7 +66,7 @@ def test_drawing_with_replacement_raises_fad():
 
 
 def test_a_sample_is_the_fad_of_its_clips():
-    """With offsets, clips of unequal length, an empty clip, repetitions, and fewer windows than
+    """With offsets, unequal clips, one of them empty, repetitions, and fewer windows than
     dimensions.
     """
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +95,7 @@ def test_intervals_are_seeded_and_order_does_not_move_fad():
 
 
 def test_bootstrap_of_a_mean_is_the_fixtures():
-    """Both ends are within a quarter of a standard error."""
+    """Either end within a quarter of a standard error."""
     clap = facts("clap.json")
     ends = bootstrap_interval(torch.tensor(clap["per_clip"]), draws=4000)
     for end, expected in zip(ends, clap["bootstrap_percentile_95ci_4000"], strict=True):
@@ -99,8 +103,8 @@ def test_bootstrap_of_a_mean_is_the_fixtures():
 
 
 def test_values_of_a_clip_are_drawn_together():
-    """Ten equal values per clip count as one; as independent values they would narrow the interval
-    by a factor of three.
+    """Ten equal values a clip tell no more than one; taken singly they would narrow the interval
+    threefold.
     """
     values = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
     single = bootstrap_interval(values)

@@ -1,4 +1,4 @@
-"""The loss covers only the stage's masked frames without padding."""
+"""Only masked, real frames of the stage count."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Spans and mask rates: the look-up table, its statistics, and properties of all masks."""
+"""Spans and rates: the look-up table, its statistics, and what every mask must satisfy."""
 
 import json
 from pathlib import Path

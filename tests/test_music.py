@@ -1,4 +1,4 @@
-"""Music metrics on melodies, drones, noise and rhythms with known results."""
+"""Figures that know music, on melodies, drones, noise and rhythms whose answers are known."""
 
 import math
 

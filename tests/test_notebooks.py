@@ -1,6 +1,7 @@
-"""The notebooks run from top to bottom with the bundled files, and their stored outputs are small.
+"""The notebooks run from top to bottom with what ships, and what is stored of their output is
+small.
 
-python tests/test_notebooks.py     # runs them and stores their outputs
+python tests/test_notebooks.py     # runs them and stores what their cells print and show
  Cells run as in Jupyter, which need not be installed: one namespace, the last expression shown,
 open figures closed after each cell.
 """
@@ -28,7 +29,9 @@ def read(name: str) -> dict[str, Any]:
 
 
 def run(notebook: dict[str, Any]) -> None:
-    """Run all code cells in order, in the folder of notebooks, and store their outputs."""
+    """Run all code cells in order and give each what it printed and showed; the folder of notebooks
+    is current.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -44,8 +47,8 @@ def run(notebook: dict[str, Any]) -> None:
 
 
 def outputs_of(source: str, namespace: dict[str, Any], number: int) -> list[dict[str, Any]]:
-    """A cell's printed text, the value of its last expression unless it ends with a semicolon, and
-    its figures.
+    """What a cell prints, the value of its last expression unless a semicolon ends it, and its
+    figures.
     """
     import matplotlib.pyplot as plt
 
@@ -64,7 +67,7 @@ def outputs_of(source: str, namespace: dict[str, Any], number: int) -> list[dict
     if value is not None:
         data: dict[str, Any] = {"text/plain": repr(value).splitlines(True)}
         if hasattr(value, "_repr_html_"):
-            # Audio players and scripts only work in a running notebook, so they are not stored.
+            # Players and scripts run only where the notebook does, so they are not stored.
             assert value._repr_html_()
         if hasattr(value, "_repr_png_"):
             data["image/png"] = base64.b64encode(value._repr_png_()).decode()
@@ -84,7 +87,7 @@ def outputs_of(source: str, namespace: dict[str, Any], number: int) -> list[dict
 
 
 def picture_of(figure: Any) -> dict[str, str]:
-    """PNG for lines; JPEG for spectrograms, which would be ten times larger as PNG."""
+    """PNG for lines; JPEG for spectrograms, which would take ten times as much."""
     for form, settings in (("png", {}), ("jpeg", {"pil_kwargs": {"quality": 75}})):
         file = io.BytesIO()
         figure.savefig(file, format=form, bbox_inches="tight", **settings)

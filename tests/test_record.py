@@ -1,4 +1,4 @@
-"""Records contain their protocol; values with different protocols are not compared by default."""
+"""A figure keeps its protocol, and figures of different ones are never compared unasked."""
 
 import json
 import math

@@ -38,7 +38,7 @@ from magnet_train.module import MagnetModule
 from magnet_train.rescorer import check_rescorer
 
 MODEL = "model"
-"""System name of the generated clips; the baselines have their own."""
+"""System name of the generated clips, beside those of the baselines."""
 BASELINES = {
     "codec": "the codec's reconstructions of the real clips",
     "unigram": "codes drawn by their frequencies",
@@ -212,8 +212,7 @@ class GenerationCallback(Callback):
         done = set(all_gather_list(decoded))
         captions = {item["key"]: item["caption"] for item in ordered if item["key"] in done}
         features = self._gather(features)
-        if "music" in features.get("codec", {}) and len(features["codec"]["music"].embeddings) > 1:
-            self._codec_music = features["codec"]["music"].statistics()
+        self._keep_codec_music(features)
         real = {name: self._gather_real(name) for name in ("embeddings", "tags")}
         self.audio = sorted(all_gather_list(self.audio))
         self.plots = sorted(all_gather_list(self.plots))
@@ -237,6 +236,12 @@ class GenerationCallback(Callback):
                 f"step {self.step(trainer, module)}: {len(self.audio)} clips and plots in "
                 f"{self.audio[0].parent}"
             )
+
+    def _keep_codec_music(self, features: Mapping[str, scorer.Features]) -> None:
+        """Keep the statistics of the reconstructions, which are embedded only once."""
+        music = features.get("codec", {}).get("music")
+        if music is not None and len(music.embeddings) > 1:
+            self._codec_music = music.statistics()
 
     def _gather_real(self, name: str) -> dict[str, Any]:
         """One array of each real clip, by key. Collective."""

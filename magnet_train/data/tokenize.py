@@ -123,16 +123,14 @@ class Job:
         if not isinstance(report, dict):
             return None
         numbers = [report.get(name) for name in ("num_examples", "num_frames", "seconds")]
-        skipped, unreadable = report.get("skipped"), report.get("unreadable")
+        skipped = report.get("skipped")
         is_whole = (
             report.get("name") == self.path.name
             and isinstance(report.get("sha256"), str)
             and all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers)
             and isinstance(skipped, list)
-            and all(isinstance(e, dict) and e.keys() == {"file", "reason"} for e in skipped)
-            and all(isinstance(text, str) for entry in skipped for text in entry.values())
-            and isinstance(unreadable, list)
-            and all(isinstance(path, str) for path in unreadable)
+            and all(map(_is_skipped_entry, skipped))
+            and _are_strings(report.get("unreadable"))
         )
         return report if is_whole else None
 
@@ -153,6 +151,15 @@ class Job:
         except UserError:
             return False
         return True
+
+
+def _is_skipped_entry(entry: Any) -> bool:
+    is_entry = isinstance(entry, dict) and entry.keys() == {"file", "reason"}
+    return is_entry and _are_strings([*entry.values()])
+
+
+def _are_strings(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _open_plan(out: Path, options: TokenizeOptions, facts: dict[str, Any]) -> dict[str, Any]:

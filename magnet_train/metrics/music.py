@@ -1,15 +1,16 @@
-"""Music metrics: notes, key and beat of clips, and whether key and tempo match the caption.
+"""Figures that know music: definite notes, a key, a beat, and whether they are the caption's.
 
-They are computed with signal processing, without a network. `measure_clip` measures one clip;
-`score_music` computes means with intervals from many measured clips, their captions and real clips.
-No metric depends on the level of the audio. None is sufficient alone: a drone fits a scale
-perfectly, so read `scale_fit` together with `chroma_change`.
+No network hears anything here. `measure_clip` measures one clip; `score_music` turns many measured
+clips, their captions and real clips into means with intervals. All figures are the same at any
+level of the audio. None is enough alone: a drone fits a scale perfectly, so read `scale_fit` beside
+`chroma_change`.
 
 Shapes: t samples, n spectra, m notes.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -26,20 +27,20 @@ from magnet_train.metrics.intervals import bootstrap_interval
 from magnet_train.metrics.networks.frontend import mel_filters
 
 VERSION = "1"
-"""Version of the measures in records; increased when their values change."""
+"""Of the measures, in records: raised when values change."""
 CHROMA_HOP_S = 0.064
 HOP_S = 0.016
-"""Hop of onset strength and pitch in seconds; also the unit of note lengths."""
+"""Between two values of onset strength, or two pitches, in seconds: the unit of note lengths."""
 MIN_DURATION_S = 1.0
 """Length of the shortest clip that can be measured, in seconds."""
 MAX_LAG_S = 2.4
-"""Longest lag of a clip's stored autocorrelation: two beats at 50 bpm."""
+"""Of the autocorrelation that a clip keeps: two beats at 50 beats a minute."""
 PERIODS_S = (0.2, 1.2)
-"""Lags searched for a period, in seconds: 50 to 300 bpm."""
+"""Lags at which a period is looked for, in seconds: 50 to 300 beats a minute."""
 SILENT_PEAK = 1e-6
-"""A clip with no sample above this is silent: -120 dBFS."""
+"""Highest sample of a clip that counts as silent: -120 dB of full scale."""
 CHANCE_RANK = 6.5
-"""Mean rank of a random tonic among 12."""
+"""Mean rank of a tonic among 12 that has nothing to do with the clip."""
 
 MAJOR_SCALE = (0, 2, 4, 5, 7, 9, 11)
 """In semitones above the tonic; that of natural minor is one of its transpositions."""
@@ -68,9 +69,9 @@ _TEMPO = re.compile(
 
 
 def parse_key(caption: str) -> tuple[int, str] | None:
-    """Tonic (0 = C … 11 = B) and mode ("major" or "minor") in a caption, or None.
+    """Tonic (0 = C … 11 = B) and mode ("major" or "minor") that a caption names, or None.
 
-    The key must follow "in" or "key of"; "in a minor key" gives None.
+    The key must follow "in" or "key of"; "in a minor key" names none.
 
     >>> parse_key("a slow air for flute, in E flat major, 92 bpm")
     (3, 'major')
@@ -85,7 +86,7 @@ def parse_key(caption: str) -> tuple[int, str] | None:
 
 
 def parse_tempo(caption: str) -> float | None:
-    """Tempo in a caption in bpm, or None. Values below 20 or above 400 are ignored.
+    """Beats a minute that a caption names, or None; below 20 and above 400 they are no tempo.
 
     >>> parse_tempo("a slow air, at 92 beats per minute")
     92.0
@@ -105,7 +106,8 @@ def chroma_change(classes: np.ndarray) -> float:
     silence.
 
     Args:
-        classes: unit vectors of `chroma`, `n 12`, one each 0.064 s; silent frames are ignored.
+        classes: unit vectors of `chroma`, `n 12`, one each 0.064 s; moments of silence are left
+            out.
     """
     distance = round(0.5 / CHROMA_HOP_S)
     before, after = classes[:-distance], classes[distance:]
@@ -116,7 +118,7 @@ def chroma_change(classes: np.ndarray) -> float:
 
 
 def scale_fit(classes: np.ndarray) -> float:
-    """Share of chroma energy in the best of the scale's 12 transpositions, minus their mean (7/12).
+    """Share of chroma energy in the best of 12 transpositions of the scale, less their mean, 7/12.
 
     0 for noise and silence, 5/12 where every note is in one scale.
 
@@ -157,10 +159,10 @@ def key_rank(classes: np.ndarray, tonic: int, mode: str) -> float:
 
 
 def onset_strength(wav: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Onset strength (spectral flux): `t` -> `n`, one value each HOP_S; all zero for silence.
+    """How much begins at each moment: `t` -> `n`, one value each HOP_S; all zero for silence.
 
-    Increases of the log level in 40 mel bands from 30 Hz to 8 kHz, summed over bands. Levels are
-    clipped 60 dB below the clip's highest. Windows of 0.064 s.
+    Rises of the log level in 40 mel bands from 30 Hz to 8 kHz, summed over bands (spectral flux);
+    levels more than 60 dB below the clip's highest count as silence. Windows of 0.064 s.
 
     Args:
         wav: mono, `t`.
@@ -179,12 +181,13 @@ def onset_strength(wav: np.ndarray, sample_rate: int) -> np.ndarray:
 def autocorrelation(strength: np.ndarray, most: int | None = None) -> np.ndarray:
     """Normalised autocorrelation of onset strength at lags 0 … most; all zero for a constant.
 
-    Each lag is normalised by the energies of the two overlapping parts, so long lags are not
-    underestimated. The mean of the whole sequence is subtracted first.
+    At each lag the correlation of the two overlapping parts, each with its own energy, so that a
+    long lag is not at a disadvantage. Values are centred by the mean of the whole.
 
     Args:
         strength: `n`.
-        most: longest lag, in hops; MAX_LAG_S if not given. Lags above half the clip are 0.
+        most: longest lag, in hops; MAX_LAG_S if not given. At most half of the clip is used:
+            beyond that, 0.
     """
     most = round(MAX_LAG_S / HOP_S) if most is None else most
     n = len(strength)
@@ -213,17 +216,17 @@ def periodicity(correlation: np.ndarray) -> float:
 
 
 def beat_strength(correlation: np.ndarray, bpm: float) -> float:
-    """Highest autocorrelation at one beat, half a beat and two beats, minus the upper quartile.
+    """Highest autocorrelation at the beat, its half and its double, less the upper quartile.
 
-    The quartile is over lags of 0.2 to 1.2 s. About 0.5 for music at that tempo, 0 for music at
-    another tempo and for noise.
+    The quartile is that of lags of 0.2 to 1.2 s. About 0.5 for music at that tempo, 0 for any other
+    and for noise.
 
     Args:
         correlation: of `autocorrelation`.
-        bpm: beats per minute; lags that `correlation` does not contain are ignored.
+        bpm: beats a minute; where a lag is longer than what `correlation` holds, it is left out.
 
     Raises:
-        ValueError: if bpm is so low that `correlation` contains none of the three lags.
+        ValueError: if bpm is so slow that no lag is left.
     """
     lags = np.array([0.5, 1, 2]) * 60 / bpm / HOP_S
     lags = lags[lags <= len(correlation) - 1]
@@ -243,7 +246,7 @@ def _periods(correlation: np.ndarray) -> np.ndarray:
 # --- notes ---------------------------------------------------------------------------------------
 
 LOWEST_NOTE, HIGHEST_NOTE = 45, 96
-"""Range of the salient pitch as MIDI numbers: A2, 110 Hz, to C7, 2.1 kHz."""
+"""MIDI numbers between which the salient pitch is looked for: A2, 110 Hz, to C7, 2.1 kHz."""
 _HARMONICS = 6
 _SHORTEST_NOTE = 3
 """In hops: 48 ms."""
@@ -252,11 +255,11 @@ _SHORTEST_NOTE = 3
 def notes(wav: np.ndarray, sample_rate: int) -> np.ndarray:
     """Notes of the most salient voice: `t` -> onset (s), length (s) and MIDI number, `m 3`.
 
-    The salient pitch of each hop is the semitone whose harmonics have the most energy (harmonic
-    summation; Hermes, 1988). A note is a run of one pitch, divided at repeated onsets. Hops 40 dB
-    below the loudest are rests; runs under 48 ms are merged into their longer neighbour. With
-    several voices the loudest at each hop determines the notes, so compare with real clips of the
-    same kind and not with a score.
+    The salient pitch of each moment is the semitone whose harmonics hold most (harmonic summation;
+    Hermes, 1988); a note is a run of one pitch, cut where it is struck anew. Moments 40 dB below
+    the loudest are rests; runs under 48 ms join their longer neighbour. In a texture of several
+    voices notes are cut by whatever is loudest: compare with real clips of the same kind, and not
+    with a score.
 
     Args:
         wav: mono, `t`.
@@ -273,7 +276,7 @@ def notes(wav: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def _without_short_runs(pitch: np.ndarray) -> np.ndarray:
-    """Merge runs under the shortest note into the longer of their neighbours."""
+    """With runs under the shortest note given to the longer of their neighbours."""
     pitch = pitch.copy()
     while True:
         edges = np.flatnonzero(np.diff(pitch)) + 1
@@ -289,16 +292,16 @@ def _without_short_runs(pitch: np.ndarray) -> np.ndarray:
 
 
 def _struck(own: np.ndarray) -> np.ndarray:
-    """Repeated onsets of a pitch, in hops: its salience rises by a third within 3 hops."""
+    """Hops at which a held pitch is struck anew: its salience rises by a third within 3 hops."""
     rise = np.zeros(len(own))
     rise[3:] = own[3:] / np.maximum(own[:-3], 1e-9 + 1e-3 * own.max(initial=0))
     around = np.lib.stride_tricks.sliding_window_view(np.pad(rise, 4), 9).max(1)
-    # Because of the window's width the increase is greatest 2 hops after the onset.
+    # A spectrum is half a window wide: the rise is greatest 2 hops after the strike.
     return np.flatnonzero((rise > 4 / 3) & (rise == around)) - 2
 
 
 def _cut(pitch: np.ndarray, struck: np.ndarray) -> np.ndarray:
-    """Runs of a pitch as notes, `m 3`; repeated onsets near the ends of a run are ignored."""
+    """Runs of a pitch as notes, `m 3`; a strike near the ends of a run does not cut it."""
     edges = [0, *(np.flatnonzero(np.diff(pitch)) + 1), len(pitch)]
     found = []
     for start, end in pairwise(edges):
@@ -315,20 +318,20 @@ def _cut(pitch: np.ndarray, struck: np.ndarray) -> np.ndarray:
 
 MEASURES = {
     "chroma_change": "1 - cosine of pitch classes half a second apart: 0 for a drone",
-    "scale_fit": "chroma energy in the best of 12 transpositions of the scale, minus their mean",
+    "scale_fit": "chroma energy in the best of 12 transpositions of the scale, less their mean",
     "key_rank": "rank of the caption's tonic among 12 by Krumhansl's profiles; 6.5 is chance",
-    "beat": "autocorrelation of onsets at the caption's beat, minus the upper quartile of all lags",
+    "beat": "autocorrelation of onsets at the caption's beat, less the upper quartile of all lags",
     "periodicity": "highest autocorrelation of onsets at lags of 0.2 to 1.2 s",
     "note_lengths": "distance of note lengths to those of real clips: Wasserstein-1 in log seconds",
-    "note_intervals": "the same distance for the times between note onsets",
+    "note_intervals": "the same of the times between note onsets",
 }
-"""Results of `score_music` and their meanings."""
+"""What `score_music` gives and what it tells."""
 REFERENCE_MEASURES = ("note_lengths", "note_intervals")
 
 
 @dataclass(frozen=True)
 class ClipMusic:
-    """Measurements of one clip, independent of its caption."""
+    """What was measured in one clip, before it is known what its caption says."""
 
     chroma_change: float
     scale_fit: float
@@ -340,24 +343,24 @@ class ClipMusic:
     """Onset (s), length (s) and MIDI number, `m 3`."""
 
     def packed(self) -> tuple[Tensor, Tensor]:
-        """As float64 tensors: everything except notes as `1 d`, and notes `m 3`."""
+        """As float64 tensors, to be gathered and saved: all but notes as `1 d`, and notes `m 3`."""
         row = [[self.chroma_change, self.scale_fit], self.classes, self.correlation]
         return torch.from_numpy(np.concatenate(row))[None], torch.from_numpy(self.notes)
 
     @classmethod
     def unpacked(cls, row: Tensor, notes: Tensor) -> "ClipMusic":
-        """Inverse of `packed`."""
+        """What `packed` made."""
         values = row[0].double().numpy()
         return cls(
             float(values[0]), float(values[1]), values[2:14], values[14:], notes.double().numpy()
         )
 
     def lengths(self) -> np.ndarray:
-        """Note lengths in seconds, without the first and last notes, which the clip cuts off."""
+        """Of the notes, in seconds, without the first and the last, which the clip cuts off."""
         return self.notes[1:-1, 1]
 
     def intervals(self) -> np.ndarray:
-        """Seconds between onsets of consecutive notes, without the first note, which is cut off."""
+        """Between the onsets of consecutive notes, in seconds, without the first, cut-off note."""
         return np.diff(self.notes[1:, 0])
 
 
@@ -369,7 +372,7 @@ def measure_clip(wav: np.ndarray | Tensor, sample_rate: int) -> ClipMusic:
         sample_rate: in Hz.
 
     Raises:
-        UserError: if the clip is shorter than MIN_DURATION_S, or has NaN or infinite samples.
+        UserError: if it is shorter than MIN_DURATION_S, or has NaN or infinite samples.
     """
     mono = torch.as_tensor(wav).detach().cpu().float().numpy()
     if mono.ndim == 2:
@@ -381,7 +384,7 @@ def measure_clip(wav: np.ndarray | Tensor, sample_rate: int) -> ClipMusic:
     if not np.isfinite(mono).all():
         raise UserError("a clip has NaN or infinite samples")
     peak = float(np.abs(mono).max())
-    # Makes all metrics independent of the level.
+    # So that no figure depends on the level.
     mono = mono / peak if peak > SILENT_PEAK else np.zeros_like(mono)
     classes = chroma(mono, sample_rate, hop_s=CHROMA_HOP_S)
     return ClipMusic(
@@ -395,15 +398,15 @@ def measure_clip(wav: np.ndarray | Tensor, sample_rate: int) -> ClipMusic:
 
 @dataclass(frozen=True)
 class MusicFigure:
-    """One metric of a set of clips."""
+    """One figure of a set of clips."""
 
     value: float
     interval: tuple[float, float] | None
     """95 % over clips (bootstrap); None for a single clip."""
     num_clips: int
-    """Clips included."""
+    """That count."""
     num_left_out: int = 0
-    """Clips excluded because their caption has no key or tempo, or because they have no notes."""
+    """Clips whose caption names no key or no tempo, or that have no notes."""
 
 
 def score_music(
@@ -413,32 +416,22 @@ def score_music(
 ) -> dict[str, MusicFigure]:
     """Means over clips with intervals, and distances of note lengths and intervals to real clips.
 
-    A silent clip has chroma change, scale fit, periodicity and beat 0, and a key rank at chance.
+    A silent clip counts as what has no music: change, fit, periodicity and beat 0, key at chance.
 
     Args:
         clips: by id.
-        captions: by id; clips whose caption has no key (no tempo) are excluded from "key_rank"
+        captions: by id; clips whose caption names no key (no tempo) do not count for "key_rank"
             ("beat").
-        reference: real clips, with any ids.
+        reference: real clips, of any ids and number.
 
     Returns:
-        The MEASURES that can be computed. Measures that need a key, a tempo, notes or a reference
-        are absent if no clip has them.
+        Those of MEASURES that can be computed: one that needs captions or a reference is absent
+        where none is given, where no caption says what it needs, or where no clip has a note.
     """
-    texts = captions or {}
-    keys = {key: parse_key(texts.get(key, "")) for key in clips}
-    tempos = {key: parse_tempo(texts.get(key, "")) for key in clips}
-    values: dict[str, list[float]] = {
-        "chroma_change": [clip.chroma_change for clip in clips.values()],
-        "scale_fit": [clip.scale_fit for clip in clips.values()],
-        "key_rank": [
-            key_rank(clip.classes, *named) for k, clip in clips.items() if (named := keys[k])
-        ],
-        "beat": [
-            beat_strength(clip.correlation, bpm) for k, clip in clips.items() if (bpm := tempos[k])
-        ],
-        "periodicity": [periodicity(clip.correlation) for clip in clips.values()],
-    }
+    values: dict[str, list[float]] = defaultdict(list)
+    for key, clip in clips.items():
+        for name, value in _measures_of(clip, (captions or {}).get(key, "")):
+            values[name].append(value)
     figures = {name: _mean_figure(some, len(clips)) for name, some in values.items()}
     for name in REFERENCE_MEASURES:
         durations = [_durations(clip, name) for clip in clips.values()]
@@ -447,10 +440,21 @@ def score_music(
     return {name: figure for name in MEASURES if (figure := figures.get(name)) is not None}
 
 
-def _mean_figure(values: list[float], num_clips: int) -> MusicFigure | None:
-    """Mean over the clips that have a value, out of `num_clips`; None if none has."""
-    if not values:
-        return None
+def _measures_of(clip: ClipMusic, caption: str) -> Iterator[tuple[str, float]]:
+    """Measures of one clip, by name; those of the key and tempo that its caption names."""
+    yield "chroma_change", clip.chroma_change
+    yield "scale_fit", clip.scale_fit
+    key = parse_key(caption)
+    if key:
+        yield "key_rank", key_rank(clip.classes, *key)
+    bpm = parse_tempo(caption)
+    if bpm:
+        yield "beat", beat_strength(clip.correlation, bpm)
+    yield "periodicity", periodicity(clip.correlation)
+
+
+def _mean_figure(values: list[float], num_clips: int) -> MusicFigure:
+    """The mean over those of `num_clips` clips that have a value."""
     interval = bootstrap_interval(torch.tensor(values).double()) if len(values) > 1 else None
     return MusicFigure(float(np.mean(values)), interval, len(values), num_clips - len(values))
 
@@ -460,9 +464,9 @@ def _durations(clip: ClipMusic, name: str) -> np.ndarray:
 
 
 def duration_distance(some: np.ndarray, others: np.ndarray) -> float:
-    """Wasserstein-1 distance between the logarithms of two sets of durations (s).
+    """Wasserstein-1 distance of two sets of durations (s) on their logarithms.
 
-    Doubling all durations gives ln 2.
+    ln 2 where all are doubled.
 
     Raises:
         ValueError: if a set is empty.
@@ -473,10 +477,9 @@ def duration_distance(some: np.ndarray, others: np.ndarray) -> float:
 def _distance_figure(
     clips: Sequence[np.ndarray], real: Sequence[np.ndarray], draws: int = 1000
 ) -> MusicFigure | None:
-    """Distance of all clips' durations to the real ones, with a bootstrap interval over clips.
+    """Distance of all clips' durations to the real ones; its interval by the bootstrap over clips.
 
-    A resample is on average further from the real durations than the whole set, so the interval is
-    biased upwards.
+    Like any distance it is a little larger in a draw than in the whole: the interval leans upwards.
     """
     some = [x for x in clips if len(x)]
     others = np.concatenate([np.zeros(0), *real])
@@ -487,7 +490,7 @@ def _distance_figure(
     left_out = len(clips) - len(some)
     if len(some) < 2:
         return MusicFigure(value, None, len(some), left_out)
-    # Durations are multiples of a hop, so counts of each value are sufficient.
+    # Durations are multiples of a hop: counts of each value hold them all.
     hops = np.round(np.concatenate([joined, others]) / HOP_S)
     grid, places = np.unique(hops, return_inverse=True)
     owner = np.repeat(np.arange(len(some)), [len(x) for x in some])
@@ -506,7 +509,7 @@ def _distance_figure(
 
 
 def _spectra(wav: np.ndarray, sample_rate: int, window_s: float) -> tuple[np.ndarray, int]:
-    """Magnitudes centred at each multiple of HOP_S, float32 `n bins`, and the FFT size."""
+    """Magnitudes about each multiple of HOP_S, float32 `n bins`, and the size of the transform."""
     width = round(window_s * sample_rate)
     size = int(scipy.fft.next_fast_len(width, real=True) or width)
     padded = torch.from_numpy(np.pad(wav.astype(np.float32), (width // 2, width)))
