@@ -32,7 +32,7 @@ parity: .venv/ready  ## rewrite the table of differences from audiocraft
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_reference*.py tests/test_convert.py \
 		--parity-table benchmarks/records/reference_parity.md
 
-bench: .venv/ready  ## measure time and memory on this CPU, beside the reference implementations
+bench: .venv/ready  ## measure time and memory of this project and the reference implementations on this CPU
 	$(OFFLINE) $(BIN)/python -m magnet_train bench --json benchmarks/records/cpu.json
 
 golden: .venv/ready  ## regenerate tests/golden; say in the commit why the numbers changed

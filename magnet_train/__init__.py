@@ -19,7 +19,7 @@ def load(path: str = "demo", device: str = "cpu") -> "Generator":
     Its `generate(prompts, seed=…, duration_s=…)` returns codes, audio and the order of unmasking.
 
     Raises:
-        magnet_train.common.errors.UserError: if there is no usable model; the message names the
+        magnet_train.common.errors.UserError: if no usable model is found; the message names the
             file.
     """
     from magnet_train.generator import load  # deferred: importing torch would slow `--help`

@@ -12,7 +12,7 @@ VERBS = {
     "predict": "generate audio for every caption of a split",
     "tokenize": "encode audio with captions into code shards",
     "generate": "generate audio files from prompts",
-    "edit": "make regions of a recording anew, continue it, or turn it into a loop",
+    "edit": "regenerate regions of a recording, continue it, or make it a loop",
     "evaluate": "score folders of audio, or a model, against a reference",
     "convert": "convert audiocraft models to releases and back, and checkpoints to releases",
     "sweep": "run an ablation file without a W&B server, locally or as a SLURM array",

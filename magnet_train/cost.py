@@ -176,8 +176,8 @@ def training_flop(config: MagnetConfig, num_frames: int, stage: int) -> float:
 
 
 def predicted_codes(config: MagnetConfig, num_frames: int) -> float:
-    """Codes of an example that a training step predicts, on average: the masked frames of one
-    stage, and half of all codes where a hybrid begins.
+    """Mean number of predicted codes per example in training: the masked frames of a stage, and for
+    a hybrid half of all codes.
     """
     beginning = {"parallel": 0.0, "hybrid": 0.5, "autoregressive": 1.0}[config.order]
     masked = MEAN_MASK_RATE * (1 - beginning) * num_frames

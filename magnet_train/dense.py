@@ -79,7 +79,7 @@ def dense_logits(
 def dense_delayed_logits(
     model: Magnet, codes: Tensor, stage: int, states: Tensor, tokens: Tensor, prompt: int
 ) -> Tensor:
-    """The same in the delay layout, with `prompt` causal rows, of all codebooks at their frames."""
+    """`dense_logits` in the delay layout with `prompt` causal rows."""
     books, t = codes.shape[1:]
     columns = torch.full((*codes.shape[:2], t + books), model.config.mask_id)
     for k in range(books):

@@ -152,7 +152,7 @@ class Generator:
             text_encoder: text encoder that the network was trained with.
             decoding: default decoding settings.
             crop_s: length of the training crops in seconds; the default duration.
-            about: provenance, written beside generated files.
+            about: provenance, written next to generated files.
             guidance_dropout: share of examples trained without their caption, for a release.
             compiled: compile the passes, on a GPU into CUDA graphs; the first generation of each
                 length and batch size then takes minutes.

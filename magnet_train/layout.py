@@ -1,19 +1,19 @@
-"""Where codes stand in the network's sequence, and what its rows attend to.
+"""Layout of codes in the network's sequence, and the attention of its rows.
 
-MAGNeT's layout is parallel: column t holds all codes of frame t, and its row predicts them. That
-of MusicGen and hybrid MAGNeT is delayed: of T frames and K codebooks it makes S = T + K columns.
-Code (k, t) stands in column 1 + t + k, column 0 and what is left hold the mask id, and the code is
-predicted in row t + k, the column before its own. So a causal row sees no code that it predicts.
+MAGNeT's layout is parallel: column t has all codes of frame t, and row t predicts them. The layout
+of MusicGen and hybrid MAGNeT is delayed: T frames and K codebooks give S = T + K columns. Code
+(k, t) is in column 1 + t + k, all other entries are the mask id, and the code is predicted in row
+t + k, the column before its own. So a causal row does not see the codes that it predicts.
 
-One network reads the delay layout in two ways (`Pass`):
+The network uses the delay layout in two ways (`Pass`):
 
-- causally: a row sees the columns up to its own
-- as a stage of MAGNeT: rows k … k + T - 1 stand for the frames of codebook k and see the columns
-  1 + k … k + T, which hold its codes, full or windowed as in the parallel layout; the K other
-  rows see all columns
+- causal: a row attends to the columns up to its own
+- as a stage of MAGNeT: rows k … k + T - 1 are the frames of codebook k and attend to the columns
+  1 + k … k + T, which have its codes, fully or in a window as in the parallel layout; the K other
+  rows attend to all columns
 
-Rows before an example's prompt step may be causal while the others belong to the stage: that is how
-a hybrid is trained (audiocraft, branch hybrid_magnet).
+In training of a hybrid, rows before an example's prompt step are causal and the others belong to
+the stage (audiocraft, branch hybrid_magnet).
 
 Shapes: b examples, k codebooks, t frames, s columns, h heads, d width.
 """
@@ -30,7 +30,7 @@ from magnet_train.attention import causal_attention, full_attention, windowed_at
 
 
 def delayed(codes: Tensor, special: int) -> Tensor:
-    """Codes in the delay layout: `b k t` -> `b k t+k`, `special` where no code stands."""
+    """Codes in the delay layout: `b k t` -> `b k t+k`, filled up with `special`."""
     b, k, t = codes.shape
     columns = codes.new_full((b, k, t + k), special)
     for book in range(k):
@@ -46,14 +46,14 @@ def undelayed(columns: Tensor) -> Tensor:
 
 
 def predicting_rows(features: Tensor, codebook: int, num_codebooks: int) -> Tensor:
-    """Of the delay layout's rows `b s d` those that predict a codebook, one a frame: `b t d`."""
+    """Rows of the delay layout `b s d` that predict a codebook, one per frame: `b t d`."""
     return features[:, codebook : features.shape[1] - num_codebooks + codebook]
 
 
 def prompt_frames(steps: Tensor, num_codebooks: int, num_frames: int) -> Tensor:
-    """Codes that rows before a prompt step predict: `b` -> bool `b k t`.
+    """Codes predicted by rows before a prompt step: `b` -> bool `b k t`.
 
-    Of codebook k these are the first p - k frames at step p.
+    For step p, these are the first p - k frames of codebook k.
     """
     frame = torch.arange(num_frames, device=steps.device)
     codebook = torch.arange(num_codebooks, device=steps.device)[:, None]
@@ -64,10 +64,9 @@ def prompt_frames(steps: Tensor, num_codebooks: int, num_frames: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys turned by their frame's angles: `b h t d` -> `b h t d`; channel i pairs with
-    channel i + d/2.
+    """Apply RoPE to queries or keys: `b h t d` -> `b h t d`; channel i pairs with channel i + d/2.
 
-    The scores of two rotated frames depend on their distance alone. Computed in float32.
+    Scores then depend only on the distance of two frames. Computed in float32.
     """
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
@@ -75,34 +74,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FrameInputs:
-    """What all blocks of one pass share, in the parallel layout."""
+    """Inputs shared by all blocks of a pass, in the parallel layout."""
 
     context: int
     """Frames visible on each side; -1 = all."""
     bias: Tensor | None
-    """Added to the attention scores, 0 or -inf; None = nothing is hidden."""
+    """Added to the attention scores, 0 or -inf; None = all frames are visible."""
     valid: Tensor | None
     """`b t`, False = padding; None = no padding."""
     rotation: tuple[Tensor, Tensor] | None
     """Cosines and sines, `t d/2` each; None = positions are sinusoidal."""
 
     def rotated(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys with their positions: `b h t d` each."""
+        """Queries and keys with rotary positions: `b h t d` each."""
         if self.rotation is None:
             return q, k
         return rotate(q, *self.rotation), rotate(k, *self.rotation)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What each frame gets from the frames that it sees: `b h t d` each -> `b h t d`."""
+        """Self-attention: queries, keys and values `b h t d` -> `b h t d`."""
         q, k = self.rotated(q, k)
         if self.context >= 0:
             return windowed_attention(q, k, v, self.context, bias=self.bias)
         return full_attention(q, k, v, self.bias)
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Each channel mixed over neighbouring frames: `b t d`, `kernel d` -> `b t d`; padding
-        counts as zero.
-        """
+        """Depthwise convolution over frames: `b t d`, `kernel d` -> `b t d`; padding is zero."""
         if self.valid is not None:
             x = x.masked_fill(~self.valid[..., None], 0)
         kernel, dim = weight.shape
@@ -112,16 +109,16 @@ class FrameInputs:
 
 @dataclass(frozen=True)
 class DelayedInputs:
-    """The same in the delay layout, for the stage of one codebook behind a causal beginning."""
+    """Inputs shared by all blocks in the delay layout: one stage after a causal beginning."""
 
     frames: FrameInputs
-    """Of the stage's frames among themselves, without positions."""
+    """Inputs for attention among the stage's frames, without positions."""
     codebook: int
-    """k, of the stage."""
+    """Codebook k of the stage."""
     num_frames: int
     """T."""
     causal: Tensor | bool
-    """Rows that are causal, bool `b s`; or whether all are."""
+    """Causal rows, bool `b s`; or whether all rows are causal."""
     rotation: tuple[Tensor, Tensor] | None
     """Cosines and sines of the columns, `s d/2` each; None = positions are sinusoidal."""
     seen: Tensor | None
@@ -130,7 +127,7 @@ class DelayedInputs:
     rotated = FrameInputs.rotated
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As of FrameInputs; rows and columns are as many."""
+        """As in FrameInputs, for rows and columns."""
         q, k = self.rotated(q, k)  # type: ignore[arg-type]
         if self.causal is True:
             return causal_attention(q, k, v)
@@ -145,8 +142,8 @@ class DelayedInputs:
         return torch.where(self.causal[:, None, :, None], causal_attention(q, k, v), of_stage)
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """As of FrameInputs: a stage's row sees the columns around its frame, a causal row those of
-        them that are not behind it, and any other row none.
+        """As in FrameInputs: a stage's row uses the columns around its frame, a causal row only
+        those up to its own, and other rows none.
         """
         before = _convolve_before(x, weight)
         if self.causal is True:
@@ -168,9 +165,7 @@ class DelayedInputs:
 
 
 def _convolve_before(x: Tensor, weight: Tensor) -> Tensor:
-    """The part of the convolution around the next column that lies before it: `b s d` -> `b s
-    d`.
-    """
+    """Causal part of the convolution around the next column: `b s d` -> `b s d`."""
     side = len(weight) // 2
     if side == 0:
         return torch.zeros_like(x)
@@ -179,8 +174,8 @@ def _convolve_before(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def causal_rows(prompt: Tensor | int, num_columns: int, device: Any) -> Tensor | bool:
-    """Rows before a prompt step, one step for each example (`b`) or for all: bool `b s`, or whether
-    all are; -1 = all.
+    """Causal rows, those before a prompt step per example (`b`) or for all: bool `b s`, or whether
+    all rows are causal; -1 = all.
     """
     if isinstance(prompt, int) and (prompt <= 0 or prompt >= num_columns):
         return prompt != 0
@@ -189,6 +184,6 @@ def causal_rows(prompt: Tensor | int, num_columns: int, device: Any) -> Tensor |
 
 
 def hidden_keys(valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores so that padding is not seen: `b t` -> `b 1 1 t`."""
+    """Bias on attention scores that hides padding: `b t` -> `b 1 1 t`."""
     zeros = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
     return zeros.masked_fill_(~valid, -math.inf)[:, None, None]

@@ -42,8 +42,8 @@ class MaskedLoss:
 
 
 def balanced_mean(stage: MaskedLoss, prompt: MaskedLoss, prompt_weight: float) -> Tensor:
-    """Mean over the masked frames of a stage and the codes of beginnings, each of these counted
-    `prompt_weight` times: hybrid MAGNeT's objective. 0 if there is neither.
+    """Hybrid MAGNeT's objective: mean over the masked frames of a stage and the codes of
+    beginnings, the latter weighted by `prompt_weight`. 0 if there are none.
     """
     count = stage.count.sum() + prompt_weight * prompt.count.sum()
     return (stage.ce.sum() + prompt_weight * prompt.ce.sum()) / count.clamp(min=1)
@@ -68,11 +68,12 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, masked: Tensor) -> Mas
 
 
 def masked_divergence(logits: Tensor, teacher: Tensor, masked: Tensor) -> MaskedLoss:
-    """KL divergence of the network's distribution from a teacher's, in nats, in the place of the
-    cross-entropy; "correct" is a frame whose most likely entry is the teacher's.
+    """KL divergence of the network's distribution from a teacher's, in nats, as `ce`.
+
+    A frame is correct if its most likely entry is the teacher's.
 
     Args:
-        logits: `n c`, as of `masked_cross_entropy`.
+        logits: `n c`, as in `masked_cross_entropy`.
         teacher: `n c`, logits without gradient.
         masked: `b t` bool, n frames True.
 
@@ -86,7 +87,7 @@ def masked_divergence(logits: Tensor, teacher: Tensor, masked: Tensor) -> Masked
 
 
 def _example_of_each(logits: Tensor, masked: Tensor) -> Tensor:
-    """The example that each of the n masked frames belongs to."""
+    """Index of the example of each of the n masked frames."""
     rows = masked.nonzero()[:, 0]
     if len(rows) != len(logits):
         raise ValueError(f"{len(logits)} rows of logits for {len(rows)} masked frames")
@@ -94,7 +95,7 @@ def _example_of_each(logits: Tensor, masked: Tensor) -> Tensor:
 
 
 def _sums(loss: Tensor, correct: Tensor, rows: Tensor, num_examples: int) -> MaskedLoss:
-    """Sums over the frames, `n` each, of each example."""
+    """Sums over the n frames by example."""
     sums = torch.zeros(3, num_examples, device=loss.device)
     columns = torch.stack([loss, correct.float(), torch.ones_like(loss)])
     return MaskedLoss(*sums.index_add(1, rows, columns))

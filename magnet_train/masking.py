@@ -48,7 +48,7 @@ def expected_mask_rate(num_spans: int, span_len: int, num_frames: int) -> float:
     return 1.0 - free
 
 
-@lru_cache(maxsize=4096)  # hybrids ask for every length
+@lru_cache(maxsize=4096)  # hybrids need all lengths
 def span_counts(num_frames: int, span_len: int) -> tuple[int, ...]:
     """Smallest number of spans that reaches each mask rate 0, 0.01 … 1 (MAGNeT, App. C)."""
     rates = torch.ones(num_frames, dtype=torch.float64)
@@ -97,16 +97,14 @@ def span_mask_behind(
     span_len: int,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`span_mask` of the frames behind a beginning that stays, of each example its own: bool `b t`.
-
-    An example without frames behind its beginning has no mask.
+    """`span_mask` of the frames after each example's unmasked beginning: bool `b t`.
 
     Args:
-        starts: `b`, first frame that may be masked, 0 to `num_frames`.
-        rates: `b`, wanted share of the frames from there on.
+        starts: `b`, first frame that may be masked, 0 to `num_frames` (nothing is masked).
+        rates: `b`, target share of the frames from there on.
         num_frames: T, in frames.
-        span_len: L, in frames; no longer than what is left.
-        generator: source of randomness; the global one if None.
+        span_len: L, in frames; truncated to the frames from there on.
+        generator: random generator (default: the global one).
     """
     masked = torch.zeros(len(rates), num_frames, dtype=torch.bool)
     for row, start in enumerate(starts.tolist()):

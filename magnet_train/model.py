@@ -35,16 +35,15 @@ from magnet_train.layout import (
 
 
 class Pass(NamedTuple):
-    """What one forward pass predicts, and what its frames attend to."""
+    """What a forward pass predicts, and its attention window."""
 
     codebooks: tuple[int, ...]
     """Codebooks whose logits are computed, in this order."""
     context: int = -1
     """Frames visible on each side; -1 = all frames."""
     causal: Tensor | int = 0
-    """In the delay layout: number of rows, from the first, that see only the columns up to their
-    own; -1 = all. One number, or one for each example, `b`. The other rows belong to the stage of
-    the first codebook.
+    """In the delay layout: number of initial rows with causal attention; -1 = all. One number, or
+    one per example, `b`. The other rows belong to the stage of the first codebook.
     """
 
 
@@ -91,9 +90,8 @@ class MagnetConfig:
     """
 
     order: Literal["parallel", "hybrid", "autoregressive"] = "parallel"
-    """How codes are predicted: in parallel (MAGNeT); a beginning frame after frame and the rest in
-    parallel (hybrid MAGNeT); or all frame after frame (MusicGen). The last two have the delay
-    layout.
+    """Order of prediction: parallel (MAGNeT), hybrid (an autoregressive beginning, the rest in
+    parallel) or autoregressive (MusicGen). The last two use the delay layout.
     """
 
     def __post_init__(self) -> None:

@@ -47,10 +47,10 @@ def step_generator(seed: int, *place: int) -> torch.Generator:
 def checked_stage_weights(
     weights: tuple[float, ...] | None, num_codebooks: int
 ) -> tuple[float, ...] | None:
-    """How often each stage is trained, one number for each; None = alike.
+    """Relative frequencies of the stages, one number each; None = all equal.
 
     Raises:
-        UserError: if one is below 0, or none above.
+        UserError: if a number is negative, or all are 0.
     """
     if weights is None:
         return None
@@ -61,10 +61,10 @@ def checked_stage_weights(
 
 
 def load_teacher(start: SavedModel | None, network: MagnetConfig) -> Magnet:
-    """The network whose guided logits are learnt.
+    """Load the teacher for guidance distillation.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no model with order=parallel.
     """
     if start is None or network.order != "parallel":
         raise UserError(
@@ -116,9 +116,9 @@ class MagnetModule(L.LightningModule):
                 its tokenizer.
             crop_s: Length of training crops and, by default, of generated audio, in seconds.
             span_len: Length of masked spans, in frames; 3 frames are 60 ms at 50 Hz.
-            prompt_weight: Weight of a code in a hybrid's beginning relative to a masked one, at
-                least 0. At 1, as in audiocraft's branch, all beginnings weigh about six times as
-                much, because they have more codes. Not read for order=parallel.
+            prompt_weight: Weight of the codes in a hybrid's autoregressive beginning relative to
+                masked ones, at least 0. At 1, as in audiocraft's branch, the beginnings have about
+                six times the total weight. Ignored for order=parallel.
             guidance_dropout: Share of examples trained without their caption, for classifier-free
                 guidance, 0 to 1.
             stage_sampling: "batch" trains one stage per optimizer step, as published; "example"
@@ -130,8 +130,8 @@ class MagnetModule(L.LightningModule):
             init_from: Start from these weights (release folder, hub id, checkpoint or run folder).
                 Their network, codec, text encoder, lengths and decoding settings become the
                 defaults.
-            distil_guidance: Learn the guided logits of init_from, so that decoding needs no null
-                pass and takes half the time. Guidance coefficients are those of its decoding
+            distil_guidance: Distil the guided logits of init_from, so that decoding needs no null
+                pass and takes half the time. Uses the guidance coefficients of its decoding
                 settings.
             compiled: Compile the transformer's blocks, for GPUs. The first steps then take a minute
                 or more.
@@ -266,15 +266,15 @@ class MagnetModule(L.LightningModule):
     def hybrid_loss(
         self, batch: Batch, captions: list[str], stage: int, masked: Tensor, steps: Tensor
     ) -> tuple[MaskedLoss, MaskedLoss]:
-        """Losses of a stage behind beginnings, and of these beginnings' codes, from one pass.
+        """Losses of a stage and of the autoregressive beginnings, from one pass.
 
         Args:
             batch: codes and valid frames.
             captions: one per example; "" = without text.
             stage: 0 … K-1.
-            masked: `b t`, none of them in the stage's beginning.
-            steps: `b`, prompt step of each example: rows before it are causal, and predict all
-                codes of its beginning.
+            masked: `b t`, none in the autoregressive beginning.
+            steps: `b`, prompt step of each example; rows before it are causal and predict all codes
+                of the beginning.
         """
         codes = batch["codes"]
         prompt = prompt_frames(steps, *codes.shape[1:])
@@ -286,7 +286,7 @@ class MagnetModule(L.LightningModule):
         return loss[: len(codes)], loss[len(codes) :]
 
     def reading_loss(self, batch: Batch, captions: list[str]) -> MaskedLoss:
-        """Loss of all codes, each after those that come before it in the delay layout."""
+        """Autoregressive loss of all codes in the delay layout."""
         codes = batch["codes"]
         everywhere = torch.ones_like(codes, dtype=torch.bool)
         return self._loss(batch, captions, self.config.reading, codes, everywhere)
@@ -298,7 +298,7 @@ class MagnetModule(L.LightningModule):
 
         Args:
             batch: codes and valid frames.
-            captions: one per example; "" = without text, where guidance changes nothing.
+            captions: one per example; "" = without text, where guidance has no effect.
             stage: 0 … K-1.
             masked: `b t`.
             rates: `b`, share of frames masked; the guidance coefficient follows it, as in decoding.

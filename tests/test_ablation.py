@@ -1,4 +1,4 @@
-"""The ablation's table and plot from made-up run folders."""
+"""The ablation's table and plot, from synthetic run folders."""
 
 import json
 import math
@@ -131,7 +131,7 @@ def test_settings_that_differ_beside_the_varied_ones_are_named(tmp_path, monkeyp
     finish(runs[1], resumed, **{"val/fad/musicnn": 10.0})
     csv = {"trainer": {"max_steps": 800, "default_root_dir": str(runs[2].folder.absolute())}}
     finish(runs[2], csv, **{"val/fad/musicnn": 12.0})
-    # Neither varied values, nor the run's own folder, nor that it was resumed.
+    # Varied values, the run's folder and resuming are excluded.
     assert read_ablation(runs).notes == []
     finish(runs[4], {"trainer": {"max_steps": 400}}, **{"val/fad/musicnn": 11.0})
     assert any(

@@ -1,4 +1,4 @@
-"""The window in blocks equals the window as a dense mask, forward and backward."""
+"""Windowed attention in blocks equals attention with a dense mask, forward and backward."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_a_null_caption_gives_exactly_nothing_and_padding_changes_nothing():
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_half_precision_by_autocast_trains_and_stays_near_float32(padded):
-    """Forward under autocast, backward outside of it, as Lightning does it."""
+    """Forward under autocast and backward outside of it, as in Lightning."""
     x = torch.randn(2, 77, 3 * 32, requires_grad=True)
     weight = torch.randn(96, 96) / 10
     valid = torch.arange(77)[None] < torch.tensor([[77], [40]]) if padded else None

@@ -1,4 +1,4 @@
-"""The length of a file is what its decoder delivers, however its head was written or lost."""
+"""A file's length equals its decoded length, even if its header is wrong or missing."""
 
 import shutil
 import struct
@@ -23,21 +23,21 @@ def clip(folder: Path, suffix: str, seconds: float = 1.0, **kind: Any) -> Path:
 
 
 def length_s(path: Path) -> float:
-    """As it is read, which is as it is planned."""
+    """Decoded length, which must equal the planned length."""
     read = read_audio(path, RATE, 1).shape[1] / RATE
     assert read == pytest.approx(duration_s(path), abs=1 / RATE)
     return read
 
 
 def without_count(content: bytes) -> bytes:
-    """An MP3 without its first frame, which counts the others."""
+    """An MP3 without its first frame, which contains the number of frames."""
     (found,) = split_mp3(content)
     assert b"Info" in found[:200] or b"Xing" in found[:200]
     return found[found.index(found[:2], 4) :]
 
 
 def resized(content: bytes, riff: int, data: int | None = None) -> bytes:
-    """A WAV that gives other sizes, in bytes."""
+    """A WAV whose header has other sizes, in bytes."""
     found = bytearray(content)
     found[4:8] = struct.pack("<I", riff)
     if data is not None:

@@ -1,4 +1,4 @@
-"""Levels of scored and of written audio, file names, and what stands beside a file."""
+"""Levels of scored and written audio, file names, and the files next to an audio file."""
 
 import json
 

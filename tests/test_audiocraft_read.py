@@ -21,7 +21,7 @@ PROJECTION = "condition_provider.conditioners.description.output_proj.weight"
 
 
 def refusal(source: Path) -> str:
-    """The line that `convert` ends with; it leaves nothing."""
+    """The last line that `convert` prints; no files are left."""
     with pytest.raises(UserError) as caught:
         convert(str(source), ConvertOptions(source.parent / "release"))
     assert "\n" not in str(caught.value)
@@ -167,7 +167,7 @@ def test_damaged_files_and_impossible_codecs(damage, message, tmp_path):
 
 
 class Trap:
-    """A pickle that makes a folder when it is opened without care."""
+    """A pickle that creates a folder when it is loaded unsafely."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -1,5 +1,5 @@
-"""Files of strangers are used, or refused in one line, within bounds: by each reader, and by the
-command line (benchmarks/bad_inputs.py has many more of both)."""
+"""Untrusted files are read or refused in one line, within limits, by each reader and by the command
+line (benchmarks/bad_inputs.py has many more cases)."""
 
 import pytest
 from strategies import READERS, Samples, check

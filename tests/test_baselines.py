@@ -1,4 +1,4 @@
-"""Tables of counts and copying, against slow and obvious versions of themselves."""
+"""Count tables and the copying baseline, compared with simple, slow implementations."""
 
 import math
 from collections import Counter
@@ -107,7 +107,7 @@ def test_probabilities_sum_to_one():
 
 
 def test_a_chain_is_known_to_its_entropy_and_noise_is_not_better_known_than_by_frequency():
-    """A code stays with 3/4 + 1/28, and becomes each other one with 1/28."""
+    """A code repeats with probability 3/4 + 1/28; each other code has 1/28."""
     train, held_out = chains(40, 500), torch.stack(chains(20, 500, seed=1))
     tables = CountTables.count(train, SIZE)
     bigram = tables.bigram_losses(held_out)[:, :, 1:].mean((0, 2))
@@ -171,7 +171,7 @@ def test_copying_is_the_slow_search(rate, span_len):
 
 
 def test_a_validation_counts_copies_among_its_masked_frames():
-    """Two items of 4 and 2 masked frames, of which copying gets 3 and 0 right, in two rates."""
+    """Two items of 4 and 2 masked frames at two rates; copying is correct for 3 and 0 of them."""
     metric = FixedMaskMetrics(num_codebooks=2)
     loss = MaskedLoss(torch.tensor([4.0, 2.0]), torch.tensor([1, 1]), torch.tensor([4, 2]))
     metric.update(1, torch.tensor([0, 4]), loss, torch.tensor([3, 0]))
@@ -185,9 +185,7 @@ def test_a_validation_counts_copies_among_its_masked_frames():
 
 
 def test_a_validation_scores_its_items_by_counts_of_the_training_codes(tmp_path):
-    """Padding is neither counted nor scored; a later validation logs the same without counting
-    again.
-    """
+    """Padding is neither counted nor scored; later validations log the same without recounting."""
     codec = make_data_codec(tmp_path / "codec")
     write_shards(
         tmp_path / "train", codec, (3, 2), num_frames=100, seconds=[2.0, 1.0, 2.0, 2.0, 2.0]

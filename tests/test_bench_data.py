@@ -1,4 +1,4 @@
-"""The benchmarks of the data side measure what they say, on less of it."""
+"""The data benchmarks, on less data."""
 
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_loading():
 
 
 def test_webdataset_yields_what_we_yield(tmp_path: Path):
-    """Or the two would not be compared at the same work."""
+    """Otherwise the comparison would be unfair."""
     folder = bench_data._write_shards(tmp_path / "shards", 4)
     ours, theirs = (
         list(islice(b, 4)) for b in (bench_data._ours(folder), bench_data._webdataset(folder))

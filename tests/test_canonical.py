@@ -1,4 +1,4 @@
-"""The published kinds of codec and text encoder, from local folders, by their options."""
+"""The published types of codec and text encoder, selected by options, from local folders."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How training captions vary: shares that are met, and nothing invented."""
+"""Augmentation of training captions: its rates, and that it adds no other text."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_captions_stay_as_they_are_by_default():
 def test_fields_are_merged_and_parts_dropped_in_the_shares_asked_for():
     made = many(CaptionAugmentation(merge_p=0.25, drop_caption_p=0.5, drop_field_p=0.5))
     own, merged = (sum(word in c for c in made) / len(made) for word in ("waltz", ": "))
-    # Of the quarter, an eighth finds all three fields dropped.
+    # In one eighth of that quarter all three fields are dropped.
     assert own == pytest.approx(0.5, abs=0.03) and merged == pytest.approx(0.25 * 7 / 8, abs=0.03)
     assert made.count("") / len(made) == pytest.approx(0.5 * (1 - 0.25 * 7 / 8), abs=0.03)
     parts = {part for c in made for part in c.split(". ")}

@@ -1,4 +1,4 @@
-"""Curves in charts: points lie where their values are, and long curves are thinned out."""
+"""Curves in charts: positions of points, and downsampling of long curves."""
 
 import re
 
@@ -23,7 +23,7 @@ def test_stages_and_baselines_share_the_chart_of_their_metric():
 
 
 def drawn_points(svg: bytes, curve: int = 0) -> np.ndarray:
-    """Places `n 2` of a curve's points in its chart."""
+    """Positions `n 2` of a curve's points in its chart."""
     path = re.search(rf'id="curve-{curve}">\s*<path d="([^"]*)"', svg.decode())
     assert path is not None
     return np.array([[float(v) for v in p] for p in re.findall(r"[ML] (\S+) (\S+)", path[1])])

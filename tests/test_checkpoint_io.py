@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there."""
+"""A checkpoint is complete or absent."""
 
 import os
 import resource
@@ -14,7 +14,7 @@ from magnet_train.callbacks.checkpoint_io import AtomicCheckpointIO
 
 @pytest.fixture
 def no_room():
-    """Files of this process may not grow above 100 kB, as on a disk that is full."""
+    """Limits files of this process to 100 kB, like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -36,7 +36,7 @@ def test_without_room_the_previous_checkpoint_stays(size, tmp_path: Path, no_roo
 
 
 def test_name_and_content_survive_a_loss_of_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What is written reaches the disk before it gets its name, and then the name does."""
+    """Content is synced to disk before the rename, and then the rename is."""
     events = []
 
     def synced(handle: int) -> None:

@@ -1,6 +1,4 @@
-"""CLAP: LAION's names into ClapModel and its numbers out again, what is heard of a clip, what is
-refused.
-"""
+"""CLAP: mapping of LAION's names to ClapModel, equal embeddings, crops, and refused files."""
 
 import hashlib
 import json
@@ -65,7 +63,7 @@ UNUSED = {
 
 
 def laion_name(name: str) -> str:
-    """The inverse of the map, from the list of names in LAION's sources."""
+    """The inverse of the name mapping, from the list of names in LAION's sources."""
     if name.startswith("text_model."):
         return name.replace("text_model.", "text_branch.", 1)
     if "_projection." in name:
@@ -90,9 +88,7 @@ def tiny_model() -> Any:
 
 @pytest.fixture(scope="module")
 def laion_state() -> dict[str, Tensor]:
-    """A tiny checkpoint under LAION's names, query, key and value in one, at weights that the names
-    determine.
-    """
+    """A tiny checkpoint with LAION's names, fused query, key and value; weights seeded by name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, x in tiny_model().state_dict().items():
         if name.endswith(
@@ -119,7 +115,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def saved(path: Path, state: dict[str, Tensor], **others: object) -> WeightsFile:
-    """A checkpoint as LAION's training on several GPUs writes it."""
+    """A checkpoint in the format of LAION's multi-GPU training."""
     torch.save(
         {"epoch": 15, "state_dict": {f"module.{name}": x for name, x in state.items()}} | others,
         path,
@@ -136,9 +132,7 @@ def clap(folder: Path, laion_state: dict[str, Tensor]) -> Clap:
 
 
 def test_the_names_are_laions(laion_state: dict[str, Tensor]):
-    """Those of its own classes at the same depths, but for buffers and what the classes around them
-    hold.
-    """
+    """As in LAION's classes, except for buffers and the enclosing classes' parameters."""
     theirs = {
         name for name in GOLD["clap_names"] if not name.endswith(("attn_mask", "index", "_ids"))
     }
@@ -163,14 +157,14 @@ def test_every_tensor_arrives_and_the_unused_are_listed(clap: Clap, laion_state:
 
 
 def test_audio_is_laions(clap: Clap):
-    """Its own classes gave these numbers at the same weights from the same mel bands."""
+    """Reference values are from LAION's classes with the same weights and mel bands."""
     found = clap.embed_audio(wave(150_000, 48_000))
     torch.testing.assert_close(found, torch.tensor(GOLD["clap"]["audio"]), rtol=0, atol=1e-5)
 
 
 def test_text_is_laions(clap: Clap):
-    """RobertaModel gave these numbers; with ClapTextConfig's own epsilon they differ from the
-    fourth digit on.
+    """Reference values are from RobertaModel; ClapTextConfig's default epsilon changes the fourth
+    digit.
     """
     ids = torch.tensor([TOKENS + [1] * (77 - len(TOKENS))])
     found = clap.model.get_text_features(ids, (ids != 1).long()).pooler_output[0]
@@ -182,8 +176,8 @@ def test_the_real_configuration_is_of_200_million_parameters():
 
     with torch.device("meta"):
         model = ClapModel(ClapConfig(**CONFIG))
-    # The package counts 199.6 million, with 5.7 of a classifier, two transforms and mel filters,
-    # which nothing uses.
+    # LAION's package has 199.6 million, including 5.7 million unused parameters of a classifier,
+    # two transforms and mel filters.
     assert sum(p.numel() for p in model.parameters()) == 193_913_882
     assert model.config.audio_config.hidden_size == 1024
     assert model.config.text_config.layer_norm_eps == 1e-5
@@ -215,8 +209,8 @@ def test_another_checkpoint_is_named(
 def test_the_published_one_loads_by_its_hash(
     folder: Path, laion_state: dict[str, Tensor], clap: Clap, monkeypatch: pytest.MonkeyPatch
 ):
-    """Through the front door, in miniature. Random weights place all captions alike, which the
-    check notices.
+    """The public loader with a tiny model. With random weights all captions have similar
+    embeddings, which the check reports.
     """
     file = saved(folder / "published.pt", laion_state)
     monkeypatch.setattr(clap_module, "CONFIG", TINY)

@@ -1,4 +1,4 @@
-"""Cosines of paired embeddings against numbers made with numpy (tests/fixtures/metrics)."""
+"""Cosines of paired embeddings, compared with NumPy's results (tests/fixtures/metrics)."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_score_of_each_clip_and_its_mean(pairs: dict[str, Tensor]):
 
 
 def test_other_captions_fit_no_better_than_chance(pairs: dict[str, Tensor]):
-    """The fixture's control is one of many: each audio with the next one's caption."""
+    """The fixture's control pairs each audio with the next caption; other controls exist."""
     similarities = cosines(pairs["audio"], pairs["text"])
     assert near(
         similarities.roll(-1, 1).diagonal().mean().item(), CLAP["shuffled_text_control"], 1e-9
@@ -56,7 +56,7 @@ def test_embeddings_without_content_retrieve_nothing():
 
 
 def test_a_zero_embedding_has_cosine_zero():
-    """Not NaN; the others keep theirs."""
+    """Not NaN, and other cosines are unchanged."""
     x = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
     assert cosines(x, x).tolist() == [[0.0, 0.0], [0.0, 1.0]]
 

@@ -1,4 +1,4 @@
-"""The codec against transformers itself, at its edges, and on files that are wrong."""
+"""The codec compared with transformers, edge cases, and invalid files."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def clone_with(folder: Path, target: Path, **changes: object) -> Path:
-    """A copy of a component with some fields of its config changed."""
+    """A copy of a component with some config fields changed."""
     for file in folder.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
     config = json.loads((target / "config.json").read_text()) | changes
@@ -43,7 +43,7 @@ def clone_with(folder: Path, target: Path, **changes: object) -> Path:
 
 
 def message(name: object) -> str:
-    """What the user reads; always one line."""
+    """The error message, which is always one line."""
     with pytest.raises(UserError) as caught:
         load_codec(str(name))
     text = str(caught.value)

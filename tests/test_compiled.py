@@ -1,5 +1,5 @@
-"""What a GPU gets, run on a CPU: compiled blocks and passes, bfloat16, a decoding that never waits
-for the device.
+"""GPU features, tested on a CPU: compiled blocks and passes, bfloat16, and decoding without device
+synchronisation.
 """
 
 import copy
@@ -85,8 +85,8 @@ def test_a_compiled_generator_gives_the_same_codes(tiny, monkeypatch, compiled):
 
 
 def test_the_compiler_never_gives_up_over_what_a_fit_asks_of_it(monkeypatch):
-    """Training, validation and generation in a fit's order, captions of all lengths: no more
-    variants than it keeps.
+    """Training, validation and generation with captions of all lengths need no more variants than
+    the compiler caches.
     """
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     model = network()
@@ -116,9 +116,7 @@ def test_the_compiler_never_gives_up_over_what_a_fit_asks_of_it(monkeypatch):
     "sampling", [{"top_p": 0.9}, {"top_p": 0.0, "top_k": 10}, {"greedy": True}]
 )
 def test_decoding_never_waits_for_the_device(arrangement, sampling):
-    """Tensors without values: whatever asked for one, to decide a shape or a branch, would
-    raise.
-    """
+    """Uses meta tensors: reading a value would raise."""
     config = DecodingConfig(decoding_steps=(4, 2, 2, 2), span_arrangement=arrangement, **sampling)
     on = partial(torch.empty, device="meta")
     pass_of = lambda codes, stage: on(codes.shape[0], codes.shape[2], SIZE)  # noqa: E731

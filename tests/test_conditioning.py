@@ -1,6 +1,4 @@
-"""The text encoder: what a caption gives, alone and beside others, and what a wrong folder
-gives.
-"""
+"""The text encoder: states of captions, alone and in batches, and errors of invalid folders."""
 
 import copy
 import shutil
@@ -208,9 +206,7 @@ def test_each_caption_is_dropped_for_itself():
 
 
 def test_the_stamp_is_of_what_makes_the_states(demo: TextEncoder, folder: Path, tmp_path: Path):
-    """A copy elsewhere and without the pooler has the same, whatever is drawn for that; another
-    encoder another.
-    """
+    """A copy with another random pooler has the same stamp; another encoder has another."""
     elsewhere = tmp_path / "copy"
     shutil.copytree(_demo_folder(), elsewhere)
     weights = {

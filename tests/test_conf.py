@@ -1,6 +1,4 @@
-"""Every file in conf/ is parsed as it stands, built at reduced width, and takes one training
-step.
-"""
+"""Every file in conf/ is parsed unchanged, built with reduced width, and trained for one step."""
 
 from pathlib import Path
 
@@ -41,8 +39,8 @@ QUICK = [
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> dict[str, Path]:
-    """A codec of published form with shards of its own, a text encoder, and a release of the
-    shipped model.
+    """A codec in the published format with shards, a text encoder, and a release of the bundled
+    model.
     """
     folder = tmp_path_factory.mktemp("parts")
     make_codec(folder / "codec")

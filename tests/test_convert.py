@@ -1,4 +1,4 @@
-"""audiocraft's models become releases and return: to the bit, and to the reference's numbers."""
+"""Conversion of audiocraft's models in both directions: bit-identical and as the reference."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "fixtures" / "reference"
 
 
 def same(one: Path, two: Path) -> None:
-    """Two exported files hold the same, to the bit."""
+    """Whether two exported files have bit-identical content."""
     a, b = (torch.load(p, weights_only=True) for p in (one, two))
     assert a.keys() == b.keys() and all(a[k] == b[k] for k in a if k != "best_state")
     if "best_state" in a:
@@ -128,7 +128,7 @@ def test_published_codecs_keep_all_their_tensors():
 
 
 def _published_codec(name: str, ratios: list[int]) -> dict[str, Any]:
-    """The published codecs' settings: those of the tiny ones at full width."""
+    """The published codecs' settings: those of the tiny codecs with full width."""
     from helpers_audiocraft import codec_settings
 
     settings = codec_settings(ratios, 32_000 if name == "encodec_32khz" else 16_000)
@@ -248,7 +248,7 @@ def test_a_pointer_stays_a_pointer_and_is_looked_at_later(t5, tmp_path):
     assert not (release / "codec").exists()
     again = to(tmp_path / "again", release, "audiocraft")
     same(theirs / "compression_state_dict.bin", again / "compression_state_dict.bin")
-    # Where there is a copy, it can be named instead.
+    # A local copy can be given instead.
     read_codec(codec_package(), tmp_path / "codec", Path("x.bin"))
     to(tmp_path / "with", theirs, codec=str(tmp_path / "codec"), text_encoder=t5)
     assert magnet_train.load(tmp_path / "with").codec.facts.num_codebooks == 4
@@ -397,7 +397,7 @@ def test_a_run_goes_on_without_the_release_it_began_with(t5, tmp_path, release):
     assert fit(run, shards, *options, checkpoint) == 0
     about = SavedModel.open(run).provenance
     assert about["step"] == 4 and about["licence"] == "cc-by-nc-4.0"
-    # What is given wins over what the checkpoint says.
+    # Options override the checkpoint.
     data = (f"--data.train={shards}", f"--data.validation={shards}", "--trainer.logger=false")
     own = f"--model.codec={tmp_path / 'nowhere'}"
     assert main(["validate", *data, checkpoint, own]) == 2

@@ -1,4 +1,4 @@
-"""A schedule of crop lengths: batches hold the same audio, and a run resumes exactly."""
+"""A schedule of crop lengths: batches contain the same amount of audio, and resuming is exact."""
 
 from itertools import islice
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""The workspace has a panel for each name that is defined, is made once, and its errors are one
-line."""
+"""The workspace has a panel for each defined name, is created once, and has one-line errors."""
 
 import json
 import os
@@ -22,7 +21,7 @@ COMMAND = ["dashboard", "--entity", "e", "--project", "p"]
 
 @pytest.fixture(autouse=True)
 def _session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """W&B as in a new process, with a key."""
+    """W&B in the state of a new process, with a key."""
     before = dict(os.environ)
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -35,7 +34,7 @@ def _session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def panels() -> dict[str, list[dict[str, Any]]]:
-    """Section to the configurations of its panels, as W&B gets them."""
+    """Panel configurations by section, as sent to W&B."""
     spec = workspace(DashboardOptions("e", "p"))._to_model().spec
     sections = json.loads(spec.model_dump_json(by_alias=True, exclude_none=True))["section"][
         "panelBankConfig"

@@ -1,4 +1,4 @@
-"""What must hold for every decoding, tried with scripted networks; the filters against the
+"""Properties of decoding, tested with scripted networks; the filters are compared with the
 reference.
 """
 
@@ -27,7 +27,7 @@ SIZE = 8
 
 
 def scripted(seed: int):
-    """A network whose logits depend on nothing but frame and stage, the same for every example."""
+    """A network whose logits depend only on frame and stage."""
     table = torch.randn(4, 64, SIZE, generator=torch.Generator().manual_seed(seed)) * 3
     return lambda codes, stage: table[stage, : codes.shape[2]].expand(len(codes), -1, -1)
 
@@ -98,8 +98,8 @@ def test_seeds_and_items_differ():
 
 
 def markov_chain(repeat: float = 0.76, size: int = SIZE) -> torch.Tensor:
-    """Transition probabilities of codes that mostly go on, and else move to one of a few
-    neighbours: `c c`.
+    """Transition probabilities `c c` of codes that usually repeat, or change to one of a few
+    neighbours.
     """
     generator = torch.Generator().manual_seed(7)
     moves = (3 * torch.randn(size, size, generator=generator)).softmax(1).fill_diagonal_(0)
@@ -107,9 +107,7 @@ def markov_chain(repeat: float = 0.76, size: int = SIZE) -> torch.Tensor:
 
 
 def conditionals(codes: torch.Tensor, chain: torch.Tensor) -> torch.Tensor:
-    """Exact log probabilities of every frame given all visible codes (forward and backward
-    messages): `b t c`.
-    """
+    """Exact log probabilities `b t c` of every frame given all visible codes (forward-backward)."""
     b, t = codes.shape
     size = len(chain)
     visible = torch.nn.functional.one_hot(codes.clamp(max=size - 1), size).float()
@@ -126,9 +124,7 @@ def conditionals(codes: torch.Tensor, chain: torch.Tensor) -> torch.Tensor:
 
 
 def chain_statistics(config: DecodingConfig, chain: torch.Tensor) -> tuple[float, float]:
-    """Mean log P of the transitions of what is decoded with exact conditionals, and the share of
-    repeats.
-    """
+    """Mean log probability of transitions and share of repeats, decoded with exact conditionals."""
     codes = torch.zeros(8, 1, 250, dtype=torch.long)
     given = torch.zeros(8, 250, dtype=torch.bool)
     noise = item_noise(0, [str(i) for i in range(8)], config.decoding_steps[0], 250)
@@ -139,8 +135,8 @@ def chain_statistics(config: DecodingConfig, chain: torch.Tensor) -> tuple[float
 
 
 def test_random_order_with_shared_noise_decodes_a_chain_as_it_is_and_the_published_order_does_not():
-    """The reason for these options: order by confidence prefers what goes on, and drones or breaks
-    up.
+    """The reason for these options: confidence order prefers repeated codes, so decoded clips drone
+    or break up.
     """
     chain = markov_chain()
     own_log_p = (chain * chain.clamp(min=1e-30).log()).sum(1).mean().item()
@@ -257,7 +253,7 @@ def test_the_race_in_the_nucleus_has_the_winner_of_the_sorted_one(top_p, sharpne
 
 
 def test_the_null_condition_is_not_asked_where_guidance_has_ended():
-    """From 10 to 1: at a stage's last step the coefficient is exactly 1."""
+    """With guidance from 10 to 1, the coefficient is exactly 1 at a stage's last step."""
     asked = []
     config = DecodingConfig(decoding_steps=(3, 2, 1, 1))
     codes, fixed = torch.zeros(1, 4, 12, dtype=torch.long), torch.zeros(1, 12, dtype=torch.bool)
@@ -278,7 +274,7 @@ def test_the_null_condition_is_not_asked_where_guidance_has_ended():
 
 
 def neighbours(codes: torch.Tensor, stage: int) -> torch.Tensor:
-    """Logits from the codes of a frame and of the frames beside it; beyond the ends is silence."""
+    """Logits from the codes of a frame and its two neighbours, with silence beyond the ends."""
     table = torch.randn(3, 4, SIZE + 1, SIZE, generator=torch.Generator().manual_seed(stage))
     padded = torch.nn.functional.pad(codes, (1, 1), value=SIZE)
     seen = [padded[:, k, i : i + codes.shape[2]] for k in range(4) for i in range(3)]
@@ -289,7 +285,7 @@ def neighbours(codes: torch.Tensor, stage: int) -> torch.Tensor:
 @given(st.integers(2, 20), st.integers(1, 30), st.integers(0, 19))
 @settings(max_examples=30)
 def test_a_loop_turned_is_the_same_loop(num_frames, context, by):
-    """The network sees the end before the beginning: there is no place that is the seam."""
+    """The network sees the end before the beginning, so rotating a loop rotates its result."""
     config = DecodingConfig(decoding_steps=(3, 2), span_len=1, span_scoring="random")
     noise = item_noise(0, ["a"], 9, num_frames)
     codes = torch.randint(0, SIZE, (1, 4, num_frames))

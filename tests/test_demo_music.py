@@ -1,4 +1,4 @@
-"""One smoke test for each script that made the demo's music, and properties of what ships."""
+"""A smoke test for each script of the demo's music, and properties of the bundled data."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ TUNE = [[i * 0.5, 0.5, 60 + step] for i, step in enumerate(STEPS)]
 
 
 def make_score(parts: int = 1, style: str = "jig", pickup_ql: float = 0.0) -> dict[str, Any]:
-    """What scores.py writes for TUNE in some parts, after an upbeat of repeated notes."""
+    """The score that scores.py writes for TUNE in some parts, after an upbeat of repeated notes."""
     upbeat = [[i * 0.5, 0.5, 62] for i in range(round(pickup_ql / 0.5))]
     lines = [
         [[t, d, p - 7 * k] for t, d, p in upbeat + [[t + pickup_ql, d, p] for t, d, p in TUNE]]
@@ -44,7 +44,7 @@ ANY_KEY = re.compile(rf"\b({'|'.join(sorted(SHARPS, key=len, reverse=True))}) (m
 
 
 def tempo_lies(text: str, facts: dict[str, Any]) -> list[str]:
-    """Tempo words of a caption that are not the tempo's."""
+    """Tempo words of a caption that do not match the tempo."""
     words = {phrase: word for word, phrases in TEMPO_PHRASES.items() for phrase in phrases}
     for phrase in sorted(words, key=len, reverse=True):
         if re.search(rf"\b{phrase}\b", text.lower()):
@@ -53,7 +53,7 @@ def tempo_lies(text: str, facts: dict[str, Any]) -> list[str]:
 
 
 def untruths(text: str, facts: dict[str, Any]) -> list[str]:
-    """What a caption says that the facts do not: key, tempo, metre, instruments, drums."""
+    """Statements of a caption that contradict the facts: key, tempo, metre, instruments, drums."""
     lower = text.lower()
     found = [f"key {key[0]}" for key in ANY_KEY.finditer(text) if key[0] != facts["key"]]
     tempi = re.findall(r"(\d+) (?:bpm|beats per minute)", text)
@@ -172,7 +172,7 @@ def test_the_check_of_captions_finds_untruths() -> None:
 
 @pytest.fixture(scope="module")
 def shipped() -> dict[str, list[dict[str, Any]]]:
-    """The facts of every example in the embedded shards, by split."""
+    """Facts of every example in the bundled shards, by split."""
     found = defaultdict[str, list[dict[str, Any]]](list)
     for split in ("train", "validation", "test"):
         for path in sorted((DEMO / "shards" / split).glob("*.tar")):

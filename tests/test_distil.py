@@ -1,4 +1,4 @@
-"""Guidance learnt by one pass: the loss is the divergence from the teacher's guided logits."""
+"""Distilled guidance: the loss is the divergence from the teacher's guided logits."""
 
 from typing import Any
 

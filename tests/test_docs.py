@@ -1,4 +1,4 @@
-"""What the documents quote is what the package says, and their links lead somewhere."""
+"""Quotations in the documents equal the package's text, and links are valid."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ def sentences() -> list[str]:
 
 
 def quoted_errors() -> list[str]:
-    """The first column of docs/troubleshooting.md's tables, but for what comes from elsewhere."""
+    """The first column of docs/troubleshooting.md's tables, except messages of other packages."""
     lines = (ROOT / "docs/troubleshooting.md").read_text().splitlines()
     return [match[1] for line in lines if (match := re.match(r"\| `([^`]+)`", line))]
 
@@ -51,7 +51,7 @@ def test_contributing_quotes_the_code_as_it_is():
 
 
 def drawing(document: str) -> str:
-    """The layout in a document, without its fences."""
+    """The layout drawing in a document, without its fences."""
     return (ROOT / document).read_text().split("## Layout")[1].split("```")[1]
 
 

@@ -1,5 +1,4 @@
-"""`doctor` names what would keep a run from starting, with the remedy, and leaves nothing
-behind."""
+"""`doctor` reports problems that would stop a run, with remedies, and leaves no files."""
 
 import copy
 import math
@@ -45,7 +44,7 @@ ASSUMED = Speed(1e9, 1e9, 1.0, "as assumed")
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
-    """A codec with shards, another codec, a text encoder, and a configuration that holds."""
+    """A codec with shards, another codec, a text encoder, and a valid configuration."""
     folder = tmp_path_factory.mktemp("parts")
     codec = make_data_codec(folder / "codec")
     make_data_codec(folder / "other", seed=1)
@@ -67,7 +66,7 @@ def parts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(parts) -> Plan:
-    """What the parser makes of that configuration, once for all tests of single checks."""
+    """The parsed configuration, shared by tests of single checks."""
     made: Any = build_without_training(["--config", str(parts / "c.yaml")], [])
     return Plan(made.parsed, made.datamodule, made.config_init.fit.generation.decoding)
 
@@ -95,7 +94,7 @@ def look(check: str, plan: Plan, **options: object) -> list[str]:
 
 
 def ask(capsys, parts: Path, *options: str) -> tuple[int, dict[str, str], str]:
-    """Exit status, what each check says with its status first, and the error line; no speed is
+    """Exit status, messages of each check after its status, and the error line; speed is not
     measured."""
     quick = mock.patch.object(estimate, "measure_speed", lambda _: ASSUMED)
     with quick, mock.patch.object(magnet_train.checks.doctor, "SAMPLING_S", math.inf):
@@ -272,7 +271,7 @@ def test_components_that_are_missing_are_named_with_their_source(
     assert "vggish-10086976.pth (289 MB, licence Apache-2.0)" in said["metrics of vggish"]
     assert said["text encoder t5-base"].startswith("missing ")
     assert "doctor --prefetch" in said["text encoder t5-base"]
-    # What does not need them is looked at all the same.
+    # Checks that do not need them still run.
     assert said["train shards"].startswith("ok ") and said["shards per worker"].startswith("ok ")
     assert "nothing of that name is logged; choose val/ce, val/fad/vggish" in said["settings"]
     (said,) = look("components", plan, prefetch=True, generation__metrics=("fad/vggish",))[2:]
@@ -334,7 +333,7 @@ def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch,
     (said,) = look("start", plan, ckpt_path=saved("d.ckpt", optimizer_states=None))
     assert "d.ckpt: not a checkpoint of a training run (optimizer_states is missing)" in said
     (tmp_path / "d.ckpt").unlink()
-    # A job that is queued again goes on, whatever its script says.
+    # A requeued job resumes, independent of its script.
     given = {
         "checkpoint__dirpath": str(tmp_path),
         "trainer__default_root_dir": str(tmp_path / "run"),
@@ -352,8 +351,7 @@ def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch,
 
 
 def test_checkpoints_that_will_be_replaced_have_their_room(plan, tmp_path, monkeypatch):
-    """Three are kept: a run that goes on over two of them needs one more, one that begins all
-    three."""
+    """Three are kept: a resumed run with two needs space for one more, a new run for three."""
     usage = namedtuple("usage", "total used free")
     size = estimate.checkpoint_bytes(plan)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 1.5 * size))
@@ -370,7 +368,7 @@ def test_checkpoints_that_will_be_replaced_have_their_room(plan, tmp_path, monke
     (said,) = look("disk", plan, **given)  # those there are set aside
     assert said.startswith("failed disk: ") and "free for 3 checkpoints" in said
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 0.9 * size))
-    # One is written beside them.
+    # One more is written before an old one is deleted.
     assert look("disk", plan, ckpt_path="auto", **given)[0].startswith("failed disk: ")
 
 
@@ -454,7 +452,7 @@ def test_too_few_cores_files_and_shared_memory_are_warnings(plan, monkeypatch):
     assert said[-1].startswith("warning open files: 256 per process; raise it with ulimit -n")
     if Path("/dev/shm").is_dir():
         assert said[1].startswith("warning shared memory: 0.1 GB") and "--shm-size" in said[1]
-    # Ranks wait for their GPUs: eight data workers for each of eight have their core.
+    # Ranks mostly wait for their GPUs, so eight data workers for each of eight ranks have a core.
     given = {"trainer__accelerator": "gpu", "trainer__devices": 8, "data__num_workers": 8}
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     assert look("CPU", plan, **given)[0] == "ok CPU: 64 cores for 8 ranks and 64 data workers"
@@ -474,7 +472,7 @@ def test_memory_is_what_may_still_be_had_within_the_jobs_limit(tmp_path):
     (tmp_path / "proc/self").mkdir()
     (tmp_path / "proc/self/cgroup").write_text("4:memory:/elsewhere\n0::/slurm/job_1/step_0\n")
     for limit, bytes_ in (("max", 4000 * 1024), ("3000000", 3e6), ("9000000", 4000 * 1024)):
-        # The nearest, the job's, a container's.
+        # Limits of the innermost cgroup, the job and a container.
         for folder in (job, job.parent, tmp_path / "sys/fs/cgroup"):
             (folder / "memory.max").write_text(f"{limit}\n")
             assert available_memory(tmp_path) == bytes_
@@ -519,7 +517,7 @@ def test_versions_are_held_to_what_the_package_needs(parts, monkeypatch, capsys)
 
 @pytest.fixture
 def online(plan, tmp_path, monkeypatch):
-    """Of a run with W&B, and nothing else that W&B knows of."""
+    """Findings of a run with W&B, without other W&B settings."""
     import wandb
 
     wandb.teardown()
@@ -562,7 +560,7 @@ def test_a_refused_key_ends_a_run_that_begins_and_none_that_goes_on(online, tmp_
         (said,) = look("W&B", online)
         assert said.startswith("failed W&B: the key is refused, or there is no network (")
         assert "WANDB_MODE" in said
-        # Of a first submission.
+        # For a first submission.
         assert look("W&B", online, ckpt_path="auto")[0].startswith("failed ")
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "wandb_run_id").write_text("abc\n")
@@ -634,7 +632,7 @@ def test_utilisation_counts_the_operations_of_the_estimate():
 
 
 def test_gpus_are_looked_at_as_they_are(monkeypatch):
-    """With a driver that is made up: eight cards without bfloat16, one of them in use."""
+    """With a fake driver: eight GPUs without bfloat16, one of them in use."""
     card = SimpleNamespace(name="V100", total_memory=32 * 10**9)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)

@@ -1,4 +1,4 @@
-"""`edit`: what it refuses before a model is loaded, and files that can be made again."""
+"""`edit`: errors before a model is loaded, and reproducible files."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ QUICK = "--decoding.decoding_steps=[1]"
 
 @pytest.fixture
 def recording(tmp_path) -> Path:
-    """3.01 s of stereo in 16 bits, with a caption beside it."""
+    """3.01 s of 16-bit stereo, with a caption file."""
     time = np.arange(66_370) / 22_050
     notes = 0.3 * np.sin(2 * np.pi * 262 * time * 2 ** (np.floor(2 * time) / 12))
     soundfile.write(tmp_path / "a.wav", np.stack([notes, 0.5 * notes], 1), 22_050, "PCM_16")

@@ -1,6 +1,4 @@
-"""What needs whole sets, against numbers that fadtk, kadtk, torchmetrics, prdc and vendi-score give
-too.
-"""
+"""Metrics of sets, compared with fadtk, kadtk, torchmetrics, prdc and vendi-score."""
 
 import math
 
@@ -60,8 +58,8 @@ def test_draws_for_fad_infinity_are_whole_clips():
 
 
 def test_fad_infinity_takes_the_bias_of_few_clips_away():
-    """Clips of the reference's own population: 0 in truth, which their FAD is far from; the mean of
-    eight tries.
+    """Clips from the reference's population: the true value is 0, but FAD is far above it; mean of
+    eight draws.
     """
     generator = torch.Generator().manual_seed(0)
     reference = Moments.of(torch.randn(50_000, 8, generator=generator))
@@ -99,7 +97,7 @@ def test_kad_is_kadtks(sets: dict[str, Tensor]):
 
 @pytest.mark.parametrize("distance", [kad, kid])
 def test_kernel_distances_are_unbiased(distance):
-    """Windows of one population: around zero, so below it at times, however few they are."""
+    """Windows of one population: the mean is zero for any number, so some values are negative."""
     generator = torch.Generator().manual_seed(0)
     values = torch.tensor(
         [
@@ -125,7 +123,7 @@ def test_neighbourhoods_are_prdcs(sets: dict[str, Tensor]):
 
 
 def test_the_border_of_a_neighbourhood_is_outside():
-    """On a line at whole numbers, k = 1: every neighbourhood reaches to just below 1."""
+    """Integers on a line, k = 1: every neighbourhood has radius 1, exclusive."""
     real = torch.arange(4.0)[:, None]
     assert vars(neighbourhoods(torch.tensor([[-1.0], [4.0]]), real, k=1)) == {
         "precision": 0,

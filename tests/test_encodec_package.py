@@ -1,4 +1,4 @@
-"""The models of the `encodec` package, through our interface: the package itself is the twin."""
+"""Models of the `encodec` package through our interface, compared with the package."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ encodec = pytest.importorskip("encodec")
 
 @pytest.fixture
 def cache(tmp_path: Path):
-    """Where torch keeps what it downloads."""
+    """torch's download cache."""
     before = torch.hub.get_dir()
     torch.hub.set_dir(str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
@@ -26,7 +26,7 @@ def cache(tmp_path: Path):
 
 
 def package_model(name: str, cache: Path):
-    """A random model of published size, its weights where the package would have put them."""
+    """A random model of published size, with weights in the package's cache."""
     torch.manual_seed(0)
     model = getattr(encodec.EncodecModel, f"encodec_model_{name.split('_')[1]}")(
         pretrained=False
@@ -71,7 +71,7 @@ def test_48_khz_gives_the_codes_of_the_package_and_a_steady_frame_rate(cache):
         theirs._decode_frame((codes, scale)) / scale * NORMALISED_LEVEL,
         atol=1e-6,
     )
-    # A quiet second behind a loud one stays quieter, and every second has 150 frames.
+    # A quiet second after a loud one stays quieter, and every second has 150 frames.
     wav = torch.cat([second, 0.01 * second, second[..., :24_000]], 2)
     assert ours.encode(wav).shape == (1, 4, 375)
     assert torch.equal(ours.encode(10 * wav), ours.encode(wav))

@@ -1,4 +1,4 @@
-"""Which errors are the user's, and which are bugs and keep their traceback."""
+"""Which errors are user errors, and which are bugs with a traceback."""
 
 import errno
 import itertools
@@ -16,7 +16,7 @@ from magnet_train.common.errors import (
 
 
 def raised(*errors: BaseException) -> BaseException:
-    """The first error, raised from the second, which was raised from the third …"""
+    """The first error, raised from the second, raised from the third, and so on."""
     for error, cause in itertools.pairwise(errors):
         error.__cause__ = cause
     return errors[0]

@@ -1,6 +1,4 @@
-"""What `doctor` reckons is what the machine counts: parameters, memory of training, checkpoints,
-operations.
-"""
+"""`doctor`'s estimates equal measurements: parameters, training memory, checkpoints, FLOP."""
 
 import pytest
 import torch
@@ -53,7 +51,7 @@ def test_activations_are_within_a_fifth_of_what_the_allocator_counts(
 
 
 def test_the_whole_of_a_training_is_within_a_fifth_of_what_the_allocator_counts(capsys):
-    """Network, average, AdamW and three steps of 4 examples, from nothing."""
+    """Memory of network, average, AdamW and three steps of 4 examples."""
 
     def train() -> None:
         network, average = Magnet(WIDE), Magnet(WIDE)
@@ -129,7 +127,7 @@ def test_sharding_divides_the_state_and_not_the_activations():
 
 
 def test_a_validation_in_shards_has_all_weights_once_more():
-    """However many the ranks: it may be what does not fit."""
+    """For any number of ranks; this copy may be what does not fit."""
     many = memory(WIDE, 1, 100, "bf16-mixed", ranks=1000, sharded=True, frozen=1e6)
     weights = 4 * estimate.num_parameters(WIDE)
     assert many.validation == pytest.approx(1.5 * weights + 1e6, rel=0.01)
@@ -154,15 +152,15 @@ def test_the_largest_batch_is_the_last_that_fits():
     capacity = 2e9
     most = estimate.largest_batch(given, 4, capacity)
     totals = [memory(WIDE, n, 1500, "32-true").total for n in (most, most + 1)]
-    # What a weight's gradient takes does not grow with the batch: an example more or less at most.
+    # Gradients of weights do not grow with the batch, so the difference is at most one example.
     room = capacity * (1 - estimate.RESERVE)
     assert totals[0] <= 1.02 * room and totals[1] > 0.98 * room
     assert estimate.largest_batch(given, 4, 1e6) == 0
 
 
 def test_operations_are_those_that_are_counted():
-    """Stage 0, where the window hides nothing; torch's counter sees the recomputed parts too, which
-    hold no product.
+    """Stage 0 without windowed attention. torch's counter includes recomputed parts, which have no
+    products.
     """
     step, _ = training_pass(
         SMALL, 2, 500, round(estimate.MEAN_MASK_RATE * 500), estimate.NUM_TEXT, "cpu", False

@@ -1,4 +1,4 @@
-"""FAD against sets and closed forms whose distance is known (tests/fixtures/metrics)."""
+"""FAD compared with sets and closed forms of known distance (tests/fixtures/metrics)."""
 
 from functools import reduce
 from operator import add
@@ -33,7 +33,7 @@ def test_there_are_seventeen_sets_and_seven_closed_forms():
 def test_distance_of_two_sets_whatever_their_parts_and_common_offset(
     case: dict, offset: float, sets
 ):
-    """Plain sums of x xᵀ lose up to 5e-3 at the offset, where windows are few or constant."""
+    """Sums of x xᵀ would have errors up to 5e-3 with the offset and few or constant windows."""
     x, y = (sets[f"{case['name']}__{side}"].double() + offset for side in "xy")
     for value in (Moments.of(x).distance(Moments.of(y)), in_parts(x, 37).distance(in_parts(y, 23))):
         assert value >= 0
@@ -44,7 +44,7 @@ def test_distance_of_two_sets_whatever_their_parts_and_common_offset(
     "name", ["d8_n5_rankdef", "d128_n40_rankdef", "d512_n48_rankdef", "two_samples_each"]
 )
 def test_fewer_windows_than_dimensions_lose_nothing(name: str, sets):
-    """Usual implementations lose 1e-8 to 7e-7 here: roots of eigenvalues that should be zero."""
+    """Other implementations have errors of 1e-8 to 7e-7: square roots of near-zero eigenvalues."""
     expected = next(case["expected"] for case in FRECHET["cases"] if case["name"] == name)
     x, y = (Moments.of(sets[f"{name}__{side}"]) for side in "xy")
     assert near(x.distance(y), expected, 1e-12)

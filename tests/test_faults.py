@@ -1,4 +1,4 @@
-"""Faults that no other test causes in a whole run; benchmarks/faults.py has them all."""
+"""Faults in complete runs that no other test covers; benchmarks/faults.py has all of them."""
 
 import os
 import re
@@ -29,5 +29,5 @@ def test_nothing_is_lost():
     assert [lost for _, _, lost in rows] == ["nothing"] * len(faults)
     assert "the disk is full; free some space" in rows[0][1]
     assert "--model.span_len three: give an integer" in rows[6][1]
-    # The one that stands, or the one that waits.
+    # The stopped rank, or the waiting rank.
     assert re.search(r"rank [01], after step \d+: .* usually", rows[3][1])

@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all; names from outside stay in their folder."""
+"""Files and folders are written completely or not at all; untrusted names stay in their folder."""
 
 import json
 import threading

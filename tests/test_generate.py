@@ -1,4 +1,4 @@
-"""`generate`: the files that it makes, and what it refuses before a model is loaded."""
+"""`generate`: its files, and errors before a model is loaded."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""A trained model as an object: alone or in a batch the same, saved and loaded the same, and clear
-when it cannot.
-"""
+"""The generator: results independent of the batch, saving and loading, and clear errors."""
 
 from dataclasses import replace
 

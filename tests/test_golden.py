@@ -1,6 +1,6 @@
-"""Ten losses and one decoded example of the demo, kept in git: a change of numbers must be meant.
+"""Ten losses and one decoded example of the demo, in git, to detect unintended changes.
 
-make golden     # renews them; the commit says why
+make golden     # regenerates them; the commit says why
 """
 
 import json
@@ -18,7 +18,7 @@ PROMPT = "a slow chorale for string quartet in G minor"
 
 
 def losses(folder: Path) -> list[float]:
-    """Of the first ten training steps of conf/demo.yaml."""
+    """Losses of the first ten training steps of conf/demo.yaml."""
     args = (
         f"fit --trainer.default_root_dir {folder} --trainer.max_steps 10 --generation.num_prompts 0"
     ).split()
@@ -42,7 +42,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def codes() -> torch.Tensor:
-    """Two seconds of the shipped model: `k t`."""
+    """Codes `k t` of two seconds decoded with the bundled model."""
     import magnet_train
 
     return magnet_train.load("demo").generate([PROMPT], seed=0, duration_s=2.0).codes[0]
@@ -59,7 +59,7 @@ def test_the_shipped_model_plays_as_it_did():
     from safetensors.torch import load_file
 
     expected, measured = load_file(GOLDEN / "codes.safetensors")["codes"].long(), codes()
-    # Equal on the same kind of CPU; elsewhere a tie may fall the other way.
+    # Equal on the same type of CPU; on others, ties may be resolved differently.
     assert (measured == expected).float().mean() > 0.9
 
 

@@ -1,4 +1,4 @@
-"""What is not finite is left out and named, what hangs is named, and speed is what it says."""
+"""NaN guard, watchdog and throughput."""
 
 import csv
 import multiprocessing
@@ -76,7 +76,7 @@ def test_too_many_in_a_row_end_the_run_and_keep_the_last_good_checkpoint(
     options = ("--nan_guard.max_consecutive=3",)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Two in a row are no three; the counter goes on in a resumed run.
+        # Two bad steps in a row are allowed; a resumed run continues the count.
         assert (
             main(arguments(data, tmp_path / "run", *options, bad_losses=(0, 1, 3, 5, 6, 7, 8))) == 2
         )
@@ -97,7 +97,7 @@ HALF = (
 def test_a_scaler_looks_for_its_scale_and_is_not_let_look_for_ever(
     data: Path, tmp_path: Path, capsys: Any
 ):
-    """With torch's own scaler, on a CPU: it halves 65536 at each step that overflows."""
+    """With torch's scaler, on a CPU: it halves 65536 at each step that overflows."""
     options = (HALF, "--nan_guard.max_consecutive=3", "--trainer.max_steps=40", *ALL)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -124,7 +124,7 @@ def test_a_scaler_looks_for_its_scale_and_is_not_let_look_for_ever(
             main(arguments(data, tmp_path / "b", *options, bad_gradients=tuple(range(1, 40)))) == 2
         )
     assert "steps in a row without a finite loss and gradients" in capsys.readouterr().err
-    with pytest.warns(UserWarning, match="step 3 skipped, rank 0: loss nan"):  # no scale mends that
+    with pytest.warns(UserWarning, match="step 3 skipped, rank 0: loss nan"):
         assert main(arguments(data, tmp_path / "c", *options, bad_losses=(3, 4, 5))) == 2
 
 
@@ -146,7 +146,7 @@ def test_options_out_of_range_are_named(make: Any, word: str):
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Lets seconds pass for the watchdog, in no time."""
+    """Advances the watchdog's clock without waiting."""
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(watchdog_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
@@ -157,7 +157,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def heard(watchdog: Watchdog, at_least: int) -> list[str]:
-    """What it says in the looks of a fifth of a second, or until it has said so much."""
+    """Its messages within a fifth of a second, or until there are as many as expected."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         deadline = time.monotonic() + 60
@@ -187,7 +187,7 @@ def test_the_watchdog_names_rank_and_phase_once(passes: Callable[[float], None])
     assert "between steps" in line
     assert "usually 0.02 s" in line
     passes(100)
-    assert heard(watchdog, 0) == []  # it has been told
+    assert heard(watchdog, 0) == []  # already reported
     hooks[0](trainer, None, None, 0)  # type: ignore[arg-type]
     passes(0.21)
     (line,) = heard(watchdog, 1)
@@ -197,7 +197,7 @@ def test_the_watchdog_names_rank_and_phase_once(passes: Callable[[float], None])
     passes(0.21)
     (line,) = heard(watchdog, 1)
     assert "waiting for data" in line
-    # The first validation has nothing to compare with.
+    # The first validation has no earlier one to compare with.
     watchdog.on_validation_start(trainer, None)  # type: ignore
     passes(100)
     assert heard(watchdog, 0) == []
@@ -228,20 +228,19 @@ def test_the_loader_counts_what_it_is_waited_for(workers: int):
 
 
 def test_the_first_signal_to_all_processes_of_a_job_costs_no_batch():
-    before = multiprocessing.active_children()  # another test's, on their way out
+    before = multiprocessing.active_children()  # ending threads of another test
     loader = TimedLoader(Slow(), batch_size=None, num_workers=1)
     items = iter(loader)
     assert next(items) == 0
     (process,) = (child for child in multiprocessing.active_children() if child not in before)
     os.kill(process.pid, signal.SIGUSR1)  # type: ignore[arg-type]
-    for _ in range(2):  # a scheduler's, and a launcher's
+    for _ in range(2):  # threads of a scheduler and a launcher
         os.kill(process.pid, signal.SIGTERM)  # type: ignore[arg-type]
     assert list(items) == [1, 2, 3, 4]
 
 
 def test_throughput_counts_all_that_is_heard(data: Path, tmp_path: Path):
-    """Two examples of one second a step; the ledger sleeps, so that the speed is known from
-    above."""
+    """Two examples of one second per step; the ledger sleeps, which bounds the speed."""
     run, logger = tmp_path / "run", "lightning.pytorch.loggers.CSVLogger"
     options = (
         f"--trainer.logger={logger}",
@@ -262,7 +261,7 @@ def test_throughput_counts_all_that_is_heard(data: Path, tmp_path: Path):
         assert heard == pytest.approx(float(row["speed/examples_per_s"]) / 3600, rel=1e-4)
         assert 0 <= float(row["speed/data_share"]) < 1
         assert 0.05 < float(row["speed/peak_memory_gb"]) < 50
-        assert not row.get("speed/mfu")  # no peak is known of a CPU
+        assert not row.get("speed/mfu")  # the peak of a CPU is unknown
 
 
 def test_the_peak_of_a_device_is_known_or_left_out(monkeypatch: pytest.MonkeyPatch):

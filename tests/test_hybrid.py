@@ -1,4 +1,4 @@
-"""The hybrid: one network and layout, two masks; gradients say what a row sees."""
+"""The hybrid: one network and layout with two attention masks, tested with gradients."""
 
 import dataclasses
 from typing import Any
@@ -63,7 +63,7 @@ def test_rows_before_a_prompt_step_predict_its_codes(step):
 
 
 def columns_seen(model: Magnet, pass_: Pass, row: int, valid: Any = None) -> list[int]:
-    """Columns whose input to the only block moves the features of a row, read off gradients."""
+    """Columns whose block input changes the features of a row, from gradients."""
     seen: list[torch.Tensor] = []
 
     def keep(module: Any, args: Any) -> None:
@@ -188,13 +188,13 @@ def test_the_loss_is_over_masked_frames_and_the_beginning_without_padding(module
 
 
 def test_no_target_is_seen(module):
-    """Other codes where codes are predicted move no logits of the stage, nor of earlier codes."""
+    """Changing predicted codes does not change the stage's logits or those of earlier codes."""
     given, steps = batch(), torch.tensor([8, 8])
     masked = torch.arange(25).expand(2, -1) > 14
     kept: list[torch.Tensor] = []
     changed = {**given, "codes": given["codes"].clone()}
     changed["codes"][:, 2] = torch.where(masked, changed["codes"][:, 2] ^ 1, changed["codes"][:, 2])
-    changed["codes"][:, 3:, 8:] ^= 1  # above the stage, behind the beginning
+    changed["codes"][:, 3:, 8:] ^= 1  # above the stage, after the prompt
     for part in (given, changed):
         handle = module.network.out_norm.register_forward_hook(lambda m, i, o: kept.append(o))
         module.hybrid_loss(part, ["a", ""], 2, masked, steps)
@@ -206,7 +206,7 @@ def test_no_target_is_seen(module):
 
 
 def scripted(column_codes: list[torch.Tensor]):
-    """The next column's code of codebook k is (7 s + k) mod c, whatever came before."""
+    """The next column's code of codebook k is (7 s + k) mod c, independent of earlier codes."""
 
     def network(codes: torch.Tensor) -> torch.Tensor:
         s = len(column_codes)

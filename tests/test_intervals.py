@@ -1,4 +1,4 @@
-"""Intervals hold what they promise: simulated with clips whose population is known."""
+"""Coverage of intervals, simulated with clips from a known population."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from magnet_train.metrics.intervals import bootstrap_interval, frechet_interval,
 
 
 def clips_of(num_clips: int, dim: int, shift: float, generator: torch.Generator) -> list[Tensor]:
-    """Five windows each, half of their variance between clips."""
+    """Clips of five windows, with half of the variance between clips."""
     own = torch.randn(num_clips, 5, dim, generator=generator)
     common = torch.randn(num_clips, 1, dim, generator=generator)
     return list((0.7 * own + 0.7 * common + shift).unbind())
@@ -24,9 +24,7 @@ def fad(clips: list[Tensor], reference: Moments) -> float:
 
 @pytest.mark.parametrize("dim, num_clips, shift", [(8, 40, 0.3), (8, 41, 0.3), (32, 40, 0.3)])
 def test_interval_of_fad_holds_what_other_clips_give(dim: int, num_clips: int, shift: float):
-    """95 % of 150 intervals, give or take three standard deviations; and none too wide to be of
-    use.
-    """
+    """95 % of 150 intervals within three standard deviations, and none too wide."""
     generator = torch.Generator().manual_seed(0)
     reference = Moments.of(torch.randn(20_000, dim, generator=generator))
     others = [fad(clips_of(num_clips, dim, shift, generator), reference) for _ in range(300)]
@@ -51,9 +49,7 @@ def test_near_its_floor_the_interval_of_fad_is_too_wide_but_never_too_narrow():
 
 
 def test_drawing_with_replacement_raises_fad():
-    """Why the interval is not one of percentiles of the bootstrap: they leave out what they are
-    for.
-    """
+    """The reason against percentiles of the bootstrap: they exclude the true value."""
     generator = torch.Generator().manual_seed(0)
     reference = Moments.of(torch.randn(20_000, 32, generator=generator))
     clips = clips_of(40, 32, 0.3, generator)
@@ -66,7 +62,7 @@ def test_drawing_with_replacement_raises_fad():
 
 
 def test_a_sample_is_the_fad_of_its_clips():
-    """With offsets, unequal clips, one of them empty, repetitions, and fewer windows than
+    """With offsets, clips of unequal length, an empty clip, repetitions, and fewer windows than
     dimensions.
     """
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +91,7 @@ def test_intervals_are_seeded_and_order_does_not_move_fad():
 
 
 def test_bootstrap_of_a_mean_is_the_fixtures():
-    """Either end within a quarter of a standard error."""
+    """Both ends are within a quarter of a standard error."""
     clap = facts("clap.json")
     ends = bootstrap_interval(torch.tensor(clap["per_clip"]), draws=4000)
     for end, expected in zip(ends, clap["bootstrap_percentile_95ci_4000"], strict=True):
@@ -103,8 +99,8 @@ def test_bootstrap_of_a_mean_is_the_fixtures():
 
 
 def test_values_of_a_clip_are_drawn_together():
-    """Ten equal values a clip tell no more than one; taken singly they would narrow the interval
-    threefold.
+    """Ten equal values per clip count as one; as independent values they would narrow the interval
+    by a factor of three.
     """
     values = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
     single = bootstrap_interval(values)

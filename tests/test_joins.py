@@ -1,4 +1,4 @@
-"""Joined audio: outside the regions it is the recording; a loop's end goes on with its start."""
+"""Joined audio: the recording is unchanged outside the regions; loops are continuous."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ HOP = 8
 
 
 class Smooth:
-    """A codec of one codebook, whose decoder hears one neighbour: held values, averaged."""
+    """A codec of one codebook, whose decoder averages over one neighbour."""
 
     facts = SimpleNamespace(hop_samples=HOP, frame_rate=4.0, sample_rate=32, channels=1)
 
@@ -56,7 +56,7 @@ def test_outside_the_regions_the_samples_are_those_of_the_recording(mask, block,
     stays = (~anew[: len(mask)]).repeat_interleave(HOP)
     assert torch.equal(out[:, : len(mask) * HOP][:, stays], original[:, stays])
     whole = Smooth().decode(codes[None])[0]
-    for first, last in runs(anew):  # without the fades, all blocks are what one decoding gives
+    for first, last in runs(anew):  # without the fades, all blocks equal a single decoding
         inner = slice(first * HOP + 3, last * HOP - 3)
         assert torch.allclose(out[:, inner], whole.expand(2, -1)[:, inner], atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Which codes are given, and that windows decode every open frame once."""
+"""Which codes are given; windows decode every frame to regenerate once."""
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def test_an_edit_in_frames():
     assert torch.equal(plan(keep=((0, 4),)).anew, plan(regenerate=((4, float("inf")),)).anew)
     longer = plan(to_s=20.0)
     assert longer.num_samples == 320_000 and len(longer.anew) == 500
-    assert longer.anew.nonzero()[0] == 299  # the last frame is made anew for the join
+    assert longer.anew.nonzero()[0] == 299  # the last frame is regenerated for the join
     loop = plan(loop_s=7.5, loop_start_s=2.0)
     assert (loop.start, loop.num_samples, len(loop.anew)) == (32_000, 120_000, 188)
     assert loop.anew[:25].all() and loop.anew[-25:].all() and not loop.anew[25:-25].any()

@@ -1,4 +1,4 @@
-"""KL by the name of its convention, against numbers made with numpy (tests/fixtures/metrics)."""
+"""KL in its named conventions, compared with NumPy's results (tests/fixtures/metrics)."""
 
 import math
 
@@ -84,7 +84,7 @@ def test_edge_cases(case: dict):
 
 
 def test_tag_kl_averages_windows_then_clips():
-    """Sum-normalised sigmoids, equal to a few lines of numpy."""
+    """Sum-normalised sigmoids, compared with NumPy."""
     rng = np.random.default_rng(0)
     sizes = ((3, 5), (1, 1), (4, 2))
     pairs = [[rng.uniform(0.01, 0.99, (n, 50)) for n in size] for size in sizes]

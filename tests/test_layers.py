@@ -1,4 +1,4 @@
-"""Imports point down only: the layers of the drawing in CONTRIBUTING.md."""
+"""Modules import only from the layers below them in CONTRIBUTING.md's drawing."""
 
 import ast
 from pathlib import Path
@@ -33,7 +33,7 @@ WANDB = {"tracking", "callbacks", "common.private_api"}
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports, at any depth of its code."""
+    """Modules that a file imports, including imports in functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""A listening test is blind, complete and loads nothing."""
+"""A listening test is blind, complete and self-contained."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def test_the_page_loads_nothing_and_escapes_captions(page):
 
 
 def test_the_page_is_blind(study, key):
-    # In audio any word may stand.
+    # Encoded audio may contain any word by chance.
     html = re.sub(r'src="data:[^"]*"', "", study.page.read_text(encoding="utf-8"))
     for word in (
         "ours",
@@ -90,7 +90,7 @@ def test_sliders_have_no_position_until_they_are_touched(page):
 
 
 def played(page: Page, key: dict) -> dict[tuple[int, str], np.ndarray]:
-    """(trial, system) -> the samples of its player."""
+    """Samples of each player by (trial, system)."""
     heard, current = {}, ""
     for tag, attributes in page.elements:
         current = attributes.get("data-id", current)
@@ -115,7 +115,7 @@ def test_clips_are_equally_loud_and_long_and_the_key_tells_the_truth(page, key):
     heard = played(page, key)
     assert len({len(wav) for wav in heard.values()}) == 1
     for wav in heard.values():
-        # The fade and clipping take a little.
+        # Fade and clipping change the level slightly.
         assert abs(pyloudnorm.Meter(RATE).integrated_loudness(wav) + 14) < 0.5
         assert np.abs(wav[-3:]).max() < 0.01
     captions = {c["trial"]: CAPTIONS.index(c["caption"]) for c in key["clips"].values()}
@@ -195,4 +195,4 @@ def test_bad_systems_are_named_in_one_line(tmp_path):
     one = write_systems(tmp_path / "s3", CAPTIONS[:1])
     assert "one caption" in export_refused(one)
     lonely = write_systems(tmp_path / "s4", systems=("reference",))
-    assert "needs a system beside the reference" in export_refused(lonely)
+    assert "needs a system besides the reference" in export_refused(lonely)

@@ -1,4 +1,4 @@
-"""Only masked, real frames of the stage count."""
+"""The loss covers only the stage's masked frames without padding."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The only reader of folders, sidecar files and manifests: what is found, and what is refused."""
+"""Reading of folders, sidecar files and manifests, and refused input."""
 
 import gzip
 import json
@@ -146,7 +146,7 @@ ROWS = [
 
 
 def write_manifest(file: Path, rows: list[dict[str, Any]], head: list[str] | None = None) -> Path:
-    """Rows as JSON lines or as a table, by the file's suffix; `head` renames the columns."""
+    """Write rows as JSONL or CSV, by the file's suffix; `head` renames the columns."""
     names = list(rows[0])
     renamed = dict(zip(names, head or names, strict=True))
     if file.suffix == ".jsonl":

@@ -1,4 +1,4 @@
-"""Spans and rates: the look-up table, its statistics, and what every mask must satisfy."""
+"""Spans and mask rates: the look-up table, its statistics, and properties of all masks."""
 
 import json
 from pathlib import Path

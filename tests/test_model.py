@@ -1,4 +1,4 @@
-"""What a frame sees, and what the stages share."""
+"""Attention context of frames, and sharing between stages."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ TINY = MagnetConfig(dim=32, num_heads=2, num_layers=3, codebook_size=16, text_di
 
 
 def frames_seen(model: Magnet, stage: int, frame: int, num_frames: int = 40) -> list[int]:
-    """Frames whose embedding moves the logits of `frame`, read off gradients."""
+    """Frames whose embedding changes the logits of `frame`, from gradients."""
     codes = torch.randint(16, (1, 4, num_frames))
     seen: list[torch.Tensor] = []
 

@@ -1,4 +1,4 @@
-"""The training objective as the module puts it together."""
+"""The training objective of the module."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ SIZE = 16
 
 
 class FakeText(torch.nn.Module):
-    """Two tokens a caption, from its length; for speed, beside tests with the real encoder."""
+    """Two tokens per caption, from its length; a fast substitute for the real encoder."""
 
     id, dim = "fake", 8
 
@@ -121,7 +121,7 @@ def test_values_out_of_range_are_named(make, word):
 
 
 def drawn(module, rank, batch_index, accumulated=1):
-    """Stage, masks and captions of a training step at that place of a run."""
+    """Stage, masks and captions of a training step at that position of a run."""
     seen = []
 
     class Seen(Exception):
@@ -146,7 +146,7 @@ def test_ranks_share_the_stage_and_nothing_else(module):
     assert all(len({stage for stage, _, _ in ranks}) == 1 for ranks in places)
     assert {ranks[0][0] for ranks in places} == {0, 1, 2, 3}
     assert not any(torch.equal(a[1], b[1]) for ranks in places for a, b in pairwise(ranks))
-    # Each example loses its caption for itself: some batches lose one of two.
+    # Captions are dropped independently per example, so some batches lose one of two.
     assert any(0 < sum(not c for c in captions) < 2 for ranks in places for _, _, captions in ranks)
 
 
@@ -164,13 +164,13 @@ def test_accumulated_batches_share_the_stage(module):
 
 
 def test_each_example_may_have_a_stage_of_its_own(module):
-    """Every rank has the same groups, so that none waits for another."""
+    """All ranks have the same groups, so none waits for another."""
     module.stage_sampling = "example"
     module._trainer = SimpleNamespace(global_rank=0)
     groups = [module._drawn_stages(count, size=8) for count in range(40)]
     assert all(sorted(row for _, rows in step for row in rows) == [*range(8)] for step in groups)
     drawn = [stage for step in groups for stage, rows in step for _ in rows]
-    # Four deviations of a fair draw.
+    # Four standard deviations of a uniform draw.
     assert all(abs(drawn.count(stage) / 320 - 0.25) < 0.1 for stage in range(4))
     module._trainer.global_rank = 1
     assert groups == [module._drawn_stages(count, size=8) for count in range(40)]
@@ -215,7 +215,7 @@ def test_stages_of_their_own_are_trained_as_each_alone(module):
 
 
 def test_d_adaptation_finds_a_step_size(module):
-    """Its estimate grows from a millionth; at lr 1 it is the step size."""
+    """The estimate grows from 1e-6; with lr 1 it is the step size."""
     module.optimizer_config = OptimizerConfig(name="dadapt_adam", lr=1.0, warmup_steps=2)
     module._trainer = SimpleNamespace(
         estimated_stepping_batches=200,

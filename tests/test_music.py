@@ -1,4 +1,4 @@
-"""Figures that know music, on melodies, drones, noise and rhythms whose answers are known."""
+"""Music metrics on melodies, drones, noise and rhythms with known results."""
 
 import math
 

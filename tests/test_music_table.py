@@ -1,4 +1,4 @@
-"""The table of music measures, on codes of a tiny codec."""
+"""The table of music metrics, on codes of a tiny codec."""
 
 import torch
 from helpers_data import codes_of, make_data_codec, write_shards

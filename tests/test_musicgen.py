@@ -1,4 +1,4 @@
-"""MusicGen as one of our models: the logits of transformers, from either of its two formats."""
+"""MusicGen in our network: logits equal to transformers, from both of its formats."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ def test_a_hybrid_starts_from_it(release):
 
 
 def changed(**changes: Any) -> dict[str, Any]:
-    """Settings of audiocraft's tiny model, some of them replaced."""
+    """Settings of audiocraft's tiny model, with some replaced."""
     settings = model_settings()
     delay = {"delays": [0, 1, 2, 3], "flatten_first": 0, "empty_initial": 0}
     settings["codebooks_pattern"] = {"modeling": "delay", "delay": delay}

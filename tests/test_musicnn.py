@@ -1,4 +1,4 @@
-"""musicnn against librosa and its published graph; chroma; the reader of TensorFlow checkpoints."""
+"""musicnn compared with librosa and its published graph; chroma; TensorFlow checkpoint reader."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ MUSICNN = json.loads((FIXTURES / "musicnn.json").read_text())
 
 
 def four_notes() -> Tensor:
-    """4 s at 16 kHz: the notes of an A major chord, one after the other, decaying."""
+    """4 s at 16 kHz: the notes of an A major chord in sequence, decaying."""
     t = np.arange(64000) / 16000
     wav = np.zeros(64000)
     for k, pitch in enumerate((220.0, 277.18, 329.63, 440.0)):
@@ -54,8 +54,8 @@ def test_spectrogram_is_librosas():
 
 
 def test_musicnn_is_the_published_network():
-    """Against its graph written in numpy, float64, on the checkpoint's own tensors; ours are
-    rounded to float16.
+    """Compared with its graph in float64 NumPy with the checkpoint's tensors; ours are rounded to
+    float16.
     """
     heard = load_musicnn()(four_notes())
     assert heard.embeddings.shape[1:] == (200,)
@@ -75,7 +75,7 @@ def test_windows_begin_every_one_and_a_half_seconds(seconds: float, windows: int
 
 
 def test_a_window_hears_its_own_three_seconds():
-    """The second window begins 94 spectrogram frames of 256 samples in and is 187 long."""
+    """The second window starts at frame 94 of 256 samples and has 187 frames."""
     wav = four_notes().repeat(3)
     only = torch.zeros_like(wav)
     first, last = 93 * 256, (94 + 187) * 256
@@ -86,7 +86,7 @@ def test_a_window_hears_its_own_three_seconds():
 
 
 def test_a_tone_at_44_kHz_is_resampled():
-    """440 Hz stays 440 Hz: the strongest bin of 16 kHz audio with a 1 s spectrum."""
+    """440 Hz stays the strongest bin of the resampled audio, in a 1 s spectrum."""
     t = np.arange(44_100) / 44_100
     wav = load_musicnn().resample(
         torch.from_numpy(np.sin(2 * np.pi * 440 * t).astype(np.float32)), 44_100
@@ -177,9 +177,7 @@ def test_shipped_solos_are_heard_as_what_they_are():
 
 
 def test_reader_of_tensorflow_checkpoints():
-    """A bundle of two tensors made by hand: keys that share their beginning, a scalar, an integer
-    to leave out.
-    """
+    """A bundle built by hand: keys with a common prefix, a scalar, and an integer to skip."""
     spec = importlib.util.spec_from_file_location("convert_musicnn", DEMO / "convert_musicnn.py")
     assert spec and spec.loader
     converter = importlib.util.module_from_spec(spec)

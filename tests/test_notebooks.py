@@ -1,7 +1,6 @@
-"""The notebooks run from top to bottom with what ships, and what is stored of their output is
-small.
+"""The notebooks run from top to bottom with the bundled files, and their stored outputs are small.
 
-python tests/test_notebooks.py     # runs them and stores what their cells print and show
+python tests/test_notebooks.py     # runs them and stores their outputs
  Cells run as in Jupyter, which need not be installed: one namespace, the last expression shown,
 open figures closed after each cell.
 """
@@ -29,9 +28,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def run(notebook: dict[str, Any]) -> None:
-    """Run all code cells in order and give each what it printed and showed; the folder of notebooks
-    is current.
-    """
+    """Run all code cells in order, in the folder of notebooks, and store their outputs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -47,8 +44,8 @@ def run(notebook: dict[str, Any]) -> None:
 
 
 def outputs_of(source: str, namespace: dict[str, Any], number: int) -> list[dict[str, Any]]:
-    """What a cell prints, the value of its last expression unless a semicolon ends it, and its
-    figures.
+    """A cell's printed text, the value of its last expression unless it ends with a semicolon, and
+    its figures.
     """
     import matplotlib.pyplot as plt
 
@@ -67,7 +64,7 @@ def outputs_of(source: str, namespace: dict[str, Any], number: int) -> list[dict
     if value is not None:
         data: dict[str, Any] = {"text/plain": repr(value).splitlines(True)}
         if hasattr(value, "_repr_html_"):
-            # Players and scripts run only where the notebook does, so they are not stored.
+            # Audio players and scripts only work in a running notebook, so they are not stored.
             assert value._repr_html_()
         if hasattr(value, "_repr_png_"):
             data["image/png"] = base64.b64encode(value._repr_png_()).decode()
@@ -87,7 +84,7 @@ def outputs_of(source: str, namespace: dict[str, Any], number: int) -> list[dict
 
 
 def picture_of(figure: Any) -> dict[str, str]:
-    """PNG for lines; JPEG for spectrograms, which would take ten times as much."""
+    """PNG for lines; JPEG for spectrograms, which would be ten times larger as PNG."""
     for form, settings in (("png", {}), ("jpeg", {"pil_kwargs": {"quality": 75}})):
         file = io.BytesIO()
         figure.savefig(file, format=form, bbox_inches="tight", **settings)

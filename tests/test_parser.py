@@ -1,4 +1,4 @@
-"""The parser of all verbs: what holds where nothing was given, and what is refused in one line."""
+"""The parser of all verbs: defaults and one-line errors."""
 
 import json
 from dataclasses import asdict
@@ -20,7 +20,7 @@ SMALL = {"dim": 32, "num_heads": 2, "num_layers": 1}
 
 
 def printed(capsys: Any, *args: str) -> dict[str, Any]:
-    """What `--print_config` writes, which is nothing but YAML."""
+    """Output of `--print_config`, which is only YAML."""
     with pytest.raises(SystemExit) as ended:
         main([*args, "--print_config"])
     assert ended.value.code == 0
@@ -28,7 +28,7 @@ def printed(capsys: Any, *args: str) -> dict[str, Any]:
 
 
 def refusal(capsys: Any, *args: str) -> str:
-    """The last line of what a mistake prints."""
+    """The last line of an error's output."""
     assert main(list(args)) == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -119,7 +119,7 @@ def test_a_shipped_configuration_is_found_by_name_from_anywhere(tmp_path, monkey
         (b"a: [", "not valid YAML"),
         (b"a: &a [%s]\nb: &b [%s]\nc: [%s]" % (b"1," * 99, b"*a," * 99, b"*b," * 99), "aliases"),
         (b"a: &a [*a]", "alias"),
-        (b"- 1", "holds a list"),
+        (b"- 1", "contains a list"),
         (b"#" * (MAX_BYTES + 1), "larger than"),
         (None, "no such file"),
     ],

@@ -1,6 +1,4 @@
-"""PaSST: its front end and segments against independent numbers, its network against
-hear21passt's.
-"""
+"""PaSST: front end and segments compared with independent values, the network with hear21passt."""
 
 import json
 from pathlib import Path
@@ -21,7 +19,7 @@ SEGMENTS = json.loads((FIXTURES / "frontends.json").read_text())["passt"]["examp
 
 
 def small(segment_s: int = 20) -> Passt:
-    """Narrow, at weights that their names determine."""
+    """A narrow network with weights seeded by name."""
     network = Passt(segment_s, width=24, layers=2, heads=3)
     network.load_state_dict(
         named_weights({name: x.shape for name, x in network.state_dict().items()})
@@ -41,9 +39,7 @@ def test_log_mel_is_the_fixtures():
 
 
 def test_mel_filters_are_kaldis():
-    """Triangles of one between neighbours: two meet at every frequency inside and add up to one
-    there.
-    """
+    """Triangles with a maximum of one; neighbouring filters overlap and sum to one."""
     filters = mel_filters(32_000, 1024, 128, "htk", highest=15_000)
     assert filters.shape == (128, 513)
     assert filters[:, 0].sum() == 0 and filters[:, 481:].sum() == 0  # 0 Hz, above 15 kHz
@@ -91,7 +87,7 @@ def test_parameters_and_names_are_the_packages(segment_s: int, parameters: int):
 
 @pytest.mark.parametrize("segment_s", [10, 20])
 def test_the_network_is_hear21passts(segment_s: int):
-    """Its own classes gave these numbers at the same weights, front end included."""
+    """Reference values are from hear21passt's classes with the same weights and front end."""
     found, gold = small(segment_s)(wave(segment_s * 32_000, 32_000)), GOLD[f"passt_{segment_s}s"]
     assert found.logits.shape == (1, 527) and found.features.shape == (1, 24)
     torch.testing.assert_close(
@@ -126,7 +122,7 @@ def test_bad_clips_are_named(wav: Tensor, message: str):
 
 
 def test_weights_load_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The file for 20 s has no published hash, so any file can be tried; that for 10 s has one."""
+    """The 20 s file has no published hash, so any file is accepted; the 10 s file has one."""
     monkeypatch.setattr(
         "magnet_train.metrics.networks.passt.Passt", lambda segment_s: Passt(segment_s, 24, 2, 3)
     )

@@ -1,4 +1,4 @@
-"""Shards to batches: nothing lost, nothing twice, the same again, and exactly on after a resume."""
+"""Shards to batches: every item once per epoch, reproducible, and exact resume."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def folder(codec: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Treat it as read-only."""
+    """Read-only."""
     return write_shards(tmp_path_factory.mktemp("shards"), codec, COUNTS)
 
 
@@ -48,7 +48,7 @@ def shards(folder: Path) -> ShardSet:
 
 
 def refusal(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """What the user reads; always one line."""
+    """The error message, which is always one line."""
     with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -97,7 +97,7 @@ def test_every_item_once_over_ranks_and_workers(ranks: int, workers: int, shards
 def test_few_items_and_few_shards(
     counts: tuple[int, ...], ranks: int, batch_size: int, codec: str, tmp_path: Path
 ):
-    """More ranks than items, or one shard for all: still each once."""
+    """Each item once, also with more ranks than items or one shard for all."""
     found = ShardSet.open(write_shards(tmp_path, codec, counts))
     for workers in (0, 3):
         sets = [EvaluationDataset(found, 50, batch_size, rank, ranks) for rank in range(ranks)]
@@ -121,7 +121,7 @@ def test_validation_takes_the_first_frames_and_the_references(shards: ShardSet):
 
 
 def test_an_unreadable_shard_ends_a_validation(codec: str, tmp_path: Path):
-    """A figure over fewer items would be another figure."""
+    """A metric over fewer items would not be comparable."""
     found = ShardSet.open(write_shards(tmp_path, codec, (3, 3)))
     path = found.paths[1]
     whole = path.read_bytes()
@@ -137,9 +137,7 @@ def test_an_unreadable_shard_ends_a_validation(codec: str, tmp_path: Path):
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2), (3, 2)])
 def test_an_epoch_is_every_item_once(ranks: int, workers: int, codec: str, tmp_path: Path):
-    """With equal shares the first epoch of all readers together holds each item once, and so does
-    the second.
-    """
+    """With equal shares, all readers together read each item once in each epoch."""
     found = ShardSet.open(write_shards(tmp_path, codec, [4] * 12))
     batches = 48 // 4 // ranks  # of four items, per rank and epoch
     streams = [load(TrainingStream(found, 50, 4, 7, rank, ranks), workers) for rank in range(ranks)]
@@ -152,8 +150,8 @@ def test_an_epoch_is_every_item_once(ranks: int, workers: int, codec: str, tmp_p
 
 
 def test_unequal_shares_even_out(shards: ShardSet):
-    """Shards of different size on two ranks: over many epochs no item is seen much more than
-    another.
+    """Shards of different sizes on two ranks: over many epochs all items are read about equally
+    often.
     """
     counts = Counter(
         k for rank in range(2) for k in keys(islice(TrainingStream(shards, 50, 4, 0, rank, 2), 600))
@@ -187,7 +185,7 @@ def test_order_and_crops_are_a_function_of_the_seed(workers: int, shards: ShardS
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("start", [0, 1, 2, 5, 11, 40])
 def test_a_resumed_stream_goes_on_exactly(workers: int, start: int, shards: ShardSet):
-    """Mid-epoch, whichever worker's turn it is, and epochs later."""
+    """Mid-epoch, at any worker's turn, and epochs later."""
     whole = list(islice(load(TrainingStream(shards, 30, 3, 5, 1, 2), workers), start + 6))
     rest = list(islice(load(TrainingStream(shards, 30, 3, 5, 1, 2, start), workers), 6))
     assert same(whole[start:], rest)
@@ -197,7 +195,7 @@ def test_a_resumed_stream_goes_on_exactly(workers: int, start: int, shards: Shar
 def test_a_stream_that_skipped_a_shard_goes_on_exactly(
     workers: int, start: int, codec: str, tmp_path: Path
 ):
-    """As long as the same shards are unreadable; others stand in their items' places."""
+    """If the same shards are unreadable; other items replace theirs."""
     found = ShardSet.open(write_shards(tmp_path, codec, COUNTS))
     found.paths[1].write_bytes(found.paths[1].read_bytes()[:1000])
     with warnings.catch_warnings():
@@ -209,7 +207,7 @@ def test_a_stream_that_skipped_a_shard_goes_on_exactly(
 
 
 def test_a_resume_reads_nothing_it_does_not_need(shards: ShardSet, monkeypatch: pytest.MonkeyPatch):
-    """It finds its place by arithmetic, however far it is."""
+    """The position is computed, so resuming reads no earlier shards."""
     read = []
 
     def counted(path: Path, *args: Any, **kwargs: Any) -> Any:
@@ -222,8 +220,8 @@ def test_a_resume_reads_nothing_it_does_not_need(shards: ShardSet, monkeypatch: 
 
 
 def test_random_crops_reach_both_ends(codec: str, tmp_path: Path):
-    """Where the item is longer than the model: every start from 0 to T - num_frames, frames in a
-    row, no padding.
+    """Items longer than the example: starts from 0 to T - num_frames, consecutive frames, no
+    padding.
     """
     found = ShardSet.open(write_shards(tmp_path, codec, (2,), num_frames=35))
     starts = []
@@ -239,9 +237,7 @@ def test_random_crops_reach_both_ends(codec: str, tmp_path: Path):
 
 
 def test_short_items_are_padded_and_marked(codec: str, tmp_path: Path):
-    """Valid are the frames that hold audio: ceil(duration_s * frame_rate), be the codes longer or
-    not.
-    """
+    """Valid frames contain audio: ceil(duration_s * frame_rate), even if there are more codes."""
     seconds = [1.0, 0.61, 0.6, 0.59]  # 50, 31, 30 and 30 frames
     found = ShardSet.open(write_shards(tmp_path, codec, (4,), num_frames=50, seconds=seconds))
     (batch,) = EvaluationDataset(found, 80, 4)
@@ -255,7 +251,7 @@ def test_short_items_are_padded_and_marked(codec: str, tmp_path: Path):
     for batch in islice(TrainingStream(found, 31, 4, 0), 30):
         for row, valid, index in zip(batch["codes"], batch["valid"], batch["indices"], strict=True):
             frames, real = row[1][valid], round(np.ceil(round(seconds[index] * FRAME_RATE, 6)))
-            # Never the codec's padding.
+            # Crops never contain the codec's padding.
             assert len(frames) == min(31, real) and int(frames.max()) < real
             assert frames.tolist() == list(range(int(frames[0]), int(frames[0]) + len(frames)))
 
@@ -358,7 +354,7 @@ def test_what_a_shard_holds(folder: Path):
 def write_tar(
     path: Path, members: list[tuple[str, bytes]], change: Any = None, **kind: Any
 ) -> Path:
-    """A tar with these members; `change` may alter the header of the first."""
+    """A tar with these members; `change` may modify the first header."""
     with tarfile.open(path, **({"mode": "w"} | kind)) as tar:
         for number, (name, content) in enumerate(members):
             member = tarfile.TarInfo(name)
@@ -470,7 +466,7 @@ def test_arrays_are_not_believed_further_than_their_bytes(tmp_path: Path):
 
 @pytest.mark.parametrize("num_frames", [80, 100, 130])
 def test_a_loader_process_changes_nothing(num_frames: int, codec: str, tmp_path: Path):
-    """Though batches are compress_for_worker on their way: types, padding and references too."""
+    """Batches, types, padding and references are equal, although workers compress batches."""
     found = ShardSet.open(
         write_shards(tmp_path, codec, (4, 3), seconds=[2, 1.5, 0.1, 2, 1, 2, 1.99])
     )
@@ -492,7 +488,7 @@ def test_a_loader_process_changes_nothing(num_frames: int, codec: str, tmp_path:
 
 
 def test_every_cut_of_a_tar_is_refused(folder: Path, tmp_path: Path):
-    """Also one between two members, which tarfile takes for the end; and every damaged header."""
+    """Including a cut between members, which tarfile reads as the end, and damaged headers."""
     whole = (folder / "shard-000001.tar").read_bytes()
     path = tmp_path / "cut.tar"
     end = len(whole.rstrip(b"\0")) + 511 & ~511
@@ -523,7 +519,7 @@ def test_codes_that_are_no_uint16_arrays(tmp_path: Path):
 
 
 def test_the_order_begins_anywhere():
-    """Left out are exactly the first, within a group and epochs later; and that takes no time."""
+    """Exactly the first items are skipped, within a group and epochs later, in constant time."""
     counts = [5, 3, 4, 5, 3, 4, 1, 1, 9]
     items = [i for group, _ in islice(training_order(counts, 3, 1, 2), 20) for i in group]
     for done in range(100):
@@ -550,7 +546,7 @@ def data_module(codec: str, train: Path, validation: Path, **options: Any) -> An
 def fit(
     data: Any, checkpoint: Path | None = None, stop_in: int | None = None, **options: Any
 ) -> tuple[list[list[str]], Any]:
-    """The keys of each training batch, by a Lightning run of a model that learns nothing."""
+    """Keys of each training batch in a Lightning run of a dummy model."""
     import lightning.pytorch as L
 
     class Embedder(L.LightningModule):

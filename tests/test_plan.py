@@ -1,4 +1,4 @@
-"""What `fit` refuses before it starts, and what it will do, from its options alone."""
+"""Errors of `fit` before it starts, and its plan, from options alone."""
 
 import math
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ TRAINER = {
 
 
 def config(**changes: Any) -> Namespace:
-    """Options of `fit` by their dotted names, with two underscores for a dot."""
+    """Options of `fit` by dotted name, with two underscores for a dot."""
     made = Namespace(
         seed_everything=1,
         trainer=Namespace(**TRAINER),

@@ -1,4 +1,4 @@
-"""Components by folder or hub id: what cannot be loaded is named, and no code of a model is run."""
+"""Components by folder or hub id: errors name invalid files, and no model code is run."""
 
 import builtins
 import json

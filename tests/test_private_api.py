@@ -1,4 +1,4 @@
-"""Private parts of other packages are still where `common/private_api.py` looks for them."""
+"""Private parts of other packages used by `common/private_api.py` exist."""
 
 import copy
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from magnet_train.common import private_api
 
 
 class Probe(L.Callback):
-    """Calls in a running fit what needs one."""
+    """Calls functions that need a running fit."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert private_api.attached_trainer(pl_module) is trainer

@@ -1,4 +1,4 @@
-"""Several ranks under every launcher: each item once, and an end for all when one of them fails."""
+"""Several ranks with every launcher: each item once, and all ranks stop if one fails."""
 
 import csv
 import os
@@ -15,7 +15,7 @@ from helpers_resume import arguments, ledger, make_data, outcome
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six shards of 3 to 5 items for training, and two items to validate."""
+    """Six shards of 3 to 5 training items, and two validation items."""
     return make_data(tmp_path_factory.mktemp("data"))
 
 
@@ -27,7 +27,7 @@ def validated(run: Path) -> Counter[str]:
 def test_three_ranks_of_which_one_has_nothing_to_validate(
     strategy: str, data: Path, tmp_path: Path
 ):
-    """And of uneven shards each rank has as many full batches as the others."""
+    """With uneven shards, all ranks have the same number of full batches."""
     options = (
         f"--trainer.strategy={strategy}",
         "--trainer.val_check_interval=4",
@@ -39,7 +39,7 @@ def test_three_ranks_of_which_one_has_nothing_to_validate(
     lines = ledger(tmp_path / "run")
     assert sorted(lines) == [(batch, rank) for batch in range(4) for rank in range(3)]
     assert all(len(line["keys"]) == 2 for line in lines.values())
-    # Ranks have shards of their own.
+    # Each rank has its own shards.
     assert len({key for line in lines.values() for key in line["keys"]}) > 16
     assert [p.name for p in tmp_path.glob("run/checkpoints/*.ckpt") if p.stem == "last"] == [
         "last.ckpt"
@@ -73,12 +73,12 @@ def test_memory_is_that_of_the_rank_that_has_most(data: Path, tmp_path: Path):
 def test_a_rank_that_raises_ends_all(
     strategy: str, where: str, rank: int, data: Path, tmp_path: Path
 ):
-    """Though no launcher ends the other; the last checkpoint stays."""
+    """Even without a launcher that kills the other; the last checkpoint remains."""
     options = (f"--trainer.strategy={strategy}", "--trainer.val_check_interval=3")
     given = arguments(data, tmp_path / "run", *options, **{where: 3}, stop_rank=rank)
     statuses, text = fit_on_ranks(2, given, tmp_path / "log")
     assert 0 not in statuses and text.count("RuntimeError: as planned") == 1
-    # Stopped at batch 3, the validation of step 3 has been saved; else the step before.
+    # Stopped at batch 3, the validation of step 3 has been saved; otherwise the step before.
     assert outcome(tmp_path / "run")["step"] == (3 if where == "stop_at" else 2)
 
 
@@ -88,7 +88,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def is_one_run(run: Path) -> bool:
-    """Of two ranks, 4 steps and a validation."""
+    """Check for one run of two ranks, 4 steps and a validation."""
     assert validated(run) == {"item0000": 1, "item0001": 1}
     assert sorted(ledger(run)) == [(batch, rank) for batch in range(4) for rank in range(2)]
     assert outcome(run)["step"] == 4 and (run / "summary.json").is_file()
@@ -119,7 +119,7 @@ def test_torchrun_launches_it(data: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_srun_launches_it(data: Path, tmp_path: Path):
-    """Two processes with what srun tells each of them."""
+    """Two processes with srun's environment variables."""
     command = [sys.executable, "-m", "magnet_train"]
     command += arguments(data, tmp_path / "run", "--trainer.strategy=ddp", *LAUNCHED)
     job = {

@@ -1,4 +1,4 @@
-"""Simulated raters come out as they rated, and any other content of a file is named in one line."""
+"""Results equal the simulated raters' opinions, and invalid files give one-line errors."""
 
 import json
 from pathlib import Path
@@ -41,15 +41,14 @@ def test_means_and_intervals_of_raters_who_differ(tmp_path, study, key):
     rows = {(r.system, r.question): r for r in table.rows}
     assert rows["ours", "quality"].mean == 60 and rows["theirs", "quality"].mean == 40
     assert (rows["ours", "quality"].num_ratings, rows["ours", "quality"].num_raters) == (15, 5)
-    # The mean of 5 raters drawn from these: standard error of 2.0 / sqrt(5), in this small set
-    # within a tenth.
+    # Mean of 5 raters drawn from these: the standard error is 2.0 / sqrt(5), within a tenth here.
     low, high = rows["ours", "quality"].interval
     assert abs((high - low) / 2 - 1.96 * np.std([d / 2 for d in offsets]) / np.sqrt(5)) < 0.2
     assert rows["reference", "quality"].interval == (95, 95)
 
 
 def test_more_clips_of_the_same_rater_do_not_narrow_the_interval(tmp_path, study, key):
-    """The point of resampling raters: ratings of one rater are no independent witnesses."""
+    """Raters are resampled because the ratings of one rater are not independent."""
     files = write_ratings(tmp_path, key, {f"r{d}": shifted(d) for d in (-4, 4)})
     (row,) = [
         r
@@ -190,7 +189,7 @@ def analysed_or_refused(files: list[Path], key: Path) -> None:
 )
 @given(data=st.data())
 def test_any_content_of_the_key_gives_one_line(data, tmp_path, study, key):
-    """A value anywhere in the key is replaced by anything that JSON can hold."""
+    """Any value in the key is replaced by arbitrary JSON."""
     changed = json.loads(json.dumps(key))
     clip = data.draw(st.sampled_from(sorted(changed["clips"])))
     place = data.draw(st.sampled_from([changed, changed["clips"], changed["clips"][clip]]))

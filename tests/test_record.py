@@ -1,4 +1,4 @@
-"""A figure keeps its protocol, and figures of different ones are never compared unasked."""
+"""Records contain their protocol; values with different protocols are not compared by default."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The reference's own decoding, token for token, under `reference_compat`."""
+"""Decoding equals the reference token by token with `reference_compat`."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def settings(case: dict, **changes) -> DecodingConfig:
 
 
 def run(network, unconditional, case: dict, data: dict, batch: int, num_frames: int, size: int):
-    """Codes and what the network saw of its stage at every step."""
+    """Codes, and the network's input of the stage at every step."""
     config, rows = settings(case), []
     codes = torch.zeros(batch, 4, num_frames, dtype=torch.long)
     fixed = torch.zeros(batch, num_frames, dtype=torch.bool)
@@ -116,7 +116,7 @@ def test_greedy_decoding_gives_the_same_codes(case, reference, parity):
         object.__setattr__(config, "context", 5)
     wanted = data[f"{case['name']}.tokens"]
     assert codes.shape == wanted.shape
-    if case["agreement_under_logit_noise"]["1e-5"] < 1:  # the reference itself sits on ties here
+    if case["agreement_under_logit_noise"]["1e-5"] < 1:  # the reference has ties here
         agree = (codes == wanted).float().mean().item()
         parity(
             f"decode, greedy, on ties: {case['name']}",

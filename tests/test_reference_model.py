@@ -19,8 +19,8 @@ def data() -> dict[str, torch.Tensor]:
 
 
 def difference(model: Magnet, data: dict[str, torch.Tensor], case: str, stage: int) -> float:
-    """Largest one over all frames and conditions; two of the four rows are null conditions, others
-    padded.
+    """Largest difference over all frames and conditions; of the four rows, two are null conditions
+    and others are padded.
     """
     text = as_the_reference_sees(model, data["cond.t5_hidden"], data["cond.mask"])
     return (
@@ -73,7 +73,7 @@ def test_the_heads_of_all_codebooks(data, parity):
 
 @torch.no_grad()
 def test_each_caption_gets_what_the_reference_gives_it_alone(data, parity):
-    """There, a longer caption beside it changes the result; here it does not."""
+    """In the reference a longer caption in the batch changes the result; here it does not."""
     model, tokens = reference_model(), data["pad.tokens"]
 
     def logits(projected: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
@@ -114,9 +114,7 @@ def test_positions(data, parity):
 
 
 def test_initial_weights_have_the_references_statistics(parity):
-    """At full size: deviation and largest value of every tensor, by the spread that its number of
-    entries allows.
-    """
+    """At full size: standard deviation and maximum of every tensor, within their sampling error."""
     expected = json.loads((FIXTURES / "full_size" / "magnet_small_init_stats.json").read_text())
     with torch.no_grad():
         theirs = to_theirs(Magnet(MagnetConfig()).state_dict(), correspondence(24, 4))
@@ -134,7 +132,7 @@ def test_initial_weights_have_the_references_statistics(parity):
         assert abs(tensor.mean().item() - want["mean"]) < 9 * want["std"] / tensor.numel() ** 0.5, (
             name
         )
-        # Truncated where theirs is.
+        # Truncated at the same value.
         assert abs(tensor.abs().max().item() / want["absmax"] - 1) < 0.1, name
     parity(
         "initial weights of magnet-small",

@@ -1,4 +1,4 @@
-"""A reference set in a file is read as written, and refused under another protocol."""
+"""Reference statistics are read as written, and refused with another protocol."""
 
 import json
 from pathlib import Path

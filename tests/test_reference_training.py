@@ -1,4 +1,4 @@
-"""The reference's losses, gradients, optimizer step and averages, under masks that it drew."""
+"""Losses, gradients, optimizer steps and averages equal the reference's, with its masks."""
 
 import json
 from types import SimpleNamespace
@@ -21,8 +21,8 @@ PAIRS = correspondence(2, 4)
 
 
 def loss_of(model: Magnet, case: str) -> torch.Tensor:
-    """Of the reference's tokens and masks. It attends to padded frames, which
-    `MagnetModule.stage_loss` does not.
+    """Loss for the reference's tokens and masks. The reference attends to padded frames, unlike
+    `MagnetModule.stage_loss`.
     """
     data = load_file(FIXTURES / "train" / "step.safetensors")
     stage, codes = int(case.removeprefix("stage")[0]), data[f"{case}.tokens"].long()
@@ -40,7 +40,7 @@ def loss_of(model: Magnet, case: str) -> torch.Tensor:
 
 
 def gradients(model: Magnet) -> dict[str, torch.Tensor]:
-    """By the reference's names; a parameter without any would fail here."""
+    """Gradients by the reference's names; fails for parameters without a gradient."""
     return to_theirs({k: p.grad for k, p in model.named_parameters() if p.grad is not None}, PAIRS)
 
 
@@ -54,7 +54,7 @@ def test_loss_and_gradients(case, parity):
     worst = 0.0
     for name, norm in want["grad_norms"].items():
         if norm == 0:
-            assert own[name].count_nonzero() == 0, name  # idle heads: zeros, not None
+            assert own[name].count_nonzero() == 0, name  # unused heads: zeros, not None
         else:
             worst = max(worst, abs(own[name].norm().item() / norm - 1))
     total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
@@ -81,8 +81,8 @@ def test_gradients_entry_by_entry(parity):
 
 
 def test_the_optimizer_moves_every_parameter_as_adamw_does():
-    """Weight decay on all, norms and idle heads included; the second update of a warm-up, the first
-    having rate 0.
+    """Weight decay applies to all parameters, including norms and unused heads. Second update of a
+    warm-up, because the first has a learning rate of 0.
     """
     config = OptimizerConfig(lr=1e-2, warmup_steps=10, schedule="cosine")
     model = reference_model()
@@ -113,12 +113,12 @@ def test_the_optimizer_moves_every_parameter_as_adamw_does():
         scheduler.step()
         for name, parameter in model.named_parameters():
             assert torch.allclose(parameter, before[name], rtol=1e-5, atol=1e-7), (update, name)
-    assert not torch.equal(model.head[0], reference_model().head[0])  # idle, and yet it decays
+    assert not torch.equal(model.head[0], reference_model().head[0])  # weight decay
 
 
 def test_d_adaptation_is_the_references():
-    """audiocraft `optim/dadam.py`, in float64 and by whole vectors: 8 updates at a tenth to 8
-    tenths of the rate, of which the first only fills the running means."""
+    """audiocraft's `optim/dadam.py` in float64 with whole vectors: 8 updates at 0.1 to 0.8 of the
+    rate; the first only fills the running means."""
     model, d0 = reference_model(), 1e-3
     optimizer = DAdaptAdam([*model.parameters()], 0.0, (0.9, 0.95), 1e-8, 0.1, d0)
     weights = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
@@ -146,9 +146,7 @@ def test_d_adaptation_is_the_references():
 
 
 def test_the_average_is_the_references():
-    """audiocraft `optim/ema.py`: count = count * d + 1 and a weight of 1 / count, every 10
-    updates.
-    """
+    """audiocraft's `optim/ema.py`: count = count * d + 1 and weight 1 / count, every 10 updates."""
     callback = WeightEMA(decay=0.99, every_n_steps=10)
     assert [n for n in range(1, 41) if callback.is_due(n)] == [10, 20, 30, 40]
     weights, ours, theirs, count = (
@@ -161,7 +159,7 @@ def test_the_average_is_the_references():
         count = count * 0.99 + 1
         theirs = theirs + (current - theirs) / count
         ours = callback.updated(ours, current, n)
-        # After the first, nothing of the initial 9 is left.
+        # After the first update, the initial 9 has no effect.
         assert torch.allclose(ours, theirs, rtol=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""Releases and checkpoints are read as written; damaged or impossible ones get one line."""
+"""Releases and checkpoints are read as written; damaged or invalid ones give one-line errors."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def write(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> P
 def checkpoint(
     file: Path, change: Callable[[dict[str, Any]], object] = lambda content: None
 ) -> Path:
-    """A Lightning checkpoint as far as it is read."""
+    """The parts of a Lightning checkpoint that are read."""
     state = {f"network.{k}": v for k, v in Magnet(NETWORK).state_dict().items()}
     settings = {
         "network": NETWORK.to_dict(),
@@ -54,7 +54,7 @@ def checkpoint(
 
 
 def refusal(path: Path) -> str:
-    """The one line that reading and using a model is refused with."""
+    """The one-line error of reading and using a model."""
     with pytest.raises(UserError) as caught:
         SavedModel.open(path).build()
     assert "\n" not in str(caught.value)

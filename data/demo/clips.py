@@ -2,8 +2,8 @@
 
     python data/demo/clips.py --scores AUDIO/scores --out data/demo/clips
 
-The pieces are of the test split, in arrangements that no other file has; a `.txt` beside each holds
-its caption.
+The pieces are from the test split, in arrangements that no other file has; the `.txt` next to each
+contains its caption.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Scores a model on the captions of the test split, beside real clips and baselines.
+"""Scores a model on the captions of the test split, next to real clips and baselines.
 
     python data/demo/evaluate_model.py --checkpoint runs/shipped --out data/demo/magnet/metrics.json
 
 Each caption is decoded once and scored as in validation. Baselines: the codec's reconstruction of
 the real clip, and codes drawn from the counts of single codes (unigram) and of pairs (bigram).
-Stage 0 is also scored on masks of fixed rates, beside copying the nearest visible code.
+Stage 0 is also scored on masks of fixed rates, next to copying the nearest visible code.
 All intervals are 95 %, by bootstrap over clips.
 """
 

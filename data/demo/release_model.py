@@ -100,7 +100,7 @@ def music_table(music: Mapping[str, Any]) -> str:
 
 
 def stage0_table(stage0: Mapping[str, Any]) -> str:
-    """Cross-entropy and accuracy by mask rate, beside copying."""
+    """Cross-entropy and accuracy by mask rate, next to copying."""
     rows = [
         [
             rate,

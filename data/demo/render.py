@@ -4,7 +4,7 @@
 
 Each take of a score is arranged (arrange.py), played by midirenderer on the soundfont that
 pretty_midi carries, mixed to 16 kHz mono, high-passed at 25 Hz, set to -20 dB RMS and given a
-caption (captions.py). NAME.json beside NAME.flac holds the caption and the facts; NAME.notes.json
+caption (captions.py). NAME.json next to NAME.flac holds the caption and the facts; NAME.notes.json
 holds [onset_s, duration_s, pitch, velocity, is_lead] of every note. Finished takes are kept. The
 order is shuffled: whatever has been rendered so far is a fair sample.
 """

@@ -12,7 +12,7 @@ grid.
 
     python data/demo/scores.py --out AUDIO/scores
 
-Only encodings without a restriction on use are read; README.md beside this file lists them.
+Only encodings without a restriction on use are read; README.md next to this file lists them.
 """
 
 import argparse

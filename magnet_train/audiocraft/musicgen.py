@@ -1,4 +1,4 @@
-"""MusicGen as transformers stores it: its decoder as a network of ours with causal rows."""
+"""Converts transformers' MusicGen to our network with causal rows."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +11,13 @@ from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.model import MagnetConfig
 
 CROP_S = 30.0
-"""Of all published MusicGens, in seconds."""
+"""Crop length of all published MusicGens, in seconds."""
 NORMS = {
     "self_norm": "self_attn_layer_norm",
     "cross_norm": "encoder_attn_layer_norm",
     "ffn_norm": "final_layer_norm",
 }
-"""Norms of a block, ours to theirs."""
+"""Norms of a block: our names to transformers'."""
 LINEAR = {
     "self_attention.out": ("self_attn.out_proj",),
     "self_attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -27,14 +27,14 @@ LINEAR = {
     "ffn_in": ("fc1",),
     "ffn_out": ("fc2",),
 }
-"""Linear layers of a block, ours to theirs, which are one above the other."""
+"""Linear layers of a block: our names to transformers', which are stacked."""
 
 
 def musicgen_network(config: Any, where: str) -> MagnetConfig:
-    """The network of a `MusicgenConfig`.
+    """Our configuration for a `MusicgenConfig`.
 
     Raises:
-        UserError: for what this package cannot compute.
+        UserError: if a setting is not supported.
     """
     decoder = config.decoder
     if decoder.activation_function != "gelu" or decoder.scale_embedding:
@@ -44,7 +44,7 @@ def musicgen_network(config: Any, where: str) -> MagnetConfig:
         )
     if decoder.ffn_dim % decoder.hidden_size:
         raise UserError(
-            f"{where}: ffn_dim={decoder.ffn_dim} is no multiple of hidden_size="
+            f"{where}: ffn_dim={decoder.ffn_dim} is not a multiple of hidden_size="
             f"{decoder.hidden_size}, which is not supported"
         )
     return MagnetConfig(
@@ -83,7 +83,7 @@ def musicgen_weights(theirs: Mapping[str, Tensor], network: MagnetConfig) -> dic
 
 
 def musicgen_decoding(generation: Any) -> DecodingConfig:
-    """Decoding settings of a `GenerationConfig`, where it has them."""
+    """Decoding settings from a `GenerationConfig`."""
     values = {
         "autoregressive_cfg_coef": generation.guidance_scale,
         "autoregressive_temperature": generation.temperature,

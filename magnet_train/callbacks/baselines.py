@@ -15,7 +15,7 @@ from magnet_train.metrics.distributed import all_gather_list
 
 
 class CountBaselines(Callback):
-    """Logs val/ce of single frequencies and of counts given the code before, beside the model's.
+    """Logs val/ce of the unigram and bigram baselines.
 
     Counted from the training shards and scored on all frames of the items that a validation sees,
     at its first one; later ones log the same figures again, so that charts have a line.

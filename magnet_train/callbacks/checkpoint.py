@@ -37,7 +37,7 @@ class RunCheckpoint(Checkpoint):
             monitor: Logged metric that defines the best checkpoints, e.g. val/ce; without it, the
                 newest are kept.
             mode: Whether a lower (min) or a higher (max) value of the metric is better.
-            save_top_k: How many of the best checkpoints to keep beside last.ckpt; -1 keeps all.
+            save_top_k: Number of best checkpoints to keep in addition to last.ckpt; -1 keeps all.
             every_n_train_steps: Optimizer steps between checkpoints, in addition to those after
                 validations.
         """

@@ -10,7 +10,7 @@ from magnet_train.common.folders import replacing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a temporary file beside the target and renames it, so a failure keeps the old file.
+    """Writes a temporary file next to the target and renames it, so a failure keeps the old file.
 
     Lightning writes to the system's temporary folder and copies, which is not atomic across file
     systems.

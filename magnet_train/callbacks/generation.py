@@ -38,7 +38,7 @@ from magnet_train.module import MagnetModule
 from magnet_train.rescorer import check_rescorer
 
 MODEL = "model"
-"""System name of the generated clips, beside those of the baselines."""
+"""System name of the generated clips; the baselines have their own."""
 BASELINES = {
     "codec": "the codec's reconstructions of the real clips",
     "unigram": "codes drawn by their frequencies",

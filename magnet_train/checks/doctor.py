@@ -438,7 +438,7 @@ def check_packages(plan: Plan | None = None) -> Iterator[Finding]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         other = importlib.metadata.version("pytorch-lightning")
         if other != versions["lightning"]:
-            both = f"lightning {versions['lightning']} beside pytorch-lightning {other}"
+            both = f"lightning {versions['lightning']} and pytorch-lightning {other}"
             text = f"{both}: install one version of both"
             yield Finding("warning", "packages", text)
     yield from _torchaudio()

@@ -68,7 +68,7 @@ def generate_verb(args: list[str]) -> None:
     from magnet_train.decoding.decode import DecodingConfig
 
     parser = make_parser(
-        "generate", "Generate audio from prompts; a JSON beside each file has all settings."
+        "generate", "Generate audio from prompts; a JSON next to each file has all settings."
     )
     prompt = "Captions, each in quotes; one file per caption."
     parser.add_argument("-p", "--prompt", type=str, nargs="+", default=[], help=prompt)
@@ -90,13 +90,13 @@ def edit_verb(args: list[str]) -> None:
     from magnet_train.decoding.decode import DecodingConfig
 
     parser = make_parser(
-        "edit FILE", "Make regions of a recording anew, continue it, or turn it into a loop."
+        "edit FILE", "Regenerate regions of a recording, continue it, or make it a loop."
     )
-    prompt = "One caption for all that is made anew, or one for each region of --regenerate."
+    prompt = "One caption for everything, or one per region of --regenerate."
     parser.add_argument("-p", "--prompt", type=str, nargs="+", default=[], help=prompt)
     for name in ("regenerate", "keep"):
-        what = "are made anew" if name == "regenerate" else "stay while all others are made anew"
-        region = f"Regions START:END, in seconds, that {what}; an empty END is the end."
+        what = "regenerate" if name == "regenerate" else "keep, with all others regenerated"
+        region = f"Regions START:END to {what}, in seconds; an empty END means the end."
         parser.add_argument(f"--{name}", type=str, nargs="+", default=[], help=region)
     loop = "Make a loop of --loop_s seconds, or of --bars at --bpm."
     parser.add_argument("--loop", action="store_true", help=loop)

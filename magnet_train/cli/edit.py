@@ -38,7 +38,7 @@ class EditOptions(OutputOptions):
     audio: Path | None = None
     """Recording or earlier result, in any format that `tokenize` reads."""
     prompt: list[str] = field(default_factory=list)
-    """One caption, or one per region of --regenerate (default: the caption beside the recording).
+    """One caption, or one per region of --regenerate (default: the caption next to the recording).
     """
     prompts: Path | None = None
     """CSV or JSONL file of prompts over time, with `at_s` (seconds) and `caption`."""

@@ -51,7 +51,7 @@ class OutputOptions:
     format: Literal["wav", "flac"] = "wav"
     """Format of the audio files."""
     plots: bool = True
-    """Write a spectrogram with the order of unmasking beside each file of up to 3 minutes."""
+    """Write a spectrogram with the order of unmasking next to each file of up to 3 minutes."""
     device: str = "auto"
     """Device: cpu, cuda, cuda:1 …; auto uses a GPU if there is one."""
     precision: Literal["32", "bf16"] = "32"

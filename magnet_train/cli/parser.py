@@ -57,7 +57,7 @@ def find_config(text: str) -> str:
 
     Args:
         text: a path, the name of a shipped configuration (`demo.yaml`, `conf/demo.yaml`), or YAML;
-            of the JSON beside a generated clip, its options.
+            of the JSON next to a generated clip, its options.
 
     Raises:
         UserError: if the file is not a regular UTF-8 file, or too large.
@@ -77,12 +77,12 @@ def find_config(text: str) -> str:
     content = read_yaml(path, f"--config {path}")
     if content is not None and not isinstance(content, dict):
         kind = type(content).__name__
-        raise UserError(f"--config {path}: holds a {kind}; give options, one a line as NAME: VALUE")
+        raise UserError(f"--config {path}: contains a {kind}; give one NAME: VALUE per line")
     return options_of_note(path, content) or str(path)
 
 
 def options_of_note(path: Path, content: Any) -> str | None:
-    """The options in the JSON beside a generated clip, as text; None for any other file."""
+    """The options in the JSON next to a generated clip, as text; None for any other file."""
     options = content.get("options") if isinstance(content, dict) else None
     is_note = path.suffix == ".json" and isinstance(options, dict)
     return json.dumps(options) if is_note else None

@@ -1,4 +1,4 @@
-"""`summary.json` of a run, and the same as text at the end of `fit`."""
+"""Text of a run's `summary.json`, printed at the end of `fit`."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ LISTEN_FOR = {
 
 
 def what_to_listen_for(metrics: dict[str, Any]) -> list[str]:
-    """One line per music measure: heard, partly or not, between random codes and real clips.
+    """One line per music measure: "heard", "partly" or "not yet".
 
-    A measure is heard where it covers three quarters of the way from codes drawn by their
-    frequencies to the codec's reconstructions of real clips, and partly from one quarter on.
+    "Heard" means at least three quarters of the distance from codes drawn by their frequencies to
+    the codec's reconstructions of real clips, and "partly" at least one quarter.
     """
     lines = []
     for measure, meaning in LISTEN_FOR.items():

@@ -1,7 +1,7 @@
-"""EnCodec's weights between the names of audiocraft and the `encodec` package, which agree, and
-transformers'.
- The three classes compute the same to the bit from the same weights, if padding mode and shortcuts
-are set alike.
+"""Converts names of EnCodec's weights between audiocraft (and the `encodec` package) and
+transformers.
+
+With the same weights, padding mode and shortcuts, the three implementations are bit-identical.
 """
 
 import math
@@ -14,8 +14,8 @@ from torch import Tensor
 from magnet_train.common.errors import UserError
 
 PACKAGE_URL = "https://dl.fbaipublicfiles.com/encodec/v0/"
-"""Where the `encodec` package (MIT; weights MIT) has its models, named by the first hex digits of
-their SHA-256.
+"""URL of the models of the `encodec` package (MIT; weights MIT); names have the first hex digits of
+the SHA-256.
 """
 PACKAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "encodec_24khz": ("encodec_24khz-d7cc33bc.th", {}),  # transformers' own defaults
@@ -33,7 +33,7 @@ PACKAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""The package's models: file, and what differs from transformers' default configuration."""
+"""The package's models: file, and differences from transformers' default configuration."""
 
 _TO_TRANSFORMERS = [
     (r"^(encoder|decoder)\.model\.", r"\1.layers."),
@@ -47,7 +47,7 @@ _TO_TRANSFORMERS = [
 
 
 def to_transformers(name: str) -> str:
-    """A name of audiocraft's in transformers' EncodecModel.
+    """Convert a name of audiocraft to transformers' EncodecModel.
 
     >>> to_transformers("decoder.model.3.convtr.convtr.weight_g")
     'decoder.layers.3.conv.parametrizations.weight.original0'
@@ -58,11 +58,9 @@ def to_transformers(name: str) -> str:
 
 
 def to_audiocraft(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """A state dict of transformers' EncodecModel under audiocraft's names; `config` is its
-    EncodecConfig.
-    """
-    # In the decoder every upsampling is a transposed convolution: behind the first two layers
-    # (convolution, LSTM) each ratio has an activation, the upsampling, and its residual blocks.
+    """Convert a state dict of transformers' EncodecModel with its EncodecConfig to audiocraft."""
+    # In the decoder, the first two layers are a convolution and an LSTM. Then each ratio has an
+    # activation, a transposed convolution (upsampling), and residual blocks.
     per_ratio = 2 + config.num_residual_layers
     transposed = {
         f"decoder.layers.{3 + i * per_ratio}" for i in range(len(config.upsampling_ratios))
@@ -84,15 +82,14 @@ def to_audiocraft(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]
 
 
 def transformers_config(audiocraft: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Arguments of transformers' EncodecConfig for a compression model of audiocraft, whose
-    configuration is given.
+    """Arguments of transformers' EncodecConfig for a compression model of audiocraft.
 
     Args:
-        audiocraft: flat, `seanet.ratios` and so on.
+        audiocraft: its configuration with flat keys, such as `seanet.ratios`.
         where: file, for messages.
 
     Raises:
-        UserError: for what transformers' class cannot compute.
+        UserError: if transformers does not support a setting.
     """
     wanted = {
         "compression_model": "encodec",
@@ -110,8 +107,8 @@ def transformers_config(audiocraft: Mapping[str, Any], where: str) -> dict[str, 
             )
     if audiocraft.get("seanet.pad_mode") not in ("constant", "reflect", "replicate"):
         raise UserError(
-            f"{where}: seanet.pad_mode={audiocraft.get('seanet.pad_mode')!r} is no padding; "
-            "download it again"
+            f"{where}: seanet.pad_mode={audiocraft.get('seanet.pad_mode')!r} is not a padding "
+            "mode; download it again"
         )
     if audiocraft.get("seanet.norm") not in ("weight_norm", "time_group_norm"):
         raise UserError(
@@ -131,8 +128,7 @@ def transformers_config(audiocraft: Mapping[str, Any], where: str) -> dict[str, 
         return {
             "sampling_rate": rate,
             "audio_channels": int(audiocraft["channels"]),
-            # In kbit/s. transformers finds the number of codebooks by a division of floats that it
-            # rounds down.
+            # In kbit/s. transformers rounds down when it computes the number of codebooks.
             "target_bandwidths": [bits_per_s / 1000 + 1e-6],
             "codebook_size": int(audiocraft["rvq.bins"]),
             "codebook_dim": dimension,
@@ -162,9 +158,7 @@ def transformers_config(audiocraft: Mapping[str, Any], where: str) -> dict[str, 
 
 
 def audiocraft_config(config: Any) -> dict[str, Any]:
-    """The inverse of `transformers_config`, nested as audiocraft has it; `config` is an
-    EncodecConfig.
-    """
+    """The inverse of `transformers_config` for an EncodecConfig, nested as in audiocraft."""
     return {
         "compression_model": "encodec",
         "sample_rate": config.sampling_rate,

@@ -45,7 +45,7 @@ MAX_SIZES = {
     "sub_frames": 64,
 }
 MAX_SIZE = 4096
-"""Of all other settings."""
+"""Maximum of all other settings."""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def slug(text: str, seed: int | None = None) -> str:
 
 
 def write_audio(path: Path, wav: np.ndarray, sample_rate: int, about: dict[str, Any]) -> None:
-    """Write `t channels`, normalised, as a 16-bit wav or flac file, and `about` as JSON beside it.
+    """Write `t channels`, normalised, as a 16-bit wav or flac file, and `about` as JSON next to it.
 
     The JSON also has the share of clipped samples in `wav`.
 

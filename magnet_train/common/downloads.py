@@ -246,7 +246,7 @@ def _fetch_rest(url: str, arrived: Path, max_bytes: int) -> None:
                     bar.update(len(piece))
                 got = file.tell() - begin
             if got < expected:
-                raise ConnectionError(f"{got} of {expected} bytes arrived; try again to go on")
+                raise ConnectionError(f"received {got} of {expected} bytes; try again to continue")
     except urllib.error.HTTPError as error:
         if error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # all of it is there
             raise

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 
 REMEDIES = {
-    errno.ENOSPC: "the disk is full; free some space and go on (fit: with --ckpt_path auto)",
-    errno.EDQUOT: "the quota is used up; free some space and go on (fit: with --ckpt_path auto)",
+    errno.ENOSPC: "the disk is full; free some space and continue (fit: with --ckpt_path auto)",
+    errno.EDQUOT: "disk quota exceeded; free some space and continue (fit: with --ckpt_path auto)",
     errno.EACCES: "permission denied; change its permissions, or choose another path",
     errno.EPERM: "not permitted; change its permissions, or choose another path",
     errno.EROFS: "the file system is read-only; choose another folder",

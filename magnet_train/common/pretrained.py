@@ -155,7 +155,7 @@ def _refuse_code(what: str, folder: Path) -> None:
 
 
 def _check_size(what: str, folder: Path) -> None:
-    """Refuses a configuration of a network far larger than the weights beside it.
+    """Refuses a configuration of a network far larger than the weights next to it.
 
     transformers would allocate all that the weights lack before it says so.
     """

@@ -1,4 +1,4 @@
-"""YAML files of strangers, read with bounded time and memory."""
+"""Reads untrusted YAML files with bounded time and memory."""
 
 from pathlib import Path
 from typing import Any
@@ -9,18 +9,18 @@ from magnet_train.common.errors import UserError
 
 MAX_BYTES = 2**20
 MAX_ENTRIES = 100_000
-"""Values in a file once its aliases are written out; nine lines can hold a thousand million."""
+"""Maximum number of values after expanding aliases; nine lines can expand to a billion."""
 
 
 def read_yaml(path: Path, shown: str) -> Any:
-    """What a YAML file holds: plain values only.
+    """Read a YAML file of plain values.
 
     Args:
-        path: of the file.
-        shown: how messages name it, such as `--config FILE`.
+        path: the file.
+        shown: its name in messages, such as `--config FILE`.
 
     Raises:
-        UserError: if it is no regular file of UTF-8 text and valid YAML, or too large.
+        UserError: if it is not a regular file with valid UTF-8 YAML, or too large.
     """
     if not path.is_file():
         problem = "not a regular file" if path.exists() else "no such file"
@@ -30,7 +30,7 @@ def read_yaml(path: Path, shown: str) -> Any:
             raise UserError(f"{shown}: larger than {MAX_BYTES:,} bytes; give a YAML file")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if (number := _num_entries(content, {})) > MAX_ENTRIES:
-            raise ValueError(f"its aliases stand for {number:,} values, at most {MAX_ENTRIES:,}")
+            raise ValueError(f"its aliases expand to {number:,} values, at most {MAX_ENTRIES:,}")
         return content
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {error.start}"
@@ -43,10 +43,10 @@ def read_yaml(path: Path, shown: str) -> Any:
 
 
 def _num_entries(value: Any, known: dict[int, int]) -> int:
-    """Values in a nested value, those behind an alias counted wherever it stands.
+    """Number of values in a nested value, with expanded aliases.
 
     Raises:
-        ValueError: if a value is a part of itself.
+        ValueError: if a value contains itself.
     """
     if not isinstance(value, dict | list):
         return 1
@@ -55,5 +55,5 @@ def _num_entries(value: Any, known: dict[int, int]) -> int:
         parts = value.values() if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_num_entries(part, known) for part in parts)
     if known[id(value)] < 0:
-        raise ValueError("an alias stands within what it stands for")
+        raise ValueError("an alias refers to itself")
     return known[id(value)]

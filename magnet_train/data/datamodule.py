@@ -253,7 +253,7 @@ class MagnetDataModule(L.LightningDataModule):
         trainer.reload_dataloaders_every_n_epochs = 1
 
     def _check_checkpoint_of_ranks(self, trainer: Any) -> None:
-        """Ranks must go on from the same checkpoint. Collective."""
+        """Check that all ranks resume from the same checkpoint. Collective."""
         first = trainer.strategy.broadcast(self.resumes_from)
         if first != self.resumes_from:
             raise UserError(
@@ -263,7 +263,7 @@ class MagnetDataModule(L.LightningDataModule):
 
     @staticmethod
     def _check_shards_of_ranks(trainer: Any, found: list[ShardSet]) -> None:
-        """Nodes may have copies of their own, or one of them a cached index. Collective."""
+        """Check that nodes with separate copies or caches have the same shards. Collective."""
         for shards in found:
             own = shards_hash(shards.index)
             if trainer.strategy.broadcast(own) != own:

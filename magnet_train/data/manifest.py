@@ -148,7 +148,7 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def read_sidecar(path: Path) -> tuple[str, dict[str, Any]]:
-    """Caption and further fields of the `.json` and `.txt` beside an audio file.
+    """Caption and further fields of the `.json` and `.txt` next to an audio file.
 
     The `.json` has precedence.
 

@@ -242,6 +242,6 @@ def check_captions(source: Path, clips: list[Clip]) -> None:
     if error := next((clip.error for clip in clips if clip.error), ""):
         raise UserError(error)
     raise UserError(
-        f"{source}: no captions: put a .txt with one line beside each of the {len(clips)} audio "
+        f"{source}: no captions: put a .txt with one line next to each of the {len(clips)} audio "
         f'files, e.g. {Path(clips[0].name).with_suffix(".txt")}, or a .json with a "caption"'
     )

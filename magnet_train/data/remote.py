@@ -195,7 +195,7 @@ def _read_local(path: Path, max_bytes: int) -> bytes:
     if not stat.S_ISREG(about.st_mode):  # opening a named pipe would block
         raise ValueError("not a regular file")
     if about.st_size > max_bytes:
-        raise _TooLarge(f"holds more than {max_bytes:,} bytes")
+        raise _TooLarge(f"contains more than {max_bytes:,} bytes")
     return path.read_bytes()
 
 
@@ -231,7 +231,7 @@ def _download(address: str, max_bytes: int) -> bytes:
             content += piece
             spent = time.monotonic() - start
             if len(content) > max_bytes:
-                raise _TooLarge(f"holds more than {max_bytes:,} bytes")
+                raise _TooLarge(f"contains more than {max_bytes:,} bytes")
             is_slow = spent > STALL_S and len(content) < MIN_BYTES_PER_S * spent
             if is_slow or spent > MAX_FETCH_S:
                 raise TimeoutError(f"only {len(content):,} bytes in {spent:.0f} s")

@@ -1,8 +1,8 @@
-"""Codes one after the other, as MusicGen decodes them: a hybrid's beginning, or all of a result.
+"""Autoregressive decoding as in MusicGen: the beginning of a hybrid's result, or all frames.
 
-In the delay layout (layout.py) one step fills one column: a code of each codebook, of K
-neighbouring frames. The networks are callables that take the columns in turn, so a scripted one
-tests the loop; `CausalForward` is Magnet's, and computes each column once.
+In the delay layout (layout.py) each step fills one column: one code per codebook, of K neighbouring
+frames. The networks are callables that take one column after the other, so that tests can script
+them; `CausalForward` is the implementation for Magnet and computes each column once.
 
 Shapes: b examples, k codebooks, t frames, s columns, c entries, h heads, d width.
 """
@@ -22,22 +22,22 @@ from magnet_train.layout import delayed, rotate, undelayed
 from magnet_train.model import Magnet, MagnetConfig, TextKeyValues, rotary_angles
 
 NextColumn = Callable[[Tensor], Tensor]
-"""The codes of a column, `b k` -> logits of the next one, `b k c`. Called column after column."""
+"""Codes of a column `b k` -> logits of the next one, `b k c`. Called for consecutive columns."""
 
 
 def check_autoregressive(
     network: MagnetConfig, decoding: DecodingConfig, duration_s: float
 ) -> None:
-    """Checks that a network can decode a result of this length with these settings.
+    """Check that a network can decode this length with these settings.
 
     Raises:
-        UserError: if the beginning is longer than the result, or the network has none.
+        UserError: if the autoregressive beginning is longer than the result or not supported.
     """
     wanted = decoding.autoregressive_s
     if network.order == "parallel":
         if wanted:
             raise UserError(
-                f"autoregressive_s={wanted}: this model decodes in parallel only; leave it at 0, "
+                f"autoregressive_s={wanted}: this model decodes in parallel only; set it to 0, "
                 "or choose a hybrid"
             )
         return
@@ -54,10 +54,10 @@ def check_autoregressive(
 def autoregressive_frames(
     network: MagnetConfig, decoding: DecodingConfig, num_frames: int, frame_rate: float
 ) -> int:
-    """How many of a result's frames are decoded one after the other.
+    """Number of frames to decode autoregressively.
 
     Raises:
-        UserError: as `check_autoregressive`.
+        UserError: as in `check_autoregressive`.
     """
     wanted = round(decoding.autoregressive_s * frame_rate)
     rounded_s = max(num_frames / frame_rate, decoding.autoregressive_s * (wanted <= num_frames))
@@ -68,7 +68,7 @@ def autoregressive_frames(
 def autoregressive_noise(
     seed: int, items: Sequence[str], num_codebooks: int, num_columns: int
 ) -> Tensor:
-    """Uniform numbers in [0, 1) for each code, which belong to the items: `b k s`."""
+    """Uniform noise in [0, 1) per item and code: `b k s`."""
     return torch.stack(
         [
             torch.rand(
@@ -89,16 +89,16 @@ def decode_autoregressively(
     config: DecodingConfig,
     noise: Tensor,
 ) -> Tensor:
-    """Fills all codes that are not given: `b k t` -> `b k t`.
+    """Decode all codes that are not given: `b k t` -> `b k t`.
 
     Args:
-        conditional: with text.
-        null: without, for guidance; None = no guidance.
-        codes: the codes to keep where `given`; anything elsewhere.
-        given: `b k t`, True = kept as it is.
+        conditional: pass with text.
+        null: pass without text, for guidance; None = no guidance.
+        codes: codes to keep where `given`; ignored elsewhere.
+        given: `b k t`, True = kept.
         codebook_size: c; the mask id is c.
-        config: see there.
-        noise: from `autoregressive_noise`, of t + k columns or more.
+        config: decoding settings.
+        noise: from `autoregressive_noise`, with at least t + k columns.
     """
     coef = config.autoregressive_cfg_coef
     columns = delayed(codes.where(given, codebook_size), codebook_size)
@@ -125,16 +125,16 @@ def decode_beginning(
     config: DecodingConfig,
     noise: Tensor,
 ) -> Tensor:
-    """`decode_autoregressively` by a network, all frames of `codes`, `b k t`.
+    """`decode_autoregressively` with a network, for all frames of `codes`, `b k t`.
 
     Args:
-        network: of order hybrid or autoregressive.
-        texts: of the captions, and of what guidance leads away from; None = without text. There is
-            no guidance if both are None.
-        codes: as there.
-        given: as there.
-        config: see there.
-        noise: as there.
+        network: a network of order hybrid or autoregressive.
+        texts: the captions, and the texts to guide away from; None = without text. There is no
+            guidance if both are None.
+        codes: as in `decode_autoregressively`.
+        given: as in `decode_autoregressively`.
+        config: decoding settings.
+        noise: as in `decode_autoregressively`.
     """
     b, k, t = codes.shape
     conditional, null = (CausalForward(network, text, b, t + k) for text in texts)
@@ -144,12 +144,10 @@ def decode_beginning(
 
 
 class CausalForward:
-    """The causal reading of a network, column after column: keys and values are kept, and each
-    column is computed once.
-    """
+    """Causal forward pass of a network with a key-value cache, one column at a time."""
 
     def __init__(self, model: Magnet, text: TextKeyValues | None, batch_size: int, columns: int):
-        """Room for that many columns; a pass with text and one without need an object each."""
+        """Allocate caches for this many columns; passes with and without text need two objects."""
         self.model, self.text, self.place = model, text, 0
         config, head = model.config, model.head
         shape = (batch_size, config.num_heads, columns, config.dim // config.num_heads)
@@ -157,7 +155,7 @@ class CausalForward:
         self.values = [head.new_empty(shape) for _ in model.blocks]
         side = config.convolution // 2
         self.inputs = [head.new_zeros(batch_size, side, config.dim) for _ in model.blocks]
-        """The last inputs of each block's convolution, oldest first."""
+        """Last inputs of each block's convolution, oldest first."""
         self.rotation: tuple[Tensor, Tensor] | None = None
         if config.positions == "rotary":
             angles = rotary_angles(columns, config.dim // config.num_heads, head.device)
@@ -165,7 +163,7 @@ class CausalForward:
 
     @torch.no_grad()
     def __call__(self, codes: Tensor) -> Tensor:
-        """Logits `b k c` of the column after this one, whose codes are `b k`."""
+        """Codes `b k` of a column -> logits `b k c` of the next one."""
         model = self.model
         x = model.embedded_columns(codes[..., None], self.place)  # b 1 d
         for i, block in enumerate(model.blocks):
@@ -184,7 +182,7 @@ class CausalForward:
         return torch.stack([model.logits(features, book) for book in books], 1)
 
     def _attend(self, i: int, x: Tensor) -> Tensor:
-        """Self-attention of the column to itself and those before: `b 1 d` -> `b 1 d`."""
+        """Self-attention of the column to itself and all previous ones: `b 1 d` -> `b 1 d`."""
         block, s = self.model.blocks[i], self.place
         attention = block.self_attention
         qkv = attention.qkv(block.self_norm(x)).unflatten(2, (3, attention.num_heads, -1))
@@ -198,7 +196,7 @@ class CausalForward:
         return attention.out(y.transpose(1, 2).flatten(2))
 
     def _convolve(self, i: int, x: Tensor, weight: Tensor) -> Tensor:
-        """The part of the convolution that lies before the next column: `b 1 d` -> `b 1 d`."""
+        """Causal part of the convolution around the next column: `b 1 d` -> `b 1 d`."""
         kept = torch.cat([self.inputs[i], x], 1)[:, 1:]
         self.inputs[i] = kept
         return (kept * weight[: kept.shape[1]]).sum(1, keepdim=True)

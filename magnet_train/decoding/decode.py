@@ -97,15 +97,15 @@ class DecodingConfig:
     shift from step to step.
     """
     autoregressive_s: float = 0.0
-    """Beginning that a hybrid decodes one frame after the other, in seconds; the rest is decoded in
-    parallel. A MusicGen decodes all frames so.
+    """Length of a hybrid's autoregressive beginning, in seconds; the rest is decoded in parallel. A
+    MusicGen decodes all frames autoregressively.
     """
     autoregressive_temperature: float = 1.0
-    """Softmax temperature of that beginning."""
+    """Softmax temperature of autoregressive decoding."""
     autoregressive_top_k: int = 250
-    """Number of most likely entries that it is sampled from; 0 = all."""
+    """Autoregressive decoding samples from this number of most likely entries; 0 = all."""
     autoregressive_cfg_coef: float = 3.0
-    """Guidance coefficient of that beginning; 1 = no guidance."""
+    """Guidance coefficient of autoregressive decoding; 1 = no guidance."""
     rescorer: str | None = None
     """Second model for scoring spans (paper, Eq. 5): another MAGNeT (release, hub id, checkpoint or
     run; RUN@raw for its raw weights) or a MusicGen (folder or hub id for transformers).

@@ -65,7 +65,7 @@ class EvaluateOptions:
     """Folder of real audio, or statistics written by --save_reference (their folder or one of its
     files)."""
     captions: Path | None = None
-    """JSONL or CSV with path and caption of every clip (default: .txt or .json files beside the
+    """JSONL or CSV with path and caption of every clip (default: .txt or .json files next to the
     clips)."""
     metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
     """Metrics, METRIC/EMBEDDER each."""
@@ -108,7 +108,7 @@ class EvaluateOptions:
     report: Path | None = None
     """Write an HTML report with players, spectrograms and metrics."""
     listening_test: Path | None = None
-    """Write a blind listening test of all systems and the reference as HTML, and its key beside
+    """Write a blind listening test of all systems and the reference as HTML, and its key next to
     it."""
     study: Path | None = None
     """Key file of the listening test whose --ratings are analysed."""

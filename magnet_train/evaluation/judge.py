@@ -1,7 +1,7 @@
-"""Best of n: a judge gives each candidate for a clip a number, and the best is kept.
+"""Best of n: a judge scores the candidates for a clip, and the best is kept.
 
-Clips are levelled as in evaluation, so a judge hears what the metric of the same name hears. A
-judge prefers what it measures: report other metrics of clips that were chosen by it.
+Clips are normalised as in evaluation, so that a judge equals the metric of the same name. Evaluate
+the chosen clips with other metrics than the judge's.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,25 +28,25 @@ from magnet_train.metrics.reference import ReferenceStatistics
 from magnet_train.metrics.scoring import parse_metric
 
 MAX_CLIPPED = 0.001
-"""Share of clipped samples above which a candidate is refused; more is audible."""
+"""Maximum share of clipped samples of a candidate; more is audible."""
 MUSIC_JUDGES = {"key_rank": -1, "beat": 1, "scale_fit": 1, "periodicity": 1}
-"""Figures of metrics/music.py that can judge; 1 = the higher the better."""
+"""Measures of metrics/music.py for judges; 1 = higher is better, -1 = lower is better."""
 DEFAULT_JUDGE = "text/musicnn"
 
 Judge = Callable[[AudioClip, str], float]
-"""A levelled mono clip and its caption -> how good it is; higher is better."""
+"""A normalised mono clip and its caption -> score, higher is better."""
 
 
 def check_judge(metric: str, reference: str | None, prompts: Sequence[str]) -> None:
-    """Check that a judge can be asked, before anything is loaded.
+    """Check a judge before anything is loaded.
 
     Args:
-        metric: fad/EMBEDDER, text/EMBEDDER, or music/FIGURE of MUSIC_JUDGES.
+        metric: fad/EMBEDDER, text/EMBEDDER, or music/MEASURE of MUSIC_JUDGES.
         reference: folder of real audio or saved statistics, for fad.
-        prompts: of the clips to be judged.
+        prompts: prompts of the clips.
 
     Raises:
-        UserError: if it is not known, or lacks its reference or what it needs of a prompt.
+        UserError: if it is unknown, or the reference or a key or tempo in a prompt is missing.
     """
     name, _, figure = metric.partition("/")
     if name == "music":
@@ -70,7 +70,7 @@ def check_judge(metric: str, reference: str | None, prompts: Sequence[str]) -> N
 
 
 def load_judge(metric: str, reference: str | None, device: str) -> Judge:
-    """The judge of that name, after `check_judge`.
+    """Load a judge, after `check_judge`.
 
     Raises:
         UserError: if its network or its reference cannot be loaded.
@@ -87,9 +87,9 @@ def load_judge(metric: str, reference: str | None, device: str) -> Judge:
 
 
 def best_of(candidates: Sequence[AudioClip], caption: str, judge: Judge) -> tuple[int, float]:
-    """Which candidate is best, and its number; the first of equals.
+    """Index and score of the best candidate; the first one in ties.
 
-    Clipped and silent candidates are refused unless all are: then the best of all is taken.
+    Clipped and silent candidates are only used if there are no others.
     """
     levelled = list(prepare_generated(candidates))
     scores = [judge(clip, caption) for clip in levelled]

@@ -57,7 +57,7 @@ def export_listening_test(
     title: str = "Listening test",
     lossless: bool = True,
 ) -> ListeningTest:
-    """Write a listening test as one HTML file, and its key beside it as `NAME_key.json`.
+    """Write a listening test as one HTML file, and its key next to it as `NAME_key.json`.
 
     Each screen has the clips of all systems for one caption, truncated to equal length, with the
     hidden reference and two anchors made from it: low-passed at 3.5 kHz, to find raters who hear no

@@ -123,7 +123,7 @@ def analyse_ratings(
 
     Args:
         csv_files: one per rater.
-        key: JSON written by `export_listening_test` beside the page.
+        key: JSON written by `export_listening_test` next to the page.
         filters: criteria for excluding raters.
         num_draws: number of bootstrap samples.
         seed: seed of the bootstrap.
@@ -217,11 +217,11 @@ def _parse_key(about: Any) -> _Key:
     if not clips or not systems or not about["questions"]:
         raise ValueError("empty")
     if not all(isinstance(name, str) for name in names):
-        raise TypeError("a name is no text")
+        raise TypeError("a name is not text")
     if {clip["system"] for clip in clips.values()} != set(systems):
         raise ValueError("systems differ")
     if not all(0 < value < math.inf for value in seconds.values()):
-        raise ValueError("a length is no time")
+        raise ValueError("a duration is not a valid time")
     return _Key(
         study=about["study"],
         title=about["title"],

@@ -340,7 +340,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 
 def load_grids(audio: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Codes and unmasking steps `k t` from the `.npz` beside an audio file; None if it has none.
+    """Codes and unmasking steps `k t` from the `.npz` next to an audio file; None if it has none.
 
     Raises:
         UserError: if the file is damaged.

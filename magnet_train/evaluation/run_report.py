@@ -84,7 +84,7 @@ def _validation_clips(folder: Path, notes: list[str]) -> list[dict[str, ReportCl
     elif without_codes:
         notes.append(
             f"{without_codes} of {len(clips)} clips are shown without codes and order of "
-            "unmasking: there is no .npz beside the audio."
+            "unmasking: there is no .npz next to the audio."
         )
     return list(rows.values())
 
@@ -100,7 +100,7 @@ def _read_clip(path: Path, notes: list[str]) -> ReportClip | None:
     about = _read_json_object(path.with_suffix(".json"))
     if about is None:
         notes.append(
-            f"{place}: no readable JSON beside it, so its file name is used as the caption"
+            f"{place}: no readable JSON next to it, so its file name is used as the caption"
         )
         about = {"prompt": path.stem}
     codes = order = None

@@ -48,7 +48,7 @@ class CountTables:
             max_frames: stop counting after this many frames; None = all.
 
         Raises:
-            UserError: if there is no frame.
+            UserError: if there are no frames.
         """
         unigram = bigram = torch.zeros(0)
         num_frames = 0

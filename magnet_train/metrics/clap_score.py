@@ -78,7 +78,7 @@ def clap_summary(audio: Tensor, text: Tensor, draws: int = 1000, seed: int = 0) 
 
     Raises:
         ValueError: if the numbers or widths differ.
-        UserError: if there is no pair, or an embedding is NaN or infinite.
+        UserError: if there are no pairs, or an embedding is NaN or infinite.
     """
     if audio.shape != text.shape:
         raise ValueError(

@@ -121,7 +121,7 @@ def kl(convention: str, reference: Sequence[Tensor], generated: Sequence[Tensor]
 
     Raises:
         ValueError: if the numbers differ; otherwise as in `clip_divergences`.
-        UserError: if there is no clip.
+        UserError: if there are no clips.
 
     >>> logits = [torch.tensor([[2.0, 0.0]])]
     >>> kl("av-benchmark", logits, logits)

@@ -1,9 +1,9 @@
-"""Figures that know music: definite notes, a key, a beat, and whether they are the caption's.
+"""Music metrics: notes, key and beat of clips, and whether key and tempo match the caption.
 
-No network hears anything here. `measure_clip` measures one clip; `score_music` turns many measured
-clips, their captions and real clips into means with intervals. All figures are the same at any
-level of the audio. None is enough alone: a drone fits a scale perfectly, so read `scale_fit` beside
-`chroma_change`.
+They are computed with signal processing, without a network. `measure_clip` measures one clip;
+`score_music` computes means with intervals from many measured clips, their captions and real clips.
+No metric depends on the level of the audio. None is sufficient alone: a drone fits a scale
+perfectly, so read `scale_fit` together with `chroma_change`.
 
 Shapes: t samples, n spectra, m notes.
 """
@@ -27,20 +27,20 @@ from magnet_train.metrics.intervals import bootstrap_interval
 from magnet_train.metrics.networks.frontend import mel_filters
 
 VERSION = "1"
-"""Of the measures, in records: raised when values change."""
+"""Version of the measures in records; increased when their values change."""
 CHROMA_HOP_S = 0.064
 HOP_S = 0.016
-"""Between two values of onset strength, or two pitches, in seconds: the unit of note lengths."""
+"""Hop of onset strength and pitch in seconds; also the unit of note lengths."""
 MIN_DURATION_S = 1.0
 """Length of the shortest clip that can be measured, in seconds."""
 MAX_LAG_S = 2.4
-"""Of the autocorrelation that a clip keeps: two beats at 50 beats a minute."""
+"""Longest lag of a clip's stored autocorrelation: two beats at 50 bpm."""
 PERIODS_S = (0.2, 1.2)
-"""Lags at which a period is looked for, in seconds: 50 to 300 beats a minute."""
+"""Lags searched for a period, in seconds: 50 to 300 bpm."""
 SILENT_PEAK = 1e-6
-"""Highest sample of a clip that counts as silent: -120 dB of full scale."""
+"""A clip with no sample above this is silent: -120 dBFS."""
 CHANCE_RANK = 6.5
-"""Mean rank of a tonic among 12 that has nothing to do with the clip."""
+"""Mean rank of a random tonic among 12."""
 
 MAJOR_SCALE = (0, 2, 4, 5, 7, 9, 11)
 """In semitones above the tonic; that of natural minor is one of its transpositions."""
@@ -69,9 +69,9 @@ _TEMPO = re.compile(
 
 
 def parse_key(caption: str) -> tuple[int, str] | None:
-    """Tonic (0 = C … 11 = B) and mode ("major" or "minor") that a caption names, or None.
+    """Tonic (0 = C … 11 = B) and mode ("major" or "minor") in a caption, or None.
 
-    The key must follow "in" or "key of"; "in a minor key" names none.
+    The key must follow "in" or "key of"; "in a minor key" gives None.
 
     >>> parse_key("a slow air for flute, in E flat major, 92 bpm")
     (3, 'major')
@@ -86,7 +86,7 @@ def parse_key(caption: str) -> tuple[int, str] | None:
 
 
 def parse_tempo(caption: str) -> float | None:
-    """Beats a minute that a caption names, or None; below 20 and above 400 they are no tempo.
+    """Tempo in a caption in bpm, or None. Values below 20 or above 400 are ignored.
 
     >>> parse_tempo("a slow air, at 92 beats per minute")
     92.0
@@ -106,8 +106,7 @@ def chroma_change(classes: np.ndarray) -> float:
     silence.
 
     Args:
-        classes: unit vectors of `chroma`, `n 12`, one each 0.064 s; moments of silence are left
-            out.
+        classes: unit vectors of `chroma`, `n 12`, one each 0.064 s; silent frames are ignored.
     """
     distance = round(0.5 / CHROMA_HOP_S)
     before, after = classes[:-distance], classes[distance:]
@@ -118,7 +117,7 @@ def chroma_change(classes: np.ndarray) -> float:
 
 
 def scale_fit(classes: np.ndarray) -> float:
-    """Share of chroma energy in the best of 12 transpositions of the scale, less their mean, 7/12.
+    """Share of chroma energy in the best of the scale's 12 transpositions, minus their mean (7/12).
 
     0 for noise and silence, 5/12 where every note is in one scale.
 
@@ -159,10 +158,10 @@ def key_rank(classes: np.ndarray, tonic: int, mode: str) -> float:
 
 
 def onset_strength(wav: np.ndarray, sample_rate: int) -> np.ndarray:
-    """How much begins at each moment: `t` -> `n`, one value each HOP_S; all zero for silence.
+    """Onset strength (spectral flux): `t` -> `n`, one value each HOP_S; all zero for silence.
 
-    Rises of the log level in 40 mel bands from 30 Hz to 8 kHz, summed over bands (spectral flux);
-    levels more than 60 dB below the clip's highest count as silence. Windows of 0.064 s.
+    Increases of the log level in 40 mel bands from 30 Hz to 8 kHz, summed over bands. Levels are
+    clipped 60 dB below the clip's highest. Windows of 0.064 s.
 
     Args:
         wav: mono, `t`.
@@ -181,13 +180,12 @@ def onset_strength(wav: np.ndarray, sample_rate: int) -> np.ndarray:
 def autocorrelation(strength: np.ndarray, most: int | None = None) -> np.ndarray:
     """Normalised autocorrelation of onset strength at lags 0 … most; all zero for a constant.
 
-    At each lag the correlation of the two overlapping parts, each with its own energy, so that a
-    long lag is not at a disadvantage. Values are centred by the mean of the whole.
+    Each lag is normalised by the energies of the two overlapping parts, so long lags are not
+    underestimated. The mean of the whole sequence is subtracted first.
 
     Args:
         strength: `n`.
-        most: longest lag, in hops; MAX_LAG_S if not given. At most half of the clip is used:
-            beyond that, 0.
+        most: longest lag, in hops; MAX_LAG_S if not given. Lags above half the clip are 0.
     """
     most = round(MAX_LAG_S / HOP_S) if most is None else most
     n = len(strength)
@@ -216,17 +214,17 @@ def periodicity(correlation: np.ndarray) -> float:
 
 
 def beat_strength(correlation: np.ndarray, bpm: float) -> float:
-    """Highest autocorrelation at the beat, its half and its double, less the upper quartile.
+    """Highest autocorrelation at one beat, half a beat and two beats, minus the upper quartile.
 
-    The quartile is that of lags of 0.2 to 1.2 s. About 0.5 for music at that tempo, 0 for any other
-    and for noise.
+    The quartile is over lags of 0.2 to 1.2 s. About 0.5 for music at that tempo, 0 for music at
+    another tempo and for noise.
 
     Args:
         correlation: of `autocorrelation`.
-        bpm: beats a minute; where a lag is longer than what `correlation` holds, it is left out.
+        bpm: beats per minute; lags that `correlation` does not contain are ignored.
 
     Raises:
-        ValueError: if bpm is so slow that no lag is left.
+        ValueError: if bpm is so low that `correlation` contains none of the three lags.
     """
     lags = np.array([0.5, 1, 2]) * 60 / bpm / HOP_S
     lags = lags[lags <= len(correlation) - 1]
@@ -246,7 +244,7 @@ def _periods(correlation: np.ndarray) -> np.ndarray:
 # --- notes ---------------------------------------------------------------------------------------
 
 LOWEST_NOTE, HIGHEST_NOTE = 45, 96
-"""MIDI numbers between which the salient pitch is looked for: A2, 110 Hz, to C7, 2.1 kHz."""
+"""Range of the salient pitch as MIDI numbers: A2, 110 Hz, to C7, 2.1 kHz."""
 _HARMONICS = 6
 _SHORTEST_NOTE = 3
 """In hops: 48 ms."""
@@ -255,11 +253,11 @@ _SHORTEST_NOTE = 3
 def notes(wav: np.ndarray, sample_rate: int) -> np.ndarray:
     """Notes of the most salient voice: `t` -> onset (s), length (s) and MIDI number, `m 3`.
 
-    The salient pitch of each moment is the semitone whose harmonics hold most (harmonic summation;
-    Hermes, 1988); a note is a run of one pitch, cut where it is struck anew. Moments 40 dB below
-    the loudest are rests; runs under 48 ms join their longer neighbour. In a texture of several
-    voices notes are cut by whatever is loudest: compare with real clips of the same kind, and not
-    with a score.
+    The salient pitch of each hop is the semitone whose harmonics have the most energy (harmonic
+    summation; Hermes, 1988). A note is a run of one pitch, divided at repeated onsets. Hops 40 dB
+    below the loudest are rests; runs under 48 ms are merged into their longer neighbour. With
+    several voices the loudest at each hop determines the notes, so compare with real clips of the
+    same kind and not with a score.
 
     Args:
         wav: mono, `t`.
@@ -276,7 +274,7 @@ def notes(wav: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def _without_short_runs(pitch: np.ndarray) -> np.ndarray:
-    """With runs under the shortest note given to the longer of their neighbours."""
+    """Merge runs under the shortest note into the longer of their neighbours."""
     pitch = pitch.copy()
     while True:
         edges = np.flatnonzero(np.diff(pitch)) + 1
@@ -292,16 +290,16 @@ def _without_short_runs(pitch: np.ndarray) -> np.ndarray:
 
 
 def _struck(own: np.ndarray) -> np.ndarray:
-    """Hops at which a held pitch is struck anew: its salience rises by a third within 3 hops."""
+    """Repeated onsets of a pitch, in hops: its salience rises by a third within 3 hops."""
     rise = np.zeros(len(own))
     rise[3:] = own[3:] / np.maximum(own[:-3], 1e-9 + 1e-3 * own.max(initial=0))
     around = np.lib.stride_tricks.sliding_window_view(np.pad(rise, 4), 9).max(1)
-    # A spectrum is half a window wide: the rise is greatest 2 hops after the strike.
+    # Because of the window's width the increase is greatest 2 hops after the onset.
     return np.flatnonzero((rise > 4 / 3) & (rise == around)) - 2
 
 
 def _cut(pitch: np.ndarray, struck: np.ndarray) -> np.ndarray:
-    """Runs of a pitch as notes, `m 3`; a strike near the ends of a run does not cut it."""
+    """Runs of a pitch as notes, `m 3`; repeated onsets near the ends of a run are ignored."""
     edges = [0, *(np.flatnonzero(np.diff(pitch)) + 1), len(pitch)]
     found = []
     for start, end in pairwise(edges):
@@ -318,20 +316,20 @@ def _cut(pitch: np.ndarray, struck: np.ndarray) -> np.ndarray:
 
 MEASURES = {
     "chroma_change": "1 - cosine of pitch classes half a second apart: 0 for a drone",
-    "scale_fit": "chroma energy in the best of 12 transpositions of the scale, less their mean",
+    "scale_fit": "chroma energy in the best of 12 transpositions of the scale, minus their mean",
     "key_rank": "rank of the caption's tonic among 12 by Krumhansl's profiles; 6.5 is chance",
-    "beat": "autocorrelation of onsets at the caption's beat, less the upper quartile of all lags",
+    "beat": "autocorrelation of onsets at the caption's beat, minus the upper quartile of all lags",
     "periodicity": "highest autocorrelation of onsets at lags of 0.2 to 1.2 s",
     "note_lengths": "distance of note lengths to those of real clips: Wasserstein-1 in log seconds",
-    "note_intervals": "the same of the times between note onsets",
+    "note_intervals": "the same distance for the times between note onsets",
 }
-"""What `score_music` gives and what it tells."""
+"""Results of `score_music` and their meanings."""
 REFERENCE_MEASURES = ("note_lengths", "note_intervals")
 
 
 @dataclass(frozen=True)
 class ClipMusic:
-    """What was measured in one clip, before it is known what its caption says."""
+    """Measurements of one clip, independent of its caption."""
 
     chroma_change: float
     scale_fit: float
@@ -343,24 +341,24 @@ class ClipMusic:
     """Onset (s), length (s) and MIDI number, `m 3`."""
 
     def packed(self) -> tuple[Tensor, Tensor]:
-        """As float64 tensors, to be gathered and saved: all but notes as `1 d`, and notes `m 3`."""
+        """As float64 tensors: everything except notes as `1 d`, and notes `m 3`."""
         row = [[self.chroma_change, self.scale_fit], self.classes, self.correlation]
         return torch.from_numpy(np.concatenate(row))[None], torch.from_numpy(self.notes)
 
     @classmethod
     def unpacked(cls, row: Tensor, notes: Tensor) -> "ClipMusic":
-        """What `packed` made."""
+        """Inverse of `packed`."""
         values = row[0].double().numpy()
         return cls(
             float(values[0]), float(values[1]), values[2:14], values[14:], notes.double().numpy()
         )
 
     def lengths(self) -> np.ndarray:
-        """Of the notes, in seconds, without the first and the last, which the clip cuts off."""
+        """Note lengths in seconds, without the first and last notes, which the clip cuts off."""
         return self.notes[1:-1, 1]
 
     def intervals(self) -> np.ndarray:
-        """Between the onsets of consecutive notes, in seconds, without the first, cut-off note."""
+        """Seconds between onsets of consecutive notes, without the first note, which is cut off."""
         return np.diff(self.notes[1:, 0])
 
 
@@ -372,7 +370,7 @@ def measure_clip(wav: np.ndarray | Tensor, sample_rate: int) -> ClipMusic:
         sample_rate: in Hz.
 
     Raises:
-        UserError: if it is shorter than MIN_DURATION_S, or has NaN or infinite samples.
+        UserError: if the clip is shorter than MIN_DURATION_S, or has NaN or infinite samples.
     """
     mono = torch.as_tensor(wav).detach().cpu().float().numpy()
     if mono.ndim == 2:
@@ -384,7 +382,7 @@ def measure_clip(wav: np.ndarray | Tensor, sample_rate: int) -> ClipMusic:
     if not np.isfinite(mono).all():
         raise UserError("a clip has NaN or infinite samples")
     peak = float(np.abs(mono).max())
-    # So that no figure depends on the level.
+    # Makes all metrics independent of the level.
     mono = mono / peak if peak > SILENT_PEAK else np.zeros_like(mono)
     classes = chroma(mono, sample_rate, hop_s=CHROMA_HOP_S)
     return ClipMusic(
@@ -398,15 +396,15 @@ def measure_clip(wav: np.ndarray | Tensor, sample_rate: int) -> ClipMusic:
 
 @dataclass(frozen=True)
 class MusicFigure:
-    """One figure of a set of clips."""
+    """One metric of a set of clips."""
 
     value: float
     interval: tuple[float, float] | None
     """95 % over clips (bootstrap); None for a single clip."""
     num_clips: int
-    """That count."""
+    """Clips included."""
     num_left_out: int = 0
-    """Clips whose caption names no key or no tempo, or that have no notes."""
+    """Clips excluded because their caption has no key or tempo, or because they have no notes."""
 
 
 def score_music(
@@ -416,17 +414,17 @@ def score_music(
 ) -> dict[str, MusicFigure]:
     """Means over clips with intervals, and distances of note lengths and intervals to real clips.
 
-    A silent clip counts as what has no music: change, fit, periodicity and beat 0, key at chance.
+    A silent clip has chroma change, scale fit, periodicity and beat 0, and a key rank at chance.
 
     Args:
         clips: by id.
-        captions: by id; clips whose caption names no key (no tempo) do not count for "key_rank"
+        captions: by id; clips whose caption has no key (no tempo) are excluded from "key_rank"
             ("beat").
-        reference: real clips, of any ids and number.
+        reference: real clips, with any ids.
 
     Returns:
-        Those of MEASURES that can be computed: one that needs captions or a reference is absent
-        where none is given, where no caption says what it needs, or where no clip has a note.
+        The MEASURES that can be computed. Measures that need a key, a tempo, notes or a reference
+        are absent if no clip has them.
     """
     values: dict[str, list[float]] = defaultdict(list)
     for key, clip in clips.items():
@@ -454,7 +452,7 @@ def _measures_of(clip: ClipMusic, caption: str) -> Iterator[tuple[str, float]]:
 
 
 def _mean_figure(values: list[float], num_clips: int) -> MusicFigure:
-    """The mean over those of `num_clips` clips that have a value."""
+    """Mean over the clips that have a value, out of `num_clips`."""
     interval = bootstrap_interval(torch.tensor(values).double()) if len(values) > 1 else None
     return MusicFigure(float(np.mean(values)), interval, len(values), num_clips - len(values))
 
@@ -464,9 +462,9 @@ def _durations(clip: ClipMusic, name: str) -> np.ndarray:
 
 
 def duration_distance(some: np.ndarray, others: np.ndarray) -> float:
-    """Wasserstein-1 distance of two sets of durations (s) on their logarithms.
+    """Wasserstein-1 distance between the logarithms of two sets of durations (s).
 
-    ln 2 where all are doubled.
+    Doubling all durations gives ln 2.
 
     Raises:
         ValueError: if a set is empty.
@@ -477,9 +475,10 @@ def duration_distance(some: np.ndarray, others: np.ndarray) -> float:
 def _distance_figure(
     clips: Sequence[np.ndarray], real: Sequence[np.ndarray], draws: int = 1000
 ) -> MusicFigure | None:
-    """Distance of all clips' durations to the real ones; its interval by the bootstrap over clips.
+    """Distance of all clips' durations to the real ones, with a bootstrap interval over clips.
 
-    Like any distance it is a little larger in a draw than in the whole: the interval leans upwards.
+    A resample is on average further from the real durations than the whole set, so the interval is
+    biased upwards.
     """
     some = [x for x in clips if len(x)]
     others = np.concatenate([np.zeros(0), *real])
@@ -490,7 +489,7 @@ def _distance_figure(
     left_out = len(clips) - len(some)
     if len(some) < 2:
         return MusicFigure(value, None, len(some), left_out)
-    # Durations are multiples of a hop: counts of each value hold them all.
+    # Durations are multiples of a hop, so counts of each value are sufficient.
     hops = np.round(np.concatenate([joined, others]) / HOP_S)
     grid, places = np.unique(hops, return_inverse=True)
     owner = np.repeat(np.arange(len(some)), [len(x) for x in some])
@@ -509,7 +508,7 @@ def _distance_figure(
 
 
 def _spectra(wav: np.ndarray, sample_rate: int, window_s: float) -> tuple[np.ndarray, int]:
-    """Magnitudes about each multiple of HOP_S, float32 `n bins`, and the size of the transform."""
+    """Magnitudes centred at each multiple of HOP_S, float32 `n bins`, and the FFT size."""
     width = round(window_s * sample_rate)
     size = int(scipy.fft.next_fast_len(width, real=True) or width)
     padded = torch.from_numpy(np.pad(wav.astype(np.float32), (width // 2, width)))

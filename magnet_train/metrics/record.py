@@ -24,7 +24,7 @@ class Record:
     """One metric of one system.
 
     Raises:
-        UserError: if the value, its interval or a baseline is NaN or infinite, or there is no clip.
+        UserError: if the value, its interval or a baseline is not finite, or there are no clips.
     """
 
     system: str

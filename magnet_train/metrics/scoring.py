@@ -1,9 +1,8 @@
 """Computes records of all metrics from features.
 
 A metric is named METRIC/EMBEDDER, as in `fad/vggish` or `kl/passt`, or music/MEASURE, as in
-`music/key_rank`. Everything is ordered by clip
-id and computed in float64 from gathered features, so a value does not depend on how the clips were
-split over ranks and batches.
+`music/key_rank`. Clips are sorted by id and metrics are computed in float64 from gathered features,
+so a value does not depend on how the clips were split over ranks and batches.
 
 Shapes: n windows, d dimensions, c classes.
 """
@@ -38,7 +37,7 @@ METRICS = {
     "vendi": "effective number of different windows",
     "kl": "KL divergence between a classifier's outputs for the real and the generated clip",
     "text": "cosine similarity of a clip and its caption",
-    "text_shuffled": "the same with the captions of other clips, as a control",
+    "text_shuffled": "text similarity with the captions of other clips, as a control",
     "text_r1": "share of captions whose clip is the most similar of all",
     "text_r10": "share of captions whose clip is among the ten most similar",
 }

@@ -89,7 +89,7 @@ def _entries(section: str, *entries: tuple[str, Direction, str], **flags: bool) 
 
 
 _BETTER_MUSIC: dict[str, Direction] = {
-    "chroma_change": "",  # that of real clips is right, and codes drawn by chance can exceed it
+    "chroma_change": "",  # should equal that of real clips; random codes can exceed it
     "scale_fit": "higher",
     "key_rank": "lower",
     "beat": "higher",
@@ -121,12 +121,12 @@ LOGGED: tuple[Logged, ...] = (
         (
             "val/ce/reading",
             "lower",
-            "hybrids only: cross-entropy of all codes, each given those before it, in nats",
+            "hybrids only: autoregressive cross-entropy of all codes, in nats",
         ),
         (
             "train/ce/prompt",
             "lower",
-            "hybrids only: the same of the beginnings in the batches that trained them, in nats",
+            "hybrids only: autoregressive cross-entropy of the prompts in training, in nats",
         ),
     ),
     *_entries(
@@ -174,7 +174,7 @@ LOGGED: tuple[Logged, ...] = (
     *_entries(
         "codebooks",
         ("val/ce/stage{k}", "lower", "cross-entropy of codebook k on fixed masks, in nats"),
-        ("val/ce/stage{k}/rate{rate}", "lower", "the same at one share of masked frames"),
+        ("val/ce/stage{k}/rate{rate}", "lower", "the same cross-entropy at one mask rate"),
         ("val/accuracy/stage{k}", "higher", "accuracy on its masked frames, 0 to 1"),
         (
             "val/accuracy/stage{k}/baseline_copying",

@@ -84,16 +84,16 @@ class TextAudioScorer:
         return audio @ self.head.embed_text(sentence_features(self.encoder, captions).cpu()).T
 
     def score(self, captions: Sequence[str], clips: Sequence[MusicnnOutput]) -> Tensor:
-        """Cosine of each clip with its own caption, `b`."""
+        """Cosine of each clip with its caption, `b`."""
         return self.similarities(captions, clips).diagonal()
 
 
 @lru_cache
 def load_text_audio() -> TextAudioScorer:
-    """The shipped scorer.
+    """Load the bundled scorer.
 
     Raises:
-        UserError: if its weights are missing or broken, or the demo's text encoder is not
+        UserError: if its weights are missing or damaged, or the demo's text encoder is not
             installed.
     """
     from safetensors import SafetensorError
@@ -115,16 +115,15 @@ def load_text_audio() -> TextAudioScorer:
 def true_minus_shuffled(
     similarities: Tensor, seed: int = 0, resamples: int = 10_000
 ) -> tuple[float, float, float]:
-    """Similarity of clips to their own caption minus that to other captions: mean and 95 %
-    bootstrap interval.
+    """Mean similarity to the clip's caption minus that to other captions, with 95 % interval.
 
     Args:
         similarities: `b b`, clip i against caption j.
-        seed: of the bootstrap.
-        resamples: draws of b clips with replacement.
+        seed: seed of the bootstrap.
+        resamples: number of bootstrap samples of b clips.
 
     Raises:
-        ValueError: unless there are as many captions as clips, and at least two.
+        ValueError: if the matrix is not square, or has fewer than two clips.
 
     >>> true_minus_shuffled(torch.eye(3))
     (1.0, 1.0, 1.0)

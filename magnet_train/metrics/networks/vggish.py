@@ -17,9 +17,9 @@ from magnet_train.metrics.networks.frontend import check_clip, mel_filters, resa
 
 
 class Vggish(nn.Module):
-    """VGGish with the front end of the papers: 1 s every 0.5 s, each clip at its own peak.
+    """VGGish with the front end of the papers: 1 s every 0.5 s, each clip normalised to its peak.
 
-    No principal components, no 8-bit codes, and no activation after the last layer.
+    Without PCA, 8-bit quantisation and activation after the last layer.
     """
 
     id = "vggish"
@@ -61,14 +61,12 @@ class Vggish(nn.Module):
         return resample(wav, sample_rate, cls.sample_rate)
 
     def log_mel(self, wav: Tensor) -> Tensor:
-        """`t` -> `frames f`: the logarithm of magnitudes; a frame that the clip does not fill is
-        dropped."""
+        """`t` -> `frames f`: log magnitudes; incomplete frames are dropped."""
         frames = wav.unfold(0, self.frame_samples, self.hop_samples) * self.hann
         return torch.log(torch.fft.rfft(frames, 512).abs() @ self.mel.T + 0.01)
 
     def level(self, wav: Tensor) -> Tensor:
-        """The clip as audiocraft's FAD writes it for Google's: its peak at -1 dBFS, in 16 bits;
-        values of int16."""
+        """Normalise to a peak of -1 dBFS and round to int16, like audiocraft for Google's FAD."""
         peak = wav.abs().max().clamp(min=torch.finfo(torch.float32).tiny)  # silence stays silence
         return (wav * (10 ** (-1 / 20) / peak) * 32768).round()
 
@@ -85,15 +83,16 @@ class Vggish(nn.Module):
 
     @torch.no_grad()
     def forward(self, wav: Tensor) -> Tensor:
-        """A mono clip at 16 kHz, `t`, at least `min_duration_s` long -> embeddings `n 128`;
-        silence is allowed.
+        """A mono clip at 16 kHz, `t`, of at least `min_duration_s` -> embeddings `n 128`.
+
+        Silence is allowed.
 
         Raises:
             UserError: if it is too short, or has NaN or infinite samples.
         """
         check_clip(wav, self.sample_rate, self.min_duration_s, self.id)
         windows = self.examples(self.level(wav.to(self.hann)))
-        # Few at a time: the first layer makes 25 MB of sixteen windows.
+        # In small batches: sixteen windows take 25 MB in the first layer.
         return torch.cat([self.embed(w) for w in windows.split(16)])
 
     def embed(self, examples: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ class Vggish(nn.Module):
 class TorchVggish(Vggish):
     """The same network with torchvggish's front end: 0.96 s every 0.96 s, the level unchanged.
 
-    As in frechet-audio-distance and others, but for their resampler; not comparable with published
+    As in frechet-audio-distance and others, except for the resampler; not comparable with published
     values.
     """
 
@@ -114,7 +113,7 @@ class TorchVggish(Vggish):
     min_duration_s = (400 + 95 * 160) / 16_000
 
     def level(self, wav: Tensor) -> Tensor:
-        """The clip as it is."""
+        """The clip, unchanged."""
         return wav
 
     def examples(self, wav: Tensor) -> Tensor:
@@ -124,10 +123,10 @@ class TorchVggish(Vggish):
 
 @lru_cache
 def load_vggish(path: str | None = None, front: type[Vggish] = Vggish) -> Vggish:
-    """The published network, in evaluation mode.
+    """Load the published network in evaluation mode.
 
     Args:
-        path: torchvggish's `vggish-10086976.pth`; the cached or downloaded one if None.
+        path: torchvggish's `vggish-10086976.pth` (default: cached or downloaded).
         front: `Vggish` for the papers' front end, `TorchVggish` for torchvggish's.
 
     Raises:
