@@ -91,7 +91,7 @@ def test_a_tempo_is_read_from_a_caption(caption, bpm):
 
 
 def test_the_demo_says_keys_and_tempos_as_they_are_read():
-    """All twelve tonics in both modes, in both wordings."""
+    """All twelve tonics in both modes and both phrasings."""
     names = ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B")
     for tonic, name in enumerate(names):
         for mode in ("major", "minor"):
@@ -106,10 +106,9 @@ def test_the_demo_says_keys_and_tempos_as_they_are_read():
 
 
 def test_a_drone_does_not_change_and_alternating_tones_do():
-    """Tones of half a second: half a second later it is always the other one.
+    """Tones alternate every half second, so chroma half a second apart differs.
 
-    Chroma mixes the two in the 0.256 s about each border, by the area of the window's halves, and
-    smears a little.
+    Within 0.256 s around each change, chroma mixes both tones by the area of the window's halves.
     """
     assert music.chroma_change(chroma(tone(60, 10), RATE)) == pytest.approx(0, abs=0.02)
     two = [np.sin(2 * np.pi * f * np.arange(RATE // 2) / RATE) for f in (261.63, 369.99)]
@@ -124,13 +123,11 @@ def test_a_drone_does_not_change_and_alternating_tones_do():
 
 
 def test_chroma_change_is_that_of_written_out_vectors():
-    """Class 0 for 8 moments, then class 1 for 8, and so on: all pairs half a second apart differ,
-    or none does.
-    """
+    """Classes 0 and 1 alternate every 8 frames, so all pairs half a second apart differ."""
     rows = np.repeat(np.eye(12)[[0, 1, 0, 1]], 8, axis=0)
     assert music.chroma_change(rows) == pytest.approx(1)
     assert music.chroma_change(np.repeat(np.eye(12)[:1], 32, axis=0)) == pytest.approx(0)
-    rows[:8] = 0  # silence is left out, not counted as change
+    rows[:8] = 0  # silence is ignored and does not count as change
     assert music.chroma_change(rows) == pytest.approx(1)
     halfway = np.full((32, 12), 12**-0.5)
     halfway[8:] = np.eye(12)[0]
@@ -146,7 +143,7 @@ def test_scale_fit_of_known_energies():
     assert music.scale_fit(np.concatenate([scale, np.eye(12)[[1]]])) == pytest.approx(
         7 / 8 - 7 / 12
     )
-    # A minor is C major's notes.
+    # A minor has the notes of C major.
     assert music.scale_fit(np.eye(12)[[9, 11, 0, 2, 4, 5, 7]]) == pytest.approx(1 - 7 / 12)
 
 
@@ -166,7 +163,7 @@ def test_the_tonic_has_rank_one_and_moves_with_the_transposition(mode, tonic):
     assert music.key_rank(classes, tonic, mode) == 1
     ranks = [music.key_rank(classes, other, mode) for other in range(12)]
     assert sorted(ranks) == list(range(1, 13))
-    # The tritone is the farthest key or nearly so; the dominant or subdominant among the nearest.
+    # The tritone is among the most distant keys, the dominant or subdominant among the closest.
     assert ranks[(tonic + 6) % 12] >= 9
     assert min(ranks[(tonic + 7) % 12], ranks[(tonic + 5) % 12]) <= 3
 
@@ -275,7 +272,7 @@ def test_duration_distance_of_known_sets():
     assert music.duration_distance(np.array([0.2, 0.3]), np.array([0.4, 0.6])) == pytest.approx(
         math.log(2)
     )
-    # Half of the mass moves by ln 4.
+    # Half of the durations change by a factor of 4.
     assert music.duration_distance(np.array([0.1, 0.1]), np.array([0.1, 0.4])) == pytest.approx(
         math.log(4) / 2
     )

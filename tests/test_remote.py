@@ -1,7 +1,6 @@
-"""Shards by pattern and from afar: what names what, what is fetched how often, and what goes on
-when a store does not.
- A web server of this machine and one that speaks S3 stand for the stores; gcsfs was tried by hand,
-against an emulator.
+"""Shards by pattern and from remote stores: names, number of downloads, and store failures.
+A local web server and a local S3 server replace the stores; gcsfs was tested manually with an
+emulator.
 """
 
 import csv
@@ -51,7 +50,7 @@ CODEC = {"id": "x", "hash": "x", "num_codebooks": 1, "codebook_size": 2, "frame_
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Pauses of hundredths of seconds, and a cache of the test's own."""
+    """Pauses of about 10 ms, and a separate cache."""
     for name, value in {
         "FIRST_PAUSE_S": 0.01,
         "SHARD_PATIENCE_S": 0.6,
@@ -71,20 +70,20 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def folder(codec: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Treat it as read-only."""
+    """Read-only."""
     return write_shards(tmp_path_factory.mktemp("root") / "train", codec, COUNTS)
 
 
 @pytest.fixture
 def server(folder: Path) -> Iterator[FaultyServer]:
-    """Of the folder above, as ADDRESS/train."""
+    """Serves that folder as ADDRESS/train."""
     server = FaultyServer(folder.parent)
     yield server
     server.stop()
 
 
 def refusal(call: Any, *args: Any, **kwargs: Any) -> str:
-    """What the user reads; always one line."""
+    """The error message, which is always one line."""
     with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -108,7 +107,7 @@ def shard(number: int) -> str:
 
 
 def cached() -> list[str]:
-    """Names of the shards in the cache; nothing else may be there."""
+    """Names of the shards in the cache, which may contain no other files."""
     root = places._cache()
     files = (
         [p for p in root.rglob("*") if p.is_file() and "index" not in p.parts]
@@ -120,7 +119,7 @@ def cached() -> list[str]:
 
 
 def split(folder: Path, parts: list[list[int]], out: Path) -> list[str]:
-    """The folder's shards dealt out to new folders; returns these."""
+    """Distribute the folder's shards over new folders; returns these."""
     index = json.loads((folder / "index.json").read_text())
     for number, part in enumerate(parts):
         own = out / f"part{number}"
@@ -165,8 +164,8 @@ def test_patterns_name_folders_in_order(tmp_path: Path, monkeypatch: pytest.Monk
 def test_joined_sets_are_one_set_of_the_same_shards(
     data: st.DataObject, codec: str, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ):
-    """However they are dealt out: the same counts, shards_hash, and order of training and
-    validation.
+    """Counts, shards_hash and the order of training and validation do not depend on the
+    distribution.
     """
     cuts = sorted(data.draw(st.sets(st.integers(1, len(COUNTS) - 1))))
     borders = [0, *cuts, len(COUNTS)]
@@ -199,7 +198,7 @@ def test_joined_sets_are_one_set_of_the_same_shards(
 def test_an_epoch_of_all_readers_is_every_item_once(
     counts: list[int], ranks: int, workers: int, seed: int
 ):
-    """Whatever the number of shards, ranks and data workers, and however uneven the shards."""
+    """For any number of shards, ranks and data workers, and uneven shards."""
     heard: Counter[tuple[int, int, int]] = Counter()
     parts = ranks * workers
     for part in range(parts):
@@ -251,7 +250,7 @@ def test_sets_of_two_codecs_are_not_joined(folder: Path, tmp_path: Path):
 
 
 def test_the_hash_of_shards_is_what_it_was(folder: Path):
-    """Or no older checkpoint would go on. The number is that of the version before patterns."""
+    """Otherwise older checkpoints could not be resumed. The hash is from before patterns."""
     index = {
         "codec": {"hash": "c"},
         "shards": [{"name": "a.tar", "num_examples": 2, "sha256": "0"}],
@@ -260,7 +259,7 @@ def test_the_hash_of_shards_is_what_it_was(folder: Path):
 
 
 def test_items_of_one_key_are_no_validation(codec: str, tmp_path: Path):
-    """A metric would count one of them."""
+    """A metric would count only one of them."""
     sets = [str(write_shards(tmp_path / name, codec, (2,))) for name in "ab"]
     text = refusal(list, EvaluationDataset(ShardSet.open(sets), 50, 2))
     assert "item0000" in text and all(name in text for name in sets)
@@ -274,8 +273,8 @@ def test_items_of_one_key_are_no_validation(codec: str, tmp_path: Path):
 def test_shards_of_a_web_server_are_those_of_the_folder(
     workers: int, server: FaultyServer, folder: Path
 ):
-    """Also in data workers forked after the first fetch; each is fetched once, by two at a time
-    perhaps twice.
+    """Also in data workers forked after the first download. Each shard is downloaded once, or twice
+    by simultaneous readers.
     """
     near, far = ShardSet.open(folder), ShardSet.open(f"{server.address}/train")
     assert shards_hash(near.index) == shards_hash(far.index)
@@ -295,7 +294,7 @@ def test_shards_of_a_web_server_are_those_of_the_folder(
 
 
 def test_other_stores_by_what_stands_for_them(folder: Path):
-    """memory:// has folders and a listing, as s3:// and gs:// have."""
+    """memory:// has folders and listings like s3:// and gs://."""
     memory = fsspec.filesystem("memory")
     for name in ("b", "a"):
         memory.put(str(folder), f"/music/train_{name}", recursive=True)
@@ -348,8 +347,8 @@ def test_what_passes_is_waited_for(
 def test_what_does_not_pass_is_named(
     fault: str, says: str, tries: int | None, server: FaultyServer, monkeypatch: pytest.MonkeyPatch
 ):
-    """Bounded in time, so that the number of tries varies; a training goes on without, a validation
-    ends.
+    """Retries are limited by time, so their number varies. Training continues without the shard,
+    validation fails.
     """
     if fault == "hang":
         monkeypatch.setattr(places, "STALL_S", 0.5)
@@ -361,7 +360,7 @@ def test_what_does_not_pass_is_named(
     assert says in text
     assert time.monotonic() - begin < 300
     requests = server.requests[shard(1)]
-    # 0.6 s hold six pauses at most; and a connection that breaks aiohttp itself tries twice.
+    # At most six pauses fit into 0.6 s, and aiohttp itself retries broken connections once.
     assert requests == tries or (tries is None and 2 <= requests <= 7 * 2)
     with pytest.warns(UserWarning, match=r"skipping shard .*shard-000001"):
         assert set(keys(islice(TrainingStream(found, 50, 4, 0), 8))) == set(all_keys()) - set(
@@ -476,7 +475,7 @@ def test_processes_share_a_cache(server: FaultyServer):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_count_what_was_left_out(workers: int, codec: str, tmp_path: Path):
-    """Each shard each time it is its turn, in the batch that comes next."""
+    """Each unavailable shard is counted at each turn, in the next batch."""
     found = ShardSet.open(write_shards(tmp_path, codec, (4, 4, 6, 4)))
     Path(found.paths[2]).unlink()
     with warnings.catch_warnings():
@@ -492,7 +491,7 @@ def test_batches_count_what_was_left_out(workers: int, codec: str, tmp_path: Pat
 def test_a_reader_without_any_shard_ends_the_run(
     codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Here one of two readers, whose disk has gone; the other would wait for it in vain."""
+    """One of two readers lost its disk; otherwise the other would wait forever."""
     found = ShardSet.open(write_shards(tmp_path, codec, (2, 2, 2)))
     for path in found.paths:
         Path(path).unlink()
@@ -517,7 +516,7 @@ def test_a_reader_without_any_shard_ends_the_run(
 
 @pytest.fixture
 def bucket(data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The shards in s3://shards, by a server of this machine; its file system."""
+    """The shards in s3://shards on a local server; returns its file system."""
     import s3fs
     from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
@@ -542,7 +541,7 @@ def bucket(data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_a_run_from_a_bucket_is_that_from_a_folder(
     bucket: Any, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    """With data workers of its own; and what a bucket lacks is named."""
+    """With data workers; missing objects are reported."""
     workers = "--data.num_workers=2"
     assert main(arguments(data, tmp_path / "folder", workers)) == 0
     given = [f"--data.{split}=s3://shards/{split[:5]}*" for split in ("train", "validation")]
@@ -582,8 +581,8 @@ def test_a_run_from_a_bucket_is_that_from_a_folder(
 def test_a_slow_model_is_no_store_that_fails(
     codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Time and shards in a row are counted from the last batch that was asked for, whatever the
-    model does with it.
+    """Time and consecutive failures are counted from the last requested batch, independent of the
+    model's speed.
     """
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock.now))
@@ -608,7 +607,7 @@ def test_a_shard_with_other_items_than_the_index_says(says: int, codec: str, tmp
 
 
 def test_a_set_without_items_is_refused(tmp_path: Path):
-    """Its order would be looked for for ever."""
+    """Otherwise computing its order would never end."""
     index = {"codec": CODEC, "shards": [{"name": "a.tar", "num_examples": 0}]}
     (tmp_path / "index.json").write_text(json.dumps(index))
     assert "no shards with items" in refusal(ShardSet.open, tmp_path)
@@ -619,12 +618,12 @@ def test_a_set_without_items_is_refused(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Treat it as read-only."""
+    """Read-only."""
     return make_data(tmp_path_factory.mktemp("data"))
 
 
 def mistake(capfd: Any, args: list[str]) -> str:
-    """The one line of a refused command, and no traceback."""
+    """The one-line error of a command, without a traceback."""
     capfd.readouterr()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -658,9 +657,7 @@ def test_what_goes_wrong_in_a_loader_process_is_one_line(
 
 
 def test_two_ranks_train_on_from_a_server_that_misses_a_shard(data: Path, tmp_path: Path):
-    """With data workers; one item to validate, so that a rank has none; what is left out is in
-    the log.
-    """
+    """With data workers; one rank has no validation item; skipped items are logged."""
     store = FaultyServer(data)
     store.always["train/shard-000002.tar"] = "503"  # four items
     options = (
@@ -712,8 +709,8 @@ def test_mistakes_by_the_command(
 
 
 def test_ranks_that_found_other_checkpoints_are_told(codec: str, folder: Path):
-    """Of two folders of the same name on two nodes, say; under DDP they would train on as two
-    runs.
+    """For example, folders of the same name on two nodes; with DDP they would continue as two
+    different runs.
     """
     found = MagnetDataModule(str(folder), str(folder), codec=codec, crop_s=1.0)
     found.trainer = SimpleNamespace(

@@ -1,5 +1,4 @@
-"""The report is read back with an HTML parser: complete, loading nothing, and whatever a caption
-holds is text."""
+"""The report, read with an HTML parser: complete, self-contained, with escaped captions."""
 
 import base64
 import hashlib

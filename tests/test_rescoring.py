@@ -1,4 +1,4 @@
-"""A second model ranks spans: scripted ones decide the mixture, a tiny MusicGen is read."""
+"""Rescoring: scripted rescorers test the mixture, a tiny MusicGen tests a real one."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def test_one_number_per_step_the_last_for_all_further():
 
 
 def test_a_rescorer_that_trusts_the_last_frames_keeps_them():
-    """The chosen codes get probability 1 in frames from 10 on, 0 before, which are masked again."""
+    """Chosen codes have probability 1 from frame 10 on, and 0 before, which are masked again."""
 
     def trusts_the_end(codes: torch.Tensor, masked: torch.Tensor, stage: int) -> torch.Tensor:
         logits = torch.zeros(*codes.shape[::2], SIZE).scatter(2, codes[:, stage, :, None], 50.0)
@@ -83,7 +83,7 @@ def test_the_mixture_is_of_probabilities():
 
 
 def test_a_magnet_reads_the_frames_of_the_step_masked(tiny):
-    """What the step filled in is hidden from it; the passes are those of its own decoding."""
+    """Frames predicted in the step are masked; its passes equal those of its own decoding."""
     reading = MagnetRescorer(tiny.network, tiny.text_encoder).reading(["flute", ""])
     size = tiny.codec.facts.codebook_size
     codes = torch.randint(size, (2, tiny.codec.facts.num_codebooks, 25))

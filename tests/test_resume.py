@@ -1,4 +1,4 @@
-"""A run that is interrupted, however it is, ends as one that is not."""
+"""An interrupted and resumed run gives the same result as an uninterrupted run."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def twins(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Path]:
-    """Undisturbed runs by their options, made once."""
+    """Uninterrupted runs by their options, trained once."""
     made: dict[tuple[str, ...], Path] = {}
 
     class Made(dict):
@@ -44,7 +44,7 @@ def twins(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[st
 
 
 def equal(twin: Path, run: Path) -> bool:
-    """Every batch of both, and both ends."""
+    """Compare all batches and the final states."""
     assert differences(outcome(twin), outcome(run)) == []
     assert ledger(twin) == ledger(run)
     return True
@@ -62,8 +62,8 @@ def stopped(data: Path, run: Path, *options: str, **where: Any) -> None:
 def test_a_run_that_stops_anywhere_ends_like_its_twin(
     workers: int, accumulated: int, stop_at: int, data: Path, twins: Any, tmp_path: Path
 ):
-    """Between checkpoints, which are written at every second step; before the first one, and in the
-    last step."""
+    """Stops between checkpoints (written every two steps), before the first one, and in the last
+    step."""
     options = f"--data.num_workers={workers}", f"--trainer.accumulate_grad_batches={accumulated}"
     stopped(data, tmp_path / "run", *options, stop_at=stop_at)
     assert main(arguments(data, tmp_path / "run", *options)) == 0
@@ -90,7 +90,7 @@ def validations(run: Path) -> list[str]:
 
 
 def test_no_validation_is_skipped(data: Path, twins: Any, tmp_path: Path):
-    """Also one that a run was killed in, right after the checkpoint of the step before it."""
+    """Including one in which the run was killed, after the checkpoint of the step before it."""
     options = ("--trainer.val_check_interval=4", "--trainer.accumulate_grad_batches=2")
     stopped(data, tmp_path / "run", *options, stop_in_validation=4)
     # Resumed, it saves step 4 once more, one batch later; the validation before it is done and
@@ -105,7 +105,7 @@ def test_no_validation_is_skipped(data: Path, twins: Any, tmp_path: Path):
 def test_a_signal_in_the_last_batch_of_an_epoch_skips_no_validation(
     data: Path, twins: Any, tmp_path: Path
 ):
-    """An epoch of 6 batches and 3 steps, as many as lie between validations."""
+    """An epoch of 6 batches and 3 steps, which is also the validation interval."""
     options = ("--trainer.limit_train_batches=6", "--trainer.val_check_interval=3")
     options = (*options, "--trainer.accumulate_grad_batches=2")
     with pytest.raises(Preempted):
@@ -175,8 +175,7 @@ def test_a_signal_saves_and_stops(
 def test_checkpoints_are_written_between_validations_too(
     data: Path, twins: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Killed without warning in its third batch, a run that is due to save at each goes on with
-    that batch."""
+    """A run that saves at every batch and is killed in its third resumes with that batch."""
     options = ("--data.num_workers=0", "--trainer.accumulate_grad_batches=1")
     twin = twins[options]
     with monkeypatch.context() as often:
@@ -192,7 +191,7 @@ def test_checkpoints_are_written_between_validations_too(
 def test_a_run_has_one_last_checkpoint_and_leaves_those_of_an_earlier_run(
     earlier: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """However it comes to be written, and with it `generate` finds the newest weights."""
+    """In all cases, and `generate` uses it to find the newest weights."""
     if earlier:
         stopped(data, tmp_path / "run", "--ckpt_path=null", stop_at=7)
     monkeypatch.setattr(magnet_train.callbacks.checkpoint, "SAVE_EVERY_S", 0.0)
@@ -224,8 +223,7 @@ def test_a_run_folder_in_the_home_folder_is_one_folder(
 def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(
     data: Path, tmp_path: Path, caplog: Any
 ):
-    """A real launch; before that, a bad loss on the other rank alone makes both leave out the
-    step."""
+    """Two real ranks; before the signal, a bad loss on one rank makes both skip the step."""
     options = (
         "--trainer.devices=2",
         "--trainer.strategy=ddp",
@@ -266,7 +264,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(
 def test_only_a_second_signal_that_comes_later_ends_at_once(
     later_s: float, is_saving: bool, status: int
 ):
-    """Within seconds it is the same one, from the scheduler and from a launcher."""
+    """Within seconds it is the same signal, from the scheduler and a launcher."""
     child = os.fork()
     if not child:
         callback = Preemption()
@@ -298,8 +296,7 @@ def test_the_time_that_is_up_in_a_validation_queues_the_job_again(tmp_path: Path
 def test_under_slurm_a_job_is_queued_again_and_goes_on(
     data: Path, twins: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
-    """With a stand-in for scontrol. No file of Lightning's is left, which every later start would
-    prefer."""
+    """With a fake scontrol. No checkpoint of Lightning is left, which later starts would prefer."""
     options = ("--data.num_workers=0", "--trainer.accumulate_grad_batches=1")
     twin = twins[options]
     called = tmp_path / "called"
@@ -308,8 +305,7 @@ def test_under_slurm_a_job_is_queued_again_and_goes_on(
     before = [signal.getsignal(n) for n in numbers]
 
     def requeued() -> bool:
-        """Whether SLURM, which ends a job that it queues again, does not cut its end short; then
-        they are as before."""
+        """Whether the handlers are restored before SLURM ends the requeued job."""
         ignored = [signal.getsignal(n) for n in numbers] == [signal.SIG_IGN] * 2
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
@@ -441,7 +437,7 @@ def test_a_run_that_skipped_a_shard_ends_like_its_twin_and_says_when_not(
 
 
 def test_a_run_goes_on_with_the_settings_that_it_is_given(data: Path, tmp_path: Path, caplog: Any):
-    """As after steps without a finite loss, where a lower learning rate is advised."""
+    """For example a lower learning rate, as advised after steps without a finite loss."""
     stopped(data, tmp_path / "run", "--model.optimizer.schedule=constant", stop_at=5)
     before = outcome(tmp_path / "run")
     given = (
@@ -480,7 +476,7 @@ def test_a_run_goes_on_with_the_settings_that_it_is_given(data: Path, tmp_path: 
 @pytest.mark.parametrize("ranks", range(1, 6))
 @pytest.mark.parametrize("accumulated", [1, 2, 3])
 def test_as_many_examples_on_other_ranks(ranks: int, accumulated: int):
-    """Never more than were done, less than one step fewer, and whole steps."""
+    """Never more than were done, less than one step fewer, and complete steps."""
     before, now = Layout(3, 4, 2, 0), Layout(ranks, 4, accumulated, 0)
     for done in range(0, 60, 2):
         batches = now.batches(done, before)
@@ -505,7 +501,7 @@ def test_another_layout_goes_on_at_the_same_example_and_says_so(
 
 
 def test_another_layout_skips_no_validation(data: Path, tmp_path: Path):
-    """Killed in the validation after step 4, and resumed with half the batch, accumulated twice."""
+    """Killed in the validation after step 4; resumed with half the batch, accumulated twice."""
     options = ("--data.global_batch_size=2", "--trainer.val_check_interval=4")
     stopped(data, tmp_path / "run", *options, stop_in_validation=4)
     assert main(arguments(data, tmp_path / "run", *options, "--data.batch_size=1")) == 0

@@ -1,6 +1,4 @@
-"""Reuse between steps: exact where nothing is old, and exact again where the window hides what
-is.
-"""
+"""Reuse between steps: exact without cached frames, and where they are outside the context."""
 
 import torch
 
@@ -42,9 +40,7 @@ def test_the_first_pass_of_every_stage_is_exact():
 
 
 def test_frames_whose_surroundings_did_not_change_stay_exact():
-    """Two layers of context 3 see 6 frames: what lies further from the change is as a full pass has
-    it.
-    """
+    """Two layers of context 3 see 6 frames, so frames further from a change equal a full pass."""
     network = model()
     passes, codes = CachedForward(network, None), asked(1)
     passes(codes, 1)
@@ -56,8 +52,8 @@ def test_frames_whose_surroundings_did_not_change_stay_exact():
 
 
 def test_without_context_nothing_is_lost():
-    """At a context of 0 a frame depends on its own codes alone, so reuse is exact; with one layer
-    everywhere too.
+    """With a context of 0 a frame depends only on its codes, so reuse is exact; also with one
+    layer.
     """
     network = model(context=0)
     passes, codes = CachedForward(network, None), asked(2)
@@ -75,7 +71,7 @@ def test_with_all_frames_visible_old_keys_are_used_and_only_there_it_differs():
     passes(codes, 0)
     after = codes.clone()
     after[:, 0, :20] = 3
-    # One layer: keys depend on codes alone, so frames computed anew see nothing old.
+    # One layer: keys depend only on codes, so recomputed frames use no cached values.
     assert torch.allclose(
         passes(after, 0), network(after, network.config.stage(0), None), atol=1e-5
     )

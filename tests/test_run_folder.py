@@ -1,4 +1,4 @@
-"""A run folder belongs to one living process, and keeps the checkpoints of earlier runs."""
+"""A run folder is used by one running process, and keeps the checkpoints of earlier runs."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The report of a run is read from its folder; what is missing or broken becomes a note."""
+"""The report of a run is built from its folder; missing or broken files give a note."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from magnet_train.evaluation.run_report import report_from_run
 
 
 def write_run(folder: Path) -> None:
-    """As `fit` leaves it: two validations of two prompts, a resumed log, a configuration."""
+    """Files as written by `fit`: two validations of two prompts, a resumed log, a configuration."""
     for step in (0, 800):
         for i, prompt in enumerate(("first prompt", HOSTILE)):
             path = folder / "validation" / f"step_{step:07d}" / f"{i:02d}_name_{i}.wav"

@@ -1,4 +1,4 @@
-"""Clips are prepared alike wherever they come from: mono, at one level, cut to the real clip."""
+"""All clips are prepared in the same way: mono, normalised, truncated to the real clip."""
 
 import numpy as np
 import pyloudnorm
@@ -20,7 +20,7 @@ def clip(
 
 
 def embedder(name: str = "musicnn") -> Embedder:
-    """Two windows of the mean level, so that whatever is embedded shows."""
+    """Two windows of the mean level, which shows what was embedded."""
 
     def embed(wav: torch.Tensor, sample_rate: int, key: str) -> ClipFeatures:
         if wav.shape[1] < RATE:

@@ -1,4 +1,4 @@
-"""Metrics are the same on one process, two and three, with an empty rank and with padded shares."""
+"""Metrics are equal on one, two and three processes, with an empty rank and padded shares."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ SHARES = {
 
 
 def features(keys: list[str], seed: int, shift: float) -> FeatureSet:
-    """Made-up embeddings, tags and vectors of clips with different numbers of windows."""
+    """Synthetic embeddings, tags and vectors of clips with different numbers of windows."""
     generator = torch.Generator().manual_seed(seed)
     found = FeatureSet(load_embedder("musicnn"))
     for i, key in enumerate(KEYS):
@@ -39,7 +39,7 @@ def features(keys: list[str], seed: int, shift: float) -> FeatureSet:
 
 
 def values(keys: list[str]) -> dict[str, float]:
-    """Every metric, of the clips that this rank has embedded."""
+    """All metrics of the clips that this rank has embedded."""
     generated = features(keys, 0, 0.3).all_gather()
     reference = features(keys, 1, 0.0).all_gather().statistics()
     captions = {key: f"a tune for {key} harps" for key in KEYS}
@@ -47,7 +47,7 @@ def values(keys: list[str]) -> dict[str, float]:
 
 
 def gathered_items(rank: int) -> dict[str, Tensor]:
-    """Other shapes and types on every rank, none on the second, one id on the first and third."""
+    """Different shapes and types per rank, none on the second, one id on the first and third."""
     items = {
         0: {
             "b": torch.arange(6).view(2, 3),
@@ -61,7 +61,7 @@ def gathered_items(rank: int) -> dict[str, Tensor]:
 
 
 def failures(rank: int) -> list[str]:
-    """What each rank raises when rank 1 has a user's error, then a bug; nothing if all is well."""
+    """What each rank raises if rank 1 has a UserError, then a bug; nothing without errors."""
     raise_on_all_ranks(None)
     messages = []
     for error in (UserError("clip x: broken"), OSError("its disk is full")):
@@ -89,7 +89,7 @@ def _on_rank(rank: int, shares: list[list[str]], folder: str, port: int) -> None
 
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory) -> dict[str, list[dict]]:
-    """What every rank found, in each way of sharing the clips."""
+    """Results of every rank, for each distribution of the clips."""
     found = {}
     for name, shares in SHARES.items():
         folder = tmp_path_factory.mktemp("ranks")

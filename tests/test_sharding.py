@@ -1,4 +1,4 @@
-"""FSDP2 on two gloo ranks is DDP with the weights in parts, to the rounding of one sum."""
+"""FSDP2 on two gloo ranks equals DDP, up to the rounding of one sum."""
 
 import copy
 import json
@@ -44,8 +44,8 @@ OPTIONS = (
     f"--generation.decoding.decoding_steps={list(STEPS)}",
     "--trainer.log_every_n_steps=1",
 )
-# Both add the same gradients of two ranks; only the norm by which they are clipped is summed in
-# another order, and a rounding of it (6e-8) passes through 8 steps of AdamW at a rate of 0.01.
+# Both sum the same gradients of two ranks. Only the norm for clipping is summed in another
+# order, and its rounding (6e-8) propagates through 8 steps of AdamW at a rate of 0.01.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -126,7 +126,7 @@ def on_rank(rank: int, size: int, folder: str, precision: torch.dtype, compiled:
 def test_shards_give_the_logits_and_gradients_of_whole_weights(
     ranks, precision, compiled, tmp_path: Path
 ):
-    """On more ranks than there are stages too, each with an equal part."""
+    """Also on more ranks than stages; all ranks have equal shards."""
     mp.start_processes(
         on_rank, (ranks, str(tmp_path), precision, compiled), nprocs=ranks, start_method="fork"
     )
@@ -152,14 +152,14 @@ def test_weights_that_differ_are_not_mixed(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With 5 items to validate: two batches for the first rank, one for the second."""
+    """With 5 validation items: two batches for the first rank, one for the second."""
     folder = make_data(tmp_path_factory.mktemp("data"))
     write_shards(folder / "uneven", str(folder / "codec"), (3, 2))
     return folder
 
 
 def fit(strategy: str, data: Path, run: Path, *options: str, **disturbed: Any) -> str:
-    """Two ranks; returns what they wrote."""
+    """Run two ranks; returns their output."""
     options = (
         f"--trainer.strategy={strategy}",
         f"--data.validation={data / 'uneven'}",
@@ -188,7 +188,7 @@ def fsdp2(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def near(one: Any, two: Any) -> bool:
-    """Equal names and numbers, the latter to a rounding."""
+    """Equal names, and equal numbers up to rounding."""
     if isinstance(one, dict):
         return one.keys() == two.keys() and all(near(one[k], two[k]) for k in one)
     if isinstance(one, (list, tuple)):
@@ -199,7 +199,7 @@ def near(one: Any, two: Any) -> bool:
 
 
 def alike(one: Path, two: Path, done: int = 0) -> bool:
-    """Losses of every batch from `done` on, what was validated, and the ends, to a rounding."""
+    """Compare losses from batch `done` on, validations and final states, up to rounding."""
     a, b = ({k: v for k, v in ledger(run).items() if k[0] >= done} for run in (one, two))
     assert a.keys() == b.keys() and len(a) == 2 * (8 - done)
     for place, line in a.items():
@@ -262,12 +262,12 @@ def test_its_checkpoint_is_validated_in_one_process_and_in_shards(
 
 
 def test_shards_are_gathered_outside_of_inference_mode(fsdp2: Path):
-    """Which Lightning turns on under NCCL only, and in which they cannot be."""
+    """Lightning enables inference mode with NCCL only, and gathering would fail in it."""
     assert yaml.safe_load((fsdp2 / "config.yaml").read_text())["trainer"]["inference_mode"] is False
 
 
 def begun(run: Path, twin: Path) -> Path:
-    """A run folder that holds the twin's checkpoint of step 4 and nothing else."""
+    """A run folder with only the uninterrupted run's checkpoint of step 4."""
     (run / "checkpoints").mkdir(parents=True)
     shutil.copy(twin / "checkpoints" / "step=0000004.ckpt", run / "checkpoints")
     return run
@@ -298,7 +298,7 @@ def test_either_strategy_goes_on_with_the_others_checkpoint(
 
 
 def test_bad_gradients_of_one_rank_and_a_signal_to_the_other(data: Path, tmp_path: Path):
-    """In bfloat16, where Lightning refuses to clip before a fused optimizer."""
+    """In bfloat16, where Lightning refuses clipping with a fused optimizer."""
     told = {"bad_gradients": (2,), "signal_at": 4, "signal": int(signal.SIGUSR1)}
     text = fit("fsdp2", data, tmp_path / "run", "--trainer.precision=bf16-mixed", **told)
     assert text.count("stopped at step 5 by a signal to another rank: saved") == 1
@@ -327,8 +327,8 @@ def test_what_shards_cannot_do_is_refused_in_a_line(
 
 
 def test_lightnings_own_name_and_sizes_do_too(data: Path, tmp_path: Path):
-    """Its default sizes ask for tensor parallelism in a node; weights are sharded over all ranks
-    all the same."""
+    """Its default sizes request tensor parallelism within a node; weights are still sharded over
+    all ranks."""
     own = "--trainer.strategy.save_distributed_checkpoint=false"
     given = (
         "--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy",

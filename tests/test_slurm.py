@@ -1,4 +1,4 @@
-"""The job files of conf/slurm with stand-ins for srun and scontrol, and everything else real."""
+"""The job files of conf/slurm with fake srun and scontrol."""
 
 import os
 import subprocess
@@ -34,8 +34,8 @@ def test_a_job_file_is_what_its_head_says(job: Path):
 def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(
     job: str, nodes: int, tmp_path: Path
 ):
-    """srun starts both tasks with what SLURM sets, and sends SIGUSR1 to both once the first step is
-    done."""
+    """The fake srun starts two tasks with SLURM's environment, and sends SIGUSR1 to both after the
+    first step."""
     tools, run = tmp_path / "tools", tmp_path / "run"
     tools.mkdir()
     program(tools / "python", f'exec {sys.executable} "$@"')
@@ -113,7 +113,7 @@ def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda p: p.stem)
 def test_a_job_that_fails_is_queued_again_a_few_times(job: Path, tmp_path: Path):
-    """Not for a mistake, and not for ever; a run that lasted an hour begins to count anew."""
+    """Not after user errors, and a limited number of times; an hour's run resets the count."""
     tools, called = tmp_path / "tools", tmp_path / "scontrol.txt"
     tools.mkdir()
     program(tools / "scontrol", f'echo "$@" >> {called}')
@@ -131,7 +131,7 @@ def test_a_job_that_fails_is_queued_again_a_few_times(job: Path, tmp_path: Path)
     env |= {f"SLURM_{name}": value for name, value in slurm.items()}
 
     def calls(status: int, **more: str) -> int:
-        """Of scontrol, for a job whose srun ends so."""
+        """Calls of scontrol for a job whose srun exits with this status."""
         called.write_text("")
         program(tools / "srun", f"exit {status}")
         assert (

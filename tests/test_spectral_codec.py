@@ -1,4 +1,4 @@
-"""The codec that two CPU cores can train: what its codes hold, what its decoder never does."""
+"""The spectral codec: content of its codes, and limits of its decoder's output."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ SMALL = SpectralCodecConfig(
 
 
 def chord(*pitches: int, seconds: float = 2.0) -> Tensor:
-    """`b c n`; each pitch, a MIDI number, with four falling harmonics."""
+    """`b c n`; each pitch (a MIDI number) with four decreasing harmonics."""
     t = torch.arange(round(seconds * RATE)) / RATE
     wav = torch.zeros(len(t))
     for pitch in pitches:
@@ -41,7 +41,7 @@ def chord(*pitches: int, seconds: float = 2.0) -> Tensor:
 
 @pytest.fixture(scope="module")
 def train_codec():
-    """The script that trained the embedded codec, as a module."""
+    """The script that trained the bundled codec, as a module."""
     spec = importlib.util.spec_from_file_location("train_codec", demo_path("train_codec.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -51,7 +51,7 @@ def train_codec():
 
 @pytest.fixture(scope="module")
 def music(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Clips of a melody over a bass, a chord each half second, with their notes."""
+    """Clips of a melody with a bass, a new chord each half second, and their notes."""
     folder, rng = tmp_path_factory.mktemp("music"), np.random.default_rng(0)
     for clip in range(12):
         waves, notes = [], []
@@ -145,7 +145,7 @@ def test_a_batch_gives_what_each_gives_alone(codec: SpectralCodec):
     together = codec.encode(wav)
     assert torch.equal(together, torch.cat([codec.encode(w[None]) for w in wav]))
     alone = torch.cat([codec.decode(c[None]) for c in together])
-    # Finding phases enlarges what a matrix product rounds differently in a batch.
+    # Phase reconstruction amplifies rounding differences of batched matrix products.
     assert (codec.decode(together) - alone).norm() < 0.01 * alone.norm()
 
 
@@ -182,7 +182,7 @@ def test_the_first_codebooks_are_a_codec_of_their_own(model: SpectralModel, tmp_
 
 
 def test_no_codes_give_dc_or_clip(model: SpectralModel):
-    """With a decoder as wild as can be: it asks for full scale in every bin, at 0 Hz too."""
+    """With an extreme decoder that predicts full scale in every bin, including 0 Hz."""
     wild = SpectralModel(SMALL)
     wild.load_state_dict(model.state_dict())
     with torch.no_grad():
