@@ -1,4 +1,4 @@
-"""One torch thread per test process, no network, nothing sent anywhere."""
+"""One torch thread per test process, and no network."""
 
 import os
 import signal
@@ -17,8 +17,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-# How long an example takes says how busy the machine is; and no commit fails over an example that
-# it has not changed.
+# No deadline, because times depend on the machine's load; derandomised, so a commit cannot fail
+# because of an example that it has not changed.
 hypothesis.settings.register_profile(
     "busy",
     deadline=None,
@@ -34,9 +34,7 @@ WANDB = {name: value for name, value in os.environ.items() if name.startswith("W
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_wandb_session():
-    """A `fit` in this process names its W&B session in the environment; none reaches the next
-    file.
-    """
+    """Remove the W&B session that a `fit` in this process sets in the environment."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[name]
     os.environ.update(WANDB)
@@ -60,7 +58,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def parity(record_property):
-    """Called with case, what the reference has, what ours has, and the largest difference."""
+    """Called with case, the reference's result, our result, and the maximum difference."""
     return lambda case, theirs, ours, difference: record_property(
         "parity", [case, theirs, ours, difference]
     )
@@ -89,7 +87,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A random network between the real codec and the real text encoder, as a Generator."""
+    """A Generator with a random network and the bundled codec and text encoder."""
     from magnet_train.codec.base import load_codec
     from magnet_train.conditioning import load_text_encoder
     from magnet_train.decoding.decode import DecodingConfig
@@ -118,9 +116,7 @@ def tiny():
 
 @pytest.fixture(autouse=True)
 def own_process():
-    """Signals that a stopped run ignores, and the port of several ranks, else end with their
-    process.
-    """
+    """Reset signals that a stopped run ignores, and the port of several ranks."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     ports = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
     yield

@@ -1,4 +1,4 @@
-"""Folders as audiocraft exports them, with its own numbers and short configurations."""
+"""Folders in audiocraft's export format, with its values and short configurations."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ FIXTURES = Path(__file__).parent / "fixtures" / "reference"
 
 
 def codec_settings(ratios: list[int], rate: int) -> dict[str, Any]:
-    """Of the tiny codecs: 4 codebooks of 64, padding with zeros."""
+    """Settings of the tiny codecs: 4 codebooks of 64, zero padding."""
     return {
         "compression_model": "encodec",
         "sample_rate": rate,
@@ -55,7 +55,7 @@ CODECS = {"music32k": ([8, 5, 4, 4], 32_000), "sound16k": ([8, 5, 4, 2], 16_000)
 
 
 def codec_package(name: str = "music32k", **seanet: Any) -> dict[str, Any]:
-    """What `compression_state_dict.bin` holds; `seanet` are settings to differ."""
+    """Content of `compression_state_dict.bin`; `seanet` are changed settings."""
     settings = codec_settings(*CODECS[name])
     settings["seanet"] |= seanet
     weights = load_file(FIXTURES / "encodec_tiny" / f"{name}_state_dict.safetensors")
@@ -68,7 +68,7 @@ def codec_package(name: str = "music32k", **seanet: Any) -> dict[str, Any]:
 
 
 def model_settings() -> dict[str, Any]:
-    """Of the tiny model: dim 64, 2 layers, 4 codebooks of 64, a second of 50 Hz."""
+    """Settings of the tiny model: dim 64, 2 layers, 4 codebooks of 64, one second at 50 Hz."""
     return {
         "sample_rate": 32_000,
         "channels": 1,
@@ -144,7 +144,7 @@ def write_audiocraft(
 
 
 def reference_model(context: int = 5) -> Magnet:
-    """The tiny reference model, with its own weights."""
+    """The tiny reference model with its weights."""
     theirs = load_file(FIXTURES / "lm_tiny" / "state_dict.safetensors")
     model = Magnet(
         MagnetConfig(
@@ -158,7 +158,7 @@ def reference_model(context: int = 5) -> Magnet:
 
 
 def as_the_reference_sees(model: Magnet, hidden: torch.Tensor, mask: torch.Tensor) -> TextKeyValues:
-    """Text with its padding attended to: zero keys that take their share of the softmax."""
+    """Text with attention to its padding: zero keys included in the softmax."""
     tokens = mask.bool()
     memory = model.encode_text(hidden, tokens)
     return TextKeyValues(memory.keys, memory.values, tokens.any(1)[:, None].expand_as(tokens))

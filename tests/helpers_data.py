@@ -1,4 +1,4 @@
-"""Small audio, a small codec and small shards for the tests of the data part."""
+"""Small audio files, codecs and shards for tests of data."""
 
 import hashlib
 import io
@@ -38,9 +38,7 @@ def make_data_codec(folder: Path, seed: int = 0) -> str:
 def tone(
     seconds: float, rate: int = RATE, channels: int = 1, hz: float = 440.0, seed: int = 0
 ) -> np.ndarray:
-    """A sine with a little noise, alike in all channels but for the noise: `t channels`,
-    float32.
-    """
+    """A sine in all channels with independent noise: `t channels`, float32."""
     t = np.arange(round(seconds * rate)) / rate
     noise = np.random.default_rng(seed).standard_normal((len(t), channels))
     return (0.3 * np.sin(2 * np.pi * hz * t)[:, None] + 0.01 * noise).astype(np.float32)
@@ -55,7 +53,7 @@ def write_clip(
     seed: int = 0,
     **format: Any,
 ) -> Path:
-    """An audio file, with its caption as `.txt` unless that is None."""
+    """Write an audio file, and its caption as `.txt` unless that is None."""
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, tone(seconds, rate, channels, 200 + 40 * seed, seed), rate, **format)
     if caption is not None:
@@ -64,9 +62,7 @@ def write_clip(
 
 
 def codes_of(item: int, num_frames: int) -> np.ndarray:
-    """Codes that tell where they come from: `4 t` with the item, and the frame in two digits to
-    base 64.
-    """
+    """Codes `4 t` that encode the item, and the frame in two base-64 digits."""
     t = np.arange(num_frames)
     return np.stack(
         [np.full_like(t, item % 64), t % 64, t // 64, np.full_like(t, item // 64)]
@@ -80,8 +76,7 @@ def write_shards(
     num_frames: int = 100,
     seconds: Sequence[float] | None = None,
 ) -> Path:
-    """A shard set as the design lays it down, written without our own writer; item n is called
-    `item000n`.
+    """Write a shard set in the designed format without our writer; item n is `item000n`.
 
     Args:
         folder: made if absent.

@@ -1,4 +1,4 @@
-"""Reads a page back as a browser would: its elements, and what it would load."""
+"""Reads the elements of an HTML page, and what a browser would load."""
 
 import base64
 import io
@@ -43,14 +43,14 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
     def loaded(self) -> list[str]:
-        """Whatever would be fetched: sources, links to other pages, forms."""
+        """Everything that a browser would request: sources, links to other pages, forms."""
         names = ("src", "href", "action", "data", "poster", "srcset")
         found = [a[name] for _, a in self.elements for name in names if name in a]
         return [value for value in found if not value.startswith(("data:", "#"))]
 
 
 def sound(uri: str) -> tuple[np.ndarray, int]:
-    """What the `src` of an audio element plays."""
+    """Samples of an audio element's `src`."""
     return soundfile.read(io.BytesIO(base64.b64decode(uri.partition(",")[2])), always_2d=True)
 
 

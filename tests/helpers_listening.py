@@ -17,7 +17,7 @@ CAPTIONS = (
     "a fast reel for fiddle </script><b>bold</b>",
     "a waltz for two harps",
 )
-# What simulated raters think of each system's quality and relevance.
+# Simulated ratings of each system's quality and relevance.
 OPINION = {
     "ours": (60, 70),
     "theirs": (40, 70),
@@ -28,7 +28,7 @@ OPINION = {
 
 
 def write_systems(root: Path, captions=CAPTIONS, systems=("reference", "ours", "theirs")) -> Path:
-    """A clip for each system and caption: its pitch tells the caption, its harmonics and level the
+    """A clip for each system and caption: the pitch encodes the caption, harmonics and level the
     system."""
     for s, system in enumerate(systems):
         (root / system).mkdir(parents=True)
@@ -49,7 +49,7 @@ def write_systems(root: Path, captions=CAPTIONS, systems=("reference", "ours", "
 
 
 def export(folder: Path, out: Path, **options):
-    """From a folder whose subfolders are the systems."""
+    """Export a listening test from a folder with a subfolder per system."""
     systems = {path.name: list_clips(path) for path in sorted(folder.iterdir())}
     captions = {name: load_captions(None, clips) for name, clips in systems.items()}
     return export_listening_test(systems, captions, out, **options)
@@ -90,5 +90,5 @@ def write_ratings(folder: Path, key: dict, raters: dict[str, dict]) -> list[Path
 
 
 def shifted(by: float) -> dict:
-    """Who rates all but the reference that much higher."""
+    """A rater whose ratings are higher by this amount, except for the reference."""
     return {s: (q + by, r + by) if s != "reference" else (q, r) for s, (q, r) in OPINION.items()}

@@ -1,4 +1,4 @@
-"""The independent numbers of tests/fixtures/metrics."""
+"""Independent reference values of tests/fixtures/metrics."""
 
 import json
 from pathlib import Path
@@ -21,5 +21,5 @@ def arrays(name: str) -> dict[str, Tensor]:
 
 
 def near(value: float, expected: float, tolerance: float = 1e-6) -> bool:
-    """Within 1e-6, absolute or relative, whichever is looser: the fixtures' own tolerance."""
+    """Within 1e-6, absolute or relative: the fixtures' tolerance."""
     return abs(value - expected) <= tolerance * max(1.0, abs(expected))

@@ -1,6 +1,4 @@
-"""Weights and a sound that anyone can make again, for comparing our networks with the packages that
-publish them.
-"""
+"""Reproducible weights and audio for comparing our networks with the packages that publish them."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -13,8 +11,8 @@ TOKENS = [0, 5, 17, 200, 44, 9, 2]
 
 
 def named_weights(shapes: Mapping[str, Sequence[int]], gain: float = 1.0) -> dict[str, Tensor]:
-    """A tensor for each name: normal numbers that its name alone determines, at a scale that keeps
-    signals alive.
+    """A tensor for each name: normal numbers seeded by its name, with a scale that preserves
+    activations.
     """
     weights = {}
     for name, shape in shapes.items():

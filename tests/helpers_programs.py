@@ -1,4 +1,4 @@
-"""Programs: stand-ins for some that are found on the path, and how long one may take."""
+"""Fake programs on the path, and time limits for processes."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ gets more, so that this limit, which says what hangs, comes first."""
 
 
 def wait_for(happened: Callable[[], object], what: str) -> None:
-    """Until it has happened, which another process or thread sees to."""
+    """Wait for a condition that another process or thread fulfils."""
     deadline = time.monotonic() + LONGEST_S
     while not happened():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
@@ -23,7 +23,7 @@ def wait_for(happened: Callable[[], object], what: str) -> None:
 
 
 def program(path: Path, script: str) -> None:
-    """A bash script that can be called."""
+    """Write an executable bash script."""
     path.write_text(f"#!/bin/bash\n{script}\n")
     path.chmod(0o755)
 
@@ -35,12 +35,12 @@ def attempt(arguments: list[str], log: Path, environment: Mapping[str, str] | No
         return child
     os.setsid()
     os.environ.update(environment or {})
-    # Lightning reads the rank as it is imported, which was before the fork.
+    # Lightning reads the rank when it is imported, which was before the fork.
     rank_zero_only.rank = int(os.environ.get("RANK", "0"))
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    # A test's would catch what is said.
+    # The test's streams would capture the output.
     sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
     status = 1
     try:
@@ -58,7 +58,7 @@ def attempt(arguments: list[str], log: Path, environment: Mapping[str, str] | No
 
 
 def ended(child: int, within_s: float) -> int | None:
-    """Exit status, or None if it still runs after so many seconds."""
+    """Exit status, or None if the process still runs after this time."""
     end = time.monotonic() + within_s
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)

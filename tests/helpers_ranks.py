@@ -1,5 +1,4 @@
-"""Several ranks on one machine: processes forked from this one, which has imported all they
-need."""
+"""Several ranks on one machine: processes forked from this one, with all modules imported."""
 
 import itertools
 import os
@@ -17,8 +16,8 @@ _numbers = itertools.count(os.getpid())
 
 
 def free_port() -> int:
-    """Below those that the kernel deals out, of which one might be taken before the ranks are there
-    to take it."""
+    """A port below the kernel's ephemeral range, so no other process takes it before the ranks
+    start."""
     while True:
         port = 20_000 + next(_numbers) % 10_000
         with socket.socket() as probe, suppress(OSError):
@@ -27,7 +26,7 @@ def free_port() -> int:
 
 
 def torchrun_environment(ranks: int) -> list[dict[str, str]]:
-    """What torchrun tells each process of one node."""
+    """torchrun's environment variables for each process of one node."""
     port = str(free_port())
     return [
         {
@@ -47,13 +46,12 @@ def torchrun_environment(ranks: int) -> list[dict[str, str]]:
 def fit_on_ranks(
     ranks: int, arguments: list[str], log: Path, within_s: float = LONGEST_S
 ) -> tuple[list[int], str]:
-    """Runs `python -m magnet_train ARGUMENTS` on so many ranks; their exit statuses, and all that
-    they wrote.
+    """Runs `python -m magnet_train ARGUMENTS` on several ranks; returns exit statuses and output.
 
-    Nobody ends a rank because another has failed, as a launcher would.
+    Ranks are not ended if another has failed, unlike with a launcher.
 
     Raises:
-        TimeoutError: if one of them hangs; none stays behind.
+        TimeoutError: if a rank hangs; all ranks are killed.
     """
     arguments = [*arguments, f"--trainer.devices={ranks}"]
     logs = [log.with_suffix(f".{rank}.log") for rank in range(ranks)]

@@ -1,4 +1,4 @@
-"""Tiny runs that are interrupted, and what they must have in common with one that is not."""
+"""Tiny interrupted runs, and their comparison with an uninterrupted run."""
 
 import json
 import os
@@ -13,8 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Ledger(Callback):
-    """Writes down what each batch was and what came of it, and disturbs the run where it is told
-    to."""
+    """Records each batch and its result, and injects faults at given positions."""
 
     def __init__(  # noqa: PLR0913  each is one disturbance
         self,
@@ -33,7 +32,7 @@ class Ledger(Callback):
         """Batches are counted from 0 over the whole run, validations by the step before them; -1 =
         never.
 
-        It stops on every rank, or on `stop_rank` alone; at `hog_at` the last rank takes 800 MB.
+        All ranks stop, or only `stop_rank`; at `hog_at` the last rank allocates 800 MB.
         """
         self.file, self.save_at = Path(file), save_at
         self.stop_at, self.stop_in_validation = stop_at, stop_in_validation
@@ -109,7 +108,7 @@ def make_data(folder: Path) -> Path:
 
 
 def arguments(data: Path, run: Path, *options: str, **ledger: Any) -> list[str]:
-    """Of a fit that a later option may change; the ledger lies in the run folder."""
+    """Arguments of a fit, which later options may override; the ledger is in the run folder."""
     run.mkdir(parents=True, exist_ok=True)
     config = run.parent / f"{run.name}.json"
     ledger = {"file": str(run / "ledger.jsonl")} | ledger
@@ -134,9 +133,9 @@ def arguments(data: Path, run: Path, *options: str, **ledger: Any) -> list[str]:
 
 
 def ledger(run: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """Lines by (batch, rank); a batch that was done again must have been the same.
+    """Lines by (batch, rank); a repeated batch must be equal.
 
-    A last line that is cut off belongs to a batch that was killed.
+    A truncated last line is from a killed batch.
     """
     lines: dict[tuple[int, int], dict[str, Any]] = {}
     for text in (run / "ledger.jsonl").read_text().split("\n"):
@@ -149,7 +148,7 @@ def ledger(run: Path) -> dict[tuple[int, int], dict[str, Any]]:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """What must be equal at the end: weights raw and averaged, optimizer, schedule, counters."""
+    """The final state to compare: raw and averaged weights, optimizer, schedule, counters."""
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     loops = saved["loops"]["fit_loop"]
     names = (
@@ -175,7 +174,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def differences(one: Any, two: Any, at: str = "") -> list[str]:
-    """Places at which two outcomes are not equal bit for bit."""
+    """Keys at which two final states are not bit-identical."""
     if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
         return [d for key in one for d in differences(one[key], two[key], f"{at}/{key}")]
     if isinstance(one, (list, tuple)) and type(one) is type(two) and len(one) == len(two):

@@ -1,4 +1,4 @@
-"""A web server on this machine that serves a folder, and fails as it is told to."""
+"""A local web server that serves a folder, with injected faults."""
 
 import socket
 import struct
@@ -13,11 +13,11 @@ from typing import Any
 
 
 class FaultyServer:
-    """Serves `folder`; `faults` names what goes wrong for a path, one a request, and `always` at
-    each of them.
+    """Serves `folder`; `faults` are the faults of a path, one per request, and `always` those of
+    every request.
 
-    A fault is a status ("503"), "cut" (half of the body arrives), "reset" (the connection breaks),
-    "hang" (nothing comes for some seconds), or "other" (as many bytes, but not these).
+    A fault is a status ("503"), "cut" (half of the body is sent), "reset" (the connection breaks),
+    "hang" (no response for some seconds), or "other" (the same number of other bytes).
     """
 
     def __init__(self, folder: Path):
@@ -71,12 +71,12 @@ class FaultyServer:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
-        """Nobody listens any more."""
+        """Stop listening."""
         self._server.shutdown()
         self._server.server_close()
 
     def during(self, call: Callable[[], Any]) -> Counter[str]:
-        """Requests that came while a call ran."""
+        """Requests received during a call."""
         before = self.requests.copy()
         call()
         return self.requests - before

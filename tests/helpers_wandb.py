@@ -1,6 +1,4 @@
-"""What an offline W&B run holds, read back from its file; and a W&B server that answers as it is
-told.
-"""
+"""Reader of offline W&B runs, and a fake W&B server with configurable responses."""
 
 import http.server
 import json
@@ -60,8 +58,8 @@ def history(found: list[Any]) -> list[dict[str, Any]]:
 
 @contextmanager
 def server(answer: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]) -> Iterator[str]:
-    """Address of a server that answers as `answer` says, with a status and JSON, to GraphQL,
-    streamed rows and, as {}, all else.
+    """Address of a server that responds with status and JSON of `answer` to GraphQL and streamed
+    rows, and with {} to all other requests.
     """
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -104,7 +102,7 @@ VIEWER = {
 
 @dataclass
 class Recorder:
-    """What a server of W&B got of a run."""
+    """What a W&B server received of a run."""
 
     url: str = ""
     rows: list[dict[str, Any]] = field(default_factory=list)

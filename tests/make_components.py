@@ -1,7 +1,7 @@
-"""Writes tiny canonical components with transformers itself: EnCodec at its 32 kHz configuration,
+"""Writes tiny published-format components with transformers: EnCodec in its 32 kHz configuration,
 and T5.
 
-The files are of the published kind; only the widths are small and the weights random.
+The files have the published format; only the widths are small and the weights random.
 
     python tests/make_components.py FOLDER     # makes FOLDER/encodec and FOLDER/t5
 """
@@ -35,7 +35,7 @@ def make_codec(folder: Path, seed: int = 0, **changes: Any) -> Any:
     Args:
         folder: Where `save_pretrained` writes; made if absent.
         seed: Of the weights.
-        changes: Fields of EncodecConfig to differ.
+        changes: Changed fields of EncodecConfig.
     """
     from transformers import EncodecConfig, EncodecModel
 
@@ -76,7 +76,7 @@ def make_tokenizer(folder: Path, with_vocabulary: bool = True) -> int:
 
     Args:
         folder: Where `save_pretrained` writes; made if absent.
-        with_vocabulary: False leaves only the settings' file, as a careless copy does.
+        with_vocabulary: False writes only the settings file, like an incomplete copy.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import T5Tokenizer
@@ -132,7 +132,7 @@ def make_musicgen(folder: Path, seed: int = 0, dim: int = 32, **decoder: Any) ->
         folder: Where `save_pretrained` writes; made if absent.
         seed: Of the weights.
         dim: Width of the text encoder's states and of the decoder's layers.
-        decoder: Fields of MusicgenDecoderConfig to differ.
+        decoder: Changed fields of MusicgenDecoderConfig.
     """
     from transformers import (
         EncodecConfig,

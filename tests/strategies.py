@@ -1,5 +1,5 @@
-"""Bad inputs by the million: hypothesis strategies for every kind of file that is read, and the
-readers that have to use such a file or refuse it in one line."""
+"""Hypothesis strategies for invalid files of all types, and the readers that must use them or
+refuse them in one line."""
 
 import csv
 import hashlib
@@ -49,7 +49,7 @@ WORDS = (
 
 
 def numbers() -> st.SearchStrategy[Any]:
-    """Numbers that are at the edge of what anything takes, or beyond."""
+    """Numbers at or beyond the limits of valid values."""
     return st.sampled_from(NUMBERS) | st.integers() | st.floats()
 
 
@@ -58,7 +58,7 @@ def texts() -> st.SearchStrategy[str]:
 
 
 def deep(depth: int) -> bytes:
-    """JSON of a list in a list in a list …"""
+    """Deeply nested JSON lists."""
     return b"[" * depth + b"]" * depth
 
 
@@ -71,7 +71,7 @@ def values() -> st.SearchStrategy[Any]:
 
 @st.composite
 def changed(draw: st.DrawFn, value: Any) -> Any:
-    """A JSON value in which some places have another value, are gone, or are new."""
+    """A JSON value with some values changed, removed or added."""
     value = json.loads(json.dumps(value))
     for _ in range(draw(st.integers(1, 3))):
         if draw(st.integers(0, 19)) == 0:
@@ -99,13 +99,13 @@ def changed(draw: st.DrawFn, value: Any) -> Any:
 
 
 def as_json(value: Any) -> bytes:
-    """Its text; halves of pairs of code units are written as escapes."""
+    """JSON text; lone surrogates are written as escapes."""
     return json.dumps(value).encode()
 
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bytes that were cut off, flipped, overwritten, doubled, or have some in between."""
+    """Bytes truncated, flipped, overwritten, duplicated or inserted."""
     found = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(0, len(found) - 1)))
@@ -132,7 +132,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def lines(good: list[str], words: list[str]) -> st.SearchStrategy[bytes]:
-    """A text of good lines, of pieces of such lines, and of anything."""
+    """Text of valid lines, parts of valid lines, and arbitrary text."""
     piece = st.sampled_from([*words, '"', ",", "\t", "{", "}", "[", "\\", ":", "'"]) | texts()
     line = st.sampled_from(good) | st.lists(piece, max_size=8).map("".join)
     text = st.lists(line, max_size=6).map("\n".join)
@@ -145,7 +145,7 @@ def lines(good: list[str], words: list[str]) -> st.SearchStrategy[bytes]:
 
 @dataclass(frozen=True)
 class Samples:
-    """Good files of all kinds, from which bad ones are made; a folder is made once."""
+    """Valid files of all types, from which invalid ones are made; each folder is made once."""
 
     folder: Path
 
@@ -153,7 +153,7 @@ class Samples:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def made(self, name: str, make: Callable[[Path], Any]) -> Path:
-        """`folder / name`, made if it is not there."""
+        """`folder / name`, created if absent."""
         path = self.folder / name
         if not path.exists():
             make(path)
@@ -173,7 +173,7 @@ class Samples:
 
     @property
     def network(self) -> Any:
-        """A very small one, for the codes of the demo's codec."""
+        """A very small network for the demo codec's codes."""
         from magnet_train.codec.base import load_codec
         from magnet_train.model import MagnetConfig
 
@@ -183,7 +183,7 @@ class Samples:
 
     @property
     def checkpoint(self) -> dict[str, Any]:
-        """As far as it is read, with the weights of a very small network."""
+        """The parts that are read, with the weights of a very small network."""
         from magnet_train.model import Magnet
 
         config = self.network
@@ -196,7 +196,7 @@ class Samples:
 
     @property
     def release(self) -> Path:
-        """A release without components of its own."""
+        """A release without its own components."""
         from magnet_train.decoding.decode import DecodingConfig
         from magnet_train.model import Magnet
         from magnet_train.release import SavedModel, write_release
@@ -211,7 +211,7 @@ class Samples:
 
     @property
     def listening_key(self) -> dict[str, Any]:
-        """As `export_listening_test` writes it, of two systems and one caption."""
+        """A key as written by `export_listening_test`, for two systems and one caption."""
         clips = {
             name: {"system": system, "trial": 1, "seconds": 1.0}
             for name, system in (("a1", "ours"), ("b2", "reference"))
@@ -245,7 +245,7 @@ def npy(array: np.ndarray) -> bytes:
 
 @st.composite
 def shards(draw: st.DrawFn, samples: Samples) -> bytes:
-    """A shard with other names, arrays or JSON, or other bytes."""
+    """A shard with changed names, arrays, JSON or bytes."""
     good = sorted(samples.shards.glob("*.tar"))[0].read_bytes()
     if draw(st.booleans()):
         return draw(damaged(good))
@@ -264,7 +264,7 @@ def shards(draw: st.DrawFn, samples: Samples) -> bytes:
 
 @st.composite
 def wav_heads(draw: st.DrawFn, content: bytes) -> bytes:
-    """A WAV in which a field of its head has another value."""
+    """A WAV with a changed header field."""
     found = bytearray(content)
     offset, size = draw(
         st.sampled_from(
@@ -310,7 +310,7 @@ def ratings(draw: st.DrawFn, samples: Samples) -> tuple[bytes, bytes]:
 
 @st.composite
 def checkpoints(draw: st.DrawFn, samples: Samples) -> bytes:
-    """A checkpoint in which settings or weights are others, or bytes."""
+    """A checkpoint with changed settings, weights or bytes."""
     content = samples.checkpoint
     if draw(st.booleans()):
         settings = content["hyper_parameters"]
@@ -350,7 +350,7 @@ def releases(draw: st.DrawFn, samples: Samples) -> tuple[bytes, bytes]:
 
 @dataclass(frozen=True)
 class Reader:
-    """Something that reads files of strangers."""
+    """A reader of untrusted files."""
 
     strategy: Callable[[Samples], st.SearchStrategy[Any]]
     """Makes what is read."""
@@ -567,7 +567,7 @@ READERS = {
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError after so much time of the processor."""
+    """Raises TimeoutError after this CPU time."""
 
     def stop(*args: Any) -> None:
         raise TimeoutError(f"takes more than {seconds} s")
@@ -582,16 +582,16 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def check(name: str, samples: Samples, examples: int, seed: int | None = None) -> Counter[str]:
-    """Gives a reader many bad files; counts those that were used, and those that were refused.
+    """Gives a reader many invalid files; counts used and refused files.
 
     Args:
         name: of the reader.
         samples: good files.
-        examples: how many.
-        seed: of the files; without one they are always the same.
+        examples: number of files.
+        seed: of the files; without a seed they are always the same.
 
     Raises:
-        Exception: whatever is no UserError of one line; its notes have the file.
+        Exception: anything other than a one-line UserError; its notes have the file.
     """
     reader, counts = READERS[name], Counter[str]()
 

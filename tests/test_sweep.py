@@ -1,4 +1,4 @@
-"""Sweeps: shipped files as W&B's agent and our parser read them; runs that fail or stop."""
+"""Sweeps: shipped files with W&B's agent and our parser; failing and stopped runs."""
 
 import contextlib
 import itertools
@@ -32,7 +32,7 @@ HEAD = {
     "command": ["${env}", "${interpreter}", "-m", "magnet_train", "fit", "${args}"],
 }
 
-# A `fit` that takes no time. It notes when it ran, with which checkpoint, and how it ended.
+# An instant `fit` that records its times, checkpoint and exit.
 FAKE_FIT = """
 import json, os, pathlib, signal, sys, time
 given = dict(a[2:].split("=", 1) for a in sys.argv[1:] if a.startswith("--"))
@@ -62,7 +62,7 @@ def write(path: Path, **content: object) -> Path:
 
 
 def grid(folder: Path, *values: object, **fixed: object) -> Path:
-    """A sweep file over some values of x; the other parameters are fixed."""
+    """A sweep file over values of x; other parameters are fixed."""
     parameters = {"x": {"values": list(values)}} | {k: {"value": v} for k, v in fixed.items()}
     return write(folder / "s.yaml", parameters=parameters)
 
@@ -73,7 +73,7 @@ def notes(folder: Path) -> list[dict]:
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch) -> Path:
-    """`fit` is FAKE_FIT, whose options nobody parses; a folder for the runs comes back."""
+    """Replaces `fit` with FAKE_FIT, whose options are not parsed; returns a folder for the runs."""
     script = tmp_path / "fake_fit.py"
     script.write_text(FAKE_FIT)
     monkeypatch.setattr(sweep, "FIT", (sys.executable, "-S", "-E", str(script)))
@@ -93,7 +93,7 @@ def status(*args: object) -> int:
 
 
 def agents_argv(name: str, point: dict, folder: Path) -> list[str]:
-    """Arguments after `fit` of the process that a W&B agent starts for a point of a sweep."""
+    """Arguments after `fit` in a W&B agent's command for a point of a sweep."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     config = yaml.safe_load((ROOT / "conf" / "sweep" / name).read_text())
@@ -141,7 +141,7 @@ def test_what_wandbs_agent_starts_our_parser_takes_and_our_sweep_starts_too(
             found = found[part]
         assert found == value, parameter
     logger = config["trainer"]["logger"][0]["init_args"]
-    # Or an agent's runs never reach the server.
+    # Otherwise an agent's runs are not uploaded.
     assert not logger["offline"] and logger["name"] is None
 
 
@@ -286,7 +286,7 @@ def test_runs_go_one_after_another_and_finished_ones_stay(tmp_path, fake, capsys
 
 
 def test_as_many_run_together_as_jobs_say(tmp_path, fake):
-    # Neither of these ends before both have begun.
+    # Each waits for the other to start.
     until = ":".join(str(fake / f"x={x}" / "notes") for x in (1, 2))
     file = grid(tmp_path, 1, 2, 3, 4, 5, until=until)
     assert status(file, "--out", fake, "--jobs", 2) == 0
@@ -317,7 +317,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, fake, capsys):
 
 
 def start_sweep(file: Path, out: Path) -> "subprocess.Popen[str]":
-    """The command in a process of its own, with FAKE_FIT."""
+    """The command in a separate process, with FAKE_FIT."""
     code = (
         "import sys\n"
         "from magnet_train.__main__ import main\n"
@@ -351,7 +351,7 @@ def is_alive(pid: int) -> bool:
 
 @contextlib.contextmanager
 def handled(number: int, handler: Any) -> Iterator[None]:
-    """A way to handle a signal that children inherit."""
+    """A signal handler that children inherit."""
     previous = signal.signal(number, handler)
     try:
         yield
@@ -440,7 +440,7 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(
     )
     assert words[2] == "--array=1,2%4"
     assert words[4:] == [str(SBATCH / "sweep.sbatch"), str(file), "--out", str(fake)]
-    # The job as SLURM would run it, with the interpreter that has the fake `fit`.
+    # The job as SLURM would run it, with the interpreter of the fake `fit`.
     program(tools / "srun", 'shift; exec "$@"')
     program(tools / "python", f'shift 2\nexec {sys.executable} {tmp_path / "with_fake.py"} "$@"')
     (tmp_path / "with_fake.py").write_text(
@@ -554,5 +554,5 @@ def test_the_base_of_decoding_ablations_validates_the_model_as_it_was_loaded(tmp
     averaged, raw = checkpoint["state_dict"], checkpoint["current_model_state"]
     loaded = SavedModel.open("demo").weights().items()
     assert all(torch.equal(averaged[f"network.{k}"], v.float()) for k, v in loaded)
-    # And it is the average that does it: the raw weights have moved.
+    # The average is used: the raw weights have changed.
     assert any(not torch.equal(raw[f"network.{k}"], v.float()) for k, v in loaded)

@@ -1,4 +1,4 @@
-"""The text-audio scorer: parts on made-up embeddings, the shipped one on the test split."""
+"""The text-audio scorer: parts on synthetic embeddings, the bundled scorer on the test split."""
 
 import importlib.util
 import io
@@ -28,7 +28,7 @@ DEMO = Path(__file__).parents[1] / "data" / "demo"
 
 
 class Spelling(nn.Module):
-    """A text encoder of four dimensions: a state per letter, padded on the right with zeros."""
+    """A text encoder of four dimensions: one state per letter, zero-padded on the right."""
 
     id, dim = "spelling", 4
 
@@ -91,13 +91,13 @@ def test_scores_are_cosines_of_unit_vectors():
 
 
 def test_gap_of_true_and_shuffled_captions():
-    """With a known gap: 0.5 above noise of 0.1, over 200 clips; and none where there is none."""
+    """A known gap of 0.5 with noise of 0.1 over 200 clips, and no gap."""
     generator = torch.Generator().manual_seed(1)
     noise = 0.1 * torch.randn(200, 200, generator=generator)
     mean, low, high = true_minus_shuffled(noise + 0.5 * torch.eye(200))
     assert low < mean < high
     assert mean == pytest.approx(0.5, abs=0.03)
-    # The normal interval of the mean.
+    # The normal approximation of the mean's interval.
     assert high - low == pytest.approx(2 * 1.96 * 0.1 / 200**0.5, rel=0.2)
     assert true_minus_shuffled(noise + 0.5 * torch.eye(200)) == (mean, low, high)
     _, low, high = true_minus_shuffled(noise)
@@ -105,7 +105,7 @@ def test_gap_of_true_and_shuffled_captions():
 
 
 def test_gap_counts_each_clip_against_the_others_alone():
-    """By hand: 1.0 - (0.2 + 0.4) / 2, 0.8 - 0.3, 0.5 - 0.1."""
+    """Calculated by hand: 1.0 - (0.2 + 0.4) / 2, 0.8 - 0.3, 0.5 - 0.1."""
     mean, *_ = true_minus_shuffled(
         torch.tensor([[1.0, 0.2, 0.4], [0.2, 0.8, 0.4], [0.1, 0.1, 0.5]])
     )

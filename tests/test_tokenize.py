@@ -1,4 +1,4 @@
-"""Audio to shards: every kind of file, every kind of mistake, and whatever interrupts it."""
+"""Audio to shards: all file types, errors and interruptions."""
 
 import contextlib
 import hashlib
@@ -59,12 +59,12 @@ def items(out: Path) -> list[Any]:
 
 
 def leftovers(out: Path) -> list[Path]:
-    """Files that a killed process did not finish."""
+    """Unfinished files of a killed process."""
     return [*out.glob("*.tmp"), *out.glob("*.part")]
 
 
 def shards(out: Path) -> dict[str, str]:
-    """What people would copy, by name and content; nothing unfinished lies among it."""
+    """Finished files by name and content; there are no unfinished files among them."""
     assert not leftovers(out)
     return {
         p.name: hashlib.sha256(p.read_bytes()).hexdigest()
@@ -73,7 +73,7 @@ def shards(out: Path) -> dict[str, str]:
 
 
 def refusal(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """What the user reads; always one line."""
+    """The error message, which is always one line."""
     with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -103,7 +103,7 @@ def test_every_format_rate_and_channel_count(kind: str, rate: int, channels: int
     assert wav.dtype == np.float32 and wav.shape[0] == 1 and np.isfinite(wav).all()
     assert wav.shape[1] == pytest.approx(1.5 * 16_000, abs=0.1 * 16_000)  # mp3 pads
     spectrum = np.abs(np.fft.rfft(wav[0, :16_000]))
-    # The pitch is what a wrong rate would change.
+    # A wrong rate would change the pitch.
     assert spectrum.argmax() == pytest.approx(440, abs=1)
     assert wav[0].std() == pytest.approx(0.3 / 2**0.5, rel=0.1)
 
@@ -122,7 +122,7 @@ def test_channels_are_averaged_or_copied(tmp_path: Path):
 
 
 def broken_files(folder: Path) -> dict[str, str]:
-    """Files that cannot be used, and a word that must stand in the reason."""
+    """Unusable files, and a word that must be in the reason."""
     whole = {
         s: write_clip(folder / f"whole.{s}").read_bytes() for s in ("wav", "flac", "mp3", "ogg")
     }
@@ -168,7 +168,7 @@ def test_broken_files_are_left_out_and_listed(
 
 
 def test_truncated_wav_is_noticed(tmp_path: Path):
-    """libsndfile takes it for a short one."""
+    """libsndfile reads it as a short file."""
     for suffix in ("wav", "aiff"):
         path = write_clip(tmp_path / f"a.{suffix}")
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -290,9 +290,7 @@ def test_options_out_of_range(option: str, value: Any):
 
 
 def test_crops_cover_the_clip(run: Callable[..., dict], codec: str, tmp_path: Path):
-    """Codes are those of the crop alone, whatever it was encoded with; the last one has its true
-    length.
-    """
+    """Codes depend only on the crop and not on the batch; the last crop has its true length."""
     write_clip(tmp_path / "in/a.wav", 7.3, seed=1, subtype="FLOAT")
     write_clip(tmp_path / "in/b.wav", 5.0, seed=2, subtype="FLOAT")
     index = run(split="train")
@@ -336,7 +334,7 @@ def test_hop_between_crops(run: Callable[..., dict], tmp_path: Path):
 
 
 def test_webdataset_reads_our_shards(run: Callable[..., dict], tmp_path: Path):
-    """Keys without dots, members side by side: other people's tools see the same examples."""
+    """Keys without dots, and consecutive members: webdataset reads the same examples."""
     import webdataset
 
     write_clip(tmp_path / "in/a.b.wav", 5, "a tone")
@@ -388,7 +386,7 @@ def test_references_where_a_crop_is_too_short_for_them(run: Callable[..., dict],
 
 
 def test_the_shipped_clips(tmp_path: Path):
-    """Real music through the real codec, once both are there."""
+    """Bundled music and codec."""
     try:
         clips = demo_path("clips")
         demo_path("codec/model.safetensors")
@@ -464,7 +462,7 @@ def test_a_process_ends_though_items_are_being_made():
 def test_a_failure_of_the_codec_ends_the_reading(
     run: Callable[..., dict], tmp_path: Path, monkeypatch: Any
 ):
-    """And what is finished stays: the same call goes on from there."""
+    """Finished shards remain, and the same call continues from them."""
     many_clips(tmp_path / "in", 4)
     run(out=tmp_path / "expected")
     calls: list[int] = []
@@ -486,7 +484,7 @@ def test_a_failure_of_the_codec_ends_the_reading(
 
 
 def test_stereo_is_averaged_as_numpy_does(tmp_path: Path):
-    """To the bit, or the codes of a set that was begun before would differ."""
+    """Bit-identical; otherwise codes would differ within sets started with earlier versions."""
     wav = np.random.default_rng(0).uniform(-1, 1, (20_000, 2)).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", wav, RATE, "FLOAT")
     assert np.array_equal(read_audio(tmp_path / "a.wav", RATE, 1)[0], wav.mean(1))
@@ -502,7 +500,7 @@ def many_clips(folder: Path, number: int = 20) -> Path:
 
 
 def start(*args: Any, target: Callable[..., None] | None = None) -> Any:
-    """`tokenize` in a fresh process that has its imports already."""
+    """`tokenize` in a new process with imported modules."""
     context = multiprocessing.get_context("forkserver")
     model = "transformers.models.encodec.modeling_encodec"
     context.set_forkserver_preload(
@@ -523,7 +521,7 @@ def tokenize_quietly(source: Path, out: Path, options: TokenizeOptions) -> None:
 def undisturbed(
     codec: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, TokenizeOptions, dict[str, str], float]:
-    """Twenty clips, the options, what comes out of one quiet run, and how long that takes."""
+    """Twenty clips, the options, the output of an uninterrupted run, and its duration."""
     folder = tmp_path_factory.mktemp("undisturbed")
     options = TokenizeOptions(codec=codec, crop_s=2.0, shard_size=3)
     source = many_clips(folder / "in")
@@ -537,14 +535,12 @@ def undisturbed(
 
 
 def test_killed_at_random_moments(undisturbed: Any, tmp_path: Path):
-    """SIGKILL, again and again in the same folder: nothing lost, nothing twice, not one byte
-    different.
-    """
+    """Repeated SIGKILL in one folder: no item is lost or duplicated, and all bytes are equal."""
     source, options, expected, seconds = undisturbed
     rng = np.random.default_rng(int.from_bytes(os.urandom(4)))
     out, killed, seen = tmp_path / "0", 0, set()
-    # How fast the machine is now need not be how fast it was: what ends before its kill begins
-    # anew, and is killed sooner; what is killed before it wrote a shard is killed later.
+    # The machine's speed may change: a run that ends before its kill is restarted and killed
+    # sooner, and one killed before its first shard is killed later.
     while killed < 6 or len(seen) < 3:
         process = start(source, out, options)
         time.sleep(float(rng.uniform(0.2, 0.9)) * seconds)
@@ -552,7 +548,7 @@ def test_killed_at_random_moments(undisturbed: Any, tmp_path: Path):
         process.join()
         before, written = seen.copy(), sorted(out.glob("*.tar"))
         seen.add(len(written))
-        # What is there is already as it will be.
+        # Existing shards are already final.
         for path in written:
             assert hashlib.sha256(path.read_bytes()).hexdigest() == expected[path.name]
         if process.exitcode == -signal.SIGKILL:
@@ -571,7 +567,7 @@ def test_killed_at_random_moments(undisturbed: Any, tmp_path: Path):
 
 
 def tokenize_killed_at_a_move(move: int, source: Path, out: Path, options: TokenizeOptions) -> None:
-    """Killed when a file is whole beside its place, for the time of that number."""
+    """Killed at the n-th rename of a finished temporary file."""
     moves = itertools.count()
     replace = os.replace
     os.replace = lambda *paths: (
@@ -583,7 +579,7 @@ def tokenize_killed_at_a_move(move: int, source: Path, out: Path, options: Token
 @pytest.mark.parametrize("move", ["plan", "shard", "report", "index"])
 def test_killed_as_a_file_is_moved_into_place(move: str, undisturbed: Any, tmp_path: Path):
     source, options, expected, _ = undisturbed
-    # Two of each shard, and one at either end.
+    # Two per shard, and one each at start and end.
     place = {"plan": 0, "shard": 1, "report": 2, "index": 2 * len(expected) - 1}[move]
     process = start(place, source, tmp_path, options, target=tokenize_killed_at_a_move)
     process.join()
@@ -603,7 +599,7 @@ def test_two_processes_share_a_folder(undisturbed: Any, tmp_path: Path):
 
 
 def test_one_of_two_processes_is_killed(undisturbed: Any, tmp_path: Path):
-    """The other goes on, and after one more call everything is there."""
+    """The other process continues, and one more call completes the set."""
     source, options, expected, seconds = undisturbed
     first, second = (start(source, tmp_path, options) for _ in range(2))
     time.sleep(0.4 * seconds)
@@ -656,7 +652,7 @@ def test_batch_size_changes_nothing(run: Callable[..., dict], tmp_path: Path):
 
 
 def test_full_disk(run: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Shards that are finished stay; room made, the same call finishes."""
+    """Finished shards remain; after freeing space the same call completes the set."""
     write_clip(tmp_path / "in/a.wav", 16)
     run(out=tmp_path / "expected")
     real, calls = os.fsync, []
@@ -677,7 +673,7 @@ def test_full_disk(run: Callable[..., dict], tmp_path: Path, monkeypatch: pytest
 
 
 def tokenize_stopped_in_a_shard(source: Path, out: Path, options: TokenizeOptions) -> None:
-    """Stands still with a shard written and not yet in its place, and holds its lock."""
+    """Stops with a shard written but not renamed, and its lock held."""
     real, stops = os.fsync, [True]
 
     def fsync(file: int) -> None:
@@ -691,9 +687,7 @@ def tokenize_stopped_in_a_shard(source: Path, out: Path, options: TokenizeOption
 
 @pytest.mark.slow
 def test_killed_on_the_command_line(codec: str, tmp_path: Path):
-    """`python -m magnet_train tokenize` on two processes, killed with both of them after its first
-    shard.
-    """
+    """`python -m magnet_train tokenize` on two processes, killed together after one shard."""
     many_clips(tmp_path / "in", 60)
     command = [
         sys.executable,
@@ -768,7 +762,7 @@ def test_changed_audio_is_noticed(run: Callable[..., dict], tmp_path: Path):
 
 
 def test_new_files_are_appended_and_those_that_came_back(run: Callable[..., dict], tmp_path: Path):
-    """What is there stays as it is, and nothing is encoded twice."""
+    """Existing shards are unchanged, and nothing is encoded twice."""
     write_clip(tmp_path / "in/b.wav", 5)
     bad = write_clip(tmp_path / "in/gone.wav", 5, seed=1)
     content = bad.read_bytes()

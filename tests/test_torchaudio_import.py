@@ -1,4 +1,4 @@
-"""torchaudio comes through the door whatever its extension does."""
+"""torchaudio is importable even if its extension fails."""
 
 import importlib
 import sys

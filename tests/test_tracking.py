@@ -1,5 +1,5 @@
-"""Sessions of a run are one run of W&B, offline too; what is logged is defined; a key that is
-refused costs nothing."""
+"""Sessions of a run are one W&B run, also offline; all logged names are defined; a refused key does
+not stop training."""
 
 import csv
 import io
@@ -56,7 +56,7 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def _session() -> Iterator[None]:
-    """W&B as in a new process, before and after."""
+    """W&B in the state of a new process, before and after."""
     import wandb
 
     before = dict(os.environ)
@@ -91,7 +91,7 @@ def fit(data: Path, run: Path, *options: str, stop_at: int = -1) -> int:
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sessions: stopped in step 5, with a checkpoint at 4, and gone on from there to 6."""
+    """Two sessions: stopped in step 5 with a checkpoint at 4, and resumed from it to 6."""
     import wandb
 
     folder = tmp_path_factory.mktemp("runs") / "run"
@@ -113,7 +113,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def csv_rows(run: Path) -> list[list[dict[str, str]]]:
-    """Rows of each session's file, empty cells left out."""
+    """Rows of each session's file, without empty cells."""
     files = sorted(run.glob("csv/version_*/metrics.csv"))
     return [
         [{k: v for k, v in row.items() if v} for row in csv.DictReader(file.open())]
@@ -171,8 +171,8 @@ def test_sessions_have_one_id_and_the_second_does_not_add_what_the_checkpoint_di
         [row["gen/clips.previous_increments_paths"] for row in tables],
     )
     assert steps == [0, 2, 4, 4, 6]
-    # The checkpoint of step 4 was written before that step's validation, so its rows are made
-    # again, and not twice.
+    # The checkpoint of step 4 was written before that step's validation, so its rows are logged
+    # again, but not duplicated.
     own = [row["gen/clips.artifact_path"] for row in tables]
     assert parts[3] == own[:2] and parts[4] == [*own[:2], own[3]]
     assert [row["gen/clips.increment_num"] for row in tables] == [0, 1, 2, 2, 3]
@@ -226,7 +226,7 @@ def test_steps_done_again_have_the_same_values_in_both_versions_of_the_csv(run: 
         mine, again = first[step], second[step]
         assert mine.keys() == again.keys()
         assert all(mine[k] == v for k, v in again.items() if not k.startswith(drifting))
-    # A row has the stage that its step trained, and its gradients.
+    # A row has the stage of its step, and its gradients.
     for row in (first | second).values():
         assert (
             len([key for key in row if key.startswith("train/ce/")]) == 1
@@ -255,7 +255,7 @@ def test_a_run_begun_anew_in_a_folder_is_another_run_of_wandb(
 
 
 def test_wandb_sync_makes_one_run_of_two_sessions(tmp_path: Path):
-    """As far as this can be tried without W&B: rows and their offsets as a server gets them."""
+    """As far as possible without W&B: rows and their offsets as sent to a server."""
     script = tmp_path / "session.py"
     script.write_text(
         "import sys, wandb\n"
@@ -303,7 +303,7 @@ def refuse(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
 @pytest.fixture
 def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home without a key, from which W&B is tried; a key that looks like one."""
+    """A home folder without a key; returns a key in a valid format."""
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
@@ -369,7 +369,7 @@ def test_checkpoints_become_versions_with_aliases(run: Path, tmp_path: Path):
     wandb.finish()
     wandb.teardown()
     logged_ = [r.artifact for r in records(tmp_path) if r.WhichOneof("record_type") == "artifact"]
-    # W&B adds "latest" to each and moves it to the version that came last.
+    # W&B adds "latest" to each and moves it to the last version.
     assert [sorted(a.aliases) for a in logged_] == [
         ["best", "latest", "step-6"],
         ["latest", "step-6"],
@@ -379,7 +379,7 @@ def test_checkpoints_become_versions_with_aliases(run: Path, tmp_path: Path):
 
 
 def test_tensorboard_gets_figures_audio_and_pictures(data: Path, tmp_path: Path):
-    """Of a `fit`, read back by TensorBoard itself."""
+    """Logs of a `fit`, read with TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"

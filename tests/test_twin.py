@@ -1,6 +1,4 @@
-"""The fast forms compute what the slow, obvious twin computes: logits, gradients, and every decoded
-code.
-"""
+"""The fast implementations equal the slow reference: logits, gradients and decoded codes."""
 
 import json
 
@@ -35,7 +33,7 @@ def model(request) -> Magnet:
 
 
 def text(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Captions of different lengths; the last has none."""
+    """Captions of different lengths; the last is empty."""
     tokens = torch.arange(6)[None] < torch.tensor([6, 2, 0][:batch])[:, None]
     return torch.randn(batch, 6, 16) * tokens[..., None], tokens
 
@@ -77,8 +75,8 @@ def test_decoded_codes(model, arrangement):
     states, tokens = text(3)
     config = DecodingConfig(decoding_steps=(4, 3, 2, 2), span_arrangement=arrangement)
     noise = item_noise(0, ["a", "b", "c"], 11, T)
-    # Under rotary positions frames are alike while all are masked, and rounding breaks the ties: a
-    # few are given.
+    # With rotary positions and all frames masked, all frames are equal and rounding breaks ties, so
+    # a few codes are given.
     codes = torch.randint(SIZE, (3, 4, T))
     fixed = torch.rand(3, T) < 0.1
     memory = model.encode_text(states, tokens)
@@ -135,7 +133,7 @@ def test_mistakes_of_bench_are_named():
 
 
 def test_the_lines_of_a_gpu_come_out_on_a_cpu_too(monkeypatch):
-    """The part that measures a GPU, with a tiny model and the compiler's front half."""
+    """The GPU benchmark with a tiny model and a compiler without code generation."""
     from magnet_train.checks.bench import gpu
     from magnet_train.checks.measure import BenchOptions
 
@@ -158,7 +156,7 @@ def test_the_lines_of_a_gpu_come_out_on_a_cpu_too(monkeypatch):
 
 
 def test_flop_that_count_are_those_of_the_products(model):
-    """Beside torch's own count of a forward pass, where no mask hides anything: stage 0."""
+    """Compared with torch's count for a forward pass of stage 0, which has no window."""
     from magnet_train.checks.measure import count_flop
     from magnet_train.cost import useful_flop
 

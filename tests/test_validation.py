@@ -1,4 +1,4 @@
-"""When a run validates, and what it saves then."""
+"""When a run validates, and which checkpoints it saves."""
 
 import json
 import shutil
@@ -81,8 +81,7 @@ def test_the_end_is_saved_without_a_validation_and_where_epochs_end(
 
 
 def test_averaged_weights_are_those_of_the_step_that_is_saved(data: Path, tmp_path: Path):
-    """By whichever callback: in a validation, where the module has them, and at the end of a
-    batch."""
+    """For any callback: in a validation, where the module has them, and at the end of a batch."""
     runs = []
     for name, every in (("a", "1"), ("b", "null")):
         every = f"--checkpoint.every_n_train_steps={every}"

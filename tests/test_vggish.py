@@ -1,5 +1,5 @@
-"""VGGish: two front ends against independent numbers, the network against torchvggish's, the anchor
-with weights.
+"""VGGish: two front ends compared with independent values, the network with torchvggish, and a
+reference value with weights.
 """
 
 import json
@@ -30,7 +30,7 @@ def given() -> dict[str, Tensor]:
 
 
 def without_network(front: type[Vggish]) -> Vggish:
-    """The front end; of the 72 million parameters only their shapes."""
+    """The front end, with the 72 million parameters on the meta device."""
     with torch.device("meta"):
         network = front()
     network.hann, network.mel = (
@@ -52,7 +52,7 @@ def torchvggish() -> Vggish:
 
 @pytest.fixture(scope="module")
 def network() -> Vggish:
-    """The whole network, 290 MB, at weights that their names determine."""
+    """The whole network, 290 MB, with weights seeded by name."""
     with torch.device("meta"):
         network = Vggish()
     weights = named_weights({name: x.shape for name, x in network.state_dict().items()}, gain=1.4)
@@ -96,7 +96,7 @@ def test_windows_of_a_clip(google: Vggish, torchvggish: Vggish, case: dict):
 
 
 def test_each_clip_is_heard_at_its_own_peak(google: Vggish, torchvggish: Vggish):
-    """As audiocraft writes it, in 16 bits at -1 dBFS, and Google's code reads it: at a positive
+    """As audiocraft writes clips (16 bits at -1 dBFS) and Google's code reads them: with a positive
     peak of one.
     """
     wav = wave(32_000, 16_000)
@@ -157,8 +157,8 @@ def test_parameters_and_names_are_the_releases(google: Vggish):
 
 
 def test_the_network_is_torchvggishs(network: Vggish, given: dict[str, Tensor]):
-    """Its own class gave these numbers at the same weights, its last activation taken off: some are
-    negative.
+    """Reference values are from torchvggish's class with the same weights, without its last
+    activation, so some are negative.
     """
     expected = torch.tensor(GOLD["vggish"]["embedding_0"])
     assert expected.min() < 0
@@ -214,7 +214,7 @@ def sines(count: int, noise: float) -> list[Tensor]:
     """Google's test clips (gen_test_files.py): 6 s of a sine at `count` frequencies from 100 to
     1000 Hz, with noise.
 
-    What exceeds 16 bits wraps around, as it does there: the noise is heard by these clicks.
+    Values beyond 16 bits wrap around as in Google's script, so the noise causes clicks.
     """
     rng = np.random.default_rng(0)
     clips = []
@@ -235,7 +235,7 @@ def test_googles_own_distances(test_set: str, noise: float):
     network = load_vggish()
 
     def moments(clips: list[Tensor]) -> Moments:
-        # Google's half of the front end alone: these clips are not at audiocraft's level.
+        # Only Google's part of the front end, because these clips are not at audiocraft's level.
         with torch.no_grad():
             return Moments.of(torch.cat([network.embed(network.examples(clip)) for clip in clips]))
 

@@ -1,4 +1,4 @@
-"""The wheel has all that `fit` without arguments needs: run from an empty folder."""
+"""The wheel contains everything that `fit` without arguments needs, run from an empty folder."""
 
 import json
 import os
