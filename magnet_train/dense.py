@@ -133,7 +133,7 @@ def _features(
     """What the heads get, `b t d`, under any attention between frames."""
     config = model.config
     x = sum((model.embedding[k][codes[:, k]] for k in range(config.num_codebooks)), torch.zeros(()))
-    if config.positions == "sinusoidal":
+    if config.positions != "rotary":
         x = x + sinusoidal_positions(codes.shape[2], config.dim, codes.device)
     text = model.text_projection(states) * tokens[..., None]
     some = tokens.any(1)
@@ -145,7 +145,7 @@ def _features(
         q, k, v = (
             part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for part in (q, k, v)
         )
-        if config.positions == "rotary":
+        if config.positions != "sinusoidal":
             q, k = (dense_rotation(part) for part in (q, k))
         x = x + attention.out(attend(q, k, v).transpose(1, 2).flatten(2))
         cross = block.cross_attention

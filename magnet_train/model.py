@@ -6,7 +6,7 @@
 - stage 0 attends to all frames, the others to `context` frames on each side (MAGNeT, Sec. 3.3)
 - every block has cross-attention to the text, whose output is exactly zero without text
 - pre-norm, GELU, no biases except in norms and text projection; no dropout
-- positions: sinusoids added to the input (published) or rotary (RoPE), always in float32
+- positions: sinusoids added to the input (published), rotary (RoPE) or both, always in float32
 - optional: a depthwise convolution over neighbouring frames at the start of each block
 
 Shapes: b examples, k codebooks, t frames, c entries of a codebook, d width, s text tokens, h heads.
@@ -82,8 +82,10 @@ class MagnetConfig:
     """
     ffn_ratio: int = 4
     """Width of the feed-forward layer, in multiples of `dim`."""
-    positions: Literal["sinusoidal", "rotary"] = "sinusoidal"
-    """Positional encoding: sinusoidal (added to the input, published) or rotary (RoPE)."""
+    positions: Literal["sinusoidal", "rotary", "both"] = "sinusoidal"
+    """Positional encoding: sinusoidal (added to the input, published), rotary (RoPE), or both. With
+    rotary alone, all frames are alike while all are masked.
+    """
     convolution: int = 0
     """Kernel width of a depthwise convolution at the start of each block, in frames (odd); 0 = none
     (published).
@@ -113,11 +115,11 @@ class MagnetConfig:
         per_codebook("context", numbers, self.num_codebooks)
         if self.order not in ("parallel", "hybrid", "autoregressive"):
             raise UserError(f"order={self.order}: choose parallel, hybrid or autoregressive")
-        if self.positions not in ("sinusoidal", "rotary"):
-            raise UserError(f"positions={self.positions}: choose sinusoidal or rotary")
-        if self.positions == "rotary" and self.dim // self.num_heads % 2:
+        if self.positions not in ("sinusoidal", "rotary", "both"):
+            raise UserError(f"positions={self.positions}: choose sinusoidal, rotary or both")
+        if self.is_rotary and self.dim // self.num_heads % 2:
             raise UserError(
-                f"positions=rotary needs an even width per head; dim={self.dim}, "
+                f"positions={self.positions} needs an even width per head; dim={self.dim}, "
                 f"num_heads={self.num_heads}"
             )
         if not 0 <= self.convolution < 1024 or (self.convolution and self.convolution % 2 == 0):
@@ -130,6 +132,11 @@ class MagnetConfig:
     def mask_id(self) -> int:
         """The extra id of masked frames."""
         return self.codebook_size
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether queries and keys are rotated."""
+        return self.positions != "sinusoidal"
 
     def stage(self, index: int) -> Pass:
         """The pass that predicts codebook `index` from those below it (MAGNeT, Sec. 3.1)."""
@@ -391,7 +398,7 @@ class Magnet(nn.Module):
         k, size = self.config.num_codebooks, self.config.codebook_size + 1
         offset = torch.arange(k, device=codes.device)[:, None] * size
         x = F.embedding(codes + offset, self.embedding.flatten(0, 1)).sum(1)
-        if self.config.positions == "rotary":
+        if self.config.positions == "rotary":  # not added to the input
             return x
         end = first + codes.shape[2]
         positions = sinusoidal_positions(end, self.config.dim, codes.device)[first:]
@@ -402,7 +409,7 @@ class Magnet(nn.Module):
     ) -> FrameInputs | DelayedInputs:
         """Shared inputs of all blocks, from the first block's input `b t d`, or `b s d`."""
         rotation = None
-        if self.config.positions == "rotary":
+        if self.config.is_rotary:
             angles = rotary_angles(x.shape[1], self.config.dim // self.config.num_heads, x.device)
             rotation = angles.cos(), angles.sin()
         if not self.is_delayed:

@@ -95,6 +95,8 @@ class MagnetModule(L.LightningModule):
         text_encoder: str = "demo",
         crop_s: float = 10.0,
         span_len: int = 3,
+        more_span_lens: tuple[int, ...] = (),
+        beginning_share: float = 0.0,
         prompt_weight: float = 1.0,
         guidance_dropout: float = 0.3,
         stage_sampling: Literal["batch", "example"] = "batch",
@@ -116,6 +118,10 @@ class MagnetModule(L.LightningModule):
                 its tokenizer.
             crop_s: Length of training crops and, by default, of generated audio, in seconds.
             span_len: Length of masked spans, in frames; 3 frames are 60 ms at 50 Hz.
+            more_span_lens: Further span lengths, in frames; each batch draws one of span_len and
+                these, with equal chance. Validation and decoding use span_len.
+            beginning_share: Share of examples whose beginning, of random length, stays visible, 0
+                to 1 (published: 0). Trains continuation. Ignored for other orders than parallel.
             prompt_weight: Weight of the codes in a hybrid's autoregressive beginning relative to
                 masked ones, at least 0. At 1, as in audiocraft's branch, the beginnings have about
                 six times the total weight. Ignored for order=parallel.
@@ -140,8 +146,12 @@ class MagnetModule(L.LightningModule):
         super().__init__()
         if not 0 <= guidance_dropout <= 1:
             raise UserError(f"guidance_dropout={guidance_dropout} must be between 0 and 1")
-        if span_len < 1:
-            raise UserError(f"span_len={span_len} must be at least 1 frame")
+        if min((span_len, *more_span_lens)) < 1:
+            raise UserError(
+                f"span_len={span_len}, more_span_lens={list(more_span_lens)}: give at least 1 frame"
+            )
+        if not 0 <= beginning_share <= 1:
+            raise UserError(f"beginning_share={beginning_share} must be between 0 and 1")
         if not 0 <= prompt_weight < math.inf:
             raise UserError(f"prompt_weight={prompt_weight} must be 0 or more")
         if stage_sampling not in ("batch", "example"):
@@ -168,6 +178,8 @@ class MagnetModule(L.LightningModule):
                 "text_encoder": text_encoder,
                 "crop_s": crop_s,
                 "span_len": span_len,
+                "more_span_lens": list(more_span_lens),
+                "beginning_share": beginning_share,
                 "prompt_weight": prompt_weight,
                 "guidance_dropout": guidance_dropout,
                 "stage_sampling": stage_sampling,
@@ -187,6 +199,9 @@ class MagnetModule(L.LightningModule):
         self.seed = seed
         self.crop_s = crop_s
         self.prompt_weight = prompt_weight
+        self.beginning_share = beginning_share
+        self.span_lens = (span_len, *more_span_lens)
+        """Lengths of which each batch draws one."""
         self.stage_weights = None if stage_weights is None else torch.tensor(stage_weights)
         self.stage_sampling = stage_sampling
         self.codec_name = codec
@@ -396,8 +411,15 @@ class MagnetModule(L.LightningModule):
     ) -> tuple[Tensor, Tensor]:
         """Masked frames, `b t`, and prompt steps, `b`; these are 0 for MAGNeT, which draws none."""
         size, books = len(rates), self.config.num_codebooks
+        span_len = self._draw_span_len(generator)
         if self.config.order == "parallel":
-            masked = span_mask(rates, num_frames, self.span_len, generator)
+            if self.beginning_share > 0:
+                starts = torch.randint(num_frames, (size,), generator=generator)
+                with_beginning = torch.rand(size, generator=generator) < self.beginning_share
+                starts = starts.masked_fill(~with_beginning, 0)
+                masked = span_mask_behind(starts, rates, num_frames, span_len, generator)
+            else:
+                masked = span_mask(rates, num_frames, span_len, generator)
             return masked.to(self.device), torch.zeros(size, dtype=torch.long)
         if self.config.order == "hybrid":
             steps = torch.randint(num_frames, (size,), generator=generator)
@@ -407,8 +429,13 @@ class MagnetModule(L.LightningModule):
         for stage, rows in stages:
             stage_of[rows] = stage
         starts = (steps - stage_of).clamp(0, num_frames)
-        masked = span_mask_behind(starts, rates, num_frames, self.span_len, generator)
+        masked = span_mask_behind(starts, rates, num_frames, span_len, generator)
         return masked.to(self.device), steps.to(self.device)
+
+    def _draw_span_len(self, generator: torch.Generator) -> int:
+        if len(self.span_lens) == 1:
+            return self.span_len
+        return self.span_lens[int(torch.randint(len(self.span_lens), (), generator=generator))]
 
     def _drawn_stages(self, count: int, size: int) -> list[tuple[int, list[int]]]:
         """Stages to train in the batch after `count` others, with the rows of each.

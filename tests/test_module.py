@@ -80,6 +80,39 @@ def test_the_caption_matters_and_its_absence_is_the_null_condition(module):
     assert (with_text - without).abs().min() > 1e-4
 
 
+def drawn_masks(rate: float, num_batches: int = 40, **options) -> torch.Tensor:
+    """Masks of batches of 6 examples of 60 frames: `batch example frame`."""
+    network = MagnetConfig(dim=8, num_heads=1, num_layers=1)
+    module = MagnetModule(network, **options)
+    rates = torch.full((6,), rate)
+    return torch.stack(
+        [
+            module._draw_masks(rates, [(0, list(range(6)))], 60, step_generator(0, i))[0]
+            for i in range(num_batches)
+        ]
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_examples_shows_its_beginning(share):
+    masks = drawn_masks(1.0, span_len=1, beginning_share=share).flatten(0, 1)
+    starts = masks.int().argmax(1)
+    assert torch.equal(masks, torch.arange(60) >= starts[:, None])  # all frames behind it
+    assert abs((starts > 0).float().mean() - share * 59 / 60) < 0.1
+    assert share == 0 or (starts.max() > 50 and starts[starts > 0].min() < 10)
+
+
+def test_each_batch_draws_one_of_the_span_lengths():
+    masks = drawn_masks(0.02, span_len=2, more_span_lens=(7,))
+    lengths = masks[:, :, :50].sum(2)  # one span; those near the end are cut
+    for batch_lengths in lengths:
+        whole = batch_lengths[batch_lengths > 1]
+        assert whole.max() <= 2 or (whole >= 2).all()
+    longest = lengths.amax(1)
+    assert set(longest.tolist()) <= {0, 1, 2, 7}
+    assert 0.25 < (longest == 7).float().mean() < 0.75
+
+
 def test_draws_belong_to_their_place_in_the_run():
     a, b, c = (
         torch.rand(4, generator=step_generator(1, *place)) for place in ((5, 0), (5, 0), (5, 1))
@@ -103,6 +136,18 @@ def test_initial_weights_are_a_function_of_the_seed(module):
                 guidance_dropout=1.5, network=MagnetConfig(dim=8, num_heads=1, num_layers=1)
             ),
             "guidance",
+        ),
+        (
+            lambda: MagnetModule(
+                more_span_lens=(0,), network=MagnetConfig(dim=8, num_heads=1, num_layers=1)
+            ),
+            "span",
+        ),
+        (
+            lambda: MagnetModule(
+                beginning_share=1.5, network=MagnetConfig(dim=8, num_heads=1, num_layers=1)
+            ),
+            "beginning",
         ),
         (
             lambda: MagnetModule(

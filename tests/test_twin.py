@@ -18,12 +18,13 @@ SIZE, T = 64, 77
 OPTIONS = [
     {"context": 5},
     {"context": 5, "positions": "rotary"},
+    {"context": 5, "positions": "both"},
     {"context": 5, "convolution": 7},
     {"context": (-1, 9, 2, 0), "positions": "rotary", "convolution": 3},
 ]
 
 
-@pytest.fixture(params=OPTIONS, ids=["published", "rotary", "convolution", "all"])
+@pytest.fixture(params=OPTIONS, ids=["published", "rotary", "both", "convolution", "all"])
 def model(request) -> Magnet:
     return Magnet(
         MagnetConfig(

@@ -205,9 +205,10 @@ def check_span(config: Any) -> None:
     if codec is None:  # reported elsewhere
         return
     num_frames = round(config.model.crop_s * codec.frame_rate)
-    if config.model.span_len > num_frames:
+    longest = max((config.model.span_len, *config.model.more_span_lens))
+    if longest > num_frames:
         raise UserError(
-            f"model.span_len={config.model.span_len}: longer than an example, "
+            f"model.span_len={longest}: longer than an example, "
             f"crop_s={config.model.crop_s:g} s are {num_frames} frames; set a smaller "
             "--model.span_len or a larger --model.crop_s"
         )

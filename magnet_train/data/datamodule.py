@@ -16,6 +16,7 @@ from magnet_train.common.errors import UserError
 from magnet_train.data.captions import CaptionAugmentation
 from magnet_train.data.pipeline import (
     CropPhase,
+    CropStart,
     EvaluationDataset,
     ShardSet,
     TrainingStream,
@@ -121,6 +122,7 @@ class MagnetDataModule(L.LightningDataModule):
         num_workers: int | None = None,
         crop_s: float = 10.0,
         crop_schedule: list[tuple[float, int]] | None = None,
+        crop_start: CropStart = "anywhere",
         codec: str = "demo",
         seed: int = 2036,
         predict_split: str = "test",
@@ -144,6 +146,9 @@ class MagnetDataModule(L.LightningDataModule):
             crop_schedule: Pairs of crop length in seconds and number of optimizer steps. Training
                 uses these crops in order, then crop_s. The number of seconds per batch is constant,
                 so shorter crops mean more examples. Validation always uses crop_s.
+            crop_start: Where training crops begin: "anywhere", or on a "bar" line, so that a model
+                learns where the beats are. Bars come from the items' fields first_bar_s and bar_s;
+                items without them are cropped anywhere.
             codec: Codec of the shards; linked to the model's.
             seed: Seed of order and crops.
             predict_split: Split whose captions `predict` uses: train, validation or test.
@@ -170,6 +175,9 @@ class MagnetDataModule(L.LightningDataModule):
         self.crop_s = crop_s
         self.global_batch_size = global_batch_size
         self.augmentation = augmentation
+        if crop_start not in ("anywhere", "bar"):
+            raise UserError(f"data: crop_start={crop_start}: choose anywhere or bar")
+        self.crop_start = crop_start
         self.crop_schedule = check_crop_schedule(crop_schedule or [], crop_s)
         self._is_batch_split = False
         self.codec_name = codec
@@ -342,6 +350,7 @@ class MagnetDataModule(L.LightningDataModule):
             start,
             self.augmentation,
             self.crop_phases(trainer.accumulate_grad_batches),
+            self.crop_start,
         )
         return TimedLoader(
             stream,

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from magnet_train.common.redact import redact
 from magnet_train.data.captions import CaptionAugmentation, augmented
 from magnet_train.data.shards import Item, ShardSet
 
+CropStart = Literal["anywhere", "bar"]
 SHARDS_MIXED = 4
 """Shards that a worker shuffles together: 1000 crops of 30 s take 14 MB."""
 MAX_UNREADABLE, MAX_UNREADABLE_S = 100, 900.0
@@ -311,21 +312,57 @@ def assign_batches(
             return
 
 
-def crop_examples(examples: Iterator[Example], frame_rate: float) -> Iterator[Example]:
-    """Stage: crops examples to `num_frames`; shorter examples keep all frames with audio.
+def crop_examples(
+    examples: Iterator[Example], frame_rate: float, crop_start: CropStart = "anywhere"
+) -> Iterator[Example]:
+    """Stage: crop longer examples to `num_frames`.
 
     Args:
-        examples: cropped at random if they have `rng`, otherwise from the start.
-        frame_rate: frame rate of the codec in Hz, to find the frames that contain audio.
+        examples: with `rng`, at a random start; without, from the beginning.
+        frame_rate: of the codec, in Hz; gives the number of frames that hold audio.
+        crop_start: where random crops begin.
     """
     for example in examples:
         codes, num_frames, rng = example["codes"], example["num_frames"], example["rng"]
         duration = math.ceil(round(example["info"]["duration_s"] * frame_rate, 6))
         end = min(codes.shape[1], duration)
-        is_longer = end > num_frames
-        start = int(rng.integers(end - num_frames + 1)) if rng is not None and is_longer else 0
+        start = 0
+        if rng is not None and end > num_frames:
+            bars: list[int] = []
+            if crop_start == "bar":
+                bars = bar_starts(example["info"], frame_rate, end - num_frames)
+            starts = bars or range(end - num_frames + 1)
+            start = starts[rng.integers(len(starts))]
         example["codes"] = codes[:, start : min(end, start + num_frames)]
         yield example
+
+
+def bar_starts(info: dict[str, Any], frame_rate: float, last: int) -> list[int]:
+    """Frames up to `last` that begin a bar; the beginning of the audio counts as one.
+
+    Args:
+        info: of the item: `bar_s`, length of a bar in seconds; `first_bar_s`, time of the first bar
+            line in its audio file (default 0); `offset_s`, where the item begins in it (default 0).
+            Numbers below 0 or from 1e6 on give no bars.
+        frame_rate: of the codec, in Hz.
+        last: last possible frame.
+
+    >>> bar_starts({"bar_s": 2.0, "first_bar_s": 0.48, "offset_s": 0.0}, 25.0, 120)
+    [0, 12, 62, 112]
+    """
+    numbers = (info.get("bar_s"), info.get("first_bar_s", 0.0), info.get("offset_s", 0.0))
+    if not all(isinstance(x, int | float) and 0 <= x < 1e6 for x in numbers):
+        return []
+    bar, first, offset = numbers
+    if bar * frame_rate < 1:
+        return []
+    number = math.floor((offset - first) / bar)
+    starts = {0} if offset == 0 else set()
+    while (frame := round((first + number * bar - offset) * frame_rate)) <= last:
+        if frame >= 0:
+            starts.add(frame)
+        number += 1
+    return sorted(starts)
 
 
 def vary_captions(
@@ -421,6 +458,8 @@ class TrainingStream(IterableDataset):
     augmentation: CaptionAugmentation = CaptionAugmentation()
     shorter: Sequence[CropPhase] = ()
     """Initial phases with shorter crops."""
+    crop_start: CropStart = "anywhere"
+    """Where crops of longer items begin."""
 
     @property
     def phases(self) -> list[CropPhase]:
@@ -440,7 +479,7 @@ class TrainingStream(IterableDataset):
             lambda: training_order(self.shards.counts, self.seed, part, parts, done),
             lambda groups: read_training(groups, self.shards, self.seed),
             lambda examples: assign_batches(examples, self.phases, numbers),
-            lambda examples: crop_examples(examples, frame_rate),
+            lambda examples: crop_examples(examples, frame_rate, self.crop_start),
             lambda examples: vary_captions(examples, self.augmentation),
             collate_batches,
         ]

@@ -157,7 +157,7 @@ class CausalForward:
         self.inputs = [head.new_zeros(batch_size, side, config.dim) for _ in model.blocks]
         """Last inputs of each block's convolution, oldest first."""
         self.rotation: tuple[Tensor, Tensor] | None = None
-        if config.positions == "rotary":
+        if config.is_rotary:
             angles = rotary_angles(columns, config.dim // config.num_heads, head.device)
             self.rotation = angles.cos(), angles.sin()
 
