@@ -77,6 +77,32 @@ def load_teacher(start: SavedModel | None, network: MagnetConfig) -> Magnet:
 MAX_CROP_S = 3600.0
 
 
+def check_ranges(
+    span_lens: tuple[int, ...],
+    crop_s: float,
+    guidance_dropout: float,
+    beginning_share: float,
+    prompt_weight: float,
+) -> None:
+    """Whether the numbers of the objective are within their ranges.
+
+    Raises:
+        UserError: if one is not.
+    """
+    if min(span_lens) < 1:
+        raise UserError(f"span_len={min(span_lens)} must be at least 1 frame")
+    if not 0 < crop_s <= MAX_CROP_S:
+        raise UserError(f"crop_s={crop_s} must be above 0 and at most {MAX_CROP_S:.0f} seconds")
+    for name, share in (
+        ("guidance_dropout", guidance_dropout),
+        ("beginning_share", beginning_share),
+    ):
+        if not 0 <= share <= 1:
+            raise UserError(f"{name}={share} must be between 0 and 1")
+    if not 0 <= prompt_weight < math.inf:
+        raise UserError(f"prompt_weight={prompt_weight} must be 0 or more")
+
+
 def initial_provenance(start: SavedModel | None) -> dict[str, Any]:
     """Origin and licence of the initial weights; empty for random ones."""
     if start is None:
@@ -144,21 +170,12 @@ class MagnetModule(L.LightningModule):
             seed: Seed of initial weights, masks and dropout.
         """
         super().__init__()
-        if not 0 <= guidance_dropout <= 1:
-            raise UserError(f"guidance_dropout={guidance_dropout} must be between 0 and 1")
-        if min((span_len, *more_span_lens)) < 1:
-            raise UserError(
-                f"span_len={span_len}, more_span_lens={list(more_span_lens)}: give at least 1 frame"
-            )
-        if not 0 <= beginning_share <= 1:
-            raise UserError(f"beginning_share={beginning_share} must be between 0 and 1")
-        if not 0 <= prompt_weight < math.inf:
-            raise UserError(f"prompt_weight={prompt_weight} must be 0 or more")
+        check_ranges(
+            (span_len, *more_span_lens), crop_s, guidance_dropout, beginning_share, prompt_weight
+        )
         if stage_sampling not in ("batch", "example"):
             raise UserError(f"stage_sampling={stage_sampling}: choose batch or example")
         stage_weights = checked_stage_weights(stage_weights, network.num_codebooks)
-        if not 0 < crop_s <= MAX_CROP_S:
-            raise UserError(f"crop_s={crop_s} must be above 0 and at most {MAX_CROP_S:.0f} seconds")
         if init_from is not None and start_from_codec:
             raise UserError(
                 f"init_from={init_from} and start_from_codec=true: choose one to start from"
