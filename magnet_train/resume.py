@@ -19,13 +19,13 @@ from magnet_train.common.errors import UserError, integer_from_environment
 from magnet_train.common.pretrained import one_line
 from magnet_train.release import read_checkpoint
 
-PARTS = {
-    "state_dict": dict,
+WEIGHTS_PARTS = {"state_dict": dict, "hyper_parameters": dict}
+"""Entries of a checkpoint that validating needs, and their types."""
+PARTS = WEIGHTS_PARTS | {
     "optimizer_states": list,
     "lr_schedulers": list,
     "loops": dict,
     "callbacks": dict,
-    "hyper_parameters": dict,
 }
 """Entries of a checkpoint that resuming needs, and their types."""
 
@@ -104,8 +104,26 @@ def _skipping_damaged(path: Path) -> Iterator[None]:
         warnings.warn(f"skipping checkpoint {reason}", stacklevel=4)
 
 
-def read_training_checkpoint(path: Path) -> dict[str, Any]:
+def check_named_checkpoint(path: Path, is_fit: bool) -> None:
+    """Check that Lightning can load a checkpoint, before anything is made.
+
+    Args:
+        path: of the file.
+        is_fit: whether training resumes from it; else only its weights are used.
+
+    Raises:
+        UserError: as `read_training_checkpoint`.
+    """
+    parts = PARTS if is_fit else WEIGHTS_PARTS
+    read_training_checkpoint(path, parts | {"pytorch-lightning_version": str})
+
+
+def read_training_checkpoint(path: Path, parts: Mapping[str, type] = PARTS) -> dict[str, Any]:
     """Read and verify a checkpoint from which `fit` can resume.
+
+    Args:
+        path: of the file.
+        parts: entries that it must have, and their types.
 
     Raises:
         UserError: if the file is missing or damaged, contains more than plain data, or is not a
@@ -113,7 +131,7 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
     """
     checkpoint = read_checkpoint(path)
     _checked_step(path, checkpoint)
-    for name, kind in PARTS.items():
+    for name, kind in parts.items():
         if not isinstance(checkpoint.get(name), kind):
             raise UserError(
                 f"{path}: not a checkpoint of a training run ({name} is missing); choose another"

@@ -191,7 +191,12 @@ class Samples:
         settings |= {"crop_s": 2.0, "span_len": 3, "guidance_dropout": 0.3}
         weights = {f"network.{k}": v for k, v in Magnet(config).state_dict().items()}
         parts: dict[str, Any] = {"state_dict": weights, "hyper_parameters": settings}
-        parts |= {"global_step": 7, "callbacks": {}, "optimizer_states": []}
+        parts |= {
+            "pytorch-lightning_version": "2.6.6",
+            "global_step": 7,
+            "callbacks": {},
+            "optimizer_states": [],
+        }
         return parts | {"lr_schedulers": [], "loops": {}}
 
     @property

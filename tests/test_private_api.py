@@ -148,3 +148,16 @@ def test_options_are_parsed_without_defaults():
     parser.add_argument("--left", type=int, default=2)
     found = private_api.parse_without_defaults(parser, ["--given", "3"])
     assert found.given == 3 and "left" not in found
+
+
+def test_options_that_need_a_value_are_known_by_their_type():
+    parser = ArgumentParser()
+    parser.add_argument("--number", type=int, default=1)
+    parser.add_argument("--optional", type=int | None, default=1)
+    parser.add_argument("--absent", type=int)
+    parser.add_argument("--anything", type=Any, default=1)
+    within = ArgumentParser()
+    within.add_argument("--rate", type=float | int, default=0.5)
+    parser.add_subcommands().add_subcommand("verb", within)
+    found = list(private_api.options_that_need_a_value(parser))
+    assert found == ["number", "verb.rate"]

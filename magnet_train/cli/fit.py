@@ -45,7 +45,7 @@ from magnet_train.evaluation.report import write_report
 from magnet_train.evaluation.run_report import report_from_run
 from magnet_train.model import MagnetConfig
 from magnet_train.module import MagnetModule
-from magnet_train.resume import requeue_count
+from magnet_train.resume import check_named_checkpoint, requeue_count
 from magnet_train.tracking.wandb_session import finish_wandb, prepare_wandb
 
 T = TypeVar("T")
@@ -281,6 +281,8 @@ class MagnetCLI(private_api.lightning_cli()):
         distils = config.model.distil_guidance  # from weights that a checkpoint does not hold
         if resumes and not distils and config.ckpt_path not in NAMED_CHECKPOINTS:
             config.model.init_from = None  # the weights are the checkpoint's
+        if resumes and config.ckpt_path not in NAMED_CHECKPOINTS:
+            check_named_checkpoint(Path(config.ckpt_path).expanduser(), self.verb == "fit")
         self.run_folder = Path(config.trainer.default_root_dir or "runs/run").expanduser()
         if self.verb == "fit" and not config.trainer.fast_dev_run:
             writable_folder(self.run_folder, "--trainer.default_root_dir")

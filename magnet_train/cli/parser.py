@@ -134,7 +134,16 @@ class OneLineErrors(ArgumentParser):
             self.set_defaults(self.late_defaults(self.given(args)))
         config = super().parse_args(args, *rest, **settings)
         check_finite(config)
+        self._check_values(config)
         return config
+
+    def _check_values(self, config: Namespace) -> None:
+        """Raise a UserError for an option without a value that needs one."""
+        for name in private_api.options_that_need_a_value(self):
+            if name in config and config[name] is None:
+                verb = getattr(config, "subcommand", None)
+                shown = name if verb is None else name.removeprefix(f"{verb}.")
+                raise UserError(f"--{shown} null: give a value, or leave it out")
 
     def given(self, args: list[str]) -> Namespace:
         """Options given by files and flags, without defaults and linked values."""

@@ -6,9 +6,9 @@ tests/test_private_api.py calls all of them, so that it fails if an update remov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -143,6 +143,17 @@ def parse_without_defaults(parser: Any, args: list[str]) -> Any:
 
     with skip_apply_links():
         return ArgumentParser.parse_args(parser, args, defaults=False, _skip_validation=True)
+
+
+def options_that_need_a_value(parser: Any, prefix: str = "") -> Iterator[str]:
+    """Options whose type excludes null, which the parser takes for any type; with subcommands."""
+    for action in parser._actions:
+        for name, inner in (getattr(action, "_name_parser_map", None) or {}).items():
+            yield from options_that_need_a_value(inner, f"{prefix}{name}.")
+        hint = getattr(action, "_typehint", None)
+        takes_null = hint in (None, Any, type(None)) or type(None) in get_args(hint)
+        if not takes_null and action.default is not None:
+            yield f"{prefix}{action.dest}"
 
 
 # --- Lightning 2.6.6: command line ----------------------------------------------------------------
