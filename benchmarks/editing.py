@@ -4,30 +4,36 @@
     python benchmarks/editing.py seams --clips 24
     python benchmarks/editing.py extension --minutes 10
     python benchmarks/editing.py options --clips 24
+    python benchmarks/editing.py examples
 
-Each part writes benchmarks/records/editing_PART.json and renews editing.md beside it. The records
-name the weights. Recordings are validation clips decoded by the codec, so that what is measured is
-the model's part of a seam, and not that of the codec.
+Each part writes benchmarks/records/editing_PART.json and renews editing.md beside it; `examples`
+writes docs/editing. The records name the weights. Recordings are validation clips decoded by the
+codec, so that what is measured is the model's part of a seam, and not that of the codec.
 
 A seam's perplexity: a masked reading by the model itself. The 5 frames behind it are masked in one
 stage, all stages in turn; codebooks below are seen, those above hidden, as in training. It is
-divided by that of frames elsewhere in the same audio, 1 s or more from any seam.
+divided by that of frames of the same kind elsewhere in the same audio: what is made anew is
+compared with what is made anew, and what is recorded with what is recorded.
 """
 
 import argparse
 import json
 import platform
 import resource
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 import torch
 from torch import Tensor
 
+from magnet_train.__main__ import main as main_of_package
 from magnet_train.common.assets import demo_path
 from magnet_train.common.folders import write_json
 from magnet_train.data.pipeline import EvaluationDataset
@@ -86,71 +92,78 @@ def surprise(generator: Generator, codes: Tensor, caption: str, places: list[int
     return torch.stack([total[place : place + BEHIND].mean() for place in places])
 
 
-def seam_ratio(generator: Generator, codes: Tensor, caption: str, seams: list[int]) -> Tensor:
-    """Log of each seam's perplexity over that of the same audio elsewhere."""
-    rate = round(generator.codec.facts.frame_rate)
-    elsewhere = [
-        place
-        for place in range(rate, codes.shape[1] - rate, rate)
-        if all(abs(place - seam) >= rate for seam in seams)
-    ]
-    inside = surprise(generator, codes, caption, elsewhere)
-    return surprise(generator, codes, caption, seams) - inside.mean()
+def seam_ratio(
+    generator: Generator, codes: Tensor, caption: str, seams: dict[int, list[int]]
+) -> Tensor:
+    """Log of each seam's perplexity over that of frames of the same kind, by seam: their places."""
+    places = sorted({place for others in seams.values() for place in others})
+    found = dict(zip(places, surprise(generator, codes, caption, places).tolist(), strict=True))
+    at_seams = surprise(generator, codes, caption, list(seams))
+    elsewhere = [np.mean([found[place] for place in others]) for others in seams.values()]
+    return at_seams - torch.tensor(elsewhere)
 
 
 @torch.no_grad()
-def seams(generator: Generator, args: argparse.Namespace) -> dict[str, Any]:
+def seams(generator: Generator, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     facts = generator.codec.facts
     rate, hop = round(facts.frame_rate), facts.hop_samples
     items = validation_items(generator, args.clips)
     size = items[0]["codes"].shape[1]
-    borders = [round(size * share) for share in (0.2, 0.4, 0.6, 0.8)]
-    loop = round(0.8 * size)
+    middle, loop = size // 2, round(0.8 * size)
+    a, b, c, d = (round(size * share) for share in (0.2, 0.4, 0.6, 0.8))
+    real, made = [a // 2, middle, (d + size) // 2], [(a + b) // 2, (c + d) // 2]
+    # What lies behind the left border of a region is made anew, behind the right border it is real.
+    regions = {a: made, b: real, c: made, d: real}
+    near = {middle: [middle - rate // 2 - BEHIND, middle + rate // 2]}
+    far = {middle: [middle - 2 * rate, middle - rate, middle + rate, middle + 2 * rate]}
     found: dict[str, list[Tensor]] = {}
 
-    def read(name: str, wav: Tensor, caption: str, places: list[int]) -> None:
+    def read(name: str, wav: Tensor, caption: str, places: dict[int, list[int]]) -> None:
         codes = encode_blocks(generator.codec, wav)[0]
         found.setdefault(name, []).append(seam_ratio(generator, codes, caption, places))
 
     def twice(wav: Tensor) -> Tensor:
-        """The middle of a loop that is played twice, with its seam."""
-        return torch.cat([wav[:, -size * hop // 2 :], wav[:, : size * hop // 2]], 1)
+        """The end of a loop and its beginning, with the seam in the middle."""
+        return torch.cat([wav[:, -middle * hop :], wav[:, : middle * hop]], 1)
 
     for i, item in enumerate(items):
-        wav = generator.codec.decode(item["codes"][None])[0]
-        other = items[(i + 1) % len(items)]["codes"]
-        caption = item["caption"]
-        read("uncut music, the same places", wav, caption, borders)
-        regions = tuple(
-            (a / rate, b / rate) for a, b in zip(borders[::2], borders[1::2], strict=True)
-        )
-        edited = generator.edit(wav, facts.sample_rate, Edit(regions), caption)[0].wav
-        read("`edit --regenerate`, two regions", edited, caption, borders)
-        made = generator.edit(wav, facts.sample_rate, Edit(loop_s=loop / rate), caption)[0].wav
-        read("`edit --loop`", twice(made), caption, [size // 2])
-        generated = generator.generate([caption], 0, [item["key"]], loop / rate, loop=True).wav[0]
-        read("`generate --loop`", twice(generated), caption, [size // 2])
-        read(
-            "naive repetition of the same length", twice(wav[:, : loop * hop]), caption, [size // 2]
-        )
-        half = generator.codec.decode(other[None])[0][:, : size * hop // 2]
-        naive = torch.cat([wav[:, : size * hop // 2], half], 1)
-        read("naive concatenation of two clips", naive, caption, [size // 2])
+        wav, caption = generator.codec.decode(item["codes"][None])[0], item["caption"]
+        other = generator.codec.decode(items[(i + 1) % len(items)]["codes"][None])[0]
+        read("uncut music, the places of the regions", wav, caption, regions)
+        read("uncut music, its middle", wav, caption, far)
+        edit = Edit(((a / rate, b / rate), (c / rate, d / rate)))
+        edited = generator.edit(wav, facts.sample_rate, edit, caption)[0].wav
+        read("`edit --regenerate`, two regions", edited, caption, regions)
+        inside = dict.fromkeys(made, real)
+        read("inside these regions, against the recording", edited, caption, inside)
+        edit = Edit(loop_s=loop / rate)
+        looped = generator.edit(wav, facts.sample_rate, edit, caption)[0].wav
+        read("`edit --loop`", twice(looped), caption, near)
+        result = generator.generate([caption], 0, [item["key"]], loop / rate, loop=True)
+        read("`generate --loop`", twice(result.wav[0]), caption, far)
+        read("naive repetition of the same length", twice(wav[:, : loop * hop]), caption, far)
+        joined = torch.cat([wav[:, : middle * hop], other[:, middle * hop :]], 1)
+        read("naive concatenation of two clips", joined, caption, far)
         print(f"{i + 1} of {len(items)}", flush=True)
-    rows = []
-    for name, values in found.items():
-        clips = torch.stack([x.mean() for x in values])
-        low, high = bootstrap_interval(clips)
-        mean = float(clips.mean())
-        rows.append({"audio": name, "ratio": np.exp(mean), "interval": np.exp([low, high])})
-    return {"clips": len(items), "frames_behind": BEHIND, "rows": rows}
+        if i > 0:  # a record after every clip, because all of them take long
+            rows = []
+            for name, values in found.items():
+                clips = torch.stack([x.mean() for x in values])
+                interval = np.exp(bootstrap_interval(clips))
+                rows.append(
+                    {
+                        "audio": name,
+                        "ratio": {"value": float(clips.mean().exp()), "interval": interval},
+                    }
+                )
+            yield {"clips": i + 1, "frames_behind": BEHIND, "rows": rows}
 
 
 # --- what the network sees of given codes ---------------------------------------------------------
 
 
 @torch.no_grad()
-def prompt(generator: Generator, args: argparse.Namespace) -> dict[str, Any]:
+def prompt(generator: Generator, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Cross-entropy of stage 0 behind a given half, whose upper codebooks are hidden or not."""
     size, items = generator.codec.facts.codebook_size, validation_items(generator, args.clips)
     found: dict[str, list[Tensor]] = {}
@@ -180,13 +193,13 @@ def prompt(generator: Generator, args: argparse.Namespace) -> dict[str, Any]:
         value = {"value": float(values.mean()), "interval": bootstrap_interval(values)}
         rows.append({"audio": name, "nats": value})
     worse = float((visible_loss > hidden_loss).double().mean())
-    return {"clips": len(items), "clips where visible is worse": round(worse, 3), "rows": rows}
+    yield {"clips": len(items), "clips where visible is worse": round(worse, 3), "rows": rows}
 
 
 # --- extension ------------------------------------------------------------------------------------
 
 
-def extension(generator: Generator, args: argparse.Namespace) -> dict[str, Any]:
+def extension(generator: Generator, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Clips continued for minutes; the last minute beside the first, in 10-second pieces."""
     facts = generator.codec.facts
     items = validation_items(generator, max(args.clips, 1))
@@ -210,7 +223,7 @@ def extension(generator: Generator, args: argparse.Namespace) -> dict[str, Any]:
     rows = [
         {"audio": name} | figures(clips, captions, reference) for name, clips in minutes.items()
     ]
-    return {
+    yield {
         "minutes": args.minutes,
         "recordings": len(memory),
         "peak_memory_mb": [round(m) for m in memory],
@@ -230,7 +243,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def options(generator: Generator, args: argparse.Namespace) -> dict[str, Any]:
+def options(generator: Generator, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     items = validation_items(generator, args.clips)
     captions = {item["key"]: item["caption"] for item in items}
     reference = real_features(validation_items(generator, 500)).statistics()
@@ -259,6 +272,7 @@ def options(generator: Generator, args: argparse.Namespace) -> dict[str, Any]:
 
     for name, settings in OPTIONS.items():
         add(name, lambda settings=settings: decode(settings, 0))
+        yield {"clips": len(items), "rows": rows}
 
     def best() -> list[AudioClip]:
         rounds = zip(*(decode({}, seed) for seed in range(args.best_of)), strict=True)
@@ -266,7 +280,32 @@ def options(generator: Generator, args: argparse.Namespace) -> dict[str, Any]:
 
     add(f"best of {args.best_of} by text/musicnn", best)
     generator._pass = forward
-    return {"clips": len(items), "rows": rows}
+    yield {"clips": len(items), "rows": rows}
+
+
+# --- examples of the documentation ----------------------------------------------------------------
+
+
+CLIPS = Path(__file__).parents[1] / "data/demo/clips"
+EXAMPLES = {
+    "region": ["bach_bwv295_bassoon-clarinet-flute-oboe.wav", "--regenerate", "4:8"],
+    "loop": ["airdsairs_book4_075_clarinet-dulcimer.flac", "--loop", "--bars", "4", "--bpm", "112"],
+    "continuation": ["joplin_maple-leaf-rag_piano.mp3", "--to_s", "140"],
+}
+
+
+def examples(args: argparse.Namespace) -> None:
+    """`edit` on three recordings; small audio, plots and recipes in docs/editing."""
+    folder = CLIPS.parents[2] / "docs/editing"
+    folder.mkdir(exist_ok=True)
+    for name, (clip, *options) in EXAMPLES.items():
+        with tempfile.TemporaryDirectory() as out:
+            model = ["--checkpoint", args.checkpoint, "--precision", "bf16", "--out", out]
+            assert main_of_package(["edit", str(CLIPS / clip), *options, *model]) == 0
+            (made,) = Path(out).glob("*.wav")
+            wav, rate = soundfile.read(made)
+            soundfile.write(folder / f"{name}.ogg", wav, rate, "VORBIS", compression_level=0.8)
+            shutil.copy(made.with_suffix(".png"), folder / f"{name}.png")
 
 
 # --- figures and records --------------------------------------------------------------------------
@@ -301,11 +340,10 @@ def figures(clips: list[AudioClip], captions: dict[str, str], reference: Any) ->
 
 
 def table(record: dict[str, Any]) -> list[str]:
-    columns = list(dict.fromkeys(key for row in record["rows"] for key in row if key != "interval"))
+    columns = list(dict.fromkeys(key for row in record["rows"] for key in row))
 
     def cell(row: dict[str, Any], column: str) -> str:
-        value = row.get(column, "")
-        interval = row.get("interval") if column == "ratio" else None
+        value, interval = row.get(column, ""), None
         if isinstance(value, dict):
             value, interval = value["value"], value["interval"]
         text = f"{value:.3f}" if isinstance(value, float) else str(value)
@@ -316,7 +354,9 @@ def table(record: dict[str, Any]) -> list[str]:
 
 
 def write_record(part: str, record: dict[str, Any]) -> None:
-    write_json(RECORDS / f"editing_{part}.json", json.loads(json.dumps(record, default=list)))
+    write_json(
+        RECORDS / f"editing_{part}.json", json.loads(json.dumps(record, default=np.ndarray.tolist))
+    )
     lines = ["# Editing", "", "Written by `benchmarks/editing.py`, which says what is measured."]
     for name in ("prompt", "seams", "extension", "options"):
         file = RECORDS / f"editing_{name}.json"
@@ -334,7 +374,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = {"prompt": prompt, "seams": seams, "extension": extension, "options": options}
-    parser.add_argument("part", choices=parts)
+    parser.add_argument("part", choices=[*parts, "examples"])
     parser.add_argument("--checkpoint", default="demo")
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--minutes", type=int, default=10)
@@ -344,15 +384,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if args.part == "examples":
+        examples(args)
+        return
     saved = SavedModel.open(args.checkpoint)
     step = saved.provenance.get("step")
     generator = load(args.checkpoint, dtype=torch.bfloat16)
     start = time.monotonic()
-    record = parts[args.part](generator, args)
-    record["weights"] = f"{args.checkpoint}, step {step}, SHA-256 {str(saved.sha256)[:16]}"
-    record["machine"] = f"one CPU core, bfloat16, {platform.machine()}, torch {torch.__version__}"
-    record["seconds"] = round(time.monotonic() - start)
-    write_record(args.part, record)
+    about = {
+        "weights": f"{args.checkpoint}, step {step}, SHA-256 {str(saved.sha256)[:16]}",
+        "machine": f"one CPU core, bfloat16, {platform.machine()}, torch {torch.__version__}",
+    }
+    for record in parts[args.part](generator, args):
+        write_record(args.part, record | about | {"seconds": round(time.monotonic() - start)})
 
 
 if __name__ == "__main__":
