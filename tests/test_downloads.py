@@ -120,7 +120,7 @@ def test_the_cache_is_in_the_home_folder_by_default(monkeypatch):
 def test_a_failed_download_leaves_nothing(server, cache):
     assert "404" in refusal(published(server, file="absent.pth"))
     assert "12345678" in refusal(published(server, "12345678"))
-    assert "try again to continue" in refusal(replace(published(server, ""), size=len(CONTENT) - 1))
+    assert "received" in refusal(replace(published(server, ""), size=len(CONTENT) - 1))
     assert "more than" in refusal(replace(published(server), size=1000))
     nobody = replace(published(server), url="http://127.0.0.1:9/tiny.pth")
     assert "download http://127.0.0.1:9/tiny.pth" in refusal(nobody)

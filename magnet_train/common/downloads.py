@@ -216,14 +216,14 @@ def _download_from_url(weights: Weights, target: Path) -> None:
     if not sha256.startswith(expected) or (not expected and size != weights.size):
         arrived.unlink()
         if expected:
-            raise ConnectionError(f"SHA-256 of what arrived is {sha256}, not {expected}")
-        raise ConnectionError(f"{size} of {weights.size} bytes arrived")
+            raise ConnectionError(f"SHA-256 of the download is {sha256}, not {expected}")
+        raise ConnectionError(f"received {size} bytes, not {weights.size}")
     note.write_text(f"{sha256}  {target.name}\n")
     arrived.replace(target)
 
 
 def _fetch_rest(url: str, arrived: Path, max_bytes: int) -> None:
-    """Downloads what is missing of a file; what arrives stays there for the next try.
+    """Downloads the rest of a file; received bytes remain for the next try.
 
     Raises:
         OSError: if the connection fails, or breaks off.
@@ -241,14 +241,14 @@ def _fetch_rest(url: str, arrived: Path, max_bytes: int) -> None:
                 begin = file.tell()
                 while piece := answer.read(CHUNK_BYTES):
                     if file.tell() + len(piece) > max_bytes:
-                        raise ConnectionError(f"more than {max_bytes:,} bytes arrive")
+                        raise ConnectionError(f"received more than {max_bytes:,} bytes")
                     file.write(piece)
                     bar.update(len(piece))
                 got = file.tell() - begin
             if got < expected:
                 raise ConnectionError(f"received {got} of {expected} bytes; try again to continue")
     except urllib.error.HTTPError as error:
-        if error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # all of it is there
+        if error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # already complete
             raise
 
 
@@ -256,7 +256,7 @@ def load_tensors(file: WeightsFile) -> dict[str, Any]:
     """Load tensors and plain numbers from the file, on the CPU, without executing code in it.
 
     Raises:
-        UserError: if it is damaged, or contains anything else.
+        UserError: if the file is damaged or contains other objects.
     """
     with torch.serialization.safe_globals(_numpy_scalars()):
         content = read_pickle(file.path, "give the published file of weights")
