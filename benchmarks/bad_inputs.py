@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -1098,7 +1099,7 @@ def shown(found: Outcome, case: Case, folder: str = "") -> str:
     if case.expected == "failed":
         lines = [text for text in found.said.split("\n") if text.startswith(("failed", "missing"))]
         line = lines[0] if lines else line
-    line = in_table(line.replace("`", "'"))
+    line = re.sub(r"/tmp/\w+/", "…/", in_table(line.replace("`", "'")))
     line = line.replace(str(Path(__file__).resolve().parents[1]), "…")
     return f"{found.status}: {line[:160]}"
 
