@@ -218,7 +218,7 @@ class MagnetModule(L.LightningModule):
         self.prompt_weight = prompt_weight
         self.beginning_share = beginning_share
         self.span_lens = (span_len, *more_span_lens)
-        """Lengths of which each batch draws one."""
+        """Span lengths; each batch draws one."""
         self.stage_weights = None if stage_weights is None else torch.tensor(stage_weights)
         self.stage_sampling = stage_sampling
         self.codec_name = codec

@@ -20,7 +20,7 @@ from magnet_train.common.pretrained import one_line
 from magnet_train.release import read_checkpoint
 
 WEIGHTS_PARTS = {"state_dict": dict, "hyper_parameters": dict}
-"""Entries of a checkpoint that validating needs, and their types."""
+"""Entries of a checkpoint required for validation, and their types."""
 PARTS = WEIGHTS_PARTS | {
     "optimizer_states": list,
     "lr_schedulers": list,
@@ -105,11 +105,11 @@ def _skipping_damaged(path: Path) -> Iterator[None]:
 
 
 def check_named_checkpoint(path: Path, is_fit: bool) -> None:
-    """Check that Lightning can load a checkpoint, before anything is made.
+    """Check that Lightning can load a checkpoint, before files are created.
 
     Args:
         path: of the file.
-        is_fit: whether training resumes from it; else only its weights are used.
+        is_fit: whether training resumes from it; otherwise only its weights are used.
 
     Raises:
         UserError: as `read_training_checkpoint`.

@@ -143,7 +143,7 @@ class OneLineErrors(ArgumentParser):
             if name in config and config[name] is None:
                 verb = getattr(config, "subcommand", None)
                 shown = name if verb is None else name.removeprefix(f"{verb}.")
-                raise UserError(f"--{shown} null: give a value, or leave it out")
+                raise UserError(f"--{shown} null: give a value, or omit the option")
 
     def given(self, args: list[str]) -> Namespace:
         """Options given by files and flags, without defaults and linked values."""

@@ -146,7 +146,7 @@ def parse_without_defaults(parser: Any, args: list[str]) -> Any:
 
 
 def options_that_need_a_value(parser: Any, prefix: str = "") -> Iterator[str]:
-    """Options whose type excludes null, which the parser takes for any type; with subcommands."""
+    """Options whose type excludes null, including subcommands'; the parser accepts null for all."""
     for action in parser._actions:
         for name, inner in (getattr(action, "_name_parser_map", None) or {}).items():
             yield from options_that_need_a_value(inner, f"{prefix}{name}.")

@@ -338,7 +338,7 @@ def crop_examples(
 
 
 def bar_starts(info: dict[str, Any], frame_rate: float, last: int) -> list[int]:
-    """Frames up to `last` that begin a bar; the beginning of the audio counts as one.
+    """Frames up to `last` at which a bar begins; the start of the audio file is included.
 
     Args:
         info: of the item: `bar_s`, length of a bar in seconds; `first_bar_s`, time of the first bar
@@ -459,7 +459,7 @@ class TrainingStream(IterableDataset):
     shorter: Sequence[CropPhase] = ()
     """Initial phases with shorter crops."""
     crop_start: CropStart = "anywhere"
-    """Where crops of longer items begin."""
+    """Start positions of crops from longer items."""
 
     @property
     def phases(self) -> list[CropPhase]:
