@@ -22,9 +22,8 @@ def test_blocks_equal_the_dense_mask(context, num_frames, padded):
     if valid is not None:
         weight = weight * valid[:, None, :, None]
     fast = windowed_attention(q, k, v, context, valid)
-    slow = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=dense_window(num_frames, context, valid)
-    )
+    mask = dense_window(num_frames, context, valid)
+    slow = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     assert torch.allclose(fast * weight, slow * weight, atol=1e-5)
     for a, b in zip(
         torch.autograd.grad((fast * weight).sum(), (q, k, v)),
