@@ -19,6 +19,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -240,8 +241,11 @@ def main() -> int:
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     import torch
+    from tqdm import tqdm
 
     torch.set_num_threads(1)
+    # tqdm's own lock is shared with forked processes: one that was killed would hold it for ever.
+    tqdm.set_lock(threading.RLock())
     # Imported before the first fork, so that an attempt begins with its work.
     import magnet_train.cli.fit
     import magnet_train.data.tokenize  # noqa: F401
