@@ -147,7 +147,7 @@ def test_a_file_that_is_no_configuration_is_named(content, says, tmp_path, capsy
         (["fit", "--model.optimizer.betas", "[1]"], "betas [1]: give 2 values"),
         (["fit", "--model", "3"], "--model 3: give options"),
         (["fit", "--model.span_len", "null"], "--model.span_len None: give"),
-        (["generate", "--seed", "null"], "--seed null: give a value"),
+        (["generate", "--seed", "null"], "--seed None: give an integer"),
         (["fit", "--model.optimizer.lr", ".nan"], "--model.optimizer.lr nan"),
         (["fit", "--model.crop_s", ".inf"], "--model.crop_s inf"),
         (["fit", "--seed_everything", "100000000000000000000"], "seed_everything"),
