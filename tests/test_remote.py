@@ -337,7 +337,7 @@ def test_what_passes_is_waited_for(
         ("404", "not there", 1),
         ("403", "access denied", 1),
         ("401", "access denied", 1),
-        ("other", "its bytes", 2),
+        ("other", "its SHA-256", 2),
         ("503", "cannot be reached (503", None),
         ("reset", "cannot be reached", None),
         ("cut", "cannot be reached", None),
@@ -443,7 +443,7 @@ def test_an_index_does_not_choose_where_files_are_written(codec: str, tmp_path: 
         if sha256 is None:
             assert len(found.read(0)) == 2
         else:
-            assert "its bytes" in refusal(found.read, 0)
+            assert "its SHA-256" in refusal(found.read, 0)
     assert cached() == [] and not list(tmp_path.parent.rglob("stolen*"))
     store.stop()
 
