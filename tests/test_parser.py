@@ -157,6 +157,7 @@ def test_a_file_that_is_no_configuration_is_named(content, says, tmp_path, capsy
         (["validate"], "--ckpt_path"),
         (["predict"], "--ckpt_path"),
         (["fit", "--ckpt_path", "none.ckpt"], "none.ckpt"),
+        (["fit", "--ckpt_path", "last"], "last: no such file"),
         (["fit", "--model.init_from", "./none"], "./none"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",

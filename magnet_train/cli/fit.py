@@ -30,7 +30,7 @@ from magnet_train.callbacks.tracking import SaveConfig, Tracking
 from magnet_train.callbacks.validation import ValidationSchedule
 from magnet_train.callbacks.watchdog import Watchdog
 from magnet_train.checks.plan import check_seed, check_settings, parse_devices
-from magnet_train.cli.inherited import NAMED_CHECKPOINTS, fit_defaults
+from magnet_train.cli.inherited import AUTO, fit_defaults
 from magnet_train.cli.parser import ConfigFile, OneLineErrors, config_help
 from magnet_train.cli.run_folder import RunFolderLock, prepare_run_folder
 from magnet_train.cli.summary import summary_text
@@ -279,9 +279,9 @@ class MagnetCLI(private_api.lightning_cli()):
             config.ckpt_path = "auto"
         resumes = config.ckpt_path is not None
         distils = config.model.distil_guidance  # from weights that a checkpoint does not hold
-        if resumes and not distils and config.ckpt_path not in NAMED_CHECKPOINTS:
+        if resumes and not distils and config.ckpt_path != AUTO:
             config.model.init_from = None  # the weights are the checkpoint's
-        if resumes and config.ckpt_path not in NAMED_CHECKPOINTS:
+        if resumes and config.ckpt_path != AUTO:
             check_named_checkpoint(Path(config.ckpt_path).expanduser(), self.verb == "fit")
         self.run_folder = Path(config.trainer.default_root_dir or "runs/run").expanduser()
         if self.verb == "fit" and not config.trainer.fast_dev_run:

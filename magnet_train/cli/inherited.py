@@ -14,8 +14,8 @@ from magnet_train.release import SavedModel, read_checkpoint
 
 LINKED = ("num_codebooks", "codebook_size", "text_dim")
 """Settings of the network that follow from codec and text encoder."""
-NAMED_CHECKPOINTS = ("auto", "last", "best", "hpc", "registry")
-"""Values of --ckpt_path that refer to the run's own checkpoints instead of a file."""
+AUTO = "auto"
+"""Value of --ckpt_path for the newest checkpoint of the run folder; any other is a file."""
 
 
 def fit_defaults(given: Namespace) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def fit_defaults(given: Namespace) -> dict[str, Any]:
     """
     checkpoint, init_from = given.get("ckpt_path"), given.get("model.init_from")
     inherited: dict[str, Any] = {}
-    if checkpoint is not None and checkpoint not in NAMED_CHECKPOINTS:
+    if checkpoint is not None and checkpoint != AUTO:
         inherited = settings_of_checkpoint(Path(checkpoint).expanduser())
     elif init_from is not None:
         inherited = settings_of_release(init_from, bool(given.get("model.distil_guidance")))
