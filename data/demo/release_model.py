@@ -9,7 +9,6 @@ The release is config.json, weights in half precision and a card with the figure
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,8 @@ the corresponding real ones.
 
 **Trained on** 40 hours of music rendered from public-domain scores (data/demo/README.md) only.
 {trained}
-Configuration: conf/demo.yaml with conf/demo_shipped.yaml. Decoding: {decoding}
+Configuration: conf/demo.yaml with conf/demo_shipped.yaml. Decoding:
+{decoding}.
 
 **Measured** on {clips} test captions ({different} different), one 10-second clip each, with 95 %
 intervals over clips (`data/demo/evaluate_model.py`):
@@ -142,6 +142,8 @@ def main() -> None:
     generator.about |= {"trained": args.trained, "data": "40 hours of data/demo", "licence": "MIT"}
     generator.network.half()
     report = json.loads(args.metrics.read_text())
+    published = vars(DecodingConfig())
+    settings = {k: v for k, v in vars(generator.decoding).items() if v != published[k]}
     fresh = args.out.with_name(f"{args.out.name}.new")
     generator.save(
         fresh,
@@ -151,7 +153,7 @@ def main() -> None:
             trained=args.trained,
             clips=report["clips"],
             different=report["different_captions"],
-            decoding=vars(replace(generator.decoding)),
+            decoding=", ".join(f"{name}={value}" for name, value in settings.items()),
             bigram=report["stage0"]["bigram_cross_entropy"],
             scores=score_table(report["systems"]),
             music=music_table(report["music"]),
