@@ -371,7 +371,7 @@ class Generator:
 
         noise = item_noise(seed, items, config.num_steps(codes.shape[1]), codes.shape[2])
         size = self.codec.facts.codebook_size
-        codes = decode(networks, codes, given, size, config, noise, record)
+        codes = decode(networks, codes, given.cpu(), size, config, noise, record)
         return codes, order[..., : codes.shape[2]]
 
     @torch.no_grad()

@@ -448,10 +448,10 @@ def _read_configuration(folder: Path, content: bytes, samples: Samples) -> None:
 
 def _read_checkpoint(folder: Path, content: bytes, samples: Samples) -> None:
     from magnet_train.release import SavedModel
-    from magnet_train.resume import newest_whole_checkpoint, read_training_checkpoint
+    from magnet_train.resume import newest_intact_checkpoint, read_training_checkpoint
 
     (folder / "last.ckpt").write_bytes(content)
-    is_whole = newest_whole_checkpoint([folder]) is not None
+    is_whole = newest_intact_checkpoint([folder]) is not None
     try:
         read_training_checkpoint(folder / "last.ckpt")
         assert is_whole

@@ -91,6 +91,6 @@ def test_without_network_the_message_says_where_the_file_goes(cache, monkeypatch
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     with pytest.raises(
-        UserError, match=r"no route to host.*put the file to .*encodec_48khz-7e698e3e\.th"
+        UserError, match=r"no route to host.*put the file at .*encodec_48khz-7e698e3e\.th"
     ):
         load_codec("encodec_48khz")

@@ -55,6 +55,7 @@ def config(**changes: Any) -> Namespace:
             codec="demo",
             crop_s=10.0,
             span_len=3,
+            more_span_lens=(),
             network=Namespace(**MagnetConfig().to_dict()),
             optimizer=Namespace(name="adamw", schedule="constant"),
         ),

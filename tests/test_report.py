@@ -207,7 +207,7 @@ def test_bad_input_is_named_in_one_line(tmp_path):
         return Report("r", clips=[{"a": ReportClip(**clip)}])
 
     assert "broken.wav: unreadable" in refused(tmp_path, cell(audio=tmp_path / "broken.wav"))
-    assert "gone.wav: unreadable" in refused(tmp_path, cell(audio=tmp_path / "gone.wav"))
+    assert "gone.wav: no such file" in refused(tmp_path, cell(audio=tmp_path / "gone.wav"))
     assert "clip 'c' of a: has NaN" in refused(tmp_path, cell(audio=(np.full(RATE, np.nan), RATE)))
     assert "samples of shape (3, 3)" in refused(tmp_path, cell(audio=(np.zeros((3, 3)), RATE)))
     assert "codes of shape (4,)" in refused(tmp_path, cell(codes=np.arange(4)))

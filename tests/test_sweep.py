@@ -225,8 +225,8 @@ def test_parameters_of_the_same_last_name_are_named_in_full(tmp_path):
 
 ONE = {"x": {"values": [1]}}
 BAD = {
-    "nothing there": (None, "unreadable"),
-    "not YAML": ("a: [", "unreadable"),
+    "nothing there": (None, "no such file"),
+    "not YAML": ("a: [", "not valid YAML"),
     "no sweep": ({"method": None}, "a sweep needs"),
     "bayes": ({"method": "bayes", "parameters": ONE}, "method=bayes needs a W&B server"),
     "a range": ({"parameters": {"x": {"min": 0, "max": 1}}}, "parameter x: a grid needs"),
@@ -239,7 +239,7 @@ BAD = {
     "another program": ({"parameters": ONE, "command": ["train.py", "${args}"]}, "command is not"),
     "a macro": (
         {"parameters": ONE, "command": ["magnet_train", "fit", "${args_json}", "${args}"]},
-        "only W&B's agent fills in",
+        "only W&B's agent replaces",
     ),
 }
 

@@ -119,6 +119,8 @@ def _load_folder(what: str, path: Path, load: Load[T], required: Sequence[str]) 
             "give a folder written by transformers' save_pretrained"
         )
     _refuse_code(what, path)
+    if damaged := _damaged_weights(path):
+        raise UserError(f"{what}: {damaged} is damaged or truncated; copy or download it again")
     _check_size(what, path)
     try:
         with quiet():
@@ -126,10 +128,6 @@ def _load_folder(what: str, path: Path, load: Load[T], required: Sequence[str]) 
     except UserError:
         raise
     except Exception as error:
-        if damaged := _damaged_weights(path):
-            raise UserError(
-                f"{what}: {damaged} is damaged or truncated; copy or download it again"
-            ) from error
         raise UserError(f"{what} {str(path)!r} cannot be loaded: {one_line(error)}") from error
 
 
@@ -164,12 +162,16 @@ def _check_size(what: str, folder: Path) -> None:
     ensure_torchaudio_imports()
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
+    stored = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES)
+    if not (folder / "config.json").is_file() or not stored:  # a tokenizer, or refused later
+        return
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if values.get("model_type") not in CONFIG_MAPPING:  # which its loader knows, or refuses
         return
-    stored = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES)
     try:
         _check_counts(values)
+        if values["model_type"] == "musicgen":  # AutoModel cannot build it from its configuration
+            return
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _check_counts({"quantizer_layers": getattr(config, "num_quantizers", 0)})
         with torch.device("meta"), quiet():

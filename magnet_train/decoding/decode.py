@@ -275,7 +275,8 @@ def decode(
     Args:
         networks: the passes to run.
         codes: codes to keep where `given`; ignored elsewhere.
-        given: `b k t` or `b t` (the same for all codebooks), True = kept.
+        given: `b k t` or `b t` (the same for all codebooks), True = kept. If it is on the CPU,
+            stages that are given entirely are skipped; on a GPU that would wait for the device.
         codebook_size: c; the mask id is c.
         config: decoding settings.
         noise: from `item_noise`; n is the sum of all stages' steps.
@@ -285,6 +286,8 @@ def decode(
         UserError: if the steps do not fit the codebooks.
     """
     given = given[:, None].expand_as(codes) if given.dim() == 2 else given
+    skips = given.all(2).all(0).tolist() if given.device.type == "cpu" else [False] * given.shape[1]
+    given = given.to(codes.device)
     noise = ItemNoise(noise.codes.to(codes.device), noise.order.to(codes.device))
     if config.reference_compat and config.span_arrangement == "nonoverlap":
         end = codes.shape[2] // config.span_len * config.span_len
@@ -299,7 +302,14 @@ def decode(
             given = given | ~_least_certain(certainty, given[:, 0], config, noise)[:, None]
         lap_noise = ItemNoise(*(x[:, done : done + sum(steps)] for x in noise))
         codes, certainty = _decode_lap(
-            networks, codes, given, codebook_size, steps, config, lap_noise, on_step
+            networks,
+            codes,
+            given,
+            codebook_size,
+            list(zip(steps, skips, strict=True)),
+            config,
+            lap_noise,
+            on_step,
         )
         done += sum(steps)
     return codes
@@ -339,21 +349,24 @@ def _decode_lap(
     codes: Tensor,
     given: Tensor,
     mask_id: int,
-    steps: Sequence[int],
+    stages: Sequence[tuple[int, bool]],
     config: DecodingConfig,
     noise: ItemNoise,
     on_step: Callable[[DecodingStep], None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Decode all stages once; also returns the certainty of the stage-0 codes, `b t`."""
+    """Decode all stages once; also returns the certainty of the stage-0 codes, `b t`.
+
+    `stages`: number of steps of each, and whether it is skipped because all its codes are given.
+    """
     known = torch.where(given, codes, mask_id)
     shown = known if config.reference_compat else torch.full_like(codes, mask_id)
     certainties = []
     done = 0
-    for stage, num_steps in enumerate(steps):
+    for stage, (num_steps, is_skipped) in enumerate(stages):
         shown = shown.clone()  # a step may have been told of it
         shown[:, stage] = known[:, stage]
         done += num_steps
-        if bool(given[:, stage].all()):
+        if is_skipped:
             certainties.append(torch.ones(given[:, stage].shape, device=codes.device))
             continue
         stage_noise = ItemNoise(*(x[:, done - num_steps : done] for x in noise))
