@@ -362,7 +362,7 @@ def test_mistakes_in_the_options_are_named(tmp_path, monkeypatch):
         ({"published_set": "Jazz"}, "--published_set Jazz: choose MusicCaps"),
         ({"save_reference": tmp_path}, "--save_reference: needs --reference"),
         ({"kl_convention": "mine"}, "--kl_convention mine: choose from audiocraft"),
-        ({"out": tmp_path}, "--out .*: is a folder; give the name of a file"),
+        ({"out": tmp_path}, "--out .*: is a folder; give a file name"),
         ({"report": Path("/proc/x/y.html")}, "--report /proc/x/y.html: cannot be written"),
     ):
         with pytest.raises(UserError, match=message):
