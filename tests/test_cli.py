@@ -153,7 +153,7 @@ def test_a_budget_of_seconds_ends_decoding_and_says_so(shards, tmp_path):
 
 
 def test_a_run_resumes(run, shards):
-    options = ("--ckpt_path=last", "--trainer.max_steps=6", "--generation.num_prompts=0")
+    options = ("--ckpt_path=auto", "--trainer.max_steps=6", "--generation.num_prompts=0")
     assert fit(shards, run, *options) == 0
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 6
