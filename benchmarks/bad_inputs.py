@@ -4,10 +4,9 @@ random ones as fit into some minutes; draws a table of what was expected and wha
     python benchmarks/bad_inputs.py [--out benchmarks/records/bad_inputs.md] [--only tokenize …]
     python benchmarks/bad_inputs.py --fuzz 5 [--only shard …]
 
-Each input is a command in a process of its own, forked from this one, which has only imported what
-it needs. "Refused" is right if the last line begins with "error:" and names the option or file, the
-status is 2, no traceback was printed, no half-written file is left, and processor time and memory
-stay within bounds.
+Each command runs in a separate process, forked from this one after the imports. "Refused" is right
+if the last line begins with "error:" and names the option or file, the status is 2, no traceback
+was printed, no half-written file is left, and processor time and memory stay within bounds.
 """
 
 import argparse
@@ -80,7 +79,7 @@ class Case:
     make: Callable[[Path], Any] = lambda folder: None
     """Writes what the arguments name into the folder in which the command runs."""
     expected: str = "refused"
-    """Or "left out": status 0, and the output names it; "used"; or "failed": what doctor says."""
+    """Or "skipped" (status 0, and the output names it), "used", or "failed" (by doctor)."""
     words: tuple[str, ...] = ()
     """One of which the last line has; the option's name if none are given."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -431,7 +430,7 @@ def manifests() -> Iterator[Case]:
     ):
         make = put("m.jsonl", row + extra)
         args = ["m.jsonl", "--out", "out", "--crop_s=1", "--min_s=0.5"]
-        yield Case("tokenize", f"manifest, one row: {what}", args, make, "left out", (word,))
+        yield Case("tokenize", f"manifest, one row: {what}", args, make, "skipped", (word,))
     for what, content in (
         ("U+2028 in a caption", "a\\u2028b"),
         ("a caption of two lines", "a\\nb"),
@@ -472,7 +471,7 @@ def sidecars() -> Iterator[Case]:
             (folder / "in" / "bad.json").write_bytes(content)
 
         args = ["in", "--out", "out", "--crop_s=1"]
-        yield Case("tokenize", f"`.json` beside a clip: {what}", args, make, "left out", ("bad",))
+        yield Case("tokenize", f"`.json` beside a clip: {what}", args, make, "skipped", ("bad",))
 
 
 def wav(rate: int = 16_000, seconds: float = 1.0, gain: float = 1.0, bits: str = "float") -> bytes:
@@ -524,7 +523,7 @@ def sounds() -> Iterator[Case]:
     args = ["in", "--out", "out", "--crop_s=1", "--min_s=0.5"]
     for what, content in left_out.items():
         make = put("in/bad.wav", content)
-        yield Case("tokenize", f"WAV: {what}", args, captioned(make), "left out", ("bad.wav",))
+        yield Case("tokenize", f"WAV: {what}", args, captioned(make), "skipped", ("bad.wav",))
     for what, content in used.items():
         yield Case("tokenize", f"WAV: {what}", args, captioned(put("in/bad.wav", content)), "used")
     for suffix in (".flac", ".ogg", ".mp3", ".opus", ".aiff", ".m4a", ".wma"):
@@ -534,13 +533,13 @@ def sounds() -> Iterator[Case]:
             ("zeros", bytes(3000)),
         ):
             make = captioned(put(f"in/bad{suffix}", content))
-            yield Case("tokenize", f"{suffix}: {what}", args, make, "left out", (f"bad{suffix}",))
+            yield Case("tokenize", f"{suffix}: {what}", args, make, "skipped", (f"bad{suffix}",))
     yield Case(
         "tokenize",
         "a FIFO called .wav",
         args,
         captioned(fifo("in/bad.wav")),
-        "left out",
+        "skipped",
         ("bad.wav",),
     )
     for what, content in (("text", b"no audio"), ("empty", b""), ("NaN", bytes(nan))):
@@ -562,7 +561,7 @@ def captioned(make: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def broken_shards(samples: Samples) -> Iterator[Case]:
-    """Indexes are refused by `fit`; shards too, in a validation, and in training are left out."""
+    """`fit` refuses bad indexes and bad validation shards; it skips bad training shards."""
     from magnet_train.codec.base import load_codec
 
     demo = load_codec("demo").facts.to_dict()
@@ -652,9 +651,7 @@ def broken_shards(samples: Samples) -> Iterator[Case]:
         yield Case("fit", f"validation shard: {what}", args, make, words=(word, "s-0.tar"))
         if what in ("cut off", "duration_s missing", "codes of float"):
             args = [*SMALL_FIT, "--data.train=data", "--data.validation=good"]
-            yield Case(
-                "fit", f"training shard: {what}", args, make, "left out", ("skipping shard",)
-            )
+            yield Case("fit", f"training shard: {what}", args, make, "skipped", ("skipping shard",))
 
 
 def item(
@@ -992,7 +989,7 @@ def all_cases(samples: Samples) -> list[Case]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did."""
+    """Result of a command."""
 
     status: int
     said: str
@@ -1007,7 +1004,7 @@ class Outcome:
 
 
 def run(case: Case) -> Outcome:
-    """The command in a process of its own and an empty folder."""
+    """Run the command in a separate process and an empty folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         case.make(folder)
@@ -1085,7 +1082,7 @@ def judged(case: Case, found: Outcome) -> str:
             problems.append("does not name it")
     elif found.status != 0:
         problems.append(f"status {found.status}")
-    elif case.expected == "left out" and not has_word:
+    elif case.expected == "skipped" and not has_word:
         problems.append("not said")
     return ", ".join(problems)
 
@@ -1093,7 +1090,7 @@ def judged(case: Case, found: Outcome) -> str:
 def shown(found: Outcome, case: Case, folder: str = "") -> str:
     """What a command said, for the table."""
     line = found.last
-    if case.expected == "left out":
+    if case.expected == "skipped":
         lines = [text for text in found.said.split("\n") if any(w in text for w in case.words)]
         line = lines[-1].rpartition("\r")[2] if lines else line
     if case.expected == "failed":
@@ -1148,7 +1145,7 @@ def write_table(rows: Collection[list[str]], out: Path) -> None:
     by_verb = Counter(row[0] for row in rows)
     head = (
         "# Bad inputs\n\nWritten by `python benchmarks/bad_inputs.py --out FILE`: what was "
-        "expected, and the exit status with the line that was printed. `left out`: one item is "
+        "expected, and the exit status with the line that was printed. `skipped`: one item is "
         "skipped and named, the others are used; `failed`: doctor says it.\n\n"
         f"{summary(rows)}. By verb: {', '.join(f'{v} {n}' for v, n in by_verb.items())}.\n\n"
     )

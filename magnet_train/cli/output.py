@@ -22,9 +22,18 @@ MAX_DURATION_S = 3600.0
 MAX_PLOT_S = 180.0
 """Length of the longest clip that gets a plot, in seconds."""
 NOT_OF_THE_CLIP = {
-    "out", "plots", "batch_size", "device", "compiled", "variations", "best_of", "judge",
-    "reference", "prompts_file", "unconditional",
-}  # fmt: skip
+    "out",
+    "plots",
+    "batch_size",
+    "device",
+    "compiled",
+    "variations",
+    "best_of",
+    "judge",
+    "reference",
+    "prompts_file",
+    "unconditional",
+}
 """Options that do not change a clip, and are not in its JSON."""
 
 

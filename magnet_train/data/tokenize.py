@@ -199,7 +199,7 @@ def _encode_all(jobs: list[Job], options: TokenizeOptions) -> None:
         bar.update(total - sum(len(job.crops) for job in todo))
         for done in _run(todo, options.processes):
             bar.update(done)
-        for job in todo:  # claimed by another process, which may die before it finishes
+        for job in todo:  # claimed by another process, which may have died: wait, then take over
             if not job.is_done():
                 bar.update(_write_shard(job, wait=True))
 
