@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 import yaml
 from matplotlib.image import imread
+from scipy.stats import ttest_rel
 
 from magnet_train.__main__ import main
 from magnet_train.common.errors import UserError
-from magnet_train.sweeps.ablation import Mean, read_ablation, write_ablation
+from magnet_train.sweeps.ablation import (
+    Difference,
+    Mean,
+    holm,
+    read_ablation,
+    write_ablation,
+)
 from magnet_train.sweeps.sweep import Run, read_sweep
 
 FAD = {1: [30.0, 31.0, 32.0], 3: [10.0, 11.0, 12.0], 5: [12.0, 13.0, 14.0]}
@@ -59,37 +66,57 @@ def test_the_interval_is_students_over_seeds():
     assert mean.value == 2 and mean.half_width == pytest.approx(4.3026527 / math.sqrt(3), rel=1e-6)
     assert Mean.of([5.0]) == Mean(5.0, None, 1)
     assert Mean.of([2.0, 2.0]).half_width == 0
-    assert Mean.of([1.0, 2.0, 3.0]).overlaps(Mean.of([6.0, 6.5, 7.0])) is (
-        4.5 <= 2.4841377 + 1.2420689
-    )
 
 
-def test_a_row_for_each_setting_and_what_overlaps_below(tmp_path):
+def test_a_paired_difference_agrees_with_scipy():
+    first, second = [1.0, 2.0, 4.0, 7.0], [1.5, 2.75, 4.25, 8.0]
+    difference = Difference.of(list(zip(second, first, strict=True)))
+    expected = ttest_rel(second, first)
+    assert difference.p == pytest.approx(expected.pvalue)
+    interval = expected.confidence_interval(0.95)
+    assert difference.value - difference.half_width == pytest.approx(interval.low)
+    assert difference.value + difference.half_width == pytest.approx(interval.high)
+    assert Difference.of([(2.0, 1.0), (3.0, 2.0)]).p == 0
+    assert Difference.of([(2.0, 2.0), (3.0, 3.0)]).p == 1
+
+
+def test_holms_correction():
+    p = {("a",): 0.01, ("b",): 0.04, ("c",): 0.03, ("d",): 0.005}
+    corrected = holm({setting: Difference(1.0, 0.5, 1.0, p, 3) for setting, p in p.items()})
+    assert [d.p for d in corrected.values()] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_a_row_for_each_setting_and_the_differences_below(tmp_path):
     table, picture = write_ablation(make(tmp_path, FAD), tmp_path / "spans")
     lines = table.read_text().splitlines()
     rows = [cells(line) for line in lines if line.startswith("|")]
     assert rows[0] == ["span_len", "seeds", "val/fad/musicnn"]
     assert rows[2:5] == [["1", "3", "31 ± 2.5"], ["3", "3", "11 ± 2.5"], ["5", "3", "13 ± 2.5"]]
-    assert rows[5] == ["run", "val/fad/musicnn"]  # one by one
-    singles = sorted(float(value) for _, value in rows[7:])
+    assert rows[5] == ["setting", "metric", "difference", "d", "p", "seeds"]
+    assert rows[7] == ["span_len=3", "val/fad/musicnn", "-20 [-20, -20]", "-inf", "0", "3"]
+    assert rows[9] == ["run", "val/fad/musicnn"]  # each run
+    singles = sorted(float(value) for _, value in rows[11:])
     assert len(singles) == 9
     assert singles == sorted(value for values in FAD.values() for value in values)
-    overlap = [line for line in lines if "overlap" in line]
-    assert overlap == [
-        "- `val/fad/musicnn`: no difference (intervals overlap) between span_len=3 and span_len=5."
-    ]
+    assert (
+        "- `val/fad/musicnn`: lower than with span_len=1: span_len=3 (-20 [-20, -20]); "
+        "span_len=5 (-18 [-18, -18])."
+    ) in lines
     pixels = imread(picture)
     assert pixels.shape[0] > 200 and pixels[..., :3].std() > 0.01
 
 
-def test_all_or_none_overlapping_is_said_too(tmp_path):
+def test_differences_from_the_first_setting_are_put_into_words(tmp_path):
     def said(name: str, values: dict[int, list[float]]) -> str:
         (tmp_path / name).mkdir()
         return read_ablation(make(tmp_path / name, values)).verdict("val/fad/musicnn")
 
-    assert "all settings differ" in said("none", {1: [1.0, 1.1, 1.2], 3: [9.0, 9.1, 9.2]})
-    assert "no difference between any settings" in said(
-        "all", {1: [1.0, 2.0, 3.0], 3: [1.5, 2.5, 3.5]}
+    # The means' intervals overlap widely, and each seed differs by nearly the same amount.
+    assert "higher than with span_len=1: span_len=3" in said(
+        "paired", {1: [1.0, 5.0, 9.0], 3: [2.0, 6.1, 10.05]}
+    )
+    assert "no difference shown from span_len=1: span_len=3." in said(
+        "none", {1: [1.0, 2.0, 3.0], 3: [2.5, 1.5, 3.2]}
     )
     assert "only one setting, nothing to compare" in said("alone", {1: [1.0, 2.0, 3.0]})
     assert "no interval with a single seed" in said("one seed", {1: [1.0], 3: [9.0]})

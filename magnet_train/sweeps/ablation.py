@@ -2,6 +2,10 @@
 
 A setting is a combination of parameter values other than the seed. Its 95 % interval (Student's t
 over the last values of its seeds) covers other seeds on the same validation clips.
+
+Conclusions are about differences from the first setting, paired by seed: runs with the same seed
+share their data order, so the interval of a difference is often much narrower than those of the two
+means. Holm's correction is over the settings of a metric.
 """
 
 import itertools
@@ -10,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,8 @@ RESUME_ONLY_SETTINGS = ("config", "ckpt_path", "model.init_from")
 """Settings that differ between resumed and uninterrupted runs."""
 Setting = tuple[Any, ...]
 """A value for each parameter that is not a seed."""
+BySetting = dict[Setting, dict[tuple[Any, ...], float]]
+"""Values of one metric by setting and seed."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +62,65 @@ class Mean:
         deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
         return cls(mean, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n), n)
 
-    def overlaps(self, other: "Mean") -> bool:
-        """Whether the two intervals overlap; with a single seed, the interval is a point."""
-        distance = abs(self.value - other.value)
-        return distance <= (self.half_width or 0.0) + (other.half_width or 0.0)
-
     def __str__(self) -> str:
         if self.half_width is None:
             return f"{self.value:.4g}"
         return f"{self.value:.4g} ± {self.half_width:.2g}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference of one metric between a setting and the first one, paired by seed."""
+
+    value: float
+    half_width: float
+    """Half width of the 95 % interval."""
+    effect: float
+    """Difference over its standard deviation between seeds (Cohen's d of paired values)."""
+    p: float
+    """Probability of so large a difference if there is none (two-sided paired t-test); after
+    Holm's correction where it is reported."""
+    num_seeds: int
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[float, float]]) -> "Difference":
+        """From (value of the setting, value of the first setting) per seed, at least two.
+
+        >>> difference = Difference.of([(2.0, 1.0), (4.0, 2.0), (6.0, 3.0)])
+        >>> difference.value, round(difference.p, 3)
+        (2.0, 0.074)
+        """
+        from scipy.stats import t
+
+        n = len(pairs)
+        each = [a - b for a, b in pairs]
+        mean = math.fsum(each) / n
+        deviation = math.sqrt(math.fsum((d - mean) ** 2 for d in each) / (n - 1))
+        error = deviation / math.sqrt(n)
+        if error == 0:  # all differences are equal
+            return cls(
+                mean, 0.0, math.copysign(math.inf, mean) if mean else 0.0, float(not mean), n
+            )
+        half_width = float(t.ppf(0.975, n - 1)) * error
+        return cls(mean, half_width, mean / deviation, 2 * float(t.sf(abs(mean) / error, n - 1)), n)
+
+    @property
+    def is_significant(self) -> bool:
+        return self.p < 0.05
+
+    def __str__(self) -> str:
+        low, high = self.value - self.half_width, self.value + self.half_width
+        return f"{self.value:+.3g} [{low:+.3g}, {high:+.3g}]"
+
+
+def holm(differences: dict["Setting", Difference]) -> dict["Setting", Difference]:
+    """Holm's correction: the smallest of m p-values times m, the next times m - 1, and so on."""
+    corrected, largest = {}, 0.0
+    by_p = sorted(differences.items(), key=lambda item: item[1].p)
+    for rank, (setting, difference) in enumerate(by_p):
+        largest = max(largest, min(1.0, difference.p * (len(by_p) - rank)))
+        corrected[setting] = replace(difference, p=largest)
+    return {setting: corrected[setting] for setting in differences}
 
 
 @dataclass(frozen=True)
@@ -75,6 +131,8 @@ class Ablation:
     """Short names of the parameters other than the seed."""
     means: dict[str, dict[Setting, Mean]]
     """Means by metric and setting; settings without the metric are absent."""
+    differences: dict[str, dict[Setting, Difference]]
+    """By metric: differences from the first setting, for settings with two seeds in common."""
     num_seeds: dict[Setting, int]
     """Finished runs of each setting."""
     notes: list[str]
@@ -87,7 +145,7 @@ class Ablation:
         return ", ".join(f"{name}={value}" for name, value in pairs) or "all"
 
     def markdown(self, title: str) -> str:
-        """A table of settings, a conclusion per metric, and a table of all runs."""
+        """Tables of settings and differences, a conclusion per metric, and a table of all runs."""
         rows = []
         for setting, count in self.num_seeds.items():
             cells = [str(by_setting.get(setting, "")) for by_setting in self.means.values()]
@@ -104,29 +162,48 @@ class Ablation:
             f"# {title}\n\n"
             "Last validation of each run: mean over seeds ± half the width of its 95 % interval "
             "(Student's t over seeds).\n\n"
-            f"{settings_table}\n\n{sentences}\n\n{runs_table}\n"
+            f"{settings_table}\n\n{sentences}\n\n{self._differences_table()}{runs_table}\n"
+        )
+
+    def _differences_table(self) -> str:
+        rows = [
+            [self.label(setting), metric, str(d), f"{d.effect:.2g}", f"{d.p:.2g}", str(d.num_seeds)]
+            for metric, by_setting in self.differences.items()
+            for setting, d in by_setting.items()
+        ]
+        if not rows:
+            return ""
+        heads = ["setting", "metric", "difference", "d", "p", "seeds"]
+        return (
+            f"Differences from {self.label(next(iter(self.num_seeds)))} with the same seed: mean, "
+            "95 % interval, mean over standard deviation, and p (paired t-test, Holm's "
+            f"correction).\n\n{markdown_table(heads, rows, 2)}\n\n"
         )
 
     def verdict(self, metric: str) -> str:
-        """One sentence: the settings whose intervals overlap in this metric."""
-        means = self.means[metric]
-        pairs = list(itertools.combinations(means.items(), 2))
-        if not pairs:
+        """One sentence: the settings that differ from the first one in this metric."""
+        if len(self.means[metric]) < 2:
             return f"`{metric}`: only one setting, nothing to compare."
-        if any(mean.half_width is None for mean in means.values()):
+        differences = self.differences.get(metric, {})
+        if not differences:
             return (
                 f"`{metric}`: no interval with a single seed; run more seeds to compare settings."
             )
-        alike = [
-            f"{self.label(a)} and {self.label(b)}"
-            for (a, mean), (b, other) in pairs
-            if mean.overlaps(other)
+        first = self.label(next(iter(self.num_seeds)))
+        found = {
+            "lower": [s for s, d in differences.items() if d.is_significant and d.value < 0],
+            "higher": [s for s, d in differences.items() if d.is_significant and d.value > 0],
+        }
+        parts = [
+            f"{word} than with {first}: "
+            + "; ".join(f"{self.label(s)} ({differences[s]})" for s in settings)
+            for word, settings in found.items()
+            if settings
         ]
-        if not alike:
-            return f"`{metric}`: all settings differ (no intervals overlap)."
-        if len(alike) == len(pairs):
-            return f"`{metric}`: no difference between any settings (all intervals overlap)."
-        return f"`{metric}`: no difference (intervals overlap) between {'; '.join(alike)}."
+        rest = [self.label(s) for s, d in differences.items() if not d.is_significant]
+        if rest:
+            parts.append(f"no difference shown from {first}: {'; '.join(rest)}")
+        return f"`{metric}`: {'. '.join(parts)}."
 
 
 def read_ablation(runs: Sequence[Run]) -> Ablation:
@@ -143,16 +220,32 @@ def read_ablation(runs: Sequence[Run]) -> Ablation:
     values = {run.name: _read_metrics(run) for run in finished}
     settings = {run.name: tuple(_hashable(run.values[name]) for name in varied) for run in finished}
     num_seeds = Counter(settings.values())
-    by_metric: dict[str, dict[Setting, list[float]]] = {}
+    seeds = {run.name: tuple(run.values[n] for n in short if n not in varied) for run in finished}
+    by_metric: dict[str, BySetting] = {}
     for name, metrics in values.items():
         for metric, value in metrics.items():
-            by_metric.setdefault(metric, {}).setdefault(settings[name], []).append(value)
+            of_seeds = by_metric.setdefault(metric, {}).setdefault(settings[name], {})
+            of_seeds[seeds[name]] = value
     means = {
-        metric: {setting: Mean.of(of_seeds) for setting, of_seeds in by_setting.items()}
+        metric: {setting: Mean.of(list(values.values())) for setting, values in by_setting.items()}
         for metric, by_setting in by_metric.items()
     }
+    first = next(iter(num_seeds))
+    differences = {metric: _from_first(first, of) for metric, of in by_metric.items()}
     notes = [*_unfinished(runs), *_differences(finished), *_missing(by_metric, num_seeds)]
-    return Ablation([short[name] for name in varied], means, num_seeds, notes, values)
+    labels = [short[name] for name in varied]
+    return Ablation(labels, means, differences, num_seeds, notes, values)
+
+
+def _from_first(first: Setting, by_setting: BySetting) -> dict[Setting, Difference]:
+    """Differences of all other settings from the first, over the seeds that both have."""
+    reference = by_setting.get(first, {})
+    pairs = {
+        setting: [(v, reference[seed]) for seed, v in of_seeds.items() if seed in reference]
+        for setting, of_seeds in by_setting.items()
+        if setting != first
+    }
+    return holm({s: Difference.of(both) for s, both in pairs.items() if len(both) > 1})
 
 
 def _unfinished(runs: Sequence[Run]) -> Iterator[str]:
@@ -161,11 +254,9 @@ def _unfinished(runs: Sequence[Run]) -> Iterator[str]:
         yield f"**{len(names)} of {len(runs)} runs are not finished**: {', '.join(names)}."
 
 
-def _missing(
-    by_metric: dict[str, dict[Setting, list[float]]], num_seeds: dict[Setting, int]
-) -> Iterator[str]:
+def _missing(by_metric: dict[str, BySetting], num_seeds: dict[Setting, int]) -> Iterator[str]:
     for metric, by_setting in by_metric.items():
-        fewer = sum(len(by_setting.get(setting, [])) < n for setting, n in num_seeds.items())
+        fewer = sum(len(by_setting.get(setting, {})) < n for setting, n in num_seeds.items())
         if fewer:
             yield f"`{metric}`: missing in runs of {fewer} of {len(num_seeds)} settings."
 
