@@ -113,11 +113,41 @@ def test_a_wav_with_wrong_sizes_is_read_to_its_end(
     assert read_audio(path, RATE, 1).shape[1] == pytest.approx(RATE, abs=8)
 
 
-def test_a_wav_that_promises_more_than_it_has_is_truncated(tmp_path: Path):
-    path = clip(tmp_path, ".wav", subtype="PCM_16")
-    path.write_bytes(path.read_bytes()[:-2000])
+@pytest.mark.parametrize(
+    ("kind", "missing"),
+    [
+        ({"subtype": "PCM_16"}, 2000),
+        ({"subtype": "GSM610"}, 2),
+        ({"subtype": "IMA_ADPCM"}, 1),
+        ({"subtype": "MS_ADPCM"}, 1),
+        ({"subtype": "PCM_24", "format": "RF64"}, 2000),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else str(value),
+)
+def test_a_wav_that_promises_more_than_it_has_is_truncated(
+    kind: dict[str, str], missing: int, tmp_path: Path
+):
+    path = clip(tmp_path, ".wav", **kind)
+    content = path.read_bytes()
+    assert length_s(path) == pytest.approx(1.0, abs=0.04)  # block codings pad their last block
+    path.write_bytes(content[:-missing])
     with pytest.raises(UserError, match=r"truncated after .* copy it again"):
         read_audio(path, RATE, 1)
+    at = content.index(b"data")
+    extra = b"LIST" + struct.pack("<I", 100_000) + bytes(100_000)
+    path.write_bytes(content[:at] + extra + content[at:-missing])
+    with pytest.raises(UserError, match=r"truncated after .* copy it again"):
+        read_audio(path, RATE, 1)
+
+
+@pytest.mark.parametrize("size", [0, (1 << 64) - 1])
+def test_an_rf64_whose_size_was_never_filled_in_is_read_to_its_end(size: int, tmp_path: Path):
+    path = clip(tmp_path, ".wav", subtype="PCM_16", format="RF64")
+    content = bytearray(path.read_bytes())
+    at = content.index(b"ds64")
+    content[at + 16 : at + 24] = struct.pack("<Q", size)
+    path.write_bytes(content)
+    assert read_audio(path, RATE, 1).shape[1] == RATE
 
 
 def test_a_flac_of_unknown_length_goes_through_ffmpeg(tmp_path: Path):

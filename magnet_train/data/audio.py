@@ -34,6 +34,10 @@ MAX_VALUES = 1 << 31
 FFMPEG_TIMEOUT_S = 600
 SIZE_TOLERANCE = 8
 """Bytes by which programs miscount the size of a WAV (its header, or a missing pad byte)."""
+ONE_BY_ONE = (1, 3, 6, 7, 0xFFFE)
+"""WAV codings (PCM, float, A-law, mu-law) whose samples are coded one by one; in a block of the
+other codings, one missing byte damages hundreds of samples."""
+MAX_CHUNKS = 1000
 BLOCK_FRAMES = 1 << 20
 
 
@@ -173,14 +177,14 @@ def _decoded_length(path: Path) -> tuple[int, int]:
 
 def _decode_by_soundfile(path: Path) -> tuple[np.ndarray, int]:
     with path.open("rb") as file:
-        head = file.read(1 << 16)
+        head = file.read(4)
     if head.startswith(b"OggS"):
         content = path.read_bytes()
         parts = [_read(io.BytesIO(part), path) for part in split_ogg(content, path)]
     elif path.suffix.lower() == ".mp3":
         parts = [_read_mp3(part, path) for part in split_mp3(path.read_bytes())]
-    elif head.startswith((b"RIFF", b"FORM")):
-        with _open_with_sizes(path, head) as file:
+    elif head.startswith((b"RIFF", b"RF64", b"FORM")):
+        with _open_with_sizes(path) as file:
             parts = [_read(file, path)]
     else:
         with path.open("rb") as file:
@@ -270,36 +274,52 @@ def split_ogg(content: bytes, path: Path) -> list[bytes]:
     return [content[a:b] for a, b in pairwise(bounds)]
 
 
-def _open_with_sizes(path: Path, head: bytes) -> BinaryIO:
+def _open_with_sizes(path: Path) -> BinaryIO:
     """Open a WAV or AIFF; sizes that were never filled in are replaced by the file's.
 
     Raises:
         UserError: if its header claims more bytes than it has.
     """
     size = path.stat().st_size
-    order: Literal["little", "big"] = "little" if head.startswith(b"RIFF") else "big"
-    at = 12
-    while at + 8 <= len(head):
-        kind = head[at : at + 4]
-        promised = int.from_bytes(head[at + 4 : at + 8], order)
-        start = at + 8
+    with path.open("rb") as file:
+        start, promised, tolerance = _find_samples(file, size)
+    present = size - start
+    is_placeholder = promised == 0 or promised >= 0x7FFF0000 or promised % 1_000_000_000 == 0
+    if not start or 0 < promised <= present + tolerance:
+        return path.open("rb")
+    if not is_placeholder:
+        raise UserError(
+            f"{path}: truncated after {present} of {promised} bytes; copy it again or remove it"
+        )
+    content = bytearray(path.read_bytes())
+    is_riff = not content.startswith(b"FORM")
+    if is_riff:
+        content[:4] = b"RIFF"  # instead of RF64
+    for at, value in ((4, size - 8), (start - 4, present)):
+        content[at : at + 4] = min(value, 0xFFFFFFFF).to_bytes(4, "little" if is_riff else "big")
+    return io.BytesIO(content)
+
+
+def _find_samples(file: BinaryIO, size: int) -> tuple[int, int, int]:
+    """Where the samples of a WAV or AIFF start, how many bytes the header says that they have, and
+    how many of these may be missing; zeros if there are none."""
+    order: Literal["little", "big"] = "big" if file.read(4) == b"FORM" else "little"
+    at, tolerance, long_size = 12, SIZE_TOLERANCE, 0
+    for _ in range(MAX_CHUNKS):
+        file.seek(at)
+        head = file.read(24)
+        kind, promised = head[:4], int.from_bytes(head[4:8], order)
+        if len(head) < 8 or at > size:
+            break
         if kind in (b"data", b"SSND"):
-            is_placeholder = (
-                promised == 0 or promised >= 0x7FFF0000 or promised % 1_000_000_000 == 0
-            )
-            if start + promised <= size + SIZE_TOLERANCE and promised:
-                break
-            if not is_placeholder:
-                raise UserError(
-                    f"{path}: truncated after {size - start} of {promised} bytes; copy it again or "
-                    "remove it"
-                )
-            content = bytearray(path.read_bytes())
-            content[4:8] = (size - 8).to_bytes(4, order)
-            content[at + 4 : at + 8] = (size - start).to_bytes(4, order)
-            return io.BytesIO(content)
-        at = start + promised + promised % 2
-    return path.open("rb")
+            is_long = promised == 0xFFFFFFFF and 0 < long_size < 1 << 62
+            return at + 8, long_size if is_long else promised, tolerance
+        if kind == b"ds64":  # of RF64: sizes beyond 4 GB
+            long_size = int.from_bytes(head[16:24], order)
+        elif kind == b"fmt " and int.from_bytes(head[8:10], order) not in ONE_BY_ONE:
+            tolerance = 0
+        at += 8 + promised + promised % 2
+    return 0, 0, 0
 
 
 # --- ffmpeg ---------------------------------------------------------------------------------------
