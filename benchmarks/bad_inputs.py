@@ -1204,11 +1204,18 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    import wandb  # noqa: F401  all imported once, before the forks
+
     import magnet_train.audiocraft.convert
     import magnet_train.cli.fit
     import magnet_train.cli.generate
     import magnet_train.data.tokenize
-    import magnet_train.evaluation.evaluate  # noqa: F401  imported once, before the forks
+    import magnet_train.evaluation.evaluate  # noqa: F401
+    from magnet_train.codec.base import load_codec
+    from magnet_train.conditioning import load_text_encoder
+
+    load_codec("demo")
+    load_text_encoder("demo")  # with the parts of transformers that it needs
 
     if given.fuzz is not None:
         fuzz(given.only, given.fuzz, given.out)

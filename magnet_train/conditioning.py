@@ -283,6 +283,12 @@ def _load(
             f"text encoder {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more; "
             "use a complete copy"
         )
+    for key, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise UserError(
+                f"text encoder {name!r}: {key} has NaN or infinite values; copy or download it "
+                "again"
+            )
     return TextEncoder(model, tokenizer, name, max_length, cache_size)
 
 

@@ -2,8 +2,8 @@
 
 A release is a folder with `config.json`, `model.safetensors`, `README.md` and, if codec or text
 encoder came from a folder, `codec/` and `text_encoder/`. Settings are checked before weights are
-read. Weights are verified before use: SHA-256 of a release, CRCs of a checkpoint, names, shapes,
-data types, and finite values.
+read. Weights are verified before use: SHA-256 of a release and its parts, CRCs of a checkpoint,
+names, shapes, data types, and finite values.
 """
 
 import json
@@ -42,6 +42,7 @@ MAX_CROP_S = 3600.0
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 CODEC_ID = re.compile(rf"demo|encodec_\w+|\./codec|{HUB_ID}")
 TEXT_ENCODER_ID = re.compile(rf"demo|\./text_encoder|\w[\w.-]*|{HUB_ID}")
+COMPONENT_FILE = re.compile(r"(codec|text_encoder)/\w[\w.-]*\.safetensors")
 CODEC_FILES = ("config.json", "audiocraft.yaml", "README.md", "*.safetensors")
 TEXT_ENCODER_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md")
 RAW = "@raw"
@@ -71,6 +72,8 @@ class SavedModel:
     """`licence`, `source`, `step`, `metrics` and the like, as far as known."""
     sha256: str | None = None
     """SHA-256 of the weight file; None for a checkpoint."""
+    component_sha256: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the weight files of a release's codec and text encoder, by relative path."""
     raw: bool = False
     """Use a checkpoint's raw weights instead of their average."""
 
@@ -112,11 +115,9 @@ class SavedModel:
         if self.sha256 is None:
             weights = _network_weights(read_checkpoint(self.file), self.file, self.raw)
         else:
-            if (found := sha256_of(self.file)) != self.sha256:
-                raise UserError(
-                    f"{self.file}: SHA-256 is {found[:16]}…, config.json says "
-                    f"{self.sha256[:16]}…; {DAMAGED_RELEASE}"
-                )
+            own = {self.file.name: self.sha256} | self.component_sha256
+            for name, expected in own.items():
+                _check_sha256(self.file.parent / name, expected)
             weights = read_safetensors(self.file, DAMAGED_RELEASE)
         check_weights(weights, self.network, self.file)
         return weights
@@ -140,6 +141,7 @@ class SavedModel:
             "guidance_dropout": self.guidance_dropout,
             "provenance": self.provenance,
             "sha256": self.sha256,
+            "component_sha256": self.component_sha256,
         }
 
 
@@ -183,6 +185,7 @@ def _open_release(folder: Path) -> SavedModel:
             guidance_dropout=_number(config, "guidance_dropout", 1.0),
             provenance=provenance,
             sha256=str(config["sha256"]),
+            component_sha256=_component_sha256(config.get("component_sha256", {})),
         )
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
@@ -228,6 +231,26 @@ def _component(folder: Path, name: Any, allowed: re.Pattern[str], what: str) -> 
     if not isinstance(name, str) or not allowed.fullmatch(re.sub(r"@\d+$", "", name)):
         raise ValueError(f"{what} {name!r} is neither in the release's folder nor a hub id")
     return str(folder.resolve() / name.removeprefix("./")) if name.startswith("./") else name
+
+
+def _component_sha256(values: Any) -> dict[str, str]:
+    if not isinstance(values, dict) or not all(map(COMPONENT_FILE.fullmatch, values)):
+        raise ValueError(f"component_sha256={str(values)[:80]} does not name files of the release")
+    return {name: str(sha256) for name, sha256 in values.items()}
+
+
+def _check_sha256(file: Path, expected: str) -> None:
+    try:
+        found = sha256_of(file)
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be read ({error.strerror}); {DAMAGED_RELEASE}"
+        ) from error
+    if found != expected:
+        raise UserError(
+            f"{file}: SHA-256 is {found[:16]}…, config.json says {expected[:16]}…; "
+            f"{DAMAGED_RELEASE}"
+        )
 
 
 def _open_checkpoint(path: Path) -> SavedModel:
@@ -389,7 +412,7 @@ def write_release(
 
     Args:
         out: must be empty or not exist.
-        saved: the settings; `file` and `sha256` are ignored.
+        saved: the settings; `file` and checksums are ignored.
         tensors: functions that return the tensors, by the network's names.
         card: content of README.md (default: `model_card`).
 
@@ -406,8 +429,11 @@ def write_release(
         if _is_folder(saved.text_encoder):
             _copy(Path(saved.text_encoder), folder / "text_encoder", TEXT_ENCODER_FILES)
             saved = replace(saved, text_encoder="./text_encoder")
+        components = sorted(folder.glob("*/*.safetensors"))
+        hashes = {file.relative_to(folder).as_posix(): sha256_of(file) for file in components}
         file = folder / "model.safetensors"
-        saved = replace(saved, file=file, sha256=write_safetensors(file, tensors))
+        sha256 = write_safetensors(file, tensors)
+        saved = replace(saved, file=file, sha256=sha256, component_sha256=hashes)
         (folder / "config.json").write_text(json.dumps(saved.to_dict(), indent=2) + "\n")
         (folder / "README.md").write_text(model_card(saved, out.name) if card is None else card)
     return _open_release(out)

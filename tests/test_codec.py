@@ -244,9 +244,11 @@ def test_missing_tensors_are_not_replaced_by_random_ones(folder: Path, tmp_path:
     del tensors["encoder.layers.0.conv.bias"]
     save_file(tensors, weights, {"format": "pt"})
     assert "encoder.layers.0.conv.bias" in message(tmp_path)
-    tensors["encoder.layers.0.conv.bias"] = torch.full((4,), math.nan)
-    save_file(tensors, weights, {"format": "pt"})
-    assert "NaN" in message(tmp_path)
+    good = tensors | {"encoder.layers.0.conv.bias": torch.zeros(4)}
+    for key in ("encoder.layers.0.conv.bias", "decoder.layers.0.conv.bias"):
+        damaged = good | {key: torch.full_like(good[key], math.nan)}
+        save_file(damaged, weights, {"format": "pt"})
+        assert f"{key} has NaN" in message(tmp_path)
     tensors["encoder.layers.0.conv.bias"] = torch.zeros(5)
     save_file(tensors, weights, {"format": "pt"})
     assert str(tmp_path) in message(tmp_path)

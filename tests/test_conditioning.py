@@ -1,6 +1,7 @@
 """The text encoder: states of captions, alone and in batches, and errors of invalid folders."""
 
 import copy
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -185,6 +186,11 @@ def test_folders_that_hold_no_text_encoder(
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    key = "encoder.final_layer_norm.weight"
+    tensors[key][0] = math.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert f"{key} has NaN" in message(tmp_path)
     weights.write_bytes(weights.read_bytes()[:1000])
     assert str(weights) in message(tmp_path)
 

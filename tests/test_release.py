@@ -80,6 +80,13 @@ def test_a_text_encoder_from_a_folder_becomes_part_of_the_release(tmp_path):
     folder = folder.rename(tmp_path / "moved")
     assert SavedModel.open(folder).text_encoder == str(folder / "text_encoder")
     assert not (folder / "text_encoder" / "run.py").exists()
+    file = folder / "text_encoder" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert f"{file}: SHA-256" in refusal(folder)
+    file.unlink()
+    assert f"{file}: cannot be read" in refusal(folder)
 
 
 def test_a_checkpoint_carries_the_decoding_of_its_last_validation(tmp_path):
@@ -94,6 +101,7 @@ SETTINGS = {
     "guidance_dropout": [2, math.nan],
     "format": [2],
     "sha256": ["0" * 64, None, 3],
+    "component_sha256": [[], {"../x.safetensors": "0"}, {"codec/x.safetensors": "0"}],
     "provenance": [[]],
     "text_encoder": [
         None,

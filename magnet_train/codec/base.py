@@ -249,7 +249,7 @@ def check_weights(
 
     Args:
         name: The codec's name, for messages.
-        weights: All weights that determine the codes, by name.
+        weights: All weights by name, of encoder, codebooks and decoder.
         codebooks: Entries of each codebook, by name.
 
     Raises:

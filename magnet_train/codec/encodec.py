@@ -50,9 +50,8 @@ class EncodecCodec(Codec):
         model.quantizer.layers = layers[: first_codebooks(name, len(layers), num_codebooks)]
         self.model = model.float().eval().requires_grad_(False)
         weights = _decisive_weights(model)
-        check_weights(
-            name, weights, {k: v for k, v in weights.items() if k.endswith("codebook.embed")}
-        )
+        codebooks = {k: v for k, v in weights.items() if k.endswith("codebook.embed")}
+        check_weights(name, model.state_dict(), codebooks)
         settings = {s: getattr(config, s) for s in DECISIVE_SETTINGS}
         if config.normalize or config.chunk_length_s:
             settings |= {"normalize": config.normalize, "chunk_length_s": config.chunk_length_s}

@@ -395,9 +395,8 @@ class SpectralCodec(Codec):
         config = model.config = replace(model.config, num_codebooks=count)
         self.model = model.float().eval().requires_grad_(False)
         weights = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
-        check_weights(
-            name, weights, {f"codebook {k}": entries for k, entries in enumerate(model.entries)}
-        )
+        codebooks = {f"codebook {k}": entries for k, entries in enumerate(model.entries)}
+        check_weights(name, model.state_dict(), codebooks)
         settings = {k: v for k, v in asdict(config).items() if k not in DECODER_SETTINGS}
         self.facts = CodecFacts(
             id=name,

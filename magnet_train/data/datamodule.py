@@ -136,7 +136,8 @@ class MagnetDataModule(L.LightningDataModule):
             validation: Validation shards; same syntax as `train`.
             test: Test shards; same syntax as `train`.
             batch_size: Examples per batch on each device; with global_batch_size, the maximum that
-                fits on a device.
+                fits on a device. The more examples, the less low mask rates weigh in the objective
+                (docs/training.md).
             global_batch_size: Examples per optimizer step over all devices. The batch per device
                 and gradient accumulation follow from it.
             augmentation: Caption augmentation in training.
