@@ -47,6 +47,13 @@ def test_a_mistake_is_one_line(error, line):
     assert found is not None and str(found).startswith(line) and "\n" not in str(found)
 
 
+def test_credentials_in_urls_are_not_shown():
+    error = raised(ValueError(), UserError("s3://key:SECRET@b/x: not as https://b/x?sig=SECRET"))
+    assert str(user_error_from(error)) == "s3://***@b/x: not as https://b/x?***"
+    remote = REMOTE.replace("a.tar", "http://me:SECRET@host/a.tar")
+    assert "SECRET" not in str(user_error_from(RuntimeError(remote)))
+
+
 @pytest.mark.parametrize(
     "error",
     [ValueError("x"), KeyError("x"), OSError(errno.EIO, "x"), AssertionError(), RuntimeError("x")],

@@ -1,6 +1,7 @@
 """Private parts of other packages used by `common/private_api.py` exist."""
 
 import copy
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,8 +123,13 @@ def test_torch():
     assert counter.get_total_flops() == 2 * 2 * 2 * 8 * 8 * 4
 
 
-def test_wandb():
+def test_wandb(monkeypatch: pytest.MonkeyPatch):
     wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb.sdk.wandb_settings.Settings, "_args", wandb.Settings._args)
+    monkeypatch.setattr(sys, "argv", ["fit", "--data.train=SECRET"])
+    assert wandb.Settings()._args == ["--data.train=SECRET"]
+    private_api.record_arguments_through(lambda argument: argument.replace("SECRET", "***"))
+    assert wandb.Settings()._args == ["--data.train=***"]
     table = wandb.Table(columns=["a"], log_mode="INCREMENTAL")
     for name in ("_increment_num", "_previous_increments_paths"):
         assert hasattr(table, name)

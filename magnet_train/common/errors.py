@@ -5,6 +5,8 @@ import os
 import re
 from collections.abc import Iterator
 
+from magnet_train.common.redact import redact
+
 REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space and continue (fit: with --ckpt_path auto)",
     errno.EDQUOT: "disk quota exceeded; free some space and continue (fit: with --ckpt_path auto)",
@@ -24,8 +26,12 @@ REMEDIES = {
 class UserError(Exception):
     """A user error: one line that names the file or option, its value and the remedy.
 
-    The command line prints it without a traceback and exits with status 2.
+    The command line prints it without a traceback and exits with status 2. Passwords and signatures
+    of URLs are removed from the text, because users paste error messages.
     """
+
+    def __init__(self, text: object = ""):
+        super().__init__(redact(text))
 
 
 def user_error_from(error: BaseException) -> UserError | None:

@@ -6,6 +6,7 @@ tests/test_private_api.py calls all of them, so that it fails if an update remov
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, get_args
@@ -239,6 +240,17 @@ def quick_requests(timeout_s: int) -> dict[str, int]:
         "x_graphql_retry_wait_min_seconds": 1,
         "x_graphql_retry_wait_max_seconds": 1,
     }
+
+
+def record_arguments_through(hide: Callable[[str], str]) -> None:
+    """Let wandb record each argument of the command line as `hide` returns it.
+
+    It copies them into its files and to its server, with the passwords in URLs.
+    """
+    from wandb.sdk.wandb_settings import Settings
+
+    arguments = property(lambda settings: [hide(argument) for argument in sys.argv[1:]])
+    Settings._args = arguments  # type: ignore
 
 
 def name_workspace(workspace: Any, name: str) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import write_text
+from magnet_train.common.redact import redact
 
 LOGIN_HINT = (
     "set another WANDB_API_KEY, or WANDB_MODE=offline and `wandb sync` later, or --trainer.logger "
@@ -65,6 +66,7 @@ def prepare_wandb(
         os.environ.setdefault(name, value)
     if rank_zero_only.rank != 0:
         return
+    private_api.record_arguments_through(redact)
     if online:
         require_wandb_login(folder, is_known)
     if verb == "fit":
