@@ -177,7 +177,6 @@ WRONG: dict[str, dict[str, tuple[str, ...]]] = {
         "data.batch_size": ("0", "-1", "1.5"),
         "data.num_workers": ("-1", "x"),
         "data.train": ("/nowhere", "{a", "/tmp/*/nowhere", "no-such://x"),
-        "data.validation": ("/nowhere",),
         "trainer.accelerator": ("gpu", "x", "tpu"),
         "trainer.devices": ("0", "-5", "x"),
         "trainer.num_nodes": ("0", "-1"),

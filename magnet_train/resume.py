@@ -104,8 +104,8 @@ def _skipping_damaged(path: Path) -> Iterator[None]:
         warnings.warn(f"skipping checkpoint {reason}", stacklevel=4)
 
 
-def check_named_checkpoint(path: Path, is_fit: bool) -> None:
-    """Check that Lightning can load a checkpoint, before files are created.
+def check_named_checkpoint(path: Path, is_fit: bool) -> dict[str, Any]:
+    """Check that Lightning can load a checkpoint, before files are created; returns its content.
 
     Args:
         path: of the file.
@@ -115,7 +115,7 @@ def check_named_checkpoint(path: Path, is_fit: bool) -> None:
         UserError: as `read_training_checkpoint`.
     """
     parts = PARTS if is_fit else WEIGHTS_PARTS
-    read_training_checkpoint(path, parts | {"pytorch-lightning_version": str})
+    return read_training_checkpoint(path, parts | {"pytorch-lightning_version": str})
 
 
 def read_training_checkpoint(path: Path, parts: Mapping[str, type] = PARTS) -> dict[str, Any]:

@@ -133,9 +133,14 @@ def test_the_best_checkpoint_cannot_be_chosen_by_a_missing_metric(
 ):
     monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path / "cache"))
     options = ["--generation.metrics=[fad/vggish]", "--checkpoint.monitor=val/fad/vggish"]
-    assert fit(shards, tmp_path / "run", *options) == 2
     says = "error: checkpoint.monitor is a metric of vggish, and VGGish weights: not in the cache"
-    assert says in capsys.readouterr().err
+    for more, expected in (
+        ([], says),
+        ([f"--generation.reference={tmp_path}"], f"error: generation.reference: {tmp_path}/vggish"),
+    ):
+        assert fit(shards, tmp_path / "run", *options, *more) == 2
+        assert expected in capsys.readouterr().err
+        assert not (tmp_path / "run" / "validation").exists()  # before anything was decoded
 
 
 def test_a_budget_of_seconds_ends_decoding_and_says_so(shards, tmp_path):
@@ -237,6 +242,9 @@ def test_mistakes_of_fit(capsys, tmp_path, shards):
         (f"--data.train={tmp_path / 'other'}", "made with codec"),
         (f"--trainer.default_root_dir={tmp_path / 'file' / 'run'}", "cannot be written"),
         (f"--config={tmp_path / 'c.yaml'}", "crop_z"),
+        ("--generation.decoding.decoding_steps=[1,1,1,1,1,1,1]", "decoding_steps"),
+        ("--generation.decoding.autoregressive_s=1", "decodes in parallel only"),
+        (f"--checkpoint.dirpath={tmp_path / 'file' / 'x'}", "--checkpoint.dirpath"),
     ):
         assert says in mistake(capsys, "fit", *arguments(shards, tmp_path / "run", option)), option
     assert not (tmp_path / "run" / "validation").exists()  # refused before anything was computed

@@ -61,7 +61,8 @@ def test_a_new_run_moves_earlier_checkpoints_aside(tmp_path):
         (tmp_path / "checkpoints" / "last.ckpt").write_text(str(number))
         prepare_run_folder(options(tmp_path), is_fit=True)
         assert (tmp_path / f"checkpoints-{number}" / "last.ckpt").read_text() == str(number)
-        assert not (tmp_path / "checkpoints").exists()
+        assert list((tmp_path / "checkpoints").iterdir()) == []
+        (tmp_path / "checkpoints").rmdir()
 
 
 @pytest.mark.parametrize("setting", ["init_from", "dirpath"])
@@ -83,3 +84,5 @@ def test_auto_is_nothing_where_there_is_no_checkpoint_yet(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"default_root_dir .*file"):
         prepare_run_folder(options(tmp_path / "file" / "run"), is_fit=True)
+    with pytest.raises(UserError, match=r"--checkpoint.dirpath .*file.*cannot be written"):
+        prepare_run_folder(options(tmp_path, dirpath=str(tmp_path / "file" / "x")), is_fit=True)

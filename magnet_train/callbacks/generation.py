@@ -3,7 +3,7 @@
 import json
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from magnet_train.metrics.distributed import (
 from magnet_train.metrics.embedders import Embedder, load_embedder
 from magnet_train.metrics.record import Record, write_records
 from magnet_train.metrics.reference import ReferenceStatistics
-from magnet_train.metrics.scoring import FeatureSet, parse_metric
+from magnet_train.metrics.scoring import REFERENCE_METRICS, FeatureSet, parse_metric
 from magnet_train.module import MagnetModule
 from magnet_train.rescorer import check_rescorer
 
@@ -102,7 +102,7 @@ class GenerationCallback(Callback):
         self.at_start = at_start
         self.baselines = baselines
         self.metrics = tuple(metrics)
-        self.reference = reference
+        self.reference = None if reference is None else str(Path(reference).expanduser())
         self.max_seconds = max_seconds
         self.seed = seed
         self.within_fit = False
@@ -132,11 +132,38 @@ class GenerationCallback(Callback):
     # --- Collect ----------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses settings that do not fit the model, before hours are spent."""
         assert isinstance(pl_module, MagnetModule)
-        check_autoregressive(pl_module.config, self.decoding, pl_module.crop_s)
-        if self.decoding.rescorer is not None and self.num_prompts:
-            check_rescorer(self.decoding.rescorer, load_codec(pl_module.codec_name).facts.to_dict())
+        self.check(pl_module)
+
+    def check(self, module: MagnetModule, monitor: str | None = None) -> None:
+        """Check that a model can be decoded with these settings, and that references are there.
+
+        Args:
+            module: the model.
+            monitor: checkpoint.monitor, whose network has to be there too.
+
+        Raises:
+            UserError: if not.
+        """
+        self.decoding.steps_per_stage(module.config.num_codebooks)
+        check_autoregressive(module.config, self.decoding, module.crop_s)
+        if self.num_prompts and self.decoding.rescorer is not None:
+            check_rescorer(self.decoding.rescorer, load_codec(module.codec_name).facts.to_dict())
+        if self.num_prompts and self.reference is not None:
+            for name in embedders_with_reference(self.metrics):
+                # Those of musicnn may be in the shards, and those of music are made.
+                file = Path(self.reference) / f"{name}.safetensors"
+                if name not in ("musicnn", "music") and not file.is_file():
+                    raise UserError(
+                        f"generation.reference: {file}: no such file; write it with evaluate "
+                        f"--save_reference, or remove the metrics of {name}"
+                    )
+        monitored = [m for m in self.metrics if self.num_prompts and monitor == f"val/{m}"]
+        for name in (parse_metric(metric)[1] for metric in monitored):
+            try:
+                load_embedder(name)
+            except UserError as error:
+                raise _monitors_missing(name, error) from error
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.monotonic()
@@ -362,9 +389,7 @@ class GenerationCallback(Callback):
                     raise
                 monitors = [getattr(c, "monitor", None) or "" for c in trainer.checkpoint_callbacks]
                 if any(m.startswith("val/") and f"/{name}" in m for m in monitors):
-                    raise UserError(
-                        f"checkpoint.monitor is a metric of {name}, and {error}"
-                    ) from error
+                    raise _monitors_missing(name, error) from error
                 rank_zero_warn(f"no metrics of {name}: {error}")
                 continue
             if module.crop_s < embedder.min_duration_s:
@@ -382,8 +407,11 @@ class GenerationCallback(Callback):
     ) -> dict[str, ReferenceStatistics]:
         """Statistics of the real clips by embedder, from the shards (`real`) or `reference`."""
         found: dict[str, ReferenceStatistics] = {}
+        needed = embedders_with_reference(self.metrics)
         for name, part in features.items():
             embedder = part.embedder
+            if name not in needed:
+                continue
             if name == "musicnn" and real["embeddings"]:
                 files = [
                     str(shard.get("sha256")) for shard in self._shards(trainer).index["shards"]
@@ -541,6 +569,20 @@ class GenerationCallback(Callback):
         """Shards of the split in use."""
         split = "test" if trainer.testing else "validation"
         return trainer.datamodule.shards(split)  # type: ignore
+
+
+def _monitors_missing(name: str, error: UserError) -> UserError:
+    return UserError(f"checkpoint.monitor is a metric of {name}, and {error}")
+
+
+def embedders_with_reference(metrics: Sequence[str]) -> list[str]:
+    """Embedders of the metrics that need a reference.
+
+    >>> embedders_with_reference(["fad/vggish", "kl/passt", "text/clap", "music/beat"])
+    ['vggish', 'passt']
+    """
+    parsed = map(parse_metric, metrics)
+    return list(dict.fromkeys(name for metric, name in parsed if metric in REFERENCE_METRICS))
 
 
 def chosen_items(counts: list[int], num_prompts: int) -> dict[int, int]:

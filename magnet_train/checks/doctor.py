@@ -42,11 +42,12 @@ from magnet_train.common.torchaudio_import import import_torchaudio
 from magnet_train.conditioning import load_text_encoder
 from magnet_train.data.datamodule import check_shards_per_worker
 from magnet_train.data.shards import Item, ShardSet
+from magnet_train.decoding.autoregressive import check_autoregressive
 from magnet_train.metrics.embedders import load_embedder
 from magnet_train.metrics.scoring import REFERENCE_METRICS, parse_metric
 from magnet_train.release import SavedModel, check_codec, check_weights
 from magnet_train.rescorer import check_rescorer
-from magnet_train.resume import check_same_model, read_training_checkpoint
+from magnet_train.resume import check_named_checkpoint, check_same_model
 from magnet_train.tracking.wandb_session import LOGIN_HINT, check_wandb_login
 
 WEIGHTS: dict[str, Weights] = {
@@ -151,6 +152,7 @@ def check_validation(plan: Plan) -> Iterator[Finding]:
             text = f"sees {num_seen} of {num_items} items: {limit}"
             yield Finding("warning", "validation", text)
     plan.decoding.steps_per_stage(plan.network.num_codebooks)
+    check_autoregressive(plan.network, plan.decoding, plan.config.model.crop_s)
     if plan.decoding.rescorer is not None:
         codec = {} if plan.codec is None else plan.codec.to_dict()
         check_rescorer(plan.decoding.rescorer, codec)
@@ -161,7 +163,7 @@ def check_start(plan: Plan) -> Iterator[Finding]:
     """Initial weights: a checkpoint of the run, other weights, or random ones."""
     config = plan.config
     if plan.checkpoint is not None:
-        checkpoint = read_training_checkpoint(Path(plan.checkpoint))
+        checkpoint = check_named_checkpoint(Path(plan.checkpoint).expanduser(), is_fit=True)
         own = {"network": asdict(plan.network), "optimizer": {"name": plan.optimizer.name}}
         check_same_model(checkpoint["hyper_parameters"], own)
         if "run" in checkpoint:
@@ -511,18 +513,19 @@ def check_host(plan: Plan) -> Iterator[Finding]:
 
 def check_disk(plan: Plan) -> Iterator[Finding]:
     """Whether the run folder is writable and has space for the checkpoints."""
-    folder = plan.run_folder
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=_existing(folder), prefix=".magnet_train_doctor_"
-        ) as probe:
-            probe.write(bytes(4096))
-            probe.flush()
-    except OSError as error:
-        raise UserError(
-            f"run folder {folder}: not writable ({error.strerror}); set --trainer.default_root_dir "
-            "to another folder"
-        ) from error
+    options = {"--trainer.default_root_dir": plan.run_folder}
+    options["--checkpoint.dirpath"] = plan.checkpoint_folder
+    for option, folder in options.items():
+        try:
+            with tempfile.NamedTemporaryFile(
+                dir=_existing(folder), prefix=".magnet_train_doctor_"
+            ) as probe:
+                probe.write(bytes(4096))
+                probe.flush()
+        except OSError as error:
+            raise UserError(
+                f"{folder}: not writable ({error.strerror}); set {option} to another folder"
+            ) from error
     disk = _existing(plan.checkpoint_folder)
     size = checkpoint_bytes(plan)
     kept = _kept_checkpoints(plan)

@@ -254,8 +254,11 @@ class MagnetCLI(private_api.lightning_cli()):
         return _codec_facts, _text_dim
 
     def after_instantiate_classes(self) -> None:
-        """Check the data before a logger writes anything."""
+        """Check the data and the validation before a logger writes anything."""
         data, world_size = self.datamodule, self.trainer.world_size
+        settings = self.config_init[self.verb]
+        monitor = settings.checkpoint.monitor if self.verb == "fit" else None
+        settings.generation.check(self.model, monitor)
         if self.verb != "fit":
             data.shards(
                 {"validate": "validation", "test": "test"}.get(self.verb, data.predict_split)

@@ -48,6 +48,8 @@ def prepare_run_folder(config: Any, is_fit: bool) -> Path:
         _check_room(config, folder)
         if Path(config.checkpoint.dirpath) == own_checkpoints:
             _move_aside(own_checkpoints)
+    if is_fit and not config.trainer.fast_dev_run:
+        writable_folder(Path(config.checkpoint.dirpath), "--checkpoint.dirpath")
     return folder
 
 
