@@ -210,7 +210,7 @@ def mistake(capsys, *args: str) -> str:
 def test_mistakes_of_tokenize(capsys, tmp_path, clips):
     for name in ("bare", "plain"):
         (tmp_path / name).mkdir()
-    soundfile.write(tmp_path / "plain" / "a.wav", np.zeros(16_000), 16_000)
+    soundfile.write(tmp_path / "plain" / "1.wav", np.zeros(16_000), 16_000)
     for source, options, says in (
         (tmp_path / "none", [], "no such folder"),
         (tmp_path / "bare", [], "no audio files"),

@@ -534,10 +534,11 @@ def test_the_order_begins_anywhere():
 # --- the data module ------------------------------------------------------------------------------
 
 
-def data_module(codec: str, train: Path, validation: Path, **options: Any) -> Any:
+def data_module(codec: str, train: Path, validation: Path | None, **options: Any) -> Any:
     from magnet_train.data.datamodule import MagnetDataModule
 
-    folders = {"train": str(train), "validation": str(validation), "test": str(validation)}
+    folders = {"train": str(train), "validation": validation and str(validation)}
+    folders |= {"test": folders["validation"]}
     return MagnetDataModule(
         **(folders | {"batch_size": 2, "num_workers": 0, "crop_s": 1.0, "codec": codec} | options)
     )
@@ -635,6 +636,29 @@ def test_splits_that_are_missing(codec: str, folder: Path, tmp_path: Path):
     assert str(tmp_path / "gone") in refusal(
         data_module(codec, tmp_path / "gone", folder).setup, "fit"
     )
+
+
+def test_validation_split_by_shard(codec: str, tmp_path: Path):
+    """Disjoint and complete; more shards move none."""
+
+    def split(num_shards: int) -> tuple[set[str], set[str]]:
+        data = data_module(codec, written, None, val_split=0.4, test=None)
+        train, validation = (data.shards(name) for name in ("train", "validation"))
+        names = tuple({shard["name"] for shard in s.index["shards"]} for s in (train, validation))
+        assert sum(train.counts) + sum(validation.counts) == 2 * num_shards
+        assert len(names[0]) + len(names[1]) == num_shards
+        return names
+
+    written = write_shards(tmp_path / "shards", codec, [2] * 8)
+    train, validation = split(8)
+    write_shards(written, codec, [2] * 11)
+    assert train and validation
+    more = split(11)
+    assert train < more[0] | more[1] and train <= more[0] and validation <= more[1]
+    with pytest.raises(UserError, match=r"val_split 0\.001: holds out none"):
+        data_module(codec, written, None, val_split=0.001, test=None).shards("train")
+    with pytest.raises(UserError, match="val_split"):
+        data_module(codec, written, written, val_split=0.1)
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def test_captions_beside_the_files(run: Callable[..., dict], tmp_path: Path):
     write_clip(tmp_path / "in/b.flac", 2, None)
     (tmp_path / "in/b.json").write_text(json.dumps(about | {"licence": "CC0"}))
     write_clip(tmp_path / "in/e.wav", 2, None)
-    index = run()
+    index = run(caption_from="files")
     found = {item["info"]["source"]: item["info"] for item in items(tmp_path / "out")}
     captions = {name: info["caption"] for name, info in found.items()}
     assert captions == {"deep/er/a.wav": "from text", "b.flac": "from caption"}
@@ -221,9 +221,54 @@ def test_captions_beside_the_files(run: Callable[..., dict], tmp_path: Path):
 def test_no_captions_at_all(run: Callable[..., dict], tmp_path: Path):
     write_clip(tmp_path / "in/a.wav", caption=None)
     write_clip(tmp_path / "in/b.wav", caption="  \n")
-    text = refusal(run)
+    text = refusal(run, caption_from="tags")
     assert "no captions" in text and "a.txt" in text and str(tmp_path / "in") in text
     assert not (tmp_path / "out").exists()
+
+
+def test_captions_from_tags_and_names(run: Callable[..., dict], tmp_path: Path):
+    """WAV, Vorbis and ID3 tags; names without track numbers; numbers are no captions."""
+    folder = tmp_path / "in"
+    for name in ("a.wav", "b.flac", "c.mp3", "d.ogg", "07 - slow_Waltz.wav", "12.wav"):
+        path = write_clip(folder / name, 2, None)
+        if len(Path(name).stem) == 1:
+            wav = tone(2)
+            with soundfile.SoundFile(path, "w", RATE, 1) as file:
+                file.title, file.genre, file.comment = path.stem, "Jazz", "jazz"
+                file.write(wav)
+    index = run()
+    found = {i["info"]["source"]: i["info"] for i in items(tmp_path / "out")}
+    captions = {name: (info["caption"], info["caption_from"]) for name, info in found.items()}
+    expected = {
+        f"{stem}{suffix}": (f"{stem}, Jazz", "tags")
+        for stem, suffix in zip("abcd", (".wav", ".flac", ".mp3", ".ogg"), strict=True)
+    }
+    assert captions == expected | {"07 - slow_Waltz.wav": ("slow Waltz", "name")}
+    assert [entry["file"] for entry in index["skipped"]] == ["12.wav"]
+
+
+def test_validation_is_split_by_file_and_added_files_move_none(
+    run: Callable[..., dict], tmp_path: Path
+):
+    def sources(split: str) -> set[str]:
+        return {i["info"]["source"] for i in items(tmp_path / "out" / split)}
+
+    for i in range(6):
+        write_clip(tmp_path / f"in/{i}.wav", 4, seed=i)
+    least = re.search(r"give at least (0\.\d+)", refusal(run, validation=1e-4))
+    assert least
+    share = max(0.3, float(least[1]))
+    run(validation=share, crop_s=3.0, min_s=1.0)
+    before = sources("train"), sources("validation")
+    assert before[0] and before[1] and not before[0] & before[1]
+    assert before[0] | before[1] == {f"{i}.wav" for i in range(6)}
+    found = items_with_references(tmp_path / "out/validation")
+    assert all(i["reference"] is not None and i["codes"].shape[1] == 150 for i in found)
+    for i in range(6, 9):
+        write_clip(tmp_path / f"in/{i}.wav", 4, seed=i)
+    run(validation=share, crop_s=3.0, min_s=1.0)
+    assert before[0] <= sources("train") and before[1] <= sources("validation")
+    assert "0.5" in refusal(run, validation=0.6)
 
 
 def test_names_of_all_kinds_give_different_keys(run: Callable[..., dict], tmp_path: Path):

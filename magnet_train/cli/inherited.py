@@ -22,7 +22,8 @@ def fit_defaults(given: Namespace) -> dict[str, Any]:
     """Defaults of `fit`, `validate`, `test`, `predict` and `doctor`.
 
     The model's settings come from its checkpoint or release. Without --config, all others come from
-    conf/demo.yaml, or from conf/finetune.yaml if training starts from a model.
+    conf/demo.yaml, or from conf/finetune.yaml if training starts from a model. With data of one's
+    own, run folder and loggers are not the demo's.
 
     Args:
         given: options given by file or flag.
@@ -40,7 +41,11 @@ def fit_defaults(given: Namespace) -> dict[str, Any]:
         return inherited
     file = conf_path("demo.yaml" if init_from is None else "finetune.yaml")
     print(f"no --config given: using {file}", file=sys.stderr)
-    return _merged(yaml.safe_load(file.read_text(encoding="utf-8")), inherited)
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if init_from is None and given.get("data.train") is not None:  # the recipe, not the demo's run
+        settings["trainer"] |= {"default_root_dir": "runs/own"}
+        settings["trainer"].pop("logger")
+    return _merged(settings, inherited)
 
 
 def settings_of_release(init_from: str, distils: bool = False) -> dict[str, Any]:

@@ -97,6 +97,17 @@ def duration_s(path: Path) -> float:
     return frames / rate
 
 
+def read_tags(path: Path) -> list[str]:
+    """Title, genre and comment inside a file, those that libsndfile can read; without repeats."""
+    try:
+        _check_regular(path)
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # type: ignore[arg-type]
+            tags = [str(getattr(file, name)).strip() for name in ("title", "genre", "comment")]
+    except (UserError, *_ERRORS):  # reading the audio names the reason
+        return []
+    return list({tag.lower(): tag for tag in reversed(tags) if tag}.values())[::-1]
+
+
 def decode(path: Path) -> tuple[np.ndarray, int]:
     """All samples `t channels`, float32, and their rate in Hz.
 

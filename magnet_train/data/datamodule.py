@@ -22,6 +22,7 @@ from magnet_train.data.pipeline import (
     TrainingStream,
     compress_for_worker,
 )
+from magnet_train.data.shards import held_out
 from magnet_train.data.timed_loader import TimedLoader
 from magnet_train.metrics.baselines import CountTables
 from magnet_train.resume import shards_hash
@@ -116,6 +117,7 @@ class MagnetDataModule(L.LightningDataModule):
         train: list[str] | str | None = None,
         validation: list[str] | str | None = None,
         test: list[str] | str | None = None,
+        val_split: float = 0.0,
         batch_size: int = 8,
         global_batch_size: int | None = None,
         augmentation: CaptionAugmentation = CaptionAugmentation(),
@@ -135,6 +137,8 @@ class MagnetDataModule(L.LightningDataModule):
                 shards if train, validation and test are all omitted.
             validation: Validation shards; same syntax as `train`.
             test: Test shards; same syntax as `train`.
+            val_split: Share of the training shards to hold out for validation, 0 to 0.5, instead of
+                `validation`; chosen by a hash of each shard, so that added shards move none.
             batch_size: Examples per batch on each device; with global_batch_size, the maximum that
                 fits on a device. The more examples, the less low mask rates weigh in the objective
                 (docs/training.md).
@@ -164,6 +168,13 @@ class MagnetDataModule(L.LightningDataModule):
             raise UserError(
                 f"data: predict_split={predict_split}: choose train, validation or test"
             )
+        if not 0 <= val_split <= 0.5 or (val_split and (train is None or validation is not None)):
+            raise UserError(
+                f"data: val_split={val_split} must be from 0 to 0.5, with train and without "
+                "validation"
+            )
+        self.val_split = val_split
+        validation = train if val_split else validation
         demo = train is None and validation is None and test is None
         self.folders = {
             name: str(demo_path(f"shards/{name}")) if demo else given
@@ -201,8 +212,13 @@ class MagnetDataModule(L.LightningDataModule):
             if folder is None:
                 raise UserError(
                     f"no {split} shards: give --data.{split} FOLDER (made with tokenize)"
+                    + (", or --data.val_split 0.05" if split == "validation" else "")
                 )
             found = ShardSet.open(folder)
+            if self.val_split and split != "test":
+                hashes = [shard.get("sha256") or shard["name"] for shard in found.index["shards"]]
+                chosen = held_out(hashes, self.val_split, f"{found.name}: --data.val_split")
+                found = found.subset([is_held == (split == "validation") for is_held in chosen])
             self._facts = self._facts or load_codec(self.codec_name).facts
             check_codec(found, self._facts)
             self._sets[split] = found

@@ -11,16 +11,17 @@ import io
 import json
 import math
 import os
+import re
 import stat
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from magnet_train.common.errors import UserError
-from magnet_train.data.audio import SUFFIXES
+from magnet_train.data.audio import SUFFIXES, read_tags
 
 CAPTION_FIELDS = ("caption", "description", "prompt", "text")
 """Names of the caption field; the first non-empty one is used."""
@@ -238,6 +239,27 @@ def _printable(text: str) -> str:
 def _one_line(text: str) -> str:
     """The text with single spaces; empty for a missing value."""
     return "" if _is_missing(text) else " ".join(text.split())
+
+
+def with_fallback_captions(clips: Sequence[Clip], names: bool) -> list[Clip]:
+    """The clips; those without a caption get one from their file's tags, or its name if `names`.
+
+    A tag's caption is title, genre and comment (ID3, Vorbis comments, RIFF INFO), a name's the
+    words of the file name without a track number. `caption_from` in the fields says which.
+    """
+    return [clip if clip.caption or clip.error else _captioned(clip, names) for clip in clips]
+
+
+def _captioned(clip: Clip, names: bool) -> Clip:
+    found = {"tags": _one_line(_printable(", ".join(read_tags(clip.path))))}
+    if names:
+        words = re.sub(r"[\W_]+", " ", Path(clip.id).name).strip()
+        found["name"] = re.sub(r"^\d+ (?=\D)", "", words)
+    for origin, caption in found.items():
+        if re.search(r"[^\W\d]", caption):  # has a letter
+            fields = clip.fields | {"caption_from": origin}
+            return replace(clip, caption=caption, fields=fields)
+    return clip
 
 
 # --- folders --------------------------------------------------------------------------------------

@@ -48,6 +48,12 @@ class TokenizeOptions:
     """Maximum level difference between the two parts of a mixture, in dB; drawn uniformly."""
     split: str = "shard"
     """Prefix of the shards' file names, such as train."""
+    validation: float = 0.0
+    """Share of the files to hold out for validation, 0 to 0.5, chosen by a hash of their names: OUT
+    then has the sets `train` and `validation`, the latter with musicnn embeddings."""
+    caption_from: Literal["files", "tags", "names"] = "names"
+    """Where to look for captions: only in caption files and the manifest; also in tags of the
+    audio file; also in its name."""
     shard_size: int = 256
     """Crops per shard."""
     batch_size: int = 8
@@ -73,6 +79,7 @@ class TokenizeOptions:
             ("shard_size", 1 <= self.shard_size <= 100_000, "1 to 100,000 crops"),
             ("batch_size", self.batch_size >= 1, "at least 1 crop"),
             ("processes", 1 <= self.processes <= 1024, "1 to 1,024"),
+            ("validation", 0 <= self.validation <= 0.5, "0 to 0.5"),
             ("split", re.fullmatch(r"[A-Za-z0-9_-]{1,80}", self.split), "letters, digits, - and _"),
         ):
             if not is_valid:
@@ -231,7 +238,7 @@ def with_mixtures(crops: list[Crop], options: TokenizeOptions) -> list[Crop]:
 
 def plan_settings(options: TokenizeOptions) -> dict[str, Any]:
     """The options that determine the shards' content."""
-    unimportant = ("processes", "batch_size", "codec")
+    unimportant = ("processes", "batch_size", "codec", "validation", "caption_from")
     return {name: value for name, value in asdict(options).items() if name not in unimportant}
 
 

@@ -7,14 +7,17 @@ before use.
 """
 
 import fnmatch
+import hashlib
 import io
 import json
+import math
 import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
 
@@ -124,10 +127,41 @@ class ShardSet:
                 )
         return items
 
+    def subset(self, chosen: Sequence[bool]) -> "ShardSet":
+        """Only the chosen shards."""
+        shards = list(compress(self.index["shards"], chosen))
+        index = {"codec": self.index["codec"], "shards": shards}
+        return ShardSet(self.name, index, list(compress(self.paths, chosen)))
+
     @property
     def counts(self) -> list[int]:
         """Items in each shard."""
         return [shard["num_examples"] for shard in self.index["shards"]]
+
+
+def held_out(names: Sequence[str], share: float, option: str) -> list[bool]:
+    """Whether each name is held out for validation: a hash of it is below `share`.
+
+    New names do not change the choice for others.
+
+    Raises:
+        UserError: if no name or every name is held out; the message has the smallest share that
+            works.
+
+    >>> held_out(["a", "b", "c"], 0.3, "--validation")
+    [False, True, False]
+    """
+    places = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names]
+    chosen = [place < share for place in places]
+    if not any(chosen):
+        least = math.ceil(min(places) * 1000 + 1e-6) / 1000
+        raise UserError(
+            f"{option} {share:g}: holds out none of {len(names)}; give at least {least:g}, or add "
+            "more"
+        )
+    if all(chosen):
+        raise UserError(f"{option} {share:g}: holds out all of {len(names)}; give a smaller share")
+    return chosen
 
 
 def open_index(folder: str) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import json
 import math
 import multiprocessing
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import remove_leftovers, write_json
 from magnet_train.data.audio import read_audio
-from magnet_train.data.manifest import find_clips
+from magnet_train.data.manifest import Clip, find_clips, with_fallback_captions
 from magnet_train.data.plan import (
     Crop,
     TokenizeOptions,
@@ -37,14 +37,17 @@ from magnet_train.data.plan import (
     plan_settings,
     plan_shards,
 )
-from magnet_train.data.shards import ShardWriter
+from magnet_train.data.shards import ShardWriter, held_out
 
 FORMAT = 2
+MIN_REFERENCE_S = 3.0
+"""Minimum length of a clip with musicnn embeddings, in seconds."""
 T = TypeVar("T")
 
 
 def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any]:
-    """Encode the audio of `source` into shards in `out`; returns the index.
+    """Encode the audio of `source` into shards in `out`; returns the index (that of `train` if
+    clips are held out for validation).
 
     Run it again after any interruption, or to append new clips.
 
@@ -53,7 +56,41 @@ def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any
             other options, or the disk is full.
     """
     clips = find_clips(source)
+    if options.caption_from != "files":
+        clips = with_fallback_captions(clips, options.caption_from == "names")
+        origins = Counter(c.fields.get("caption_from", "files") for c in clips if c.caption)
+        if origins.keys() - {"files"}:
+            counts = ", ".join(f"{count} from {origin}" for origin, count in origins.items())
+            tqdm.write(f"captions: {counts}")
     check_captions(source, clips)
+    if not options.validation:
+        return _tokenize(source, clips, out, options)
+    names = list(dict.fromkeys(clip.id for clip in clips))
+    held = dict(zip(names, held_out(names, options.validation, "--validation"), strict=True))
+    index, *_ = [
+        _tokenize(source, [c for c in clips if held[c.id] == is_held], out / name, part)
+        for name, is_held, part in (
+            ("train", False, options),
+            ("validation", True, with_references(options)),
+        )
+    ]
+    init_from = "--model.init_from demo " if options.codec == "demo" else ""
+    sets = f"--data.train {out / 'train'} --data.validation {out / 'validation'}"
+    tqdm.write(f"next        python -m magnet_train fit {init_from}{sets}")
+    return index
+
+
+def with_references(options: TokenizeOptions) -> TokenizeOptions:
+    """The options with embeddings for metrics, and crops that are long enough for them."""
+    if options.crop_s < MIN_REFERENCE_S:
+        return options
+    return replace(options, embedder="musicnn", min_s=max(options.min_s, MIN_REFERENCE_S))
+
+
+def _tokenize(
+    source: Path, clips: list[Clip], out: Path, options: TokenizeOptions
+) -> dict[str, Any]:
+    """Encode clips into one set of shards."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
