@@ -73,6 +73,46 @@ class Generated:
     order: Tensor
     """`b k t`, step of its stage at which a code became final; -1 = given."""
 
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the clips to `path` (.wav, .flac or .ogg), levelled for listening; several clips
+        get numbers, as in `waltz-0.wav`. Returns the files.
+
+        Raises:
+            UserError: if the format is unknown or the file cannot be written.
+        """
+        import soundfile
+
+        path, wavs = Path(path).expanduser(), self._for_listening()
+        many = len(wavs) > 1
+        paths = [path.with_stem(f"{path.stem}-{i}") if many else path for i in range(len(wavs))]
+        try:
+            for file, wav in zip(paths, wavs, strict=True):
+                soundfile.write(file, wav, self.sample_rate)
+        except (OSError, TypeError, soundfile.LibsndfileError) as error:
+            raise UserError(f"{path}: cannot be written ({error}); give a .wav file") from error
+        return paths
+
+    def play(self) -> None:
+        """Show a player for each clip in a notebook.
+
+        Raises:
+            UserError: without IPython.
+        """
+        try:
+            from IPython.display import Audio, display
+        except ImportError as error:
+            raise UserError(
+                "play() is for notebooks: use save(FILE), or install IPython"
+            ) from error
+        for wav in self._for_listening():
+            display(Audio(wav.T, rate=self.sample_rate, normalize=False))
+
+    def _for_listening(self) -> list[Any]:
+        """Arrays `samples channels`."""
+        from magnet_train.common.audio_files import normalize_for_listening
+
+        return [normalize_for_listening(w.T.cpu().numpy(), self.sample_rate) for w in self.wav]
+
 
 @dataclass(frozen=True)
 class DecodedItem:
@@ -241,10 +281,15 @@ class Generator:
         given = torch.zeros_like(codes, dtype=torch.bool)
         if prompt_codes is not None:
             length = prompt_codes.shape[2]
-            if length > num_frames or prompt_codes.shape[:2] != codes.shape[:2]:
+            if length > num_frames:
                 raise UserError(
-                    f"prompt codes {tuple(prompt_codes.shape)} do not fit {tuple(codes.shape)}: "
-                    "give one for each caption, no longer than the duration"
+                    f"duration_s={duration_s:g} is shorter than the beginning to continue, "
+                    f"{length / facts.frame_rate:g} s: raise it, or keep less (continue_s)"
+                )
+            if prompt_codes.shape[:2] != codes.shape[:2]:
+                raise UserError(
+                    f"prompt_codes: {len(prompt_codes)} rows of {prompt_codes.shape[1]} codebooks "
+                    f"for {len(codes)} prompts and {codes.shape[1]} codebooks; give a row for each"
                 )
             codes[..., :length], given[..., :length] = prompt_codes.to(self.device), True
         codes, order = self.fill(codes, given, [(0, prompts)], seed, items, decoding, loop, on_step)

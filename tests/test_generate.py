@@ -1,6 +1,7 @@
 """`generate`: its files, and errors before a model is loaded."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +103,5 @@ def test_an_audio_prompt_is_the_end_of_its_file_and_the_note_says_how_much_was_k
     )
     (path,) = generate(options, QUICK)
     assert json.loads(path.with_suffix(".json").read_text())["options"]["continue_s"] == 1.0
+    with pytest.raises(UserError, match=r"--continue_s 1: nothing is left .* --duration_s 0\.5"):
+        generate(replace(options, duration_s=0.5), QUICK)

@@ -1,13 +1,17 @@
 """The generator: results independent of the batch, saving and loading, and clear errors."""
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import soundfile
 import torch
 
 from magnet_train.common.errors import UserError
 from magnet_train.decoding.keep import Edit, Hints
-from magnet_train.generator import Generator, load
+from magnet_train.generator import Generated, Generator, load
 from magnet_train.model import Magnet, MagnetConfig
 
 PROMPTS = ["a slow chorale for string quartet in G minor", "banjo", ""]
@@ -29,6 +33,27 @@ def test_audio_has_the_length_asked_for_and_the_prompt_survives(tiny):
     more = tiny.generate(["flute"], seed=2, duration_s=1.0, prompt_codes=first.codes)
     assert torch.equal(more.codes[:, :, :10], first.codes)
     assert (more.order[:, :, :10] == -1).all() and (more.order[:, :, 10:] >= 0).all()
+
+
+def test_results_are_saved_and_played_levelled(tmp_path, monkeypatch):
+    shape = torch.zeros(2, 1, 4)
+    noise = torch.randn(2, 1, 16_000, generator=torch.Generator().manual_seed(0))
+    made = Generated(shape.long(), 3 * noise, 16_000, shape)
+    paths = made.save(tmp_path / "a.flac")
+    assert [path.name for path in paths] == ["a-0.flac", "a-1.flac"]
+    wav, rate = soundfile.read(paths[1])
+    assert len(wav) == rate == 16_000 and 0.1 < abs(wav).max() < 0.9
+    assert replace(made, wav=noise[:1]).save(tmp_path / "b.wav") == [tmp_path / "b.wav"]
+    with pytest.raises(UserError, match=r"b\.txt: cannot be written"):
+        made.save(tmp_path / "b.txt")
+    shown: list[Any] = []
+    display = SimpleNamespace(Audio=lambda wav, **_: wav.shape, display=shown.append)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    made.play()
+    assert shown == [(1, 16_000)] * 2
+    monkeypatch.setitem(sys.modules, "IPython.display", None)
+    with pytest.raises(UserError, match="save"):
+        made.play()
 
 
 def test_a_release_comes_back_as_it_was(tiny, tmp_path):

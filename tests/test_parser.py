@@ -181,3 +181,10 @@ def test_numbers_within_lists_are_finite_too():
     with pytest.raises(UserError, match="--betas"):
         parser.parse_args(["--betas", "[0.9, .inf]"])
     assert parser.parse_args(["--betas", "[0.9, 0.5]"]).betas == [0.9, 0.5]
+
+
+def test_a_boolean_option_needs_no_value(capsys):
+    words = ["--unconditional", "--plots", "false", "--decoding.cache-frames", "-p", "a waltz"]
+    found = printed(capsys, "generate", *words)
+    flags = found["unconditional"], found["plots"], found["decoding"]["cache_frames"]
+    assert flags == (True, False, True) and found["prompt"] == ["a waltz"]

@@ -167,3 +167,12 @@ def test_options_that_need_a_value_are_known_by_their_type():
     parser.add_subcommands().add_subcommand("verb", within)
     found = list(private_api.options_that_need_a_value(parser))
     assert found == ["number", "verb.rate"]
+
+
+def test_boolean_options_are_known_by_their_type():
+    parser, within = ArgumentParser(), ArgumentParser()
+    parser.add_argument("--flag", type=bool, default=False)
+    parser.add_argument("--either", type=bool | str, default=False)
+    within.add_argument("--optional", type=bool | None)
+    parser.add_subcommands().add_subcommand("verb", within)
+    assert sorted(private_api.boolean_options(parser)) == ["--flag", "--optional"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from magnet_train.cli.summary import what_to_listen_for
+from magnet_train.cli.summary import closing_block, what_to_listen_for
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,11 @@ def test_a_music_measure_is_put_into_words_between_random_codes_and_real_clips(v
 
 def test_without_music_measures_or_baselines_nothing_is_said():
     assert what_to_listen_for({"val/music/beat": {"before": None, "after": 0.3}}) == []
+
+
+def test_the_last_lines_are_what_to_open_and_to_run(tmp_path):
+    assert "report" not in closing_block(tmp_path, None)
+    (tmp_path / "report.html").touch()
+    lines = closing_block(tmp_path, "https://wandb/run").splitlines()
+    assert [line.split()[0] for line in lines] == ["report", "W&B", "next"]
+    assert f"open {tmp_path / 'report.html'}" in lines[0] and str(tmp_path) in lines[2]

@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from magnet_train.callbacks.generation import GenerationCallback
 from magnet_train.common import private_api
@@ -97,6 +98,8 @@ class Tracking(Callback):
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update({"environment": session}, allow_val_change=True)
                 _define_metrics(logger.experiment)
+                if logger.experiment.url:
+                    rank_zero_info(f"W&B: {logger.experiment.url}")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any

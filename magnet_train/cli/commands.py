@@ -98,9 +98,7 @@ def edit_verb(args: list[str]) -> None:
         what = "regenerate" if name == "regenerate" else "keep, with all others regenerated"
         region = f"Regions START:END to {what}, in seconds; an empty END means the end."
         parser.add_argument(f"--{name}", type=str, nargs="+", default=[], help=region)
-    loop = "Make a loop of --loop_s seconds, or of --bars at --bpm."
-    parser.add_argument("--loop", action="store_true", help=loop)
-    separate = {"prompt", "regenerate", "keep", "loop"}
+    separate = {"prompt", "regenerate", "keep"}
     parser.add_class_arguments(EditOptions, nested_key=None, as_group=False, skip=separate)
     parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
     parser.late_defaults = lambda given: decoding_defaults(given.get("checkpoint", "demo"))

@@ -1,5 +1,6 @@
 """`fit`, `validate`, `test`, `predict` as a LightningCLI; `doctor` builds it without training."""
 
+import logging
 import os
 import sys
 import time
@@ -33,7 +34,7 @@ from magnet_train.checks.plan import check_seed, check_settings, parse_devices
 from magnet_train.cli.inherited import AUTO, fit_defaults
 from magnet_train.cli.parser import ConfigFile, OneLineErrors, config_help
 from magnet_train.cli.run_folder import RunFolderLock, prepare_run_folder
-from magnet_train.cli.summary import summary_text
+from magnet_train.cli.summary import closing_block, summary_text
 from magnet_train.codec.base import load_codec
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError, integer_from_environment
@@ -46,7 +47,7 @@ from magnet_train.evaluation.run_report import report_from_run
 from magnet_train.model import MagnetConfig
 from magnet_train.module import MagnetModule
 from magnet_train.resume import check_named_checkpoint, requeue_count
-from magnet_train.tracking.wandb_session import finish_wandb, prepare_wandb
+from magnet_train.tracking.wandb_session import finish_wandb, prepare_wandb, run_location
 
 T = TypeVar("T")
 
@@ -160,6 +161,7 @@ class MagnetCLI(private_api.lightning_cli()):
     def __init__(self, verb: str, args: list[str]):
         self.verb = verb
         self.lock: RunFolderLock | None = None
+        quiet_lightning()
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
         # Logged values are already summed over ranks.
@@ -311,6 +313,7 @@ class MagnetCLI(private_api.lightning_cli()):
         """Validate the untrained model, train, and write the summary."""
         kwargs["datamodule"].resumes_from = kwargs.get("ckpt_path")
         start = time.monotonic()
+        private_api.name_training_bar(self.trainer)
         generation = self.config_init[self.verb].generation
         generation.within_fit = True
         before: dict[str, float] = {}
@@ -350,7 +353,22 @@ class MagnetCLI(private_api.lightning_cli()):
         print(summary_text(summary, self.run_folder))
         if summary["audio"]:
             write_report(self.run_folder / "report.html", report_from_run(self.run_folder))
-            print(f"report      {self.run_folder / 'report.html'}")
+        print(closing_block(self.run_folder, run_location()))
+
+
+@lru_cache
+def quiet_lightning() -> None:
+    """Hide Lightning's advertisements, and the place in our code in front of our warnings."""
+    hidden = ("💡 Tip", "TPU available", "HPU available")
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addFilter(lambda record: not record.getMessage().startswith(hidden))
+    before = warnings.formatwarning
+
+    def plain(message: Any, category: Any, filename: str, *rest: Any) -> str:
+        ours = Path(filename).is_relative_to(Path(__file__).parents[1])
+        return f"warning: {message}\n" if ours else before(message, category, filename, *rest)
+
+    warnings.formatwarning = plain
 
 
 class DryRunCLI(MagnetCLI):

@@ -157,6 +157,11 @@ def _generate_files(
     batches = sum(-(-len(group) // size) for (_, group), size in zip(by_seed, sizes, strict=True))
     seconds = options.duration_s or generator.crop_s
     num_frames = max(1, round(seconds * generator.codec.facts.frame_rate))
+    if start is not None and start.shape[2] >= num_frames:
+        raise UserError(
+            f"--continue_s {kept_s:g}: nothing is left to generate of --duration_s {seconds:g}; "
+            "keep less, or make it longer"
+        )
     steps = generator.count_steps(torch.ones(num_frames, dtype=torch.bool), settings)
     with tqdm(total=batches * options.best_of * steps, unit="step") as bar:
         for (seed, group), size in zip(by_seed, sizes, strict=True):

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,10 @@ def options_of_note(path: Path, content: Any) -> str | None:
     return json.dumps(options) if is_note else None
 
 
+BOOLEANS = ("true", "false", "yes", "no", "null")
+"""Values of boolean options, in lower case."""
+
+
 class OneLineErrors(ArgumentParser):
     """Parser that raises UserErrors, reads dashes as underscores, and refuses NaN and infinity."""
 
@@ -129,13 +133,23 @@ class OneLineErrors(ArgumentParser):
         Raises:
             UserError: if an option is invalid.
         """
-        args = [with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
+        args = self._normalized(sys.argv[1:] if args is None else args)
         if self.late_defaults is not None:
             self.set_defaults(self.late_defaults(self.given(args)))
         config = super().parse_args(args, *rest, **settings)
         check_finite(config)
         self._check_values(config)
         return config
+
+    def _normalized(self, args: Sequence[str]) -> list[str]:
+        """The options with underscores, and with =true after a boolean one without a value."""
+        args = [with_underscores(arg) for arg in args]
+        flags = set(private_api.boolean_options(self))
+        pairs = zip(args, [*args[1:], "--"], strict=True)
+        return [
+            f"{arg}=true" if arg in flags and following.lower() not in BOOLEANS else arg
+            for arg, following in pairs
+        ]
 
     def _check_values(self, config: Namespace) -> None:
         """Raise a UserError for an option without a value that needs one."""
@@ -147,9 +161,10 @@ class OneLineErrors(ArgumentParser):
 
     def given(self, args: list[str]) -> Namespace:
         """Options given by files and flags, without defaults and linked values."""
-        options = [with_underscores(arg) for arg in args]
         values = [
-            o for o in options if o not in ("-h", "--help") and not o.startswith("--print_config")
+            o
+            for o in self._normalized(args)
+            if o not in ("-h", "--help") and not o.startswith("--print_config")
         ]
         return private_api.parse_without_defaults(self, values)
 

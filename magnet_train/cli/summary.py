@@ -50,3 +50,18 @@ def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
     seconds = [f"{name} {value:.0f} s" for name, value in summary["seconds"].items()]
     heard = what_to_listen_for(summary["metrics"])
     return "\n".join([*lines, *heard, "", "  ".join(seconds)])
+
+
+def closing_block(run_folder: Path, wandb_run: str | None) -> str:
+    """What to open and to run next: the last lines on the screen.
+
+    Args:
+        run_folder: the run's folder.
+        wandb_run: address of the W&B run, or the command that uploads it; None = no W&B.
+    """
+    report = run_folder / "report.html"
+    lines = [f"report      open {report}"] if report.exists() else []
+    if wandb_run is not None:
+        lines.append(f"W&B         {wandb_run}")
+    command = f'python -m magnet_train generate --checkpoint {run_folder} -p "a slow waltz"'
+    return "\n".join([*lines, f"next        {command}"])

@@ -157,6 +157,28 @@ def options_that_need_a_value(parser: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{action.dest}"
 
 
+def boolean_options(parser: Any) -> Iterator[str]:
+    """Options that take true or false, with dashes, including subcommands'."""
+    for action in parser._actions:
+        for inner in (getattr(action, "_name_parser_map", None) or {}).values():
+            yield from boolean_options(inner)
+        hint = getattr(action, "_typehint", None)
+        if bool in (hint, *get_args(hint)) and {hint, *get_args(hint)} <= {hint, bool, type(None)}:
+            yield from action.option_strings
+
+
+# --- Lightning 2.6.6: console ---------------------------------------------------------------------
+
+
+def name_training_bar(trainer: L.Trainer) -> None:
+    """Call the rich progress bar "Training": its steps are the run's, and "Epoch 0/-2" is wrong."""
+    from lightning.pytorch.callbacks import RichProgressBar
+
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar):
+        bar._get_train_description = lambda current_epoch: f"{'Training':<10}"
+
+
 # --- Lightning 2.6.6: command line ----------------------------------------------------------------
 
 

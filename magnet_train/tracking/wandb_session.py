@@ -54,6 +54,9 @@ def prepare_wandb(
         "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",
         "WANDB_FINISH_TIMEOUT": "0" if uploads else "900",  # seconds; 0 = no limit
         "WANDB_FINISH_TIMEOUT_RAISES": "true",
+        # Its warnings and errors stay; the summary of `fit` has the address.
+        "WANDB_SHOW_INFO": "false",
+        "WANDB_QUIET": "true",
     }
     file = folder / "wandb_run_id"
     is_known = verb == "fit" and resumes and file.is_file()
@@ -150,6 +153,14 @@ def _quick_answers(settings: Any) -> Iterator[None]:
         os.environ.pop(HTTP_TIMEOUT)
         if timeout is not None:
             os.environ[HTTP_TIMEOUT] = timeout
+
+
+def run_location() -> str | None:
+    """Address of this process's W&B run, or how to upload one that is offline; None = no run."""
+    wandb: Any = sys.modules.get("wandb")
+    if wandb is None or wandb.run is None or wandb.run.settings.mode == "disabled":
+        return None
+    return wandb.run.url or f"wandb sync {wandb.run.settings.sync_dir}"
 
 
 # --- at its end -----------------------------------------------------------------------------------
