@@ -1,8 +1,8 @@
 """The codec: waveforms to codes and back, and its facts for shards, model and metrics.
 
 Other modules use only the interface `Codec`: `facts`, `encode`, `decode`, `codebooks`. It checks
-and prepares inputs; implementations (encodec.py, spectral.py) have the network and choose the
-weights in the hash. `load_codec` finds the implementation by the `model_type` in config.json.
+and prepares inputs; implementations (encodec.py, dac.py, spectral.py) have the network and choose
+the weights in the hash. `load_codec` finds the implementation by the `model_type` in config.json.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import load_pretrained
+from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
 
 @dataclass(frozen=True)
@@ -202,14 +203,15 @@ def load_codec(name: str = "demo") -> Codec:
 
     Args:
         name: "demo" for the bundled one; a folder written by `SpectralModel.save` or transformers'
-            EncodecModel; a hub id such as `facebook/encodec_32khz`; or `encodec_24khz` or
-            `encodec_48khz` for the models of the `encodec` package. `NAME@8` uses only its first 8
-            codebooks.
+            EncodecModel or DacModel; a hub id such as `facebook/encodec_32khz` or
+            `descript/dac_44khz`; or `encodec_24khz` or `encodec_48khz` for the models of the
+            `encodec` package. `NAME@8` uses only its first 8 codebooks.
 
     Raises:
         UserError: if it is missing, damaged, untrained, of an unknown type, or needs network.
     """
-    from magnet_train.codec.encodec import EncodecCodec, load_encodec, load_package_model
+    from magnet_train.codec.dac import DacCodec
+    from magnet_train.codec.encodec import EncodecCodec, load_package_model
     from magnet_train.codec.encodec_names import PACKAGE_MODELS
     from magnet_train.codec.spectral import MODEL_TYPE, SpectralCodec
 
@@ -222,14 +224,14 @@ def load_codec(name: str = "demo") -> Codec:
         kind = _model_type(source, local_files_only)
         if kind == MODEL_TYPE:
             return SpectralCodec.load(Path(source), known_as, num_codebooks)
-        if kind != "encodec":
+        kinds: dict[str | None, Any] = {"encodec": EncodecCodec, "dac": DacCodec}
+        if kind not in kinds:
             raise UserError(
-                f"codec {known_as!r}: its config.json describes {kind!r}, not 'encodec'; "
-                "choose an EnCodec"
+                f"codec {known_as!r}: its config.json describes {kind!r}, not 'encodec' or 'dac'; "
+                "choose an EnCodec or a DAC"
             )
-        return EncodecCodec(
-            load_encodec(source, local_files_only, known_as), known_as, num_codebooks
-        )
+        ensure_torchaudio_imports()
+        return kinds[kind].load(source, local_files_only, known_as, num_codebooks)
 
     return load_pretrained("codec", source, load)
 
@@ -240,6 +242,37 @@ def _model_type(source: str, local_files_only: bool) -> str | None:
     return PretrainedConfig.get_config_dict(source, local_files_only=local_files_only)[0].get(
         "model_type"
     )
+
+
+def load_complete(
+    model_class: Any,
+    source: str,
+    local_files_only: bool,
+    name: str,
+    training_only: tuple[str, ...] = (),
+) -> Any:
+    """A transformers model from a folder or hub id, in float32.
+
+    Args:
+        model_class: Its class.
+        source: Folder or hub id.
+        local_files_only: Do not ask the hub.
+        name: The codec's name, for messages.
+        training_only: Ends of the names of weights that may be missing.
+
+    Raises:
+        UserError: if weights are missing.
+    """
+    model, report = model_class.from_pretrained(
+        source, local_files_only=local_files_only, dtype=torch.float32, output_loading_info=True
+    )
+    missing = sorted(k for k in report["missing_keys"] if not k.endswith(training_only))
+    if missing:  # transformers would continue with random weights
+        raise UserError(
+            f"codec {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more; "
+            "use a complete copy"
+        )
+    return model
 
 
 def check_weights(

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magnet_train.codec.base import Codec, CodecFacts, check_weights, codes_hash, first_codebooks
+from magnet_train.codec.base import (
+    Codec,
+    CodecFacts,
+    check_weights,
+    codes_hash,
+    first_codebooks,
+    load_complete,
+)
 from magnet_train.codec.encodec_names import PACKAGE_MODELS, PACKAGE_URL, to_transformers
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import one_line
@@ -77,6 +84,20 @@ class EncodecCodec(Codec):
                 nn.utils.parametrize.remove_parametrizations(module, "weight")
         model.requires_grad_(False)
 
+    @classmethod
+    def load(
+        cls, source: str, local_files_only: bool, name: str, num_codebooks: int | None = None
+    ) -> "EncodecCodec":
+        """Load a folder or hub id.
+
+        Raises:
+            UserError: if weights are missing, or as in the constructor.
+        """
+        from transformers import EncodecModel
+
+        model = load_complete(EncodecModel, source, local_files_only, name, TRAINING_BUFFERS)
+        return cls(model, name, num_codebooks)
+
     @property
     def codebooks(self) -> Tensor:
         return torch.stack([layer.codebook.embed for layer in self.model.quantizer.layers])
@@ -101,28 +122,6 @@ class EncodecCodec(Codec):
             [self.model.decoder(self.model.quantizer.decode(c.transpose(0, 1))) for c in chunks], 2
         )
         return wav * NORMALISED_LEVEL if self.normalizes else wav
-
-
-def load_encodec(source: str, local_files_only: bool, name: str) -> Any:
-    """A transformers EncodecModel from a folder or hub id.
-
-    Raises:
-        UserError: if weights are missing.
-    """
-    ensure_torchaudio_imports()
-    from transformers import EncodecModel
-
-    loaded: Any = EncodecModel.from_pretrained(
-        source, local_files_only=local_files_only, dtype=torch.float32, output_loading_info=True
-    )
-    model, report = loaded
-    missing = sorted(k for k in report["missing_keys"] if not k.endswith(TRAINING_BUFFERS))
-    if missing:  # transformers would continue with random weights
-        raise UserError(
-            f"codec {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more; "
-            "use a complete copy"
-        )
-    return model
 
 
 def load_package_model(name: str) -> Any:
