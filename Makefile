@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Without bytecode files, every process would compile hundreds of files again.
 unexport PYTHONDONTWRITEBYTECODE
-OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
+OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_WAIT_POLICY=passive
 
 .PHONY: help demo test check parity bench golden format clean
 help:  ## list the targets

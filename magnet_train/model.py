@@ -311,6 +311,8 @@ class Magnet(nn.Module):
         block i. As in audiocraft, packed query/key/value projections and the text projection keep
         torch's uniform default.
         """
+        if self.embedding.is_meta:  # has no values, and torch would import its compiler for them
+            return
         bound = self.config.dim**-0.5
 
         def gaussian(weight: Tensor, fan_in: int, depth: int | None = None) -> None:

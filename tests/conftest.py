@@ -5,6 +5,7 @@ import signal
 
 os.environ.update(
     OMP_NUM_THREADS="1",
+    OMP_WAIT_POLICY="passive",
     HF_HUB_OFFLINE="1",
     WANDB_MODE="offline",
     WANDB_SILENT="true",

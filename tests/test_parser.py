@@ -1,6 +1,9 @@
 """The parser of all verbs: defaults and one-line errors."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,25 @@ def refusal(capsys: Any, *args: str) -> str:
     """The last line of an error's output."""
     assert main(list(args)) == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("given, used", [(None, "passive"), ("active", "active")])
+def test_waiting_threads_leave_the_cores_to_others(given, used):
+    """For every verb, before torch is imported, unless the user chose otherwise."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    script = (
+        "import os, sys\n"
+        "from magnet_train import __main__\n"
+        "from magnet_train.cli import commands\n"
+        "loaded = lambda *_: print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])\n"
+        "commands.run = loaded\n"
+        "__main__.main(['fit'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["False", used], done.stderr
 
 
 @pytest.mark.parametrize(

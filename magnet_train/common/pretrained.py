@@ -161,6 +161,7 @@ def _check_size(what: str, folder: Path) -> None:
 
     ensure_torchaudio_imports()
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+    from transformers.initialization import no_init_weights
 
     stored = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES)
     if not (folder / "config.json").is_file() or not stored:  # a tokenizer, or refused later
@@ -174,7 +175,7 @@ def _check_size(what: str, folder: Path) -> None:
             return
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _check_counts({"quantizer_layers": getattr(config, "num_quantizers", 0)})
-        with torch.device("meta"), quiet():
+        with torch.device("meta"), quiet(), no_init_weights():
             model = AutoModel.from_config(config, trust_remote_code=False)
         size = sum(parameter.numel() for parameter in model.parameters())
         if size > MAX_PARAMETERS_PER_BYTE * stored:
