@@ -54,10 +54,10 @@ from magnet_train.decoding.keep import (
     onset_frames,
     windows,
 )
+from magnet_train.decoding.load_rescorer import load_rescorer
 from magnet_train.decoding.rescoring import Rescorer
 from magnet_train.model import Magnet, TextKeyValues
 from magnet_train.release import SavedModel, check_codec, write_release
-from magnet_train.rescorer import load_rescorer
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from magnet_train.codec.base import absolute_name, load_codec
+from magnet_train.codec.base import absolute_name, load_codec, load_codec_facts
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.common.per_codebook import per_codebook
@@ -229,7 +229,7 @@ class MagnetModule(L.LightningModule):
         if start is not None:
             weights = start.weights()
             check_weights(weights, network, start.file)
-            check_codec(start.codec, load_codec(codec).facts, start.file)
+            check_codec(start.codec, load_codec_facts(codec), start.file)
             self.network.load_state_dict(weights)
         elif start_from_codec:
             self.network.start_from_codebooks(load_codec(codec).codebooks, step_generator(seed))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magnet_train.codec.base import CodecFacts, load_codec, split_name
+from magnet_train.codec.base import CodecFacts, load_codec_facts, split_name
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import new_folder
@@ -422,7 +422,7 @@ def write_release(
     with new_folder(out) as folder:
         codec, first = split_name(saved.codec["id"])
         if _is_folder(codec):
-            check_codec(saved.codec, load_codec(saved.codec["id"]).facts, saved.file)
+            check_codec(saved.codec, load_codec_facts(saved.codec["id"]), saved.file)
             _copy(Path(codec), folder / "codec", CODEC_FILES)
             name = "./codec" if first is None else f"./codec@{first}"
             saved = replace(saved, codec=saved.codec | {"id": name})

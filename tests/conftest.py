@@ -13,11 +13,20 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import functools
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
 import torch
+from docstring_parser.attrdoc import AttributeDocstrings
+from helpers_warm import warm_python
 
 torch.set_num_threads(1)
+# A third of the time of building a parser: the source of each class is parsed once per process.
+_attribute_docs = functools.cache(lambda cls: _get_attr_docs(AttributeDocstrings(), cls))
+_get_attr_docs = AttributeDocstrings.get_attr_docs
+AttributeDocstrings.get_attr_docs = lambda self, cls: _attribute_docs(cls)
 # No deadline, because times depend on the machine's load; derandomised, so a commit cannot fail
 # because of an example that it has not changed.
 hypothesis.settings.register_profile(
@@ -44,6 +53,13 @@ def _own_wandb_session():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A `python` that has imported this package when it starts."""
+    with warm_python(tmp_path_factory.mktemp("python")) as program:
+        yield program
 
 
 # --- the table of parity with the reference -------------------------------------------------------

@@ -1,5 +1,6 @@
 """The data benchmarks, on less data."""
 
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def test_the_model_is_the_published_one_at_half_its_width(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_start():
+def test_start(python: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "executable", python)
     plain, fit = bench_data.start(OPTIONS, 1.0)
     assert plain.name == "start, --help"
     assert fit.name == "start, fit --help"

@@ -251,7 +251,7 @@ def test_mistakes_of_fit(capsys, tmp_path, shards):
 
 
 @pytest.mark.slow
-def test_fit_with_two_processes_validates_every_item_once(shards, tmp_path):
+def test_fit_with_two_processes_validates_every_item_once(python, shards, tmp_path):
     """A launch with two gloo ranks has the same counts of items and clips as one process."""
     loggers = [{"class_path": "lightning.pytorch.loggers.WandbLogger"}]
     # Every rank must know the monitored metric.
@@ -262,7 +262,7 @@ def test_fit_with_two_processes_validates_every_item_once(shards, tmp_path):
     options = [*TWO_STEPS, *two, f"--trainer.logger={json.dumps(loggers)}"]
     args = ["fit", *arguments(shards, tmp_path / "run", *options)]
     done = subprocess.run(
-        [sys.executable, "-m", "magnet_train", *args],
+        [python, "-m", "magnet_train", *args],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections import namedtuple
 from dataclasses import asdict
 from pathlib import Path
@@ -607,14 +606,11 @@ def test_help_says_what_it_is(capsys):
     assert "Price of one GPU-hour, in any currency" in said
 
 
-def test_one_real_launch(parts, tmp_path):
-    args = [
-        sys.executable,
-        *f"-m magnet_train doctor --config {parts}/c.yaml --data.num_workers=7".split(),
-    ]
+def test_one_launch(python, parts, tmp_path):
+    args = f"-m magnet_train doctor --config {parts}/c.yaml --data.num_workers=7".split()
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
-        args, env=env, capture_output=True, text=True, timeout=LONGEST_S, cwd=tmp_path
+        [python, *args], env=env, capture_output=True, text=True, timeout=LONGEST_S, cwd=tmp_path
     )
     assert done.returncode == 2 and list(tmp_path.iterdir()) == []
     assert (

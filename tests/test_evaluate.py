@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -259,29 +258,15 @@ def test_figures_are_written_even_where_a_table_is_refused(real, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_on_the_command_line_give_the_same_figure(real, tmp_path):
+def test_two_processes_on_the_command_line_give_the_same_figure(python, real, tmp_path):
     """A launch with two ranks; an unreadable clip stops both with its message."""
-    command = [
-        sys.executable,
-        "-m",
-        "magnet_train",
-        "evaluate",
-        "--reference",
-        str(real),
-        "--accelerator",
-        "cpu",
-    ]
-    command += ["--metrics", "fad/musicnn", "kl/musicnn", "--devices"]
+    command = [python, "-m", "magnet_train", "evaluate", "--reference", str(real)]
+    command += "--accelerator cpu --metrics fad/musicnn kl/musicnn --devices".split()
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
     def run(devices: int, generated: Path) -> subprocess.CompletedProcess:
-        options = [
-            str(devices),
-            "--generated",
-            str(generated),
-            "--out",
-            str(tmp_path / f"{devices}.json"),
-        ]
+        options = [str(devices), "--generated", str(generated)]
+        options += ["--out", str(tmp_path / f"{devices}.json")]
         return subprocess.run(
             [*command, *options], env=environment, capture_output=True, text=True, timeout=LONGEST_S
         )

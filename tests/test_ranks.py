@@ -115,32 +115,3 @@ def test_torchrun_launches_it(data: Path, tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert is_one_run(tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_srun_launches_it(data: Path, tmp_path: Path):
-    """Two processes with srun's environment variables."""
-    command = [sys.executable, "-m", "magnet_train"]
-    command += arguments(data, tmp_path / "run", "--trainer.strategy=ddp", *LAUNCHED)
-    job = {
-        "SLURM_JOB_ID": "123456",
-        "SLURM_JOB_NAME": "fit",
-        "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_NNODES": "1",
-        "SLURM_NODELIST": "127.0.0.1",
-        "SLURM_NODEID": "0",
-        "MASTER_PORT": str(free_port()),
-    }
-    tasks = []
-    for rank in ("0", "1"):
-        own = environment(**job, SLURM_PROCID=rank, SLURM_LOCALID=rank)
-        with (tmp_path / f"{rank}.log").open("w") as log:
-            tasks.append(subprocess.Popen(command, env=own, stdout=log, stderr=log, cwd=tmp_path))
-    try:
-        statuses = [task.wait(timeout=LONGEST_S) for task in tasks]
-    finally:
-        for task in tasks:
-            task.kill()
-    assert statuses == [0, 0], "".join(p.read_text()[-3000:] for p in tmp_path.glob("*.log"))
-    assert is_one_run(tmp_path / "run")

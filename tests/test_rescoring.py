@@ -11,6 +11,7 @@ from test_decoding import SIZE, scripted
 
 from magnet_train.common.errors import UserError
 from magnet_train.decoding.decode import DecodingConfig, Networks, decode, item_noise
+from magnet_train.decoding.load_rescorer import check_rescorer
 from magnet_train.decoding.rescoring import (
     MagnetRescorer,
     MusicGenRescorer,
@@ -18,7 +19,6 @@ from magnet_train.decoding.rescoring import (
     mixed_certainty,
 )
 from magnet_train.layout import delayed
-from magnet_train.rescorer import check_rescorer
 
 BASE = DecodingConfig(
     decoding_steps=(6, 3, 2, 2), top_p=1.0, span_len=1, max_cfg_coef=1.0, anneal_temperature=False

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +123,13 @@ def test_the_last_validation_is_made_up_for(data: Path, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [["--kills=5", "--workers=2"], ["--kills=1", "--workers=0", "--ranks=2"]]
+    "options", [["--kills=3", "--workers=2"], ["--kills=1", "--workers=0", "--ranks=2"]]
 )
-def test_a_run_killed_at_random_moments_ends_like_its_twin(options: list[str]):
+def test_a_run_killed_at_random_moments_ends_like_its_twin(options: list[str], python: str):
     script = Path(__file__).parents[1] / "benchmarks" / "kill_and_resume.py"
     environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
     done = subprocess.run(
-        [sys.executable, script, *options], env=environment, capture_output=True, text=True
+        [python, script, *options], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
@@ -221,7 +220,7 @@ def test_a_run_folder_in_the_home_folder_is_one_folder(
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(
-    data: Path, tmp_path: Path, caplog: Any
+    python: str, data: Path, tmp_path: Path, caplog: Any
 ):
     """Two real ranks; before the signal, a bad loss on one rank makes both skip the step."""
     options = (
@@ -232,12 +231,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(
     told = {"signal_at": 4, "signal": int(signal.SIGUSR1), "bad_losses": (2,)}
     tests = Path(__file__).parent
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "magnet_train",
-            *arguments(data, tmp_path / "run", *options, **told),
-        ],
+        [python, "-m", "magnet_train", *arguments(data, tmp_path / "run", *options, **told)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
         capture_output=True,
         text=True,

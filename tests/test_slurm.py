@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,13 +31,13 @@ def test_a_job_file_is_what_its_head_says(job: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("job", "nodes"), [("one_node", 1), ("several_nodes", 2)])
 def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(
-    job: str, nodes: int, tmp_path: Path
+    job: str, nodes: int, python: str, tmp_path: Path
 ):
     """The fake srun starts two tasks with SLURM's environment, and sends SIGUSR1 to both after the
     first step."""
     tools, run = tmp_path / "tools", tmp_path / "run"
     tools.mkdir()
-    program(tools / "python", f'exec {sys.executable} "$@"')
+    program(tools / "python", f'exec {python} "$@"')
     program(tools / "scontrol", f'echo "$@" >> {tmp_path}/scontrol.txt')
     program(
         tools / "srun",

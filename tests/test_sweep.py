@@ -316,7 +316,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, fake, capsys):
     assert "1 of 2 runs are not finished" in (fake / "table.md").read_text()
 
 
-def start_sweep(file: Path, out: Path) -> "subprocess.Popen[str]":
+def start_sweep(python: str, file: Path, out: Path) -> "subprocess.Popen[str]":
     """The command in a separate process, with FAKE_FIT."""
     code = (
         "import sys\n"
@@ -328,7 +328,7 @@ def start_sweep(file: Path, out: Path) -> "subprocess.Popen[str]":
         f"sys.exit(main(['sweep', {str(file)!r}, '--out', {str(out)!r}, '--jobs', '2']))"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", code],
+        [python, "-c", code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -360,10 +360,10 @@ def handled(number: int, handler: Any) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_ends_the_runs_and_says_one_line(number, tmp_path, fake):
+def test_an_interruption_ends_the_runs_and_says_one_line(number, python, tmp_path, fake):
     file = grid(tmp_path, 1, 2, 3, wait=500)
     with handled(signal.SIGINT, signal.default_int_handler):  # background jobs ignore it
-        process = start_sweep(file, fake)
+        process = start_sweep(python, file, fake)
     wait_for_files(fake / "x=1" / "notes", fake / "x=2" / "notes")
     process.send_signal(number)
     _, err = process.communicate(timeout=LONGEST_S)
@@ -390,10 +390,10 @@ def test_an_interruption_as_a_run_is_started_leaves_none_behind(
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_under_nohup_a_sweep_outlives_its_terminal(tmp_path, fake):
+def test_under_nohup_a_sweep_outlives_its_terminal(python, tmp_path, fake):
     file = grid(tmp_path, 1, wait=1)
     with handled(signal.SIGHUP, signal.SIG_IGN):
-        process = start_sweep(file, fake)
+        process = start_sweep(python, file, fake)
     wait_for_files(fake / "x=1" / "notes")
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=LONGEST_S)
@@ -401,11 +401,11 @@ def test_under_nohup_a_sweep_outlives_its_terminal(tmp_path, fake):
 
 
 def test_a_run_that_a_killed_sweep_left_behind_is_waited_for_not_started_twice(
-    tmp_path, fake, monkeypatch
+    python, tmp_path, fake, monkeypatch
 ):
     until, said = tmp_path / "until", []
     file = grid(tmp_path, 1, until=str(until))
-    process = start_sweep(file, fake)
+    process = start_sweep(python, file, fake)
     wait_for_files(fake / "x=1" / "notes")
     process.kill()
     process.communicate()
@@ -424,7 +424,7 @@ def test_a_run_that_a_killed_sweep_left_behind_is_waited_for_not_started_twice(
 
 
 def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(
-    tmp_path, fake, capsys, monkeypatch
+    python, tmp_path, fake, capsys, monkeypatch
 ):
     fake = tmp_path / "runs of 'mine'"
     file = grid(tmp_path, 0, 1, 2, y="a b")
@@ -442,7 +442,7 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(
     assert words[4:] == [str(SBATCH / "sweep.sbatch"), str(file), "--out", str(fake)]
     # The job as SLURM would run it, with the interpreter of the fake `fit`.
     program(tools / "srun", 'shift; exec "$@"')
-    program(tools / "python", f'shift 2\nexec {sys.executable} {tmp_path / "with_fake.py"} "$@"')
+    program(tools / "python", f'shift 2\nexec {python} {tmp_path / "with_fake.py"} "$@"')
     (tmp_path / "with_fake.py").write_text(
         "import sys\nfrom magnet_train.__main__ import main\n"
         "from magnet_train.sweeps import sweep\n"
@@ -505,7 +505,7 @@ TINY = (
 
 
 @pytest.mark.slow
-def test_a_real_sweep_that_was_stopped_after_its_first_run_goes_on_with_the_second(tmp_path):
+def test_a_real_sweep_stopped_after_its_first_run_continues_with_the_second(python, tmp_path):
     (tmp_path / "base.yaml").write_text("{}\n")
     command = [*f"-m magnet_train fit --config {tmp_path}/base.yaml".split(), *TINY, "${args}"]
     parameters = {"seed_everything": {"values": [1, 2]}, "model.span_len": {"value": 5}}
@@ -514,7 +514,7 @@ def test_a_real_sweep_that_was_stopped_after_its_first_run_goes_on_with_the_seco
         tmp_path / "out",
     )
     first, second = (out / f"seed_everything={seed}" for seed in (1, 2))
-    words = [sys.executable, "-m", "magnet_train", "sweep", str(file), "--out", str(out)]
+    words = [python, "-m", "magnet_train", "sweep", str(file), "--out", str(out)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -23,6 +23,7 @@ import soundfile
 import torch
 from helpers_data import RATE, make_data_codec, tone, write_clip
 from helpers_programs import LONGEST_S, wait_for
+from tqdm import tqdm
 
 from magnet_train.codec.base import Codec, load_codec
 from magnet_train.common.assets import demo_path
@@ -494,14 +495,12 @@ def test_a_consumer_that_stops_or_fails_leaves_no_thread():
         assert len(begun) <= 4
 
 
-def test_a_process_ends_though_items_are_being_made():
+def test_a_process_ends_though_items_are_being_made(python: str):
     code = "from itertools import count\nfrom magnet_train.data.tokenize import prefetch\n"
     code += "items = prefetch(count(), 3); next(items); raise SystemExit(7)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    assert (
-        subprocess.run([sys.executable, "-c", code], env=environment, timeout=LONGEST_S).returncode
-        == 7
-    )
+    done = subprocess.run([python, "-c", code], env=environment, timeout=LONGEST_S)
+    assert done.returncode == 7
 
 
 def test_a_failure_of_the_codec_ends_the_reading(
@@ -546,18 +545,15 @@ def many_clips(folder: Path, number: int = 20) -> Path:
 
 def start(*args: Any, target: Callable[..., None] | None = None) -> Any:
     """`tokenize` in a new process with imported modules."""
-    context = multiprocessing.get_context("forkserver")
-    model = "transformers.models.encodec.modeling_encodec"
-    context.set_forkserver_preload(
-        ["pytest", "webdataset", "magnet_train.data.tokenize", "magnet_train.codec.base", model]
-    )
+    context = multiprocessing.get_context("fork")
     process = context.Process(target=target or tokenize_quietly, args=args)
     process.start()
     return process
 
 
 def tokenize_quietly(source: Path, out: Path, options: TokenizeOptions) -> None:
-    torch.set_num_threads(1)
+    # tqdm's own lock is shared by forked processes; a killed one would hold it for ever.
+    tqdm.set_lock(threading.RLock())
     sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     tokenize(source, out, options)
 
@@ -586,7 +582,7 @@ def test_killed_at_random_moments(undisturbed: Any, tmp_path: Path):
     out, killed, seen = tmp_path / "0", 0, set()
     # The machine's speed may change: a run that ends before its kill is restarted and killed
     # sooner, and one killed before its first shard is killed later.
-    while killed < 6 or len(seen) < 3:
+    while killed < 4 or len(seen) < 3:
         process = start(source, out, options)
         time.sleep(float(rng.uniform(0.2, 0.9)) * seconds)
         process.kill()
@@ -731,13 +727,10 @@ def tokenize_stopped_in_a_shard(source: Path, out: Path, options: TokenizeOption
 
 
 @pytest.mark.slow
-def test_killed_on_the_command_line(codec: str, tmp_path: Path):
+def test_killed_on_the_command_line(codec: str, python: str, tmp_path: Path):
     """`python -m magnet_train tokenize` on two processes, killed together after one shard."""
     many_clips(tmp_path / "in", 60)
-    command = [
-        sys.executable,
-        *f"-m magnet_train tokenize {tmp_path}/in --out {tmp_path}/out".split(),
-    ]
+    command = [python, *f"-m magnet_train tokenize {tmp_path}/in --out {tmp_path}/out".split()]
     command += ["--codec", codec, "--crop_s", "2", "--shard_size", "4", "--processes", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     process = subprocess.Popen(

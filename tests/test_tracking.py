@@ -6,7 +6,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -254,7 +253,7 @@ def test_a_run_begun_anew_in_a_folder_is_another_run_of_wandb(
     assert "WANDB_RUN_ID" not in os.environ
 
 
-def test_wandb_sync_makes_one_run_of_two_sessions(tmp_path: Path):
+def test_wandb_sync_makes_one_run_of_two_sessions(python: str, tmp_path: Path):
     """As far as possible without W&B: rows and their offsets as sent to a server."""
     script = tmp_path / "session.py"
     script.write_text(
@@ -265,7 +264,7 @@ def test_wandb_sync_makes_one_run_of_two_sessions(tmp_path: Path):
     given = {"WANDB_RUN_ID": "abcdef1234", "WANDB_RESUME": "allow", "WANDB_DIR": str(tmp_path)}
     for steps in ("012", "23"):
         subprocess.run(
-            [sys.executable, str(script), *steps],
+            [python, str(script), *steps],
             env=os.environ | given | {"WANDB_MODE": "offline"},
             check=True,
             capture_output=True,
@@ -278,7 +277,7 @@ def test_wandb_sync_makes_one_run_of_two_sessions(tmp_path: Path):
             "HOME": str(tmp_path),
         }
         env.pop("WANDB_MODE")
-        wandb = [sys.executable, "-m", "wandb", "sync", str(tmp_path / "wandb")]
+        wandb = [python, "-m", "wandb", "sync", str(tmp_path / "wandb")]
         subprocess.run(
             wandb, env=env, check=True, timeout=LONGEST_S, capture_output=True, cwd=tmp_path
         )

@@ -28,14 +28,14 @@ from magnet_train.audiocraft.names import (
 )
 from magnet_train.audiocraft.read import ExportedModel, read_codec, read_model, read_package
 from magnet_train.audiocraft.write import write_model
-from magnet_train.codec.base import CodecFacts, load_codec, split_name
+from magnet_train.codec.base import CodecFacts, load_codec, load_codec_facts, split_name
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import check_new
 from magnet_train.common.pretrained import absolute_path, one_line
+from magnet_train.decoding.load_rescorer import musicgen_config, parse_musicgen
 from magnet_train.decoding.rescoring import load_musicgen
 from magnet_train.model import MagnetConfig
 from magnet_train.release import SavedModel, check_codec, check_weights, write_release
-from magnet_train.rescorer import musicgen_config, parse_musicgen
 
 
 @dataclass(frozen=True)
@@ -219,9 +219,9 @@ def _codec(
 
 def _first_codebooks(name: str, network: MagnetConfig, where: str) -> CodecFacts:
     """Facts of a codec, reduced to the codebooks that the model uses."""
-    facts = load_codec(name).facts
+    facts = load_codec_facts(name)
     if facts.num_codebooks > network.num_codebooks:
-        facts = load_codec(f"{split_name(name)[0]}@{network.num_codebooks}").facts
+        facts = load_codec_facts(f"{split_name(name)[0]}@{network.num_codebooks}")
     if (facts.num_codebooks, facts.codebook_size) != (network.num_codebooks, network.codebook_size):
         raise UserError(
             f"{where}: a codec with {facts.num_codebooks} codebooks of {facts.codebook_size} "

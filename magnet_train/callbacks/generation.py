@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from magnet_train.codec.base import Codec, load_codec
+from magnet_train.codec.base import Codec, load_codec, load_codec_facts
 from magnet_train.common.audio_files import save_plot, slug, write_audio
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import safe_name
@@ -22,6 +22,7 @@ from magnet_train.data.pipeline import Batch
 from magnet_train.data.shards import ShardSet
 from magnet_train.decoding.autoregressive import check_autoregressive
 from magnet_train.decoding.decode import DecodingConfig
+from magnet_train.decoding.load_rescorer import check_rescorer
 from magnet_train.evaluation import scorer
 from magnet_train.generator import DecodedItem, Generator
 from magnet_train.metrics.baselines import CountTables, sample_bigram
@@ -35,7 +36,6 @@ from magnet_train.metrics.record import Record, write_records
 from magnet_train.metrics.reference import ReferenceStatistics
 from magnet_train.metrics.scoring import REFERENCE_METRICS, FeatureSet, parse_metric
 from magnet_train.module import MagnetModule
-from magnet_train.rescorer import check_rescorer
 
 MODEL = "model"
 """System name of the generated clips; the baselines have their own."""
@@ -148,7 +148,7 @@ class GenerationCallback(Callback):
         self.decoding.steps_per_stage(module.config.num_codebooks)
         check_autoregressive(module.config, self.decoding, module.crop_s)
         if self.num_prompts and self.decoding.rescorer is not None:
-            check_rescorer(self.decoding.rescorer, load_codec(module.codec_name).facts.to_dict())
+            check_rescorer(self.decoding.rescorer, load_codec_facts(module.codec_name).to_dict())
         if self.num_prompts and self.reference is not None:
             for name in embedders_with_reference(self.metrics):
                 # Those of musicnn may be in the shards, and those of music are made.
@@ -172,13 +172,7 @@ class GenerationCallback(Callback):
         self._counts = None
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, *args: Any
     ) -> None:
         """Keeps references, code frequencies and the chosen items of this rank."""
         if not self.num_prompts:
@@ -601,13 +595,7 @@ class PredictionWriter(Callback):
     """Writes the output of `predict` to `predictions` in the run folder."""
 
     def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, *args: Any
     ) -> None:
         folder = Path(trainer.default_root_dir) / "predictions"
         for i, (key, caption) in enumerate(zip(batch["keys"], batch["captions"], strict=True)):

@@ -26,7 +26,7 @@ from magnet_train import cost
 from magnet_train.callbacks.resume import check_data
 from magnet_train.checks.estimate import checkpoint_bytes, estimate_run, gigabytes
 from magnet_train.checks.plan import Plan, check_accelerator, none_if_missing, settings_errors
-from magnet_train.codec.base import load_codec
+from magnet_train.codec.base import load_codec_facts
 from magnet_train.common.downloads import (
     CLAP_MUSIC,
     PASST_10S,
@@ -43,10 +43,10 @@ from magnet_train.conditioning import load_text_encoder
 from magnet_train.data.datamodule import check_shards_per_worker
 from magnet_train.data.shards import Item, ShardSet
 from magnet_train.decoding.autoregressive import check_autoregressive
+from magnet_train.decoding.load_rescorer import check_rescorer
 from magnet_train.metrics.embedders import load_embedder
 from magnet_train.metrics.scoring import REFERENCE_METRICS, parse_metric
 from magnet_train.release import SavedModel, check_codec, check_weights
-from magnet_train.rescorer import check_rescorer
 from magnet_train.resume import check_named_checkpoint, check_same_model
 from magnet_train.tracking.wandb_session import LOGIN_HINT, check_wandb_login
 
@@ -192,7 +192,7 @@ def check_components(plan: Plan) -> Iterator[Finding]:
     metrics = config.generation.metrics if config.generation.num_prompts else []
     embedders = dict.fromkeys(parse_metric(metric)[1] for metric in metrics)
     loads: dict[str, Callable[[], str]] = {
-        f"codec {config.model.codec}": lambda: load_codec(config.model.codec).facts.hash,
+        f"codec {config.model.codec}": lambda: load_codec_facts(config.model.codec).hash,
         f"text encoder {config.model.text_encoder}": lambda: (
             load_text_encoder(config.model.text_encoder).id
         ),

@@ -15,7 +15,7 @@ import torch
 
 from magnet_train.callbacks.validation import check_epoch, check_validation
 from magnet_train.checks.estimate import available_memory, gigabytes
-from magnet_train.codec.base import CodecFacts, load_codec
+from magnet_train.codec.base import CodecFacts, load_codec_facts
 from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder, load_text_encoder
 from magnet_train.cost import num_parameters
@@ -201,7 +201,7 @@ def check_network_size(config: Any) -> None:
 
 def check_span(config: Any) -> None:
     """Whether a masked span fits into an example."""
-    codec = none_if_missing(lambda: load_codec(config.model.codec).facts)
+    codec = none_if_missing(lambda: load_codec_facts(config.model.codec))
     if codec is None:  # reported elsewhere
         return
     num_frames = round(config.model.crop_s * codec.frame_rate)
@@ -318,7 +318,7 @@ class Plan:
     @cached_property
     def codec(self) -> CodecFacts | None:
         """None if the codec is not available."""
-        return none_if_missing(lambda: load_codec(self.config.model.codec).facts)
+        return none_if_missing(lambda: load_codec_facts(self.config.model.codec))
 
     @cached_property
     def text_encoder(self) -> TextEncoder | None:

@@ -4,7 +4,7 @@ the result."""
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +21,18 @@ from magnet_train.cli.output import (
 )
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import safe_name, writable_folder
+from magnet_train.decoding.hints import Hints
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from magnet_train.codec.base import CodecFacts
     from magnet_train.decoding.decode import DecodingConfig
     from magnet_train.decoding.keep import Edit, Region
     from magnet_train.generator import Cue, Edited, Generator
 
 
 @dataclass(frozen=True)
-class EditOptions(OutputOptions):
+class EditOptions(Hints, OutputOptions):
     """Options of `edit`."""
 
     audio: Path | None = None
@@ -64,21 +64,10 @@ class EditOptions(OutputOptions):
     """Start of the loop in the recording, in seconds."""
     seam_s: float = 1.0
     """Seconds to regenerate on each side of a loop's seam, if no region is given."""
-    intensity: float = 1.0
-    """Share of frames in the regions to regenerate, drawn at random, in (0, 1]."""
-    hint_period_s: float | None = None
-    """Keep one frame per this number of seconds in the regions, as a hint."""
-    hint_onsets_s: float | None = None
-    """Keep frames within this number of seconds of an onset in the regions, as hints."""
-    hint_codebooks: int = 0
-    """Number of codebooks of the hints to keep, coarse ones first; 0 = all."""
-    keep_coarse: int = 0
-    """Number of coarsest codebooks to keep in all frames of the regions."""
-    keep_fine: int = 0
-    """Number of finest codebooks to keep in all frames of the regions."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        OutputOptions.__post_init__(self)
+        Hints.__post_init__(self)
         for name in ("from_s", "to_s", "loop_s", "loop_start_s", "seam_s"):
             if (value := getattr(self, name)) is not None:
                 check_range(name, value, 0, MAX_DURATION_S, "seconds")
@@ -107,9 +96,9 @@ class EditOptions(OutputOptions):
         """The options as an `Edit`.
 
         Raises:
-            UserError: if a region is invalid, or a hint out of range.
+            UserError: if a region is invalid.
         """
-        from magnet_train.decoding.keep import Edit, Hints
+        from magnet_train.decoding.keep import Edit
 
         return Edit(
             regenerate=tuple(parse_region("regenerate", text) for text in self.regenerate),
@@ -119,14 +108,7 @@ class EditOptions(OutputOptions):
             loop_s=self.loop_length_s(),
             loop_start_s=self.loop_start_s,
             seam_s=self.seam_s,
-            hints=Hints(
-                self.intensity,
-                self.hint_period_s,
-                self.hint_onsets_s,
-                self.hint_codebooks,
-                self.keep_coarse,
-                self.keep_fine,
-            ),
+            hints=Hints(**{f.name: getattr(self, f.name) for f in fields(Hints)}),
         )
 
 
@@ -143,11 +125,15 @@ def edit(options: EditOptions, decoding: dict[str, Any]) -> list[Path]:
     Raises:
         UserError: if a setting or file is invalid; before a model is loaded.
     """
+    from magnet_train.codec.base import load_codec_facts
+    from magnet_train.release import codec_facts
+
     if options.audio is None:
         raise UserError("no recording; give `edit FILE`")
     saved = check_model(options, decoding)
     wav, sample_rate = _read(options.audio)
-    edit, facts = options.edit(), _codec_facts(saved.codec)
+    edit = options.edit()
+    facts = codec_facts(saved.codec) or load_codec_facts(saved.codec["id"])
     plan = edit.plan(wav.shape[1], sample_rate, facts.frame_rate, facts.num_codebooks, saved.crop_s)
     cues = list_cues(options, plan.num_samples / sample_rate)
     chooser = Chooser(options, [text for _, text in cues])
@@ -239,16 +225,6 @@ def _read(audio: Path) -> "tuple[Tensor, int]":
 
     wav, sample_rate = read_as_recorded(audio.expanduser())
     return torch.from_numpy(wav.T.copy()), sample_rate
-
-
-def _codec_facts(known: dict[str, Any]) -> "CodecFacts":
-    """Facts of the model's codec, which is loaded only if the checkpoint does not have them."""
-    from magnet_train.codec.base import CodecFacts, load_codec
-
-    try:
-        return CodecFacts.from_dict(known)
-    except ValueError:
-        return load_codec(known["id"]).facts
 
 
 def _edit_files(

@@ -35,7 +35,7 @@ from magnet_train.cli.inherited import AUTO, fit_defaults
 from magnet_train.cli.parser import ConfigFile, OneLineErrors, config_help
 from magnet_train.cli.run_folder import RunFolderLock, prepare_run_folder
 from magnet_train.cli.summary import closing_block, summary_text
-from magnet_train.codec.base import load_codec
+from magnet_train.codec.base import load_codec_facts
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError, integer_from_environment
 from magnet_train.common.folders import writable_folder, write_json
@@ -127,11 +127,6 @@ def _as_command_line(verb: str, args: list[str]) -> Iterator[None]:
 
 
 # --- LightningCLI ---------------------------------------------------------------------------------
-
-
-@lru_cache
-def _codec_facts(name: str) -> Any:
-    return load_codec(name).facts
 
 
 @lru_cache
@@ -253,7 +248,7 @@ class MagnetCLI(private_api.lightning_cli()):
 
     def component_sizes(self) -> tuple[Callable[[str], Any], Callable[[str], int]]:
         """Functions that return the facts of a codec and the width of a text encoder by name."""
-        return _codec_facts, _text_dim
+        return load_codec_facts, _text_dim
 
     def after_instantiate_classes(self) -> None:
         """Check the data and the validation before a logger writes anything."""
@@ -398,7 +393,7 @@ class DryRunCLI(MagnetCLI):
 
     def component_sizes(self) -> tuple[Callable[[str], Any], Callable[[str], int]]:
         """Published sizes for missing components, which doctor reports separately."""
-        return _with_fallback(_codec_facts, MagnetConfig), _with_fallback(
+        return _with_fallback(load_codec_facts, MagnetConfig), _with_fallback(
             _text_dim, lambda: MagnetConfig.text_dim
         )
 

@@ -112,8 +112,8 @@ def check_model(options: OutputOptions, decoding: dict[str, Any]) -> "SavedModel
         UserError: if the model, device, a decoding setting or the rescorer is not usable.
     """
     from magnet_train.decoding.decode import DecodingConfig
+    from magnet_train.decoding.load_rescorer import check_rescorer
     from magnet_train.release import SavedModel
-    from magnet_train.rescorer import check_rescorer
 
     saved = SavedModel.open(options.checkpoint)
     find_device(options.device)

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,22 @@ def load_codec(name: str = "demo") -> Codec:
         return kinds[kind].load(source, local_files_only, known_as, num_codebooks)
 
     return load_pretrained("codec", source, load)
+
+
+def load_codec_facts(name: str = "demo") -> CodecFacts:
+    """Facts of a codec, which is loaded once per process unless a file of its folder changes.
+
+    Raises:
+        UserError: as `load_codec`.
+    """
+    folder = Path(split_name(name)[0]).expanduser()
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return _facts(name, *((f.name, f.lstat().st_size, f.lstat().st_mtime_ns) for f in files))
+
+
+@lru_cache(maxsize=8)
+def _facts(name: str, *files: tuple[str, int, int]) -> CodecFacts:
+    return load_codec(name).facts
 
 
 def _model_type(source: str, local_files_only: bool) -> str | None:

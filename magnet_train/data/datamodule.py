@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from magnet_train.codec.base import CodecFacts, load_codec
+from magnet_train.codec.base import CodecFacts, load_codec_facts
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.data.captions import CaptionAugmentation
@@ -198,7 +198,6 @@ class MagnetDataModule(L.LightningDataModule):
         self.resumes_from: str | None = None
         """Checkpoint from which `fit` resumes, as found by this rank."""
         self._sets: dict[str, ShardSet] = {}
-        self._facts: CodecFacts | None = None
         self._tables: CountTables | None = None
 
     def shards(self, split: str) -> ShardSet:
@@ -219,8 +218,7 @@ class MagnetDataModule(L.LightningDataModule):
                 hashes = [shard.get("sha256") or shard["name"] for shard in found.index["shards"]]
                 chosen = held_out(hashes, self.val_split, f"{found.name}: --data.val_split")
                 found = found.subset([is_held == (split == "validation") for is_held in chosen])
-            self._facts = self._facts or load_codec(self.codec_name).facts
-            check_codec(found, self._facts)
+            check_codec(found, load_codec_facts(self.codec_name))
             self._sets[split] = found
         return self._sets[split]
 
@@ -257,7 +255,7 @@ class MagnetDataModule(L.LightningDataModule):
     @property
     def num_frames(self) -> int:
         """Length of an example, in frames."""
-        facts = self._facts = self._facts or load_codec(self.codec_name).facts
+        facts = load_codec_facts(self.codec_name)
         return round(self.crop_s * facts.frame_rate)
 
     def setup(self, stage: str) -> None:

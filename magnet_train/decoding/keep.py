@@ -1,8 +1,7 @@
 """Which codes are given, and in which windows the others are decoded.
 
 An `Edit` describes in seconds what to regenerate; its `plan` checks it and converts it to frames.
-Inside the regions some codes may be kept as hints: single frames (periodic, at onsets, random) or
-complete codebooks, as in VampNet (Garcia et al., 2023).
+Inside the regions some codes may be kept as hints (hints.py).
 
 Shapes: k codebooks, t frames. `given` is bool, True = kept; `anew` is bool, True = regenerate the
 frame.
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.randomness import generator_for
+from magnet_train.decoding.hints import Hints
 
 OVERLAP = 0.4
 """Share of a window that overlaps with the previous one; MusicGen uses 12 of 30 s."""
@@ -27,78 +26,6 @@ SEAM_S = 0.02
 
 Region = tuple[float, float]
 """Start and end, in seconds."""
-
-
-@dataclass(frozen=True)
-class Hints:
-    """Codes of the regions to keep as hints; options as in `edit`."""
-
-    intensity: float = 1.0
-    """Share of frames in the regions to regenerate, drawn at random, in (0, 1]."""
-    hint_period_s: float | None = None
-    """Keep one frame per this number of seconds."""
-    hint_onsets_s: float | None = None
-    """Keep frames within this number of seconds of an onset."""
-    hint_codebooks: int = 0
-    """Number of codebooks of the hints to keep, coarse ones first; 0 = all."""
-    keep_coarse: int = 0
-    """Number of coarsest codebooks to keep in all frames of the regions."""
-    keep_fine: int = 0
-    """Number of finest codebooks to keep in all frames of the regions."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.intensity <= 1:
-            raise UserError(f"--intensity {self.intensity}: must be above 0 and at most 1")
-        for name in ("hint_period_s", "hint_onsets_s"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 3600:
-                raise UserError(f"--{name} {value}: must be above 0 and at most 3600 seconds")
-        for name in ("hint_codebooks", "keep_coarse", "keep_fine"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be 0 or more codebooks")
-
-    @property
-    def keep_any(self) -> bool:
-        """Whether any code of the regions is kept."""
-        return self != Hints(hint_codebooks=self.hint_codebooks)
-
-    def given(
-        self,
-        anew: Tensor,
-        num_codebooks: int,
-        frame_rate: float,
-        onsets: Tensor | None = None,
-        place: str = "0",
-    ) -> Tensor:
-        """The codes to keep: `t` -> bool `k t`.
-
-        Args:
-            anew: frames of the regions, bool `t`.
-            num_codebooks: k.
-            frame_rate: frame rate in Hz.
-            onsets: frames with an onset, bool `t`; needed for `hint_onsets_s`.
-            place: key of the random numbers, such as "seed/item".
-        """
-        hints = torch.zeros_like(anew)
-        frames = anew.nonzero()[:, 0]
-        draws = generator_for(f"{place}/hints")
-        if self.intensity < 1 and len(frames):
-            num_anew = max(1, round(self.intensity * len(frames)))
-            hints[frames[torch.randperm(len(frames), generator=draws)[num_anew:]]] = True
-        if self.hint_period_s is not None:
-            period = max(1, round(self.hint_period_s * frame_rate))
-            offset = int(torch.randint(period, (), generator=draws))
-            hints |= torch.arange(len(anew)).add(offset).remainder(period) == 0
-        if self.hint_onsets_s is not None and onsets is not None:
-            width = round(self.hint_onsets_s * frame_rate)
-            near = torch.nn.functional.max_pool1d(
-                onsets.float()[None], 2 * width + 1, stride=1, padding=width
-            )
-            hints |= near[0] > 0
-        codebook = torch.arange(num_codebooks)
-        of_hints = codebook < (self.hint_codebooks or num_codebooks)
-        stays = (codebook < self.keep_coarse) | (codebook >= num_codebooks - self.keep_fine)
-        return ~anew | hints & of_hints[:, None] | stays[:, None]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from magnet_train.codec.base import load_codec
 from magnet_train.common.errors import UserError
 from magnet_train.data.manifest import Clip
 from magnet_train.decoding.decode import DecodingConfig
+from magnet_train.decoding.load_rescorer import check_rescorer
 from magnet_train.evaluation import scorer
 from magnet_train.evaluation.clips import (
     Clips,
@@ -44,7 +45,6 @@ from magnet_train.metrics.published import PUBLISHED, RECIPES
 from magnet_train.metrics.record import Record, markdown_table, write_records
 from magnet_train.metrics.scoring import REFERENCE_METRICS, parse_metric
 from magnet_train.release import SavedModel
-from magnet_train.rescorer import check_rescorer
 
 DEFAULT_METRICS = ("fad/musicnn", "kl/musicnn", "text/musicnn")
 """Metrics whose networks are bundled."""

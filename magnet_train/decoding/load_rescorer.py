@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from magnet_train.codec.base import CodecFacts, load_codec
+from magnet_train.codec.base import CodecFacts, load_codec_facts
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import MAX_CONFIG_BYTES, one_line
 from magnet_train.conditioning import TextEncoder, load_text_encoder
@@ -67,7 +67,7 @@ def _codes(saved: SavedModel) -> dict[str, Any]:
     """Codec facts of one of our models; a checkpoint has only the codec's name."""
     sizes = {name: getattr(saved.network, name) for name in ("num_codebooks", "codebook_size")}
     codec = dict(saved.codec)
-    return (load_codec(codec["id"]).facts.to_dict() if codec.keys() == {"id"} else codec) | sizes
+    return (load_codec_facts(codec["id"]).to_dict() if codec.keys() == {"id"} else codec) | sizes
 
 
 def musicgen_config(name: str) -> dict[str, Any] | None:
