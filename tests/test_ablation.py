@@ -122,7 +122,7 @@ def test_differences_from_the_first_setting_are_put_into_words(tmp_path):
     assert "no interval with a single seed" in said("one seed", {1: [1.0], 3: [9.0]})
 
 
-def test_a_second_parameter_has_a_column_and_lines_of_its_own(tmp_path):
+def test_a_second_parameter_has_its_own_column_and_rows(tmp_path):
     runs = make(tmp_path, FAD, **{"model.network.context": {"values": [5, -1]}})
     ablation = read_ablation(runs)
     assert ablation.parameters == ["span_len", "context"]
@@ -150,7 +150,7 @@ def test_a_metric_that_some_runs_lack_is_named(tmp_path):
     assert [cells(line)[1:] for line in lines if line.startswith("| 3 ")] == [["3", "11 ± 2.5", ""]]
 
 
-def test_settings_that_differ_beside_the_varied_ones_are_named(tmp_path, monkeypatch):
+def test_settings_that_differ_besides_the_varied_ones_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(Path("."), FAD)
     runs = read_sweep(Path("spans.yaml"), Path("spans"))

@@ -66,7 +66,7 @@ def test_files_have_no_dc_and_are_never_clipped(channels: int, tmp_path):
         assert loudness(written) == pytest.approx(expected, abs=0.1), name
 
 
-def test_the_note_beside_a_file_has_the_share_of_clipped_samples(tmp_path):
+def test_the_json_of_a_file_has_the_share_of_clipped_samples(tmp_path):
     wav = np.clip(3 * tone(level=1.0), -1, 1)
     write_audio(tmp_path / "a.flac", wav, RATE, {"prompt": "x"})
     about = json.loads((tmp_path / "a.json").read_text())
@@ -80,7 +80,7 @@ def test_the_note_beside_a_file_has_the_share_of_clipped_samples(tmp_path):
 @pytest.mark.parametrize(
     "beginning", ["海", "a slow melancholic piano piece with soft strings and a "]
 )
-def test_many_prompts_of_one_beginning_have_names_of_their_own(beginning: str):
+def test_prompts_with_the_same_beginning_have_different_names(beginning: str):
     names = {slug(f"{beginning}{chr(i)}", 0) for i in range(0x4E00, 0x4E00 + 5000)}
     assert len(names) == 5000
     assert all(name.isascii() and "/" not in name and len(name) < 120 for name in names)

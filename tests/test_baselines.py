@@ -106,7 +106,7 @@ def test_probabilities_sum_to_one():
     torch.testing.assert_close(tables.frequencies.sum(1), torch.ones(2, dtype=torch.float64))
 
 
-def test_a_chain_is_known_to_its_entropy_and_noise_is_not_better_known_than_by_frequency():
+def test_bigram_loss_of_a_markov_chain_is_its_entropy_and_of_noise_the_unigram_loss():
     """A code repeats with probability 3/4 + 1/28; each other code has 1/28."""
     train, held_out = chains(40, 500), torch.stack(chains(20, 500, seed=1))
     tables = CountTables.count(train, SIZE)

@@ -181,7 +181,7 @@ def test_validate_and_predict_take_the_checkpoint(run, shards, tmp_path):
     assert len(list((tmp_path / "v" / "predictions").glob("*.wav"))) == 2
 
 
-def test_generate_plays_a_run_and_says_how_to_make_it_again(run, tmp_path):
+def test_generate_from_a_run_is_reproduced_by_its_json(run, tmp_path):
     options = (
         f"--checkpoint {run} --decoding.decoding_steps=[2,1,1,1] --seed 4 --format flac "
         f"--out {tmp_path}"
@@ -296,7 +296,7 @@ def test_every_option_of_ours_has_a_sentence_of_help(verb, capsys):
     assert len(own) > 3 and not bare
 
 
-def test_a_rank_that_fails_under_nccl_waits_for_nobody(monkeypatch, capsys):
+def test_a_rank_that_fails_under_nccl_does_not_wait_for_others(monkeypatch, capsys):
     """Under NCCL, destroying the process group would wait for the other ranks."""
     for name, value in {"is_initialized": True, "get_world_size": 2, "get_backend": "nccl"}.items():
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)

@@ -64,7 +64,7 @@ def test_captions_of_a_manifest_must_be_those_of_the_clips(tmp_path):
         load_prompts(tmp_path / "twice.txt")
 
 
-def test_hundreds_of_like_prompts_get_names_of_their_own(tmp_path):
+def test_hundreds_of_similar_prompts_get_different_names(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text(
         "\n".join(

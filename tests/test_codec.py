@@ -216,7 +216,7 @@ def test_an_untrained_model_is_refused(tmp_path: Path):
     assert "codebook.embed is all zero" in message(tmp_path)
 
 
-def test_the_first_codebooks_are_a_codec_of_their_own(folder: Path, codec: EncodecCodec):
+def test_the_first_codebooks_are_a_separate_codec(folder: Path, codec: EncodecCodec):
     two = load_codec(f"{folder}@2")
     assert two.facts.num_codebooks == 2
     assert two.facts.id.endswith("@2")
@@ -265,7 +265,7 @@ def test_a_pickle_with_code_in_it_is_not_run(folder: Path, tmp_path: Path):
     assert not (tmp_path / "harmed").exists()
 
 
-def test_folders_and_ids_that_do_not_lead_to_a_codec(
+def test_folders_and_ids_that_are_not_codecs(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

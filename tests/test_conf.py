@@ -78,7 +78,7 @@ def test_a_machine_is_laid_over_a_model(name, parts, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_configuration_begins_with_what_it_is_and_how_to_run_it(name):
+def test_a_configuration_starts_with_what_it_is_and_how_to_run_it(name):
     head = [line for line in (CONF / name).read_text().splitlines() if line.startswith("#")]
     assert any("python -m magnet_train fit" in line for line in head)
     assert head[0].rstrip().endswith((".", "?"))

@@ -93,7 +93,7 @@ def test_the_codec_gives_the_references_codes_and_audio(name, tmp_path, parity):
     assert worst < 1e-5
 
 
-def test_the_padding_mode_comes_with_the_weights_and_is_stamped(tmp_path):
+def test_the_padding_mode_comes_with_the_weights_and_is_recorded(tmp_path):
     facts = {}
     for mode in ("constant", "reflect"):
         read_codec(codec_package(pad_mode=mode), tmp_path / mode, Path("x.bin"))
@@ -154,7 +154,7 @@ def test_there_and_back_is_equal_to_the_bit(dtype, tmp_path):
 
 
 @NEEDS_SHARED
-def test_the_references_own_files_go_there_and_back(tmp_path):
+def test_the_references_files_round_trip(tmp_path):
     release = to(tmp_path / "release", SHARED / "published_form")
     again = to(tmp_path / "again", release, "audiocraft")
     for file in ("state_dict.bin", "compression_state_dict.bin"):
@@ -214,7 +214,7 @@ def test_published_sizes_have_the_references_tensors(name, shape):
     assert sum(p.numel() for p in network.parameters()) == published["n_params"]
 
 
-def test_what_was_trained_here_becomes_a_folder_of_audiocraft(t5, tmp_path):
+def test_a_model_trained_here_is_exported_for_audiocraft(t5, tmp_path):
     make_codec(tmp_path / "codec")
     codec = load_codec(str(tmp_path / "codec"))
     network = Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=2, text_dim=768))
@@ -265,7 +265,7 @@ def fit(run: Path, shards: Path, *options: str) -> int:
     return main(["fit", *data.split(), *quick.split(), folder, *options])
 
 
-def test_a_release_plays_and_is_fine_tuned_under_its_licence(t5, theirs, tmp_path, capsys):
+def test_a_release_generates_and_is_fine_tuned_under_its_licence(t5, theirs, tmp_path, capsys):
     release = tmp_path / "release"
     assert main(["convert", str(theirs), "--out", str(release), "--text_encoder", t5]) == 0
     audio = magnet_train.load(str(release)).generate(["slow piano"], seed=1, duration_s=0.6)
@@ -384,7 +384,7 @@ def test_settings_that_changed_go_back_changed(tmp_path, release):
     assert again["conditioners.description.t5.name"] == "google/flan-t5-base"
 
 
-def test_a_run_goes_on_without_the_release_it_began_with(t5, tmp_path, release):
+def test_a_run_resumes_without_the_release_it_started_from(t5, tmp_path, release):
     read_codec(codec_package(), tmp_path / "codec", Path("x.bin"))
     shards = write_shards(tmp_path / "shards", str(tmp_path / "codec"), [4, 4])
     run = tmp_path / "run"

@@ -29,7 +29,7 @@ def first_frames(info: dict, crop_start: str, number: int = 300) -> set[int]:
     offset=st.integers(0, 500),
     last=st.integers(0, 300),
 )
-def test_bars_begin_a_whole_number_of_bars_after_the_first(bar, upbeat, offset, last):
+def test_bars_start_an_integer_number_of_bars_after_the_first(bar, upbeat, offset, last):
     info = {"bar_s": bar / 25, "first_bar_s": upbeat / 25, "offset_s": offset / 25}
     expected = [
         f
@@ -41,7 +41,7 @@ def test_bars_begin_a_whole_number_of_bars_after_the_first(bar, upbeat, offset, 
     assert bar_starts(info, FRAME_RATE, last) == expected
 
 
-def test_crops_begin_on_bar_lines_or_with_the_audio():
+def test_crops_start_on_bar_lines_or_with_the_audio():
     info = {"bar_s": 1.6, "first_bar_s": 0.4, "offset_s": 0.0}
     assert first_frames(info, "bar") == {0, 10, 50, 90, 130}
     assert len(first_frames(info, "anywhere")) > 100

@@ -168,7 +168,7 @@ def test_stride1_masks_as_near_the_schedule_as_spans_allow(num_frames):
         assert (step.masked.sum(1) - wanted).abs().max() <= config.span_len
 
 
-def test_the_whole_clip_is_decoded_when_its_length_is_no_multiple_of_the_span():
+def test_a_clip_is_decoded_completely_if_its_length_is_no_multiple_of_the_span():
     steps: list[DecodingStep] = []
     run(32, config=DecodingConfig(decoding_steps=(4,), span_len=5), on_step=steps.append)
     assert steps[0].masked[:, 30:].all()
@@ -236,7 +236,7 @@ def test_impossible_settings_are_named(change):
         DecodingConfig(**change)
 
 
-def test_the_last_number_of_steps_holds_for_all_further_stages_and_more_are_refused():
+def test_the_last_number_of_steps_applies_to_further_stages_and_more_are_refused():
     assert DecodingConfig(decoding_steps=(3, 2)).steps_per_stage(4) == (3, 2, 2, 2)
     with pytest.raises(UserError, match="5 numbers for 4 codebooks"):
         run(config=DecodingConfig(decoding_steps=(3, 2, 1, 1, 1)))

@@ -118,7 +118,7 @@ def test_arranged_notes_stay_in_range_in_time_and_on_frames(parts: int) -> None:
             assert np.abs(onsets / FRAME_S - (onsets / FRAME_S).round()).max() < 1e-6
 
 
-def test_a_rendered_take_is_level_and_says_what_it_plays(tmp_path: Path) -> None:
+def test_a_rendered_clip_is_normalised_and_captioned(tmp_path: Path) -> None:
     pytest.importorskip("midirenderer")
     from render import render
 
@@ -135,7 +135,7 @@ def test_a_rendered_take_is_level_and_says_what_it_plays(tmp_path: Path) -> None
     assert {tuple(map(type, note)) for note in notes} == {(float, float, int, int, bool)}
 
 
-def test_notes_added_up_sound_like_the_whole_arrangement(tmp_path: Path) -> None:
+def test_the_sum_of_notes_equals_the_arrangement(tmp_path: Path) -> None:
     pytest.importorskip("midirenderer")
     from synth import SYNTH_RATE, mix, synthesise
 

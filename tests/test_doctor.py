@@ -167,7 +167,7 @@ def test_the_published_medium_model_is_never_made(parts, monkeypatch, capsys):
 # --- what is wrong --------------------------------------------------------------------------------
 
 
-def test_every_check_runs_whatever_the_others_found(parts, tmp_path, monkeypatch, capsys):
+def test_every_check_runs_even_if_others_fail(parts, tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**5))
     shutil.copytree(parts / "validation", tmp_path / "validation")
@@ -233,7 +233,7 @@ def test_shards_that_are_too_few_damaged_absent_or_empty(parts, plan, tmp_path, 
     assert "lists no shards with items" in said[1]
 
 
-def test_captions_and_lengths_are_told_with_numbers(parts, tmp_path, monkeypatch, capsys):
+def test_captions_and_lengths_are_reported_with_numbers(parts, tmp_path, monkeypatch, capsys):
     read = ShardSet.read
 
     def captioned(self: ShardSet, number: int, with_references: bool = False):
@@ -288,7 +288,7 @@ def test_components_that_are_missing_are_named_with_their_source(
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_a_configuration_that_does_not_hold_is_said_as_fit_says_it(options, sign, parts, capsys):
+def test_an_invalid_configuration_is_reported_as_by_fit(options, sign, parts, capsys):
     status, said, error = ask(capsys, parts, *options)
     assert status == 2
     assert said["configuration"].startswith("failed ")
@@ -400,7 +400,7 @@ def test_no_validation_shards_are_needed_where_nothing_is_validated(plan):
     )
 
 
-def test_a_metric_whose_network_or_references_are_missing_matters_if_the_monitor_goes_by_it(
+def test_a_missing_network_or_reference_is_an_error_if_the_monitor_needs_it(
     plan, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path))
@@ -552,7 +552,7 @@ def test_without_a_key_the_run_is_logged_offline_and_fast_dev_run_has_no_loggers
     )
 
 
-def test_a_refused_key_ends_a_run_that_begins_and_none_that_goes_on(online, tmp_path, monkeypatch):
+def test_a_refused_key_stops_a_new_run_but_not_a_resumed_one(online, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     with server(lambda _: (401, {"errors": [{"message": "permission denied"}]})) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
@@ -568,7 +568,7 @@ def test_a_refused_key_ends_a_run_that_begins_and_none_that_goes_on(online, tmp_
         assert "the run will be logged offline" in said
 
 
-def test_a_server_that_is_not_to_be_reached_ends_a_run_that_begins(online, monkeypatch):
+def test_an_unreachable_server_stops_a_new_run(online, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     assert look("W&B", online)[0].startswith(
@@ -576,7 +576,7 @@ def test_a_server_that_is_not_to_be_reached_ends_a_run_that_begins(online, monke
     )
 
 
-def test_host_and_mode_may_stand_in_the_settings_file_and_a_key_in_netrc(online, tmp_path):
+def test_host_and_mode_come_from_the_settings_file_and_the_key_from_netrc(online, tmp_path):
     import wandb
 
     def accept(request: dict) -> tuple[int, dict]:

@@ -72,7 +72,7 @@ def test_a_timeline_that_is_refused(rows, says, tmp_path):
         read_timeline(tmp_path / "at.csv", 30.0)
 
 
-def test_a_region_of_a_recording_is_made_anew_and_its_json_makes_it_again(recording, tmp_path):
+def test_a_region_is_regenerated_and_its_json_reproduces_it(recording, tmp_path):
     out = tmp_path / "out"
     args = ["--regenerate", "1:2", "--out", str(out), "--seed", "3", QUICK]
     assert main(["edit", str(recording), *args]) == 0

@@ -50,7 +50,7 @@ def test_activations_are_within_a_fifth_of_what_the_allocator_counts(
     assert 0.8 * measured < calculated < 1.2 * measured
 
 
-def test_the_whole_of_a_training_is_within_a_fifth_of_what_the_allocator_counts(capsys):
+def test_estimated_training_memory_is_within_a_fifth_of_the_allocators(capsys):
     """Memory of network, average, AdamW and three steps of 4 examples."""
 
     def train() -> None:

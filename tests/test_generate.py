@@ -19,14 +19,14 @@ QUICK = {"decoding_steps": (4, 1, 1, 1)}
 
 
 @given(st.lists(st.text(min_size=1, max_size=3)), st.integers(0, 99), st.integers(1, 3))
-def test_every_prompt_and_variation_is_a_file_of_its_own(prompts, seed, variations):
+def test_every_prompt_and_variation_has_its_own_file(prompts, seed, variations):
     jobs = list_jobs(prompts, seed, variations)
     assert len(set(jobs)) == len(jobs) == len(prompts) * variations
     assert [job.prompt for job in jobs] == [p for p in prompts for _ in range(variations)]
     assert len({slug(job.prompt, job.seed) for job in jobs}) == len(jobs)
 
 
-def test_thousands_of_prompts_without_a_latin_letter_have_names_of_their_own():
+def test_thousands_of_prompts_without_latin_letters_have_different_names():
     assert len({slug(f"海{chr(0x4E00 + i)}", 0) for i in range(20_000)}) == 20_000
 
 
@@ -85,7 +85,7 @@ def test_what_is_refused_writes_nothing(settings, says, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.wav"))
 
 
-def test_a_prompt_that_is_given_twice_gets_two_clips_each_of_which_can_be_made_again(tmp_path):
+def test_a_repeated_prompt_gives_two_reproducible_clips(tmp_path):
     options = {"duration_s": 0.2, "plots": False, "batch_size": 2}
     paths = generate(GenerateOptions(prompt=["a", "a"], out=tmp_path, seed=7, **options), QUICK)
     notes = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
@@ -96,7 +96,7 @@ def test_a_prompt_that_is_given_twice_gets_two_clips_each_of_which_can_be_made_a
     assert generate(again, QUICK)[0].read_bytes() == second
 
 
-def test_an_audio_prompt_is_the_end_of_its_file_and_the_note_says_how_much_was_kept(tmp_path):
+def test_an_audio_prompt_is_the_end_of_its_file_and_the_json_has_its_length(tmp_path):
     soundfile.write(tmp_path / "c.wav", np.sin(np.arange(16_000) / 20), 16_000)
     options = GenerateOptions(
         prompt=["a"], out=tmp_path, duration_s=1.5, plots=False, continue_from=tmp_path / "c.wav"

@@ -264,7 +264,7 @@ def test_throughput_counts_all_that_is_heard(data: Path, tmp_path: Path):
         assert not row.get("speed/mfu")  # the peak of a CPU is unknown
 
 
-def test_the_peak_of_a_device_is_known_or_left_out(monkeypatch: pytest.MonkeyPatch):
+def test_the_peak_of_a_device_is_known_or_omitted(monkeypatch: pytest.MonkeyPatch):
     device = torch.device("cuda")
     assert peak_flop(torch.device("cpu"), "bf16-mixed") is None
     for name, peak in {

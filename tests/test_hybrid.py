@@ -44,7 +44,7 @@ def text(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
 # --- the layout -----------------------------------------------------------------------------------
 
 
-def test_a_code_stands_one_column_behind_the_row_that_predicts_it():
+def test_a_code_is_one_column_after_the_row_that_predicts_it():
     codes = torch.arange(K * T).view(1, K, T)
     columns = delayed(codes, -1)
     for book in range(K):
@@ -166,7 +166,7 @@ def batch(valid_frames: int = 25) -> Any:
     return {"codes": torch.randint(256, (2, 5, 25)), "valid": valid}
 
 
-def test_without_a_beginning_the_loss_is_magnets_and_with_nothing_else_musicgens(module):
+def test_loss_without_a_beginning_is_magnets_and_with_only_a_beginning_musicgens(module):
     given, masked = batch(), torch.rand(2, 25) < 0.5
     stage, prompt = module.hybrid_loss(given, ["a", ""], 1, masked, torch.tensor([0, 0]))
     plain = module.stage_loss(given, ["a", ""], 1, masked)
@@ -235,7 +235,7 @@ def test_a_scripted_network_decides_every_column_and_given_codes_stay():
 
 
 @torch.no_grad()
-def test_kept_keys_and_values_give_the_codes_of_whole_passes(model):
+def test_cached_keys_and_values_give_the_codes_of_full_passes(model):
     states, tokens = text(3)
     written = model.encode_text(states, tokens)
     codes = torch.randint(SIZE, (3, K, 20))
@@ -276,7 +276,7 @@ def hybrid(tiny) -> Generator:
     return Generator(Magnet(config).eval(), tiny.codec, tiny.text_encoder, tiny.decoding, 1.0)
 
 
-def test_a_hybrid_begins_one_after_the_other_and_goes_on_in_parallel(hybrid):
+def test_a_hybrid_starts_autoregressively_and_continues_in_parallel(hybrid):
     config = dataclasses.replace(hybrid.decoding, autoregressive_s=0.4)
     together = hybrid.generate(["harp", "flute"], seed=3, decoding=config)
     assert (together.order[:, :, :10] == 0).all()
@@ -311,6 +311,6 @@ def test_what_a_hybrid_cannot_do_is_refused(hybrid, change, message):
         hybrid.generate(["harp"], decoding=dataclasses.replace(hybrid.decoding, **change))
 
 
-def test_a_model_that_is_no_hybrid_has_no_such_beginning(tiny):
+def test_a_model_that_is_not_hybrid_has_no_autoregressive_beginning(tiny):
     with pytest.raises(UserError, match="decodes in parallel only"):
         tiny.generate(["harp"], decoding=dataclasses.replace(tiny.decoding, autoregressive_s=0.5))

@@ -23,7 +23,7 @@ def fad(clips: list[Tensor], reference: Moments) -> float:
 
 
 @pytest.mark.parametrize("dim, num_clips, shift", [(8, 40, 0.3), (8, 41, 0.3), (32, 40, 0.3)])
-def test_interval_of_fad_holds_what_other_clips_give(dim: int, num_clips: int, shift: float):
+def test_the_interval_of_fad_contains_that_of_other_clips(dim: int, num_clips: int, shift: float):
     """95 % of 150 intervals within three standard deviations, and none too wide."""
     generator = torch.Generator().manual_seed(0)
     reference = Moments.of(torch.randn(20_000, dim, generator=generator))

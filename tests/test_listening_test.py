@@ -34,7 +34,7 @@ def page(study) -> Page:
 # --- Export ---------------------------------------------------------------------------------------
 
 
-def test_every_system_and_both_anchors_stand_on_every_screen(study, key, page):
+def test_every_system_and_both_anchors_are_on_every_screen(study, key, page):
     assert (study.num_trials, study.num_clips, study.size) == (3, 15, study.page.stat().st_size)
     assert study.key.name == "study_key.json"
     assert len(page.all("audio")) == 15
@@ -68,7 +68,7 @@ def test_the_page_is_blind(study, key):
         assert word not in html, word
 
 
-def test_clips_stand_in_the_order_of_their_random_ids(page, key):
+def test_clips_are_in_the_order_of_their_random_ids(page, key):
     ids = [a["data-id"] for a in page.all("article")]
     screens = [ids[first : first + 5] for first in (0, 5, 10)]
     assert all(screen == sorted(screen) for screen in screens) and len(set(ids)) == 15

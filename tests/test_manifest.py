@@ -117,7 +117,7 @@ def test_links_to_folders_are_followed_and_each_folder_is_listed_once(tmp_path: 
     assert captions(folder) == {"linked/r.wav": "linked", "own.wav": "", "z/deep.wav": ""}
 
 
-def test_what_cannot_be_listed_or_is_no_file_is_an_error_of_its_own(tmp_path: Path):
+def test_unlistable_folders_and_other_files_have_specific_errors(tmp_path: Path):
     touch(tmp_path / "a.wav")
     os.mkfifo(tmp_path / "a.txt")
     (clip,) = find_clips(tmp_path)
@@ -180,7 +180,7 @@ def test_every_kind_of_manifest(suffix: str, head: list[str], tmp_path: Path):
     assert (one.offset_s, one.duration_s, one.error) == (0.0, None, "")
 
 
-def test_a_row_without_a_caption_takes_the_one_beside_its_file(tmp_path: Path):
+def test_a_row_without_a_caption_takes_that_of_the_sidecar_file(tmp_path: Path):
     touch(tmp_path / "a.wav")
     (tmp_path / "a.json").write_text(json.dumps({"description": "a tone", "bpm": "", "genre": "x"}))
     row = json.dumps({"path": "a.wav", "caption": None, "sample_rate": 8000, "weight": None})

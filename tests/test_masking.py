@@ -49,7 +49,7 @@ def test_mask_rate_statistics_are_those_of_the_reference():
 
 @given(st.integers(1, 60), st.integers(1, 12), st.floats(0, 1), st.integers(0, 1000))
 @settings(max_examples=60)
-def test_every_mask_is_made_of_whole_spans_and_never_empty(num_frames, span_len, rate, seed):
+def test_every_mask_consists_of_complete_spans_and_is_not_empty(num_frames, span_len, rate, seed):
     if span_len > num_frames:
         with pytest.raises(ValueError, match="span_len"):
             span_mask(torch.tensor([rate]), num_frames, span_len)

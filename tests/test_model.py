@@ -87,7 +87,7 @@ def test_impossible_shapes_are_named(change):
         MagnetConfig(**change)
 
 
-def test_codes_that_lie_together_in_the_codec_begin_together():
+def test_neighbouring_codec_entries_start_with_similar_embeddings():
     model = Magnet(
         MagnetConfig(
             dim=16, num_heads=2, num_layers=1, num_codebooks=2, codebook_size=32, text_dim=4

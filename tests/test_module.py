@@ -221,7 +221,7 @@ def test_each_example_may_have_a_stage_of_its_own(module):
     assert groups == [module._drawn_stages(count, size=8) for count in range(40)]
 
 
-def test_stages_of_their_own_are_trained_as_each_alone(module):
+def test_stages_per_example_are_trained_as_each_alone(module):
     """The loss is the mean over all masked frames of all stages, and so is its gradient."""
     module.stage_sampling, size = "example", 6
     data = batch(valid=(24, 24, 24, 20, 24, 9))

@@ -90,7 +90,7 @@ def test_a_tempo_is_read_from_a_caption(caption, bpm):
     assert music.parse_tempo(caption) == bpm
 
 
-def test_the_demo_says_keys_and_tempos_as_they_are_read():
+def test_keys_and_tempos_of_the_demos_captions_are_parsed():
     """All twelve tonics in both modes and both phrasings."""
     names = ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B")
     for tonic, name in enumerate(names):
@@ -376,7 +376,7 @@ def test_silence_counts_as_no_music_and_is_no_nan(tunes):
     assert (with_music.num_clips, with_music.num_left_out) == (4, 1)
 
 
-def test_the_distances_interval_holds_it_and_clips_are_what_is_drawn(tunes):
+def test_the_interval_contains_the_distance_and_resamples_clips(tunes):
     clips = {
         str(i): music.measure_clip(melody(MAJOR_TUNE[:8] * 2, 60, s), RATE)
         for i, s in enumerate((0.2, 0.25, 0.4, 0.5, 0.3, 0.35))
@@ -421,7 +421,7 @@ def test_measures_are_metrics(tunes, tmp_path):
         score("music/note_lengths", features, None, CAPTIONS, system="tunes")
 
 
-def test_names_of_measures_are_known_and_others_are_not():
+def test_names_of_measures_are_accepted_and_others_refused():
     assert parse_metric("music/beat") == ("beat", "music")
     for name in ("music/tempo", "fad/music", "beat/musicnn", "music"):
         with pytest.raises(UserError, match="METRIC/EMBEDDER"):

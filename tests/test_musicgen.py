@@ -46,7 +46,7 @@ def test_logits_are_those_of_transformers(theirs, release, parity):
     assert worst < 2e-5
 
 
-def test_it_generates_and_comes_with_codec_and_text_encoder(release):
+def test_it_generates_with_its_codec_and_text_encoder(release):
     ours = load(release)
     assert ours.codec.facts.codebook_size == 2048 and ours.text_encoder.dim == 32
     result = ours.generate(["harp"], duration_s=0.2)
@@ -81,7 +81,7 @@ MUSICGEN = {
 
 
 @pytest.mark.parametrize(("order", "changes"), [("hybrid", {}), ("autoregressive", MUSICGEN)])
-def test_audiocrafts_files_are_known_by_their_configuration(order, changes, tmp_path):
+def test_audiocraft_files_are_recognised_by_their_configuration(order, changes, tmp_path):
     make_t5(tmp_path / "t5", dim=768)
     settings = changed(**changes)
     if order == "autoregressive":

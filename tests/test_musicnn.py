@@ -68,7 +68,7 @@ def test_musicnn_is_the_published_network():
 
 
 @pytest.mark.parametrize("seconds, windows", [(2.992, 1), (4.5, 2), (10, 5), (13, 7)])
-def test_windows_begin_every_one_and_a_half_seconds(seconds: float, windows: int):
+def test_windows_start_every_one_and_a_half_seconds(seconds: float, windows: int):
     wav = four_notes().repeat(4)[: round(seconds * 16_000)]
     heard = load_musicnn()(wav)
     assert len(heard.embeddings) == len(heard.tags) == windows

@@ -121,7 +121,7 @@ def test_a_notebook_runs_from_top_to_bottom(name, monkeypatch):
     )
 
 
-def test_a_cell_that_raises_is_named_and_magics_are_passed_over():
+def test_a_cell_that_raises_is_named_and_magics_are_skipped():
     good = {
         "cell_type": "code",
         "source": ["%matplotlib inline\n", "x = 2\n", "print(x)\n", "x + 1"],

@@ -71,7 +71,7 @@ def test_waiting_threads_leave_the_cores_to_others(given, used):
     ],
     ids=lambda args: " ".join(args[:2]),
 )
-def test_print_config_is_a_configuration_that_says_the_same(args, tmp_path, capsys):
+def test_print_config_round_trips(args, tmp_path, capsys):
     first = printed(capsys, *args)
     file = tmp_path / "my.yaml"
     file.write_text(yaml.safe_dump(first))
@@ -79,9 +79,7 @@ def test_print_config_is_a_configuration_that_says_the_same(args, tmp_path, caps
 
 
 @pytest.mark.parametrize("given", ["flag", "dashes", "config", "group file", "group text"])
-def test_decoding_is_as_given_whichever_way_and_else_as_the_checkpoint_says(
-    given, tmp_path, capsys
-):
+def test_decoding_settings_are_the_given_ones_then_the_checkpoints(given, tmp_path, capsys):
     settings = {"max_cfg_coef": 3.25, "top_p": 0.5}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"decoding": settings}))
     (tmp_path / "d.yaml").write_text(yaml.safe_dump(settings))

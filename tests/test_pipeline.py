@@ -192,7 +192,7 @@ def test_a_resumed_stream_goes_on_exactly(workers: int, start: int, shards: Shar
 
 
 @pytest.mark.parametrize(("workers", "start"), [(0, 5), (2, 5), (2, 40)])
-def test_a_stream_that_skipped_a_shard_goes_on_exactly(
+def test_a_stream_that_skipped_a_shard_resumes_exactly(
     workers: int, start: int, codec: str, tmp_path: Path
 ):
     """If the same shards are unreadable; other items replace theirs."""
@@ -256,7 +256,7 @@ def test_short_items_are_padded_and_marked(codec: str, tmp_path: Path):
             assert frames.tolist() == list(range(int(frames[0]), int(frames[0]) + len(frames)))
 
 
-def test_training_goes_on_without_an_unreadable_shard(codec: str, tmp_path: Path):
+def test_training_continues_without_an_unreadable_shard(codec: str, tmp_path: Path):
     found = ShardSet.open(write_shards(tmp_path, codec, (4, 4, 4)))
     found.paths[1].write_bytes(found.paths[1].read_bytes()[:1000])
     with warnings.catch_warnings(record=True) as caught:

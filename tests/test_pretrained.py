@@ -21,7 +21,7 @@ def refusal(name: str) -> str:
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_code_that_comes_with_a_model_is_refused_without_a_question(file, tmp_path, monkeypatch):
+def test_code_of_a_model_is_refused_without_asking(file, tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a question was asked"))
     folder = tmp_path / "t5"
     make_t5(folder, dim=32)

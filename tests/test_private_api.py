@@ -156,7 +156,7 @@ def test_options_are_parsed_without_defaults():
     assert found.given == 3 and "left" not in found
 
 
-def test_options_that_need_a_value_are_known_by_their_type():
+def test_options_that_need_a_value_are_recognised_by_their_type():
     parser = ArgumentParser()
     parser.add_argument("--number", type=int, default=1)
     parser.add_argument("--optional", type=int | None, default=1)

@@ -24,7 +24,7 @@ def validated(run: Path) -> Counter[str]:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_three_ranks_of_which_one_has_nothing_to_validate(
+def test_three_ranks_one_of_them_without_validation_items(
     strategy: str, data: Path, tmp_path: Path
 ):
     """With uneven shards, all ranks have the same number of full batches."""

@@ -70,7 +70,7 @@ def test_the_same_seed_gives_the_same_table(tmp_path, study, key):
     assert [r.mean for r in first.rows] == [r.mean for r in other.rows]
 
 
-def test_markdown_names_systems_intervals_and_who_was_left_out(tmp_path, study, key):
+def test_markdown_names_systems_intervals_and_excluded_raters(tmp_path, study, key):
     files = write_ratings(
         tmp_path, key, {"Ann": OPINION, "Bob": shifted(2), "Cid": OPINION | {"reference": (50, 95)}}
     )

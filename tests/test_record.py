@@ -174,7 +174,7 @@ def test_a_table_of_different_protocols():
         markdown_table([])
 
 
-def test_published_figures_stand_beside_the_same_protocol_and_set_only():
+def test_published_metrics_are_shown_only_for_the_same_protocol_and_set():
     table = markdown_table([FAD, KL], published=PUBLISHED)
     assert ["magnet-small-10secs (published)", "", "4.22", "1.11"] in cells(table)
     assert ["magnet-medium-30secs (published)", "", "4.63", "1.20"] in cells(table)

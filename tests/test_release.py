@@ -136,7 +136,7 @@ def test_a_damaged_configuration_is_refused(text, tmp_path):
     assert "not a release of magnet_train" in refusal(file.parent)
 
 
-def test_each_flipped_bit_of_a_releases_weights_is_found(tmp_path):
+def test_each_flipped_bit_of_a_releases_weights_is_detected(tmp_path):
     folder = write(tmp_path / "release")
     good = (folder / "model.safetensors").read_bytes()
     for place in (0, 20, len(good) // 2, len(good) - 1):
@@ -182,7 +182,7 @@ def test_wrong_tensors_are_refused_in_releases_and_checkpoints(message, tmp_path
     assert message in refusal(checkpoint(tmp_path / "last.ckpt", changed))
 
 
-def test_flipped_bits_in_a_checkpoint_are_found_or_harmless(tmp_path):
+def test_flipped_bits_in_a_checkpoint_are_detected_or_harmless(tmp_path):
     good = checkpoint(tmp_path / "good.ckpt").read_bytes()
     expected = read_checkpoint(tmp_path / "good.ckpt")["state_dict"]
     bad = tmp_path / "bad.ckpt"

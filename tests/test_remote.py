@@ -235,7 +235,7 @@ def test_picked_shards(folder: Path):
     assert "no folder given" in refusal(ShardSet.open, [])
 
 
-def test_thousands_of_picked_shards_are_found_at_once(tmp_path: Path):
+def test_thousands_of_listed_shards_open_quickly(tmp_path: Path):
     entries = [{"name": f"s-{n:05d}.tar", "num_examples": 1} for n in range(10_000)]
     (tmp_path / "index.json").write_text(json.dumps({"codec": CODEC, "shards": entries}))
     begin = time.process_time()
@@ -382,7 +382,7 @@ def test_a_damaged_file_of_the_cache_is_fetched_again(server: FaultyServer):
         assert path.read_bytes() == content and len(found.read(2)) == len(whole)
 
 
-def test_an_index_is_read_anew_and_outlives_its_store(
+def test_an_index_is_read_again_and_cached_for_outages(
     server: FaultyServer, codec: str, tmp_path: Path
 ):
     write_shards(tmp_path / "set", codec, (2,))
@@ -635,7 +635,7 @@ def mistake(capfd: Any, args: list[str]) -> str:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_goes_wrong_in_a_loader_process_is_one_line(
+def test_an_error_in_a_data_worker_is_one_line(
     workers: int, data: Path, tmp_path: Path, capfd: Any
 ):
     shutil.copytree(data, tmp_path / "data")
@@ -708,7 +708,7 @@ def test_mistakes_by_the_command(
     assert says in mistake(capfd, arguments(data, tmp_path / "run", option))
 
 
-def test_ranks_that_found_other_checkpoints_are_told(codec: str, folder: Path):
+def test_ranks_that_found_different_checkpoints_are_an_error(codec: str, folder: Path):
     """For example, folders of the same name on two nodes; with DDP they would continue as two
     different runs.
     """

@@ -66,7 +66,7 @@ def test_every_clip_is_one_player_and_nothing_is_loaded(page: Page):
     assert "http" not in "".join(page.scripts)
 
 
-def test_hostile_text_stays_text_wherever_it_stands(page: Page):
+def test_hostile_text_stays_text_everywhere(page: Page):
     assert not page.all("b")
     assert all(
         image["src"].startswith(("data:image/jpeg;", "data:image/svg")) for image in page.all("img")
@@ -129,7 +129,7 @@ def test_a_low_score_can_be_the_good_one(tmp_path):
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (32_000, 2), (44_100, 1), (37_000, 1)])
-def test_what_plays_is_what_was_given_at_minus_14_lufs(tmp_path, rate: int, channels: int):
+def test_played_clips_are_the_given_ones_at_minus_14_lufs(tmp_path, rate: int, channels: int):
     wav = np.stack([0.05 * tone(440 * (c + 1), 2, rate) / 0.3 for c in range(channels)], 1)
     soundfile.write(tmp_path / "clip.wav", wav, rate)
     write_report(

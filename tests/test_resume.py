@@ -58,7 +58,7 @@ def stopped(data: Path, run: Path, *options: str, **where: Any) -> None:
 
 
 @pytest.mark.parametrize(("workers", "accumulated", "stop_at"), [(0, 1, 0), (2, 1, 5), (2, 3, 23)])
-def test_a_run_that_stops_anywhere_ends_like_its_twin(
+def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(
     workers: int, accumulated: int, stop_at: int, data: Path, twins: Any, tmp_path: Path
 ):
     """Stops between checkpoints (written every two steps), before the first one, and in the last
@@ -125,7 +125,7 @@ def test_the_last_validation_is_made_up_for(data: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     "options", [["--kills=3", "--workers=2"], ["--kills=1", "--workers=0", "--ranks=2"]]
 )
-def test_a_run_killed_at_random_moments_ends_like_its_twin(options: list[str], python: str):
+def test_a_randomly_killed_run_ends_like_an_uninterrupted_one(options: list[str], python: str):
     script = Path(__file__).parents[1] / "benchmarks" / "kill_and_resume.py"
     environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
     done = subprocess.run(
@@ -219,7 +219,7 @@ def test_a_run_folder_in_the_home_folder_is_one_folder(
     assert (tmp_path / "run" / "summary.json").is_file() and not (tmp_path / "~").exists()
 
 
-def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(
+def test_a_signal_to_one_of_two_ranks_stops_both_and_one_rank_resumes(
     python: str, data: Path, tmp_path: Path, caplog: Any
 ):
     """Two real ranks; before the signal, a bad loss on one rank makes both skip the step."""
@@ -255,7 +255,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(
     ("later_s", "is_saving", "status"),
     [(0.0, False, 0), (11.0, False, -signal.SIGTERM), (11.0, True, 0)],
 )
-def test_only_a_second_signal_that_comes_later_ends_at_once(
+def test_only_a_later_second_signal_ends_the_process_at_once(
     later_s: float, is_saving: bool, status: int
 ):
     """Within seconds it is the same signal, from the scheduler and a launcher."""
@@ -287,7 +287,7 @@ def test_the_time_that_is_up_in_a_validation_queues_the_job_again(tmp_path: Path
     assert called.read_text() == "requeue 7\n"
 
 
-def test_under_slurm_a_job_is_queued_again_and_goes_on(
+def test_under_slurm_a_job_is_requeued_and_resumed(
     data: Path, twins: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
     """With a fake scontrol. No checkpoint of Lightning is left, which later starts would prefer."""
@@ -413,7 +413,7 @@ def test_what_another_run_left_is_refused(data: Path, tmp_path: Path, capsys: An
     assert outcome(tmp_path / "run")["step"] == 8  # nothing was lost
 
 
-def test_a_run_that_skipped_a_shard_ends_like_its_twin_and_says_when_not(
+def test_a_run_that_skipped_a_shard_ends_like_an_uninterrupted_one_or_warns(
     data: Path, tmp_path: Path, caplog: Any
 ):
     shutil.copytree(data / "train", tmp_path / "train")
@@ -430,7 +430,7 @@ def test_a_run_that_skipped_a_shard_ends_like_its_twin_and_says_when_not(
     assert any(said in r.getMessage() for r in caplog.records)
 
 
-def test_a_run_goes_on_with_the_settings_that_it_is_given(data: Path, tmp_path: Path, caplog: Any):
+def test_a_resumed_run_uses_the_given_settings(data: Path, tmp_path: Path, caplog: Any):
     """For example a lower learning rate, as advised after steps without a finite loss."""
     stopped(data, tmp_path / "run", "--model.optimizer.schedule=constant", stop_at=5)
     before = outcome(tmp_path / "run")
@@ -478,7 +478,7 @@ def test_as_many_examples_on_other_ranks(ranks: int, accumulated: int):
         assert 0 <= missing < ranks * 4 * accumulated and batches % accumulated == 0
 
 
-def test_another_layout_goes_on_at_the_same_example_and_says_so(
+def test_another_layout_resumes_at_the_same_example_and_says_so(
     data: Path, tmp_path: Path, caplog: Any
 ):
     stopped(data, tmp_path / "run", stop_at=5)  # saved after 4 batches of 2

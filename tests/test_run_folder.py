@@ -24,7 +24,7 @@ time.sleep(600)
 """
 
 
-def test_a_second_process_is_told_which_one_has_the_folder(tmp_path, monkeypatch):
+def test_a_second_process_learns_which_one_uses_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.1)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", HOLD, str(tmp_path)]

@@ -273,7 +273,7 @@ def begun(run: Path, twin: Path) -> Path:
     return run
 
 
-def test_a_resumed_run_ends_like_its_twin_bit_for_bit(fsdp2: Path, data: Path, tmp_path: Path):
+def test_a_resumed_run_equals_an_uninterrupted_one(fsdp2: Path, data: Path, tmp_path: Path):
     run = begun(tmp_path / "run", fsdp2)
     fit("fsdp2", data, run)
     found = differences(outcome(fsdp2), outcome(run))
@@ -289,7 +289,7 @@ def test_a_resumed_run_ends_like_its_twin_bit_for_bit(fsdp2: Path, data: Path, t
 
 
 @pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp2"), ("fsdp2", "ddp")])
-def test_either_strategy_goes_on_with_the_others_checkpoint(
+def test_either_strategy_resumes_from_the_others_checkpoint(
     before: str, after: str, data: Path, tmp_path: Path, request: pytest.FixtureRequest
 ):
     run = begun(tmp_path / "run", request.getfixturevalue(before))

@@ -30,7 +30,7 @@ def test_a_job_file_is_what_its_head_says(job: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("job", "nodes"), [("one_node", 1), ("several_nodes", 2)])
-def test_a_job_of_two_tasks_is_stopped_queued_again_and_goes_on(
+def test_a_job_of_two_tasks_is_stopped_requeued_and_resumed(
     job: str, nodes: int, python: str, tmp_path: Path
 ):
     """The fake srun starts two tasks with SLURM's environment, and sends SIGUSR1 to both after the

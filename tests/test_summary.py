@@ -18,7 +18,7 @@ def test_a_music_measure_is_put_into_words_between_random_codes_and_real_clips(v
     assert what_to_listen_for(metrics | {"val/ce": {"before": 1.0, "after": 1.0}})[-1] == line
 
 
-def test_without_music_measures_or_baselines_nothing_is_said():
+def test_without_music_measures_or_baselines_nothing_is_printed():
     assert what_to_listen_for({"val/music/beat": {"before": None, "after": 0.3}}) == []
 
 

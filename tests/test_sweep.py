@@ -163,7 +163,7 @@ def test_every_ablation_is_parsed_over_its_base(base, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "name", [f"ablation/{n}" for n in ABLATIONS] + [f"sweep/{n}" for n in SWEEPS]
 )
-def test_a_file_begins_with_question_base_command_cost_and_expectation(name):
+def test_a_file_starts_with_question_base_command_cost_and_expectation(name):
     lines = (ROOT / "conf" / name).read_text().splitlines()
     head = [line for line in lines if line.startswith("#")]
     assert head == lines[: len(head)]
@@ -271,7 +271,7 @@ def test_a_value_of_the_wrong_type_is_found_before_anything_starts(tmp_path, cap
 # --- the scheduler --------------------------------------------------------------------------------
 
 
-def test_runs_go_one_after_another_and_finished_ones_stay(tmp_path, fake, capsys):
+def test_runs_are_sequential_and_finished_ones_are_kept(tmp_path, fake, capsys):
     file = grid(tmp_path, 3, 1, 2, wait=0.1)
     assert status(file, "--out", fake) == 0
     said = [notes(fake / f"x={x}") for x in (3, 1, 2)]
@@ -295,7 +295,7 @@ def test_as_many_run_together_as_jobs_say(tmp_path, fake):
     assert max(together) == 2
 
 
-def test_an_unfinished_run_goes_on_from_its_checkpoint(tmp_path, fake, capsys):
+def test_an_unfinished_run_resumes_from_its_checkpoint(tmp_path, fake, capsys):
     last = fake / "x=1" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
     last.touch()
@@ -306,7 +306,7 @@ def test_an_unfinished_run_goes_on_from_its_checkpoint(tmp_path, fake, capsys):
     assert re.search(r"x=1 +\| to resume", out) and re.search(r"x=2 +\| to start", out)
 
 
-def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, fake, capsys):
+def test_a_failed_run_is_reported_and_the_others_continue(tmp_path, fake, capsys):
     file = grid(tmp_path, "bad", 2)
     assert status(file, "--out", fake) == 1
     out = capsys.readouterr().out
@@ -360,7 +360,7 @@ def handled(number: int, handler: Any) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_ends_the_runs_and_says_one_line(number, python, tmp_path, fake):
+def test_an_interruption_ends_the_runs_with_a_one_line_message(number, python, tmp_path, fake):
     file = grid(tmp_path, 1, 2, 3, wait=500)
     with handled(signal.SIGINT, signal.default_int_handler):  # background jobs ignore it
         process = start_sweep(python, file, fake)

@@ -465,7 +465,7 @@ def readers() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
-def test_items_made_ahead_come_in_order_and_not_too_many():
+def test_prefetched_items_are_in_order_and_bounded():
     begun, threads = [], set()
     items = prefetch(counted(begun, threads), 3)
     assert next(items) == 0
@@ -477,7 +477,7 @@ def test_items_made_ahead_come_in_order_and_not_too_many():
     assert list(prefetch(iter(()), 3)) == []
 
 
-def test_what_making_an_item_raises_comes_in_its_place():
+def test_an_error_of_prefetching_is_raised_at_its_item():
     begun: list[int] = []
     items = prefetch(counted(begun, set(), fails_at=5), 3)
     assert [next(items) for _ in range(5)] == list(range(5))
@@ -885,7 +885,7 @@ def test_overlapping_crops_end_with_the_clip(run: Callable[..., dict], tmp_path:
     assert [item["info"]["offset_s"] for item in items(tmp_path / "out")] == [0.0, 0.5, 1.0]
 
 
-def test_who_waits_for_another_finishes_its_shards(undisturbed: Any, tmp_path: Path):
+def test_a_waiting_process_finishes_the_shards_of_a_killed_one(undisturbed: Any, tmp_path: Path):
     source, options, expected, _ = undisturbed
     first = start(source, tmp_path, options, target=tokenize_stopped_in_a_shard)
     wait_for(

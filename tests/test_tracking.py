@@ -139,7 +139,7 @@ def test_everything_logged_is_defined_and_everything_defined_is_logged(run: Path
     assert found == {entry.name for entry in logged.LOGGED} - never - others
 
 
-def test_hours_of_audio_stand_beside_the_figures_of_a_validation(run: Path):
+def test_hours_of_audio_are_logged_with_each_validation(run: Path):
     rows = [row for row in history(records(run)) if "val/ce" in row]
     assert len(rows) == 5 and rows[0][logged.HOURS] == 0.0  # untrained, 2, 4; again 4, 6
     # 2 examples of 6.4 s a step.
@@ -153,7 +153,7 @@ def test_the_document_has_the_table(run: Path):
 # --- one run of W&B -------------------------------------------------------------------------------
 
 
-def test_sessions_have_one_id_and_the_second_does_not_add_what_the_checkpoint_did_not_hold(
+def test_sessions_have_one_id_and_the_second_replaces_rows_after_the_checkpoint(
     run: Path,
 ):
     found = records(run)
@@ -233,7 +233,7 @@ def test_steps_done_again_have_the_same_values_in_both_versions_of_the_csv(run: 
         )
 
 
-def test_a_run_begun_anew_in_a_folder_is_another_run_of_wandb(
+def test_a_new_run_in_a_used_folder_is_another_wandb_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     ids = []
@@ -322,9 +322,7 @@ def test_a_refused_key_ends_a_run_before_anything_is_trained(
     assert [path.name for path in online.iterdir()] == [".fit.lock"]
 
 
-def test_a_server_that_is_not_to_be_reached_ends_a_run_that_begins_but_none_that_goes_on(
-    online: Path, monkeypatch
-):
+def test_an_unreachable_server_stops_a_new_run_but_not_a_resumed_one(online: Path, monkeypatch):
     import wandb
 
     online.mkdir()
@@ -412,7 +410,7 @@ def test_tensorboard_gets_figures_audio_and_pictures(data: Path, tmp_path: Path)
         assert picture.step == 2 and (picture.height, picture.width) == drawn.shape[:2]
 
 
-def test_a_commit_is_that_of_the_code_and_of_nobody_elses_repository(tmp_path: Path):
+def test_the_commit_is_the_one_of_the_code_not_of_another_repository(tmp_path: Path):
     def git(*args: str) -> None:
         own = ["-c", "user.name=n", "-c", "user.email=e@e", "-c", "commit.gpgsign=false"]
         subprocess.run(["git", "-C", str(tmp_path), *own, *args], check=True, capture_output=True)

@@ -96,7 +96,7 @@ def test_averaged_weights_are_those_of_the_step_that_is_saved(data: Path, tmp_pa
     )
 
 
-def test_a_run_that_validates_less_than_it_might_says_so(data: Path, tmp_path: Path):
+def test_a_run_that_validates_less_than_possible_says_so(data: Path, tmp_path: Path):
     args = arguments(data, tmp_path / "run", "--trainer.max_steps=2", "--ckpt_path=null")
     without_shards = [a for a in args if not a.startswith("--data.validation")]
     with pytest.warns(UserWarning, match=r"does not validate: trainer\.limit_val_batches=0"):
