@@ -20,13 +20,13 @@ demo: .venv/ready  ## train the bundled demo; prints where audio and plots are
 	$(OFFLINE) $(BIN)/python -m magnet_train fit
 
 test: .venv/ready  ## run the whole test suite, offline
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready  ## check format, lint and types, and run the quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 parity: .venv/ready  ## rewrite the table of differences from audiocraft
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_reference*.py tests/test_convert.py \

@@ -346,9 +346,9 @@ class Generator:
             return self._decode(networks, codes, given, config, seed, items, on_step)
         codes, given = codes.clone(), given.clone()
         order = torch.full(codes.shape, -1, dtype=torch.int16, device=codes.device)
-        anew = (~given).any(0).any(0).cpu()
+        to_decode = (~given).any(0).any(0).cpu()
         cuts = [frame for frame, _ in cues[1:]]
-        for number, window in enumerate(windows(anew, size, int(OVERLAP * size), cuts)):
+        for number, window in enumerate(windows(to_decode, size, int(OVERLAP * size), cuts)):
             part = slice(window.start, window.end)
             prompts = next(texts for frame, texts in reversed(cues) if frame <= window.first)
             networks = self._networks(prompts, config)
@@ -373,12 +373,12 @@ class Generator:
             given[..., part] |= new
         return codes, order
 
-    def count_steps(self, anew: Tensor, decoding: DecodingConfig | None = None) -> int:
-        """Number of steps to decode the frames `anew` (bool `t`), for a progress bar."""
+    def count_steps(self, to_decode: Tensor, decoding: DecodingConfig | None = None) -> int:
+        """Number of steps to decode the frames `to_decode` (bool `t`), for a progress bar."""
         config = decoding or self.decoding
         size = round(self.crop_s * self.codec.facts.frame_rate)
-        size = max(size, len(anew)) if config.reference_compat else size
-        num_windows = len(list(windows(anew, size, int(OVERLAP * size))))
+        size = max(size, len(to_decode)) if config.reference_compat else size
+        num_windows = len(list(windows(to_decode, size, int(OVERLAP * size))))
         return num_windows * config.num_steps(self.codec.facts.num_codebooks)
 
     def _begin(
@@ -460,9 +460,11 @@ class Generator:
         original, codes, onsets = self._read(wav, sample_rate, edit, plan)
         join = Join(
             original,
-            plan.anew,
+            plan.to_decode,
             plan.num_samples,
-            plan.num_samples / len(plan.anew) if plan.is_loop else sample_rate / facts.frame_rate,
+            plan.num_samples / len(plan.to_decode)
+            if plan.is_loop
+            else sample_rate / facts.frame_rate,
             int(SEAM_S * sample_rate),
             round(BLOCK_S * facts.frame_rate),
             plan.is_loop,
@@ -470,7 +472,7 @@ class Generator:
         results = []
         for own_seed in range(seed, seed + variations):
             given = edit.hints.given(
-                plan.anew, facts.num_codebooks, facts.frame_rate, onsets, str(own_seed)
+                plan.to_decode, facts.num_codebooks, facts.frame_rate, onsets, str(own_seed)
             ).to(self.device)[None]
             made, steps = self.fill(
                 codes, given, texts, own_seed, ["edit"], decoding, plan.is_loop, on_step
@@ -484,7 +486,7 @@ class Generator:
         self, wav: Tensor, sample_rate: int, edit: Edit, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The kept recording `c n`, its codes `1 k t` (zero after its end), and its onsets."""
-        facts, num_frames = self.codec.facts, len(plan.anew)
+        facts, num_frames = self.codec.facts, len(plan.to_decode)
         wav = wav[:, plan.start :]
         if plan.is_loop:
             wav = wav[:, : plan.num_samples]

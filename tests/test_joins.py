@@ -46,17 +46,17 @@ def test_a_crossfade_leaves_equal_signals_and_keeps_the_power_of_unrelated_ones(
 
 @given(st.lists(st.booleans(), min_size=2, max_size=60), st.integers(1, 9), st.booleans())
 def test_outside_the_regions_the_samples_are_those_of_the_recording(mask, block, longer):
-    anew = torch.tensor(mask + [True] * 4 * longer)
+    to_decode = torch.tensor(mask + [True] * 4 * longer)
     torch.manual_seed(0)
     original = torch.randn(2, len(mask) * HOP)
-    codes = torch.randint(0, 9, (1, len(anew)))
-    join = Join(original, anew, len(anew) * HOP, HOP, fade=3, block=block)
+    codes = torch.randint(0, 9, (1, len(to_decode)))
+    join = Join(original, to_decode, len(to_decode) * HOP, HOP, fade=3, block=block)
     out = torch.cat(list(join.blocks(linear_render(Smooth(), codes, 32))), 1)
-    assert out.shape == (2, len(anew) * HOP) and out.isfinite().all()
-    stays = (~anew[: len(mask)]).repeat_interleave(HOP)
+    assert out.shape == (2, len(to_decode) * HOP) and out.isfinite().all()
+    stays = (~to_decode[: len(mask)]).repeat_interleave(HOP)
     assert torch.equal(out[:, : len(mask) * HOP][:, stays], original[:, stays])
     whole = Smooth().decode(codes[None])[0]
-    for first, last in runs(anew):  # without the fades, all blocks equal a single decoding
+    for first, last in runs(to_decode):  # without the fades, all blocks equal a single decoding
         inner = slice(first * HOP + 3, last * HOP - 3)
         assert torch.allclose(out[:, inner], whole.expand(2, -1)[:, inner], atol=1e-5)
 
@@ -73,10 +73,10 @@ def test_a_loop_is_decoded_without_a_seam(num_frames):
 
 
 def test_regions_of_a_loop_may_reach_over_its_end():
-    anew = torch.zeros(10, dtype=torch.bool)
-    anew[:2] = anew[8:] = True
+    to_decode = torch.zeros(10, dtype=torch.bool)
+    to_decode[:2] = to_decode[8:] = True
     original, loop = torch.randn(1, 85), torch.randn(1, 85)
-    out = join_loop(Join(original, anew, 85, 8.5, 3, 10, is_loop=True), loop)
+    out = join_loop(Join(original, to_decode, 85, 8.5, 3, 10, is_loop=True), loop)
     assert out.shape == original.shape
     assert torch.equal(out[:, 17:68], original[:, 17:68])
     inside = torch.tensor([*range(71, 85), *range(14)])

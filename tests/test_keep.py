@@ -17,14 +17,14 @@ def plan(seconds: float = 12.0, rate: int = RATE, **settings):
 
 
 @given(frames, st.integers(2, 40), st.data())
-def test_windows_decode_every_open_frame_once_and_know_what_lies_before(anew, size, data):
+def test_windows_decode_every_open_frame_once_and_know_what_lies_before(to_decode, size, data):
     overlap = data.draw(st.integers(0, size - 1))
     cuts = data.draw(st.lists(st.integers(1, 119), max_size=3))
-    left = anew.clone()
-    for window in windows(anew, size, overlap, cuts):
-        assert window.end - window.start == min(size, len(anew))
+    left = to_decode.clone()
+    for window in windows(to_decode, size, overlap, cuts):
+        assert window.end - window.start == min(size, len(to_decode))
         assert window.first == int(left.nonzero()[0])
-        assert window.start <= max(0, window.first - overlap) or window.end == len(anew)
+        assert window.start <= max(0, window.first - overlap) or window.end == len(to_decode)
         assert window.first < window.stop <= window.end
         assert not any(window.first < cut < window.stop for cut in cuts)
         left[: window.stop] = False
@@ -32,9 +32,9 @@ def test_windows_decode_every_open_frame_once_and_know_what_lies_before(anew, si
 
 
 def test_a_short_gap_lies_in_the_middle_and_a_gap_at_the_border_is_left_to_the_next_window():
-    anew = torch.zeros(300, dtype=torch.bool)
-    anew[100:110] = anew[140:170] = True
-    first, second = windows(anew, 100, 40)
+    to_decode = torch.zeros(300, dtype=torch.bool)
+    to_decode[100:110] = to_decode[140:170] = True
+    first, second = windows(to_decode, 100, 40)
     assert (first.start, first.stop) == (55, 140)
     assert (second.first, second.stop) == (140, 200)
 
@@ -48,43 +48,49 @@ def test_a_short_gap_lies_in_the_middle_and_a_gap_at_the_border_is_left_to_the_n
     st.integers(0, 2),
 )
 def test_hints_stay_within_the_regions_and_what_is_outside_always_stays(
-    anew, intensity, period, codebooks, coarse, fine
+    to_decode, intensity, period, codebooks, coarse, fine
 ):
     hints = Hints(intensity, period, None, codebooks, coarse, fine)
-    given_codes = hints.given(anew, 5, FRAME_RATE, place="7")
-    assert given_codes.shape == (5, len(anew)) and given_codes[:, ~anew].all()
+    given_codes = hints.given(to_decode, 5, FRAME_RATE, place="7")
+    assert given_codes.shape == (5, len(to_decode)) and given_codes[:, ~to_decode].all()
     assert given_codes[:coarse].all() and given_codes[5 - fine :].all()
-    assert torch.equal(given_codes, hints.given(anew, 5, FRAME_RATE, place="7"))
-    if period is None and anew.any() and coarse + fine < 5:
-        middle = given_codes[coarse : 5 - fine, anew]
-        assert (~middle).any(0).sum() >= max(1, round(intensity * int(anew.sum())))
+    assert torch.equal(given_codes, hints.given(to_decode, 5, FRAME_RATE, place="7"))
+    if period is None and to_decode.any() and coarse + fine < 5:
+        middle = given_codes[coarse : 5 - fine, to_decode]
+        assert (~middle).any(0).sum() >= max(1, round(intensity * int(to_decode.sum())))
     if 0 < codebooks <= 5 - fine:
-        assert not given_codes[max(codebooks, coarse) : 5 - fine, anew].any()
+        assert not given_codes[max(codebooks, coarse) : 5 - fine, to_decode].any()
 
 
 def test_hints_by_period_and_by_onset():
-    anew = torch.ones(100, dtype=torch.bool)
-    periodic = Hints(hint_period_s=0.4).given(anew, 5, FRAME_RATE)
+    to_decode = torch.ones(100, dtype=torch.bool)
+    periodic = Hints(hint_period_s=0.4).given(to_decode, 5, FRAME_RATE)
     assert (periodic.all(0).nonzero().diff(dim=0) == 10).all() and periodic[0].sum() == 10
     wav = torch.zeros(64_000)
     wav[16_000:16_400] = torch.randn(400)
     onsets = onset_frames(wav, 640, 100)
     assert onsets.nonzero()[:, 0].tolist() in ([24], [25])
-    near = Hints(hint_onsets_s=0.08).given(anew, 5, FRAME_RATE, onsets)
+    near = Hints(hint_onsets_s=0.08).given(to_decode, 5, FRAME_RATE, onsets)
     assert near[0].sum() == 5 and near[0, 25]
 
 
 def test_an_edit_in_frames():
-    assert plan(regenerate=((4, 8),)).anew.nonzero()[:, 0].tolist() == list(range(100, 200))
-    assert torch.equal(plan(keep=((0, 4),)).anew, plan(regenerate=((4, float("inf")),)).anew)
+    assert plan(regenerate=((4, 8),)).to_decode.nonzero()[:, 0].tolist() == list(range(100, 200))
+    assert torch.equal(
+        plan(keep=((0, 4),)).to_decode, plan(regenerate=((4, float("inf")),)).to_decode
+    )
     longer = plan(to_s=20.0)
-    assert longer.num_samples == 320_000 and len(longer.anew) == 500
-    assert longer.anew.nonzero()[0] == 299  # the last frame is regenerated for the join
+    assert longer.num_samples == 320_000 and len(longer.to_decode) == 500
+    assert longer.to_decode.nonzero()[0] == 299  # the last frame is regenerated for the join
     loop = plan(loop_s=7.5, loop_start_s=2.0)
-    assert (loop.start, loop.num_samples, len(loop.anew)) == (32_000, 120_000, 188)
-    assert loop.anew[:25].all() and loop.anew[-25:].all() and not loop.anew[25:-25].any()
-    assert plan(hints=Hints(intensity=0.5)).anew.all()
-    short = plan(seconds=3.0, loop_s=8.0, regenerate=((1.0, 1.4),)).anew
+    assert (loop.start, loop.num_samples, len(loop.to_decode)) == (32_000, 120_000, 188)
+    assert (
+        loop.to_decode[:25].all()
+        and loop.to_decode[-25:].all()
+        and not loop.to_decode[25:-25].any()
+    )
+    assert plan(hints=Hints(intensity=0.5)).to_decode.all()
+    short = plan(seconds=3.0, loop_s=8.0, regenerate=((1.0, 1.4),)).to_decode
     assert short[25:35].all() and short[75:].all() and not short[36:74].any()
 
 

@@ -135,18 +135,20 @@ def test_mistakes_of_bench_are_named():
 
 def test_the_lines_of_a_gpu_come_out_on_a_cpu_too(monkeypatch):
     """The GPU benchmark with a tiny model and a compiler without code generation."""
-    from magnet_train.checks.bench import gpu
+    from magnet_train.checks import bench
     from magnet_train.checks.measure import BenchOptions
+    from magnet_train.decoding.decode import DecodingConfig
 
     def forward(function, **_):
         return torch._dynamo.optimize("aot_eager", nopython=True)(function)
 
     monkeypatch.setattr(torch, "compile", forward)
+    monkeypatch.setattr(bench, "DecodingConfig", lambda: DecodingConfig((2, 1, 1, 1)))
     monkeypatch.setattr(
         Magnet, "compile_blocks", lambda self: [b.compile(backend="aot_eager") for b in self.blocks]
     )
     config = MagnetConfig(dim=32, num_heads=2, num_layers=1, codebook_size=SIZE, text_dim=16)
-    lines = list(gpu(BenchOptions(num_frames=96, repeats=1, threads=1), 1e9, config))
+    lines = list(bench.gpu(BenchOptions(num_frames=96, repeats=1, threads=1), 1e9, config))
     assert [line.name.split(",")[0] for line in lines] == [
         "codes of one prompt",
         "training step",

@@ -242,7 +242,7 @@ def _edit_files(
     plan = edit.plan(
         wav.shape[1], sample_rate, facts.frame_rate, facts.num_codebooks, generator.crop_s
     )
-    steps = generator.count_steps(plan.anew, settings)
+    steps = generator.count_steps(plan.to_decode, settings)
     with tqdm(total=steps * options.variations * options.best_of, unit="step") as bar:
         for i in range(options.variations):
             candidates = generator.edit(
@@ -280,7 +280,9 @@ def _write(
     made = recipe(options, settings, **own)
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
     name = f"{safe_name(options.audio.stem)}_{digest}_seed{edited.seed}.{options.format}"
-    regions = [tuple(round(edited.seconds(f), 4) for f in run) for run in runs(edited.join.anew)]
+    regions = [
+        tuple(round(edited.seconds(f), 4) for f in run) for run in runs(edited.join.to_decode)
+    ]
     about = {"prompt": cues[0][1], "seed": edited.seed, "regions_s": regions} | judged
     about |= {"options": made, "codec": generator.codec.facts.to_dict(), "model": generator.about}
     path = options.out / name

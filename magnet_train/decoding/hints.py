@@ -49,7 +49,7 @@ class Hints:
 
     def given(
         self,
-        anew: "Tensor",
+        to_decode: "Tensor",
         num_codebooks: int,
         frame_rate: float,
         onsets: "Tensor | None" = None,
@@ -58,7 +58,7 @@ class Hints:
         """The codes to keep: `t` -> bool `k t`.
 
         Args:
-            anew: frames of the regions, bool `t`.
+            to_decode: frames of the regions, bool `t`.
             num_codebooks: k.
             frame_rate: frame rate in Hz.
             onsets: frames with an onset, bool `t`; needed for `hint_onsets_s`.
@@ -68,16 +68,16 @@ class Hints:
 
         from magnet_train.common.randomness import generator_for
 
-        hints = torch.zeros_like(anew)
-        frames = anew.nonzero()[:, 0]
+        hints = torch.zeros_like(to_decode)
+        frames = to_decode.nonzero()[:, 0]
         draws = generator_for(f"{place}/hints")
         if self.intensity < 1 and len(frames):
-            num_anew = max(1, round(self.intensity * len(frames)))
-            hints[frames[torch.randperm(len(frames), generator=draws)[num_anew:]]] = True
+            num_to_decode = max(1, round(self.intensity * len(frames)))
+            hints[frames[torch.randperm(len(frames), generator=draws)[num_to_decode:]]] = True
         if self.hint_period_s is not None:
             period = max(1, round(self.hint_period_s * frame_rate))
             offset = int(torch.randint(period, (), generator=draws))
-            hints |= torch.arange(len(anew)).add(offset).remainder(period) == 0
+            hints |= torch.arange(len(to_decode)).add(offset).remainder(period) == 0
         if self.hint_onsets_s is not None and onsets is not None:
             width = round(self.hint_onsets_s * frame_rate)
             near = torch.nn.functional.max_pool1d(
@@ -87,4 +87,4 @@ class Hints:
         codebook = torch.arange(num_codebooks)
         of_hints = codebook < (self.hint_codebooks or num_codebooks)
         stays = (codebook < self.keep_coarse) | (codebook >= num_codebooks - self.keep_fine)
-        return ~anew | hints & of_hints[:, None] | stays[:, None]
+        return ~to_decode | hints & of_hints[:, None] | stays[:, None]

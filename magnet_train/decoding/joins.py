@@ -114,7 +114,7 @@ class Join:
 
     original: Tensor
     """`c n`, the recording; all frames after its end are regenerated."""
-    anew: Tensor
+    to_decode: Tensor
     """bool `t`, frames to regenerate."""
     num_samples: int
     """Length of the result."""
@@ -129,7 +129,7 @@ class Join:
     def blocks(self, render: Render) -> Iterator[Tensor]:
         """The result in blocks `c n`, with constant memory."""
         done = 0
-        for first, last in runs(self.anew):
+        for first, last in runs(self.to_decode):
             start = self._sample(first)
             yield self.original[:, done:start]
             done = self._sample(last)
@@ -137,7 +137,11 @@ class Join:
         yield self.original[:, done : self.num_samples]
 
     def _sample(self, frame: int) -> int:
-        end = self.num_samples if frame == len(self.anew) else round(frame * self.samples_per_frame)
+        end = (
+            self.num_samples
+            if frame == len(self.to_decode)
+            else round(frame * self.samples_per_frame)
+        )
         return min(end, self.num_samples)
 
     def _decoded(self, render: Render, first: int, last: int) -> Iterator[Tensor]:
@@ -151,7 +155,7 @@ class Join:
             if before is not None:
                 fade = min(self.fade, size, before.shape[1])
                 wav[:, :fade] = crossfade(before[:, :fade], wav[:, :fade])
-            if end == last and (last < len(self.anew) or self.is_loop):
+            if end == last and (last < len(self.to_decode) or self.is_loop):
                 after = self.original[:, : self._sample(last)][:, -min(self.fade, size) :]
                 tail = wav[:, size - after.shape[1] :]
                 wav[:, size - after.shape[1] :] = crossfade(tail, after)
@@ -196,15 +200,15 @@ def decode_blocks(codec: Codec, codes: Tensor, fade_s: float) -> Tensor:
 
 def join_loop(join: Join, loop: Tensor) -> Tensor:
     """`join` for a decoded loop `c n`, whose regions may cross its end."""
-    frames = len(join.anew)
-    if bool(join.anew.all()):
+    frames = len(join.to_decode)
+    if bool(join.to_decode.all()):
         return _with_channels(loop, len(join.original)).clone()
     # Rotated to start with a kept frame, so that no region crosses the end.
-    turn = int((~join.anew).nonzero()[0])
+    turn = int((~join.to_decode).nonzero()[0])
     by = round(turn * join.samples_per_frame)
     turned = Join(
         join.original.roll(-by, 1),
-        join.anew.roll(-turn),
+        join.to_decode.roll(-turn),
         join.num_samples,
         join.samples_per_frame,
         join.fade,

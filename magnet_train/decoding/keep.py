@@ -3,8 +3,8 @@
 An `Edit` describes in seconds what to regenerate; its `plan` checks it and converts it to frames.
 Inside the regions some codes may be kept as hints (hints.py).
 
-Shapes: k codebooks, t frames. `given` is bool, True = kept; `anew` is bool, True = regenerate the
-frame.
+Shapes: k codebooks, t frames. Bool: `given`, True = the code is kept; `to_decode`, True = the frame
+is regenerated.
 """
 
 import math
@@ -75,7 +75,10 @@ class Edit:
             plan = self._loop(num_samples, sample_rate, frame_rate, crop_s)
         else:
             plan = self._linear(num_samples, sample_rate, frame_rate)
-        if self.hints.keep_coarse + self.hints.keep_fine >= num_codebooks or not plan.anew.any():
+        if (
+            self.hints.keep_coarse + self.hints.keep_fine >= num_codebooks
+            or not plan.to_decode.any()
+        ):
             raise UserError(
                 "nothing left to decode: give --regenerate, --keep, --to_s, --loop, or hints that "
                 f"leave some of the {num_codebooks} codebooks and of the frames open"
@@ -93,7 +96,7 @@ class Edit:
             raise UserError(f"--from_s {self.from_s}: give --to_s too, the length of the result")
         total_s = recorded_s if self.to_s is None else self.to_s
         num_frames = math.ceil(round(total_s * frame_rate, 6))
-        anew = self._regions(num_frames, frame_rate, recorded_s)
+        to_decode = self._regions(num_frames, frame_rate, recorded_s)
         if self.to_s is not None:
             if not kept_s + 1 / frame_rate <= self.to_s <= 24 * 3600:
                 raise UserError(
@@ -101,8 +104,8 @@ class Edit:
                     f"the {kept_s:.3f} s that are kept, and at most a day"
                 )
             # The cross-fade needs recorded audio after the last kept frame.
-            anew[max(0, math.floor((kept_s - SEAM_S) * frame_rate)) :] = True
-        return Plan(anew, 0, round(total_s * sample_rate), is_loop=False)
+            to_decode[max(0, math.floor((kept_s - SEAM_S) * frame_rate)) :] = True
+        return Plan(to_decode, 0, round(total_s * sample_rate), is_loop=False)
 
     def _loop(self, num_samples: int, sample_rate: int, frame_rate: float, crop_s: float) -> "Plan":
         assert self.loop_s is not None
@@ -114,12 +117,14 @@ class Edit:
             raise UserError(f"--loop_start_s {self.loop_start_s}: outside the recording")
         available = (num_samples - start) / sample_rate
         num_frames = round(self.loop_s * frame_rate)
-        anew = self._regions(num_frames, frame_rate, self.loop_s)
+        to_decode = self._regions(num_frames, frame_rate, self.loop_s)
         if not (self.regenerate or self.keep or self.hints.keep_any):
             width = max(1, round(self.seam_s * frame_rate))
-            anew[:width] = anew[-width:] = True
-        anew[math.floor(max(0.0, available - SEAM_S) * frame_rate) :] |= available < self.loop_s
-        return Plan(anew, start, round(self.loop_s * sample_rate), is_loop=True)
+            to_decode[:width] = to_decode[-width:] = True
+        to_decode[math.floor(max(0.0, available - SEAM_S) * frame_rate) :] |= (
+            available < self.loop_s
+        )
+        return Plan(to_decode, start, round(self.loop_s * sample_rate), is_loop=True)
 
     def _regions(self, num_frames: int, frame_rate: float, length_s: float) -> Tensor:
         """Frames in the regions, bool `t`."""
@@ -138,7 +143,7 @@ class Edit:
 class Plan(NamedTuple):
     """An edit in frames and samples."""
 
-    anew: Tensor
+    to_decode: Tensor
     """bool `t`, frames to regenerate."""
     start: int
     """First used sample of the recording."""
@@ -206,35 +211,37 @@ class Window(NamedTuple):
     """Frames from here on are decoded in a later window."""
 
 
-def windows(anew: Tensor, size: int, overlap: int, cuts: Sequence[int] = ()) -> Iterator[Window]:
-    """Windows of at most `size` frames that decode all frames `anew`, from left to right.
+def windows(
+    to_decode: Tensor, size: int, overlap: int, cuts: Sequence[int] = ()
+) -> Iterator[Window]:
+    """Windows of at most `size` frames that decode all frames `to_decode`, from left to right.
 
     A gap that fits is in the middle of its window. For a longer gap, each window overlaps the
     previous one by `overlap` frames. A gap that would be split at the end of a window is decoded in
     the next one.
 
     Args:
-        anew: frames to decode, bool `t`.
+        to_decode: frames to decode, bool `t`.
         size: length of a window, in frames.
         overlap: overlap in frames, below `size`.
         cuts: frames at which a window stops because the prompt changes.
     """
-    anew = anew.clone()
-    t = len(anew)
-    while anew.any():
-        first = int(anew.nonzero()[0])
+    to_decode = to_decode.clone()
+    t = len(to_decode)
+    while to_decode.any():
+        first = int(to_decode.nonzero()[0])
         cut = min((c for c in cuts if c > first), default=t)
-        closed = (~anew[first:cut]).nonzero()
+        closed = (~to_decode[first:cut]).nonzero()
         length = int(closed[0]) if len(closed) else cut - first
         before = max((size - length) // 2, overlap)
         start = max(0, min(first - before, t - size))
         end = min(start + size, t)
         stop = min(end, cut)
-        if stop == end < t and anew[stop]:
-            kept = (~anew[first:stop]).nonzero()
+        if stop == end < t and to_decode[stop]:
+            kept = (~to_decode[first:stop]).nonzero()
             stop = first + int(kept[-1]) + 1 if len(kept) else stop
         yield Window(start, end, first, stop)
-        anew[:stop] = False
+        to_decode[:stop] = False
 
 
 def onset_frames(wav: Tensor, hop_samples: int, num_frames: int) -> Tensor:
