@@ -111,6 +111,13 @@ def test_a_notebook_runs_from_top_to_bottom(name, monkeypatch):
 
     monkeypatch.chdir(NOTEBOOKS)
     monkeypatch.syspath_prepend(NOTEBOOKS)
+    import show
+
+    class ShortMovie(show.Movie):
+        def __init__(self, figure, draw, num_frames, fps):
+            super().__init__(figure, draw, min(num_frames, 3), fps)
+
+    monkeypatch.setattr(show, "Movie", ShortMovie)
     notebook = read(name)
     with matplotlib.rc_context():
         run(notebook)
