@@ -181,7 +181,7 @@ class Generator:
         text_encoder: TextEncoder,
         decoding: DecodingConfig,
         crop_s: float,
-        about: dict[str, Any] | None = None,
+        provenance: dict[str, Any] | None = None,
         guidance_dropout: float = 0.3,
         compiled: bool = False,
     ):
@@ -192,7 +192,7 @@ class Generator:
             text_encoder: text encoder that the network was trained with.
             decoding: default decoding settings.
             crop_s: length of the training crops in seconds; the default duration.
-            about: provenance, written next to generated files.
+            provenance: origin of the weights, written next to generated files.
             guidance_dropout: share of examples trained without their caption, for a release.
             compiled: compile the passes, on a GPU into CUDA graphs; the first generation of each
                 length and batch size then takes minutes.
@@ -216,10 +216,10 @@ class Generator:
                 f"expects {config.text_dim}: use the encoder it was trained with"
             )
         self.network, self.codec, self.text_encoder = network, codec, text_encoder
-        self.decoding, self.crop_s, self.about, self.guidance_dropout = (
+        self.decoding, self.crop_s, self.provenance, self.guidance_dropout = (
             decoding,
             crop_s,
-            about or {},
+            provenance or {},
             guidance_dropout,
         )
         self._rescorers: dict[str, Rescorer] = {}
@@ -615,7 +615,7 @@ class Generator:
             self.crop_s,
             self.decoding,
             self.guidance_dropout,
-            self.about,
+            self.provenance,
         )
         weights = self.network.state_dict()
         write_release(

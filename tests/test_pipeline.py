@@ -168,7 +168,7 @@ def same(one: list[Batch], two: list[Batch]) -> bool:
     )
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_order_and_crops_are_a_function_of_the_seed(workers: int, shards: ShardSet):
     def draw(seed: int, rank: int = 0, number: int = 8) -> list[Batch]:
         return list(islice(load(TrainingStream(shards, 30, 3, seed, rank, 2), workers), number))
@@ -182,8 +182,8 @@ def test_order_and_crops_are_a_function_of_the_seed(workers: int, shards: ShardS
     assert keys(one) != keys(draw(6)) and keys(one) != keys(draw(5, rank=1))
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
-@pytest.mark.parametrize("start", [0, 1, 2, 5, 11, 40])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("start", [1, 5, 40])
 def test_a_resumed_stream_goes_on_exactly(workers: int, start: int, shards: ShardSet):
     """Mid-epoch, at any worker's turn, and epochs later."""
     whole = list(islice(load(TrainingStream(shards, 30, 3, 5, 1, 2), workers), start + 6))

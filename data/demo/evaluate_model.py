@@ -227,7 +227,7 @@ def main() -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "decoding": vars(settings),
         "codec": generator.codec.facts.hash,
-        "checkpoint": generator.about,
+        "checkpoint": generator.provenance,
         "stage0": stage0_scores(generator, stacked, list(captions.values()), tables),
         "systems": {
             name: summary(clips, reference, captions, name) for name, clips in systems.items()

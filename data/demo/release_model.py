@@ -139,7 +139,8 @@ def main() -> None:
         raise SystemExit(f"{args.checkpoint}: trained on another codec than data/demo/codec")
     generator.codec = demo_codec  # the run may name it by a path of its machine
     generator.decoding = DecodingConfig.from_dict(vars(generator.decoding) | args.decoding)
-    generator.about |= {"trained": args.trained, "data": "40 hours of data/demo", "licence": "MIT"}
+    origin = {"trained": args.trained, "data": "40 hours of data/demo", "licence": "MIT"}
+    generator.provenance |= origin
     generator.network.half()
     report = json.loads(args.metrics.read_text())
     published = vars(DecodingConfig())

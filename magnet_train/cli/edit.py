@@ -284,7 +284,8 @@ def _write(
         tuple(round(edited.seconds(f), 4) for f in run) for run in runs(edited.join.to_decode)
     ]
     about = {"prompt": cues[0][1], "seed": edited.seed, "regions_s": regions} | judged
-    about |= {"options": made, "codec": generator.codec.facts.to_dict(), "model": generator.about}
+    codec = generator.codec.facts.to_dict()
+    about |= {"options": made, "codec": codec, "model": generator.provenance}
     path = options.out / name
     is_short = edited.join.num_samples <= MAX_PLOT_S * edited.sample_rate
     whole = (options.plots and is_short) or options.best_of > 1

@@ -189,7 +189,7 @@ def _generate_files(
                     continue_s=kept_s,
                 )
                 codec = generator.codec.facts.to_dict()
-                about = judged | {"options": made, "codec": codec, "model": generator.about}
+                about = judged | {"options": made, "codec": codec, "model": generator.provenance}
                 yield _write(items[best], seed + best, options, about)
 
 
