@@ -18,10 +18,8 @@ from magnet_train.metrics.scoring import METRICS, FeatureSet, parse_metric, scor
 NAMES = [f"{metric}/musicnn" for metric in METRICS]
 KEYS = [f"clip{i:02d}" for i in range(13)]
 SHARES = {
-    "2 processes": [KEYS[0::2], KEYS[1::2]],
-    "3 processes": [KEYS[0::3], KEYS[1::3], KEYS[2::3]],
-    "empty rank": [KEYS[:9], [], KEYS[9:]],
-    "padded sampler": [KEYS[0::2], [*KEYS[1::2], KEYS[0]]],
+    "2 processes": [KEYS[0::2], [*KEYS[1::2], KEYS[0]]],  # as a sampler pads
+    "3 processes": [KEYS[:9], [], KEYS[9:]],
 }
 
 
