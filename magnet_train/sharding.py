@@ -50,15 +50,18 @@ def shard(network: Magnet, device_type: str) -> None:
         )
 
     def place(weight: nn.Parameter) -> Shard | None:
-        """Shard embeddings and heads `k n d` by the last axis, because k may be below the ranks."""
-        return Shard(2) if weight.dim() == 3 and weight.shape[2] % ranks == 0 else None
+        """Shard by the last axis where the first may be below the number of ranks: embeddings and
+        heads `k n d`, and convolutions `kernel d`.
+        """
+        is_short = weight.dim() == 3 or (weight.dim() == 2 and weight.shape[0] % ranks > 0)
+        return Shard(weight.dim() - 1) if is_short and weight.shape[-1] % ranks == 0 else None
 
     mesh = init_device_mesh(device_type, (ranks,))
     # The text's keys and values of all blocks are computed before the first block, so their weights
     # form one group.
     fully_shard([block.cross_attention.kv for block in network.blocks], mesh=mesh)
     for block in network.blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, shard_placement_fn=place)
     fully_shard(network, mesh=mesh, shard_placement_fn=place)
     register_fsdp_forward_method(network, "masked_logits")
 

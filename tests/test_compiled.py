@@ -23,9 +23,17 @@ def _forget_compiled_code():
     torch._dynamo.reset()
 
 
-def network() -> Magnet:
+OPTIONS = {
+    "published": {},
+    "modern": {"positions": "both", "convolution": 3, "context": (-1, 9, 5)},
+    "hybrid": {"order": "hybrid", "positions": "rotary"},
+}
+
+
+def network(options: str = "published") -> Magnet:
     torch.manual_seed(0)
-    return Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=2, codebook_size=SIZE, text_dim=16))
+    sizes = {"dim": 32, "num_heads": 2, "num_layers": 2, "codebook_size": SIZE, "text_dim": 16}
+    return Magnet(MagnetConfig(**sizes, **OPTIONS[options]))
 
 
 def outputs(model: Magnet, stage: int, valid: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -34,17 +42,27 @@ def outputs(model: Magnet, stage: int, valid: torch.Tensor | None) -> tuple[torc
     codes = torch.randint(SIZE + 1, (2, 4, T), generator=generator)
     tokens = torch.tensor([[True] * 6, [False] * 6])
     text = model.encode_text(torch.randn(2, 6, 16, generator=generator), tokens)
-    logits = model.logits(model.trunk(codes, model.config.stage(stage), text, valid), stage)
+    features = model.trunk(codes, model.config.stage(stage), text, valid)
+    logits = model.logits(model.rows(features, stage), stage)
     return logits, *torch.autograd.grad(
         logits.square().mean(), list(model.parameters()), materialize_grads=True
     )
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize("padded", [False, True])
-def test_compiled_blocks_give_the_same_logits_and_gradients(stage, padded):
+@pytest.mark.parametrize(
+    ("options", "stage", "padded"),
+    [
+        ("published", 0, False),
+        ("published", 0, True),
+        ("published", 2, False),
+        ("published", 2, True),
+        ("modern", 1, True),
+        ("hybrid", 2, True),
+    ],
+)
+def test_compiled_blocks_give_the_same_logits_and_gradients(options, stage, padded):
     valid = torch.arange(T)[None] < torch.tensor([[T], [20]]) if padded else None
-    model = network()
+    model = network(options)
     twin = copy.deepcopy(model)
     model.compile_blocks(backend="aot_eager", fullgraph=True)
     assert list(model.state_dict()) == list(twin.state_dict())

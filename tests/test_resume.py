@@ -57,13 +57,36 @@ def stopped(data: Path, run: Path, *options: str, **where: Any) -> None:
 # --- wherever it stops ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("workers", "accumulated", "stop_at"), [(0, 1, 0), (2, 1, 5), (2, 3, 23)])
+MODERN = (
+    "--model.network.positions=both",
+    "--model.network.convolution=3",
+    "--model.stage_weights=[3,1]",
+    "--model.more_span_lens=[1,4]",
+    "--model.beginning_share=0.5",
+)
+HYBRID = ("--model.network.order=hybrid", "--model.stage_sampling=example")
+
+
+@pytest.mark.parametrize(
+    ("workers", "accumulated", "stop_at", "more"),
+    [(0, 1, 0, ()), (2, 1, 5, MODERN), (2, 3, 23, ()), (0, 1, 5, HYBRID)],
+)
 def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(
-    workers: int, accumulated: int, stop_at: int, data: Path, twins: Any, tmp_path: Path
+    workers: int,
+    accumulated: int,
+    stop_at: int,
+    more: tuple[str, ...],
+    data: Path,
+    twins: Any,
+    tmp_path: Path,
 ):
     """Stops between checkpoints (written every two steps), before the first one, and in the last
     step."""
-    options = f"--data.num_workers={workers}", f"--trainer.accumulate_grad_batches={accumulated}"
+    options = (
+        f"--data.num_workers={workers}",
+        f"--trainer.accumulate_grad_batches={accumulated}",
+        *more,
+    )
     stopped(data, tmp_path / "run", *options, stop_at=stop_at)
     assert main(arguments(data, tmp_path / "run", *options)) == 0
     assert equal(twins[options], tmp_path / "run")

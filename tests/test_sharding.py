@@ -52,13 +52,21 @@ ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 # --- the network alone ----------------------------------------------------------------------------
 
 
-def on_rank(rank: int, size: int, folder: str, precision: torch.dtype, compiled: bool) -> None:
+def on_rank(
+    rank: int,
+    size: int,
+    folder: str,
+    precision: torch.dtype,
+    compiled: bool,
+    options: dict[str, Any],
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size
     )
     torch.manual_seed(0)
-    network = Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=2, codebook_size=64, text_dim=16))
+    sizes = {"dim": 32, "num_heads": 2, "num_layers": 2, "codebook_size": 64, "text_dim": 16}
+    network = Magnet(MagnetConfig(**sizes, **options))
     plain = copy.deepcopy(network)
     names = list(network.state_dict())
     if compiled:
@@ -115,21 +123,22 @@ def on_rank(rank: int, size: int, folder: str, precision: torch.dtype, compiled:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "precision", "compiled"),
+    ("ranks", "precision", "compiled", "options"),
     [
-        (2, torch.float32, False),
-        (2, torch.bfloat16, False),
-        (2, torch.float32, True),
-        (8, torch.float32, False),
+        (2, torch.float32, False, {}),
+        (2, torch.bfloat16, False, {}),
+        (2, torch.float32, True, {}),
+        (8, torch.float32, False, {}),
+        (2, torch.float32, False, {"positions": "both", "convolution": 3, "context": (-1, 9, 5)}),
+        (2, torch.float32, False, {"order": "hybrid"}),
     ],
 )
 def test_shards_give_the_logits_and_gradients_of_whole_weights(
-    ranks, precision, compiled, tmp_path: Path
+    ranks, precision, compiled, options, tmp_path: Path
 ):
     """Also on more ranks than stages; all ranks have equal shards."""
-    mp.start_processes(
-        on_rank, (ranks, str(tmp_path), precision, compiled), nprocs=ranks, start_method="fork"
-    )
+    arguments = (ranks, str(tmp_path), precision, compiled, options)
+    mp.start_processes(on_rank, arguments, nprocs=ranks, start_method="fork")
 
 
 def begins_apart(rank: int, folder: str) -> None:
