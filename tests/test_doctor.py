@@ -25,13 +25,13 @@ import magnet_train.module
 from magnet_train.__main__ import main
 from magnet_train.callbacks import throughput
 from magnet_train.checks import doctor, estimate
+from magnet_train.checks.cost import Memory, training_flop
 from magnet_train.checks.doctor import CHECKS, Finding
 from magnet_train.checks.estimate import Speed, available_memory
 from magnet_train.checks.plan import Plan, parse_devices
 from magnet_train.cli.fit import build_without_training
 from magnet_train.common.errors import UserError
 from magnet_train.conditioning import load_text_encoder
-from magnet_train.cost import Memory, training_flop
 from magnet_train.data.pipeline import ShardSet
 from magnet_train.model import MagnetConfig
 from magnet_train.resume import shards_hash

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from magnet_train import cost as estimate
+from magnet_train.checks import cost as estimate
 from magnet_train.checks.measure import count_flop, peak_mb, training_pass
 from magnet_train.loss import masked_cross_entropy
 from magnet_train.model import Magnet, MagnetConfig

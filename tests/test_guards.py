@@ -20,8 +20,8 @@ import magnet_train.callbacks.watchdog as watchdog_module
 from magnet_train.__main__ import main
 from magnet_train.callbacks.nan_guard import NanGuard
 from magnet_train.callbacks.watchdog import Watchdog
+from magnet_train.checks.cost import peak_flop
 from magnet_train.common.errors import UserError
-from magnet_train.cost import peak_flop
 from magnet_train.data.timed_loader import TimedLoader
 
 

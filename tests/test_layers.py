@@ -14,7 +14,7 @@ LAYERS = [
     {"metrics"},
     {"generator", "audiocraft", "decoding.load_rescorer", "resume"},
     {"release", "adapters", "sharding"},
-    {"decoding", "dense", "cost"},
+    {"decoding", "dense", "checks.cost"},
     {"model", "conditioning", "codec", "sweeps"},
     {"layout"},
     {"attention", "masking", "loss", "optimizer", "common"},

@@ -160,8 +160,8 @@ def test_the_lines_of_a_gpu_come_out_on_a_cpu_too(monkeypatch):
 
 def test_flop_that_count_are_those_of_the_products(model):
     """Compared with torch's count for a forward pass of stage 0, which has no window."""
+    from magnet_train.checks.cost import useful_flop
     from magnet_train.checks.measure import count_flop
-    from magnet_train.cost import useful_flop
 
     states, tokens = torch.randn(1, 6, 16), torch.ones(1, 6, dtype=torch.bool)
     codes = torch.zeros(1, 4, T, dtype=torch.long)

@@ -10,7 +10,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from magnet_train.cost import peak_flop, training_flop
+from magnet_train.checks.cost import peak_flop, training_flop
 from magnet_train.model import MagnetConfig
 from magnet_train.module import MagnetModule
 

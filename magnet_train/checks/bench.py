@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from magnet_train.attention import dense_window, window_bias, windowed_attention
 from magnet_train.checks.bench_data import loading, start, tokenizing
+from magnet_train.checks.cost import useful_flop
 from magnet_train.checks.measure import (
     HEAD,
     BenchmarkResult,
@@ -34,7 +35,6 @@ from magnet_train.checks.measure import (
     timed,
 )
 from magnet_train.common.errors import UserError
-from magnet_train.cost import useful_flop
 from magnet_train.decoding.decode import DecodingConfig, Networks, decode, item_noise
 from magnet_train.decoding.frame_cache import CachedForward
 from magnet_train.dense import dense_logits, dense_networks

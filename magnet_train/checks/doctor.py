@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 import torch
 
-from magnet_train import cost
 from magnet_train.callbacks.resume import check_data
+from magnet_train.checks import cost
 from magnet_train.checks.estimate import checkpoint_bytes, estimate_run, gigabytes
 from magnet_train.checks.plan import Plan, check_accelerator, none_if_missing, settings_errors
 from magnet_train.codec.base import load_codec_facts

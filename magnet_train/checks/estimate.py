@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from magnet_train import cost
+from magnet_train.checks import cost
 from magnet_train.checks.measure import matmul_limit, peak_mb, timed, training_pass
 from magnet_train.model import MagnetConfig
 

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import torch
 
 from magnet_train.callbacks.validation import check_epoch, check_validation
+from magnet_train.checks.cost import num_parameters
 from magnet_train.checks.estimate import available_memory, gigabytes
 from magnet_train.codec.base import CodecFacts, load_codec_facts
 from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder, load_text_encoder
-from magnet_train.cost import num_parameters
 from magnet_train.data.datamodule import MagnetDataModule, check_codec
 from magnet_train.data.shards import Item, ShardSet
 from magnet_train.decoding.decode import DecodingConfig
