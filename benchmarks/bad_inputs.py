@@ -180,7 +180,7 @@ WRONG: dict[str, dict[str, tuple[str, ...]]] = {
         "trainer.accelerator": ("gpu", "x", "tpu"),
         "trainer.devices": ("0", "-5", "x"),
         "trainer.num_nodes": ("0", "-1"),
-        "trainer.strategy": ("foo", "fsdp3"),
+        "trainer.strategy": ("foo", "fsdp3", "deepspeed"),
         "trainer.precision": ("bf16-true", "16-true", "64-true", "7"),
         "trainer.max_steps": ("-5", "x"),
         "trainer.max_epochs": ("-5",),
@@ -201,29 +201,88 @@ WRONG: dict[str, dict[str, tuple[str, ...]]] = {
         "averaging.every_n_steps": ("0", "-1"),
         "generation.num_prompts": ("-1",),
         "generation.metrics": ("[fad/x]", "[x]"),
-        "ckpt_path": ("/nowhere", "./nowhere.ckpt", "/dev/null"),
+        "ckpt_path": ("/nowhere", "./nowhere.ckpt", "/dev/null", "best", "hpc", "registry:x"),
         "model.no_such": ("1",),
+        "model.more_span_lens": ("[0]", "[1000000]", "x"),
+        "model.beginning_share": (NAN, "-1", "2"),
+        "model.prompt_weight": (NAN, "-1"),
+        "model.distil_guidance": ("true",),
+        "data.global_batch_size": ("0", "-1", "1.5"),
+        "data.crop_schedule": ("[[0, 1]]", "[[1, 0]]", "[[.nan, 1]]", "x"),
+        "data.crop_start": ("x",),
+        "data.predict_split": ("x",),
+        "data.augmentation.word_dropout": (NAN, "-1", "2"),
+        "nan_guard.max_consecutive": ("0", "x"),
+        "watchdog.factor": (NAN, "0", "-1"),
+        "watchdog.min_seconds": (NAN, "-1"),
+        "generation.batch_size": ("0", "-1"),
+        "generation.max_seconds": (NAN, INF, "0", "-1"),
+        "generation.num_media": ("-1",),
+        "generation.decoding.decoding_steps": ("[0]", "[1,1,1,1,1,1,1]"),
+        "generation.decoding.temperature": (NAN, "0"),
+        "generation.decoding.top_p": ("2",),
+        "generation.decoding.autoregressive_s": ("-1", "0.5"),
+        "trainer.limit_train_batches": ("-1",),
+        "trainer.limit_test_batches": ("-1",),
+        "trainer.num_sanity_val_steps": ("-5",),
+        "trainer.check_val_every_n_epoch": ("1",),
+        "trainer.fast_dev_run": ("-1",),
+        "trainer.min_steps": ("x",),
+        "trainer.profiler": ("x",),
+        "trainer.logger": ("x",),
+        "trainer.plugins": ("x",),
+        "trainer.deterministic": ("x",),
+        "trainer.enable_checkpointing": ("false",),
+        "trainer.default_root_dir": ("/proc/x", "in/a.wav"),
+        "trainer.reload_dataloaders_every_n_epochs": ("-1",),
+        "checkpoint.dirpath": ("/proc/x", "in/a.wav"),
+        "tracking.upload_checkpoints": ("x",),
     },
     "edit": {
         "audio": ("/nowhere", "/dev/null", "/", "in/a.txt"),
-        "regenerate": ("2:1", "x", "-1:2", "1:1", ".nan:2", "99:100", ":"),
+        "regenerate": ("2:1", "x", "-1:2", "1:1", ".nan:2", "99:100", ":", "1:2:3", "1:1.001"),
         "keep": ("2:1", "x"),
-        "from_s": (NAN, "x", "-1", "1e9"),
-        "to_s": (NAN, "x", "-1", "1e9"),
-        "loop_s": (NAN, "x", "-1", "1e9"),
-        "bars": ("0", "-1", "x"),
-        "bpm": ("0", "5000", NAN),
+        "from_s": (NAN, "x", INF, "-1", "1e9"),
+        "to_s": (NAN, "x", INF, "-1", "1", "1e9"),
+        "loop_s": (NAN, "x", INF, "-1", "0", "1e9"),
+        "loop_start_s": (NAN, "x", "-1", "1e9"),
+        "seam_s": (NAN, "x", "-1", "1e9"),
+        "bars": ("0", "-1", "x", "1.5"),
+        "bpm": ("0", "5000", NAN, "x"),
         "beats_per_bar": ("0", "-1", "x"),
-        "intensity": (NAN, "0", "-1", "1.1", "x"),
+        "intensity": (NAN, INF, "0", "-1", "1.1", "x"),
         "hint_period_s": (NAN, "0", "-1", "x"),
+        "hint_onsets_s": (NAN, "0", "-1", "x"),
         "hint_codebooks": ("-1", "99", "x"),
         "keep_coarse": ("-1", "99", "x"),
         "keep_fine": ("-1", "99", "x"),
         "prompts": ("/nowhere.csv", "/dev/null"),
-        "seed": ("-1", "x"),
+        "seed": ("-1", "x", BIG),
+        "variations": ("0", "-1", "x", "10000000"),
+        "best_of": ("0", "-1", "x"),
+        "format": ("mp3",),
+        "precision": ("16",),
+        "plots": ("maybe",),
+        "device": ("gpu", "cuda:99"),
+        "checkpoint": ("/nowhere", "a/b/c", "in"),
+        "out": ("in/a.wav", "/proc/x"),
+        "config": ("no.yaml", "in"),
         "decoding.temperature": (NAN, "0"),
+        "decoding.decoding_steps": ("[0]", "[1,1,1,1,1,1,1]", "x"),
+        "decoding.autoregressive_s": ("-1", "1"),
+        "no_such": ("1",),
     },
-    "bench": {"only": ("x",), "repeats": ("0", "-1", "x"), "threads": ("0", "x")},
+    "bench": {
+        "only": ("x", "gpu"),
+        "repeats": ("0", "-1", "x", NAN, BIG),
+        "threads": ("0", "x", "100000"),
+        "num_frames": ("0", "-1", "x", "1.5", BIG),
+        "batch_size": ("0", "-1", "x", BIG),
+        "device": ("tpu", "cuda", "cpu:0"),
+        "json": ("in", "/proc/x/y.json", "in/a.wav/x.json"),
+        "config": ("no.yaml", "in"),
+        "no_such": ("1",),
+    },
     "sweep": {"run": ("99", "-1", "x"), "jobs": ("0", "-1", "x")},
 }
 """Options of verbs, and values that each of them refuses."""
@@ -258,7 +317,7 @@ def wrong_options() -> Iterator[Case]:
                     value.rpartition("=")[2].strip("./[]") or value,
                 )
                 if verb == "edit":
-                    words += ("region", "loop", "hint")
+                    words += ("region", "loop", "hint", "nothing left", "outside")
                 shown = value if len(value) < 40 else f"{value[:20]}…"
                 yield Case(verb, f"`--{option}={shown}`", args, basic_files, words=words)
 
@@ -268,6 +327,75 @@ def doctors() -> Iterator[Case]:
     cases = [case for case in wrong_options() if case.verb == "fit"]
     for case in cases[:: max(1, len(cases) // DOCTOR_TOO)]:
         yield Case("doctor", case.what, case.args, case.make, "failed", case.words)
+    for what, args, word in (
+        ("no configuration", ["--config", "no.yaml"], "no.yaml"),
+        ("a broken configuration", ["--config", "c.yaml"], "c.yaml"),
+        ("a folder as configuration", ["--config", "in"], "in"),
+        ("a broken checkpoint", ["--ckpt_path", "c.ckpt"], "c.ckpt"),
+        ("a broken model to start from", ["--model.init_from", "c.ckpt"], "c.ckpt"),
+        ("a folder without shards", ["--data.train", "in", "--data.validation", "in"], "index"),
+        ("a price that is none", ["--gpu_hour_price", NAN], "gpu_hour_price"),
+        ("a run folder that cannot be written", ["--trainer.default_root_dir", "/proc/x"], "proc"),
+        ("a folder of checkpoints that is a file", ["--checkpoint.dirpath", "c.yaml"], "c.yaml"),
+        ("two errors", ["--checkpoint.monitor=x", "--model.span_len=99"], "checkpoint.monitor=x"),
+    ):
+        yield Case("doctor", what, [*SMALL_FIT, *args], broken_files, "failed", (word,))
+
+
+def broken_files(folder: Path) -> None:
+    """A clip, and a configuration and a checkpoint that are broken."""
+    basic_files(folder)
+    (folder / "c.yaml").write_text("a: [")
+    (folder / "c.ckpt").write_bytes(b"PK no archive")
+
+
+def edits() -> Iterator[Case]:
+    """Recordings, timelines and options that do not go together."""
+    audio = ["--audio=in/a.wav", "--out=out", "--prompt=a"]
+    region = "--regenerate=1:2"
+    for what, args, word in (
+        ("no recording", ["--out=out", region], "edit FILE"),
+        ("nothing to do", audio, "nothing left"),
+        ("regions to keep and to regenerate", [*audio, region, "--keep=2:3"], "not both"),
+        ("regions that overlap", [*audio, "--regenerate", "1:2", "1.5:3"], "overlaps"),
+        ("two prompts for one region", [*audio[:2], region, "-p", "a", "b"], "2 prompts"),
+        ("a loop without a length", [*audio, "--loop"], "--loop_s"),
+        ("a loop of two lengths", [*audio, "--loop_s=2", "--bars=1", "--bpm=120"], "--loop_s"),
+        ("a loop that continues", [*audio, "--loop_s=2", "--to_s=9"], "--to_s"),
+        ("a loop of a fraction of a sample", [*audio, "--loop_s=1.00001"], "samples"),
+        ("a continuation without an end", [*audio, "--from_s=1"], "--to_s"),
+        ("all codebooks kept", [*audio, region, "--keep_coarse=9"], "nothing left"),
+        ("a judge that is none", [*audio, region, "--best_of=2", "--judge=x"], "judge"),
+        ("prompts twice", [*audio, region, "--prompts=p.csv"], "not both"),
+    ):
+        yield Case("edit", what, args, basic_files, words=(word,))
+    for what, content, word in (
+        ("empty", "", "no prompt"),
+        ("no UTF-8", b"\xff", "UTF-8"),
+        ("no at_s", "caption\na\n", "at_s"),
+        ("at_s a text", "at_s,caption\nx,a\n", "at_s"),
+        ("at_s NaN", "at_s,caption\nnan,a\n", "at_s"),
+        ("at_s negative", "at_s,caption\n-1,a\n", "at_s"),
+        ("at_s behind the end", "at_s,caption\n0,a\n99,b\n", "at_s"),
+        ("not sorted", "at_s,caption\n2,a\n1,b\n", "sort"),
+        ("an open quote", 'at_s,caption\n0,"a\n', "line 2"),
+    ):
+        args = ["--audio=in/a.wav", "--out=out", region, "--prompts=p.csv"]
+        yield Case("edit", f"timeline: {what}", args, put("p.csv", content), words=(word,))
+    nan = bytearray(wav())
+    nan[200:204] = struct.pack("<f", math.nan)
+    for what, content in (
+        ("text", b"no audio"),
+        ("empty", b""),
+        ("NaN", bytes(nan)),
+        ("cut in its middle", wav()[:30_000]),
+        ("a rate of 1 Hz", wav(rate=1)),
+        ("samples in integer units", wav(gain=32767)),
+    ):
+        args = ["--audio=in/bad.wav", "--out=out", "--prompt=a", "--regenerate=0.2:0.5"]
+        make = put("in/bad.wav", content)
+        yield Case("edit", f"recording: {what}", args, make, words=("bad.wav",))
+    yield Case("edit", "recording: a FIFO", args, fifo("in/bad.wav"), words=("bad.wav",))
 
 
 def basic_files(folder: Path) -> None:
@@ -979,6 +1107,7 @@ def all_cases(samples: Samples) -> list[Case]:
         *verbs(),
         *wrong_options(),
         *broken_shards(samples),
+        *edits(),
         *doctors(),
     ]
 

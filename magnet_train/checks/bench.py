@@ -35,6 +35,7 @@ from magnet_train.checks.measure import (
     timed,
 )
 from magnet_train.common.errors import UserError
+from magnet_train.common.folders import writable_folder
 from magnet_train.decoding.decode import DecodingConfig, Networks, decode, item_noise
 from magnet_train.decoding.frame_cache import CachedForward
 from magnet_train.dense import dense_logits, dense_networks
@@ -442,7 +443,7 @@ def bench(options: BenchOptions) -> list[BenchmarkResult]:
     """Run the measurements, and print each row of the table when it is done.
 
     Raises:
-        UserError: if a part is unknown, or the device is missing.
+        UserError: if a part is unknown, the device is missing, or --json cannot be written.
     """
     parts = CPU_PARTS if options.device == "cpu" else GPU_PARTS
     unknown = [name for name in options.only if name not in parts]
@@ -450,10 +451,13 @@ def bench(options: BenchOptions) -> list[BenchmarkResult]:
         raise UserError(f"--only {unknown[0]}: on {options.device} choose from {', '.join(parts)}")
     if options.device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device {options.device}: no GPU here; use --device cpu")
+    if options.json is not None:
+        writable_folder(options.json.parent, "--json")
+        if options.json.is_dir():
+            raise UserError(f"--json {options.json}: is a folder; give a file")
     with threads_set(options.threads):
         results = list(_measure(options, options.only or parts))
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps([asdict(found) for found in results], indent=1) + "\n")
     return results
 

@@ -383,8 +383,8 @@ def _captions_of(plan: Plan, split: str, items: list[Item]) -> Finding:
 def check_devices(plan: Plan) -> Iterator[Finding]:
     devices = plan.devices
     precision = str(plan.config.trainer.precision or "32-true")
+    check_accelerator(plan.config)
     if devices.kind == "gpu":
-        check_accelerator(plan.config)
         yield from _gpus(devices.per_node, devices.nodes, precision)
     elif devices.kind == "cpu":
         if precision == "16-mixed":
@@ -395,7 +395,7 @@ def check_devices(plan: Plan) -> Iterator[Finding]:
             )
         yield Finding("ok", "devices", f"{devices.ranks} on the CPU, precision {precision}")
     else:
-        yield Finding("warning", "devices", f"accelerator {devices.kind} is not checked")
+        yield Finding("warning", "devices", f"{devices.kind}: its memory is not checked")
 
 
 def _gpus(per_node: int, nodes: int, precision: str) -> Iterator[Finding]:

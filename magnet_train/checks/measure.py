@@ -45,9 +45,10 @@ class BenchOptions:
     """Write the results to this JSON file."""
 
     def __post_init__(self) -> None:
-        for name in ("repeats", "threads", "num_frames", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        most = {"repeats": 10_000, "threads": 1024, "num_frames": 100_000, "batch_size": 4096}
+        for name, limit in most.items():
+            if not 1 <= getattr(self, name) <= limit:
+                raise UserError(f"--{name} {getattr(self, name)}: must be from 1 to {limit:,}")
         if self.device not in ("cpu", "cuda"):
             raise UserError(f"--device {self.device}: choose cpu or cuda")
 

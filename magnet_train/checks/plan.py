@@ -220,8 +220,14 @@ def check_sharding(config: Any) -> None:
 
 
 def check_accelerator(config: Any) -> None:
-    """Whether this machine has the requested GPUs."""
+    """Whether this machine has the requested devices."""
     devices = parse_devices(config.trainer)
+    if devices.kind not in ("cpu", "gpu", "mps"):
+        raise UserError(
+            f"trainer.accelerator={devices.kind}: not supported; choose auto, cpu, gpu or mps"
+        )
+    if devices.kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("trainer.accelerator=mps: not available here; choose auto, cpu or gpu")
     if devices.kind != "gpu":
         return
     if not torch.backends.cuda.is_built():

@@ -301,7 +301,7 @@ class MagnetCLI(private_api.lightning_cli()):
         plugins = [*given] if isinstance(given, list) else [given]
         try:
             return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ImportError) as error:
             raise UserError(f"trainer: {one_line(error)}") from error
 
     def fit(self, model: Any, **kwargs: Any) -> None:
