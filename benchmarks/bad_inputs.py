@@ -240,7 +240,7 @@ WRONG: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "edit": {
         "audio": ("/nowhere", "/dev/null", "/", "in/a.txt"),
-        "regenerate": ("2:1", "x", "-1:2", "1:1", ".nan:2", "99:100", ":", "1:2:3", "1:1.001"),
+        "regenerate": ("2:1", "x", "-1:2", "1:1", ".nan:2", "99:100", "1:2:3", "1:1.001"),
         "keep": ("2:1", "x"),
         "from_s": (NAN, "x", INF, "-1", "1e9"),
         "to_s": (NAN, "x", INF, "-1", "1", "1e9"),
@@ -1084,6 +1084,9 @@ def environments() -> Iterator[Case]:
     for name, value in (
         ("SLURM_RESTART_COUNT", "abc"),
         ("SLURM_STEP_NUM_TASKS", "x"),
+        ("RANK", "x"),
+        ("WORLD_SIZE", "1.5"),
+        ("MASTER_PORT", "abc"),
         ("MAGNET_TRAIN_CACHE", "/proc/nowhere"),
     ):
         expected = "used" if name == "MAGNET_TRAIN_CACHE" else "refused"

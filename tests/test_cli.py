@@ -314,6 +314,12 @@ def test_a_rank_that_fails_under_nccl_does_not_wait_for_others(monkeypatch, caps
         main(["fit"])
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID"])
+def test_numbers_of_a_launcher_are_checked(name, monkeypatch, capsys):
+    monkeypatch.setenv(name, "x")
+    assert mistake(capsys, "fit").startswith(f"error: {name}=x: must be a whole number")
+
+
 def test_srun_in_an_interactive_job_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")

@@ -141,6 +141,12 @@ def test_a_download_that_broke_off_is_resumed(server, cache, has_ranges):
         server.arriving = half
 
 
+def test_a_download_that_never_ends_is_given_up(server, cache, monkeypatch):
+    monkeypatch.setattr("magnet_train.common.downloads.SLOW_AFTER_S", 0.0)
+    monkeypatch.setattr("magnet_train.common.downloads.MIN_BYTES_PER_S", 10**15)
+    assert "slower than" in refusal(published(server))
+
+
 def test_all_of_a_file_may_be_there_and_unverified(server, cache):
     cache.mkdir()
     (cache / "tiny.pth.part").write_bytes(CONTENT)

@@ -28,6 +28,9 @@ Traceback (most recent call last):
 magnet_train.common.errors.UserError: shard a.tar: damaged; copy it again"""
 
 
+PYDANTICS = type("ValidationError", (ValueError,), {"__module__": "pydantic_core"})
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -36,6 +39,7 @@ magnet_train.common.errors.UserError: shard a.tar: damaged; copy it again"""
         (RuntimeError(REMOTE), "shard a.tar: damaged; copy it again"),
         (UserError(REMOTE), "shard a.tar: damaged; copy it again"),
         (MisconfigurationException("no\n gpu"), "no gpu"),
+        (PYDANTICS("1 validation error for Settings\nmode\n [type=x]"), "W&B: 1 validation error"),
         (torch.OutOfMemoryError("CUDA out of memory."), "out of memory (CUDA out of memory.);"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
         *((OSError(number, "x", "f"), f"f: {text}") for number, text in REMEDIES.items()),

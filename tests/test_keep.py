@@ -113,6 +113,7 @@ def test_an_edit_in_frames():
         ({"loop_s": 4.0, "loop_start_s": 12.0}, "--loop_start_s"),
         ({"loop_s": 4.0, "to_s": 20.0}, "without --to_s"),
         ({"regenerate": ((4, 8),), "hints": Hints(keep_coarse=3, keep_fine=2)}, "nothing left"),
+        ({"regenerate": ((4, 8),), "hints": Hints(0.5, hint_codebooks=99)}, "--hint_codebooks 99"),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 import resource
 
 import pytest
@@ -48,6 +49,9 @@ def test_a_truncated_file_of_weights_is_named(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     assert "model.safetensors is damaged or truncated" in refusal(str(tmp_path))
+    weights.unlink()
+    os.mkfifo(weights)  # which would block its reader
+    assert "model.safetensors is not a regular file" in refusal(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ from magnet_train.codec.base import Codec, load_codec
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.data.audio import read_audio
+from magnet_train.data.manifest import Clip
+from magnet_train.data.plan import _hash_of
 from magnet_train.data.shards import ShardSet, read_shard
 from magnet_train.data.tokenize import TokenizeOptions, prefetch, tokenize
 
@@ -799,6 +801,19 @@ def test_changed_audio_is_noticed(run: Callable[..., dict], tmp_path: Path):
         assert "empty folder" in refusal(run)
 
 
+@pytest.mark.parametrize(("size", "changed"), [(10**6, 1), (3 * 10**6, 1 << 20)])
+def test_a_change_within_a_file_changes_its_hash(size: int, changed: int, tmp_path: Path):
+    clip = Clip(tmp_path / "a.wav", "a.wav")
+    content = np.random.default_rng(0).bytes(size)
+    found = set()
+    for start in (0, size // 3, size // 2, size - changed):
+        other = content[:start] + bytes(changed) + content[start + changed :]
+        for version in (content, other):
+            clip.path.write_bytes(version)
+            found.add(_hash_of(clip))
+    assert len(found) == 5
+
+
 def test_new_files_are_appended_and_those_that_came_back(run: Callable[..., dict], tmp_path: Path):
     """Existing shards are unchanged, and nothing is encoded twice."""
     write_clip(tmp_path / "in/b.wav", 5)
@@ -838,7 +853,7 @@ def test_a_file_that_fails_while_it_is_encoded_is_tried_again(
     assert run()["num_examples"] == 4 and run()["skipped"] == []
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"format": 2, "codec": {}, "rounds": 5}', "5"])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format": 3, "codec": {}, "rounds": 5}', "5"])
 def test_a_plan_that_is_none(content: str, run: Callable[..., dict], tmp_path: Path):
     write_clip(tmp_path / "in/a.wav", 4)
     (tmp_path / "out").mkdir()

@@ -9,9 +9,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from magnet_train.common.errors import UserError
+from magnet_train.common.errors import UserError, integer_from_environment
 
 T = TypeVar("T")
+
+INTEGER_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NODEID", "SLURM_RESTART_COUNT"),
+    *("MASTER_PORT", "SLURM_STEP_NUM_TASKS"),
+)
+"""Environment variables in which torch and Lightning, some when imported, expect integers."""
 
 
 def run(verb: str, args: list[str]) -> None:
@@ -20,6 +27,8 @@ def run(verb: str, args: list[str]) -> None:
     Raises:
         UserError: if an option, or a file that it names, is invalid.
     """
+    for name in INTEGER_VARIABLES:
+        integer_from_environment(name)
     # Otherwise tokenizers warns whenever a data worker is forked.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from jsonargparse import set_parsing_settings

@@ -8,6 +8,7 @@ checked later.
 """
 
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ from magnet_train.common.tensor_files import read_pickle, sha256_of
 TIMEOUT_S = 60.0
 """Timeout for a server's answers during a download."""
 CHUNK_BYTES = 1 << 20
+MIN_BYTES_PER_S, SLOW_AFTER_S = 10_000, 60.0
+"""Minimum speed of a download, and the seconds after which it is required."""
 
 
 @dataclass(frozen=True)
@@ -238,8 +241,11 @@ def _fetch_rest(url: str, arrived: Path, max_bytes: int) -> None:
                 arrived.open("ab" if is_rest else "wb") as file,
                 tqdm(total=expected, unit="B", unit_scale=True, disable=None, leave=False) as bar,
             ):
-                begin = file.tell()
-                while piece := answer.read(CHUNK_BYTES):
+                begin, start_s = file.tell(), time.monotonic()
+                while piece := answer.read1(CHUNK_BYTES):
+                    spent_s = time.monotonic() - start_s
+                    if spent_s > SLOW_AFTER_S and file.tell() - begin < MIN_BYTES_PER_S * spent_s:
+                        raise ConnectionError(f"slower than {MIN_BYTES_PER_S:,} bytes per second")
                     if file.tell() + len(piece) > max_bytes:
                         raise ConnectionError(f"received more than {max_bytes:,} bytes")
                     file.write(piece)

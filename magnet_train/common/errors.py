@@ -74,6 +74,8 @@ def _refusal(error: BaseException) -> str | None:
         return text
     if kind.__module__.startswith("wandb."):
         return f"W&B: {text}; or set WANDB_MODE=offline and `wandb sync` later"
+    if kind.__name__ == "ValidationError" and kind.__module__.startswith("pydantic"):  # W&B's
+        return f"W&B: {text.partition(' [type=')[0]}; correct the WANDB_ environment variable"
     no_memory = isinstance(error, MemoryError) or kind.__name__ == "OutOfMemoryError"
     if no_memory or "can't allocate memory" in text:
         where = "" if not text else f" ({text[:120]})"

@@ -1,5 +1,6 @@
 """Reads and verifies files of torch.save and safetensors, without executing code in them."""
 
+import errno
 import hashlib
 import json
 import os
@@ -81,6 +82,8 @@ def safetensors_shapes(path: Path, remedy: str) -> Shapes:
 
     shapes = {}
     try:
+        if not path.is_file():  # opening a named pipe would block
+            raise FileNotFoundError("no such file")
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118, it is no mapping
                 part = file.get_slice(name)
@@ -171,6 +174,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Callable[[], Tensor]]) -
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, 64 hex digits."""
+    if not path.is_file():  # opening a named pipe would block
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -24,8 +24,9 @@ from magnet_train.data.manifest import Clip
 MIN_HOP_S = 0.01
 MAX_CROP_S = 3600.0
 MAX_MIXTURES = 100.0
-SAMPLED_BYTES = 1 << 16
-"""Bytes at the beginning, middle and end of a file that are compared to detect changed audio."""
+SAMPLED_BYTES, EVERY_BYTES = 1 << 16, 1 << 20
+"""To detect changed audio, the first SAMPLED_BYTES of each EVERY_BYTES of a file are compared, and
+the last; files up to EVERY_BYTES are compared completely."""
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,12 @@ def _hash_of(clip: Clip) -> str:
     try:
         size = clip.path.stat().st_size
         with clip.path.open("rb") as file:
-            for start in sorted({0, max(0, size // 2), max(0, size - SAMPLED_BYTES)}):
-                file.seek(start)
-                digest.update(file.read(SAMPLED_BYTES))
+            if size <= EVERY_BYTES:
+                digest.update(file.read(size))
+            else:
+                for start in (*range(0, size, EVERY_BYTES), size - SAMPLED_BYTES):
+                    file.seek(start)
+                    digest.update(file.read(SAMPLED_BYTES))
     except OSError as error:
         raise UserError(f"{clip.path}: unreadable ({error.strerror})") from error
     about = [clip.name, size, clip.caption, clip.fields, clip.offset_s, clip.duration_s]

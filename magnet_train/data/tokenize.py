@@ -39,7 +39,7 @@ from magnet_train.data.plan import (
 )
 from magnet_train.data.shards import ShardWriter, held_out
 
-FORMAT = 2
+FORMAT = 3
 MIN_REFERENCE_S = 3.0
 """Minimum length of a clip with musicnn embeddings, in seconds."""
 T = TypeVar("T")
@@ -338,11 +338,15 @@ class Waves:
     def __iter__(self) -> Iterator[Wave]:
         for crop in self.job.crops:
             samples = self._read(crop)
-            if samples is None or samples.shape[1] == 0:
+            if samples is None:
+                continue
+            where = f"{crop.clip.name} at {crop.offset_s:g} s"
+            if samples.shape[1] == 0:
+                reason = f"{where}: beyond the end of the file; run this again"
+                self.skipped.append({"file": crop.clip.name, "reason": reason})
                 continue
             level_db = 10 * np.log10(float(np.mean(np.square(samples, dtype=np.float64))) + 1e-20)
             if level_db < self.job.options.silence_db:
-                where = f"{crop.clip.name} at {crop.offset_s:g} s"
                 reason = f"{where}: silent ({level_db:.0f} dB, below --silence_db)"
                 self.skipped.append({"file": crop.clip.name, "reason": reason})
                 continue
@@ -512,6 +516,8 @@ def _index(
 
 def _read_json(path: Path) -> Any:
     """Content of the file, or None if it is missing or truncated."""
+    if not path.is_file():  # opening a named pipe would block
+        return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -71,6 +71,11 @@ class Edit:
         """
         if self.regenerate and self.keep:
             raise UserError("give --regenerate or --keep, not both")
+        if self.hints.hint_codebooks > num_codebooks:
+            raise UserError(
+                f"--hint_codebooks {self.hints.hint_codebooks}: the codec has {num_codebooks}; "
+                "give fewer, or 0 for all"
+            )
         if self.loop_s is not None:
             plan = self._loop(num_samples, sample_rate, frame_rate, crop_s)
         else:

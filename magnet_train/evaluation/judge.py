@@ -58,9 +58,9 @@ def check_judge(metric: str, reference: str | None, prompts: Sequence[str]) -> N
             what = "key" if figure == "key_rank" else "tempo"
             raise UserError(f"--judge {metric}: the prompt {bad[0]!r} names no {what}")
         return
-    parse_metric(metric)
     if name not in ("fad", "text"):
         raise UserError(f"--judge {metric}: choose fad/EMBEDDER, text/EMBEDDER or music/FIGURE")
+    parse_metric(metric)
     if name == "fad" and reference is None:
         raise UserError(
             f"--judge {metric}: give --reference, a folder of real audio or saved statistics"
