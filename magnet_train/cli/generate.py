@@ -91,6 +91,10 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
     chooser = Chooser(options, prompts)
     if options.continue_from is not None and not options.continue_from.is_file():
         raise UserError(f"--continue_from {options.continue_from}: no such file")
+    if options.continue_from is not None:
+        from magnet_train.data.audio import read_as_recorded
+
+        read_as_recorded(options.continue_from)  # refused before the model is loaded
     writable_folder(options.out, "--out")
     generator, settings = load_generator(options, decoding)
     return list(_generate_files(generator, settings, options, jobs, chooser))
