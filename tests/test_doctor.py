@@ -312,6 +312,7 @@ def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch,
     def saved(name: str, **changes) -> str:
         content = {"hyper_parameters": model, "global_step": 3, "state_dict": {}, "run": hashes}
         content |= {"optimizer_states": [], "lr_schedulers": [], "loops": {}, "callbacks": {}}
+        content |= {"pytorch-lightning_version": "2.6"}
         torch.save(content | changes, tmp_path / name)
         return str(tmp_path / name)
 
@@ -373,8 +374,14 @@ def test_checkpoints_that_will_be_replaced_have_their_room(plan, tmp_path, monke
 
 def test_a_run_folder_that_cannot_be_written_is_named(plan, tmp_path):
     (tmp_path / "file").write_text("")
-    (said,) = look("disk", plan, trainer__default_root_dir=str(tmp_path / "file" / "run"))
-    assert said.startswith("failed disk: ") and "set --trainer.default_root_dir" in said
+    for option in ("trainer.default_root_dir", "checkpoint.dirpath"):
+        name = option.replace(".", "__")
+        (said,) = look("disk", plan, **{name: str(tmp_path / "file" / "run")})
+        assert said.startswith("failed disk: ") and f"set --{option}" in said
+
+
+def test_a_finding_shows_no_credentials():
+    assert "SECRET" not in str(doctor.Finding("ok", "shards", "s3://key:SECRET@bucket/x"))
 
 
 # --- what fit refuses, and what it starts with ----------------------------------------------------

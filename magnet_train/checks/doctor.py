@@ -38,6 +38,7 @@ from magnet_train.common.downloads import (
 )
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import one_line
+from magnet_train.common.redact import redact
 from magnet_train.common.torchaudio_import import import_torchaudio
 from magnet_train.conditioning import load_text_encoder
 from magnet_train.data.datamodule import check_shards_per_worker
@@ -83,7 +84,7 @@ class Finding:
     """Numbers or a path, and the remedy if something is wrong."""
 
     def __str__(self) -> str:
-        return f"{self.status:<8} {self.what}: {self.detail}"
+        return redact(f"{self.status:<8} {self.what}: {self.detail}")
 
 
 def warn_if(is_bad: bool, what: str, detail: str) -> Finding:
