@@ -222,7 +222,7 @@ WRONG: dict[str, dict[str, tuple[str, ...]]] = {
         "generation.decoding.temperature": (NAN, "0"),
         "generation.decoding.top_p": ("2",),
         "generation.decoding.autoregressive_s": ("-1", "0.5"),
-        "trainer.limit_train_batches": ("-1",),
+        "trainer.limit_train_batches": ("-1", "0", "0.5"),
         "trainer.limit_test_batches": ("-1",),
         "trainer.num_sanity_val_steps": ("-5",),
         "trainer.check_val_every_n_epoch": ("1",),

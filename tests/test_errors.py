@@ -40,6 +40,8 @@ PYDANTICS = type("ValidationError", (ValueError,), {"__module__": "pydantic_core
         (UserError(REMOTE), "shard a.tar: damaged; copy it again"),
         (MisconfigurationException("no\n gpu"), "no gpu"),
         (PYDANTICS("1 validation error for Settings\nmode\n [type=x]"), "W&B: 1 validation error"),
+        (torch.distributed.DistNetworkError("no\nanswer"), "no answer; check MASTER_ADDR"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "DataLoader"),
         (torch.OutOfMemoryError("CUDA out of memory."), "out of memory (CUDA out of memory.);"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
         *((OSError(number, "x", "f"), f"f: {text}") for number, text in REMEDIES.items()),
@@ -60,7 +62,10 @@ def test_credentials_in_urls_are_not_shown():
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("x"), KeyError("x"), OSError(errno.EIO, "x"), AssertionError(), RuntimeError("x")],
+    [
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault."),
+        *(ValueError("x"), KeyError("x"), OSError(errno.EIO, "x"), AssertionError()),
+    ],
     ids=repr,
 )
 def test_a_bug_is_none(error):

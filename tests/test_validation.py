@@ -132,3 +132,6 @@ def test_an_epoch_ends_with_a_step():
         UserError, match="limit_train_batches=5: must be a multiple of the 2 batches"
     ):
         check_epoch(5, 2)
+    for share in (0, -1, 0.5):
+        with pytest.raises(UserError, match=f"limit_train_batches={share}: training data has no"):
+            check_epoch(share, 1)

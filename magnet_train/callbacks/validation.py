@@ -46,8 +46,14 @@ def check_epoch(limit_train_batches: Any, accumulate_grad_batches: int) -> None:
     """Check that an epoch of `limit_train_batches`, if set, ends with an optimizer step.
 
     Raises:
-        UserError: if it does not.
+        UserError: if it does not, or is not a number of batches.
     """
+    is_share = isinstance(limit_train_batches, float) and limit_train_batches != 1.0
+    if is_share or (isinstance(limit_train_batches, int) and limit_train_batches < 1):
+        raise UserError(
+            f"trainer.limit_train_batches={limit_train_batches}: training data has no end; give a "
+            "whole number of batches, at least 1"
+        )
     if isinstance(limit_train_batches, int) and limit_train_batches % accumulate_grad_batches:
         raise UserError(
             f"trainer.limit_train_batches={limit_train_batches}: must be a multiple of the "

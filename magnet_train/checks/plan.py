@@ -148,7 +148,6 @@ def check_trainer(config: Any) -> None:
         "max_epochs": -1,
     }
     at_least |= {
-        "limit_train_batches": 0,
         "limit_val_batches": 0,
         "num_sanity_val_steps": -1,
         "gradient_clip_val": 0,

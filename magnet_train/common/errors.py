@@ -76,6 +76,13 @@ def _refusal(error: BaseException) -> str | None:
         return f"W&B: {text}; or set WANDB_MODE=offline and `wandb sync` later"
     if kind.__name__ == "ValidationError" and kind.__module__.startswith("pydantic"):  # W&B's
         return f"W&B: {text.partition(' [type=')[0]}; correct the WANDB_ environment variable"
+    if kind.__name__ in ("DistNetworkError", "DistStoreError"):
+        return f"{text}; check MASTER_ADDR and MASTER_PORT, and that all ranks were started"
+    if re.match(r"DataLoader worker .* killed by signal: (Killed|Bus error)", text):
+        return (
+            f"{text} It lacked memory, or shared memory in /dev/shm: set a lower "
+            "--data.num_workers, or request more memory"
+        )
     no_memory = isinstance(error, MemoryError) or kind.__name__ == "OutOfMemoryError"
     if no_memory or "can't allocate memory" in text:
         where = "" if not text else f" ({text[:120]})"
