@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: no verb {argv[0]!r}; {hint}", file=sys.stderr)
         return 2
 
-    # Threads that spin while they wait take the core of another process: with one of two cores busy,
-    # a training step takes ten times as long. Read when torch is imported.
+    # Threads that spin while they wait take the core of another process: with one of two cores
+    # busy, a training step takes ten times as long. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from magnet_train.common.errors import user_error_from
 

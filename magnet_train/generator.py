@@ -508,8 +508,10 @@ class Generator:
         """The conditional pass, and the pass with the negative prompt or null condition."""
         text = self._text(prompts, config)
         negative = self._text([config.negative_prompt] * len(prompts), config)
-        if config.cache_frames:
-            passes = [CachedForward(self.network, x) for x in (text, negative)]
+        # audiocraft's remasking needs logits at all frames; on a GPU, the cache would wait for it.
+        reuses = self.device.type == "cpu" and not (config.reference_compat or self._is_compiled)
+        if reuses:
+            passes: list[Network] = [CachedForward(self.network, x) for x in (text, negative)]
         else:
             passes = [self._forward(text, begins_step=True), self._forward(negative)]
         reading = None

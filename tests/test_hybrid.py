@@ -303,7 +303,7 @@ def test_it_reads_codes_as_a_rescorer(hybrid):
     ("change", "message"),
     [
         ({"autoregressive_s": 1.5}, "autoregressive_s=1.5 is longer than the result of 1 s"),
-        ({"cache_frames": True}, "cache_frames=true"),
+        ({"reference_compat": True}, "reference_compat=true"),
     ],
 )
 def test_what_a_hybrid_cannot_do_is_refused(hybrid, change, message):

@@ -1,90 +1,111 @@
-"""Reuse between steps: exact without cached frames, and where they are outside the context."""
+"""Reuse between decoding steps: the same logits and codes as full passes, from fewer frames."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
 import torch
+from torch import Tensor
 
-from magnet_train.decoding.decode import DecodingConfig
+from magnet_train.decoding.decode import DecodingConfig, Networks, decode, item_noise
 from magnet_train.decoding.frame_cache import CachedForward
-from magnet_train.model import Magnet, MagnetConfig
+from magnet_train.model import Magnet, MagnetConfig, TextKeyValues
 
-T, SIZE = 60, 32
+B, T, SIZE = 2, 90, 24
+CONFIG = MagnetConfig(
+    dim=16, num_heads=2, num_layers=6, num_codebooks=3, codebook_size=SIZE, text_dim=8, context=2
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "6 layers": {},
+    "24 layers": {"num_layers": 24, "context": 1},
+    "rotary": {"positions": "rotary"},
+    "convolution": {"positions": "both", "convolution": 5, "num_layers": 3},
+    "several windows": {"context": (3, 0, 40), "num_layers": 2},
+    "hybrid": {"order": "hybrid", "num_layers": 2},
+}
 
 
-def model(context: int = 3, num_layers: int = 2) -> Magnet:
+def network(**changes: Any) -> tuple[Magnet, TextKeyValues]:
     torch.manual_seed(0)
-    config = MagnetConfig(
-        dim=32, num_heads=2, num_layers=num_layers, codebook_size=SIZE, text_dim=16, context=context
-    )
-    return Magnet(config)
+    model = Magnet(replace(CONFIG, **changes)).eval()
+    tokens = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    return model, model.encode_text(torch.randn(B, 5, 8), tokens)
 
 
-def asked(stage: int) -> torch.Tensor:
-    codes = torch.randint(SIZE, (2, 4, T), generator=torch.Generator().manual_seed(stage))
-    codes[:, stage] = SIZE
-    codes[:, stage + 1 :] = SIZE
-    return codes
+def full(model: Magnet, text: TextKeyValues | None) -> Callable[[Tensor, int], Tensor]:
+    return lambda codes, stage: model(codes, model.config.stage(stage), text)
 
 
-def test_the_first_pass_of_every_stage_is_exact():
-    network = model()
-    text = network.encode_text(
-        torch.randn(2, 5, 16), torch.tensor([[True] * 5, [True, True, False, False, False]])
-    )
-    for memory in (text, None):
-        passes = CachedForward(network, memory)
-        for stage in range(4):
-            assert torch.allclose(
-                passes(asked(stage), stage),
-                network(asked(stage), network.config.stage(stage), memory),
-                atol=1e-5,
-            )
-
-
-def test_frames_whose_surroundings_did_not_change_stay_exact():
-    """Two layers of context 3 see 6 frames, so frames further from a change equal a full pass."""
-    network = model()
-    passes, codes = CachedForward(network, None), asked(1)
-    passes(codes, 1)
-    after = codes.clone()
-    after[:, 1, :30] = 7
-    exact, reused = network(after, network.config.stage(1), None), passes(after, 1)
-    assert torch.allclose(reused[:, 36:], exact[:, 36:], atol=1e-5)
-    assert not torch.allclose(reused[:, :30], torch.zeros(1))
-
-
-def test_without_context_nothing_is_lost():
-    """With a context of 0 a frame depends only on its codes, so reuse is exact; also with one
-    layer.
-    """
-    network = model(context=0)
-    passes, codes = CachedForward(network, None), asked(2)
-    for step in range(4):
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize("with_text", [True, False])
+def test_logits_at_masked_frames_are_those_of_a_full_pass(changes, with_text):
+    """Also if what is masked, changed and asked for is arbitrary."""
+    model, text = network(**changes)
+    memory = text if with_text else None
+    cached, codes = CachedForward(model, memory), torch.full((B, 3, T), SIZE)
+    generator = torch.Generator().manual_seed(1)
+    for step, stage in enumerate([1, 1, 1, 2, 2, 0, 1]):
         codes = codes.clone()
-        codes[:, 2, step * 10 : step * 10 + 10] = step
-        assert torch.allclose(
-            passes(codes, 2), network(codes, network.config.stage(2), None), atol=1e-5
+        begin = int(torch.randint(T - 20, (), generator=generator))
+        length = 3 if step % 2 else 20
+        codes[step % B, : stage + 1, begin : begin + length] = torch.randint(
+            SIZE, (stage + 1, length), generator=generator
         )
+        codes[:, stage, (begin + 30) % T] = SIZE
+        masked = codes[:, stage] == SIZE
+        expected = full(model, memory)(codes, stage)
+        assert torch.allclose(cached(codes, stage)[masked], expected[masked], atol=1e-5)
 
 
-def test_with_all_frames_visible_old_keys_are_used_and_only_there_it_differs():
-    network = model(num_layers=1)
-    passes, codes = CachedForward(network, None), asked(0)
-    passes(codes, 0)
-    after = codes.clone()
-    after[:, 0, :20] = 3
-    # One layer: keys depend only on codes, so recomputed frames use no cached values.
-    assert torch.allclose(
-        passes(after, 0), network(after, network.config.stage(0), None), atol=1e-5
-    )
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize(
+    "decoding",
+    [{}, {"span_arrangement": "stride1"}, {"second_lap": 0.5, "shared_noise": 4}],
+    ids=["spans", "stride1", "second lap"],
+)
+def test_decoding_gives_the_same_codes(changes, decoding):
+    """With a prompt, given regions and guidance."""
+    model, text = network(**changes)
+    config = DecodingConfig(decoding_steps=(4, 5, 3), max_cfg_coef=3.0, **decoding)
+    codes = torch.randint(SIZE, (B, 3, T), generator=torch.Generator().manual_seed(2))
+    given = torch.zeros(B, 3, T, dtype=torch.bool)
+    given[..., :10] = given[1, :, 40:60] = given[0, 1, 70:80] = True
+    noise = item_noise(0, ["a", "b"], config.num_steps(3), T)
+    made = [
+        decode(
+            Networks(passes(model, text), passes(model, None)), codes, given, SIZE, config, noise
+        )
+        for passes in (full, CachedForward)
+    ]
+    assert torch.equal(made[0], made[1])
 
 
-def test_the_option_changes_codes_but_leaves_no_mask(tiny):
-    decoding = DecodingConfig(decoding_steps=(4, 3, 3, 3, 3))
-    exact = tiny.generate(["a waltz", "two flutes"], decoding=decoding)
-    reused = tiny.generate(
-        ["a waltz", "two flutes"],
-        decoding=DecodingConfig(decoding_steps=(4, 3, 3, 3, 3), cache_frames=True),
-    )
-    assert reused.codes.shape == exact.codes.shape
-    assert reused.codes.max() < tiny.network.config.codebook_size
-    first = exact.order == 0  # decided by the exact first pass of stage 0
-    assert torch.equal(reused.codes[:, 0][first[:, 0]], exact.codes[:, 0][first[:, 0]])
+def test_only_what_changed_and_is_needed_is_computed():
+    """At a context of 2, the input of layer l differs at most 2 l frames from a change."""
+    model, text = network()
+    cached, codes = CachedForward(model, text), torch.full((B, 3, T), SIZE)
+    cached(codes, 1)
+    assert cached.num_computed == [B * T] * 6
+    codes = codes.clone()
+    codes[0, 1, :30] = codes[1, 1, 60:] = 1
+    cached(codes, 1)
+    # Frames up to 2 (l + 1) beyond the change, and as far inside as later layers look.
+    assert cached.num_computed == [B * (2 * (i + 1) + 2 * (5 - i)) for i in range(6)]
+
+
+def test_generation_reuses_and_gives_the_same_codes(tiny, monkeypatch):
+    asked = {"prompts": ["a waltz", "two flutes"], "seed": 3}
+    computed = []
+    original = CachedForward.__call__
+
+    def counted(self, codes, stage):
+        logits = original(self, codes, stage)
+        computed.append(sum(self.num_computed))
+        return logits
+
+    monkeypatch.setattr(CachedForward, "__call__", counted)
+    reused = tiny.generate(**asked).codes
+    assert {0, 100} < set(computed)  # stage 0, a first pass, and what remains of others
+    monkeypatch.setattr("magnet_train.generator.CachedForward", full)
+    assert torch.equal(tiny.generate(**asked).codes, reused)

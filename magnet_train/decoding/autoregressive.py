@@ -41,9 +41,10 @@ def check_autoregressive(
                 "or choose a hybrid"
             )
         return
-    for name in ("cache_frames", "reference_compat"):
-        if getattr(decoding, name):
-            raise UserError(f"{name}=true: only for models with order=parallel; set it to false")
+    if decoding.reference_compat:
+        raise UserError(
+            "reference_compat=true: only for models with order=parallel; set it to false"
+        )
     if wanted > duration_s:
         raise UserError(
             f"autoregressive_s={wanted} is longer than the result of {duration_s:g} s; shorten it, "

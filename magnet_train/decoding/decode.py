@@ -118,10 +118,6 @@ class DecodingConfig:
     """Softmax temperature of the rescorer; one number, or one per step of a stage."""
     rescore_stages: tuple[int, ...] | None = None
     """Stages in which the rescorer is used (default: all)."""
-    cache_frames: bool = False
-    """Recompute only masked and just-decided frames in each step: faster, approximate
-    (frame_cache.py).
-    """
     reference_compat: bool = False
     """Reproduce audiocraft's decoding exactly, including its bugs (audiocraft_compat.py)."""
 
@@ -193,9 +189,14 @@ class DecodingConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DecodingConfig":
-        """From JSON or YAML, where tuples are lists."""
+        """From JSON or YAML, where tuples are lists.
+
+        Ignores `cache_frames` of models saved before reuse between steps was exact.
+        """
         settings: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+            k: tuple(v) if isinstance(v, list) else v
+            for k, v in values.items()
+            if k != "cache_frames"
         }
         return cls(**settings)
 
@@ -410,15 +411,8 @@ def _decode_stage(
         temperature = config.temperature * (
             (num_steps - step - 1) / num_steps if config.anneal_temperature else 1.0
         )
-        probs = torch.softmax(logits / max(temperature, 1e-2), dim=-1)
-        if config.greedy:
-            chosen = logits.argmax(-1)
-        else:
-            own_noise = share_noise(
-                noise.codes[:, step], config.shared_noise, noise.order[:, step, -1]
-            )
-            chosen = sample(probs, config.top_p, config.top_k, own_noise)
-        certainty = probs.gather(2, chosen[..., None])[..., 0]
+        own_noise = share_noise(noise.codes[:, step], config.shared_noise, noise.order[:, step, -1])
+        chosen, certainty = _chosen(logits, masked, max(temperature, 1e-2), config, own_noise)
         codes = masked_codes.clone()
         codes[:, stage] = torch.where(masked, chosen, row)
         if networks.rescorer is not None and config.rescores(stage):
@@ -433,6 +427,35 @@ def _decode_stage(
         if on_step is not None:
             on_step(DecodingStep(stage, step, masked, codes))
     return codes, decided
+
+
+def _chosen(
+    logits: Tensor, masked: Tensor, temperature: float, config: DecodingConfig, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sample an entry for each frame from `b t c`; returns entries and their probabilities, `b t`.
+
+    On a CPU only at `masked` frames, and 0 elsewhere; on a GPU that would wait for the device, and
+    audiocraft's remasking also looks at the others.
+    """
+    if logits.device.type == "cpu" and not config.reference_compat:
+        chosen, certainty = _chosen_at(logits[masked], temperature, config, noise[masked])
+        return (
+            torch.zeros(masked.shape, dtype=torch.long).masked_scatter_(masked, chosen),
+            torch.zeros(masked.shape).masked_scatter_(masked, certainty),
+        )
+    return _chosen_at(logits, temperature, config, noise)
+
+
+def _chosen_at(
+    logits: Tensor, temperature: float, config: DecodingConfig, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sample from `… c` with noise `…`; returns entries and their probabilities, `…` each."""
+    probs = torch.softmax(logits / temperature, dim=-1)
+    if config.greedy:
+        chosen = logits.argmax(-1)
+    else:
+        chosen = sample(probs, config.top_p, config.top_k, noise)
+    return chosen, probs.gather(-1, chosen[..., None])[..., 0]
 
 
 def guided_logits(
