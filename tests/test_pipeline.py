@@ -26,7 +26,7 @@ from magnet_train.data.pipeline import (
     compress_for_worker,
     training_order,
 )
-from magnet_train.data.shards import ShardSet, read_shard
+from magnet_train.data.shards import ShardSet, decode_info, read_shard
 
 COUNTS = (5, 3, 4, 5, 3, 4)  # 24 items in six shards
 
@@ -779,3 +779,10 @@ def test_remedy_when_there_are_more_ranks_than_shards(codec: str, tmp_path: Path
     data.trainer = Ranks(2)
     text = refusal(data.train_dataloader)
     assert "num_workers" not in text and "--shard_size" in text
+
+
+def test_numbers_that_other_programs_lack_are_no_words_of_a_caption():
+    info = decode_info(b'{"key": "k", "caption": "x", "duration_s": 1.0, "bpm": NaN}')
+    assert info["bpm"] is None
+    with pytest.raises(ValueError, match="duration_s"):
+        decode_info(b'{"key": "k", "caption": "x", "duration_s": NaN}')

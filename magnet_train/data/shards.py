@@ -353,7 +353,8 @@ def decode_info(content: bytes) -> dict[str, Any]:
     """KEY.json, after checking that caption and duration are a string and a number."""
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(f"{len(content)} bytes")
-    info = json.loads(content)
+    # NaN, which Python writes for missing numbers, would become a word of the caption.
+    info = json.loads(content, parse_constant=lambda name: None)
     duration_s = _typed(info, "duration_s", (int, float))
     if not 0 < duration_s <= MAX_DURATION_S:
         raise ValueError(f"duration_s={duration_s} must be above 0 s")
