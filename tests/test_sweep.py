@@ -51,7 +51,8 @@ time.sleep(float(given.get("wait", "0")))
 while not all(map(os.path.exists, filter(None, given.get("until", "").split(":")))):
     time.sleep(0.02)
 metrics = {"val/ce": {"before": None, "after": 1.0}}
-(folder / "summary.json").write_text(json.dumps({"metrics": metrics}))
+summary = {"metrics": metrics, "seconds": {"training": 7200.0}}
+(folder / "summary.json").write_text(json.dumps(summary))
 note(end=time.time())
 """
 
@@ -78,6 +79,7 @@ def fake(tmp_path, monkeypatch) -> Path:
     script.write_text(FAKE_FIT)
     monkeypatch.setattr(sweep, "FIT", (sys.executable, "-S", "-E", str(script)))
     monkeypatch.setattr(commands, "check_fit", lambda args: None)
+    monkeypatch.setattr(commands, "estimate_fit", lambda args: ["each run: 3 h"])
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return tmp_path / "runs"
 
@@ -285,6 +287,28 @@ def test_runs_are_sequential_and_finished_ones_are_kept(tmp_path, fake, capsys):
     assert (fake / "table.md").is_file() and (fake / "plot.png").is_file()
 
 
+def test_overrides_reach_every_run_and_progress_has_the_metric(tmp_path, fake, capsys):
+    file = grid(tmp_path, 1, 2, y=0)
+    given = (file, "--out", fake, "--a.wait", "0.01", "--y.z", "--dry_run")
+    assert status(*given) == 0 and not (fake / "x=1").exists()
+    said = capsys.readouterr().out
+    assert "each run: 3 h" in said and said.count("--a.wait=0.01 --y.z=true") == 2
+    assert status(*given[:-1]) == 0
+    command = (fake / "x=2" / "log.txt").read_text()
+    assert "--y=0 --a.wait=0.01 --y.z=true --trainer.default_root_dir=" in command
+    said = capsys.readouterr().out
+    assert said.count("finished, val/ce 1 (after") == 2
+    assert "1 of 2 runs are finished; about 2 h left" in said
+    for option, says in (
+        (("--trainer.default_root_dir", "a"), "the runs' folders are in --out"),
+        (("--time", "1:00:00"), "only with --slurm"),
+        (("--jops", "2"), "did you mean jobs?"),
+        (("--jobs", "0"), "at least 1"),
+    ):
+        assert status(file, "--out", fake, *option) == 2
+        assert says in capsys.readouterr().err
+
+
 def test_as_many_run_together_as_jobs_say(tmp_path, fake):
     # Each waits for the other to start.
     until = ":".join(str(fake / f"x={x}" / "notes") for x in (1, 2))
@@ -325,6 +349,7 @@ def start_sweep(python: str, file: Path, out: Path) -> "subprocess.Popen[str]":
         "from magnet_train.sweeps import sweep\n"
         f"sweep.FIT = {sweep.FIT!r}\n"
         "commands.check_fit = lambda args: None\n"
+        "commands.estimate_fit = lambda args: []\n"
         f"sys.exit(main(['sweep', {str(file)!r}, '--out', {str(out)!r}, '--jobs', '2']))"
     )
     return subprocess.Popen(
@@ -433,13 +458,16 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(
     tools = tmp_path / "tools"
     tools.mkdir()
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
-    assert status(file, "--out", fake, "--slurm", "--jobs", 4) == 2
+    options = ("--slurm", "--jobs", 4, "--partition", "gpu", "--time", "9:00:00", "--a.b", 3)
+    assert status(file, "--out", fake, *options) == 2
     said = capsys.readouterr().err.strip()
     words = shlex.split(
         said.removeprefix("error: no sbatch on this machine; nothing was submitted; run: ")
     )
     assert words[2] == "--array=1,2%4"
-    assert words[4:] == [str(SBATCH / "sweep.sbatch"), str(file), "--out", str(fake)]
+    assert words[4:6] == ["--partition=gpu", "--time=9:00:00"]
+    words = words[6:]
+    assert words == [str(SBATCH / "sweep.sbatch"), str(file), "--out", str(fake), "--a.b=3"]
     # The job as SLURM would run it, with the interpreter of the fake `fit`.
     program(tools / "srun", 'shift; exec "$@"')
     program(tools / "python", f'shift 2\nexec {python} {tmp_path / "with_fake.py"} "$@"')
@@ -454,7 +482,7 @@ def test_the_array_job_has_a_task_for_each_unfinished_run_and_runs_it(
             "SLURM_ARRAY_TASK_ID": task,
             "PYTHONPATH": str(ROOT),
         }
-        subprocess.run(["bash", *words[4:]], env=env, check=True, cwd=tmp_path)
+        subprocess.run(["bash", *words], env=env, check=True, cwd=tmp_path)
     assert not (fake / "x=0" / "notes").exists()
     assert [notes(fake / f"x={x}")[0]["mode"] for x in (1, 2)] == ["offline"] * 2
     assert notes(fake / "x=2")[0]["ckpt"] == "auto" and (fake / "x=2" / "log.txt").is_file()

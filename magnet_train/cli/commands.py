@@ -179,36 +179,70 @@ def convert_verb(args: list[str]) -> None:
 def sweep_verb(args: list[str]) -> None:
     from magnet_train.cli.parser import make_parser
     from magnet_train.sweeps.ablation import write_ablation
-    from magnet_train.sweeps.sweep import exec_run, read_sweep, sweep
+    from magnet_train.sweeps.sweep import SweepOptions, exec_run, read_sweep, sweep
 
-    parser = make_parser(
-        "sweep", "Run a W&B sweep file without a W&B server; unfinished runs are resumed."
+    args, overrides = _split_overrides(args)
+    description = (
+        "Run a W&B sweep file without a W&B server; unfinished runs are resumed. Options of `fit` "
+        "with a dot, such as --trainer.max_steps 200, win over the file."
     )
+    parser = make_parser("sweep", description)
     parser.add_argument("file", type=Path, help="Sweep file with method: grid, as in conf/sweep.")
-    folder = "Folder for the runs and the table; by default runs/NAME for the file NAME.yaml."
-    parser.add_argument("--out", type=Path, help=folder)
-    jobs = "Number of concurrent runs; by default 1 on this machine, all under SLURM."
-    parser.add_argument("--jobs", type=int, help=jobs)
-    parser.add_argument(
-        "--slurm", action="store_true", help="Submit a SLURM array job with one task per run."
-    )
-    run_help = "Run only this index of the grid (0-based); used by SLURM array tasks."
-    parser.add_argument("--run", type=int, help=run_help)
-    parser.add_argument(
-        "--table", action="store_true", help="Only write the table of the finished runs."
-    )
+    parser.add_class_arguments(SweepOptions, nested_key=None, as_group=False)
     config = parser.parse_args(args)
-    out = (config.out or Path("runs") / config.file.stem).expanduser()
-    runs = read_sweep(config.file, out)
-    if config.run is not None:
-        exec_run(config.file, runs, config.run)
+    options = options_from(SweepOptions, config)
+    out = (options.out or Path("runs") / config.file.stem).expanduser()
+    runs = read_sweep(config.file, out, overrides)
+    if options.run is not None:
+        exec_run(config.file, runs, options.run)
         return
-    done = config.table or sweep(config.file, runs, check_fit, config.jobs, config.slurm)
-    if config.table or any(run.is_finished for run in runs):
+    done = options.table or sweep(config.file, runs, check_fit, estimate_fit, options, overrides)
+    if options.table or (not options.dry_run and any(run.is_finished for run in runs)):
         table, plot = write_ablation(runs, out)
         print(f"table       {table}\nplot        {plot}")
     if not done:
         sys.exit(1)
+
+
+def _split_overrides(args: list[str]) -> tuple[list[str], list[str]]:
+    """Options of `sweep`, and those of `fit` as NAME=VALUE: the ones with a dot in their name.
+
+    >>> _split_overrides(["a.yaml", "--trainer.max_steps", "2", "--jobs", "1", "--model.compiled"])
+    (['a.yaml', '--jobs', '1'], ['--trainer.max_steps=2', '--model.compiled=true'])
+    """
+    own: list[str] = []
+    overrides: list[str] = []
+    given = iter([*args, ""])
+    word = next(given)
+    while word:
+        name, has_value, _ = word.partition("=")
+        following = next(given)
+        if not (name.startswith("--") and "." in name):
+            own.append(word)
+        elif has_value:
+            overrides.append(word)
+        elif following and not following.startswith("--"):
+            overrides.append(f"{word}={following}")
+            following = next(given)
+        else:
+            overrides.append(f"{word}=true")
+        word = following
+    return own, overrides
+
+
+def estimate_fit(args: list[str]) -> Iterator[str]:
+    """Lines on how long `fit` takes with these options, measured on a few blocks."""
+    from magnet_train.checks.estimate import estimate_run
+    from magnet_train.checks.plan import Plan
+
+    with _without_chatter():
+        built = _fit_module().build_without_training(args, [])
+    plan = Plan(built.parsed, built.datamodule, built.config_init.fit.generation.decoding)
+    try:
+        lines = estimate_run(plan).lines
+    except (RuntimeError, ValueError) as error:
+        lines = (f"run: the time cannot be measured here ({error})",)
+    yield from (f"each {line}" for line in lines if line.startswith("run:"))
 
 
 def check_fit(args: list[str]) -> None:

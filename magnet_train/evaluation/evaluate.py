@@ -30,6 +30,7 @@ from magnet_train.evaluation.clips import (
     parse_systems,
     saved_statistics,
 )
+from magnet_train.evaluation.differences import differences_text, paired_differences
 from magnet_train.evaluation.listening_test import (
     check_systems,
     export_listening_test,
@@ -471,6 +472,7 @@ class _Evaluation:
         try:
             if records:
                 print(markdown_table(records, options.force, PUBLISHED))
+                print(self._differences(), end="")
         except UserError as error:  # the other files are still written
             refusal = error
         if options.report is not None:
@@ -483,6 +485,20 @@ class _Evaluation:
             print(f"listening test: {test.page} ({test.num_trials} captions), its key: {test.key}")
         if refusal is not None:
             raise refusal
+
+    def _differences(self) -> str:
+        """Differences from the first system, paired by clip; empty for a single system."""
+        if len(self.systems) < 2:
+            return ""
+        found = paired_differences(
+            self.options.metrics,
+            self.features,
+            self.reference.statistics,
+            {system: self.captions(system) for system in self.systems},
+            self.options.kl_convention,
+        )
+        text = differences_text(next(iter(self.systems)), found)
+        return f"{text}\n" if text else ""
 
     def _listening_systems(self) -> tuple[dict[str, Clips], dict[str, dict[str, str]]]:
         """Clips and captions of all systems, with the real clips as "reference"."""

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import json
 import math
 import os
 import re
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class Run:
     """Value of each parameter that the sweep varies."""
     args: list[str]
     """Options of `fit`."""
+    metric: str = "val/ce"
+    """The sweep's metric, shown when the run is finished."""
 
     @property
     def is_finished(self) -> bool:
@@ -63,19 +66,38 @@ class Run:
     def log(self) -> Path:
         return self.folder / "log.txt"
 
+    def result(self) -> str:
+        """The metric of a finished run, such as ", val/ce 2.31"; empty if it is not in there."""
+        try:
+            value = json.loads((self.folder / "summary.json").read_text())["metrics"][self.metric]
+            return f", {self.metric} {value['after']:.4g}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def seconds(self) -> float | None:
+        """Time that a finished run took, in seconds; None if unknown."""
+        try:
+            return float(
+                sum(json.loads((self.folder / "summary.json").read_text())["seconds"].values())
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
 
 # --- read -----------------------------------------------------------------------------------------
 
 
-def read_sweep(file: Path, out: Path) -> list[Run]:
+def read_sweep(file: Path, out: Path, overrides: Sequence[str] = ()) -> list[Run]:
     """The grid in the order of the file; the last parameter varies fastest.
 
     Args:
         file: W&B sweep configuration.
         out: folder for the runs' folders.
+        overrides: options of `fit` for all runs, which win over the file.
 
     Raises:
-        UserError: if the file is not a grid sweep, or two runs get the same name.
+        UserError: if the file is not a grid sweep, two runs get the same name, or an override names
+            a parameter of the grid or the runs' folder.
     """
     content = read_yaml(file, str(file))
     needed = {"method", "parameters", "command"}
@@ -89,6 +111,13 @@ def read_sweep(file: Path, out: Path) -> list[Run]:
     options = _fit_options(file, content["command"])
     choices = _choices(file, content["parameters"])
     varied = [name for name in choices if "values" in content["parameters"][name]]
+    for name in {word[2:].partition("=")[0] for word in overrides if word.startswith("--")}:
+        if name in varied or f"--{name}" == FOLDER:
+            reason = (
+                "the runs' folders are in --out" if name not in varied else "the sweep varies it"
+            )
+            raise UserError(f"--{name}: {reason}; leave it out, or change {file}")
+    metric = content["metric"].get("name") if isinstance(content.get("metric"), dict) else None
     short = short_names(varied)
     if math.prod(map(len, choices.values())) > MAX_RUNS:
         raise UserError(f"{file}: more than {MAX_RUNS:,} runs; give fewer values")
@@ -97,8 +126,9 @@ def read_sweep(file: Path, out: Path) -> list[Run]:
         values = dict(zip(choices, point, strict=True))
         name = ",".join(f"{short[p]}={_name_of(values[p])}" for p in varied) or file.stem
         flags = [f"--{p}={v}" for p, v in values.items()]  # as W&B's agent writes them
-        args = [*options, *flags, f"{FOLDER}={out / name}"]
-        runs.append(Run(name, out / name, {p: values[p] for p in varied}, args))
+        args = [*options, *flags, *overrides, f"{FOLDER}={out / name}"]
+        values = {p: values[p] for p in varied}
+        runs.append(Run(name, out / name, values, args, str(metric or "val/ce")))
     name, count = Counter(run.name for run in runs).most_common(1)[0]
     if count > 1:
         raise UserError(f"{file}: two runs are named {name}: give each value once")
@@ -201,6 +231,7 @@ class _Scheduler:
         self.running: dict[subprocess.Popen[bytes], tuple[Run, float]] = {}
         """Run and start time of each process."""
         self.failed: dict[str, str] = {}
+        self._runs = runs
         self._elsewhere: set[str] = set()
 
     @property
@@ -213,11 +244,13 @@ class _Scheduler:
             if process.poll() is None:
                 continue
             del self.running[process]
-            state = "finished"
+            state = f"finished{run.result()}"
             if not run.is_finished:
                 state = f"failed, exit status {process.returncode}: {last_line(run.log)}"
                 self.failed[run.name] = state.removeprefix("failed, ")
             log(f"{run.name}: {state} (after {time.monotonic() - start:.0f} s)")
+            if left := time_left(self._runs, self.jobs):
+                log(left)
 
     def start(self, received: list[int]) -> None:
         """Start waiting runs until `jobs` are running or a signal was received."""
@@ -348,6 +381,17 @@ def last_line(file: Path) -> str:
     return lines[-1][:300] if lines else f"no output; see {file}"
 
 
+def time_left(runs: Sequence[Run], jobs: int) -> str:
+    """How long the unfinished runs will take, by the mean of the finished ones; empty if unknown or
+    none is left."""
+    seconds = [s for run in runs if run.is_finished and (s := run.seconds()) is not None]
+    num_left = sum(not run.is_finished for run in runs)
+    if not seconds or not num_left:
+        return ""
+    hours = math.ceil(num_left / jobs) * sum(seconds) / len(seconds) / 3600
+    return f"{len(runs) - num_left} of {len(runs)} runs are finished; about {hours:.2g} h left"
+
+
 def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
@@ -402,13 +446,21 @@ def exec_run(file: Path, runs: Sequence[Run], index: int) -> None:
     os.execve(FIT[0], _command(run), _environment(run, jobs=1))
 
 
-def slurm_command(file: Path, runs: Sequence[Run], jobs: int | None = None) -> list[str]:
+def slurm_command(
+    file: Path,
+    runs: Sequence[Run],
+    jobs: int | None = None,
+    overrides: Sequence[str] = (),
+    sbatch: Sequence[str] = (),
+) -> list[str]:
     """The sbatch command of an array job with one task per unfinished run.
 
     Args:
         file: the sweep file.
         runs: all runs of the sweep, so that a run keeps its task id.
         jobs: maximum number of concurrent tasks; None = no limit.
+        overrides: as in `read_sweep`.
+        sbatch: further options of sbatch.
     """
     tasks = ",".join(str(i) for i, run in enumerate(runs) if not run.is_finished)
     if jobs:
@@ -419,10 +471,12 @@ def slurm_command(file: Path, runs: Sequence[Run], jobs: int | None = None) -> l
         f"--job-name={out.name}",
         f"--array={tasks}",
         f"--output={out}/slurm_%a.txt",
+        *sbatch,
         str(conf_path("slurm/sweep.sbatch")),
         str(file),
         "--out",
         str(out),
+        *overrides,
     ]
 
 
@@ -440,8 +494,8 @@ def submit(command: list[str]) -> str:
     if done.returncode:
         reason = " ".join(done.stderr.split())[:300]
         raise UserError(
-            f"sbatch refuses the job ({reason}); set SBATCH_PARTITION, SBATCH_ACCOUNT, "
-            "SBATCH_TIMELIMIT and the like in the environment, or edit a copy of "
+            f"sbatch refuses the job ({reason}); give --partition, --account and --time, set "
+            "SBATCH_QOS and the like in the environment, or edit a copy of "
             f"{conf_path('slurm/sweep.sbatch')}"
         )
     return done.stdout.strip()
@@ -450,12 +504,49 @@ def submit(command: list[str]) -> str:
 # --- the verb -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class SweepOptions:
+    """Options of `sweep`."""
+
+    out: Path | None = None
+    """Folder for the runs and the table; by default runs/NAME for the file NAME.yaml."""
+    jobs: int | None = None
+    """Number of concurrent runs; by default 1 on this machine, all under SLURM."""
+    slurm: bool = False
+    """Submit a SLURM array job with one task per run."""
+    partition: str | None = None
+    """Partition of the SLURM job."""
+    account: str | None = None
+    """Account of the SLURM job."""
+    time: str | None = None
+    """Time limit of each task of the SLURM job, as in 12:00:00."""
+    dry_run: bool = False
+    """Check and show what would run, and start nothing."""
+    run: int | None = None
+    """Run only this index of the grid (0-based); used by SLURM array tasks."""
+    table: bool = False
+    """Only write the table of the finished runs."""
+
+    def __post_init__(self) -> None:
+        if self.jobs is not None and self.jobs < 1:
+            raise UserError(f"--jobs {self.jobs}: give at least 1")
+        if self.sbatch and not self.slurm:
+            raise UserError(f"{self.sbatch[0]}: only with --slurm; add it, or leave this out")
+
+    @property
+    def sbatch(self) -> list[str]:
+        """Options of sbatch."""
+        names = ("partition", "account", "time")
+        return [f"--{name}={value}" for name in names if (value := getattr(self, name))]
+
+
 def sweep(
     file: Path,
     runs: Sequence[Run],
     check: Callable[[list[str]], object],
-    jobs: int | None = None,
-    slurm: bool = False,
+    estimate: Callable[[list[str]], Iterable[str]],
+    options: SweepOptions,
+    overrides: Sequence[str] = (),
 ) -> bool:
     """Run a sweep, or submit it to SLURM; returns whether no run failed.
 
@@ -463,14 +554,13 @@ def sweep(
         file: the sweep file.
         runs: from `read_sweep`.
         check: validates options of `fit`; called for every unfinished run before any starts.
-        jobs: number of concurrent runs; None = one on this machine, no limit under SLURM.
-        slurm: submit an array job.
+        estimate: lines on how long a run of `fit` takes, if no run is finished.
+        options: options of `sweep`.
+        overrides: as in `read_sweep`.
 
     Raises:
         UserError: if a run's options are invalid, or sbatch refuses the job.
     """
-    if jobs is not None and jobs < 1:
-        raise UserError(f"--jobs {jobs}: give at least 1")
     print(state_table(runs, {}), flush=True)
     unfinished = [run for run in runs if not run.is_finished]
     for run in unfinished:
@@ -480,10 +570,19 @@ def sweep(
             raise UserError(f"{file}: run {run.name}: {error}") from error
     if not unfinished:
         return True
-    if slurm:
-        runs[0].folder.parent.mkdir(parents=True, exist_ok=True)
-        print(submit(slurm_command(file, runs, jobs)))
+    jobs = options.jobs or (len(unfinished) if options.slurm else 1)
+    known = time_left(runs, jobs)
+    for line in [known] if known else estimate(unfinished[0].args):
+        print(line, flush=True)
+    command = slurm_command(file, runs, options.jobs, overrides, options.sbatch)
+    if options.dry_run:
+        commands = [command] if options.slurm else [_command(run) for run in unfinished]
+        print("would run", *map(shlex.join, commands), sep="\n")
         return True
-    failed = run_here(runs, jobs or 1)
+    if options.slurm:
+        runs[0].folder.parent.mkdir(parents=True, exist_ok=True)
+        print(submit(command))
+        return True
+    failed = run_here(runs, jobs)
     print(state_table(runs, failed), flush=True)
     return not failed
