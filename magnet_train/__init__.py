@@ -8,13 +8,17 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from magnet_train.generator import Generator
 
 __version__ = "0.1.0"
 
 
-def load(path: str = "demo", device: str = "cpu") -> "Generator":
+def load(path: str = "demo", device: str = "cpu", lora: "Sequence[str]" = ()) -> "Generator":
     """Load a model from a release folder, hub id, checkpoint or run folder; "demo" is bundled.
+
+    `lora` has folders of LoRA adapters, each optionally with `:STRENGTH`.
 
     Its `generate(prompts, seed=…, duration_s=…)` returns codes, audio and the order of unmasking.
 
@@ -24,4 +28,4 @@ def load(path: str = "demo", device: str = "cpu") -> "Generator":
     """
     from magnet_train.generator import load  # deferred: importing torch would slow `--help`
 
-    return load(path, device)
+    return load(path, device, lora=lora)

@@ -644,6 +644,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
+    lora: Sequence[str] = (),
 ) -> Generator:
     """Load a model from a release folder, hub id, Lightning checkpoint, or run folder.
 
@@ -653,11 +654,12 @@ def load(
         device: device of the model.
         dtype: data type of the network's weights; bfloat16 gives other codes than float32.
         compiled: see `Generator`.
+        lora: folders of LoRA adapters to merge, each optionally with `:STRENGTH`.
 
     Raises:
         UserError: if there is no usable model; the message names the file.
     """
-    trained = SavedModel.open(path)
+    trained = SavedModel.open(path).with_adapters(lora)
     network, codec = trained.build(), load_codec(trained.codec["id"])
     check_codec(trained.codec, codec.facts, trained.file.parent)
     text_encoder = load_text_encoder(trained.text_encoder)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -10,6 +11,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from magnet_train.adapters import (
+    LoraConfig,
+    adapt,
+    adapter_tensors,
+    draw_dropout,
+    lora_settings,
+    weights_hash,
+    write_adapter,
+)
 from magnet_train.codec.base import absolute_name, load_codec, load_codec_facts
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
@@ -130,6 +140,7 @@ class MagnetModule(L.LightningModule):
         start_from_codec: bool = False,
         init_from: str | None = None,
         distil_guidance: bool = False,
+        lora: LoraConfig = LoraConfig(),
         compiled: bool = False,
         seed: int = 2036,
     ):
@@ -165,6 +176,7 @@ class MagnetModule(L.LightningModule):
             distil_guidance: Distil the guided logits of init_from, so that decoding needs no null
                 pass and takes half the time. Uses the guidance coefficients of its decoding
                 settings.
+            lora: LoRA adapters to train instead of all weights; needs init_from.
             compiled: Compile the transformer's blocks, for GPUs. The first steps then take a minute
                 or more.
             seed: Seed of initial weights, masks and dropout.
@@ -180,6 +192,8 @@ class MagnetModule(L.LightningModule):
             raise UserError(
                 f"init_from={init_from} and start_from_codec=true: choose one to start from"
             )
+        if lora.rank and (init_from is None or distil_guidance):
+            raise UserError(f"--lora.rank {lora.rank}: needs --model.init_from and no distillation")
         start = None if init_from is None else SavedModel.open(init_from)
         # In a tuple, so that it enters neither checkpoints nor the optimizer.
         self._teacher = (load_teacher(start, network),) if distil_guidance else ()
@@ -202,7 +216,8 @@ class MagnetModule(L.LightningModule):
                 "stage_sampling": stage_sampling,
                 "stage_weights": stage_weights,
                 "start_from_codec": start_from_codec,
-                "init_from": init_from,
+                "init_from": absolute_path(init_from) if init_from and lora.rank else init_from,
+                "lora": lora_settings(lora, None),
                 "distil_guidance": distil_guidance,
                 "seed": seed,
             }
@@ -211,6 +226,7 @@ class MagnetModule(L.LightningModule):
         self.config, self.optimizer_config = network, optimizer
         self.trained_steps = 0
         """Optimizer steps of the loaded checkpoint, if the trainer does not know them."""
+        self.lora = lora
         self.span_len = span_len
         self.guidance_dropout = guidance_dropout
         self.seed = seed
@@ -227,10 +243,7 @@ class MagnetModule(L.LightningModule):
             torch.manual_seed(seed)
             self.network = Magnet(network)
         if start is not None:
-            weights = start.weights()
-            check_weights(weights, network, start.file)
-            check_codec(start.codec, load_codec_facts(codec), start.file)
-            self.network.load_state_dict(weights)
+            self._start_from(start)
         elif start_from_codec:
             self.network.start_from_codebooks(load_codec(codec).codebooks, step_generator(seed))
         if compiled:
@@ -242,6 +255,17 @@ class MagnetModule(L.LightningModule):
         self._generator: Any = None
         self._unsharded: tuple[Magnet, ...] = ()
 
+    def _start_from(self, start: SavedModel) -> None:
+        """Load the initial weights, and add adapters to them if there are any to train."""
+        weights = start.weights()
+        check_weights(weights, self.config, start.file)
+        check_codec(start.codec, load_codec_facts(self.codec_name), start.file)
+        self.network.load_state_dict(weights)
+        if self.lora.rank:
+            adapt(self.network, self.lora, step_generator(self.seed))
+            self.hparams["lora"] = lora_settings(self.lora, weights_hash(weights))
+            self.strict_loading = False  # checkpoints have only the adapters
+
     def configure_model(self) -> None:
         """Shard the weights over all ranks under Lightning's ModelParallelStrategy (FSDP2).
 
@@ -250,6 +274,8 @@ class MagnetModule(L.LightningModule):
         """
         if self.device_mesh is None or is_sharded(self.network):
             return
+        if self.lora.rank:
+            raise UserError("--lora.rank: not with sharded weights; use --trainer.strategy ddp")
         check_shardable(str(self.trainer.precision))
         if private_api.saves_distributed_checkpoints(self.trainer):
             raise UserError(
@@ -391,6 +417,7 @@ class MagnetModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         count = self.trainer.fit_loop.epoch_loop.total_batch_idx
         generator = step_generator(self.seed, count, self.global_rank)
+        draw_dropout(self.network, self.lora.dropout, step_generator(self.seed, count, -2))
         size, num_frames = batch["valid"].shape
         rates = cosine_mask_rate(torch.rand(size, generator=generator))
         stages = self._drawn_stages(count, size)
@@ -513,10 +540,20 @@ class MagnetModule(L.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the origin and licence of the initial weights."""
+        """Save the origin and licence of the initial weights; with LoRA, only the adapters."""
+        if self.lora.rank:
+            for part in {"state_dict", "current_model_state"} & checkpoint.keys():
+                checkpoint[part] = adapter_tensors(checkpoint[part])
         checkpoint["init_provenance"] = {
             k: v for k, v in self.init_provenance.items() if v is not None
         }
+
+    def write_adapter(self, folder: Path) -> None:
+        """Write the adapters as PEFT's two files."""
+        tensors = adapter_tensors(self.network.state_dict())
+        settings = self.hparams["lora"]
+        base = str(self.hparams["init_from"])
+        write_adapter(folder, tensors, self.lora, base, settings["base_hash"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the origin of the initial weights, and report settings that changed.

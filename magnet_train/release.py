@@ -10,7 +10,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from magnet_train.adapters import Adapter, adapter_of_checkpoint, merged, read_adapter
 from magnet_train.codec.base import CodecFacts, load_codec_facts, split_name
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
@@ -76,6 +77,8 @@ class SavedModel:
     """SHA-256 of the weight files of a release's codec and text encoder, by relative path."""
     raw: bool = False
     """Use a checkpoint's raw weights instead of their average."""
+    adapters: tuple[Adapter, ...] = ()
+    """LoRA adapters that `weights` merges, in this order."""
 
     @classmethod
     def open(cls, path: str | Path) -> "SavedModel":
@@ -106,8 +109,18 @@ class SavedModel:
             return _open_checkpoint(newest_checkpoint(source))
         return _open_release(_download_release(str(path)))
 
+    def with_adapters(self, given: Sequence[str]) -> "SavedModel":
+        """The model with LoRA adapters, FOLDER or FOLDER:STRENGTH each.
+
+        Raises:
+            UserError: if one is missing or damaged.
+        """
+        adapters = tuple(read_adapter(text) for text in given)
+        about = {"lora": list(given)} if given else {}
+        return replace(self, adapters=self.adapters + adapters, provenance=self.provenance | about)
+
     def weights(self) -> dict[str, Tensor]:
-        """Verified weights by the network's names, in their stored precision.
+        """Verified weights by the network's names, in their stored precision, with all adapters.
 
         Raises:
             UserError: if the file is damaged, or does not match the model configuration.
@@ -120,7 +133,7 @@ class SavedModel:
                 _check_sha256(self.file.parent / name, expected)
             weights = read_safetensors(self.file, DAMAGED_RELEASE)
         check_weights(weights, self.network, self.file)
-        return weights
+        return merged(weights, self.adapters)
 
     def build(self) -> Magnet:
         """The network with its weights in float32, without extra memory."""
@@ -243,9 +256,7 @@ def _check_sha256(file: Path, expected: str) -> None:
     try:
         found = sha256_of(file)
     except OSError as error:
-        raise UserError(
-            f"{file}: cannot be read ({error.strerror}); {DAMAGED_RELEASE}"
-        ) from error
+        raise UserError(f"{file}: cannot be read ({error.strerror}); {DAMAGED_RELEASE}") from error
     if found != expected:
         raise UserError(
             f"{file}: SHA-256 is {found[:16]}…, config.json says {expected[:16]}…; "
@@ -279,8 +290,29 @@ def _open_checkpoint(path: Path) -> SavedModel:
         raise UserError(
             f"{path}: not a checkpoint of magnet_train ({type(error).__name__}: {error})"
         ) from error
-    check_shapes(_shapes(_network_weights(checkpoint, path)), saved.network, path)
+    state = _network_weights(checkpoint, path)
+    if (settings.get("lora") or {}).get("rank"):
+        return _on_base(saved, settings, adapter_of_checkpoint(settings["lora"], state, path))
+    check_shapes(_shapes(state), saved.network, path)
     return saved
+
+
+def _on_base(saved: SavedModel, settings: Mapping[str, Any], adapter: Adapter) -> SavedModel:
+    """A checkpoint of adapters with the weights of the model that they were trained on."""
+    try:
+        base = SavedModel.open(settings["init_from"])
+    except UserError as error:
+        raise UserError(f"{saved.file}: adapters of a model that is gone: {error}") from error
+    provenance = saved.provenance | {"lora": str(saved.file)}
+    return replace(
+        saved,
+        file=base.file,
+        sha256=base.sha256,
+        raw=base.raw,
+        component_sha256=base.component_sha256,
+        adapters=(*base.adapters, adapter),
+        provenance=provenance,
+    )
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -433,7 +465,7 @@ def write_release(
         hashes = {file.relative_to(folder).as_posix(): sha256_of(file) for file in components}
         file = folder / "model.safetensors"
         sha256 = write_safetensors(file, tensors)
-        saved = replace(saved, file=file, sha256=sha256, component_sha256=hashes)
+        saved = replace(saved, file=file, sha256=sha256, component_sha256=hashes, adapters=())
         (folder / "config.json").write_text(json.dumps(saved.to_dict(), indent=2) + "\n")
         (folder / "README.md").write_text(model_card(saved, out.name) if card is None else card)
     return _open_release(out)

@@ -170,7 +170,7 @@ def check_same_model(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
     Raises:
         UserError: if they differ; the message names the settings.
     """
-    named = ("optimizer.name", "network.")
+    named = ("optimizer.name", "network.", "lora.")
     changed = [text for name, text in differing(saved, current) if name.startswith(named)]
     if changed:
         raise UserError(

@@ -19,6 +19,7 @@ import magnet_train.cli.commands
 from magnet_train.__main__ import main
 from magnet_train.common.errors import UserError
 from magnet_train.metrics.record import read_records
+from magnet_train.release import SavedModel
 
 TINY_FIT = (
     "--model.network.dim=32 --model.network.num_heads=2 --model.network.num_layers=2 "
@@ -85,6 +86,17 @@ def test_fit_leaves_checkpoint_audio_plots_and_summary(run):
         assert np.isfinite([pair["before"], pair["after"]]).all(), metric
     assert set(summary["seconds"]) >= {"training"}
     assert (run / "report.html").read_text().count("<audio") >= 2
+
+
+def test_a_lora_run_leaves_an_adapter_and_resumes(run, shards, tmp_path):
+    options = (f"--model.init_from={run}", "--lora.rank=2", "--trainer.limit_val_batches=0")
+    assert fit(shards, tmp_path / "lora", *options, *TWO_STEPS) == 0
+    adapter = str(tmp_path / "lora" / "adapter")
+    own, added = SavedModel.open(tmp_path / "lora"), SavedModel.open(run).with_adapters([adapter])
+    assert own.file == SavedModel.open(run).file
+    again = added.weights()
+    assert all(torch.allclose(v, again[name], atol=1e-6) for name, v in own.weights().items())
+    assert fit(shards, tmp_path / "lora", *options, "--ckpt_path=auto") == 0  # two more steps
 
 
 def test_every_figure_of_a_validation_is_a_record(run):
@@ -235,6 +247,7 @@ def test_mistakes_of_fit(capsys, tmp_path, shards):
         ("--model.guidance_dropout=2", "guidance_dropout=2"),
         ("--model.network.num_heads=3", "num_heads"),
         ("--model.nonsense=2", "nonsense"),
+        ("--lora.rank=4", "--lora.rank 4: needs --model.init_from"),
         (f"--ckpt_path={tmp_path / 'gone.ckpt'}", "no such file"),
         (f"--ckpt_path={tmp_path / 'x.ckpt'}", "x.ckpt"),
         ("--data.num_workers=9", "num_workers"),

@@ -6,7 +6,7 @@ Weights stay bit-identical.
 import json
 import re
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -50,6 +50,8 @@ class ConvertOptions:
     """Folder or hub id of a transformers EnCodec, if the model's own is not available."""
     text_encoder: str | None = None
     """Folder or hub id of a T5, instead of the one in the model's configuration."""
+    lora: list[str] = field(default_factory=list)
+    """LoRA adapters to merge, FOLDER or FOLDER:STRENGTH each."""
     licence: str | None = None
     """Licence of the weights (default: the source's, or cc-by-nc-4.0 for audiocraft models)."""
     push_to_hub: str | None = None
@@ -76,13 +78,15 @@ def convert(source: str, options: ConvertOptions) -> Path:
     if options.to == "audiocraft":
         if folder is not None:
             raise UserError(f"{source}: is already an audiocraft model")
-        return write_model(_with_options(SavedModel.open(source), options), out)
+        return write_model(_with_options(_open(source, options), options), out)
+    if options.lora and (folder is not None or musicgen_config(source) is not None):
+        raise UserError(f"--lora: {source} is no release yet; convert it first")
     if folder is not None:
         saved = _from_audiocraft(folder, source, options)
     elif (config := musicgen_config(source)) is not None:
         saved = _from_musicgen(source, parse_musicgen(config, source), options)
     else:
-        saved = _with_options(SavedModel.open(source), options)
+        saved = _with_options(_open(source, options), options)
         weights = saved.weights()
         saved = write_release(out, saved, {k: lambda v=v: v for k, v in weights.items()})
     if options.push_to_hub is not None:
@@ -254,6 +258,10 @@ def _pretrained_codec(name: Any, model: ExportedModel, where: Path) -> dict[str,
 
 
 # --- from ours ------------------------------------------------------------------------------------
+
+
+def _open(source: str, options: ConvertOptions) -> SavedModel:
+    return SavedModel.open(source).with_adapters(options.lora)
 
 
 def _with_options(saved: SavedModel, options: ConvertOptions) -> SavedModel:

@@ -131,7 +131,7 @@ class WeightEMA(Callback):
         set_model_state_dict(
             pl_module,
             checkpoint["current_model_state"],
-            options=StateDictOptions(full_state_dict=True),
+            options=StateDictOptions(full_state_dict=True, strict=pl_module.strict_loading),
         )
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from magnet_train.common.errors import UserError, integer_from_environment
 
 T = TypeVar("T")
+LORA_HELP = "LoRA adapters on the model, FOLDER or FOLDER:STRENGTH each (as in a:0.8 b:0.4)."
 
 INTEGER_VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"),
@@ -81,7 +82,9 @@ def generate_verb(args: list[str]) -> None:
     )
     prompt = "Captions, each in quotes; one file per caption."
     parser.add_argument("-p", "--prompt", type=str, nargs="+", default=[], help=prompt)
-    parser.add_class_arguments(GenerateOptions, nested_key=None, as_group=False, skip={"prompt"})
+    parser.add_argument("--lora", type=str, nargs="+", default=[], help=LORA_HELP)
+    separate = {"prompt", "lora"}
+    parser.add_class_arguments(GenerateOptions, nested_key=None, as_group=False, skip=separate)
     parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
     parser.late_defaults = lambda given: decoding_defaults(given.get("checkpoint", "demo"))
     config = parser.parse_args(args)
@@ -107,7 +110,8 @@ def edit_verb(args: list[str]) -> None:
         what = "regenerate" if name == "regenerate" else "keep, with all others regenerated"
         region = f"Regions START:END to {what}, in seconds; an empty END means the end."
         parser.add_argument(f"--{name}", type=str, nargs="+", default=[], help=region)
-    separate = {"prompt", "regenerate", "keep"}
+    parser.add_argument("--lora", type=str, nargs="+", default=[], help=LORA_HELP)
+    separate = {"prompt", "lora", "regenerate", "keep"}
     parser.add_class_arguments(EditOptions, nested_key=None, as_group=False, skip=separate)
     parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
     parser.late_defaults = lambda given: decoding_defaults(given.get("checkpoint", "demo"))
@@ -171,7 +175,8 @@ def convert_verb(args: list[str]) -> None:
         "run folder."
     )
     parser.add_argument("source", type=str, help=source)
-    parser.add_class_arguments(ConvertOptions, nested_key=None, as_group=False)
+    parser.add_argument("--lora", type=str, nargs="+", default=[], help=LORA_HELP)
+    parser.add_class_arguments(ConvertOptions, nested_key=None, as_group=False, skip={"lora"})
     config = parser.parse_args(args)
     print(convert(config.source, options_from(ConvertOptions, config)))
 

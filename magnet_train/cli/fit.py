@@ -2,10 +2,11 @@
 
 import logging
 import os
+import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -147,7 +148,10 @@ def _with_fallback(find: Callable[[str], T], fallback: Callable[[], T]) -> Calla
 
 
 class FitParser(OneLineErrors, LightningArgumentParser):
-    """Lightning's parser with one-line errors."""
+    """Lightning's parser with one-line errors; --lora.X is short for --model.lora.X."""
+
+    def _normalized(self, args: Sequence[str]) -> list[str]:
+        return super()._normalized([re.sub(r"^--lora(?=[.=]|$)", "--model.lora", a) for a in args])
 
 
 class MagnetCLI(private_api.lightning_cli()):
@@ -278,8 +282,9 @@ class MagnetCLI(private_api.lightning_cli()):
         if self.verb == "fit" and config.ckpt_path is None and requeue_count():
             config.ckpt_path = "auto"
         resumes = config.ckpt_path is not None
-        distils = config.model.distil_guidance  # from weights that a checkpoint does not hold
-        if resumes and not distils and config.ckpt_path != AUTO:
+        # from weights that a checkpoint does not hold
+        needs_base = config.model.distil_guidance or config.model.lora.rank
+        if resumes and not needs_base and config.ckpt_path != AUTO:
             config.model.init_from = None  # the weights are the checkpoint's
         if resumes and config.ckpt_path != AUTO:
             check_named_checkpoint(Path(config.ckpt_path).expanduser(), self.verb == "fit")
@@ -348,6 +353,9 @@ class MagnetCLI(private_api.lightning_cli()):
         print(summary_text(summary, self.run_folder))
         if summary["audio"]:
             write_report(self.run_folder / "report.html", report_from_run(self.run_folder))
+        if self.model.lora.rank:
+            self.model.write_adapter(self.run_folder / "adapter")
+            print(f"adapter     {self.run_folder / 'adapter'}")
         print(closing_block(self.run_folder, run_location()))
 
 
@@ -419,6 +427,7 @@ class DryRunCLI(MagnetCLI):
             options.model.start_from_codec = False
             options.model.init_from = None
         options.model.compiled = False
+        options.model.lora.rank = 0
         if self.parsed.model.init_from is not None:  # the other mistake is the module's to name
             options.model.distil_guidance = False
 

@@ -76,9 +76,11 @@ def settings_of_checkpoint(file: Path) -> dict[str, Any]:
     if "network" not in settings:
         raise UserError(f"--ckpt_path {file}: not a checkpoint of magnet_train; choose another")
     seed = settings.pop("seed", None)
-    if not settings.get("distil_guidance"):
+    lora = {k: v for k, v in settings.pop("lora", {}).items() if k != "base_hash"}
+    if not (settings.get("distil_guidance") or lora.get("rank")):
         settings.pop("init_from", None)  # the weights are the checkpoint's
     settings["network"] = {k: v for k, v in settings["network"].items() if k not in LINKED}
+    settings |= {"lora": lora} if lora else {}
     return {"model": settings} | ({} if seed is None else {"seed_everything": seed})
 
 

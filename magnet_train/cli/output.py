@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,6 +45,8 @@ class OutputOptions:
     """Folder for the audio files."""
     checkpoint: str = "demo"
     """Release folder, hub id, checkpoint, run folder, or "demo" for the bundled model."""
+    lora: list[str] = field(default_factory=list)
+    """LoRA adapters on the model, FOLDER or FOLDER:STRENGTH each, added up."""
     seed: int = 0
     """Seed; variation i uses seed + i. A repeated prompt continues with the next seeds."""
     variations: int = 1
@@ -115,7 +117,7 @@ def check_model(options: OutputOptions, decoding: dict[str, Any]) -> "SavedModel
     from magnet_train.decoding.load_rescorer import check_rescorer
     from magnet_train.release import SavedModel
 
-    saved = SavedModel.open(options.checkpoint)
+    saved = SavedModel.open(options.checkpoint).with_adapters(options.lora)
     find_device(options.device)
     rescorer = DecodingConfig.from_dict(decoding).rescorer
     if rescorer is not None:
@@ -133,7 +135,8 @@ def load_generator(
     from magnet_train.generator import load
 
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    generator = load(options.checkpoint, find_device(options.device), dtype, options.compiled)
+    device = find_device(options.device)
+    generator = load(options.checkpoint, device, dtype, options.compiled, options.lora)
     return generator, DecodingConfig.from_dict(asdict(generator.decoding) | decoding)
 
 
