@@ -29,6 +29,10 @@ def write_run(folder: Path) -> None:
                 "decoding": {"top_p": 0.9},
             }
             path.with_suffix(".json").write_text(json.dumps(about))
+    real = folder / "validation" / "codec" / "00_name_0.wav"
+    real.parent.mkdir()
+    soundfile.write(real, tone(220), RATE)
+    real.with_suffix(".json").write_text(json.dumps({"prompt": "first prompt", "item": "item0"}))
     np.savez(
         path.with_suffix(".npz"), codes=np.zeros((2, 3), np.int64), order=np.zeros((2, 3), np.int16)
     )
@@ -63,7 +67,8 @@ def write_run(folder: Path) -> None:
 def test_a_run_becomes_prompts_by_checkpoints(tmp_path):
     write_run(tmp_path / "demo")
     report = report_from_run(tmp_path / "demo")
-    assert [list(row) for row in report.clips] == [["step 0", "step 800"]] * 2
+    steps = ["step 0", "step 800"]
+    assert [list(row) for row in report.clips] == [["real, through the codec", *steps], steps]
     assert [row["step 800"].caption for row in report.clips] == ["first prompt", HOSTILE]
     assert report.clips[0]["step 0"].about == {
         "item": "item0",
@@ -89,7 +94,7 @@ def test_a_run_becomes_prompts_by_checkpoints(tmp_path):
     assert ce["interval"] == (4.5, 5.5) and "num_clips" not in ce
     write_report(tmp_path / "r.html", report)
     page = read(tmp_path / "r.html")
-    assert len(page.all("audio")) == 4 and page.loaded() == []
+    assert len(page.all("audio")) == 5 and page.loaded() == []
 
 
 def test_what_a_run_lacks_is_noted_and_no_error(tmp_path):
@@ -103,7 +108,10 @@ def test_what_a_run_lacks_is_noted_and_no_error(tmp_path):
     (folder / "01_name_1.npz").write_bytes(b"no arrays")
     (tmp_path / "config.yaml").write_text("a: [")
     report = report_from_run(tmp_path)
-    assert [list(row) for row in report.clips] == [["step 0"], ["step 0", "step 800"]]
+    assert [list(row) for row in report.clips] == [
+        ["real, through the codec", "step 0"],
+        ["step 0", "step 800"],
+    ]
     assert report.clips[1]["step 800"].caption == "01_name_1"
     text = "\n".join(report.notes)
     for what in (

@@ -127,7 +127,7 @@ def test_everything_logged_is_defined_and_everything_defined_is_logged(run: Path
     keys = {key for rows in csv_rows(run) for row in rows for key in row} - {"step"}
     undefined = [key for key in keys if logged.find(key) is None]
     assert not undefined and len(keys) > 30
-    media = {"gen/clips", "gen/audio", "gen/plots"}
+    media = {"gen/clips", "gen/audio", "gen/plots", "gen/real"}
     rows = history(records(run))
     of_wandb = {key.split(".")[0] if key.startswith("gen/") else key for row in rows for key in row}
     assert {key for key in of_wandb if key[0] != "_"} == keys | media | {logged.STEP}
@@ -191,7 +191,8 @@ def test_a_table_and_its_audio_wait_in_the_run_folder(run: Path):
     step, item, caption, audio, picture, score = content["data"][1]
     assert (step, item, caption) == (0, "item0001", "caption 1") and score > 0
     assert audio["path"] in waiting[0] and picture["path"] in waiting[0]
-    assert len(list(run.glob("wandb/offline-run-*/files/media/audio/gen/*.wav"))) == 10
+    assert len(list(run.glob("wandb/offline-run-*/files/media/audio/gen/audio*.wav"))) == 10
+    assert len(list(run.glob("wandb/offline-run-*/files/media/audio/gen/real*.wav"))) == 2 * 2
 
 
 def test_configuration_environment_and_data_are_known_to_every_logger(run: Path):

@@ -534,6 +534,10 @@ class GenerationCallback(Callback):
             "codec reconstruction of the real clip": reconstruction.mean(0).cpu().numpy(),
         }
         save_plot(plot, wavs, item.sample_rate, item.unmask_step.cpu().numpy())
+        reference = path.parent.parent / scorer.CODEC_FOLDER / path.name
+        if not reference.exists():  # the same in every validation
+            about = {"prompt": item.caption, "item": item.key}
+            write_audio(reference, reconstruction.T.cpu().numpy(), item.sample_rate, about)
         self.audio.append(path)
         self.plots.append(plot)
 

@@ -16,6 +16,7 @@ from magnet_train.callbacks.generation import GenerationCallback
 from magnet_train.common import private_api
 from magnet_train.common.folders import write_text
 from magnet_train.common.redact import redact
+from magnet_train.evaluation.scorer import CODEC_FOLDER
 from magnet_train.module import MagnetModule
 from magnet_train.resume import shards_hash
 from magnet_train.tracking.environment import add_environment, environment
@@ -47,6 +48,11 @@ class GeneratedClip:
     def plot(self) -> Path:
         return self.audio.with_suffix(".png")
 
+    @property
+    def real(self) -> Path:
+        """The codec's reconstruction of the real clip."""
+        return self.audio.parent.parent / CODEC_FOLDER / self.audio.name
+
     @classmethod
     def read(cls, audio: Path) -> "GeneratedClip":
         about = json.loads(audio.with_suffix(".json").read_text())
@@ -73,6 +79,7 @@ class Tracking(Callback):
         """
         self.upload_checkpoints = upload_checkpoints
         self._is_set_up = False
+        self._has_real = False
         self._table: Any = None
         self._unwritten_row: dict[str, Any] | None = None
         self._logged: dict[str, Any] = {}
@@ -162,16 +169,23 @@ class Tracking(Callback):
             self._table.add_data(
                 step, clip.item, clip.caption, audio, wandb.Image(str(clip.plot)), clip.score
             )
-        names = [clip.audio.stem for clip in clips]
+        captions = [clip.caption or "(no text)" for clip in clips]
         media = {
             "gen/clips": self._table,
             "gen/audio": [
-                wandb.Audio(str(c.audio), caption=n) for c, n in zip(clips, names, strict=True)
+                wandb.Audio(str(c.audio), caption=n) for c, n in zip(clips, captions, strict=True)
             ],
             "gen/plots": [
-                wandb.Image(str(c.plot), caption=n) for c, n in zip(clips, names, strict=True)
+                wandb.Image(str(c.plot), caption=n) for c, n in zip(clips, captions, strict=True)
             ],
         }
+        if not self._has_real:  # the same in every validation
+            self._has_real = True
+            media["gen/real"] = [
+                wandb.Audio(str(clip.real), caption=caption)
+                for clip, caption in zip(clips, captions, strict=True)
+                if clip.real.is_file()
+            ]
         run.log(media | {STEP: step})
         if (logged := run.summary.get("gen/clips")) is not None:  # None with WANDB_MODE=disabled
             parts = [*logged["previous_increments_paths"], logged["artifact_path"]]

@@ -158,7 +158,7 @@ def save_plot(
         )
         axes[-1].set(ylabel="codebook", xlabel="frame")
         axes[-1].set_title("order of unmasking: dark = decided first", fontsize=8)
-        axes[-1].set_yticks(range(len(unmask_step)))
+        axes[-1].set_yticks(range(len(unmask_step)), range(1, len(unmask_step) + 1))
         figure.colorbar(image, ax=axes[-1], fraction=0.02)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)

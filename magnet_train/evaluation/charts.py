@@ -61,7 +61,7 @@ def _chart(title: str, lines: Curves) -> str:
     for i, (name, points) in enumerate(lines.items()):
         last = f"{points[-1][1]:.4g}"
         kind = "baseline" if _is_baseline(name) else ""
-        short = text(name.rpartition("/")[2].replace("_", " "))
+        short = text(_short(name))
         legend.append(
             f'<li><i class="{kind}" style="border-color:{_colour(i)}"></i>{short} {last}</li>'
         )
@@ -135,6 +135,17 @@ def thin_out(points: Sequence[Point]) -> list[Point]:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def _short(name: str) -> str:
+    """Name of a curve in its chart's legend.
+
+    >>> _short("val/ce/stage0"), _short("val/fad/vggish/baseline_codec")
+    ('codebook 1', 'baseline codec')
+    """
+    last = name.rpartition("/")[2]
+    stage = re.fullmatch(r"stage(\d+)", last)
+    return f"codebook {int(stage[1]) + 1}" if stage else last.replace("_", " ")
 
 
 def _is_baseline(name: str) -> bool:

@@ -21,6 +21,7 @@ from magnet_train.common.spectrogram import magnitude_spectrogram
 from magnet_train.evaluation.charts import Point, draw_charts
 from magnet_train.evaluation.page import Audio, audio_uri, data_uri, read_sound, text, write_page
 from magnet_train.metrics.networks.frontend import mel_filters
+from magnet_train.tracking.logged import find
 
 NUM_RANKED = 3
 """Number of best and of worst clips listed per system."""
@@ -159,7 +160,8 @@ def _cell(anchor: str, system: str, clip: ReportClip, report: Report) -> str:
     score = (
         ""
         if clip.score is None
-        else f"<small>{text(report.score)} {_finite(clip.score, name):.3g}</small>"
+        else f"<small>{text(report.score)} {_finite(clip.score, name):.3g} "
+        f"{'↓' if report.lower_is_better else '↑'}</small>"
     )
     about = dict(clip.about)
     about["clipped samples"] = f"{about.pop('clipped_share', clipped):.2%}"
@@ -274,9 +276,9 @@ def _ranked(report: Report) -> str:
             blocks.append(f"<div><h3>{text(system)}</h3>{parts}</div>")
     if not blocks:
         return ""
-    return (
-        f'<p class="faint">By {text(report.score)}.</p><div class="ranked">{"".join(blocks)}</div>'
-    )
+    better = "lower" if report.lower_is_better else "higher"
+    lead = f'<p class="faint">By {text(report.score)}, {better} is better.</p>'
+    return f'{lead}<div class="ranked">{"".join(blocks)}</div>'
 
 
 def _entries(ranked: Sequence[tuple[float, str, str]]) -> str:
@@ -323,6 +325,8 @@ def _record_row(record: Mapping[str, Any]) -> dict[str, str]:
         raise UserError(f"record {metric!r}: value={value!r} is not a number; remove it")
     _finite(value, f"record {metric!r}")
     row = {name: text(_number(record[name])) for name in _COLUMNS if name in record}
+    if metric:
+        row["metric"] += text(arrow(str(metric)))
     if "interval" in record:
         row["interval"] = " to ".join(_number(float(end)) for end in record["interval"])
     rest = flatten({name: value for name, value in record.items() if name not in _COLUMNS})
@@ -330,6 +334,16 @@ def _record_row(record: Mapping[str, Any]) -> dict[str, str]:
     if protocol:
         row["protocol"] = f"<details><summary>protocol</summary>{_definitions(protocol)}</details>"
     return row
+
+
+def arrow(metric: str) -> str:
+    """An arrow in the direction that is better, after a space; empty if neither is.
+
+    >>> arrow("fad/vggish"), arrow("val/text/clap"), arrow("music/periodicity")
+    (' ↓', ' ↑', '')
+    """
+    found = find(metric) or find(f"val/{metric}")
+    return {"lower": " ↓", "higher": " ↑"}.get(found.better if found else "", "")
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

@@ -13,7 +13,10 @@ from magnet_train.common.nested import flatten
 from magnet_train.evaluation.charts import Point
 from magnet_train.evaluation.page import read_sound
 from magnet_train.evaluation.report import Report, ReportClip, load_grids
+from magnet_train.evaluation.scorer import CODEC_FOLDER
 
+REAL = "real, through the codec"
+"""Column of the codec's reconstructions of real clips: the best that the model can reach."""
 _HEADLINES = (
     "val/fad",
     "val/kl",
@@ -65,7 +68,8 @@ def report_from_run(run_folder: str | Path) -> Report:
 
 
 def _validation_clips(folder: Path, notes: list[str]) -> list[dict[str, ReportClip]]:
-    """Clips of all validations: one entry per prompt, with clips by step."""
+    """Clips of all validations: one entry per prompt, with the real clip as the codec renders it
+    and generated clips by step."""
     rows: dict[str, dict[str, ReportClip]] = {}
     clips: list[ReportClip] = []
     for path in sorted(
@@ -76,7 +80,11 @@ def _validation_clips(folder: Path, notes: list[str]) -> list[dict[str, ReportCl
         clip = _read_clip(path, notes)
         if clip is not None:
             step = int(re.sub(r"\D", "", path.parent.name) or 0)
-            rows.setdefault(path.stem, {})[f"step {step}"] = clip
+            if path.stem not in rows:
+                real = path.parent.parent / CODEC_FOLDER / path.name
+                found = _read_clip(real, notes) if real.is_file() else None
+                rows[path.stem] = {} if found is None else {REAL: found}
+            rows[path.stem][f"step {step}"] = clip
             clips.append(clip)
     without_codes = sum(clip.codes is None and clip.order is None for clip in clips)
     if not clips:

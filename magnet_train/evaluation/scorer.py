@@ -33,6 +33,8 @@ UNCHANGED_LEVEL = "as it is"
 SILENT_RMS = 1e-5
 """-100 dB of full scale."""
 
+CODEC_FOLDER = "codec"
+"""Folder beside those of the validations, with the codec's reconstructions of their real clips."""
 Features = dict[str, FeatureSet]
 """Features of one set of clips, by the name of the embedder."""
 

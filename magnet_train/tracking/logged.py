@@ -168,6 +168,7 @@ LOGGED: tuple[Logged, ...] = (
             "a table with rows of every validation: step, item, caption, audio, plot, score",
         ),
         ("gen/audio", "", "the clips of each validation"),
+        ("gen/real", "", "their real clips through the codec, once per session; W&B only"),
         ("gen/plots", "", "their spectrograms, with the order of unmasking"),
         is_media=True,
     ),

@@ -65,7 +65,7 @@ function setUpGrids(box) {
   function show(shown) {
     draw(shown);
     const stage = Math.max(0, firstPass.findLastIndex(first => first < shown));
-    const where = shown ? `pass ${shown} of ${total}, codebook ${stage}` : "before the first pass";
+    const where = shown ? `pass ${shown} of ${total}, codebook ${stage + 1}` : "before the first pass";
     output.textContent = where;
     slider.setAttribute("aria-valuetext", where);
   }
