@@ -208,3 +208,9 @@ def test_a_boolean_option_needs_no_value(capsys):
     found = printed(capsys, "generate", *words)
     flags = found["unconditional"], found["plots"], found["decoding"]["cache_frames"]
     assert flags == (True, False, True) and found["prompt"] == ["a waltz"]
+
+
+def test_a_tracker_replaces_the_configured_loggers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    built = build_without_training(["--tracker", "csv"], [])
+    assert [type(logger).__name__ for logger in built.trainer.loggers] == ["CSVLogger"]

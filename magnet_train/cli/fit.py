@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from jsonargparse import Namespace
+from jsonargparse import Namespace, dict_to_namespace
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -61,6 +61,12 @@ LOGGERS = [
     },
 ]
 """Default loggers of `fit`; they write into the run folder."""
+TENSORBOARD = {
+    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    "init_args": {"save_dir": "."},
+}
+TRACKERS = {"wandb": LOGGERS, "tensorboard": [TENSORBOARD, LOGGERS[1]], "csv": LOGGERS[1:]}
+"""Loggers by the value of --tracker."""
 
 StrategyRegistry.register(
     "fsdp2",
@@ -212,6 +218,9 @@ class MagnetCLI(private_api.lightning_cli()):
         assert isinstance(options, FitParser)
         options.set_defaults(self.defaults(options.given(args[1:])))
         self.config = parser.parse_args(args)
+        if (tracker := self.config[self.verb].tracker) is not None:
+            loggers = [dict_to_namespace(logger) for logger in TRACKERS[tracker]]
+            self.config[self.verb].trainer.logger = loggers
         self.check(self.config[self.verb])
 
     def check(self, options: Namespace) -> None:
@@ -231,6 +240,8 @@ class MagnetCLI(private_api.lightning_cli()):
         return fit_defaults(given)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        tracker = "Log to this and to CSV files instead of the loggers of the configuration."
+        parser.add_argument("--tracker", type=Literal["wandb", "tensorboard", "csv"], help=tracker)
         parser.link_arguments("model.crop_s", "data.crop_s")
         parser.link_arguments("model.codec", "data.codec")
         parser.link_arguments("seed_everything", "data.seed")
