@@ -9,7 +9,9 @@ import lightning.pytorch as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -176,3 +178,14 @@ def test_boolean_options_are_known_by_their_type():
     within.add_argument("--optional", type=bool | None)
     parser.add_subcommands().add_subcommand("verb", within)
     assert sorted(private_api.boolean_options(parser)) == ["--flag", "--optional"]
+
+
+def test_the_progress_bar_has_a_name_and_wandb_no_anonymous_setting(tmp_path):
+    bar: Any = RichProgressBar()
+    assert "anonymous" in WandbLogger(save_dir=tmp_path, offline=True)._wandb_init
+    trainer: Any = SimpleNamespace(progress_bar_callback=bar)
+    private_api.name_training_bar(trainer)
+    private_api.omit_anonymous(logger := WandbLogger(save_dir=tmp_path, offline=True))
+    assert "anonymous" not in logger._wandb_init
+    assert hasattr(RichProgressBar, "_get_train_description")
+    assert bar._get_train_description(0).strip() == "Training"

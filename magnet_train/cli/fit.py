@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from jsonargparse import Namespace, dict_to_namespace
+from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -52,7 +52,7 @@ from magnet_train.tracking.wandb_session import finish_wandb, prepare_wandb, run
 
 T = TypeVar("T")
 
-LOGGERS = [
+LOGGERS: list[dict[str, Any]] = [
     {"class_path": "lightning.pytorch.loggers.WandbLogger"},
     {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -61,12 +61,13 @@ LOGGERS = [
     },
 ]
 """Default loggers of `fit`; they write into the run folder."""
-TENSORBOARD = {
-    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-    "init_args": {"save_dir": "."},
+CSV = {LOGGERS[1]["class_path"]: LOGGERS[1]["init_args"]}
+TRACKERS = {
+    "wandb": {LOGGERS[0]["class_path"]: {}} | CSV,
+    "tensorboard": {"lightning.pytorch.loggers.TensorBoardLogger": {"save_dir": "."}} | CSV,
+    "csv": CSV,
 }
-TRACKERS = {"wandb": LOGGERS, "tensorboard": [TENSORBOARD, LOGGERS[1]], "csv": LOGGERS[1:]}
-"""Loggers by the value of --tracker."""
+"""Classes and settings of loggers by the value of --tracker."""
 
 StrategyRegistry.register(
     "fsdp2",
@@ -219,8 +220,10 @@ class MagnetCLI(private_api.lightning_cli()):
         options.set_defaults(self.defaults(options.given(args[1:])))
         self.config = parser.parse_args(args)
         if (tracker := self.config[self.verb].tracker) is not None:
-            loggers = [dict_to_namespace(logger) for logger in TRACKERS[tracker]]
-            self.config[self.verb].trainer.logger = loggers
+            self.config[self.verb].trainer.logger = [
+                Namespace(class_path=path, init_args=Namespace(**settings))
+                for path, settings in TRACKERS[tracker].items()
+            ]
         self.check(self.config[self.verb])
 
     def check(self, options: Namespace) -> None:
@@ -316,15 +319,19 @@ class MagnetCLI(private_api.lightning_cli()):
         given = kwargs.pop("plugins", None) or self.config_init[self.verb].trainer.plugins or []
         plugins = [*given] if isinstance(given, list) else [given]
         try:
-            return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
+            plugins.append(AtomicCheckpointIO())
+            trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(f"trainer: {one_line(error)}") from error
+        private_api.name_training_bar(trainer)
+        for logger in trainer.loggers:
+            private_api.omit_anonymous(logger)
+        return trainer
 
     def fit(self, model: Any, **kwargs: Any) -> None:
         """Validate the untrained model, train, and write the summary."""
         kwargs["datamodule"].resumes_from = kwargs.get("ckpt_path")
         start = time.monotonic()
-        private_api.name_training_bar(self.trainer)
         generation = self.config_init[self.verb].generation
         generation.within_fit = True
         before: dict[str, float] = {}

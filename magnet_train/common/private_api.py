@@ -179,6 +179,13 @@ def name_training_bar(trainer: L.Trainer) -> None:
         bar._get_train_description = lambda current_epoch: f"{'Training':<10}"
 
 
+def omit_anonymous(logger: Any) -> None:
+    """Keep a WandbLogger from passing an unset setting on which W&B prints a warning."""
+    settings = getattr(logger, "_wandb_init", {})
+    if settings.get("anonymous") is None:
+        settings.pop("anonymous", None)
+
+
 # --- Lightning 2.6.6: command line ----------------------------------------------------------------
 
 
