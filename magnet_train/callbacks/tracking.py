@@ -21,6 +21,7 @@ from magnet_train.module import MagnetModule
 from magnet_train.resume import shards_hash
 from magnet_train.tracking.environment import add_environment, environment
 from magnet_train.tracking.logged import HOURS, LOGGED, STEP
+from magnet_train.tracking.wandb_session import run_location
 
 
 class SaveConfig(SaveConfigCallback):
@@ -105,8 +106,8 @@ class Tracking(Callback):
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update({"environment": session}, allow_val_change=True)
                 _define_metrics(logger.experiment)
-                if logger.experiment.url:
-                    rank_zero_info(f"W&B: {logger.experiment.url}")
+                if "://" in (location := run_location() or ""):
+                    rank_zero_info(f"W&B: {location}")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any

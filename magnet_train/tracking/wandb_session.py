@@ -160,7 +160,8 @@ def run_location() -> str | None:
     wandb: Any = sys.modules.get("wandb")
     if wandb is None or wandb.run is None or wandb.run.settings.mode == "disabled":
         return None
-    return wandb.run.url or f"wandb sync {wandb.run.settings.sync_dir}"
+    # Asked for its address, an offline run prints a warning.
+    return f"wandb sync {wandb.run.settings.sync_dir}" if wandb.run.offline else wandb.run.url
 
 
 # --- at its end -----------------------------------------------------------------------------------
