@@ -248,3 +248,19 @@ def test_prompts(tmp_path: Path):
     (tmp_path / "p.jsonl").write_text('{"text": "one"}\n{"caption": null}\n')
     assert "line 2: no caption" in refusal(read_prompts, tmp_path / "p.jsonl")
     assert "no prompt" in refusal(read_prompts, touch(tmp_path / "empty.txt"))
+
+
+def test_the_metadata_of_mtg_jamendo_is_a_manifest(tmp_path: Path):
+    touch(tmp_path / "48/948.mp3", tmp_path / "14/214.low.mp3", tmp_path / "15/215.mp3")
+    head = "TRACK_ID\tARTIST_ID\tALBUM_ID\tPATH\tDURATION\tTAGS\n"
+    tags = "genre---rock\tmood/theme---calm\tgenre---folk\tinstrument---piano\tother---x"
+    rows = [f"track_0000948\ta1\tb1\t48/948.mp3\t212.7\t{tags}"]
+    rows += ["track_0000214\ta2\tb2\t14/214.mp3\t124.6\tgenre---punkrock"]
+    rows += ["track_0000215\ta2\tb2\t15/215.mp3\t151.4"]
+    (tmp_path / "autotagging.tsv").write_text(head + "\n".join(rows))
+    first, low, bare = find_clips(tmp_path / "autotagging.tsv")
+    assert first.caption == "genre: rock, folk. instrument: piano. moods: calm"
+    assert first.fields["genre"] == ["rock", "folk"] and first.fields["artist_id"] == "a1"
+    assert first.duration_s is None and not first.error
+    assert low.path == tmp_path / "14/214.low.mp3" and low.caption == "genre: punkrock"
+    assert bare.caption == ""

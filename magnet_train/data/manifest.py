@@ -30,6 +30,10 @@ PATH_FIELDS = ("path", "audio_filepath", "file_name")
 KNOWN_FIELDS = (*PATH_FIELDS, *CAPTION_FIELDS, "offset", "duration")
 """Case-insensitive field names."""
 MANIFEST_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+JAMENDO_COLUMNS = ("TRACK_ID", "ARTIST_ID", "ALBUM_ID", "path", "duration", "TAGS")
+"""Columns of MTG-Jamendo's metadata; each tag is a column of its own, CATEGORY---NAME."""
+JAMENDO_FIELDS = {"genre": "genre", "instrument": "instrument", "mood/theme": "moods"}
+"""Fields for the tags of a category, with the names of audiocraft's music manifests."""
 MISSING_WORDS = ("", "nan", "none", "null", "<na>")
 """Texts, in lower case, that programs write for missing values."""
 MAX_SIDECAR_BYTES = 1 << 20
@@ -359,12 +363,33 @@ def _read_table(text: str, manifest: Path, delimiter: str) -> Iterator[tuple[int
                 raise UserError(
                     f"{manifest}, line {number}: two columns of the same name; rename one"
                 )
+        elif tuple(columns) == JAMENDO_COLUMNS:
+            yield number, _jamendo_row(row, manifest.parent)
         elif len(row) > len(columns):
             raise UserError(
                 f"{manifest}, line {number}: more columns than line 1; quote text with commas"
             )
         else:
             yield number, dict(zip(columns, row, strict=False))
+
+
+def _jamendo_row(row: list[str], folder: Path) -> dict[str, Any]:
+    """Path, caption and fields of a row of MTG-Jamendo's metadata.
+
+    The caption lists the tags. The length is that of the file, which is only rounded in the row,
+    and `.low.mp3`, the smaller version of the audio, is used where it is the one there is.
+    """
+    track, artist, album, path, _, *tags = row + [""] * (len(JAMENDO_COLUMNS) - len(row))
+    found: dict[str, list[str]] = {}
+    for tag in tags:
+        category, _, name = tag.partition("---")
+        if name and category in JAMENDO_FIELDS:
+            found.setdefault(JAMENDO_FIELDS[category], []).append(name)
+    low = Path(path).with_suffix(".low.mp3")
+    is_low = not (folder / path).exists() and (folder / low).exists()
+    parts = [f"{name}: {', '.join(found[name])}" for name in sorted(found)]
+    about = {"track_id": track, "artist_id": artist, "album_id": album}
+    return {"path": str(low) if is_low else path, "caption": ". ".join(parts)} | about | found
 
 
 def _clips_in_manifest(manifest: Path) -> list[Clip]:
