@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import write_json
-from magnet_train.common.tensor_files import check_numbers, read_safetensors
+from magnet_train.common.tensor_files import check_numbers, read_safetensors, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -204,17 +204,15 @@ def write_adapter(
     folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig, base: str, base_hash: str
 ) -> None:
     """Write PEFT's two files: `tensors` are named LAYER.lora_A and LAYER.lora_B."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     layers = layers_of(tensors, str(folder))
     named = {
-        f"{PREFIX}{layer}.lora_{half}.weight": value.detach().cpu().contiguous()
+        f"{PREFIX}{layer}.lora_{half}.weight": lambda value=value: value.detach().cpu()
         for layer, pair in layers.items()
         for half, value in zip("AB", pair, strict=True)
     }
     # The hash is metadata of the weights: PEFT warns of unknown keys in its configuration.
-    save_file(named, folder / WEIGHTS_FILE, {"format": "pt", "base_hash": base_hash})
+    write_safetensors(folder / WEIGHTS_FILE, named, {"base_hash": base_hash})
     settings = {
         "peft_type": "LORA",
         "task_type": None,

@@ -136,7 +136,9 @@ def read_safetensors(path: Path, remedy: str) -> dict[str, Tensor]:
         raise UserError(f"{path}: missing or damaged ({one_line(error)}); {remedy}") from error
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> str:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Callable[[], Tensor]], about: Mapping[str, str] | None = None
+) -> str:
     """Write a safetensors file one tensor at a time; returns its SHA-256.
 
     safetensors' own writer copies all tensors: 3.5 GB more for the largest published model.
@@ -144,8 +146,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Callable[[], Tensor]]) -
     Args:
         path: the file.
         tensors: functions that return the tensors; each is called twice, for header and data.
+        about: further metadata.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(about or {})}
     end = 0
     for name, make in tensors.items():
         tensor = make()
