@@ -53,6 +53,7 @@ def _own_wandb_session():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")  # which a verb may change
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Private parts of other packages used by `common/private_api.py` exist."""
 
 import copy
+import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,20 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.flop_counter import FlopCounterMode
 
 from magnet_train.common import private_api
+
+
+def test_torchmetrics_without_what_its_other_metrics_need():
+    script = (
+        "import sys\n"
+        "from magnet_train.common import private_api\n"
+        "private_api.import_torchmetrics_alone()\n"
+        "import torchmetrics\n"
+        "mean = torchmetrics.MeanMetric()\n"
+        "mean.update(2.0)\n"
+        "print(float(mean.compute()), {'transformers', 'scipy.signal'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "2.0 set()", done.stderr
 
 
 class Probe(L.Callback):

@@ -36,15 +36,22 @@ def run(verb: str, args: list[str]) -> None:
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     if verb in ("fit", "validate", "test", "predict"):
-        _fit_module().run_lightning(verb, args)
+        _fit_module(shows_help=not {"-h", "--help"}.isdisjoint(args)).run_lightning(verb, args)
     else:
         VERBS[verb](args)
 
 
-def _fit_module() -> Any:
-    """Imports `cli.fit` with garbage collection off, which saves seconds."""
+def _fit_module(shows_help: bool = False) -> Any:
+    """Imports `cli.fit` with garbage collection off, which saves seconds.
+
+    If it only shows help, Lightning gets a torchmetrics without what help does not need.
+    """
     gc.disable()
     try:
+        if shows_help:
+            from magnet_train.common.private_api import import_torchmetrics_alone
+
+            import_torchmetrics_alone()
         from magnet_train.cli import fit
     finally:
         gc.enable()
@@ -128,6 +135,7 @@ def evaluate_verb(args: list[str]) -> None:
 
     from magnet_train.cli.inherited import decoding_defaults
     from magnet_train.cli.parser import make_parser
+    from magnet_train.common.products import choose_products
     from magnet_train.decoding.decode import DecodingConfig
     from magnet_train.evaluation.evaluate import DEFAULT_METRICS, EvaluateOptions, evaluate
     from magnet_train.metrics.embedders import EMBEDDERS
@@ -153,6 +161,7 @@ def evaluate_verb(args: list[str]) -> None:
     parser.late_defaults = lambda given: decoding_defaults(given.get("checkpoint"))
     config = parser.parse_args(args)
     decoding = asdict(options_from(DecodingConfig, config.decoding)) if config.checkpoint else {}
+    choose_products()
     try:
         evaluate(options_from(EvaluateOptions, config), decoding)
     finally:
@@ -337,12 +346,15 @@ def bench_verb(args: list[str]) -> None:
     from magnet_train.checks.bench import bench
     from magnet_train.checks.measure import BenchOptions
     from magnet_train.cli.parser import make_parser
+    from magnet_train.common.products import choose_products
 
     parser = make_parser("bench", "Measure time and memory of attention, training and decoding.")
     parts = "Parts to measure (default: all)."
     parser.add_argument("--only", type=str, nargs="+", default=[], help=parts)
     parser.add_class_arguments(BenchOptions, nested_key=None, as_group=False, skip={"only"})
-    bench(options_from(BenchOptions, parser.parse_args(args)))
+    options = options_from(BenchOptions, parser.parse_args(args))
+    choose_products()
+    bench(options)
 
 
 def dashboard_verb(args: list[str]) -> None:

@@ -41,6 +41,7 @@ from magnet_train.common import private_api
 from magnet_train.common.errors import UserError, integer_from_environment
 from magnet_train.common.folders import writable_folder, write_json
 from magnet_train.common.pretrained import one_line
+from magnet_train.common.products import choose_products
 from magnet_train.conditioning import load_text_encoder
 from magnet_train.data.datamodule import MagnetDataModule, check_shards_per_worker
 from magnet_train.evaluation.report import write_report
@@ -309,6 +310,7 @@ class MagnetCLI(private_api.lightning_cli()):
             self.lock.acquire()
         prepare_run_folder(config, self.verb == "fit")
         prepare_loggers(config, self.run_folder, self.verb, resumes)
+        choose_products()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer.

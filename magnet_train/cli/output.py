@@ -131,9 +131,11 @@ def load_generator(
     """Load the model of --checkpoint, and merge its decoding settings with the given ones."""
     import torch
 
+    from magnet_train.common.products import choose_products
     from magnet_train.decoding.decode import DecodingConfig
     from magnet_train.generator import load
 
+    choose_products()
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     device = find_device(options.device)
     generator = load(options.checkpoint, device, dtype, options.compiled, options.lora)

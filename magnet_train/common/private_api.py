@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -184,6 +185,34 @@ def omit_anonymous(logger: Any) -> None:
     settings = getattr(logger, "_wandb_init", {})
     if settings.get("anonymous") is None:
         settings.pop("anonymous", None)
+
+
+# --- lightning-utilities 0.15 ---------------------------------------------------------------------
+
+
+def import_torchmetrics_alone() -> None:
+    """Import torchmetrics without scipy, matplotlib and transformers, for metrics not used here.
+
+    Their import takes a third of the time of `fit --help`. The metrics that need them are missing
+    in this process.
+    """
+    from lightning_utilities.core import imports
+
+    unused = ("scipy", "matplotlib", "transformers")
+    requirement_cache, package_available = imports.RequirementCache, imports.package_available
+
+    class Requirement(requirement_cache):
+        def __bool__(self) -> bool:
+            return not str(self.requirement).startswith(unused) and super().__bool__()
+
+    patched: Any = imports
+    patched.RequirementCache = Requirement
+    patched.package_available = lambda name: name not in unused and package_available(name)
+    try:
+        import_module("torchmetrics")
+    finally:
+        patched.RequirementCache = requirement_cache
+        patched.package_available = package_available
 
 
 # --- Lightning 2.6.6: command line ----------------------------------------------------------------

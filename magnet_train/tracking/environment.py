@@ -13,6 +13,7 @@ import torch
 
 import magnet_train
 from magnet_train.common.folders import write_json
+from magnet_train.common.products import products
 
 
 def environment(num_ranks: int) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def environment(num_ranks: int) -> dict[str, Any]:
         "lightning": importlib.metadata.version("lightning"),
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "float32_products": products(),
         "num_ranks": num_ranks,
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
