@@ -2,8 +2,7 @@
 
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,32 +12,37 @@ from magnet_train.cli import run_folder
 from magnet_train.cli.run_folder import RunFolderLock, check_run_folder, prepare_run_folder
 from magnet_train.common.errors import UserError
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from magnet_train.cli.run_folder import RunFolderLock
-lock = RunFolderLock(Path(sys.argv[1]))
-lock.acquire()
-print("held", flush=True)
-time.sleep(600)
-"""
+
+def process_with(folder: Path) -> int:
+    """Id of a process that has the folder until it is killed."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            lock = RunFolderLock(folder)
+            lock.acquire()
+            os.write(told, b".")
+            time.sleep(600)
+        finally:
+            os._exit(1)
+    os.close(told)
+    assert os.read(ready, 1) == b"."
+    os.close(ready)
+    return child
 
 
 def test_a_second_process_learns_which_one_uses_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.1)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+    first = process_with(tmp_path)
     try:
-        assert first.stdout is not None and first.stdout.readline() == "held\n"
         for _ in range(2):  # being refused leaves the owner's note as it is
-            with pytest.raises(UserError, match=rf"used by process {first.pid} on .+; wait for it"):
+            with pytest.raises(UserError, match=rf"used by process {first} on .+; wait for it"):
                 RunFolderLock(tmp_path).acquire()
         with pytest.raises(UserError, match="used by process"):
             check_run_folder(options(tmp_path))
     finally:
-        first.send_signal(signal.SIGKILL)
-        first.wait()
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
     monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 10.0)
     lock = RunFolderLock(tmp_path)
     lock.acquire()  # nothing of a killed process is in the way
