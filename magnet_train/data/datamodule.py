@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as L
 import numpy as np
@@ -109,6 +109,21 @@ def check_crop_schedule(
     return [(min(float(length), crop_s), int(steps)) for length, steps in schedule]
 
 
+def check_batches(batch_size: int, global_batch_size: int | None, num_workers: int | None) -> None:
+    """Check the sizes of batches and the number of workers.
+
+    Raises:
+        UserError: if one is too small.
+    """
+    if batch_size < 1 or (num_workers is not None and num_workers < 0):
+        raise UserError(
+            f"data: batch_size={batch_size} must be at least 1, num_workers={num_workers} at "
+            "least 0"
+        )
+    if global_batch_size is not None and global_batch_size < 1:
+        raise UserError(f"data: global_batch_size={global_batch_size} must be at least 1")
+
+
 class MagnetDataModule(L.LightningDataModule):
     """Training, validation and test data."""
 
@@ -159,15 +174,13 @@ class MagnetDataModule(L.LightningDataModule):
             predict_split: Split whose captions `predict` uses: train, validation or test.
         """
         super().__init__()
-        if batch_size < 1 or (num_workers is not None and num_workers < 0):
-            raise UserError(
-                f"data: batch_size={batch_size} must be at least 1, num_workers={num_workers} at "
-                "least 0"
-            )
-        if predict_split not in ("train", "validation", "test"):
-            raise UserError(
-                f"data: predict_split={predict_split}: choose train, validation or test"
-            )
+        check_batches(batch_size, global_batch_size, num_workers)
+        for name, value, known in (
+            ("predict_split", predict_split, ("train", "validation", "test")),
+            ("crop_start", crop_start, get_args(CropStart)),
+        ):
+            if value not in known:
+                raise UserError(f"data: {name}={value}: choose {' or '.join(known)}")
         if not 0 <= val_split <= 0.5 or (val_split and (train is None or validation is not None)):
             raise UserError(
                 f"data: val_split={val_split} must be from 0 to 0.5, with train and without "
@@ -180,15 +193,11 @@ class MagnetDataModule(L.LightningDataModule):
             name: str(demo_path(f"shards/{name}")) if demo else given
             for name, given in (("train", train), ("validation", validation), ("test", test))
         }
-        if global_batch_size is not None and global_batch_size < 1:
-            raise UserError(f"data: global_batch_size={global_batch_size} must be at least 1")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.crop_s = crop_s
         self.global_batch_size = global_batch_size
         self.augmentation = augmentation
-        if crop_start not in ("anywhere", "bar"):
-            raise UserError(f"data: crop_start={crop_start}: choose anywhere or bar")
         self.crop_start = crop_start
         self.crop_schedule = check_crop_schedule(crop_schedule or [], crop_s)
         self._is_batch_split = False

@@ -50,13 +50,7 @@ def check_judge(metric: str, reference: str | None, prompts: Sequence[str]) -> N
     """
     name, _, figure = metric.partition("/")
     if name == "music":
-        if figure not in MUSIC_JUDGES:
-            known = ", ".join(f"music/{figure}" for figure in MUSIC_JUDGES)
-            raise UserError(f"--judge {metric}: choose one of {known}")
-        parse = {"key_rank": parse_key, "beat": parse_tempo}.get(figure)
-        if parse is not None and (bad := [p for p in prompts if parse(p) is None]):
-            what = "key" if figure == "key_rank" else "tempo"
-            raise UserError(f"--judge {metric}: the prompt {bad[0]!r} names no {what}")
+        _check_music_judge(metric, figure, prompts)
         return
     if name not in ("fad", "text"):
         raise UserError(f"--judge {metric}: choose fad/EMBEDDER, text/EMBEDDER or music/FIGURE")
@@ -67,6 +61,16 @@ def check_judge(metric: str, reference: str | None, prompts: Sequence[str]) -> N
         )
     if name == "text" and not all(p.strip() for p in prompts):
         raise UserError(f"--judge {metric}: needs a prompt; choose another judge for no text")
+
+
+def _check_music_judge(metric: str, figure: str, prompts: Sequence[str]) -> None:
+    if figure not in MUSIC_JUDGES:
+        known = ", ".join(f"music/{figure}" for figure in MUSIC_JUDGES)
+        raise UserError(f"--judge {metric}: choose one of {known}")
+    parse = {"key_rank": parse_key, "beat": parse_tempo}.get(figure)
+    if parse is not None and (bad := [p for p in prompts if parse(p) is None]):
+        what = "key" if figure == "key_rank" else "tempo"
+        raise UserError(f"--judge {metric}: the prompt {bad[0]!r} names no {what}")
 
 
 def load_judge(metric: str, reference: str | None, device: str) -> Judge:

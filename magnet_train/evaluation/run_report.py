@@ -255,7 +255,6 @@ def _last_values(
         if name.startswith("generation.")
         or name in ("model.codec", "model.text_encoder", "model.crop_s")
     }
-    clips = curves.get("val/num_clips", ())
     records = []
     for name, points in curves.items():
         is_generated = name.startswith(_HEADLINES[:4])
@@ -266,12 +265,16 @@ def _last_values(
         if low is not None and high is not None:
             record["interval"] = (low, high)
         if is_generated:
-            record |= {"num_clips": int(clips[-1][1])} if clips else {}
-            baselines = [other for other in curves if other.startswith(f"{name}/baseline_")]
-            record |= {
-                other.removeprefix(f"{name}/").replace("_", " "): curves[other][-1][1]
-                for other in baselines
-            }
-            record |= protocol
+            record |= _baselines_of(name, curves) | protocol
         records.append(record)
     return records
+
+
+def _baselines_of(name: str, curves: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
+    """Number of clips and last baselines of a metric of generated clips."""
+    clips = curves.get("val/num_clips", ())
+    values: dict[str, Any] = {"num_clips": int(clips[-1][1])} if clips else {}
+    for other, points in curves.items():
+        if other.startswith(f"{name}/baseline_"):
+            values[other.removeprefix(f"{name}/").replace("_", " ")] = points[-1][1]
+    return values

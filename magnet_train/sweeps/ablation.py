@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -221,11 +221,7 @@ def read_ablation(runs: Sequence[Run]) -> Ablation:
     settings = {run.name: tuple(_hashable(run.values[name]) for name in varied) for run in finished}
     num_seeds = Counter(settings.values())
     seeds = {run.name: tuple(run.values[n] for n in short if n not in varied) for run in finished}
-    by_metric: dict[str, BySetting] = {}
-    for name, metrics in values.items():
-        for metric, value in metrics.items():
-            of_seeds = by_metric.setdefault(metric, {}).setdefault(settings[name], {})
-            of_seeds[seeds[name]] = value
+    by_metric = _by_metric(values, settings, seeds)
     means = {
         metric: {setting: Mean.of(list(values.values())) for setting, values in by_setting.items()}
         for metric, by_setting in by_metric.items()
@@ -235,6 +231,20 @@ def read_ablation(runs: Sequence[Run]) -> Ablation:
     notes = [*_unfinished(runs), *_differences(finished), *_missing(by_metric, num_seeds)]
     labels = [short[name] for name in varied]
     return Ablation(labels, means, differences, num_seeds, notes, values)
+
+
+def _by_metric(
+    values: Mapping[str, Mapping[str, float]],
+    settings: Mapping[str, Setting],
+    seeds: Mapping[str, Setting],
+) -> dict[str, BySetting]:
+    """Values by metric, setting and seeds, from the metrics, setting and seeds of each run."""
+    by_metric: dict[str, BySetting] = {}
+    for run, metrics in values.items():
+        for metric, value in metrics.items():
+            of_seeds = by_metric.setdefault(metric, {}).setdefault(settings[run], {})
+            of_seeds[seeds[run]] = value
+    return by_metric
 
 
 def _from_first(first: Setting, by_setting: BySetting) -> dict[Setting, Difference]:
