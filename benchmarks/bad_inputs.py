@@ -916,7 +916,10 @@ def checkpoints(samples: Samples) -> Iterator[Case]:
             ("convert", ["c.ckpt", "--out", "out"]),
         ):
             yield Case(verb, f"checkpoint: {what}", args, saved(change), words=("c.ckpt",))
-    for what in ("empty", "a text", "code", "no state_dict", "no settings"):
+    for what in (
+        *("empty", "a text", "code", "no state_dict", "no settings", "a weight NaN"),
+        *("a weight of integers", "a weight of another shape", "a weight less"),
+    ):
         args = [*SMALL_FIT, "--ckpt_path=c.ckpt"]
         yield Case("fit", f"checkpoint: {what}", args, saved(wholes[what]), words=("c.ckpt",))
     yield Case(

@@ -361,6 +361,26 @@ def _network_weights(
     return {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
 
 
+def check_checkpoint_weights(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Check the averaged and the raw weights of a run's checkpoint against its own settings.
+
+    Args:
+        checkpoint: its content.
+        path: its file, for messages.
+
+    Raises:
+        UserError: for the first wrong tensor.
+    """
+    try:
+        network = _read_network(checkpoint["hyper_parameters"]["network"])
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(
+            f"{path}: not a checkpoint of magnet_train ({one_line(error)}); {DAMAGED_CHECKPOINT}"
+        ) from error
+    for raw in (False, True) if "current_model_state" in checkpoint else (False,):
+        check_weights(_network_weights(checkpoint, path, raw), network, path)
+
+
 def _shapes(weights: Mapping[str, Any]) -> Shapes:
     return {name: tuple(getattr(tensor, "shape", ())) for name, tensor in weights.items()}
 

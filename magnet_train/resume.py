@@ -17,7 +17,7 @@ import torch
 
 from magnet_train.common.errors import UserError, integer_from_environment
 from magnet_train.common.pretrained import one_line
-from magnet_train.release import read_checkpoint
+from magnet_train.release import check_checkpoint_weights, read_checkpoint
 
 WEIGHTS_PARTS = {"state_dict": dict, "hyper_parameters": dict}
 """Entries of a checkpoint required for validation, and their types."""
@@ -112,10 +112,13 @@ def check_named_checkpoint(path: Path, is_fit: bool) -> dict[str, Any]:
         is_fit: whether training resumes from it; otherwise only its weights are used.
 
     Raises:
-        UserError: as `read_training_checkpoint`.
+        UserError: as `read_training_checkpoint`, or if its weights are of another shape or type, or
+            not finite.
     """
     parts = PARTS if is_fit else WEIGHTS_PARTS
-    return read_training_checkpoint(path, parts | {"pytorch-lightning_version": str})
+    checkpoint = read_training_checkpoint(path, parts | {"pytorch-lightning_version": str})
+    check_checkpoint_weights(checkpoint, path)
+    return checkpoint
 
 
 def read_training_checkpoint(path: Path, parts: Mapping[str, type] = PARTS) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from magnet_train.cli.fit import build_without_training
 from magnet_train.common.errors import UserError
 from magnet_train.conditioning import load_text_encoder
 from magnet_train.data.pipeline import ShardSet
-from magnet_train.model import MagnetConfig
+from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.resume import shards_hash
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -299,6 +299,7 @@ def test_an_invalid_configuration_is_reported_as_by_fit(options, sign, parts, ca
 
 def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch, capsys):
     network = asdict(MagnetConfig(**NETWORK, num_codebooks=4, codebook_size=64, text_dim=32))
+    weights = Magnet(MagnetConfig(**network)).state_dict()
     hashes = {"codec": ShardSet.open(parts / "train").index["codec"]["hash"]}
     hashes["train"] = shards_hash(ShardSet.open(parts / "train").index)
     hashes["text_encoder"] = load_text_encoder(str(parts / "t5")).hash
@@ -310,7 +311,8 @@ def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch,
     }
 
     def saved(name: str, **changes) -> str:
-        content = {"hyper_parameters": model, "global_step": 3, "state_dict": {}, "run": hashes}
+        content = {"hyper_parameters": model, "global_step": 3, "run": hashes}
+        content["state_dict"] = {f"network.{k}": v for k, v in weights.items()}
         content |= {"optimizer_states": [], "lr_schedulers": [], "loops": {}, "callbacks": {}}
         content |= {"pytorch-lightning_version": "2.6"}
         torch.save(content | changes, tmp_path / name)
@@ -332,6 +334,9 @@ def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch,
     assert said["disk"].startswith("ok ")
     (said,) = look("start", plan, ckpt_path=saved("d.ckpt", optimizer_states=None))
     assert "d.ckpt: not a checkpoint of a training run (optimizer_states is missing)" in said
+    weights["out_norm.bias"] = torch.full((NETWORK["dim"],), math.nan)
+    (said,) = look("start", plan, ckpt_path=saved("d.ckpt"))
+    assert "d.ckpt: out_norm.bias has NaN or infinite values" in said
     (tmp_path / "d.ckpt").unlink()
     # A requeued job resumes, independent of its script.
     given = {
