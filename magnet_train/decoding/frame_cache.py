@@ -77,7 +77,7 @@ class CachedForward:
         frames = self.model.frame_inputs(x, pass_, None)
         assert isinstance(frames, FrameInputs)
         self._frames, self._codes = frames, codes
-        # Per block: queries, keys and values with the input of attention, and the output.
+        # Of each block: what attention sees, and the output.
         shape = 2 * num_blocks, *x.shape[:2]
         self._outdated = torch.ones(shape, dtype=torch.bool, device=x.device)
         self._caches: list[Tensor | None] = [None] * (3 * num_blocks)
@@ -93,14 +93,14 @@ class CachedForward:
         for i, block in enumerate(blocks):
             remaining = (len(blocks) - 1 - i) * reach
             rows = self._due(2 * i, changed <= i * reach + side, needed <= remaining + context)
-            inputs = x.index_select(0, rows)
+            inputs = _at(x, rows)
             if block.convolution is not None:
                 inputs = inputs + self._convolved(x, block.convolution.weight, rows)
+                x = self._updated(3 * i + 1, rows, inputs)
             qkv = self._updated(3 * i, rows, self._rotated(self._projected(block, inputs), rows))
-            inputs = self._updated(3 * i + 1, rows, inputs)
             rows = self._due(2 * i + 1, changed <= (i + 1) * reach, needed <= remaining)
             self.num_computed.append(len(rows))
-            y = inputs.index_select(0, rows)
+            y = _at(x, rows)
             if len(rows):
                 y = y + block.self_attention.out(self._attention(qkv, rows))
                 if self.text is not None:
@@ -119,6 +119,9 @@ class CachedForward:
     def _updated(self, index: int, rows: Tensor, values: Tensor) -> Tensor:
         """A cache of all frames, `b*t …`, after writing `values` (`m …`) to `rows`."""
         cache = self._caches[index]
+        if len(rows) == self._outdated[0].numel():
+            cache = self._caches[index] = values
+            return cache
         if cache is None:
             cache = values.new_zeros(self._outdated[0].numel(), *values.shape[1:])
             self._caches[index] = cache
@@ -182,10 +185,17 @@ class CachedForward:
         width = int(counts.max())
         place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[example]
         slots = example * width + place
-        table = q.new_zeros(b * width, q.shape[1]).index_copy_(0, slots, q)
+        table = q
+        if len(rows) < b * width:
+            table = q.new_zeros(b * width, q.shape[1]).index_copy_(0, slots, q)
         queries = table.view(b, width, num_heads, -1).transpose(1, 2)
         out = text_attention(queries, text.keys[index], text.values[index], text.allowed)
-        return out.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, slots)
+        return _at(out.transpose(1, 2).flatten(2).flatten(0, 1), slots)
+
+
+def _at(x: Tensor, rows: Tensor) -> Tensor:
+    """The rows of `n d`, in ascending order and each at most once: `m d`."""
+    return x if len(rows) == len(x) else x.index_select(0, rows)
 
 
 def _distance(marked: Tensor) -> Tensor:
