@@ -371,14 +371,19 @@ def check_checkpoint_weights(checkpoint: Mapping[str, Any], path: Path) -> None:
     Raises:
         UserError: for the first wrong tensor.
     """
+    settings = checkpoint["hyper_parameters"]
     try:
-        network = _read_network(checkpoint["hyper_parameters"]["network"])
+        network = _read_network(settings["network"])
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(
             f"{path}: not a checkpoint of magnet_train ({one_line(error)}); {DAMAGED_CHECKPOINT}"
         ) from error
     for raw in (False, True) if "current_model_state" in checkpoint else (False,):
-        check_weights(_network_weights(checkpoint, path, raw), network, path)
+        weights = _network_weights(checkpoint, path, raw)
+        if (settings.get("lora") or {}).get("rank"):  # only adapters
+            check_numbers(weights, path)
+        else:
+            check_weights(weights, network, path)
 
 
 def _shapes(weights: Mapping[str, Any]) -> Shapes:

@@ -25,7 +25,7 @@ from magnet_train.callbacks.averaging import WeightEMA
 from magnet_train.common.errors import UserError
 from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.module import MagnetModule
-from magnet_train.release import SavedModel
+from magnet_train.release import SavedModel, check_checkpoint_weights
 
 CONFIG = MagnetConfig(dim=32, num_heads=2, num_layers=2, codebook_size=16, text_dim=8, context=2)
 LORA = LoraConfig(rank=4, alpha=6.0)
@@ -144,6 +144,7 @@ def test_a_run_trains_averages_and_saves_only_adapters(tiny, tmp_path):
     module = fit(tmp_path / "run")
     two, four = (tmp_path / f"run/step={step}.ckpt" for step in (2, 4))
     saved = torch.load(four, weights_only=True)
+    check_checkpoint_weights(saved, four)
     assert all(".lora_" in name for name in saved["state_dict"] | saved["current_model_state"])
     assert len(saved["optimizer_states"][0]["state"]) == len(saved["state_dict"])
     frozen = {n: v for n, v in module.network.state_dict().items() if ".lora_" not in n}
