@@ -84,6 +84,16 @@ def load_teacher(start: SavedModel | None, network: MagnetConfig) -> Magnet:
     return start.build().requires_grad_(False)
 
 
+def check_lora(lora: LoraConfig, init_from: str | None, distil_guidance: bool) -> None:
+    """Whether an adapter has a model to be trained on.
+
+    Raises:
+        UserError: if not, or if it would be distilled.
+    """
+    if lora.rank and (init_from is None or distil_guidance):
+        raise UserError(f"--lora.rank {lora.rank}: needs --model.init_from and no distillation")
+
+
 MAX_CROP_S = 3600.0
 
 
@@ -192,8 +202,7 @@ class MagnetModule(L.LightningModule):
             raise UserError(
                 f"init_from={init_from} and start_from_codec=true: choose one to start from"
             )
-        if lora.rank and (init_from is None or distil_guidance):
-            raise UserError(f"--lora.rank {lora.rank}: needs --model.init_from and no distillation")
+        check_lora(lora, init_from, distil_guidance)
         start = None if init_from is None else SavedModel.open(init_from)
         # In a tuple, so that it enters neither checkpoints nor the optimizer.
         self._teacher = (load_teacher(start, network),) if distil_guidance else ()

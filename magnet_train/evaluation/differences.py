@@ -66,7 +66,8 @@ def paired_differences(
                     for part, owner in zip(both, (system, first), strict=True)
                 ]
                 pairs = [(a, b) for a, b in zip(*of_systems, strict=True) if None not in (a, b)]
-                difference = Difference.of(pairs) if len(pairs) >= MIN_CLIPS else None  # type: ignore
+                enough = len(pairs) >= MIN_CLIPS
+                difference = Difference.of(pairs) if enough else None  # type: ignore[arg-type]
             if difference is not None:
                 found[metric, system] = difference
     return holm(found)  # type: ignore[arg-type]

@@ -222,10 +222,7 @@ def read_ablation(runs: Sequence[Run]) -> Ablation:
     num_seeds = Counter(settings.values())
     seeds = {run.name: tuple(run.values[n] for n in short if n not in varied) for run in finished}
     by_metric = _by_metric(values, settings, seeds)
-    means = {
-        metric: {setting: Mean.of(list(values.values())) for setting, values in by_setting.items()}
-        for metric, by_setting in by_metric.items()
-    }
+    means = {metric: _means(by_setting) for metric, by_setting in by_metric.items()}
     first = next(iter(num_seeds))
     differences = {metric: _from_first(first, of) for metric, of in by_metric.items()}
     notes = [*_unfinished(runs), *_differences(finished), *_missing(by_metric, num_seeds)]
@@ -245,6 +242,10 @@ def _by_metric(
             of_seeds = by_metric.setdefault(metric, {}).setdefault(settings[run], {})
             of_seeds[seeds[run]] = value
     return by_metric
+
+
+def _means(by_setting: BySetting) -> dict[Setting, Mean]:
+    return {setting: Mean.of(list(values.values())) for setting, values in by_setting.items()}
 
 
 def _from_first(first: Setting, by_setting: BySetting) -> dict[Setting, Difference]:

@@ -99,24 +99,11 @@ def read_sweep(file: Path, out: Path, overrides: Sequence[str] = ()) -> list[Run
         UserError: if the file is not a grid sweep, two runs get the same name, or an override names
             a parameter of the grid or the runs' folder.
     """
-    content = read_yaml(file, str(file))
-    needed = {"method", "parameters", "command"}
-    if not isinstance(content, dict) or not content.keys() >= needed:
-        raise UserError(f"{file}: a sweep needs method, parameters and command; {EXAMPLE}")
-    if content["method"] != "grid":
-        raise UserError(
-            f"{file}: method={content['method']} needs a W&B server (`wandb sweep {file}`); "
-            "or set grid"
-        )
+    content = _read_grid(file)
     options = _fit_options(file, content["command"])
     choices = _choices(file, content["parameters"])
     varied = [name for name in choices if "values" in content["parameters"][name]]
-    for name in {word[2:].partition("=")[0] for word in overrides if word.startswith("--")}:
-        if name in varied or f"--{name}" == FOLDER:
-            reason = (
-                "the runs' folders are in --out" if name not in varied else "the sweep varies it"
-            )
-            raise UserError(f"--{name}: {reason}; leave it out, or change {file}")
+    _check_overrides(file, overrides, varied)
     metric = content["metric"].get("name") if isinstance(content.get("metric"), dict) else None
     short = short_names(varied)
     if math.prod(map(len, choices.values())) > MAX_RUNS:
@@ -133,6 +120,30 @@ def read_sweep(file: Path, out: Path, overrides: Sequence[str] = ()) -> list[Run
     if count > 1:
         raise UserError(f"{file}: two runs are named {name}: give each value once")
     return runs
+
+
+def _read_grid(file: Path) -> dict[str, Any]:
+    """Content of a file of a grid sweep."""
+    content = read_yaml(file, str(file))
+    needed = {"method", "parameters", "command"}
+    if not isinstance(content, dict) or not content.keys() >= needed:
+        raise UserError(f"{file}: a sweep needs method, parameters and command; {EXAMPLE}")
+    if content["method"] != "grid":
+        raise UserError(
+            f"{file}: method={content['method']} needs a W&B server (`wandb sweep {file}`); "
+            "or set grid"
+        )
+    return content
+
+
+def _check_overrides(file: Path, overrides: Sequence[str], varied: Sequence[str]) -> None:
+    """Refuse options that the grid or the runs' folders set."""
+    for name in {word[2:].partition("=")[0] for word in overrides if word.startswith("--")}:
+        if name in varied:
+            raise UserError(f"--{name}: the sweep varies it; leave it out, or change {file}")
+        if f"--{name}" == FOLDER:
+            reason = "the runs' folders are in --out"
+            raise UserError(f"--{name}: {reason}; leave it out, or change {file}")
 
 
 def _fit_options(file: Path, command: Any) -> list[str]:
