@@ -514,7 +514,7 @@ def test_sbatch_is_called_where_it_is_and_its_refusal_is_one_line(
     program(tmp_path / "sbatch", 'echo "invalid partition" >&2; exit 1')
     assert status(file, "--out", fake, "--slurm") == 2
     assert (
-        "sbatch refuses the job (invalid partition); set SBATCH_PARTITION"
+        "sbatch refuses the job (invalid partition); give --partition, --account and --time"
         in capsys.readouterr().err
     )
 
