@@ -156,15 +156,15 @@ def k_means(x: Tensor, size: int, iterations: int = 18, least_share: float = 2e-
 def fit_codebooks(latents: Tensor, config: SpectralCodecConfig) -> Tensor:
     """Fit codebooks `k c d` to latents `n d`, residual after residual.
 
-    The first ones cluster the pitches and hold, for levels, what is usual with these pitches; the
-    others cluster what is left of the levels.
+    Those of pitches cluster pitches, and hold the mean levels of their cluster; the others cluster
+    the residual levels.
     """
     residual = latents.clone()
     pitches = slice(0, 2 * config.num_pitches)
     levels = slice(pitches.stop, config.latent_dim)
-    codebooks = []
-    for k in range(config.num_codebooks):
-        part = pitches if k < config.pitch_codebooks else levels
+    codebooks = torch.zeros(config.num_codebooks, config.codebook_size, config.latent_dim)
+    for number, k in enumerate(config.quantising_order):
+        part = pitches if number < config.pitch_codebooks else levels
         index = nearest(residual[:, part], k_means(residual[:, part], config.codebook_size))
         uses = torch.bincount(index, minlength=config.codebook_size).clamp(min=1)
         entries = torch.zeros(config.codebook_size, config.latent_dim)
@@ -173,10 +173,10 @@ def fit_codebooks(latents: Tensor, config: SpectralCodecConfig) -> Tensor:
         if part is levels:
             entries[:, pitches] = 0
         residual -= entries[nearest(residual, entries)]
-        codebooks.append(entries)
+        codebooks[k] = entries
         left = [residual[:, p].var(0).sum() / latents[:, p].var(0).sum() for p in (pitches, levels)]
         print(f"codebook {k + 1}: left of pitches {left[0]:.3f}, of levels {left[1]:.3f}")
-    return torch.stack(codebooks)
+    return codebooks
 
 
 def train_codes(

@@ -1,8 +1,9 @@
-"""A codec that can be trained without a GPU: pitches first, magnitudes instead of waveforms.
+"""A codec that can be trained without a GPU: attacks, then pitches; magnitudes, not waveforms.
 
 A frame is described by its pitches (a linear classifier on its spectrum, independent of loudness)
-and by the levels of its frequency bands (timbre, loudness, attacks). The first codebooks quantise
-pitches and the others levels, so that a model predicts the notes first. Frames are encoded
+and by the levels of its frequency bands (timbre, loudness, attacks). The first codebook quantises
+levels, the next ones pitches, and the others the remaining levels. A model then predicts the
+attacks first, which must agree over many bars, then the notes, then timbre. Frames are encoded
 independently, so a held note repeats its code.
 
 EnCodec's decoder synthesises waveforms, which takes days of GPU time to learn. This one predicts
@@ -16,7 +17,7 @@ k codebooks.
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Self
 
@@ -32,7 +33,7 @@ from magnet_train.common.tensor_files import (
     safetensors_shapes,
 )
 
-MODEL_TYPE = "magnet_train_pitch_first"
+MODEL_TYPE = "magnet_train_spectral"
 DECODER_SETTINGS = ("dim", "layers", "griffin_lim_steps")
 """Settings that do not change the codes."""
 MAX_SIZES = {
@@ -77,7 +78,7 @@ class SpectralCodecConfig:
     num_codebooks: int = 5
     """Codes per frame."""
     pitch_codebooks: int = 2
-    """Number of codebooks, from the first, fitted to pitches; the others are fitted to levels."""
+    """Number of codebooks fitted to pitches, from the second on; the others are fitted to levels."""
     codebook_size: int = 256
     """Entries in each codebook."""
     dim: int = 384
@@ -93,6 +94,12 @@ class SpectralCodecConfig:
             largest = MAX_SIZES.get(each.name, MAX_SIZE)
             if type(value) not in (int, type(each.default)) or not 1 <= value <= largest:
                 raise ValueError(f"{each.name}={value!r:.40} must be from 1 to {largest}")
+
+    @property
+    def quantising_order(self) -> list[int]:
+        """Order in which codebooks quantise the residual: pitches first, so that they are exact."""
+        pitches = list(range(1, min(1 + self.pitch_codebooks, self.num_codebooks)))
+        return [*pitches, 0, *range(1 + len(pitches), self.num_codebooks)]
 
     @property
     def latent_dim(self) -> int:
@@ -335,11 +342,17 @@ class SpectralModel(nn.Module):
     def quantise(self, latents: Tensor) -> Tensor:
         """Latents `b d t` -> codes `b k t`: the entry nearest to the residual of each codebook."""
         residual = latents.transpose(1, 2)
-        codes = []
-        for entries in self.entries:
-            codes.append(nearest(residual, entries))
-            residual = residual - entries[codes[-1]]
-        return torch.stack(codes, dim=1)
+        codes = torch.empty(
+            len(residual),
+            self.config.num_codebooks,
+            residual.shape[1],
+            dtype=torch.long,
+            device=residual.device,
+        )
+        for k in self.config.quantising_order:
+            codes[:, k] = nearest(residual, self.entries[k])
+            residual = residual - self.entries[k][codes[:, k]]
+        return codes
 
     def latents(self, codes: Tensor) -> Tensor:
         """Codes `b k t` of the first k codebooks -> latents `b d t`, the sum of their entries."""
@@ -376,7 +389,7 @@ class SpectralModel(nn.Module):
 
 
 class SpectralCodec(Codec):
-    """The pitch-first codec as a `Codec`."""
+    """The spectral codec as a `Codec`."""
 
     def __init__(self, model: SpectralModel, name: str, num_codebooks: int | None = None):
         """
@@ -391,13 +404,13 @@ class SpectralCodec(Codec):
         """
         super().__init__()
         count = first_codebooks(name, len(model.entries), num_codebooks)
-        model.entries = model.entries[:count]
-        config = model.config = replace(model.config, num_codebooks=count)
+        config = model.config
         self.model = model.float().eval().requires_grad_(False)
         weights = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
         codebooks = {f"codebook {k}": entries for k, entries in enumerate(model.entries)}
         check_weights(name, model.state_dict(), codebooks)
         settings = {k: v for k, v in asdict(config).items() if k not in DECODER_SETTINGS}
+        settings["num_codebooks"] = count
         self.facts = CodecFacts(
             id=name,
             hash=codes_hash(weights, settings),
@@ -416,10 +429,10 @@ class SpectralCodec(Codec):
 
     @property
     def codebooks(self) -> Tensor:
-        return self.model.entries
+        return self.model.entries[: self.facts.num_codebooks]
 
     def _encode(self, wav: Tensor) -> Tensor:
-        return self.model.quantise(self.model.encoder(wav))
+        return self.model.quantise(self.model.encoder(wav))[:, : self.facts.num_codebooks]
 
     def _decode(self, codes: Tensor) -> Tensor:
         return self.model.decoder(self.model.latents(codes))[:, None]
