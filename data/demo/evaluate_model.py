@@ -4,7 +4,8 @@
 
 Each caption is decoded once and scored as in validation. Baselines: the codec's reconstruction of
 the real clip, and codes drawn from the counts of single codes (unigram) and of pairs (bigram).
-Stage 0 is also scored on masks of fixed rates, next to copying the nearest visible code.
+The first two stages (attacks and pitches) are also scored on masks of fixed rates, next to copying
+the nearest visible code.
 All intervals are 95 %, by bootstrap over clips.
 """
 
@@ -100,36 +101,38 @@ def summary(
 
 
 @torch.no_grad()
-def stage0_scores(
-    generator: Generator, codes: Tensor, captions: list[str], tables: CountTables
+def stage_scores(
+    generator: Generator, codes: Tensor, captions: list[str], tables: CountTables, stage: int
 ) -> dict[str, Any]:
-    """Cross-entropy and accuracy of stage 0 on single masked frames, at fixed mask rates.
+    """Cross-entropy and accuracy of a stage on single masked frames, at fixed mask rates.
 
     Args:
         generator: the model.
         codes: `b k t`.
         captions: one for each example.
         tables: counts of the training codes.
+        stage: the stage; codebooks below it are visible, those above are masked.
     """
     network, mask_id = generator.network, codes.new_tensor(generator.codec.facts.codebook_size)
     states, allowed = generator.text_encoder(captions)
     states = states.to(network.head.dtype)
-    bigram = tables.bigram_losses(codes)[:, 0].mean().item()
+    bigram = tables.bigram_losses(codes)[:, stage].mean().item()
     scores: dict[str, Any] = {"bigram_cross_entropy": bigram}
     for rate in MASK_RATES:
         noise = torch.Generator().manual_seed(0)
         masked = span_mask(torch.full((len(codes),), rate), codes.shape[2], 1, noise)
         shown = torch.full_like(codes, int(mask_id))
-        shown[:, 0] = torch.where(masked, mask_id, codes[:, 0])
+        shown[:, :stage] = codes[:, :stage]
+        shown[:, stage] = torch.where(masked, mask_id, codes[:, stage])
         losses, right = [], []
         for rows in torch.arange(len(codes)).split(16):
             logits = network.masked_logits(
-                shown[rows], network.config.stage(0), states[rows], allowed[rows], masked[rows]
+                shown[rows], network.config.stage(stage), states[rows], allowed[rows], masked[rows]
             ).float()
-            targets = codes[rows, 0][masked[rows]]
+            targets = codes[rows, stage][masked[rows]]
             losses.append(F.cross_entropy(logits, targets, reduction="none"))
             right.append((logits.argmax(1) == targets).float())
-        copied = (copy_nearest(codes[:, 0], masked) == codes[:, 0])[masked]
+        copied = (copy_nearest(codes[:, stage], masked) == codes[:, stage])[masked]
         scores[str(rate)] = {
             "cross_entropy": torch.cat(losses).mean().item(),
             "accuracy": torch.cat(right).mean().item(),
@@ -228,7 +231,10 @@ def main() -> None:
         "decoding": vars(settings),
         "codec": generator.codec.facts.hash,
         "checkpoint": generator.provenance,
-        "stage0": stage0_scores(generator, stacked, list(captions.values()), tables),
+        "stages": [
+            stage_scores(generator, stacked, list(captions.values()), tables, stage)
+            for stage in (0, 1)
+        ],
         "systems": {
             name: summary(clips, reference, captions, name) for name, clips in systems.items()
         },

@@ -53,10 +53,10 @@ values are not comparable with published FAD, KL or CLAP, which use other networ
 Key rank: rank of the caption's key among 12; 1 is best and 6.5 is chance. Captions without a key or
 tempo are not used for key rank or beat. Note lengths: distance to those of the real clips.
 
-Stage 0 on single masked frames, at fixed mask rates; the cross-entropy of the bigram baseline is
-{bigram:.2f} nats:
+The first two stages on single masked frames, at fixed mask rates. The cross-entropy of the bigram
+baseline is {bigram[0]:.2f} nats for attacks and {bigram[1]:.2f} for pitches:
 
-{stage0}
+{stages}
 
 **Limitations**: {faults} `spectrograms.jpg` shows eight prompts and codec reconstructions of the
 real clips.
@@ -99,21 +99,22 @@ def music_table(music: Mapping[str, Any]) -> str:
     return markdown_table(["", *present], rows)
 
 
-def stage0_table(stage0: Mapping[str, Any]) -> str:
-    """Cross-entropy and accuracy by mask rate, next to copying."""
+def stages_table(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Cross-entropy and accuracy by stage and mask rate, next to copying."""
     rows = [
         [
+            codebook,
             rate,
-            f"{s['cross_entropy']:.2f}",
-            f"{s['accuracy']:.1%}",
-            f"{s['copying_accuracy']:.1%}",
+            f"{score['cross_entropy']:.2f}",
+            f"{score['accuracy']:.1%}",
+            f"{score['copying_accuracy']:.1%}",
         ]
-        for rate, s in stage0.items()
-        if isinstance(s, dict)
+        for codebook, scores in zip(("1 (attacks)", "2 (pitches)"), stages, strict=True)
+        for rate, score in scores.items()
+        if isinstance(score, dict)
     ]
-    return markdown_table(
-        ["mask rate", "cross-entropy", "right", "right by copying the nearest visible code"], rows
-    )
+    right = "right by copying the nearest visible code"
+    return markdown_table(["codebook", "mask rate", "cross-entropy", "right", right], rows)
 
 
 def main() -> None:
@@ -155,10 +156,10 @@ def main() -> None:
             clips=report["clips"],
             different=report["different_captions"],
             decoding=", ".join(f"{name}={value}" for name, value in settings.items()),
-            bigram=report["stage0"]["bigram_cross_entropy"],
+            bigram=[stage["bigram_cross_entropy"] for stage in report["stages"]],
             scores=score_table(report["systems"]),
             music=music_table(report["music"]),
-            stage0=stage0_table(report["stage0"]),
+            stages=stages_table(report["stages"]),
             faults=args.faults or "see EXPERIMENTS.md.",
         ),
     )
