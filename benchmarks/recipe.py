@@ -1,0 +1,81 @@
+"""What each option of the demo's recipe is worth: one change at a time, from random weights.
+
+    python benchmarks/recipe.py --out runs/recipe                  (about 40 minutes on one core)
+    python benchmarks/recipe.py --out runs/recipe --table          (only rewrites table.md, plot.png)
+
+Runs are resumed if the command is repeated. The base is conf/demo.yaml on 2.5-second, 5-second and
+10-second crops with a third of the steps each, all of 20 seconds of music per step and core. Each
+change is compared with it over seeds, paired, by cross-entropy and accuracy on fixed masks.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from magnet_train.sweeps.ablation import plot, read_ablation
+from magnet_train.sweeps.sweep import Run, run_here
+
+CHANGES = {
+    "recipe": [],
+    "positions sinusoidal": ["--model.network.positions=sinusoidal"],
+    "positions rotary": ["--model.network.positions=rotary"],
+    "no convolution": ["--model.network.convolution=0"],
+    "context 5 above stage 0": ["--model.network.context=[-1,5]"],
+    "rate 4e-3": ["--model.optimizer.lr=4e-3"],
+    "rate 1e-3": ["--model.optimizer.lr=1e-3"],
+    "crops of 10 s from the start": ["--data.crop_schedule=[]"],
+    "crops from anywhere": ["--data.crop_start=anywhere"],
+    "stages equally often": ["--model.stage_weights=[1]"],
+    "random embeddings": ["--model.start_from_codec=false"],
+    "spans of 3": ["--model.span_len=3"],
+}
+
+
+def runs(out: Path, steps: int, seeds: list[int], precision: str) -> list[Run]:
+    """One run per change and seed, seeds first, so that a stopped benchmark is balanced."""
+    third = steps // 3
+    base = [
+        "--config=conf/demo.yaml",
+        "--generation.num_prompts=0",
+        "--generation.at_start=false",
+        f"--data.crop_schedule=[[2.5,{third}],[5.0,{third}]]",
+        "--data.num_workers=0",
+        f"--trainer.max_steps={steps}",
+        f"--trainer.val_check_interval={steps}",
+        f"--trainer.precision={precision}",
+        "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
+        "--trainer.logger.save_dir=.",
+    ]
+    found = []
+    for seed in seeds:
+        for change, options in CHANGES.items():
+            folder = out / f"{change.replace(' ', '_')},{seed}"
+            own = [f"--seed_everything={seed}", f"--trainer.default_root_dir={folder}"]
+            values = {"change": change, "seed_everything": seed}
+            found.append(Run(folder.name, folder, values, [*base, *options, *own]))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/recipe"), help="Folder of the runs.")
+    parser.add_argument("--steps", type=int, default=120, help="Optimizer steps of each run.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds.")
+    parser.add_argument("--precision", default="bf16-mixed", help="Lightning's precision.")
+    parser.add_argument("--table", action="store_true", help="Run nothing.")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    every = runs(args.out, args.steps, args.seeds, args.precision)
+    if not args.table:
+        print(run_here(every) or "all runs finished")
+    # The options that differ are what is compared, so the warning about them is dropped.
+    ablation = replace(read_ablation(every), notes=[])
+    (args.out / "table.md").write_text(ablation.markdown(f"Recipe, {args.steps} steps"))
+    plot(ablation, args.out / "plot.png")
+    print(args.out / "table.md")
+
+
+if __name__ == "__main__":
+    main()
