@@ -1,7 +1,7 @@
 """What each option of the demo's recipe is worth: one change at a time, from random weights.
 
-    python benchmarks/recipe.py --out runs/recipe                  (about 40 minutes on one core)
-    python benchmarks/recipe.py --out runs/recipe --table          (only rewrites table.md, plot.png)
+    python benchmarks/recipe.py --out runs/recipe              (about 40 minutes on one core)
+    python benchmarks/recipe.py --out runs/recipe --table      (only rewrites table.md, plot.png)
 
 Runs are resumed if the command is repeated. The base is conf/demo.yaml on 2.5-second, 5-second and
 10-second crops with a third of the steps each, all of 20 seconds of music per step and core. Each
@@ -38,6 +38,7 @@ def runs(out: Path, steps: int, seeds: list[int], precision: str) -> list[Run]:
         "--config=conf/demo.yaml",
         "--generation.num_prompts=0",
         "--generation.at_start=false",
+        "--trainer.limit_val_batches=12",
         f"--data.crop_schedule=[[2.5,{third}],[5.0,{third}]]",
         "--data.num_workers=0",
         f"--trainer.max_steps={steps}",
