@@ -124,11 +124,18 @@ def test_a_held_chord_repeats_its_codes(codec: SpectralCodec):
     assert (codes[:2, 1:] == codes[:2, :-1]).all()
 
 
-def test_the_first_codebooks_hold_pitches_and_not_loudness(codec: SpectralCodec):
+def test_levels_come_first_and_pitches_do_not_depend_on_loudness(codec: SpectralCodec):
     rng = np.random.default_rng(1)
     wav = torch.cat([chord(int(p), 45, seconds=0.52) for p in rng.integers(60, 80, 16)], dim=2)
     same = (codec.encode(wav) == codec.encode(wav / 2)).double().mean((0, 2))
-    assert same[0] > 0.97 and same[1] > 0.9 and same[2] < 0.5
+    assert same[0] < 0.5 and same[1] > 0.97 and same[2] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("num_codebooks", "order"), [(1, [0]), (2, [1, 0]), (3, [1, 2, 0]), (5, [1, 2, 0, 3, 4])]
+)
+def test_pitches_are_quantised_before_levels(num_codebooks: int, order: list[int]):
+    assert SpectralCodecConfig(num_codebooks=num_codebooks).quantising_order == order
 
 
 def test_pitches_are_read_from_the_spectrum(model: SpectralModel):
