@@ -78,7 +78,7 @@ class SpectralCodecConfig:
     num_codebooks: int = 5
     """Codes per frame."""
     pitch_codebooks: int = 2
-    """Number of codebooks fitted to pitches, from the second on; the others are fitted to levels."""
+    """Codebooks fitted to pitches, from the second on; the others are fitted to levels."""
     codebook_size: int = 256
     """Entries in each codebook."""
     dim: int = 384
