@@ -208,6 +208,7 @@ def test_a_boolean_option_needs_no_value(capsys):
     found = printed(capsys, "generate", *words)
     flags = found["unconditional"], found["plots"], found["decoding"]["cache_frames"]
     assert flags == (True, False, True) and found["prompt"] == ["a waltz"]
+    assert vars(make_parser("x", "").given([])) == {}  # `fit` alone
 
 
 def test_a_tracker_replaces_the_configured_loggers(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The parser of all verbs: jsonargparse with one-line errors and late defaults."""
 
 import difflib
+import itertools
 import json
 import math
 import re
@@ -145,7 +146,7 @@ class OneLineErrors(ArgumentParser):
         """The options with underscores, and with =true after a boolean one without a value."""
         args = [with_underscores(arg) for arg in args]
         flags = set(private_api.boolean_options(self))
-        pairs = zip(args, [*args[1:], "--"], strict=True)
+        pairs = itertools.pairwise([*args, "--"])
         return [
             f"{arg}=true" if arg in flags and following.lower() not in BOOLEANS else arg
             for arg, following in pairs
