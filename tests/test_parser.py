@@ -204,9 +204,9 @@ def test_numbers_within_lists_are_finite_too():
 
 
 def test_a_boolean_option_needs_no_value(capsys):
-    words = ["--unconditional", "--plots", "false", "--decoding.cache-frames", "-p", "a waltz"]
+    words = ["--unconditional", "--plots", "false", "--decoding.reference-compat", "-p", "a waltz"]
     found = printed(capsys, "generate", *words)
-    flags = found["unconditional"], found["plots"], found["decoding"]["cache_frames"]
+    flags = found["unconditional"], found["plots"], found["decoding"]["reference_compat"]
     assert flags == (True, False, True) and found["prompt"] == ["a waltz"]
     assert vars(make_parser("x", "").given([])) == {}  # `fit` alone
 
