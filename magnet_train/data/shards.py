@@ -44,6 +44,8 @@ MAX_MEMBER_BYTES = 1 << 28
 MAX_EXAMPLES = 1_000_000
 """Items in one shard."""
 MAX_DURATION_S = 1e6
+MAX_HELD_OUT = 0.5
+"""Largest share of the data that can be held out for validation."""
 LONG_NAME_KINDS = (b"x", b"g", b"L")
 """Types of tar headers that only give the next member a long name or a precise time."""
 
@@ -155,10 +157,8 @@ def held_out(names: Sequence[str], share: float, option: str) -> list[bool]:
     chosen = [place < share for place in places]
     if not any(chosen):
         least = math.ceil(min(places) * 1000 + 1e-6) / 1000
-        raise UserError(
-            f"{option} {share:g}: holds out none of {len(names)}; give at least {least:g}, or add "
-            "more"
-        )
+        remedy = f"give at least {least:g}, or add more" if least <= MAX_HELD_OUT else "add more"
+        raise UserError(f"{option} {share:g}: holds out none of {len(names)}; {remedy}")
     if all(chosen):
         raise UserError(f"{option} {share:g}: holds out all of {len(names)}; give a smaller share")
     return chosen
