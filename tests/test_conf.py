@@ -51,7 +51,7 @@ def parts(tmp_path_factory) -> dict[str, Path]:
 
 
 def launch(configs: list[str], parts: dict[str, Path], out: Path) -> int:
-    own = any(c.startswith(("music", "hybrid", "sound", "modern")) for c in configs)
+    own = any(c.startswith(("music", "hybrid", "sound", "modern", "attm")) for c in configs)
     args = ["fit", *(x for c in configs for x in ("--config", str(CONF / c))), *QUICK]
     if configs[0].startswith("demo_"):
         args[1:1] = ["--config", str(CONF / "demo.yaml")]
