@@ -190,6 +190,7 @@ def test_boolean_options_are_known_by_their_type():
     parser, within = ArgumentParser(), ArgumentParser()
     parser.add_argument("--flag", type=bool, default=False)
     parser.add_argument("--either", type=bool | str, default=False)
+    parser.add_argument("--list", type=list[bool], default=[])
     within.add_argument("--optional", type=bool | None)
     parser.add_subcommands().add_subcommand("verb", within)
     assert sorted(private_api.boolean_options(parser)) == ["--flag", "--optional"]

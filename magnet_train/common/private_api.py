@@ -164,7 +164,7 @@ def boolean_options(parser: Any) -> Iterator[str]:
         for inner in (getattr(action, "_name_parser_map", None) or {}).values():
             yield from boolean_options(inner)
         hint = getattr(action, "_typehint", None)
-        if bool in (hint, *get_args(hint)) and {hint, *get_args(hint)} <= {hint, bool, type(None)}:
+        if hint is bool or set(get_args(hint)) == {bool, type(None)}:
             yield from action.option_strings
 
 
