@@ -205,7 +205,9 @@ class MagnetModule(L.LightningModule):
         check_lora(lora, init_from, distil_guidance)
         start = None if init_from is None else SavedModel.open(init_from)
         # In a tuple, so that it enters neither checkpoints nor the optimizer.
-        self._teacher = (load_teacher(start, network),) if distil_guidance else ()
+        self._teacher: tuple[Magnet, ...] = ()
+        if distil_guidance:
+            self._teacher = (load_teacher(start, network),)
         self._teacher_decoding = None if start is None else start.decoding
         # A run may be resumed from another working directory.
         codec, text_encoder = absolute_name(codec), absolute_path(text_encoder)

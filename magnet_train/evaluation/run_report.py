@@ -117,10 +117,11 @@ def _read_clip(path: Path, notes: list[str]) -> ReportClip | None:
     except UserError as error:
         notes.append(f"{place}: {str(error).removeprefix(str(path.with_suffix('.npz')) + ': ')}")
     score = about.pop("score", None)
-    is_valid = isinstance(score, int | float) and math.isfinite(score)
+    if not isinstance(score, int | float) or not math.isfinite(score):
+        score = None
     caption = str(about.pop("prompt", path.stem))
     return ReportClip(
-        path, caption, codes, order, float(score) if is_valid else None, _settings(about)
+        path, caption, codes, order, None if score is None else float(score), _settings(about)
     )
 
 
