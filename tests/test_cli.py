@@ -96,7 +96,9 @@ def test_a_lora_run_leaves_an_adapter_and_resumes(run, shards, tmp_path):
     assert own.file == SavedModel.open(run).file
     again = added.weights()
     assert all(torch.allclose(v, again[name], atol=1e-6) for name, v in own.weights().items())
-    assert fit(shards, tmp_path / "lora", *options, "--ckpt_path=auto") == 0  # two more steps
+    # Two more steps; base and rank are the checkpoint's.
+    last = tmp_path / "lora" / "checkpoints" / "last.ckpt"
+    assert fit(shards, tmp_path / "lora", options[2], f"--ckpt_path={last}") == 0
 
 
 def test_every_figure_of_a_validation_is_a_record(run):
