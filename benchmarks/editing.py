@@ -35,6 +35,7 @@ from torch import Tensor
 
 from magnet_train.__main__ import main as main_of_package
 from magnet_train.common.assets import demo_path
+from magnet_train.common.audio_files import write_sound
 from magnet_train.common.folders import write_json
 from magnet_train.data.pipeline import EvaluationDataset
 from magnet_train.data.shards import ShardSet
@@ -304,7 +305,7 @@ def examples(args: argparse.Namespace) -> None:
             assert main_of_package(["edit", str(CLIPS / clip), *options, *model]) == 0
             (made,) = Path(out).glob("*.wav")
             wav, rate = soundfile.read(made)
-            soundfile.write(folder / f"{name}.ogg", wav, rate, "VORBIS", compression_level=0.8)
+            write_sound(folder / f"{name}.ogg", wav, rate, compression_level=0.8)
             shutil.copy(made.with_suffix(".png"), folder / f"{name}.png")
 
 

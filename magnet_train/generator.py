@@ -82,12 +82,14 @@ class Generated:
         """
         import soundfile
 
+        from magnet_train.common.audio_files import write_sound
+
         path, wavs = Path(path).expanduser(), self._for_listening()
         many = len(wavs) > 1
         paths = [path.with_stem(f"{path.stem}-{i}") if many else path for i in range(len(wavs))]
         try:
             for file, wav in zip(paths, wavs, strict=True):
-                soundfile.write(file, wav, self.sample_rate)
+                write_sound(file, wav, self.sample_rate)
         except (OSError, TypeError, soundfile.LibsndfileError) as error:
             raise UserError(f"{path}: cannot be written ({error}); give a .wav file") from error
         return paths

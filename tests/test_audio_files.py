@@ -15,6 +15,7 @@ from magnet_train.common.audio_files import (
     normalize_loudness,
     slug,
     write_audio,
+    write_sound,
 )
 from magnet_train.common.errors import UserError
 
@@ -86,3 +87,9 @@ def test_prompts_with_the_same_beginning_have_different_names(beginning: str):
     assert all(name.isascii() and "/" not in name and len(name) < 120 for name in names)
     assert slug("Slow, sad: cello!", 7).startswith("slow-sad-cello_")
     assert slug("").startswith("no-text_")
+
+
+def test_long_vorbis_files_are_written(tmp_path):
+    wav = 0.1 * np.random.default_rng(0).standard_normal((44_100 * 121, 2))
+    write_sound(tmp_path / "long.ogg", wav, 44_100)  # at once, libsndfile ends the process
+    assert soundfile.info(tmp_path / "long.ogg").frames == len(wav)

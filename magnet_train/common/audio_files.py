@@ -102,6 +102,20 @@ def slug(text: str, seed: int | None = None) -> str:
     return name if seed is None else f"{name}_seed{seed}"
 
 
+def write_sound(path: Path, wav: np.ndarray, sample_rate: int, **options: Any) -> None:
+    """Write samples `n` or `n channels` in the format of the suffix, in blocks of a second, because
+    libsndfile crashes on two minutes of Ogg Vorbis at once.
+
+    `options` are passed to `soundfile.SoundFile`.
+    """
+    import soundfile
+
+    channels = 1 if wav.ndim == 1 else wav.shape[1]
+    with soundfile.SoundFile(path, "w", sample_rate, channels, **options) as file:
+        for start in range(0, len(wav), sample_rate):
+            file.write(wav[start : start + sample_rate])
+
+
 def write_audio(path: Path, wav: np.ndarray, sample_rate: int, about: dict[str, Any]) -> None:
     """Write `t channels`, normalised, as a 16-bit wav or flac file, and `about` as JSON next to it.
 
