@@ -332,7 +332,7 @@ def figures(clips: list[AudioClip], captions: dict[str, str], reference: Any) ->
     metrics = ["fad/musicnn", "text/musicnn"]
     if all(clip.key in reference.logits for clip in clips):
         metrics.insert(1, "kl/musicnn")
-    records = score_clips(metrics, features, {"musicnn": reference}, own)
+    records = score_clips(metrics, features, {"musicnn": reference}, own, system="edit")
     found = {r.metric: {"value": r.value, "interval": r.interval} for r in records}
     music = score_music({c.key: measure_clip(c.wav, c.sample_rate) for c in clips}, own)
     return found | {
