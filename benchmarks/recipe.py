@@ -20,9 +20,7 @@ CHANGES = {
     "positions sinusoidal": ["--model.network.positions=sinusoidal"],
     "positions rotary": ["--model.network.positions=rotary"],
     "no convolution": ["--model.network.convolution=0"],
-    "context 5 above stage 0": ["--model.network.context=[-1,5]"],
     "rate 4e-3": ["--model.optimizer.lr=4e-3"],
-    "rate 1e-3": ["--model.optimizer.lr=1e-3"],
     "crops of 10 s from the start": ["--data.crop_schedule=[]"],
     "crops from anywhere": ["--data.crop_start=anywhere"],
     "stages equally often": ["--model.stage_weights=[1]"],
@@ -65,12 +63,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="Optimizer steps of each run.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds.")
     parser.add_argument("--precision", default="bf16-mixed", help="Lightning's precision.")
+    parser.add_argument("--jobs", type=int, default=1, help="Concurrent runs, one per core.")
     parser.add_argument("--table", action="store_true", help="Run nothing.")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     every = runs(args.out, args.steps, args.seeds, args.precision)
     if not args.table:
-        print(run_here(every) or "all runs finished")
+        print(run_here(every, args.jobs) or "all runs finished")
     # The options that differ are what is compared, so the warning about them is dropped.
     ablation = replace(read_ablation(every), notes=[])
     (args.out / "table.md").write_text(ablation.markdown(f"Recipe, {args.steps} steps"))
