@@ -320,7 +320,8 @@ def test_a_refused_key_ends_a_run_before_anything_is_trained(
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert "key is refused" in line and "permission denied" in line
     assert "WANDB_API_KEY" in line and "WANDB_MODE=offline" in line
-    assert [path.name for path in online.iterdir()] == [".fit.lock"]
+    left = [str(path.relative_to(online)) for path in online.rglob("*")]
+    assert sorted(left) == [".fit.lock", "checkpoints"]  # and no checkpoint
 
 
 def test_an_unreachable_server_stops_a_new_run_but_not_a_resumed_one(online: Path, monkeypatch):

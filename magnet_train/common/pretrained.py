@@ -113,13 +113,13 @@ def quiet() -> Iterator[None]:
 
 
 def _load_folder(what: str, path: Path, load: Load[T], required: Sequence[str]) -> T:
-    if odd := [e.name for e in path.iterdir() if not (e.is_file() or e.is_dir())]:
-        raise UserError(f"{what} {str(path)!r}: {odd[0]} is not a regular file; remove it")
     if not any((path / name).is_file() for name in required):
         raise UserError(
             f"{what} {str(path)!r}: no {' or '.join(required)} there; "
             "give a folder written by transformers' save_pretrained"
         )
+    if odd := [e.name for e in path.iterdir() if not (e.is_file() or e.is_dir())]:
+        raise UserError(f"{what} {str(path)!r}: {odd[0]} is not a regular file; remove it")
     _refuse_code(what, path)
     if damaged := _damaged_weights(path):
         raise UserError(f"{what}: {damaged} is damaged or truncated; copy or download it again")
