@@ -156,10 +156,11 @@ def to_theirs(ours: Mapping[str, Tensor], pairs: list[Pair]) -> dict[str, Tensor
     """audiocraft's tensors by name."""
     made: dict[str, Tensor] = {}
     for pair in pairs:
+        theirs, first = pair.theirs[0], ours[pair.ours[0]]
         if len(pair.theirs) > 1:
-            made |= dict(zip(pair.theirs, ours[pair.ours[0]].unbind(0), strict=True))
+            made |= dict(zip(pair.theirs, first.unbind(0), strict=True))
         elif len(pair.ours) > 1:
-            made[pair.theirs[0]] = torch.cat([ours[name] for name in pair.ours])
+            made[theirs] = torch.cat([ours[name] for name in pair.ours])
         else:
-            made[pair.theirs[0]] = ours[pair.ours[0]]
+            made[theirs] = first
     return made

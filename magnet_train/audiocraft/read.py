@@ -169,12 +169,13 @@ def _order(config: Config, where: Path) -> Any:
             f"{where}: a stereo model (interleave_stereo_codebooks.use=true), which is not "
             "supported; take one without `stereo` in its name"
         )
-    signs = {
+    signs: dict[str, Any] = {
         "lm_model": config.get("lm_model", "transformer_lm_magnet"),
         "transformer_lm.causal": config.get("transformer_lm.causal", False),
         "codebooks_pattern.modeling": config.get("codebooks_pattern.modeling", "parallel"),
     }
-    order = ORDERS.get(tuple(map(str, signs.values())))
+    key: Any = tuple(map(str, signs.values()))
+    order = ORDERS.get(key)
     if order is None:
         found = ", ".join(f"{key}={value}" for key, value in signs.items())
         raise UserError(
@@ -238,8 +239,8 @@ def read_settings(config: Config, text_dim: int, where: Path) -> Settings:
             raise UserError(f"{where}: {key}={config[key]!r}; only {key}={own[key]!r} is supported")
     conditioner = _text_condition(config, where)
     # MusicGen has neither windows nor spans.
-    default = None if order != "autoregressive" else MagnetConfig.context
-    sizes = {
+    default: Any = None if order != "autoregressive" else MagnetConfig.context
+    sizes: dict[str, Any] = {
         ours: int(
             _number(config, f"transformer_lm.{theirs}", where, -1, default)
             if ours == "context"
@@ -293,7 +294,7 @@ def _number(
     config: Config, key: str, where: Path, smallest: float, default: float | None = None
 ) -> float:
     """A finite number of at least `smallest`."""
-    value = config.get(key)
+    value: Any = config.get(key)
     if value is None:
         value = default
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

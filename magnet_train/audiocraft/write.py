@@ -1,6 +1,7 @@
 """Writes a model as the two files that audiocraft's `MAGNeT.get_pretrained` loads."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def _unchanged_conditioner(text: Any, settings: Settings, where: Path) -> str | 
         original = read_settings(read_config(text, where), settings.network.text_dim, where)
     except UserError:
         return None
-    same = Settings(**(vars(settings) | {"conditioner": original.conditioner}))
+    same = replace(settings, conditioner=original.conditioner)
     return original.conditioner if original == same else None
 
 

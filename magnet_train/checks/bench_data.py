@@ -85,7 +85,7 @@ def loading(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
         ]
         ours, theirs = timed(calls, options.repeats, "cpu")
         examples = NUM_BATCHES * BATCH_SIZE
-        settings = {
+        settings: dict[str, Any] = {
             "examples": examples,
             "batch_size": BATCH_SIZE,
             "workers": 1,

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,6 @@ import torch
 
 from magnet_train.checks import cost
 from magnet_train.checks.measure import matmul_limit, peak_mb, timed, training_pass
-from magnet_train.model import MagnetConfig
 
 if TYPE_CHECKING:
     from magnet_train.checks.plan import Plan
@@ -66,9 +65,7 @@ def measure_speed(plan: "Plan") -> Speed:
         gpu = f"{peak / 1e12:.0f} TFLOP/s ({ASSUMED_GPU})"
         source = f"calculated for a GPU of {gpu} used at {ASSUMED_SHARE:.0%}"
         return Speed(rate, rate, 1.0, source)
-    few = MagnetConfig(
-        **network.to_dict() | {"num_layers": min(network.num_layers, MEASURED_LAYERS)}
-    )
+    few = replace(network, num_layers=min(network.num_layers, MEASURED_LAYERS))
     batch_size = 1 if device == "cpu" else min(plan.batch[0], 4)
     flop = [batch_size * cost.training_flop(few, plan.num_frames, stage) for stage in (0, 1)]
     if device == "cpu" and flop[0] / ASSUMED_CPU_FLOP > MAX_PASS_S:

@@ -72,7 +72,7 @@ def forget_logged(trainer: L.Trainer) -> None:
 def unwritten_row(trainer: L.Trainer) -> dict[str, Any] | None:
     """`values` and `step` that loggers will get for the current batch; None if nothing is due."""
     loop = trainer.fit_loop.epoch_loop
-    counts = loop.batch_progress.current
+    counts: Any = loop.batch_progress.current
     is_batch_ending = trainer.training and counts.completed < counts.processed
     if (
         not is_batch_ending

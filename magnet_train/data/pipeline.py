@@ -350,7 +350,7 @@ def bar_starts(info: dict[str, Any], frame_rate: float, last: int) -> list[int]:
     >>> bar_starts({"bar_s": 2.0, "first_bar_s": 0.48, "offset_s": 0.0}, 25.0, 120)
     [0, 12, 62, 112]
     """
-    numbers = (info.get("bar_s"), info.get("first_bar_s", 0.0), info.get("offset_s", 0.0))
+    numbers: Any = (info.get("bar_s"), info.get("first_bar_s", 0.0), info.get("offset_s", 0.0))
     if not all(isinstance(x, int | float) and 0 <= x < 1e6 for x in numbers):
         return []
     bar, first, offset = numbers

@@ -159,7 +159,9 @@ class Job:
         report = _read_json(self.report_path)
         if not isinstance(report, dict):
             return None
-        numbers = [report.get(name) for name in ("num_examples", "num_frames", "seconds")]
+        numbers: list[Any] = [
+            report.get(name) for name in ("num_examples", "num_frames", "seconds")
+        ]
         skipped = report.get("skipped")
         is_whole = (
             report.get("name") == self.path.name

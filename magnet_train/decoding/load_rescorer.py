@@ -72,7 +72,7 @@ def _codes(saved: SavedModel) -> dict[str, Any]:
 
 def musicgen_config(name: str) -> dict[str, Any] | None:
     """The config.json of a folder or hub id, if it is a MusicGen of transformers."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = Path(name).expanduser()
     try:

@@ -431,7 +431,9 @@ def score_music(
     for key, clip in clips.items():
         for name, value in _measures_of(clip, (captions or {}).get(key, "")):
             values[name].append(value)
-    figures = {name: _mean_figure(some, len(clips)) for name, some in values.items()}
+    figures: dict[str, MusicFigure | None] = {
+        name: _mean_figure(some, len(clips)) for name, some in values.items()
+    }
     for name in REFERENCE_MEASURES:
         durations = [_durations(clip, name) for clip in clips.values()]
         real = [_durations(clip, name) for clip in (reference or {}).values()]
