@@ -42,9 +42,9 @@ class LoraConfig:
     dropout: float = 0.0
     """Share of each adapter's inputs dropped in a training step, 0 to 1 (not included)."""
     include: tuple[str, ...] = ("blocks.",)
-    """Adapt linear layers with one of these in their name, such as blocks.3. or cross_attention."""
+    """Adapt linear layers whose names contain one of these, like blocks.3. or cross_attention."""
     exclude: tuple[str, ...] = ()
-    """Do not adapt layers with one of these in their name, such as ffn."""
+    """Skip layers whose names contain any of these, such as ffn."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank <= MAX_RANK:

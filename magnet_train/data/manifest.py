@@ -31,7 +31,7 @@ KNOWN_FIELDS = (*PATH_FIELDS, *CAPTION_FIELDS, "offset", "duration")
 """Case-insensitive field names."""
 MANIFEST_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 JAMENDO_COLUMNS = ("TRACK_ID", "ARTIST_ID", "ALBUM_ID", "path", "duration", "TAGS")
-"""Columns of MTG-Jamendo's metadata; each tag is a column of its own, CATEGORY---NAME."""
+"""Columns of MTG-Jamendo's metadata; each tag has its own column, CATEGORY---NAME."""
 JAMENDO_FIELDS = {"genre": "genre", "instrument": "instrument", "mood/theme": "moods"}
 """Fields for the tags of a category, with the names of audiocraft's music manifests."""
 MISSING_WORDS = ("", "nan", "none", "null", "<na>")

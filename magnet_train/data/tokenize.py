@@ -232,13 +232,14 @@ def _is_rounds(value: Any) -> bool:
 
 
 def _encode_all(jobs: list[Job], options: TokenizeOptions) -> None:
-    todo = [job for job in jobs if not job.is_done()]
+    unfinished = [job for job in jobs if not job.is_done()]
     total = sum(len(job.crops) for job in jobs)
     with tqdm(total=total, unit="crop", desc="encoding") as bar:
-        bar.update(total - sum(len(job.crops) for job in todo))
-        for done in _run(todo, options.processes):
+        bar.update(total - sum(len(job.crops) for job in unfinished))
+        for done in _run(unfinished, options.processes):
             bar.update(done)
-        for job in todo:  # claimed by another process, which may have died: wait, then take over
+        # Another process may be writing the others. Wait for it; if it died, write them here.
+        for job in unfinished:
             if not job.is_done():
                 bar.update(_write_shard(job, wait=True))
 
