@@ -23,7 +23,9 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers_data import make_data_codec, write_clip
@@ -58,7 +60,45 @@ def logged_values(run: Path) -> dict[tuple[str, str], set[str]]:
     return found
 
 
-def come_to(child: int, run: Path, batches: int, within_s: float) -> int | None:
+def mark_phases(file: Path) -> None:
+    """Lets this process and those forked from it keep the name of the phase they are in in a
+    file."""
+    from magnet_train.callbacks.checkpoint_io import AtomicCheckpointIO
+    from magnet_train.callbacks.generation import GenerationCallback
+    from magnet_train.module import MagnetModule
+
+    def mark(owner: Any, name: str, phase: str) -> None:
+        usual = getattr(owner, name)
+
+        @wraps(usual)
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            before = phase_of(file)
+            file.write_text(phase)
+            try:
+                return usual(*args, **kwargs)
+            finally:
+                file.write_text(before)
+
+        setattr(owner, name, marked)
+
+    mark(AtomicCheckpointIO, "save_checkpoint", "checkpoint")
+    mark(MagnetModule, "validation_step", "validation")
+    mark(GenerationCallback, "_decode", "decoding")
+
+
+def phase_of(file: Path) -> str:
+    """The phase that a file of `mark_phases` names."""
+    return file.read_text() if file.exists() else ""
+
+
+def come_to_phase(child: int, file: Path, phase: str) -> int | None:
+    """Waits for a phase; exit status of a run that ends before."""
+    while (status := ended(child, 0.001)) is None and phase_of(file) != phase:
+        pass
+    return status
+
+
+def come_to(child: int, run: Path, batches: float, within_s: float) -> int | None:
     """Waits for so many batches in the ledger, or so long; exit status of a run that ends
     before."""
     end = time.monotonic() + within_s
@@ -94,11 +134,12 @@ def killed_often(
     """Differences between the two ends: none, if all is well."""
     from magnet_train.callbacks import checkpoint
 
-    data, steps = make_data(folder / "data"), 5 * kills + 5
+    phases = ["", "checkpoint", "validation", *["decoding"] * (DECODING[0] in more)]
+    data, steps = make_data(folder / "data"), 6 * kills + 5
     options = [
         f"--trainer.max_steps={steps}",
         f"--data.num_workers={workers}",
-        "--trainer.val_check_interval=8",
+        "--trainer.val_check_interval=4",
         f"--trainer.accumulate_grad_batches={accumulated}",
         "--trainer.log_every_n_steps=1",
         "--trainer.logger=CSVLogger",
@@ -123,21 +164,30 @@ def killed_often(
         flush=True,
     )
 
-    draw = random.Random(seed)
+    draw, phase_file = random.Random(seed), folder / "phase"
+    mark_phases(phase_file)
     for number in range(1, kills + 1):
+        phase_file.unlink(missing_ok=True)
+        phase = phases[number % len(phases)]
         checkpoint.SAVE_EVERY_S = (
             0.05 if number % 2 else 1800.0
         )  # checkpoints between the steps too, in half of them
         before = len(batches_done(run))
         child = attempt(arguments(data, run, *options, lasts_s=0.01), run.with_suffix(".log"))
         begin = time.monotonic()
-        if draw.random() < 0.2:  # while it starts, reads its checkpoint, begins its processes …
-            batches, most_s = 0, draw.uniform(0, first)
+        most = math.inf
+        if phase:
+            status, most_s = come_to_phase(child, phase_file, phase), draw.uniform(0, 0.005)
+        elif draw.random() < 0.2:  # while it starts, reads its checkpoint, begins its processes …
+            status, most_s = None, draw.uniform(0, first)
+            most = before + accumulated * ranks  # the machine may be faster now than for the twin
         else:  # in, or some time after, one of its first batches
-            batches, most_s = draw.randint(1, 4 * accumulated), draw.uniform(0, 2 * a_batch)
-        status = come_to(child, run, before + batches * ranks, math.inf) if batches else None
-        if status is None:  # the machine may be faster now than it was for the twin
-            status = come_to(child, run, before + (batches + accumulated) * ranks, most_s)
+            batches = draw.randint(1, 4 * accumulated)
+            status = come_to(child, run, before + batches * ranks, math.inf)
+            most_s = draw.uniform(0, 2 * a_batch)
+            most = before + (batches + accumulated) * ranks
+        if status is None:
+            status = come_to(child, run, most, most_s)
         delay = time.monotonic() - begin
         assert status is None, (
             f"ended by itself ({status}): {run.with_suffix('.log').read_text()[-3000:]}"
@@ -146,7 +196,7 @@ def killed_often(
         os.waitpid(child, 0)
         done = batches_done(run)[before:]
         print(
-            f"kill {number:>2} after {delay:.2f} s: "
+            f"kill {number:>2} after {delay:.2f} s in {phase_of(phase_file) or 'training'}: "
             f"{f'batches {done[0]} to {done[-1]}' if done else 'no batch'}, "
             f"{len(list(run.rglob('*.ckpt')))} checkpoints, {len(list(run.rglob('*.part')))} half "
             "written",
@@ -155,6 +205,14 @@ def killed_often(
     child = attempt(arguments(data, run, *options, lasts_s=0.01), run.with_suffix(".log"))
     status = ended(child, 600)
     assert status == 0, run.with_suffix(".log").read_text()[-3000:]
+    print(
+        f"{kills} kills, {workers} data workers, {ranks} ranks, {accumulated} accumulated: ", end=""
+    )
+    return all_differences(twin, run)
+
+
+def all_differences(twin: Path, run: Path) -> list[str]:
+    """Differences of the last checkpoints, of batches, validations and logged rows."""
     found = differences(outcome(twin), outcome(run))
     one, two = ledger(twin), ledger(run)
     found += [
@@ -169,7 +227,6 @@ def killed_often(
         if expected.get(place) != rows.get(place)
     ]
     print(
-        f"{kills} kills, {workers} data workers, {ranks} ranks, {accumulated} accumulated: "
         f"{len(one)} batches and {len(validations[0]) - 1} validations and {len(expected)} logged "
         f"values compared, {len(found)} differences"
     )

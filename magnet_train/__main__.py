@@ -1,6 +1,8 @@
 """The entry point: names the verbs, imports the one that is called, and sets the exit status."""
 
+import io
 import os
+import select
 import sys
 import traceback
 from typing import Any
@@ -52,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     # Threads that spin while they wait take the core of another process: with one of two cores
     # busy, a training step takes ten times as long. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for stream in (sys.stdout, sys.stderr):  # names that the terminal's encoding does not have
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     from magnet_train.common.errors import user_error_from
 
     try:
@@ -61,6 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `… | head` has read enough
+        if not _is_output_closed():
+            raise
+        return 141
     except Exception as error:
         mistake = user_error_from(error)
         if _other_ranks_wait():
@@ -72,6 +81,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {mistake}", file=sys.stderr, flush=True)  # the last line on the screen
         return 2
     return 0
+
+
+def _is_output_closed() -> bool:
+    """Whether nobody reads what is printed; then Python's last flush writes to nothing."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    is_closed = bool(poll.poll(0))  # an error is reported without being asked for
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_closed
 
 
 def _other_ranks_wait() -> bool:

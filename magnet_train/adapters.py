@@ -253,6 +253,8 @@ def read_adapter(given: str) -> Adapter:
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     try:
+        if file.exists() and not file.is_file():  # opening a named pipe would block
+            raise ValueError("not a regular file")
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -263,7 +265,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{file}: not a LoRA; only that kind can be used")
     numbers = [config.get(name) for name in ("r", "lora_alpha")]
-    if not all(isinstance(n, int | float) and 0 < n < math.inf for n in numbers):
+    if not all(isinstance(n, int | float) and 0 < n < 1e9 for n in numbers):
         raise UserError(f"{file}: r and lora_alpha must be above 0, and are {numbers}; {REMEDY}")
     for name in ("rank_pattern", "alpha_pattern", "use_dora", "fan_in_fan_out", "lora_bias"):
         if config.get(name):

@@ -186,8 +186,8 @@ def _open_release(folder: Path) -> SavedModel:
                 f"text encoder has dim={text_encoder['dim']}, network text_dim={network.text_dim}"
             )
         provenance = config.get("provenance", {})
-        if not isinstance(provenance, dict):
-            raise TypeError("provenance is not an object")
+        if not isinstance(provenance.get("metrics") or {}, dict):
+            raise TypeError("provenance.metrics is not an object")
         saved = SavedModel(
             file=weights,
             network=network,
@@ -291,18 +291,31 @@ def _open_checkpoint(path: Path) -> SavedModel:
             f"{path}: not a checkpoint of magnet_train ({type(error).__name__}: {error})"
         ) from error
     state = _network_weights(checkpoint, path)
-    if (settings.get("lora") or {}).get("rank"):
-        return _on_base(saved, settings, adapter_of_checkpoint(settings["lora"], state, path))
-    check_shapes(_shapes(state), saved.network, path)
-    return saved
+    if not (lora := _lora(settings)):
+        check_shapes(_shapes(state), saved.network, path)
+        return saved
+    try:
+        adapter = adapter_of_checkpoint(lora, state, path)
+        return _on_base(saved, str(settings["init_from"]), adapter)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not adapters of magnet_train ({one_line(error)}); {DAMAGED_CHECKPOINT}"
+        ) from error
 
 
-def _on_base(saved: SavedModel, settings: Mapping[str, Any], adapter: Adapter) -> SavedModel:
+def _lora(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a checkpoint's adapters; empty if it has the whole network."""
+    lora = settings.get("lora")
+    return lora if isinstance(lora, dict) and lora.get("rank") else {}
+
+
+def _on_base(saved: SavedModel, init_from: str, adapter: Adapter) -> SavedModel:
     """A checkpoint of adapters with the weights of the model that they were trained on."""
     try:
-        base = SavedModel.open(settings["init_from"])
+        base = SavedModel.open(init_from)
     except UserError as error:
-        raise UserError(f"{saved.file}: adapters of a model that is gone: {error}") from error
+        reason = str(error)[:300]  # adapters of adapters of …
+        raise UserError(f"{saved.file}: adapters of a model that is gone: {reason}") from error
     provenance = saved.provenance | {"lora": str(saved.file)}
     return replace(
         saved,
@@ -380,7 +393,7 @@ def check_checkpoint_weights(checkpoint: Mapping[str, Any], path: Path) -> None:
         ) from error
     for raw in (False, True) if "current_model_state" in checkpoint else (False,):
         weights = _network_weights(checkpoint, path, raw)
-        if (settings.get("lora") or {}).get("rank"):  # only adapters
+        if _lora(settings):
             check_numbers(weights, path)
         else:
             check_weights(weights, network, path)

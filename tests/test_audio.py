@@ -163,6 +163,23 @@ def test_a_flac_of_unknown_length_goes_through_ffmpeg(tmp_path: Path):
         assert length_s(path) == pytest.approx(1.0, abs=1 / RATE)
 
 
+def test_a_length_that_no_file_of_its_size_has_is_not_believed(tmp_path: Path):
+    path = clip(tmp_path, ".flac")
+    content = bytearray(path.read_bytes())
+    content[21] |= 0x0F  # of 36 bits
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"truncated|more than"):
+        duration_s(path)
+
+
+@needs_ffmpeg
+def test_a_playlist_does_not_name_other_files(tmp_path: Path):
+    other = clip(tmp_path, ".flac")
+    (tmp_path / "a.m4a").write_text(f"ffconcat version 1.0\nfile {other.name}\n")
+    with pytest.raises(UserError, match="unreadable by ffmpeg"):
+        duration_s(tmp_path / "a.m4a")
+
+
 def test_without_ffmpeg_its_formats_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "a.m4a").write_bytes(b"x" * 100)

@@ -1,5 +1,6 @@
 """The command line: runs on tiny shards, and one-line errors."""
 
+import io
 import json
 import os
 import re
@@ -333,6 +334,24 @@ def test_a_rank_that_fails_under_nccl_does_not_wait_for_others(monkeypatch, caps
 def test_numbers_of_a_launcher_are_checked(name, monkeypatch, capsys):
     monkeypatch.setenv(name, "x")
     assert mistake(capsys, "fit").startswith(f"error: {name}=x: must be a whole number")
+
+
+def test_a_terminal_without_a_character_gets_its_escape(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    monkeypatch.setattr(magnet_train.cli.commands, "run", lambda *_: print("é \udcff"))
+    assert main(["bench"]) == 0
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"\\xe9 \\udcff\n"
+
+
+def test_a_reader_that_has_read_enough_is_no_error(monkeypatch, capfd):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w"))
+    monkeypatch.setattr(magnet_train.cli.commands, "run", lambda *_: print("x" * 100_000))
+    assert main(["bench"]) == 141
+    sys.stdout.close()
+    assert capfd.readouterr().err == ""
 
 
 def test_srun_in_an_interactive_job_is_refused(monkeypatch, capsys):

@@ -60,6 +60,10 @@ def test_credentials_in_urls_are_not_shown():
     assert "SECRET" not in str(user_error_from(RuntimeError(remote)))
 
 
+def test_names_of_strangers_cannot_write_to_the_terminal():
+    assert str(UserError("a\x1b[2J\ud800\u2028é.wav")) == r"a\x1b[2J\ud800\u2028é.wav"
+
+
 @pytest.mark.parametrize(
     "error",
     [

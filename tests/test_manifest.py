@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from magnet_train.common.errors import UserError
-from magnet_train.data.manifest import find_clips, read_prompts, read_sidecar
+from magnet_train.data.manifest import JAMENDO_COLUMNS, find_clips, read_prompts, read_sidecar
 
 
 def touch(*paths: Path) -> Path:
@@ -114,6 +114,7 @@ def test_links_to_folders_are_followed_and_each_folder_is_listed_once(tmp_path: 
     (folder / "linked").symlink_to(tmp_path / "store")
     (folder / "a_again").symlink_to(folder / "z")
     (tmp_path / "store/circle").symlink_to(folder)
+    (folder / "itself").symlink_to("itself")
     assert captions(folder) == {"linked/r.wav": "linked", "own.wav": "", "z/deep.wav": ""}
 
 
@@ -180,6 +181,11 @@ def test_every_kind_of_manifest(suffix: str, head: list[str], tmp_path: Path):
     assert (one.offset_s, one.duration_s, one.error) == (0.0, None, "")
 
 
+def test_a_caption_that_was_found_stays(tmp_path: Path):
+    (tmp_path / "m.jsonl").write_text('{"path": "a.wav", "Caption": "x", "caption": null}')
+    assert find_clips(tmp_path / "m.jsonl")[0].caption == "x"
+
+
 def test_a_row_without_a_caption_takes_that_of_the_sidecar_file(tmp_path: Path):
     touch(tmp_path / "a.wav")
     (tmp_path / "a.json").write_text(json.dumps({"description": "a tone", "bpm": "", "genre": "x"}))
@@ -200,10 +206,16 @@ def test_segments(suffix: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("offset", -1), ("offset", "x"), ("duration", 0), ("duration", "1e999")]
+    ("field", "value"),
+    [
+        *(("offset", -1), ("offset", "x"), ("duration", 0), ("duration", "1e999")),
+        *(("offset", 10**400), ("path", "."), ("path", "/"), ("path", "a\0")),
+    ],
+    ids=str,
 )
 def test_a_row_that_cannot_be_is_an_error_of_its_clip(field: str, value: Any, tmp_path: Path):
-    (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.wav", "text": "x", field: value}))
+    row = {"path": "a.wav", "text": "x"} | {field: value}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
     (clip,) = find_clips(tmp_path / "m.jsonl")
     assert "line 1" in clip.error and field in clip.error
 
@@ -216,6 +228,8 @@ def test_a_row_that_cannot_be_is_an_error_of_its_clip(field: str, value: Any, tm
         ("m.jsonl", "[1]\n", "line 1: is a list"),
         ("m.jsonl", "", "no audio"),
         ("m.json", '[{"path": "a.wav"}]', "line 1"),
+        ("m.jsonl", '{"path": "a.wav", "text": "x", "Text": "y"}', "two values for 'Text'"),
+        ("m.tsv", "\t".join(JAMENDO_COLUMNS) + "\nt\ta\tb\t\t1\n", "line 2: no path"),
         ("m.csv", "path,caption\na.wav,unquoted, comma\n", "line 2: more columns"),
         ("m.csv", 'path,caption\na.wav,"Sunrise, slow\nb.wav,two\nc.wav,three\n', "line 2"),
         ("m.csv", 'path,caption\na.wav,one\nb.wav,"two\nc.wav,"three"\n', "line 3"),

@@ -401,6 +401,7 @@ INFO = {"key": "a", "caption": "x", "duration_s": 0.2}
             {**INFO, "duration_s": value}
             for value in (None, "1", -1, 0, 1e308, float("nan"), float("inf"), True, [1])
         ),
+        *({**INFO, "duration_s": value} for value in (1e-300, 10**400)),
         *({**INFO, "caption": value} for value in (5, None, ["x"], {})),
         {**INFO, "key": "b"},
         {**INFO, "key": 5},
@@ -420,8 +421,25 @@ def test_a_json_of_strangers_is_checked(info: Any, tmp_path: Path):
 def test_a_caption_is_text_that_can_be_written(tmp_path: Path):
     (one,) = read_shard(write_tar(tmp_path / "a.tar", members(info={"key": "a", "duration_s": 1})))
     assert one["info"]["caption"] == ""
-    (one,) = read_shard(write_tar(tmp_path / "a.tar", members(info={**INFO, "caption": "\ud800"})))
-    assert one["info"]["caption"] == "?"
+    broken = {**INFO, "caption": "\ud800", "genre": ["\ud800"]}
+    (one,) = read_shard(write_tar(tmp_path / "a.tar", members(info=broken)))
+    assert one["info"]["caption"] == "?" and one["info"]["genre"] == ["?"]
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"embeddings": [[1.0]]},
+        {"embeddings": [[1.0]], "tags": [[np.nan]]},
+        {"embeddings": [[1.0]], "tags": [[1.0], [1.0]]},
+        {"embeddings": [[]], "tags": [[]]},
+    ],
+)
+def test_references_of_strangers_are_checked(arrays: Any, tmp_path: Path):
+    file = io.BytesIO()
+    np.savez(file, **{name: np.array(value, np.float32) for name, value in arrays.items()})
+    path = write_tar(tmp_path / "a.tar", [*members(), ("a.reference.npz", file.getvalue())])
+    assert "a.reference.npz" in refusal(read_shard, path, with_references=True)
 
 
 def sparse(member: tarfile.TarInfo) -> None:

@@ -98,6 +98,8 @@ def test_missing_and_broken_files_are_named(tmp_path: Path):
         {"tensors": {"mean": torch.full((4,), torch.nan, dtype=torch.float64)}},
         {"tensors": {"embeddings_windows": torch.tensor([1, 1, 1, 1])}},
         {"num_windows": 1},
+        {"num_windows": float("inf")},
+        {"embeddings": {"a": 1}},
         {"embeddings": ["a"]},
     ):
         _alter(path, **change)

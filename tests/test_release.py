@@ -224,4 +224,11 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     assert "crop_s" in refusal(
         checkpoint(file, lambda c: c["hyper_parameters"].update(crop_s=math.nan))
     )
+    for lora in ({"rank": 2}, {"rank": 2, "base_hash": "x"}, {"rank": "x"}, {"rank": 2, "x": 1}):
+        assert "x.ckpt" in refusal(
+            checkpoint(file, lambda c, lora=lora: c["hyper_parameters"].update(lora=lora))
+        )
+    assert "crop_s" in refusal(
+        checkpoint(file, lambda c: c["hyper_parameters"].update(lora=[1], crop_s=None))
+    )
     assert not (tmp_path / "sprung").exists()

@@ -254,6 +254,18 @@ def test_a_new_run_in_a_used_folder_is_another_wandb_run(
     assert "WANDB_RUN_ID" not in os.environ
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SILENT", "abc"), ("MODE", "xyz"), ("INIT_TIMEOUT", "abc"), ("RUN_ID", "a/b"), ("TAGS", ",")],
+)
+def test_a_variable_that_wandb_refuses_is_named_before_anything_starts(
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(f"WANDB_{name}", value)
+    with pytest.raises(UserError, match=rf"^WANDB_{name}={value}: .+; correct or unset it$"):
+        prepare_wandb(tmp_path, "fit", resumes=False, online=False)
+
+
 def test_wandb_sync_makes_one_run_of_two_sessions(python: str, tmp_path: Path):
     """As far as possible without W&B: rows and their offsets as sent to a server."""
     script = tmp_path / "session.py"

@@ -49,7 +49,11 @@ from magnet_train.metrics.embedders import load_embedder
 from magnet_train.metrics.scoring import REFERENCE_METRICS, parse_metric
 from magnet_train.release import SavedModel, check_codec, check_weights
 from magnet_train.resume import check_named_checkpoint, check_same_model
-from magnet_train.tracking.wandb_session import LOGIN_HINT, check_wandb_login
+from magnet_train.tracking.wandb_session import (
+    LOGIN_HINT,
+    check_wandb_environment,
+    check_wandb_login,
+)
 
 WEIGHTS: dict[str, Weights] = {
     "vggish": VGGISH,
@@ -582,6 +586,11 @@ def check_wandb(plan: Plan) -> Iterator[Finding]:
         yield Finding("ok", "W&B", "not a logger of this run")
         return
     later = f"wandb sync {plan.run_folder}/wandb/offline-* uploads it later"
+    try:
+        check_wandb_environment()
+    except UserError as error:
+        yield Finding("failed", "W&B", str(error))
+        return
     if all(args.get("offline") for args in ours):
         yield Finding("ok", "W&B", f"offline: {later}")
         return

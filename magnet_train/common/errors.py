@@ -27,11 +27,24 @@ class UserError(Exception):
     """A user error: one line that names the file or option, its value and the remedy.
 
     The command line prints it without a traceback and exits with status 2. Passwords and signatures
-    of URLs are removed from the text, because users paste error messages.
+    of URLs are removed from the text, because users paste error messages, and control characters
+    of untrusted names are escaped, because terminals obey them.
     """
 
     def __init__(self, text: object = ""):
-        super().__init__(redact(text))
+        super().__init__(printable(redact(text)))
+
+
+def printable(text: str) -> str:
+    r"""The text with escapes for control characters and lone surrogates, but not for new lines.
+
+    >>> printable("clip\x1b[31m.wav")
+    'clip\\x1b[31m.wav'
+    """
+    if text.isprintable():
+        return text
+    escaped = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return "".join(escaped)
 
 
 def user_error_from(error: BaseException) -> UserError | None:

@@ -2,7 +2,9 @@
 
 import re
 
-_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.:-]*://)(?P<rest>[^\s'\"<>]*)")
+_ADDRESS = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.:-]*://)(?P<user>[^\s/]*@)?(?P<rest>[^\s'\"<>]*)"
+)
 
 
 def redact(text: object) -> str:
@@ -15,6 +17,8 @@ def redact(text: object) -> str:
     's3://***@music/train: not there'
     >>> redact("https://host/a.tar?X-Amz-Signature=abc&Expires=5")
     'https://host/a.tar?***'
+    >>> redact("https://key:what?'#@host/a.tar")
+    'https://***@host/a.tar'
     """
     return _ADDRESS.sub(_redact_address, str(text))
 
@@ -22,7 +26,7 @@ def redact(text: object) -> str:
 def _redact_address(match: re.Match[str]) -> str:
     place, mark, _ = _split_at_first(match["rest"], "?#")
     user, _, host = place.rpartition("@")
-    hidden = f"***@{host}" if user else host
+    hidden = f"***@{host}" if user or match["user"] else host
     return f"{match['scheme']}{hidden}{mark}{'***' if mark else ''}"
 
 

@@ -1,5 +1,6 @@
 """Reads untrusted YAML files with bounded time and memory."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,19 @@ from magnet_train.common.errors import UserError
 MAX_BYTES = 2**20
 MAX_ENTRIES = 100_000
 """Maximum number of values after expanding aliases; nine lines can expand to a billion."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that is given twice, of which YAML's loader keeps the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [name for name, count in names.items() if count > 1 and name != "<<"]:
+            raise yaml.composer.ComposerError(
+                None, None, f"{twice[0]} is given twice", node.start_mark
+            )
+        return node
 
 
 def read_yaml(path: Path, shown: str) -> Any:
@@ -28,7 +42,7 @@ def read_yaml(path: Path, shown: str) -> Any:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{shown}: larger than {MAX_BYTES:,} bytes; give a YAML file")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         if (number := _num_entries(content, {})) > MAX_ENTRIES:
             raise ValueError(f"its aliases expand to {number:,} values, at most {MAX_ENTRIES:,}")
         return content

@@ -31,7 +31,13 @@ MAX_PEAK = 10.0
 """20 dB above full scale; louder samples are integers written as floats."""
 MAX_VALUES = 1 << 31
 """Maximum number of samples of all channels, which are in memory as float32."""
+MAX_BYTES = 1 << 31
+"""Maximum size of an MP3 or Ogg file, which is read as a whole."""
+MAX_FRAMES_PER_BYTE = 1000
+"""Above this, a length in a header is not believed; FLAC takes a byte for 400 frames of silence."""
 FFMPEG_TIMEOUT_S = 600
+FFMPEG_FORMATS = "mov,matroska,aac,loas,asf,ape,wv,ac3,eac3,amr,flac,wav,ogg,mp3,caf,mpegts"
+"""Formats that ffmpeg may find in a file; others, such as playlists, name further files."""
 SIZE_TOLERANCE = 8
 """Bytes by which programs miscount the size of a WAV (its header, or a missing pad byte)."""
 ONE_BY_ONE = (1, 3, 6, 7, 0xFFFE)
@@ -172,7 +178,7 @@ def _trusted_length(path: Path) -> tuple[int, int] | None:
     except _ERRORS:
         return None
     is_pcm = info.subtype.startswith(("PCM", "FLOAT", "DOUBLE"))
-    if not is_pcm or not 0 < info.frames < 1 << 40:
+    if not is_pcm or not 0 < info.frames <= MAX_FRAMES_PER_BYTE * path.stat().st_size:
         return None
     _check_rate(path, info.samplerate)
     return info.frames, info.samplerate
@@ -189,6 +195,9 @@ def _decoded_length(path: Path) -> tuple[int, int]:
 def _decode_by_soundfile(path: Path) -> tuple[np.ndarray, int]:
     with path.open("rb") as file:
         head = file.read(4)
+    is_read_whole = head.startswith(b"OggS") or path.suffix.lower() == ".mp3"
+    if is_read_whole and path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: more than {MAX_BYTES:,} bytes; split it")
     if head.startswith(b"OggS"):
         content = path.read_bytes()
         parts = [_read(io.BytesIO(part), path) for part in split_ogg(content, path)]
@@ -211,6 +220,8 @@ def _read(file: BinaryIO | int, path: Path, is_stream: bool = False) -> tuple[np
     values = 0
     with soundfile.SoundFile(file, closefd=False) as sound:  # type: ignore[arg-type]
         promised, rate = sound.frames, sound.samplerate
+        if MAX_VALUES < promised * sound.channels < 1 << 40:
+            raise UserError(f"{path}: more than {MAX_VALUES:,} samples; split it")
         while True:
             block = sound.read(BLOCK_FRAMES, dtype="float32", always_2d=True)
             blocks.append(block)
@@ -347,7 +358,8 @@ def _decode_by_ffmpeg(path: Path) -> tuple[np.ndarray, int]:
     if shutil.which("ffmpeg") is None:
         raise UserError(f"{path}: needs ffmpeg; install it, or convert the file to FLAC")
     command = ["ffmpeg", "-nostdin", "-v", "error", "-protocol_whitelist", "file,pipe"]
-    command += ["-i", f"file:{path}", "-map", "0:a:0", "-c:a", "pcm_f32le", "-f", "wav", "-"]
+    command += ["-format_whitelist", FFMPEG_FORMATS, "-i", f"file:{path}", "-map", "0:a:0"]
+    command += ["-c:a", "pcm_f32le", "-fs", str(4 * MAX_VALUES), "-f", "wav", "-"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=FFMPEG_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
@@ -358,4 +370,6 @@ def _decode_by_ffmpeg(path: Path) -> tuple[np.ndarray, int]:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         reason = lines[-1][:200] if lines else f"status {done.returncode}"
         raise UserError(f"{path}: unreadable by ffmpeg ({reason}); convert or remove it")
+    if len(done.stdout) >= 4 * MAX_VALUES:
+        raise UserError(f"{path}: more than {MAX_VALUES:,} samples; split it")
     return _read(io.BytesIO(done.stdout), path, is_stream=True)

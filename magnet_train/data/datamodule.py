@@ -90,6 +90,12 @@ def check_codec(found: ShardSet, codec: CodecFacts) -> None:
             f"{found.name}: made with codec {made['id']!r} ({made['hash']}), but --model.codec "
             f"{codec.id!r} is {codec.hash}: tokenize again with it, or train with theirs"
         )
+    for name in ("num_codebooks", "codebook_size", "frame_rate"):
+        if made[name] != getattr(codec, name):
+            raise UserError(
+                f"{found.name}: its index says {name}={made[name]}, but --model.codec {codec.id!r} "
+                f"has {getattr(codec, name)}; tokenize again"
+            )
 
 
 def check_crop_schedule(

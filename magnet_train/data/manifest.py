@@ -223,7 +223,8 @@ def _drop_missing(value: Any, depth: int = 0) -> Any:
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
     if isinstance(value, dict):
-        return {k: _drop_missing(v, depth + 1) for k, v in value.items() if not _is_missing(v)}
+        there = {_printable(k): v for k, v in value.items() if not _is_missing(v)}
+        return {k: _drop_missing(v, depth + 1) for k, v in there.items()}
     if isinstance(value, list):
         return [_drop_missing(v, depth + 1) for v in value if not _is_missing(v)]
     return _printable(value) if isinstance(value, str) else value
@@ -300,12 +301,12 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str], OSError | None]]:
         except OSError as error:
             yield folder, [], error
             continue
-        folders = [entry for entry in entries if entry.is_dir()]
+        folders = [entry for entry in entries if os.path.isdir(entry)]
         queue.extendleft(
             folder / entry.name for entry in reversed(folders) if not entry.is_symlink()
         )
         queue.extend(folder / entry.name for entry in folders if entry.is_symlink())
-        yield folder, [entry.name for entry in entries if not entry.is_dir()], None
+        yield folder, [entry.name for entry in entries if entry not in folders], None
 
 
 def _name(path: Path, source: Path) -> str:
@@ -385,11 +386,11 @@ def _jamendo_row(row: list[str], folder: Path) -> dict[str, Any]:
         category, _, name = tag.partition("---")
         if name and category in JAMENDO_FIELDS:
             found.setdefault(JAMENDO_FIELDS[category], []).append(name)
-    low = Path(path).with_suffix(".low.mp3")
-    is_low = not (folder / path).exists() and (folder / low).exists()
+    low = f"{path.removesuffix('.mp3')}.low.mp3"
+    is_low = os.path.exists(folder / low) and not os.path.exists(folder / path)
     parts = [f"{name}: {', '.join(found[name])}" for name in sorted(found)]
     about = {"track_id": track, "artist_id": artist, "album_id": album}
-    return {"path": str(low) if is_low else path, "caption": ". ".join(parts)} | about | found
+    return {"path": low if is_low else path, "caption": ". ".join(parts)} | about | found
 
 
 def _clips_in_manifest(manifest: Path) -> list[Clip]:
@@ -409,7 +410,7 @@ def _clip_from_row(row: dict[str, Any], manifest: Path, line: int, sidecars: _Si
     path = manifest.parent / name  # absolute paths stay absolute
     try:
         if not _can_be_a_path(name):
-            raise UserError(f"{where}: {printable!r} has characters that are not allowed in paths")
+            raise UserError(f"{where}: {printable!r} cannot be the path of a file")
         caption, fields = _split_caption(row, where)
         offset_s, duration_s = _pop_segment(fields, where)
         if not caption:
@@ -422,7 +423,7 @@ def _clip_from_row(row: dict[str, Any], manifest: Path, line: int, sidecars: _Si
 
 def _can_be_a_path(name: str) -> bool:
     try:
-        return b"\0" not in os.fsencode(name)
+        return b"\0" not in os.fsencode(name) and Path(name).name != ""
     except UnicodeEncodeError:
         return False
 
@@ -439,9 +440,9 @@ def _pop_segment(fields: dict[str, Any], where: str) -> tuple[float, float | Non
     try:
         offset_s = float(offset)
         duration_s = None if duration is None else float(duration)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
-            f"{where}: offset={offset!r}, duration={duration!r}: give seconds"
+            f"{where}: offset={str(offset)[:40]}, duration={str(duration)[:40]}: give seconds"
         ) from error
     if not (0 <= offset_s < math.inf and (duration_s is None or 0 < duration_s < math.inf)):
         raise UserError(
@@ -485,12 +486,24 @@ def _read_text(file: Path, max_bytes: int) -> str:
 
 
 def _parse_json(text: str, where: str) -> dict[str, Any]:
-    """An object in which NaN and infinities are None."""
+    """An object without missing values."""
     try:
-        value = json.loads(text, parse_constant=lambda name: None)
+        value = json.loads(text, parse_constant=lambda name: None, object_pairs_hook=_json_object)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{where}: not JSON ({reason}); repair it") from error
     if not isinstance(value, dict):
         raise UserError(f'{where}: is a {type(value).__name__}; give an object with a "caption"')
-    return {_known_name(name): entry for name, entry in value.items()}
+    return value
+
+
+def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs that have a value; raises ValueError for two of one name, which json allows."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if _is_missing(value):
+            continue
+        if _known_name(name) in found:
+            raise ValueError(f"two values for {name!r}; remove one")
+        found[_known_name(name)] = value
+    return found

@@ -24,6 +24,8 @@ from magnet_train.data.manifest import Clip
 MIN_HOP_S = 0.01
 MAX_CROP_S = 3600.0
 MAX_MIXTURES = 100.0
+MAX_TEXT_BYTES = 1 << 18
+"""Size of a clip's caption and fields; a reader of shards refuses more than four times as much."""
 SAMPLED_BYTES, EVERY_BYTES = 1 << 16, 1 << 20
 """To detect changed audio, the first SAMPLED_BYTES of each EVERY_BYTES of a file are compared, and
 the last; files up to EVERY_BYTES are compared completely."""
@@ -175,6 +177,8 @@ def _usable_part(clip: Clip, options: TokenizeOptions) -> tuple[float, float]:
     start_s, length_s = clip.segment(duration_s(clip.path))
     if not clip.caption:
         raise UserError(f"{clip.name}: no caption")
+    if (size := len(json.dumps([clip.caption, clip.fields]))) > MAX_TEXT_BYTES:
+        raise UserError(f"{clip.name}: its caption and fields have {size:,} bytes; shorten them")
     if length_s < options.min_s:
         raise UserError(f"{clip.name}: {length_s:.2f} s, shorter than --min_s {options.min_s}")
     return start_s, length_s

@@ -37,13 +37,16 @@ from magnet_train.data.remote import find_folders, is_address, read_bytes, read_
 
 CODES, INFO, REFERENCE = "codes.npy", "json", "reference.npz"
 """Parts of an item: file suffixes after its key."""
+REFERENCES = {"embeddings", "tags"}
+"""Arrays of a reference."""
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,200}")
 SHARD_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
 MAX_JSON_BYTES = 1 << 20
 MAX_MEMBER_BYTES = 1 << 28
 MAX_EXAMPLES = 1_000_000
 """Items in one shard."""
-MAX_DURATION_S = 1e6
+MIN_DURATION_S, MAX_DURATION_S = 1e-6, 1e6
+"""Length of an item; a sample is longer than the minimum."""
 MAX_HELD_OUT = 0.5
 """Largest share of the data that can be held out for validation."""
 LONG_NAME_KINDS = (b"x", b"g", b"L")
@@ -355,12 +358,13 @@ def decode_info(content: bytes) -> dict[str, Any]:
         raise ValueError(f"{len(content)} bytes")
     # NaN, which Python writes for missing numbers, would become a word of the caption.
     info = json.loads(content, parse_constant=lambda name: None)
+    if b"\\ud" in content.lower():  # half of a character, which no tokenizer or file can hold
+        info = json.loads(json.dumps(info, ensure_ascii=False).encode(errors="replace"))
     duration_s = _typed(info, "duration_s", (int, float))
-    if not 0 < duration_s <= MAX_DURATION_S:
+    if not MIN_DURATION_S <= duration_s <= MAX_DURATION_S:
         raise ValueError(f"duration_s={duration_s} must be above 0 s")
     _typed(info, "key", str)
-    caption = _typed({"caption": ""} | info, "caption", str)
-    info["caption"] = caption.encode(errors="replace").decode()
+    info["caption"] = _typed({"caption": ""} | info, "caption", str)
     return info
 
 
@@ -374,6 +378,11 @@ def decode_reference(content: bytes) -> dict[str, Tensor]:
             part.filename.removesuffix(".npy"): _decode_npy(file.read(part), np.dtype(np.float32))
             for part in parts
         }
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if set(shapes) != REFERENCES or len({len(array) for array in arrays.values()}) != 1:
+        raise ValueError(f"has {shapes}, not {' and '.join(sorted(REFERENCES))} of equal lengths")
+    if not all(array.size and np.isfinite(array).all() for array in arrays.values()):
+        raise ValueError("has NaN or infinite values, or none")
     return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
 
 
@@ -383,7 +392,7 @@ def _decode_npy(content: bytes, dtype: np.dtype) -> np.ndarray:
     if (version := np.lib.format.read_magic(file)) != (1, 0):
         raise ValueError(f".npy version {version}, not 1.0")
     shape, is_fortran, found = np.lib.format.read_array_header_1_0(file)
-    if found != dtype or len(shape) != 2:
+    if found != dtype or len(shape) != 2 or min(shape) < 0:
         raise ValueError(f"{found} {shape}, not {dtype} with two axes")
     return np.frombuffer(content, dtype, offset=file.tell()).reshape(
         shape, order="F" if is_fortran else "C"
@@ -413,7 +422,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     text = str(error.args[0]).partition(" @ <")[0] if error.args else ""
-    return text or type(error).__name__
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 # --- writing --------------------------------------------------------------------------------------

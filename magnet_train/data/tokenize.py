@@ -37,6 +37,7 @@ from magnet_train.data.plan import (
     plan_settings,
     plan_shards,
 )
+from magnet_train.data.remote import MAX_SHARD_BYTES
 from magnet_train.data.shards import ShardWriter, held_out
 
 FORMAT = 3
@@ -120,7 +121,7 @@ def _tokenize(
         write_json(out / "index.json", index)
         remove_leftovers(out)
     for entry in index["skipped"]:
-        tqdm.write(f"skipped: {entry['reason']}")
+        tqdm.write(f"skipped: {' '.join(entry['reason'].split())}")
     num_shards = len(index["shards"])
     tqdm.write(
         f"{index['num_examples']} crops, {index['hours']:.2f} h, in {num_shards} shards: {out}"
@@ -291,6 +292,11 @@ def _write_shard(job: Job, wait: bool = False) -> int:
                     shard.write(codes, info, reference)
                 shard.close()
                 file.flush()
+                if file.tell() > MAX_SHARD_BYTES:
+                    raise UserError(
+                        f"{job.path}: {file.tell():,} bytes, and at most {MAX_SHARD_BYTES:,} are "
+                        "read; set a lower --shard_size, in an empty folder"
+                    )
                 os.fsync(file.fileno())
             with open(temporary, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,6 +18,7 @@ from magnet_train.common.folders import replacing
 from magnet_train.metrics.fad import Moments
 
 FORMAT = 1
+_WRONG = (TypeError, ValueError, RuntimeError, AttributeError)
 _PROTOCOL = ("embedder", "embedder_hash", "resampler", "windowing")
 
 
@@ -132,6 +133,8 @@ class ReferenceStatistics:
         from safetensors import SafetensorError, safe_open
 
         try:
+            if not Path(path).is_file():  # opening a named pipe would block
+                raise FileNotFoundError("no such file")
             with safe_open(str(path), "pt") as file:
                 about = json.loads((file.metadata() or {})["reference_statistics"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -145,7 +148,7 @@ class ReferenceStatistics:
                 kind: _split(tensors, kind, about[kind]) for kind in ("embeddings", "logits")
             }
             read = cls(moments, int(about["num_clips"]), **others)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (OSError, SafetensorError, LookupError, ArithmeticError, *_WRONG) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(
                 f"{path}: missing, broken or not reference statistics ({reason}); write it again"

@@ -42,7 +42,7 @@ def prepare_wandb(
         uploads: Whether checkpoints are uploaded at the end, which may take an hour.
 
     Raises:
-        UserError: see `require_wandb_login`.
+        UserError: see `check_wandb_environment` and `require_wandb_login`.
     """
     values = {
         "WANDB_PROJECT": "magnet_train",
@@ -70,10 +70,28 @@ def prepare_wandb(
     if rank_zero_only.rank != 0:
         return
     private_api.record_arguments_through(redact)
+    check_wandb_environment()
     if online:
         require_wandb_login(folder, is_known)
     if verb == "fit":
         write_text(file, f"{os.environ.get('WANDB_RUN_ID', '')}\n")
+
+
+def check_wandb_environment() -> None:
+    """Check W&B's environment variables, which it reads only when the run begins.
+
+    Raises:
+        UserError: if one has a value that W&B refuses.
+    """
+    from wandb import Settings
+    from wandb.errors import UsageError
+
+    for name, value in os.environ.items():
+        try:
+            Settings().update_from_env_vars({name: value})
+        except (ValueError, UsageError) as error:  # pydantic's has several lines
+            reason = str(error).partition("[type=")[0].splitlines()[-1].strip()
+            raise UserError(f"{name}={value[:80]}: {reason}; correct or unset it") from error
 
 
 def require_wandb_login(folder: Path, resumes: bool) -> None:
