@@ -186,6 +186,16 @@ def rotary_angles(num_frames: int, head_dim: int, device=None) -> Tensor:
     return frame / 10_000 ** (2 * pair / head_dim)
 
 
+def stereo_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a mono model for codebooks left 1, right 1, left 2, … (codec/stereo.py).
+
+    Both channels start with the embeddings and heads of their codebook. Embeddings are halved, so
+    that their sum in a frame with equal channels is that of the mono model.
+    """
+    twice = {name: weights[name].repeat_interleave(2, 0) for name in ("embedding", "head")}
+    return weights | twice | {"embedding": twice["embedding"] / 2}
+
+
 class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()

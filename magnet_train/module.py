@@ -40,7 +40,7 @@ from magnet_train.metrics.baselines import copy_nearest
 from magnet_train.metrics.fixed_masks import FixedMaskMetrics, fixed_span_mask
 from magnet_train.model import Magnet, MagnetConfig, Pass
 from magnet_train.optimizer import OptimizerConfig, allows_fused, make_optimizer, schedule_factor
-from magnet_train.release import SavedModel, check_codec, check_weights
+from magnet_train.release import SavedModel, initial_weights, widens_to_stereo
 from magnet_train.resume import check_same_model, differing
 from magnet_train.sharding import check_shardable, full_tensor, is_sharded, shard, unsharded_copy
 
@@ -76,10 +76,14 @@ def load_teacher(start: SavedModel | None, network: MagnetConfig) -> Magnet:
     Raises:
         UserError: if there is no model with order=parallel.
     """
-    if start is None or network.order != "parallel":
+    if (
+        start is None
+        or network.order != "parallel"
+        or start.network.num_codebooks != network.num_codebooks
+    ):
         raise UserError(
-            "distil_guidance=true needs a model with order=parallel to distil; give "
-            "--model.init_from RELEASE"
+            "distil_guidance=true needs a model with order=parallel and the same codec to distil; "
+            "give --model.init_from RELEASE"
         )
     return start.build().requires_grad_(False)
 
@@ -268,11 +272,14 @@ class MagnetModule(L.LightningModule):
 
     def _start_from(self, start: SavedModel) -> None:
         """Load the initial weights, and add adapters to them if there are any to train."""
-        weights = start.weights()
-        check_weights(weights, self.config, start.file)
-        check_codec(start.codec, load_codec_facts(self.codec_name), start.file)
+        weights = initial_weights(start, self.config, load_codec_facts(self.codec_name))
         self.network.load_state_dict(weights)
         if self.lora.rank:
+            if widens_to_stereo(start, self.codec_name):
+                raise UserError(
+                    f"--model.codec {self.codec_name}: adapters cannot make a mono model stereo; "
+                    "train all weights, without --lora.rank"
+                )
             adapt(self.network, self.lora, step_generator(self.seed))
             self.hparams["lora"] = lora_settings(self.lora, weights_hash(weights))
             self.strict_loading = False  # checkpoints have only the adapters

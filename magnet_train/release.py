@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from magnet_train.adapters import Adapter, adapter_of_checkpoint, merged, read_adapter
-from magnet_train.codec.base import CodecFacts, load_codec_facts, split_name
+from magnet_train.codec.base import STEREO, CodecFacts, load_codec_facts, split_name
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import new_folder
@@ -35,7 +35,7 @@ from magnet_train.common.tensor_files import (
     write_safetensors,
 )
 from magnet_train.decoding.decode import DecodingConfig
-from magnet_train.model import Magnet, MagnetConfig
+from magnet_train.model import Magnet, MagnetConfig, stereo_weights
 
 RELEASE_FORMAT = 1
 MAX_CONFIG_BYTES = 1_000_000
@@ -241,7 +241,7 @@ def _text(config: Mapping[str, Any], name: str) -> str:
 
 def _component(folder: Path, name: Any, allowed: re.Pattern[str], what: str) -> str:
     """Name of a component for its loader; absolute paths are not allowed in a release."""
-    if not isinstance(name, str) or not allowed.fullmatch(re.sub(r"@\d+$", "", name)):
+    if not isinstance(name, str) or not allowed.fullmatch(re.sub(r"(@\d+)?(@stereo)?$", "", name)):
         raise ValueError(f"{what} {name!r} is neither in the release's folder nor a hub id")
     return str(folder.resolve() / name.removeprefix("./")) if name.startswith("./") else name
 
@@ -445,6 +445,33 @@ def check_codec(expected: Mapping[str, Any], facts: CodecFacts, where: Path) -> 
         )
 
 
+def widens_to_stereo(start: SavedModel, codec: str) -> bool:
+    """Whether a mono model would be trained with a codec used for both channels."""
+    return codec.endswith(STEREO) and not start.codec["id"].endswith(STEREO)
+
+
+def initial_weights(
+    start: SavedModel, network: MagnetConfig, codec: CodecFacts | None
+) -> dict[str, Tensor]:
+    """Weights of a model that training starts from; of a mono model, also for stereo.
+
+    Args:
+        start: the model.
+        network: architecture of the network to train.
+        codec: codec of the network to train; None = unknown, not checked.
+
+    Raises:
+        UserError: if the weights have other shapes, or the codec is another one.
+    """
+    widens = codec is not None and widens_to_stereo(start, codec.id)
+    weights = stereo_weights(start.weights()) if widens else start.weights()
+    check_weights(weights, network, start.file)
+    if codec is not None:
+        mono = load_codec_facts(codec.id.removesuffix(STEREO)) if widens else codec
+        check_codec(start.codec, mono, start.file)
+    return weights
+
+
 def codec_facts(codec: dict[str, Any]) -> CodecFacts | None:
     """All facts of the codec, if they are known."""
     try:
@@ -490,11 +517,11 @@ def write_release(
         UserError: if `out` is not empty, or the codec is not the one of training.
     """
     with new_folder(out) as folder:
-        codec, first = split_name(saved.codec["id"])
+        codec, _ = split_name(saved.codec["id"])
         if _is_folder(codec):
             check_codec(saved.codec, load_codec_facts(saved.codec["id"]), saved.file)
             _copy(Path(codec), folder / "codec", CODEC_FILES)
-            name = "./codec" if first is None else f"./codec@{first}"
+            name = "./codec" + saved.codec["id"].removeprefix(codec)
             saved = replace(saved, codec=saved.codec | {"id": name})
         if _is_folder(saved.text_encoder):
             _copy(Path(saved.text_encoder), folder / "text_encoder", TEXT_ENCODER_FILES)

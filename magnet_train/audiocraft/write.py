@@ -19,7 +19,7 @@ from magnet_train.audiocraft.names import (
     to_theirs,
 )
 from magnet_train.audiocraft.read import Settings, read_config, read_settings
-from magnet_train.codec.base import split_name
+from magnet_train.codec.base import STEREO, split_name
 from magnet_train.codec.encodec_names import audiocraft_config, to_audiocraft
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import new_folder
@@ -111,6 +111,8 @@ def codec_package(name: str) -> dict[str, Any]:
     Raises:
         UserError: if it is not an EnCodec of transformers.
     """
+    if name.endswith(STEREO):
+        raise UserError(f"codec {name!r}: audiocraft has no stereo MAGNeT; convert a mono model")
     base, _ = split_name(name)
     folder = Path(base).expanduser()
     if not folder.is_dir():

@@ -47,7 +47,7 @@ from magnet_train.decoding.autoregressive import check_autoregressive
 from magnet_train.decoding.load_rescorer import check_rescorer
 from magnet_train.metrics.embedders import load_embedder
 from magnet_train.metrics.scoring import REFERENCE_METRICS, parse_metric
-from magnet_train.release import SavedModel, check_codec, check_weights
+from magnet_train.release import SavedModel, initial_weights
 from magnet_train.resume import check_named_checkpoint, check_same_model
 from magnet_train.tracking.wandb_session import (
     LOGIN_HINT,
@@ -178,9 +178,7 @@ def check_start(plan: Plan) -> Iterator[Finding]:
         )
     elif config.model.init_from is not None:
         start = SavedModel.open(config.model.init_from)
-        check_weights(start.weights(), plan.network, start.file)
-        if plan.codec is not None:
-            check_codec(start.codec, plan.codec, start.file)
+        initial_weights(start, plan.network, plan.codec)
         yield Finding("ok", "start", f"weights of {start.file}: shapes match")
     else:
         yield Finding(

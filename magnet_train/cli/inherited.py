@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 
 from magnet_train.common.assets import conf_path
 from magnet_train.common.errors import UserError
-from magnet_train.release import SavedModel, read_checkpoint
+from magnet_train.release import SavedModel, read_checkpoint, widens_to_stereo
 
 LINKED = ("num_codebooks", "codebook_size", "text_dim")
 """Settings of the network that follow from codec and text encoder."""
@@ -36,7 +36,9 @@ def fit_defaults(given: Namespace) -> dict[str, Any]:
     if checkpoint is not None and checkpoint != AUTO:
         inherited = settings_of_checkpoint(Path(checkpoint).expanduser())
     elif init_from is not None:
-        inherited = settings_of_release(init_from, bool(given.get("model.distil_guidance")))
+        inherited = settings_of_release(
+            init_from, bool(given.get("model.distil_guidance")), given.get("model.codec")
+        )
     if given.get("config"):
         return inherited
     file = conf_path("demo.yaml" if init_from is None else "finetune.yaml")
@@ -48,18 +50,26 @@ def fit_defaults(given: Namespace) -> dict[str, Any]:
     return _merged(settings, inherited)
 
 
-def settings_of_release(init_from: str, distils: bool = False) -> dict[str, Any]:
+def settings_of_release(
+    init_from: str, distils: bool = False, codec: str | None = None
+) -> dict[str, Any]:
     """Settings of a model that training starts from, as defaults of `fit`.
 
-    A model that learns guided logits is decoded without guidance.
+    A model that learns guided logits is decoded without guidance. For stereo, both channels get the
+    context and decoding steps of the mono model's codebooks.
     """
     trained = SavedModel.open(init_from)
-    decoding = asdict(trained.decoding)
+    network, decoding = trained.network.to_dict(), asdict(trained.decoding)
+    if codec is not None and widens_to_stereo(trained, codec):
+        books = range(trained.network.num_codebooks)
+        steps = trained.decoding.steps_per_stage(len(books))
+        network["context"] = [trained.network.stage(k).context for k in books for _ in "LR"]
+        decoding["decoding_steps"] = [steps[k] for k in books for _ in "LR"]
     if distils:
         decoding |= {"max_cfg_coef": 1.0, "min_cfg_coef": 1.0}
     return {
         "model": {
-            "network": {k: v for k, v in trained.network.to_dict().items() if k not in LINKED},
+            "network": {k: v for k, v in network.items() if k not in LINKED},
             "codec": trained.codec["id"],
             "text_encoder": trained.text_encoder,
             "crop_s": trained.crop_s,

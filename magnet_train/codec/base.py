@@ -2,7 +2,8 @@
 
 Other modules use only the interface `Codec`: `facts`, `encode`, `decode`, `codebooks`. It checks
 and prepares inputs; implementations (encodec.py, dac.py, spectral.py) have the network and choose
-the weights in the hash. `load_codec` finds the implementation by the `model_type` in config.json.
+the weights in the hash; stereo.py uses a mono codec for each channel. `load_codec` finds the
+implementation by the `model_type` in config.json.
 """
 
 import hashlib
@@ -22,6 +23,9 @@ from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import load_pretrained
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
+
+STEREO = "@stereo"
+"""End of the name of a mono codec that is used for both channels of stereo."""
 
 
 @dataclass(frozen=True)
@@ -177,13 +181,17 @@ class Codec(nn.Module, ABC):
 
 
 def split_name(name: str) -> tuple[str, int | None]:
-    """Splits `NAME@8` into name and 8, unless a folder has this name.
+    """Splits `NAME@8` or `NAME@8@stereo` into name and 8, unless a folder has this name.
 
     >>> split_name("facebook/encodec_24khz@8")
     ('facebook/encodec_24khz', 8)
+    >>> split_name("demo@stereo")
+    ('demo', None)
     >>> split_name("me@home")
     ('me@home', None)
     """
+    if not Path(name).expanduser().exists():
+        name = name.removesuffix(STEREO)
     base, at, first = name.rpartition("@")
     if not at or not first.isdigit() or Path(name).expanduser().exists():
         return name, None
@@ -192,11 +200,11 @@ def split_name(name: str) -> tuple[str, int | None]:
 
 def absolute_name(name: str) -> str:
     """A codec's name with an absolute path if it is a folder."""
-    base, first = split_name(name)
+    base, _ = split_name(name)
     path = Path(base).expanduser()
     if base == "demo" or not path.exists():
         return name
-    return str(path.resolve()) + ("" if first is None else f"@{first}")
+    return str(path.resolve()) + name.removeprefix(base)
 
 
 def load_codec(name: str = "demo") -> Codec:
@@ -206,7 +214,8 @@ def load_codec(name: str = "demo") -> Codec:
         name: "demo" for the bundled one; a folder written by `SpectralModel.save` or transformers'
             EncodecModel or DacModel; a hub id such as `facebook/encodec_32khz` or
             `descript/dac_44khz`; or `encodec_24khz` or `encodec_48khz` for the models of the
-            `encodec` package. `NAME@8` uses only its first 8 codebooks.
+            `encodec` package. `NAME@8` uses only its first 8 codebooks; `NAME@stereo` or
+            `NAME@8@stereo` encodes the channels of stereo one by one with interleaved codebooks.
 
     Raises:
         UserError: if it is missing, damaged, untrained, of an unknown type, or needs network.
@@ -216,6 +225,10 @@ def load_codec(name: str = "demo") -> Codec:
     from magnet_train.codec.encodec_names import PACKAGE_MODELS
     from magnet_train.codec.spectral import MODEL_TYPE, SpectralCodec
 
+    if name.endswith(STEREO) and not Path(name).expanduser().exists():
+        from magnet_train.codec.stereo import StereoCodec
+
+        return StereoCodec(load_codec(name.removesuffix(STEREO)))
     base, num_codebooks = split_name(name)
     if base in PACKAGE_MODELS and not Path(base).expanduser().exists():
         return EncodecCodec(load_package_model(base), name, num_codebooks)
