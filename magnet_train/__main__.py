@@ -29,7 +29,11 @@ def usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:<{width}}  {text}" for name, text in VERBS.items())
     head = "usage: python -m magnet_train VERB [options]"
-    return f"{head}\n\n{verbs}\n\n`VERB --help` lists the options of a verb."
+    tail = (
+        "`VERB --help` lists the options of a verb, `--version` prints the version, and\n"
+        "`--print_completion bash` (or zsh) prints a script for tab completion of magnet-train."
+    )
+    return f"{head}\n\n{verbs}\n\n{tail}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    if argv[0] not in VERBS:
+    argv = [argv[0].replace("--print-completion", "--print_completion"), *argv[1:]]
+    if argv[0] not in (*VERBS, "--print_completion"):
         from difflib import get_close_matches
 
         close = get_close_matches(argv[0], VERBS, n=1)
@@ -62,7 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from magnet_train.cli import commands
 
-        commands.run(argv[0], argv[1:])
+        if argv[0] in VERBS:
+            commands.run(argv[0], argv[1:])
+        else:
+            commands.print_completion("".join(argv[1:2]), VERBS)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -366,6 +367,24 @@ def dashboard_verb(args: list[str]) -> None:
     )
     parser.add_class_arguments(DashboardOptions, nested_key=None, as_group=False)
     print(dashboard(options_from(DashboardOptions, parser.parse_args(args))))
+
+
+def print_completion(shell: str, descriptions: dict[str, str]) -> None:
+    """Print a script for tab completion of the verbs, which come with their descriptions.
+
+    Raises:
+        UserError: if the shell is not supported, or shtab is missing.
+    """
+    from magnet_train.cli.completion import completion_script
+
+    def parse(verb: str) -> None:
+        if verb == "doctor":
+            _fit_module().build_without_training([], [])
+        else:
+            run(verb, [])
+
+    parsers = {verb: partial(parse, verb) for verb in descriptions}
+    print(completion_script(shell, descriptions, parsers))
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
