@@ -167,6 +167,8 @@ def merged(weights: dict[str, Tensor], adapters: Sequence[Adapter]) -> dict[str,
                 raise UserError(f"{adapter.source}: the model has no {layer} of {shape}; {REMEDY}")
             added = adapter.scale * (second.float() @ first.float())
             weights[name] = (weights[name].float() + added).to(weights[name].dtype)
+            if not torch.isfinite(weights[name]).all():
+                raise UserError(f"{adapter.source}: {layer} is beyond its precision; {REMEDY}")
         if adapter is not adapters[-1]:
             bases.add(weights_hash(weights))
     return weights

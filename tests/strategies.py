@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ import torch
 from helpers_data import make_data_codec, write_clip, write_shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from make_components import make_t5
 
 from magnet_train.common.errors import UserError
 
 LONGEST_S = 10.0
 """Time of the processor that a bad file may take."""
 MANY = 1 << 62
-NUMBERS = (0, -1, 1, 2**31, MANY, 10**20, -(10**20), 1e308, -1e308, 5e-324, 0.5)
+NUMBERS = (0, -1, 1, 2**31, MANY, 10**20, -(10**20), 10**400, 1e308, -1e308, 5e-324, 0.5)
 WORDS = (
     "",
     " ",
@@ -215,6 +216,19 @@ class Samples:
         return self.made("release", make)
 
     @property
+    def adapter(self) -> Path:
+        """A LoRA adapter of the network."""
+        from magnet_train.adapters import LoraConfig, adapt, adapter_tensors, write_adapter
+        from magnet_train.model import Magnet
+
+        def make(path: Path) -> None:
+            network, config = Magnet(self.network), LoraConfig(rank=2)
+            adapt(network, config, torch.Generator().manual_seed(0))
+            write_adapter(path, adapter_tensors(network.state_dict()), config, "base", "0")
+
+        return self.made("adapter", make)
+
+    @property
     def listening_key(self) -> dict[str, Any]:
         """A key as written by `export_listening_test`, for two systems and one caption."""
         clips = {
@@ -348,6 +362,16 @@ def releases(draw: st.DrawFn, samples: Samples) -> tuple[bytes, bytes]:
         return as_json(config), weights
     text = as_json(draw(changed(config)))
     return draw(st.just(text) | damaged(text)), weights
+
+
+@st.composite
+def adapters(draw: st.DrawFn, samples: Samples) -> tuple[bytes, bytes]:
+    """Configuration and weights of an adapter."""
+    config = json.loads((samples.adapter / "adapter_config.json").read_text())
+    weights = (samples.adapter / "adapter_model.safetensors").read_bytes()
+    return as_json(draw(st.just(config) | changed(config))), draw(
+        st.just(weights) | damaged(weights)
+    )
 
 
 # --- readers --------------------------------------------------------------------------------------
@@ -496,6 +520,32 @@ def _read_codec(folder: Path, content: bytes, samples: Samples) -> None:
     assert codes.min() >= 0 and codes.max() < codec.facts.codebook_size
 
 
+def _read_adapter(folder: Path, content: tuple[bytes, bytes], samples: Samples) -> None:
+    from magnet_train.adapters import merged, read_adapter
+    from magnet_train.model import Magnet
+
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    for name, data in zip(names, content, strict=True):
+        (folder / name).write_bytes(data)
+    adapter = replace(read_adapter(str(folder)), base_hash=None)
+    weights = merged(dict(Magnet(samples.network).state_dict()), [adapter])
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def _read_text_encoder(folder: Path, content: bytes, samples: Samples) -> None:
+    from magnet_train.conditioning import load_text_encoder
+
+    shutil.copytree(samples.made("t5", make_t5), folder / "t5")
+    (folder / "t5" / "config.json").write_bytes(content)
+    states, mask = load_text_encoder(str(folder / "t5"))(["a slow waltz"])
+    assert mask.any() and states.shape[2] > 0
+
+
+def _text_encoders(samples: Samples) -> st.SearchStrategy[bytes]:
+    good = json.loads((samples.made("t5", make_t5) / "config.json").read_text())
+    return changed(good).map(as_json) | damaged(as_json(good))
+
+
 def _manifests(samples: Samples) -> st.SearchStrategy[tuple[str, bytes]]:
     good = [
         '{"path": "a.wav", "caption": "x"}',
@@ -567,6 +617,8 @@ READERS = {
     "ratings": Reader(ratings, _read_ratings),
     "sweep": Reader(_sweeps, _read_sweep),
     "codec": Reader(_codec_configs, _read_codec),
+    "adapter": Reader(adapters, _read_adapter),
+    "text encoder": Reader(_text_encoders, _read_text_encoder),
 }
 
 
