@@ -126,6 +126,9 @@ def become(program: str, folder: str, environment: dict[str, str], files: list[i
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
+    # As at a start: the server's own know whether its files can be sought.
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
     sys.executable = program
     sys.path[:1] = [folder, *environment.get("PYTHONPATH", "").split(os.pathsep)]
     # Lightning reads the rank when it is imported.

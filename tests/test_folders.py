@@ -2,6 +2,7 @@
 
 import json
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -62,6 +63,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--out .*file/run: cannot be written"):
         writable_folder(tmp_path / "file" / "run", "--out")
+    with pytest.raises(UserError, match=r"--out s3:/\*\*\*@b/x: a URL"):
+        writable_folder(Path("s3://key:secret@b/x"), "--out")
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=0, max_size=300)

@@ -180,6 +180,7 @@ def test_a_file_that_is_no_configuration_is_named(content, says, tmp_path, capsy
         (["fit", "--ckpt_path", "none.ckpt"], "none.ckpt"),
         (["fit", "--ckpt_path", "last"], "last: no such file"),
         (["fit", "--model.init_from", "./none"], "./none"),
+        (["fit", "--config", "s3://key:secret@b/x"], "--config s3://***@b/x: no such file"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )

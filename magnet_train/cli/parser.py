@@ -71,7 +71,7 @@ def find_config(text: str) -> str:
         name = text.removeprefix("conf/")
         if name in shipped:
             path = shipped[name]
-        elif path.suffix in (".yaml", ".yml", ".json"):
+        elif path.suffix in (".yaml", ".yml", ".json") or "://" in text:
             raise UserError(f"--config {text}: no such file{did_you_mean(name, list(shipped))}")
         else:
             return text

@@ -63,6 +63,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def check_local(path: Path, option: str) -> None:
+    """Raise a UserError for a URL, of which a path would make a folder here.
+
+    A password in it would be a part of that folder's name.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise UserError(f"{option} {path}: a URL; give a folder on this machine")
+
+
 def writable_folder(folder: Path, option: str) -> Path:
     """Create the folder if it is missing, and check that it is writable.
 
@@ -73,6 +82,7 @@ def writable_folder(folder: Path, option: str) -> Path:
     Raises:
         UserError: if the folder is not writable.
     """
+    check_local(folder, option)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{socket.gethostname()}-{os.getpid()}"  # one per rank
@@ -91,6 +101,7 @@ def check_new(out: Path) -> Path:
     Raises:
         UserError: if it is not empty, or cannot be created.
     """
+    check_local(out, "--out")
     out = out.expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder; choose another --out")

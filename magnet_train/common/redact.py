@@ -2,9 +2,12 @@
 
 import re
 
+# A path has one of the two slashes.
 _ADDRESS = re.compile(
-    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.:-]*://)(?P<user>[^\s/]*@)?(?P<rest>[^\s'\"<>]*)"
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.:-]*:/{1,2})(?P<user>[^\s/]*@)?(?P<rest>[^\s'\"<>]*)"
 )
+_USER = re.compile(r"[^\s/:@'\"]+:[^\s/@]+@(?=\w)")
+"""Credentials without a scheme, as stores show them."""
 
 
 def redact(text: object) -> str:
@@ -19,8 +22,10 @@ def redact(text: object) -> str:
     'https://host/a.tar?***'
     >>> redact("https://key:what?'#@host/a.tar")
     'https://***@host/a.tar'
+    >>> redact("failed to read key:secret@music/train")
+    'failed to read ***@music/train'
     """
-    return _ADDRESS.sub(_redact_address, str(text))
+    return _USER.sub("***@", _ADDRESS.sub(_redact_address, str(text)))
 
 
 def _redact_address(match: re.Match[str]) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.folders import remove_leftovers, write_json
+from magnet_train.common.folders import remove_leftovers, writable_folder, write_json
 from magnet_train.data.audio import read_audio
 from magnet_train.data.manifest import Clip, find_clips, with_fallback_captions
 from magnet_train.data.plan import (
@@ -92,12 +92,7 @@ def _tokenize(
     source: Path, clips: list[Clip], out: Path, options: TokenizeOptions
 ) -> dict[str, Any]:
     """Encode clips into one set of shards."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{out}: cannot be created ({error.strerror}); choose another --out"
-        ) from error
+    writable_folder(out, "--out")
     facts = _load_parts(options)[0].facts.to_dict()
     try:
         usable, skipped = find_usable(clips, options)
