@@ -21,6 +21,7 @@ VERBS = {
     "doctor": "check whether fit with the same options would start and keep running",
     "dashboard": "create a W&B workspace with panels for all logged metrics",
     "bench": "measure time and memory of attention, training and decoding",
+    "app": "serve a local web app to generate, edit and compare",
 }
 
 

@@ -298,7 +298,7 @@ def test_fit_with_two_processes_validates_every_item_once(python, shards, tmp_pa
 
 @pytest.mark.parametrize(
     "verb",
-    ["fit", "tokenize", "generate", "edit", "convert", "evaluate", "doctor", "bench", "dashboard"],
+    "fit tokenize generate edit convert evaluate doctor bench dashboard app".split(),
 )
 def test_every_option_of_ours_has_a_sentence_of_help(verb, capsys):
     with pytest.raises(SystemExit):

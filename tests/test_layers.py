@@ -7,7 +7,8 @@ PACKAGE = Path(__file__).parents[1] / "magnet_train"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"app", "checks"},
+    {"app"},
+    {"cli.generate", "cli.edit", "cli.output", "checks"},
     {"callbacks"},
     {"module", "evaluation"},
     {"tracking", "data"},

@@ -369,6 +369,17 @@ def dashboard_verb(args: list[str]) -> None:
     print(dashboard(options_from(DashboardOptions, parser.parse_args(args))))
 
 
+def app_verb(args: list[str]) -> None:
+    from magnet_train.cli.app import AppOptions, app
+    from magnet_train.cli.parser import make_parser
+
+    parser = make_parser("app", "Serve a local web app to generate, edit and compare.")
+    allow = "Folders whose recordings, models and runs may be opened; others are refused."
+    parser.add_argument("--allow", type=Path, nargs="+", default=[Path("runs")], help=allow)
+    parser.add_class_arguments(AppOptions, nested_key=None, as_group=False, skip={"allow"})
+    app(options_from(AppOptions, parser.parse_args(args)))
+
+
 def print_completion(shell: str, descriptions: dict[str, str]) -> None:
     """Print a script for tab completion of the verbs, which come with their descriptions.
 
@@ -397,4 +408,5 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "doctor": doctor_verb,
     "bench": bench_verb,
     "dashboard": dashboard_verb,
+    "app": app_verb,
 }

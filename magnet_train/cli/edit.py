@@ -3,7 +3,7 @@ the result."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from magnet_train.decoding.hints import Hints
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from magnet_train.decoding.decode import DecodingConfig
+    from magnet_train.decoding.decode import DecodingConfig, DecodingStep
     from magnet_train.decoding.keep import Edit, Region
     from magnet_train.generator import Cue, Edited, Generator
 
@@ -131,7 +131,7 @@ def edit(options: EditOptions, decoding: dict[str, Any]) -> list[Path]:
     if options.audio is None:
         raise UserError("no recording; give `edit FILE`")
     saved = check_model(options, decoding)
-    wav, sample_rate = _read(options.audio)
+    wav, sample_rate = read_recording(options.audio)
     edit = options.edit()
     facts = codec_facts(saved.codec) or load_codec_facts(saved.codec["id"])
     plan = edit.plan(wav.shape[1], sample_rate, facts.frame_rate, facts.num_codebooks, saved.crop_s)
@@ -139,7 +139,9 @@ def edit(options: EditOptions, decoding: dict[str, Any]) -> list[Path]:
     chooser = Chooser(options, [text for _, text in cues])
     writable_folder(options.out, "--out")
     generator, settings = load_generator(options, decoding)
-    return list(_edit_files(generator, settings, options, (wav, sample_rate), cues, chooser))
+    recording = wav, sample_rate
+    files = edit_files(generator, settings, options, recording, cues, chooser)
+    return [path for path, _ in files]
 
 
 def parse_region(option: str, text: str) -> "Region":
@@ -217,7 +219,7 @@ def read_timeline(file: Path, total_s: float) -> "list[Cue]":
     return cues
 
 
-def _read(audio: Path) -> "tuple[Tensor, int]":
+def read_recording(audio: Path) -> "tuple[Tensor, int]":
     """The recording as `channels t`, one or two channels, and its sample rate in Hz."""
     import torch
 
@@ -227,14 +229,19 @@ def _read(audio: Path) -> "tuple[Tensor, int]":
     return torch.from_numpy(wav.T.copy()), sample_rate
 
 
-def _edit_files(
+def edit_files(
     generator: "Generator",
     settings: "DecodingConfig",
     options: EditOptions,
     recording: "tuple[Tensor, int]",
     cues: "Sequence[Cue]",
     chooser: Chooser,
-) -> Iterator[Path]:
+    on_step: "Callable[[DecodingStep], None] | None" = None,
+) -> "Iterator[tuple[Path, Edited]]":
+    """Edit the recording once per variation and candidate, and write the best.
+
+    `on_step` is called after every step, instead of a progress bar.
+    """
     from tqdm import tqdm
 
     edit, (wav, sample_rate) = options.edit(), recording
@@ -243,7 +250,8 @@ def _edit_files(
         wav.shape[1], sample_rate, facts.frame_rate, facts.num_codebooks, generator.crop_s
     )
     steps = generator.count_steps(plan.to_decode, settings)
-    with tqdm(total=steps * options.variations * options.best_of, unit="step") as bar:
+    total = steps * options.variations * options.best_of
+    with tqdm(total=total, unit="step", disable=on_step is not None) as bar:
         for i in range(options.variations):
             candidates = generator.edit(
                 wav,
@@ -253,11 +261,12 @@ def _edit_files(
                 options.seed + i * options.best_of,
                 options.best_of,
                 settings,
-                lambda _: bar.update(),
+                on_step or (lambda _: bar.update()),
             )
             wavs = [candidate.wav for candidate in candidates] if options.best_of > 1 else [wav]
             best, judged = chooser(wavs, sample_rate, cues[0][1])
-            yield _write(candidates[best], wav, options, settings, cues, generator, judged)
+            made = candidates[best]
+            yield _write(made, wav, options, settings, cues, generator, judged), made
 
 
 def _write(

@@ -1,7 +1,7 @@
 """`generate`: prompts to audio files, each with a JSON to reproduce it."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -24,7 +24,7 @@ from magnet_train.common.folders import writable_folder
 if TYPE_CHECKING:
     import torch
 
-    from magnet_train.decoding.decode import DecodingConfig
+    from magnet_train.decoding.decode import DecodingConfig, DecodingStep
     from magnet_train.generator import DecodedItem, Generator
 
 
@@ -97,7 +97,7 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
         read_as_recorded(options.continue_from)  # refused before the model is loaded
     writable_folder(options.out, "--out")
     generator, settings = load_generator(options, decoding)
-    return list(_generate_files(generator, settings, options, jobs, chooser))
+    return [path for path, _ in generate_files(generator, settings, options, jobs, chooser)]
 
 
 def all_prompts(options: GenerateOptions) -> list[str]:
@@ -139,14 +139,18 @@ def list_jobs(prompts: Sequence[str], seed: int, variations: int, seeds: int = 1
     return jobs
 
 
-def _generate_files(
+def generate_files(
     generator: "Generator",
     settings: "DecodingConfig",
     options: GenerateOptions,
     jobs: Sequence[Job],
     chooser: Chooser,
-) -> Iterator[Path]:
-    """Decode the jobs of each seed in batches, once per candidate, and write the best."""
+    on_step: "Callable[[DecodingStep], None] | None" = None,
+) -> "Iterator[tuple[Path, DecodedItem]]":
+    """Decode the jobs of each seed in batches, once per candidate, and write the best.
+
+    `on_step` is called after every step, instead of a progress bar.
+    """
     import torch
     from tqdm import tqdm
 
@@ -167,7 +171,8 @@ def _generate_files(
             "keep less, or make it longer"
         )
     steps = generator.count_steps(torch.ones(num_frames, dtype=torch.bool), settings)
-    with tqdm(total=batches * options.best_of * steps, unit="step") as bar:
+    total = batches * options.best_of * steps
+    with tqdm(total=total, unit="step", disable=on_step is not None) as bar:
         for (seed, group), size in zip(by_seed, sizes, strict=True):
             candidates = [
                 generator.decode_items(
@@ -178,7 +183,7 @@ def _generate_files(
                     options.duration_s,
                     prompt_codes=start,
                     loop=options.loop,
-                    on_step=lambda _: bar.update(),
+                    on_step=on_step or (lambda _: bar.update()),
                 )
                 for i in range(options.best_of)
             ]
@@ -194,7 +199,7 @@ def _generate_files(
                 )
                 codec = generator.codec.facts.to_dict()
                 about = judged | {"options": made, "codec": codec, "model": generator.provenance}
-                yield _write(items[best], seed + best, options, about)
+                yield _write(items[best], seed + best, options, about), items[best]
 
 
 def _audio_prompt(

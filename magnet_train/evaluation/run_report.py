@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def report_from_run(run_folder: str | Path) -> Report:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a training run")
     notes: list[str] = []
-    clips = _validation_clips(folder, notes)
+    clips = validation_clips(folder, notes)
     curves = _logged_curves(folder, notes)
     settings = _configured(folder, notes)
     name = settings.get("trainer.default_root_dir") or folder.resolve().name
@@ -67,9 +67,11 @@ def report_from_run(run_folder: str | Path) -> Report:
     )
 
 
-def _validation_clips(folder: Path, notes: list[str]) -> list[dict[str, ReportClip]]:
-    """Clips of all validations: one entry per prompt, with the real clip as the codec renders it
-    and generated clips by step."""
+def validation_clips(
+    folder: Path, notes: list[str], steps: Collection[int] | None = None
+) -> list[dict[str, ReportClip]]:
+    """Clips of the validations at `steps` (default: all): one entry per prompt, with the real clip
+    as the codec renders it and generated clips by step. What is missing is added to `notes`."""
     rows: dict[str, dict[str, ReportClip]] = {}
     clips: list[ReportClip] = []
     for path in sorted(
@@ -77,9 +79,11 @@ def _validation_clips(folder: Path, notes: list[str]) -> list[dict[str, ReportCl
     ):
         if path.name.startswith("."):
             continue  # left by an interrupted write
+        step = int(re.sub(r"\D", "", path.parent.name) or 0)
+        if steps is not None and step not in steps:
+            continue
         clip = _read_clip(path, notes)
         if clip is not None:
-            step = int(re.sub(r"\D", "", path.parent.name) or 0)
             if path.stem not in rows:
                 real = path.parent.parent / CODEC_FOLDER / path.name
                 found = _read_clip(real, notes) if real.is_file() else None
