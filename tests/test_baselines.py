@@ -140,7 +140,7 @@ def test_chains_that_are_drawn_have_the_tables_frequencies():
     torch.testing.assert_close(rows, wanted, atol=0.03, rtol=0)
     assert drawn.shape == (2, 20_000)
     assert torch.equal(drawn, sample_bigram(tables, 20_000, torch.Generator().manual_seed(3)))
-    single = sample_unigram(tables, 20_000, torch.Generator().manual_seed(3))
+    single = sample_unigram(tables.frequencies, 20_000, torch.Generator().manual_seed(3))
     shares = torch.stack([row.bincount(minlength=SIZE) for row in single]) / 20_000
     torch.testing.assert_close(shares.double(), tables.frequencies, atol=0.015, rtol=0)
     assert (single[0, 1:] == single[0, :-1]).double().mean().item() == pytest.approx(

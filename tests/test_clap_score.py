@@ -24,7 +24,6 @@ def test_score_of_each_clip_and_its_mean(pairs: dict[str, Tensor]):
     torch.testing.assert_close(similarities.diagonal(), expected, rtol=0, atol=1e-9)
     summary = clap_summary(pairs["audio"], pairs["text"], draws=4000)
     assert near(summary.mean, CLAP["expected_mean"], 1e-9)
-    assert near(summary.standard_error, CLAP["standard_error"], 1e-9)
     assert summary.num_pairs == 37
     assert summary.interval is not None
     for end, wanted in zip(summary.interval, CLAP["bootstrap_percentile_95ci_4000"], strict=True):
@@ -64,7 +63,6 @@ def test_a_zero_embedding_has_cosine_zero():
 def test_one_pair_has_a_score_and_no_interval():
     summary = clap_summary(torch.ones(1, 3), torch.ones(1, 3))
     assert (round(summary.mean, 9), summary.interval, summary.shuffled) == (1, None, None)
-    assert math.isinf(summary.standard_error)
 
 
 def test_bad_pairs_are_named():

@@ -9,13 +9,14 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.flop_counter import FlopCounterMode
 
+from magnet_train.cli.output import OutputOptions
 from magnet_train.common import private_api
 
 
@@ -184,6 +185,13 @@ def test_options_that_need_a_value_are_recognised_by_their_type():
     parser.add_subcommands().add_subcommand("verb", within)
     found = list(private_api.options_that_need_a_value(parser))
     assert found == ["number", "verb.rate"]
+
+
+def test_lists_among_options_have_the_text_of_their_field():
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    ((name, (item, default, text)),) = private_api.list_options(OutputOptions).items()
+    assert (name, item, default) == ("lora", str, [])
+    assert text.startswith("LoRA adapters on the model")
 
 
 def test_boolean_options_are_known_by_their_type():

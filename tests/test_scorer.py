@@ -1,6 +1,5 @@
 """All clips are prepared in the same way: mono, normalised, truncated to the real clip."""
 
-import numpy as np
 import pyloudnorm
 import pytest
 import torch
@@ -97,13 +96,3 @@ def test_the_clip_farthest_from_the_reference_has_the_highest_score():
     name, scores = scorer.scores_by_clip(["kl/musicnn", "fad/musicnn"], features, references)
     assert name == "musicnn" and max(scores, key=lambda key: scores[key]) == "b"
     assert scorer.scores_by_clip(["kl/musicnn"], features, references) == ("", {})
-
-
-def test_unigram_codes_follow_the_frequencies():
-    frequencies = torch.tensor([[0.0, 1.0, 3.0], [5.0, 0.0, 0.0]])
-    codes = scorer.unigram_codes(frequencies, 4000, seed=0)
-    assert codes.shape == (2, 4000) and (codes[1] == 0).all()
-    assert np.bincount(codes[0].numpy(), minlength=3)[1:] / 4000 == pytest.approx(
-        [0.25, 0.75], abs=0.03
-    )
-    assert torch.equal(codes, scorer.unigram_codes(frequencies, 4000, seed=0))

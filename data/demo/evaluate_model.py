@@ -19,6 +19,7 @@ from typing import Any
 
 import soundfile
 import torch
+from music_table import baseline_clips, measure_systems, read_codes
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -29,7 +30,6 @@ from magnet_train.data.pipeline import EvaluationDataset
 from magnet_train.data.shards import ShardSet
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.evaluation import scorer
-from magnet_train.evaluation.music_table import baseline_clips, measure_systems, read_codes
 from magnet_train.evaluation.scorer import AudioClip
 from magnet_train.generator import Generator, load
 from magnet_train.masking import span_mask

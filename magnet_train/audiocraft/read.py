@@ -37,7 +37,12 @@ from magnet_train.codec.encodec_names import to_transformers, transformers_confi
 from magnet_train.common.errors import UserError
 from magnet_train.common.nested import flatten
 from magnet_train.common.pretrained import one_line, quiet
-from magnet_train.common.tensor_files import check_numbers, read_pickle
+from magnet_train.common.tensor_files import (
+    check_numbers,
+    check_same_shapes,
+    read_pickle,
+    shapes_of,
+)
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.model import Magnet, MagnetConfig
 
@@ -91,14 +96,7 @@ def read_model(folder: Path) -> ExportedModel:
     """
     file = folder / MODEL_FILE
     package = read_package(file)
-    text = package.get("xp.cfg")
-    weights = package.get("best_state")
-    if not isinstance(text, str) or not isinstance(weights, Mapping):
-        raise UserError(f"{file}: no exported model (best_state, xp.cfg) in it; {NOT_EXPORTED}")
-    if unnamed := next((key for key in weights if not isinstance(key, str)), None):
-        raise UserError(
-            f"{file}: has a tensor named {unnamed!r}, which is not a string; {DOWNLOAD_AGAIN}"
-        )
+    text, weights = _content(package, file, "no exported model (best_state, xp.cfg) in it")
     config = read_config(text, file)
     conditioner = _text_condition(config, file)
     projection = weights.get(f"{text_projection(conditioner)}.weight")
@@ -124,6 +122,20 @@ def read_package(path: Path) -> dict[str, Any]:
             f"{path}: contains a {type(package).__name__}, not an exported model; {NOT_EXPORTED}"
         )
     return package
+
+
+def _content(
+    package: Mapping[str, Any], where: Path, problem: str
+) -> tuple[str, Mapping[str, Any]]:
+    """Configuration and named weights of an exported file."""
+    text, weights = package.get("xp.cfg"), package.get("best_state")
+    if not isinstance(text, str) or not isinstance(weights, Mapping):
+        raise UserError(f"{where}: {problem}; {NOT_EXPORTED}")
+    if unnamed := [key for key in weights if not isinstance(key, str)]:
+        raise UserError(
+            f"{where}: has a tensor named {unnamed[0]!r}, which is not a string; {DOWNLOAD_AGAIN}"
+        )
+    return text, weights
 
 
 def read_config(text: str, where: Path) -> dict[str, Any]:
@@ -322,24 +334,8 @@ def _check_weights(weights: Mapping[str, Any], settings: Settings, where: Path) 
             )
     with torch.device("meta"):
         expected = to_theirs(Magnet(network).state_dict(), _pairs(settings))
-    if missing := expected.keys() - weights.keys():
-        raise UserError(
-            f"{where}: lacks {min(missing)} and {len(missing) - 1} more tensors of its "
-            f"configuration; {DOWNLOAD_AGAIN}"
-        )
-    if unknown := weights.keys() - expected.keys():
-        raise UserError(
-            f"{where}: has the unknown {min(unknown)} and {len(unknown) - 1} more; "
-            "it is another model than its configuration says"
-        )
     check_numbers(weights, where)
-    for name, tensor in expected.items():
-        if weights[name].shape != tensor.shape:
-            raise UserError(
-                f"{where}: {name} is {tuple(weights[name].shape)}, expected {tuple(tensor.shape)} "
-                f"(codebook size {network.codebook_size}); "
-                "the file does not match its configuration"
-            )
+    check_same_shapes(shapes_of(expected), shapes_of(weights), where)
     for pair in _pairs(settings):
         if len({weights[name].dtype for name in pair.theirs}) > 1:
             raise UserError(
@@ -369,13 +365,8 @@ def read_codec(
     ensure_torchaudio_imports()
     from transformers import EncodecConfig, EncodecModel
 
-    text = package.get("xp.cfg")
-    weights = package.get("best_state")
-    if not isinstance(text, str) or not isinstance(weights, Mapping):
-        raise UserError(
-            f"{where}: neither an exported codec (best_state, xp.cfg) nor a pointer to one; "
-            f"{NOT_EXPORTED}"
-        )
+    problem = "neither an exported codec (best_state, xp.cfg) nor a pointer to one"
+    text, weights = _content(package, where, problem)
     settings = transformers_config(read_config(text, where), str(where))
     try:
         with torch.device("meta"):
@@ -384,7 +375,9 @@ def read_codec(
         raise UserError(
             f"{where}: its configuration is not a codec's ({one_line(error)}); {DOWNLOAD_AGAIN}"
         ) from error
-    state = _codec_weights(weights, model.state_dict(), where)
+    state = {to_transformers(name): tensor for name, tensor in weights.items()}
+    check_numbers(state, where)
+    check_same_shapes(shapes_of(model.state_dict()), shapes_of(state), where)
     model.load_state_dict(state, assign=True)
     with quiet():
         model.save_pretrained(out)
@@ -392,31 +385,3 @@ def read_codec(
     (out / "audiocraft.yaml").write_text(text)  # used by `convert --to audiocraft`
     card = f"---\nlicense: {licence}\n---\n\nThe codec of {where.name}, for transformers.\n"
     (out / "README.md").write_text(card)
-
-
-def _codec_weights(
-    weights: Mapping[str, Any], expected: Mapping[str, Tensor], where: Path
-) -> dict[str, Tensor]:
-    """A codec's weights under transformers' names, after checking them."""
-    for name, tensor in weights.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(f"{where}: {name!r} is not a named tensor; {DOWNLOAD_AGAIN}")
-    names = {to_transformers(name): name for name in weights}
-    if missing := expected.keys() - names.keys():
-        raise UserError(
-            f"{where}: lacks {min(missing)} and {len(missing) - 1} more; {DOWNLOAD_AGAIN}"
-        )
-    if unknown := names.keys() - expected.keys():
-        raise UserError(
-            f"{where}: has the unknown {names[min(unknown)]} and {len(unknown) - 1} more; "
-            f"{DOWNLOAD_AGAIN}"
-        )
-    state = {name: weights[names[name]] for name in expected}
-    check_numbers(state, where)
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise UserError(
-                f"{where}: {names[name]} is {tuple(tensor.shape)}, expected "
-                f"{tuple(expected[name].shape)}; the file does not match its configuration"
-            )
-    return state

@@ -41,7 +41,13 @@ class CountBaselines(Callback):
             rank_zero_warn(f"no baselines of val/ce: {error}")
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, *args: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self._tables is None:
             return

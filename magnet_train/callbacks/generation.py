@@ -25,7 +25,7 @@ from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.decoding.load_rescorer import check_rescorer
 from magnet_train.evaluation import scorer
 from magnet_train.generator import DecodedItem, Generator
-from magnet_train.metrics.baselines import CountTables, sample_bigram
+from magnet_train.metrics.baselines import CountTables
 from magnet_train.metrics.distributed import (
     all_gather_by_id,
     all_gather_list,
@@ -172,7 +172,13 @@ class GenerationCallback(Callback):
         self._counts = None
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, *args: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keeps references, code frequencies and the chosen items of this rank."""
         if not self.num_prompts:
@@ -332,18 +338,8 @@ class GenerationCallback(Callback):
         """Features of codec reconstructions, and of codes drawn by their counts `k c` and by count
         tables."""
         real = {item["key"]: item["codes"] for item in share}
-        drawn = {
-            item["key"]: scorer.unigram_codes(counts, item["codes"].shape[1], seed=item["index"])
-            for item in share
-        }
-        systems = {"codec": real, "unigram": drawn}
-        if tables is not None:
-            systems["bigram"] = {
-                item["key"]: sample_bigram(
-                    tables, item["codes"].shape[1], torch.Generator().manual_seed(item["index"])
-                )
-                for item in share
-            }
+        seeds = {item["key"]: item["index"] for item in share}
+        systems = {"codec": real} | scorer.drawn_codes(real, seeds, counts, tables)
         features = {}
         for name, codes in systems.items():
             clips = scorer.prepare_generated(scorer.clips_from_codes(codes, codec))

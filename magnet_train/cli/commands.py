@@ -5,15 +5,11 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from magnet_train.common.errors import UserError, integer_from_environment
-
-T = TypeVar("T")
-LORA_HELP = "LoRA adapters on the model, FOLDER or FOLDER:STRENGTH each (as in a:0.8 b:0.4)."
 
 INTEGER_VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"),
@@ -59,11 +55,6 @@ def _fit_module(shows_help: bool = False) -> Any:
     return fit
 
 
-def options_from(kind: type[T], config: Any) -> T:
-    """Build an options dataclass from parsed values of the same names."""
-    return kind(**{field.name: config[field.name] for field in fields(kind)})  # type: ignore
-
-
 def tokenize_verb(args: list[str]) -> None:
     from magnet_train.cli.parser import make_parser
     from magnet_train.data.tokenize import TokenizeOptions, tokenize
@@ -72,99 +63,55 @@ def tokenize_verb(args: list[str]) -> None:
     source = "Folder of audio files with .txt or .json captions, or a manifest."
     parser.add_argument("input", type=Path, help=source)
     parser.add_argument("--out", type=Path, required=True, help="Folder for the shards.")
-    parser.add_class_arguments(TokenizeOptions, nested_key=None, as_group=False)
+    parser.add_options(TokenizeOptions)
     config = parser.parse_args(args)
-    tokenize(config.input, config.out, options_from(TokenizeOptions, config))
+    tokenize(config.input, config.out, parser.options(config))
 
 
 def generate_verb(args: list[str]) -> None:
-    from dataclasses import asdict
-
     from magnet_train.cli.generate import GenerateOptions, generate
-    from magnet_train.cli.inherited import decoding_defaults
+    from magnet_train.cli.inherited import parse_with_decoding
     from magnet_train.cli.parser import make_parser
-    from magnet_train.decoding.decode import DecodingConfig
 
     parser = make_parser(
         "generate", "Generate audio from prompts; a JSON next to each file has all settings."
     )
-    prompt = "Captions, each in quotes; one file per caption."
-    parser.add_argument("-p", "--prompt", type=str, nargs="+", default=[], help=prompt)
-    parser.add_argument("--lora", type=str, nargs="+", default=[], help=LORA_HELP)
-    separate = {"prompt", "lora"}
-    parser.add_class_arguments(GenerateOptions, nested_key=None, as_group=False, skip=separate)
-    parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
-    parser.late_defaults = lambda given: decoding_defaults(given.get("checkpoint", "demo"))
-    config = parser.parse_args(args)
-    decoding = asdict(options_from(DecodingConfig, config.decoding))
-    for path in generate(options_from(GenerateOptions, config), decoding):
+    for path in generate(*parse_with_decoding(parser, GenerateOptions, args)):
         print(path)
 
 
 def edit_verb(args: list[str]) -> None:
-    from dataclasses import asdict
-
     from magnet_train.cli.edit import EditOptions, edit
-    from magnet_train.cli.inherited import decoding_defaults
+    from magnet_train.cli.inherited import parse_with_decoding
     from magnet_train.cli.parser import make_parser
-    from magnet_train.decoding.decode import DecodingConfig
 
     parser = make_parser(
         "edit FILE", "Regenerate regions of a recording, continue it, or make it a loop."
     )
-    prompt = "One caption for everything, or one per region of --regenerate."
-    parser.add_argument("-p", "--prompt", type=str, nargs="+", default=[], help=prompt)
-    for name in ("regenerate", "keep"):
-        what = "regenerate" if name == "regenerate" else "keep, with all others regenerated"
-        region = f"Regions START:END to {what}, in seconds; an empty END means the end."
-        parser.add_argument(f"--{name}", type=str, nargs="+", default=[], help=region)
-    parser.add_argument("--lora", type=str, nargs="+", default=[], help=LORA_HELP)
-    separate = {"prompt", "lora", "regenerate", "keep"}
-    parser.add_class_arguments(EditOptions, nested_key=None, as_group=False, skip=separate)
-    parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
-    parser.late_defaults = lambda given: decoding_defaults(given.get("checkpoint", "demo"))
     if args and not args[0].startswith("-"):  # an option, so that a configuration can give it
         args = ["--audio", *args]
-    config = parser.parse_args(args)
-    decoding = asdict(options_from(DecodingConfig, config.decoding))
-    for path in edit(options_from(EditOptions, config), decoding):
+    for path in edit(*parse_with_decoding(parser, EditOptions, args)):
         print(path)
 
 
 def evaluate_verb(args: list[str]) -> None:
-    from dataclasses import asdict
-
-    from magnet_train.cli.inherited import decoding_defaults
+    from magnet_train.cli.inherited import parse_with_decoding
     from magnet_train.cli.parser import make_parser
     from magnet_train.common.products import choose_products
-    from magnet_train.decoding.decode import DecodingConfig
-    from magnet_train.evaluation.evaluate import DEFAULT_METRICS, EvaluateOptions, evaluate
+    from magnet_train.evaluation.evaluate import EvaluateOptions, evaluate
     from magnet_train.metrics.embedders import EMBEDDERS
     from magnet_train.metrics.music import MEASURES
     from magnet_train.metrics.scoring import METRICS
 
     parser = make_parser("evaluate", "Score folders of audio, or a model, against a reference.")
-    folders = "Folders of audio files, as FOLDER or NAME=FOLDER; one table row per folder."
-    parser.add_argument("--generated", type=str, nargs="+", default=[], help=folders)
     metrics = (
         f"As METRIC/EMBEDDER or music/MEASURE. Metrics: {', '.join(METRICS)}. Embedders: "
         f"{', '.join(EMBEDDERS)}. Measures: {', '.join(MEASURES)}."
     )
-    parser.add_argument(
-        "--metrics", type=str, nargs="+", default=list(DEFAULT_METRICS), help=metrics
-    )
-    parser.add_argument(
-        "--ratings", type=Path, nargs="+", default=[], help="CSV files of the raters."
-    )
-    separate = {"generated", "metrics", "ratings"}
-    parser.add_class_arguments(EvaluateOptions, nested_key=None, as_group=False, skip=separate)
-    parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
-    parser.late_defaults = lambda given: decoding_defaults(given.get("checkpoint"))
-    config = parser.parse_args(args)
-    decoding = asdict(options_from(DecodingConfig, config.decoding)) if config.checkpoint else {}
+    options, decoding = parse_with_decoding(parser, EvaluateOptions, args, metrics=metrics)
     choose_products()
     try:
-        evaluate(options_from(EvaluateOptions, config), decoding)
+        evaluate(options, decoding if options.checkpoint else {})
     finally:
         import torch.distributed as dist
 
@@ -185,10 +132,9 @@ def convert_verb(args: list[str]) -> None:
         "run folder."
     )
     parser.add_argument("source", type=str, help=source)
-    parser.add_argument("--lora", type=str, nargs="+", default=[], help=LORA_HELP)
-    parser.add_class_arguments(ConvertOptions, nested_key=None, as_group=False, skip={"lora"})
+    parser.add_options(ConvertOptions)
     config = parser.parse_args(args)
-    print(convert(config.source, options_from(ConvertOptions, config)))
+    print(convert(config.source, parser.options(config)))
 
 
 def sweep_verb(args: list[str]) -> None:
@@ -203,9 +149,9 @@ def sweep_verb(args: list[str]) -> None:
     )
     parser = make_parser("sweep", description)
     parser.add_argument("file", type=Path, help="Sweep file with method: grid, as in conf/sweep.")
-    parser.add_class_arguments(SweepOptions, nested_key=None, as_group=False)
+    parser.add_options(SweepOptions)
     config = parser.parse_args(args)
-    options = options_from(SweepOptions, config)
+    options = parser.options(config)
     out = (options.out or Path("runs") / config.file.stem).expanduser()
     runs = read_sweep(config.file, out, overrides)
     if options.run is not None:
@@ -350,10 +296,8 @@ def bench_verb(args: list[str]) -> None:
     from magnet_train.common.products import choose_products
 
     parser = make_parser("bench", "Measure time and memory of attention, training and decoding.")
-    parts = "Parts to measure (default: all)."
-    parser.add_argument("--only", type=str, nargs="+", default=[], help=parts)
-    parser.add_class_arguments(BenchOptions, nested_key=None, as_group=False, skip={"only"})
-    options = options_from(BenchOptions, parser.parse_args(args))
+    parser.add_options(BenchOptions)
+    options = parser.options(parser.parse_args(args))
     choose_products()
     bench(options)
 
@@ -365,8 +309,8 @@ def dashboard_verb(args: list[str]) -> None:
     parser = make_parser(
         "dashboard", "Create or update a W&B workspace with panels for all logged metrics."
     )
-    parser.add_class_arguments(DashboardOptions, nested_key=None, as_group=False)
-    print(dashboard(options_from(DashboardOptions, parser.parse_args(args))))
+    parser.add_options(DashboardOptions)
+    print(dashboard(parser.options(parser.parse_args(args))))
 
 
 def app_verb(args: list[str]) -> None:

@@ -45,7 +45,8 @@ class EditOptions(Hints, OutputOptions):
     regenerate: list[str] = field(default_factory=list)
     """Regions START:END to regenerate, in seconds; an empty END means the end."""
     keep: list[str] = field(default_factory=list)
-    """Regions START:END to keep, in seconds; everything else is regenerated."""
+    """Regions START:END to keep, in seconds (empty END = the end); all others are regenerated.
+    """
     from_s: float | None = None
     """Start of the continuation in the recording, in seconds (default: its end)."""
     to_s: float | None = None

@@ -202,7 +202,7 @@ class MagnetCLI(private_api.lightning_cli()):
             if self.lock is not None:
                 self.lock.release()
 
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+    def subcommands(self) -> dict[str, set[str]]:
         """Only the requested subcommand, because each takes a second to set up."""
         return {self.verb: LightningCLI.subcommands()[self.verb]}
 
@@ -294,22 +294,22 @@ class MagnetCLI(private_api.lightning_cli()):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.verb]
-        if self.verb == "fit" and config.ckpt_path is None and requeue_count():
-            config.ckpt_path = "auto"
-        resumes = config.ckpt_path is not None
+        checkpoint: str | None = config.ckpt_path
+        if self.verb == "fit" and checkpoint is None and requeue_count():
+            checkpoint = config.ckpt_path = AUTO
         # from weights that a checkpoint does not hold
         needs_base = config.model.distil_guidance or config.model.lora.rank
-        if resumes and not needs_base and config.ckpt_path != AUTO:
-            config.model.init_from = None  # the weights are the checkpoint's
-        if resumes and config.ckpt_path != AUTO:
-            check_named_checkpoint(Path(config.ckpt_path).expanduser(), self.verb == "fit")
+        if checkpoint is not None and checkpoint != AUTO:
+            if not needs_base:
+                config.model.init_from = None  # the weights are the checkpoint's
+            check_named_checkpoint(Path(checkpoint).expanduser(), self.verb == "fit")
         self.run_folder = Path(config.trainer.default_root_dir or "runs/run").expanduser()
         if self.verb == "fit" and not config.trainer.fast_dev_run:
             writable_folder(self.run_folder, "--trainer.default_root_dir")
             self.lock = RunFolderLock(self.run_folder)
             self.lock.acquire()
         prepare_run_folder(config, self.verb == "fit")
-        prepare_loggers(config, self.run_folder, self.verb, resumes)
+        prepare_loggers(config, self.run_folder, self.verb, checkpoint is not None)
         choose_products()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:

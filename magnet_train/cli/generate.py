@@ -33,7 +33,7 @@ class GenerateOptions(OutputOptions):
     """Options of `generate`."""
 
     prompt: list[str] = field(default_factory=list)
-    """Captions; one file per caption."""
+    """Captions, each in quotes; one file per caption."""
     prompts_file: Path | None = None
     """File with more prompts: text with one per line, or JSONL or CSV with captions."""
     unconditional: bool = False

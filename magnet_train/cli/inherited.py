@@ -1,15 +1,17 @@
 """Defaults taken from a checkpoint or release: network, codec, text encoder, lengths, decoding."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 
+from magnet_train.cli.parser import OneLineErrors
 from magnet_train.common.assets import conf_path
 from magnet_train.common.errors import UserError
+from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.release import SavedModel, read_checkpoint, widens_to_stereo
 
 LINKED = ("num_codebooks", "codebook_size", "text_dim")
@@ -94,9 +96,29 @@ def settings_of_checkpoint(file: Path) -> dict[str, Any]:
     return {"model": settings} | ({} if seed is None else {"seed_everything": seed})
 
 
-def decoding_defaults(checkpoint: str | None) -> dict[str, Any]:
-    """Decoding settings of the model that `generate` or `evaluate` loads, as their defaults."""
-    return {} if checkpoint is None else {"decoding": asdict(SavedModel.open(checkpoint).decoding)}
+def parse_with_decoding(
+    parser: OneLineErrors, kind: Any, args: list[str], **texts: str
+) -> tuple[Any, dict[str, Any]]:
+    """Options of a verb that loads a model, and decoding settings: the model's, unless given.
+
+    Args:
+        parser: parser of the verb.
+        kind: dataclass of its options, with `checkpoint`.
+        args: what the user gives.
+        texts: see `OneLineErrors.add_options`.
+    """
+
+    def defaults(given: Namespace) -> dict[str, Any]:
+        if (checkpoint := given.get("checkpoint", kind.checkpoint)) is None:
+            return {}
+        return {"decoding": asdict(SavedModel.open(checkpoint).decoding)}
+
+    parser.add_options(kind, **texts)
+    parser.add_class_arguments(DecodingConfig, "decoding", as_group=True)
+    parser.late_defaults = defaults
+    config = parser.parse_args(args)
+    decoding = {field.name: config.decoding[field.name] for field in fields(DecodingConfig)}
+    return parser.options(config), asdict(DecodingConfig(**decoding))
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

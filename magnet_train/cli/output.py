@@ -46,7 +46,7 @@ class OutputOptions:
     checkpoint: str = "demo"
     """Release folder, hub id, checkpoint, run folder, or "demo" for the bundled model."""
     lora: list[str] = field(default_factory=list)
-    """LoRA adapters on the model, FOLDER or FOLDER:STRENGTH each, added up."""
+    """LoRA adapters on the model, FOLDER or FOLDER:STRENGTH each (as in a:0.8 b:0.4), added up."""
     seed: int = 0
     """Seed; variation i uses seed + i. A repeated prompt continues with the next seeds."""
     variations: int = 1

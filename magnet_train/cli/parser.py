@@ -7,10 +7,15 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import (
+    ActionConfigFile,  # pyright: ignore[reportPrivateImportUsage]
+    ArgumentParser,
+    Namespace,
+)
 
 from magnet_train.common import private_api
 from magnet_train.common.assets import shipped_configurations
@@ -100,6 +105,27 @@ class OneLineErrors(ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.late_defaults: Defaults | None = None
         """Called before parsing with the given options; returns defaults of the others."""
+        self.options_class: Any = None
+
+    def add_options(self, kind: Any, **texts: str) -> None:
+        """Add the fields of a dataclass as options; lists take several values, as in --lora A B.
+
+        Args:
+            kind: the dataclass, with a docstring under each field.
+            texts: help of lists, instead of these docstrings.
+        """
+        self.options_class = kind
+        lists = private_api.list_options(kind)
+        for name, (item, default, text) in lists.items():
+            flags = ("-p", "--prompt") if name == "prompt" else (f"--{name}",)
+            text = texts.get(name, text)
+            self.add_argument(*flags, type=item, nargs="+", default=default, help=text)
+        self.add_class_arguments(kind, nested_key=None, as_group=False, skip=set(lists))
+
+    def options(self, config: Namespace) -> Any:
+        """The dataclass of `add_options`, from parsed values."""
+        kind = self.options_class
+        return kind(**{field.name: config[field.name] for field in fields(kind)})
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         raise self._user_error(message, ex) from ex
@@ -269,7 +295,7 @@ def _expected(kinds: str) -> str:
 
 
 def make_parser(verb: str, description: str) -> OneLineErrors:
-    """Parser of a verb that is not a LightningCLI's, with `--config`."""
+    """Parser of a verb that is not run by LightningCLI, with `--config`."""
     parser = OneLineErrors(prog=f"python -m magnet_train {verb}", description=description)
     parser.add_argument("--config", action=ConfigFile, help=config_help())
     return parser

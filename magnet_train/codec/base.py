@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import load_pretrained
-from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
 STEREO = "@stereo"
 """End of the name of a mono codec that is used for both channels of stereo."""
@@ -180,6 +179,48 @@ class Codec(nn.Module, ABC):
             return self._decode(codes)
 
 
+class NetworkCodec(Codec):
+    """A codec with a network of its own.
+
+    Implementations are made from `model, name, num_codebooks`: a trained model, which is changed in
+    place; its id in the facts; and how many of its first codebooks are used (default: all).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        weights: Mapping[str, Tensor],
+        codebooks: Mapping[str, Tensor],
+        settings: dict[str, Any],
+        **facts: Any,
+    ):
+        """
+        Args:
+            model: Encoder, codebooks and decoder.
+            name: Its id in the facts.
+            weights: Weights that set the codes, by name.
+            codebooks: Entries of each codebook, by name.
+            settings: Settings that set the codes but are not in the weights.
+            facts: `hop_samples` and the other fields of CodecFacts.
+
+        Raises:
+            UserError: if a codebook is all zero, a weight is not finite, or there are too few
+                codebooks.
+        """
+        super().__init__()
+        self.model = model.float().eval().requires_grad_(False)
+        check_weights(name, model.state_dict(), codebooks)
+        frame_rate = facts["sample_rate"] / facts.pop("hop_samples")
+        hash = codes_hash(weights, settings)
+        self.facts = CodecFacts(id=name, hash=hash, frame_rate=frame_rate, **facts)
+
+    @staticmethod
+    @abstractmethod
+    def read(source: str, local_files_only: bool, name: str) -> Any:
+        """The model of a folder or hub id, in float32; `name` is for messages."""
+
+
 def split_name(name: str) -> tuple[str, int | None]:
     """Splits `NAME@8` or `NAME@8@stereo` into name and 8, unless a folder has this name.
 
@@ -234,18 +275,21 @@ def load_codec(name: str = "demo") -> Codec:
         return EncodecCodec(load_package_model(base), name, num_codebooks)
     source, known_as = str(demo_path("codec")) if base == "demo" else base, absolute_name(name)
 
+    kinds: dict[str | None, Any] = {
+        MODEL_TYPE: SpectralCodec,
+        "encodec": EncodecCodec,
+        "dac": DacCodec,
+    }
+
     def load(source: str, local_files_only: bool) -> Codec:
         kind = _model_type(source, local_files_only)
-        if kind == MODEL_TYPE:
-            return SpectralCodec.load(Path(source), known_as, num_codebooks)
-        kinds: dict[str | None, Any] = {"encodec": EncodecCodec, "dac": DacCodec}
         if kind not in kinds:
             raise UserError(
                 f"codec {known_as!r}: its config.json describes {kind!r}, not 'encodec' or 'dac'; "
                 "choose an EnCodec or a DAC"
             )
-        ensure_torchaudio_imports()
-        return kinds[kind].load(source, local_files_only, known_as, num_codebooks)
+        model = kinds[kind].read(source, local_files_only, known_as)
+        return kinds[kind](model, known_as, num_codebooks)
 
     return load_pretrained("codec", source, load)
 
@@ -272,37 +316,6 @@ def _model_type(source: str, local_files_only: bool) -> str | None:
     return PretrainedConfig.get_config_dict(source, local_files_only=local_files_only)[0].get(
         "model_type"
     )
-
-
-def load_complete(
-    model_class: Any,
-    source: str,
-    local_files_only: bool,
-    name: str,
-    training_only: tuple[str, ...] = (),
-) -> Any:
-    """A transformers model from a folder or hub id, in float32.
-
-    Args:
-        model_class: Its class.
-        source: Folder or hub id.
-        local_files_only: Do not ask the hub.
-        name: The codec's name, for messages.
-        training_only: Ends of the names of weights that may be missing.
-
-    Raises:
-        UserError: if weights are missing.
-    """
-    model, report = model_class.from_pretrained(
-        source, local_files_only=local_files_only, dtype=torch.float32, output_loading_info=True
-    )
-    missing = sorted(k for k in report["missing_keys"] if not k.endswith(training_only))
-    if missing:  # transformers would continue with random weights
-        raise UserError(
-            f"codec {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more; "
-            "use a complete copy"
-        )
-    return model
 
 
 def check_weights(

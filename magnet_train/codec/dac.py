@@ -8,64 +8,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from magnet_train.codec.base import (
-    Codec,
-    CodecFacts,
-    check_weights,
-    codes_hash,
-    first_codebooks,
-    load_complete,
-)
+from magnet_train.codec.base import NetworkCodec, first_codebooks
+from magnet_train.common.pretrained import load_complete
 
 
-class DacCodec(Codec):
+class DacCodec(NetworkCodec):
     """A DAC. A clip is padded with zeros to whole frames."""
 
     def __init__(self, model: Any, name: str, num_codebooks: int | None = None):
-        """
-        Args:
-            model: A trained transformers DacModel; changed in place.
-            name: Its id in the facts.
-            num_codebooks: Use only the first codebooks (default: all).
-
-        Raises:
-            UserError: if a codebook is all zero, a weight is not finite, or there are too few
-                codebooks.
-        """
-        super().__init__()
         config, quantizers = model.config, model.quantizer.quantizers
         count = first_codebooks(name, len(quantizers), num_codebooks)
         model.quantizer.quantizers = quantizers[:count]
         model.quantizer.n_codebooks = count
-        self.model = model.float().eval().requires_grad_(False)
-        weights = model.state_dict()
-        check_weights(
-            name, weights, {k: v for k, v in weights.items() if k.endswith("codebook.weight")}
-        )
-        of_codes = {k: v for k, v in weights.items() if not k.startswith("decoder.")}
-        self.facts = CodecFacts(
-            id=name,
-            hash=codes_hash(of_codes, {"model_type": "dac"}),
+        weights = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
+        super().__init__(
+            model,
+            name,
+            weights,
+            {k: v for k, v in weights.items() if k.endswith("codebook.weight")},
+            {"model_type": "dac"},
             sample_rate=config.sampling_rate,
-            frame_rate=config.sampling_rate / config.hop_length,
+            hop_samples=config.hop_length,
             num_codebooks=count,
             codebook_size=config.codebook_size,
             channels=1,
             pad_mode="constant",
         )
 
-    @classmethod
-    def load(
-        cls, source: str, local_files_only: bool, name: str, num_codebooks: int | None = None
-    ) -> "DacCodec":
-        """Load a folder or hub id.
-
-        Raises:
-            UserError: if weights are missing, or as in the constructor.
-        """
-        from transformers import DacModel
-
-        return cls(load_complete(DacModel, source, local_files_only, name), name, num_codebooks)
+    @staticmethod
+    def read(source: str, local_files_only: bool, name: str) -> Any:
+        return load_complete("DacModel", source, local_files_only, f"codec {name!r}")
 
     @property
     def codebooks(self) -> Tensor:

@@ -10,17 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magnet_train.codec.base import (
-    Codec,
-    CodecFacts,
-    check_weights,
-    codes_hash,
-    first_codebooks,
-    load_complete,
-)
+from magnet_train.codec.base import NetworkCodec, first_codebooks
 from magnet_train.codec.encodec_names import PACKAGE_MODELS, PACKAGE_URL, to_transformers
 from magnet_train.common.errors import UserError
-from magnet_train.common.pretrained import one_line
+from magnet_train.common.pretrained import load_complete, one_line
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
 # Running averages used only to train the codec.
@@ -31,7 +24,7 @@ NORMALISED_LEVEL = 0.1
 """RMS level (-20 dB of full scale) of decoded audio if the codec normalises its input."""
 
 
-class EncodecCodec(Codec):
+class EncodecCodec(NetworkCodec):
     """An EnCodec.
 
     The 48 kHz EnCodec normalises its input and works in chunks of a second. Here a clip is
@@ -41,62 +34,42 @@ class EncodecCodec(Codec):
     """
 
     def __init__(self, model: Any, name: str, num_codebooks: int | None = None):
-        """
-        Args:
-            model: A trained transformers EncodecModel; changed in place (weight normalisation is
-                removed).
-            name: Its id in the facts.
-            num_codebooks: Use only the first codebooks (default: all).
-
-        Raises:
-            UserError: if a codebook is all zero, a weight is not finite, or there are too few
-                codebooks.
-        """
-        super().__init__()
         config, layers = model.config, model.quantizer.layers
-        model.quantizer.layers = layers[: first_codebooks(name, len(layers), num_codebooks)]
-        self.model = model.float().eval().requires_grad_(False)
+        count = first_codebooks(name, len(layers), num_codebooks)
+        model.quantizer.layers = layers[:count]
         weights = _decisive_weights(model)
-        codebooks = {k: v for k, v in weights.items() if k.endswith("codebook.embed")}
-        check_weights(name, model.state_dict(), codebooks)
         settings = {s: getattr(config, s) for s in DECISIVE_SETTINGS}
         if config.normalize or config.chunk_length_s:
             settings |= {"normalize": config.normalize, "chunk_length_s": config.chunk_length_s}
+        super().__init__(
+            model,
+            name,
+            weights,
+            {k: v for k, v in weights.items() if k.endswith("codebook.embed")},
+            settings,
+            sample_rate=config.sampling_rate,
+            hop_samples=config.hop_length,
+            num_codebooks=count,
+            codebook_size=config.codebook_size,
+            channels=config.audio_channels,
+            pad_mode=config.pad_mode,
+        )
         self.normalizes = bool(config.normalize)
         self.chunk_frames: int | None = None
         if config.chunk_length_s:
             self.chunk_frames = round(
                 config.chunk_length_s * config.sampling_rate / config.hop_length
             )
-        self.facts = CodecFacts(
-            id=name,
-            hash=codes_hash(weights, settings),
-            sample_rate=config.sampling_rate,
-            frame_rate=config.sampling_rate / config.hop_length,
-            num_codebooks=len(model.quantizer.layers),
-            codebook_size=config.codebook_size,
-            channels=config.audio_channels,
-            pad_mode=config.pad_mode,
-        )
         for module in model.modules():
             if nn.utils.parametrize.is_parametrized(module, "weight"):
                 # The same weights, but not recomputed in each call.
                 nn.utils.parametrize.remove_parametrizations(module, "weight")
         model.requires_grad_(False)
 
-    @classmethod
-    def load(
-        cls, source: str, local_files_only: bool, name: str, num_codebooks: int | None = None
-    ) -> "EncodecCodec":
-        """Load a folder or hub id.
-
-        Raises:
-            UserError: if weights are missing, or as in the constructor.
-        """
-        from transformers import EncodecModel
-
-        model = load_complete(EncodecModel, source, local_files_only, name, TRAINING_BUFFERS)
-        return cls(model, name, num_codebooks)
+    @staticmethod
+    def read(source: str, local_files_only: bool, name: str) -> Any:
+        what = f"codec {name!r}"
+        return load_complete("EncodecModel", source, local_files_only, what, TRAINING_BUFFERS)
 
     @property
     def codebooks(self) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magnet_train.codec.base import Codec, CodecFacts, check_weights, codes_hash, first_codebooks
+from magnet_train.codec.base import NetworkCodec, first_codebooks
 from magnet_train.common.folders import replacing, write_json
 from magnet_train.common.tensor_files import (
     check_same_shapes,
@@ -388,44 +388,30 @@ class SpectralModel(nn.Module):
         return model
 
 
-class SpectralCodec(Codec):
+class SpectralCodec(NetworkCodec):
     """The spectral codec as a `Codec`."""
 
     def __init__(self, model: SpectralModel, name: str, num_codebooks: int | None = None):
-        """
-        Args:
-            model: A trained model.
-            name: Its id in the facts.
-            num_codebooks: Use only the first codebooks (default: all).
-
-        Raises:
-            UserError: if a codebook is all zero, a weight is not finite, or there are too few
-                codebooks.
-        """
-        super().__init__()
         count = first_codebooks(name, len(model.entries), num_codebooks)
         config = model.config
-        self.model = model.float().eval().requires_grad_(False)
-        weights = {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")}
-        codebooks = {f"codebook {k}": entries for k, entries in enumerate(model.entries)}
-        check_weights(name, model.state_dict(), codebooks)
         settings = {k: v for k, v in asdict(config).items() if k not in DECODER_SETTINGS}
-        settings["num_codebooks"] = count
-        self.facts = CodecFacts(
-            id=name,
-            hash=codes_hash(weights, settings),
+        super().__init__(
+            model,
+            name,
+            {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.")},
+            {f"codebook {k}": entries for k, entries in enumerate(model.entries)},
+            settings | {"num_codebooks": count},
             sample_rate=config.sample_rate,
-            frame_rate=config.sample_rate / config.hop_samples,
+            hop_samples=config.hop_samples,
             num_codebooks=count,
             codebook_size=config.codebook_size,
             channels=1,
             pad_mode="reflect",
         )
 
-    @classmethod
-    def load(cls, folder: Path, name: str, num_codebooks: int | None = None) -> Self:
-        """Load a folder written by `SpectralModel.save`; errors as in `SpectralModel.load`."""
-        return cls(SpectralModel.load(folder), name, num_codebooks)
+    @staticmethod
+    def read(source: str, local_files_only: bool, name: str) -> SpectralModel:
+        return SpectralModel.load(Path(source))
 
     @property
     def codebooks(self) -> Tensor:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from magnet_train.common.errors import UserError
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
@@ -73,6 +75,45 @@ def load_pretrained(
         raise UserError(
             f"{what} {name!r} cannot be loaded from the hub: {one_line(error)}"
         ) from error
+
+
+def load_complete(
+    model_class: str,
+    source: str,
+    local_files_only: bool,
+    what: str,
+    optional: Sequence[str] = (),
+) -> Any:
+    """A transformers model from a folder or hub id, in float32.
+
+    Args:
+        model_class: Its class in transformers.
+        source: Folder or hub id.
+        local_files_only: Do not ask the hub.
+        what: The component, for messages, such as "codec 'demo'".
+        optional: Parts of the names of weights that may be missing.
+
+    Raises:
+        UserError: if weights are missing.
+    """
+    ensure_torchaudio_imports()
+    import transformers
+
+    model, report = getattr(transformers, model_class).from_pretrained(
+        source,
+        local_files_only=local_files_only,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    keys = sorted(report["missing_keys"])
+    missing = [key for key in keys if not any(part in key for part in optional)]
+    if missing:  # transformers would continue with random weights
+        raise UserError(
+            f"{what}: its weights lack {missing[0]} and {len(missing) - 1} more; "
+            "use a complete copy"
+        )
+    return model
 
 
 def absolute_path(name: str) -> str:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import lru_cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
-    from lightning.pytorch.cli import LightningCLI
 
 # --- Lightning 2.6.6: trainer ---------------------------------------------------------------------
 
@@ -147,6 +147,20 @@ def parse_without_defaults(parser: Any, args: list[str]) -> Any:
         return ArgumentParser.parse_args(parser, args, defaults=False, _skip_validation=True)
 
 
+def list_options(kind: Any) -> dict[str, tuple[type, Any, str]]:
+    """Fields of a dataclass that are lists: type of an item, default and help text by name."""
+    from jsonargparse._parameter_resolvers import get_signature_parameters
+
+    texts = {parameter.name: parameter.doc for parameter in get_signature_parameters(kind)}
+    lists = {}
+    for field in fields(kind):
+        hint: Any = get_type_hints(kind)[field.name]
+        if get_origin(hint) is list:
+            default: Any = field.default_factory
+            lists[field.name] = (get_args(hint)[0], default(), texts[field.name] or "")
+    return lists
+
+
 def options_that_need_a_value(parser: Any, prefix: str = "") -> Iterator[str]:
     """Options whose type excludes null, including subcommands'; the parser accepts null for all."""
     for action in parser._actions:
@@ -219,7 +233,7 @@ def import_torchmetrics_alone() -> None:
 
 
 @lru_cache
-def lightning_cli() -> type[LightningCLI]:
+def lightning_cli() -> Any:
     """LightningCLI with its private hooks under public names."""
     from lightning.pytorch.cli import LightningCLI
 

@@ -97,6 +97,11 @@ def safetensors_shapes(path: Path, remedy: str) -> Shapes:
     return shapes
 
 
+def shapes_of(tensors: Mapping[str, Any]) -> Shapes:
+    """Shape of each tensor; () for what is not a tensor."""
+    return {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()}
+
+
 def check_same_shapes(expected: Shapes, found: Shapes, source: Path) -> None:
     """Checks names and shapes of a file's tensors.
 

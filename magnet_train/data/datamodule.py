@@ -204,7 +204,7 @@ class MagnetDataModule(L.LightningDataModule):
         self.crop_s = crop_s
         self.global_batch_size = global_batch_size
         self.augmentation = augmentation
-        self.crop_start = crop_start
+        self.crop_start: CropStart = crop_start
         self.crop_schedule = check_crop_schedule(crop_schedule or [], crop_s)
         self._is_batch_split = False
         self.codec_name = codec

@@ -16,9 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from magnet_train.common.errors import UserError
-from magnet_train.common.pretrained import load_pretrained
-from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
+from magnet_train.common.pretrained import load_complete, load_pretrained
 from magnet_train.conditioning import TextEncoder, check_tokenizer
 from magnet_train.layout import delayed
 from magnet_train.model import Magnet, Pass, TextKeyValues
@@ -139,22 +137,12 @@ def load_musicgen(name: str) -> tuple[Any, TextEncoder]:
     """
 
     def load(source: str, local_files_only: bool) -> tuple[Any, Any]:
-        from transformers import AutoTokenizer, MusicgenForConditionalGeneration
+        kind = "MusicgenForConditionalGeneration"
+        model = load_complete(kind, source, local_files_only, f"MusicGen {name!r}")
+        from transformers import AutoTokenizer  # after torchaudio
 
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
-        model, report = MusicgenForConditionalGeneration.from_pretrained(
-            source,
-            local_files_only=local_files_only,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-        if missing := sorted(report["missing_keys"]):
-            raise UserError(
-                f"MusicGen {name!r}: its weights lack {missing[0]}; use a complete copy"
-            )
-        return model, tokenizer
+        return model, AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
 
-    ensure_torchaudio_imports()
     model, tokenizer = load_pretrained("MusicGen", name, load)
     check_tokenizer(tokenizer, model.config.text_encoder.vocab_size, name)
     model.requires_grad_(False).eval()

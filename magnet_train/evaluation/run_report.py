@@ -79,7 +79,7 @@ def validation_clips(
     ):
         if path.name.startswith("."):
             continue  # left by an interrupted write
-        step = int(re.sub(r"\D", "", path.parent.name) or 0)
+        step = _number_in(path.parent)
         if steps is not None and step not in steps:
             continue
         clip = _read_clip(path, notes)
@@ -147,7 +147,7 @@ def _logged_curves(folder: Path, notes: list[str]) -> dict[str, list[Point]]:
     the interval of NAME."""
     found: dict[str, dict[float, float]] = {}
     skipped: dict[str, int] = {}
-    files = sorted(folder.glob("*/version_*/metrics.csv"), key=_version)
+    files = sorted(folder.glob("*/version_*/metrics.csv"), key=lambda file: _number_in(file.parent))
     for path in files:
         try:
             with open(path, newline="", encoding="utf-8") as file:
@@ -169,8 +169,9 @@ def _logged_curves(folder: Path, notes: list[str]) -> dict[str, list[Point]]:
     }
 
 
-def _version(path: Path) -> int:
-    return int(re.sub(r"\D", "", path.parent.name) or 0)
+def _number_in(folder: Path) -> int:
+    """The number in a folder's name, such as step_000800."""
+    return int(re.sub(r"\D", "", folder.name) or 0)
 
 
 def _add_row(

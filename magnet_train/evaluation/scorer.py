@@ -21,6 +21,7 @@ from magnet_train.common.audio_files import clipped_share, normalize_loudness, w
 from magnet_train.common.errors import UserError
 from magnet_train.evaluation.page import read_sound
 from magnet_train.generator import DecodedItem
+from magnet_train.metrics.baselines import CountTables, sample_bigram, sample_unigram
 from magnet_train.metrics.embedders import Embedder, load_embedder
 from magnet_train.metrics.embedding_sets import fad_per_clip
 from magnet_train.metrics.record import Record
@@ -95,14 +96,29 @@ def clips_from_codes(codes: Mapping[str, Tensor], codec: Codec) -> Iterator[Audi
         yield AudioClip(key, wav, codec.facts.sample_rate)
 
 
-def unigram_codes(frequencies: Tensor, num_frames: int, seed: int) -> Tensor:
-    """Unigram baseline: codes `k t` drawn independently from the frequencies `k c`."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = [
-        torch.multinomial(row.cpu(), num_frames, replacement=True, generator=generator)
-        for row in frequencies
-    ]
-    return torch.stack(rows)
+def drawn_codes(
+    codes: Mapping[str, Tensor],
+    seeds: Mapping[str, int],
+    frequencies: Tensor,
+    tables: CountTables | None,
+) -> dict[str, dict[str, Tensor]]:
+    """Baselines without a model: codes as long as real ones, drawn by counts.
+
+    Args:
+        codes: real codes `k t`, by id.
+        seeds: seed of each clip.
+        frequencies: `k c`, for "unigram".
+        tables: counts for "bigram", which is omitted without them.
+    """
+    systems: dict[str, dict[str, Tensor]] = {"unigram": {}}
+    for key, rows in codes.items():
+        generator = torch.Generator().manual_seed(seeds[key])
+        systems["unigram"][key] = sample_unigram(frequencies, rows.shape[1], generator)
+        if tables is not None:
+            generator = torch.Generator().manual_seed(seeds[key])
+            drawn = sample_bigram(tables, rows.shape[1], generator)
+            systems.setdefault("bigram", {})[key] = drawn
+    return systems
 
 
 def prepare_generated(

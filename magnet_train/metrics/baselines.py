@@ -115,9 +115,9 @@ class CountTables:
         return losses
 
 
-def sample_unigram(tables: CountTables, num_frames: int, generator: torch.Generator) -> Tensor:
-    """Codes drawn independently by their frequencies: int64 `k t`."""
-    return torch.multinomial(tables.frequencies, num_frames, True, generator=generator)
+def sample_unigram(frequencies: Tensor, num_frames: int, generator: torch.Generator) -> Tensor:
+    """Codes drawn independently by their frequencies `k c`: int64 `k t`."""
+    return torch.multinomial(frequencies.cpu(), num_frames, True, generator=generator)
 
 
 def sample_bigram(tables: CountTables, num_frames: int, generator: torch.Generator) -> Tensor:

@@ -7,7 +7,6 @@ by 100 and not clipped at zero.
 Shapes: b pairs, d dimensions; row i of the audio belongs to row i of the text.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -61,8 +60,6 @@ class ClapSummary:
 
     mean: float
     """The CLAP score, -1 to 1."""
-    standard_error: float
-    """Standard error of the mean; infinite for one pair."""
     interval: tuple[float, float] | None
     """95 % interval by bootstrap over pairs; None for one pair."""
     shuffled: float | None
@@ -93,7 +90,6 @@ def clap_summary(audio: Tensor, text: Tensor, draws: int = 1000, seed: int = 0) 
     several = b > 1
     return ClapSummary(
         mean=scores.mean().item(),
-        standard_error=(scores.std() / math.sqrt(b)).item() if several else math.inf,
         interval=bootstrap_interval(scores, draws, seed) if several else None,
         shuffled=((similarities.sum() - scores.sum()) / (b * (b - 1))).item() if several else None,
         recall_at_1=retrieval(similarities, 1),

@@ -55,18 +55,14 @@ def raise_on_all_ranks(error: Exception | None) -> None:
         RuntimeError: for any other exception of another rank.
     """
     report = None
-    if error is not None:
-        is_user_error = isinstance(error, UserError)
-        report = str(error) if is_user_error else "".join(traceback.format_exception(error))
-        report = (is_user_error, report)
+    if isinstance(error, UserError):
+        report = UserError, str(error)
+    elif error is not None:
+        report = RuntimeError, "".join(traceback.format_exception(error))
     reports = all_gather_list([report])
     if error is not None:
         raise error
     for rank, found in enumerate(reports):
         if found is not None:
-            is_user_error, message = found
-            raise (
-                UserError(f"rank {rank}: {message}")
-                if is_user_error
-                else RuntimeError(f"rank {rank}: {message}")
-            )
+            kind, message = found
+            raise kind(f"rank {rank}: {message}")

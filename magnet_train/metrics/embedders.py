@@ -141,7 +141,7 @@ def _resampled_embedder(
     """An embedder whose network needs mono clips resampled with julius."""
 
     def embed_clip(wav: Tensor, sample_rate: int, key: str) -> ClipFeatures:
-        return embed(network.resample(wav, sample_rate), key)
+        return embed(resample(wav, sample_rate, network.sample_rate), key)
 
     return Embedder(
         name=name,

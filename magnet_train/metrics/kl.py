@@ -6,7 +6,7 @@ use give 1.25, 1.26, 0.63 and -0.34. Each convention has a name, which is part o
 Shapes: n segments (windows) of a clip, c classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -109,25 +109,3 @@ def clip_divergences(convention: str, reference: Tensor, generated: Tensor) -> T
     ):
         raise UserError("its tags are NaN, infinite or all zero; check the audio")
     return divergences
-
-
-def kl(convention: str, reference: Sequence[Tensor], generated: Sequence[Tensor]) -> float:
-    """Mean of all `clip_divergences`, in nats.
-
-    Args:
-        convention: a name of `CONVENTIONS`.
-        reference: outputs `n c` of each real clip.
-        generated: outputs of each generated clip, in the same order.
-
-    Raises:
-        ValueError: if the numbers differ; otherwise as in `clip_divergences`.
-        UserError: if there are no clips.
-
-    >>> logits = [torch.tensor([[2.0, 0.0]])]
-    >>> kl("av-benchmark", logits, logits)
-    0.0
-    """
-    values = [clip_divergences(convention, p, q) for p, q in zip(reference, generated, strict=True)]
-    if not values:
-        raise UserError("KL has no pair of clips: score at least one")
-    return torch.cat(values).mean().item()

@@ -18,6 +18,12 @@ MIN_CLIPS = 250
 """Tables warn below this: with 256 clips of 19 windows, the bias of FAD is 2.6 % of the windows'
 total variance."""
 
+PROTOCOL = (
+    *("metric", "convention", "embedder", "embedder_hash", "resampler", "windowing", "level"),
+    "reference_hash",
+)
+"""Fields that must agree in comparable records."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
@@ -99,19 +105,8 @@ class Record:
     @property
     def protocol(self) -> dict[str, Any]:
         """Fields that must agree in comparable records; for FAD including the number of clips."""
-        names = [
-            "metric",
-            "convention",
-            "embedder",
-            "embedder_hash",
-            "resampler",
-            "windowing",
-            "level",
-        ]
-        names.append("reference_hash")
-        if self.metric.split("/")[0] == "fad":
-            names.append("num_clips")
-        return {name: getattr(self, name) for name in names}
+        more = ("num_clips",) if self.metric.split("/")[0] == "fad" else ()
+        return {name: getattr(self, name) for name in (*PROTOCOL, *more)}
 
 
 def compare(records: Sequence[Record], force: bool = False) -> list[str]:

@@ -69,19 +69,20 @@ class Run:
     def result(self) -> str:
         """The metric of a finished run, such as ", val/ce 2.31"; empty if it is not in there."""
         try:
-            value = json.loads((self.folder / "summary.json").read_text())["metrics"][self.metric]
-            return f", {self.metric} {value['after']:.4g}"
+            value = float(self._summary()["metrics"][self.metric]["after"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""
+        return f", {self.metric} {value:.4g}"
 
     def seconds(self) -> float | None:
         """Time that a finished run took, in seconds; None if unknown."""
         try:
-            return float(
-                sum(json.loads((self.folder / "summary.json").read_text())["seconds"].values())
-            )
+            return float(sum(self._summary()["seconds"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+    def _summary(self) -> Any:
+        return json.loads((self.folder / "summary.json").read_text())
 
 
 # --- read -----------------------------------------------------------------------------------------

@@ -66,41 +66,33 @@ class Logged:
 
 DEFAULT_METRICS = ("fad", "kl", "text")
 """Metrics that `fit` computes by default."""
-_BETTER: dict[str, Direction] = {
-    "fad": "lower",
-    "fad_inf": "lower",
-    "kad": "lower",
-    "kid": "lower",
-    "precision": "higher",
-    "recall": "higher",
-    "density": "higher",
-    "coverage": "higher",
-    "vendi": "higher",
-    "kl": "lower",
-    "text": "higher",
-    "text_shuffled": "",
-    "text_r1": "higher",
-    "text_r10": "higher",
-}
+_LOWER = ("fad", "fad_inf", "kad", "kid", "kl", "key_rank", "note_lengths", "note_intervals")
+_HIGHER = (
+    *("precision", "recall", "density", "coverage", "vendi"),
+    *("text", "text_r1", "text_r10", "scale_fit", "beat"),
+)
+"""Metrics and measures by the direction of improvement. Others have none: chroma_change should
+equal that of real clips, and random codes can exceed it."""
+Entry = tuple[str, Direction, str]
+"""Name, direction of improvement and meaning."""
 
 
-def _entries(section: str, *entries: tuple[str, Direction, str], **flags: bool) -> list[Logged]:
+def _entries(section: str, *entries: Entry, **flags: bool) -> list[Logged]:
     return [Logged(name, meaning, section, better, **flags) for name, better, meaning in entries]
 
 
-_BETTER_MUSIC: dict[str, Direction] = {
-    "chroma_change": "",  # should equal that of real clips; random codes can exceed it
-    "scale_fit": "higher",
-    "key_rank": "lower",
-    "beat": "higher",
-    "periodicity": "",
-    "note_lengths": "lower",
-    "note_intervals": "lower",
-}
+def _better(name: str) -> Direction:
+    if name in _LOWER:
+        return "lower"
+    return "higher" if name in _HIGHER else ""
 
 
-def _metric(name: str) -> tuple[str, Direction, str]:
-    return f"val/{name}/{{embedder}}", _BETTER[name], METRICS[name]
+def _metric(name: str) -> Entry:
+    return f"val/{name}/{{embedder}}", _better(name), METRICS[name]
+
+
+def _measure(name: str) -> Entry:
+    return f"val/music/{name}", _better(name), MEASURES[name]
 
 
 LOGGED: tuple[Logged, ...] = (
@@ -114,10 +106,8 @@ LOGGED: tuple[Logged, ...] = (
         *map(_metric, DEFAULT_METRICS),
     ),
     *_entries(
-        "more of validation", *(_metric(name) for name in METRICS if name not in DEFAULT_METRICS)
-    ),
-    *_entries(
         "more of validation",
+        *(_metric(name) for name in METRICS if name not in DEFAULT_METRICS),
         (
             "val/ce/reading",
             "lower",
@@ -128,10 +118,7 @@ LOGGED: tuple[Logged, ...] = (
             "lower",
             "hybrids only: autoregressive cross-entropy of the prompts in training, in nats",
         ),
-    ),
-    *_entries(
-        "more of validation",
-        *((f"val/music/{name}", _BETTER_MUSIC[name], text) for name, text in MEASURES.items()),
+        *map(_measure, MEASURES),
     ),
     *_entries(
         "more of validation",

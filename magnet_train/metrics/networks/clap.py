@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections.abc import Container, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from magnet_train.common.downloads import CLAP_MUSIC, WeightsFile, find_weights,
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import load_pretrained, one_line
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
-from magnet_train.metrics.networks.frontend import check_clip, resample
+from magnet_train.metrics.networks.frontend import check_clip
 
 SAMPLE_RATE = 48_000
 WINDOW = 10 * SAMPLE_RATE
@@ -75,28 +75,6 @@ _RENAMED = {
 _COMPUTED = ("position_ids", "token_type_ids", "relative_position_index")
 """Buffers that ClapModel computes from its configuration."""
 _UNRELATED = ("a slow waltz for solo piano", "a dog barks at a passing train")
-
-
-class AudioTextModel(Protocol):
-    """Embeds audio and captions into one space."""
-
-    id: str
-    sample_rate: int
-    dim: int
-    hash: str
-    min_duration_s: float
-
-    def resample(self, wav: Tensor, sample_rate: int) -> Tensor:
-        """`t` or `c t` at any rate -> mono `t` at 48 kHz."""
-        ...
-
-    def embed_audio(self, wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
-        """A mono clip at 48 kHz, `t` -> its unit vector, `512`."""
-        ...
-
-    def embed_text(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> unit vectors, `n 512`."""
-        ...
 
 
 def ten_seconds(wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
@@ -177,10 +155,6 @@ class Clap:
         self.dim: int = model.config.projection_dim
         self.features = ClapFeatureExtractor(**FEATURES)
 
-    def resample(self, wav: Tensor, sample_rate: int) -> Tensor:
-        """`t` or `c t` at any rate -> mono `t` at 48 kHz, by julius."""
-        return resample(wav, sample_rate, SAMPLE_RATE)
-
     @torch.no_grad()
     def embed_audio(self, wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
         """A mono clip at 48 kHz, `t` -> unit vector, `512`; clips above 10 s are cropped.
@@ -245,10 +219,6 @@ class LaionClap:
         self.model.model.load_state_dict(state)
         self.model.eval()
 
-    def resample(self, wav: Tensor, sample_rate: int) -> Tensor:
-        """`t` or `c t` at any rate -> mono `t` at 48 kHz, by julius."""
-        return resample(wav, sample_rate, SAMPLE_RATE)
-
     @torch.no_grad()
     def embed_audio(self, wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
         """As Clap's."""
@@ -268,7 +238,7 @@ def load_clap(
     tokenizer: str = "roberta-base",
     package: bool = False,
     device: str = "cpu",
-) -> AudioTextModel:
+) -> Clap | LaionClap:
     """Load the published CLAP in evaluation mode.
 
     Args:
@@ -346,7 +316,7 @@ def load_tokenizer(name: str, vocab_size: int) -> Any:
     return tokenizer
 
 
-def check_captions(clap: AudioTextModel) -> None:
+def check_captions(clap: Clap | LaionClap) -> None:
     """Check that the vectors of two unrelated captions differ, to detect damaged text weights.
 
     Raises:

@@ -21,57 +21,13 @@ from magnet_train.common.errors import UserError
 from magnet_train.metrics.networks.frontend import check_clip, mel_filters
 
 TAGS = (
-    "guitar",
-    "classical",
-    "slow",
-    "techno",
-    "strings",
-    "drums",
-    "electronic",
-    "rock",
-    "fast",
-    "piano",
-    "ambient",
-    "beat",
-    "violin",
-    "vocal",
-    "synth",
-    "female",
-    "indian",
-    "opera",
-    "male",
-    "singing",
-    "vocals",
-    "no vocals",
-    "harpsichord",
-    "loud",
-    "quiet",
-    "flute",
-    "woman",
-    "male vocal",
-    "no vocal",
-    "pop",
-    "soft",
-    "sitar",
-    "solo",
-    "man",
-    "classic",
-    "choir",
-    "voice",
-    "new age",
-    "dance",
-    "male voice",
-    "female vocal",
-    "beats",
-    "harp",
-    "cello",
-    "no voice",
-    "weird",
-    "country",
-    "metal",
-    "female voice",
-    "choral",
-)
+    "guitar; classical; slow; techno; strings; drums; electronic; rock; fast; piano; ambient; "
+    "beat; violin; vocal; synth; female; indian; opera; male; singing; vocals; no vocals; "
+    "harpsichord; loud; quiet; flute; woman; male vocal; no vocal; pop; soft; sitar; solo; man; "
+    "classic; choir; voice; new age; dance; male voice; female vocal; beats; harp; cello; no "
+    "voice; weird; country; metal; female voice; choral"
+).split("; ")
+"""Names of the 50 outputs, in order."""
 
 
 @dataclass(frozen=True)

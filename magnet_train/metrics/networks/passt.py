@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from magnet_train.common.downloads import PASST_10S, PASST_20S, find_weights, load_network
 from magnet_train.common.errors import UserError
-from magnet_train.metrics.networks.frontend import check_clip, mel_filters, resample
+from magnet_train.metrics.networks.frontend import check_clip, mel_filters
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,6 @@ class Passt(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
         self.head_dist = nn.Linear(width, classes)  # only used in training
-
-    @classmethod
-    def resample(cls, wav: Tensor, sample_rate: int) -> Tensor:
-        """`t` or `c t` at any rate -> mono `t` at 32 kHz, by julius."""
-        return resample(wav, sample_rate, cls.sample_rate)
 
     def segments(self, wav: Tensor) -> list[Tensor]:
         """`t` -> segments of `segment_s` seconds and the remainder, if longer than 0.15 s."""

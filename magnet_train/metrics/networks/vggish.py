@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from magnet_train.common.downloads import VGGISH, find_weights, load_network
-from magnet_train.metrics.networks.frontend import check_clip, mel_filters, resample
+from magnet_train.metrics.networks.frontend import check_clip, mel_filters
 
 
 class Vggish(nn.Module):
@@ -54,11 +54,6 @@ class Vggish(nn.Module):
             nn.ReLU(),
             nn.Linear(4096, self.dim),
         )
-
-    @classmethod
-    def resample(cls, wav: Tensor, sample_rate: int) -> Tensor:
-        """`t` or `c t` at any rate -> mono `t` at 16 kHz, by julius."""
-        return resample(wav, sample_rate, cls.sample_rate)
 
     def log_mel(self, wav: Tensor) -> Tensor:
         """`t` -> `frames f`: log magnitudes; incomplete frames are dropped."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from magnet_train.codec.base import Codec
 from magnet_train.common.tables import markdown_table
 from magnet_train.data.shards import ShardSet
-from magnet_train.evaluation.scorer import AudioClip, clips_from_codes
-from magnet_train.metrics.baselines import CountTables, sample_bigram, sample_unigram
+from magnet_train.evaluation.scorer import AudioClip, clips_from_codes, drawn_codes
+from magnet_train.metrics.baselines import CountTables
 from magnet_train.metrics.music import MEASURES, ClipMusic, MusicFigure, measure_clip, score_music
 
 
@@ -49,12 +49,8 @@ def baseline_clips(
     codes: Mapping[str, Tensor], codec: Codec, tables: CountTables
 ) -> dict[str, Iterator[AudioClip]]:
     """Clips of real codes ("codec"), and of codes drawn by counts ("unigram", "bigram")."""
-    drawn: dict[str, dict[str, Tensor]] = {"unigram": {}, "bigram": {}}
-    for seed, (key, rows) in enumerate(codes.items()):
-        num_frames = rows.shape[1]
-        for name, sample in (("unigram", sample_unigram), ("bigram", sample_bigram)):
-            drawn[name][key] = sample(tables, num_frames, torch.Generator().manual_seed(seed))
-    systems = {"codec": codes} | drawn
+    seeds = {key: seed for seed, key in enumerate(codes)}
+    systems = {"codec": codes} | drawn_codes(codes, seeds, tables.frequencies, tables)
     return {name: clips_from_codes(some, codec) for name, some in systems.items()}
 
 
