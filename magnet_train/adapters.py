@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import write_json
+from magnet_train.common.ranges import check_values
 from magnet_train.common.tensor_files import check_numbers, read_safetensors, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -47,12 +48,7 @@ class LoraConfig:
     """Skip layers whose names contain any of these, such as ffn."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank <= MAX_RANK:
-            raise UserError(f"--lora.rank {self.rank}: must be 0 to {MAX_RANK}")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise UserError(f"--lora.alpha {self.alpha}: must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"--lora.dropout {self.dropout}: must be at least 0 and below 1")
+        check_values(self, "--lora.", rank=f"[0, {MAX_RANK}]", alpha="(0, inf)", dropout="[0, 1)")
 
     @property
     def scale(self) -> float:

@@ -24,6 +24,7 @@ from magnet_train.attention import recomputed, text_attention, window_bias
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.common.per_codebook import per_codebook
+from magnet_train.common.ranges import check_values
 from magnet_train.layout import (
     DelayedInputs,
     FrameInputs,
@@ -99,9 +100,7 @@ class MagnetConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.context, int):
             object.__setattr__(self, "context", tuple(self.context))  # JSON and YAML give a list
-        for name, most in LARGEST.items():
-            if not 1 <= getattr(self, name) <= most:
-                raise UserError(f"{name}={getattr(self, name)} must be between 1 and {most}")
+        check_values(self, **{name: f"[1, {most}]" for name, most in LARGEST.items()})
         if self.dim % self.num_heads or self.dim % 2:
             raise UserError(
                 f"dim={self.dim} must be even and divisible by num_heads={self.num_heads}"
@@ -113,10 +112,6 @@ class MagnetConfig:
                 "frames"
             )
         per_codebook("context", numbers, self.num_codebooks)
-        if self.order not in ("parallel", "hybrid", "autoregressive"):
-            raise UserError(f"order={self.order}: choose parallel, hybrid or autoregressive")
-        if self.positions not in ("sinusoidal", "rotary", "both"):
-            raise UserError(f"positions={self.positions}: choose sinusoidal, rotary or both")
         if self.is_rotary and self.dim // self.num_heads % 2:
             raise UserError(
                 f"positions={self.positions} needs an even width per head; dim={self.dim}, "

@@ -26,6 +26,7 @@ from magnet_train.common.errors import UserError
 from magnet_train.common.per_codebook import per_codebook
 from magnet_train.common.pretrained import absolute_path
 from magnet_train.common.randomness import generator_for
+from magnet_train.common.ranges import check_values
 from magnet_train.conditioning import TextEncoder, drop_captions, load_text_encoder
 from magnet_train.data.pipeline import Batch
 from magnet_train.layout import prompt_frames
@@ -40,7 +41,7 @@ from magnet_train.metrics.baselines import copy_nearest
 from magnet_train.metrics.fixed_masks import FixedMaskMetrics, fixed_span_mask
 from magnet_train.model import Magnet, MagnetConfig, Pass
 from magnet_train.optimizer import OptimizerConfig, allows_fused, make_optimizer, schedule_factor
-from magnet_train.release import SavedModel, initial_weights, widens_to_stereo
+from magnet_train.release import MAX_CROP_S, SavedModel, initial_weights, widens_to_stereo
 from magnet_train.resume import check_same_model, differing
 from magnet_train.sharding import check_shardable, full_tensor, is_sharded, shard, unsharded_copy
 
@@ -96,35 +97,6 @@ def check_lora(lora: LoraConfig, init_from: str | None, distil_guidance: bool) -
     """
     if lora.rank and (init_from is None or distil_guidance):
         raise UserError(f"--lora.rank {lora.rank}: needs --model.init_from and no distillation")
-
-
-MAX_CROP_S = 3600.0
-
-
-def check_ranges(
-    span_lens: tuple[int, ...],
-    crop_s: float,
-    guidance_dropout: float,
-    beginning_share: float,
-    prompt_weight: float,
-) -> None:
-    """Whether the numbers of the objective are within their ranges.
-
-    Raises:
-        UserError: if one is not.
-    """
-    if min(span_lens) < 1:
-        raise UserError(f"span_len={min(span_lens)} must be at least 1 frame")
-    if not 0 < crop_s <= MAX_CROP_S:
-        raise UserError(f"crop_s={crop_s} must be above 0 and at most {MAX_CROP_S:.0f} seconds")
-    for name, share in (
-        ("guidance_dropout", guidance_dropout),
-        ("beginning_share", beginning_share),
-    ):
-        if not 0 <= share <= 1:
-            raise UserError(f"{name}={share} must be between 0 and 1")
-    if not 0 <= prompt_weight < math.inf:
-        raise UserError(f"prompt_weight={prompt_weight} must be 0 or more")
 
 
 def initial_provenance(start: SavedModel | None) -> dict[str, Any]:
@@ -196,8 +168,19 @@ class MagnetModule(L.LightningModule):
             seed: Seed of initial weights, masks and dropout.
         """
         super().__init__()
-        check_ranges(
-            (span_len, *more_span_lens), crop_s, guidance_dropout, beginning_share, prompt_weight
+        check_values(
+            {
+                "span_len": (span_len, *more_span_lens),
+                "crop_s": crop_s,
+                "guidance_dropout": guidance_dropout,
+                "beginning_share": beginning_share,
+                "prompt_weight": prompt_weight,
+            },
+            span_len="[1, inf)",
+            crop_s=f"(0, {MAX_CROP_S}] seconds",
+            guidance_dropout="[0, 1]",
+            beginning_share="[0, 1]",
+            prompt_weight="[0, inf)",
         )
         if stage_sampling not in ("batch", "example"):
             raise UserError(f"stage_sampling={stage_sampling}: choose batch or example")

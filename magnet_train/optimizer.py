@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.ranges import check_values
 
 
 def cosine_factor(step: int, warmup_steps: int, total_steps: int) -> float:
@@ -64,23 +65,15 @@ class OptimizerConfig:
     """Linear warm-up, in optimizer steps; a tenth of the run if the run is not longer than this."""
 
     def __post_init__(self) -> None:
-        ranges = {
-            "lr": (0 < self.lr < math.inf, "above 0"),
-            "betas": (
-                len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-                "two numbers in [0, 1)",
-            ),
-            "eps": (0 < self.eps < math.inf, "above 0"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
-            "warmup_steps": (self.warmup_steps >= 0, "0 or more"),
-        }
-        for name, (is_valid, expected) in ranges.items():
-            if not is_valid:
-                raise UserError(f"optimizer: {name}={getattr(self, name)} must be {expected}")
-        if self.name not in ("adamw", "dadapt_adam"):
-            raise UserError(f"optimizer name={self.name}: choose adamw or dadapt_adam")
-        if self.schedule not in ("cosine", "inverse_sqrt", "constant"):
-            raise UserError(f"schedule={self.schedule}: choose cosine, inverse_sqrt or constant")
+        check_values(
+            self,
+            "optimizer: ",
+            lr="(0, inf)",
+            betas="[0, 1)",
+            eps="(0, inf)",
+            weight_decay="[0, inf)",
+            warmup_steps="[0, inf)",
+        )
 
     def warmup_within(self, total_steps: float) -> int:
         """Warm-up steps in a run of `total_steps` (may be infinite).

@@ -282,7 +282,7 @@ def test_components_that_are_missing_are_named_with_their_source(
     [
         (["--model.nonsense=1"], "nonsense"),
         (["--model.network.num_heads=3"], "dim=32 must be even and divisible by num_heads=3"),
-        (["--model.guidance_dropout=2"], "guidance_dropout=2.0 must be between 0 and 1"),
+        (["--model.guidance_dropout=2"], "guidance_dropout=2.0 must be from 0 to 1"),
         (["--model.optimizer.lr=-1"], "lr=-1.0 must be above 0"),
         (["--data.batch_size=0"], "batch_size=0 must be at least 1"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),

@@ -97,7 +97,7 @@ def test_a_magnet_reads_the_frames_of_the_step_masked(tiny):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rescorer_weight": 1.5}, "rescorer_weight=1.5: give numbers from 0 to 1"),
+        ({"rescorer_weight": 1.5}, "rescorer_weight=1.5 must be from 0 to 1"),
         ({"rescorer_weight": (0.5, -0.1)}, "from 0 to 1"),
         ({"rescorer_weight": ()}, "from 0 to 1"),
         ({"rescorer_temperature": 0.0}, "above 0"),

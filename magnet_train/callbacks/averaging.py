@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from magnet_train.common.errors import UserError
+from magnet_train.common.ranges import check_values
 from magnet_train.module import trainable_parameters
 from magnet_train.sharding import gather_to_rank0, local_shard
 
@@ -35,13 +35,9 @@ class WeightEMA(Callback):
             decay: EMA decay, 0 to 1; 0.99 every 10 steps averages over about 1,000 steps.
             every_n_steps: Optimizer steps between updates of the average.
         """
-        if not 0 <= decay < 1 or every_n_steps < 1:
-            raise UserError(
-                f"averaging: decay={decay} must be in [0, 1), every_n_steps={every_n_steps} at "
-                "least 1"
-            )
         self.decay = decay
         self.every_n_steps = every_n_steps
+        check_values(self, "averaging: ", decay="[0, 1)", every_n_steps="[1, inf)")
         self._average: dict[str, Tensor] = {}
         """Average by name; holds the raw weights while the module has the average."""
         self._num_updates = torch.tensor(0)

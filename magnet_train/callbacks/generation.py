@@ -18,6 +18,7 @@ from magnet_train.codec.base import Codec, load_codec, load_codec_facts
 from magnet_train.common.audio_files import save_plot, slug, write_audio
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import safe_name
+from magnet_train.common.ranges import check_values
 from magnet_train.data.pipeline import Batch
 from magnet_train.data.shards import ShardSet
 from magnet_train.decoding.autoregressive import check_autoregressive
@@ -84,17 +85,8 @@ class GenerationCallback(Callback):
                 unfinished prompts are skipped, with a warning. None = no limit.
             seed: Seed of the decoding noise; the noise of an item is a function of seed and id.
         """
-        if num_prompts < 0 or batch_size < 1 or num_media < 0:
-            raise UserError(
-                f"generation: num_prompts={num_prompts} and num_media={num_media} must be at "
-                f"least 0, batch_size={batch_size} at least 1"
-            )
         for metric in metrics:
             parse_metric(metric)
-        if max_seconds is not None and not 0 < max_seconds < float("inf"):
-            raise UserError(
-                f"generation: max_seconds={max_seconds} must be above 0 s; remove it for no limit"
-            )
         self.num_prompts = num_prompts
         self.batch_size = batch_size
         self.decoding = decoding
@@ -105,6 +97,14 @@ class GenerationCallback(Callback):
         self.reference = None if reference is None else str(Path(reference).expanduser())
         self.max_seconds = max_seconds
         self.seed = seed
+        check_values(
+            self,
+            "generation: ",
+            num_prompts="[0, inf)",
+            batch_size="[1, inf)",
+            num_media="[0, inf)",
+            max_seconds="(0, inf)",
+        )
         self.within_fit = False
         """Whether the validation is part of `fit`, including that of the untrained model."""
         self.audio: list[Path] = []

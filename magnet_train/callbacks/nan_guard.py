@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.ranges import check_values
 from magnet_train.module import trainable_parameters
 from magnet_train.sharding import full_tensor
 
@@ -27,9 +28,8 @@ class NanGuard(Callback):
         Args:
             max_consecutive: Abort after this many consecutive skipped (non-finite) steps.
         """
-        if max_consecutive < 1:
-            raise UserError(f"nan_guard: max_consecutive={max_consecutive} must be at least 1")
         self.max_consecutive = max_consecutive
+        check_values(self, "nan_guard: ", max_consecutive="[1, inf)")
         self.skipped = 0
         self.consecutive = 0
         self._keys: list[str] = []

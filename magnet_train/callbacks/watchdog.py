@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import Callback
 
-from magnet_train.common.errors import UserError
+from magnet_train.common.ranges import check_values
 
 DATA = "waiting for data"
 STEP = "training step"
@@ -34,12 +34,9 @@ class Watchdog(Callback):
             factor: Warn if a phase takes this many times its median.
             min_seconds: Never warn below this many seconds.
         """
-        if not factor > 1 or not min_seconds > 0:
-            raise UserError(
-                f"watchdog: factor={factor} must be above 1, min_seconds={min_seconds} above 0"
-            )
         self.factor = factor
         self.min_seconds = min_seconds
+        check_values(self, "watchdog: ", factor="(1, inf)", min_seconds="(0, inf)")
         self._history: dict[str, deque[float]] = {}
         self._phase: tuple[str, float] | None = None
         """The current phase and its start time."""

@@ -20,6 +20,7 @@ import torch
 
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
+from magnet_train.common.ranges import check_values
 from magnet_train.loss import masked_cross_entropy
 from magnet_train.model import Magnet, MagnetConfig
 
@@ -45,10 +46,14 @@ class BenchOptions:
     """Write the results to this JSON file."""
 
     def __post_init__(self) -> None:
-        most = {"repeats": 10_000, "threads": 1024, "num_frames": 100_000, "batch_size": 4096}
-        for name, limit in most.items():
-            if not 1 <= getattr(self, name) <= limit:
-                raise UserError(f"--{name} {getattr(self, name)}: must be from 1 to {limit:,}")
+        check_values(
+            self,
+            "--",
+            repeats="[1, 10000]",
+            threads="[1, 1024]",
+            num_frames="[1, 100000]",
+            batch_size="[1, 4096]",
+        )
         if self.device not in ("cpu", "cuda"):
             raise UserError(f"--device {self.device}: choose cpu or cuda")
 

@@ -14,13 +14,13 @@ from magnet_train.cli.output import (
     Chooser,
     OutputOptions,
     check_model,
-    check_range,
     load_generator,
     recipe,
     write_exact,
 )
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import safe_name, writable_folder
+from magnet_train.common.ranges import check_values
 from magnet_train.decoding.hints import Hints
 
 if TYPE_CHECKING:
@@ -69,13 +69,15 @@ class EditOptions(Hints, OutputOptions):
     def __post_init__(self) -> None:
         OutputOptions.__post_init__(self)
         Hints.__post_init__(self)
-        for name in ("from_s", "to_s", "loop_s", "loop_start_s", "seam_s"):
-            if (value := getattr(self, name)) is not None:
-                check_range(name, value, 0, MAX_DURATION_S, "seconds")
-        if self.bpm is not None:
-            check_range("bpm", self.bpm, 10, 1000, "beats per minute")
-        check_range("bars", self.bars or 1, 1, 1000)
-        check_range("beats_per_bar", self.beats_per_bar, 1, 64)
+        names = ("from_s", "to_s", "loop_s", "loop_start_s", "seam_s")
+        check_values(
+            self,
+            "--",
+            **dict.fromkeys(names, f"[0, {MAX_DURATION_S}] seconds"),
+            bpm="[10, 1000] beats per minute",
+            bars="[1, 1000]",
+            beats_per_bar="[1, 64]",
+        )
         self.loop_length_s()
 
     def loop_length_s(self) -> float | None:

@@ -13,13 +13,13 @@ from magnet_train.cli.output import (
     Chooser,
     OutputOptions,
     check_model,
-    check_range,
     load_generator,
     recipe,
     write_exact,
 )
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import writable_folder
+from magnet_train.common.ranges import check_values
 
 if TYPE_CHECKING:
     import torch
@@ -51,10 +51,8 @@ class GenerateOptions(OutputOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("batch_size", self.batch_size, 1, 100_000)
-        check_range("continue_s", self.continue_s, 0.02, MAX_DURATION_S, "seconds")
-        if self.duration_s is not None:
-            check_range("duration_s", self.duration_s, 0.02, MAX_DURATION_S, "seconds")
+        seconds = f"[0.02, {MAX_DURATION_S}] seconds"
+        check_values(self, "--", batch_size="[1, 100000]", continue_s=seconds, duration_s=seconds)
         if self.loop and self.continue_from is not None:
             raise UserError("--loop: give it without --continue_from, or use `edit --loop`")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import replacing, write_json
+from magnet_train.common.ranges import check_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,21 +72,11 @@ class OutputOptions:
     """Compile the network: takes minutes at the start; for many files on a GPU."""
 
     def __post_init__(self) -> None:
-        check_range("seed", self.seed, 0, MAX_SEED)
-        check_range("variations", self.variations, 1, 1_000_000)
-        check_range("best_of", self.best_of, 1, 10_000)
-        if self.format not in ("wav", "flac"):
-            raise UserError(f"--format {self.format}: choose wav or flac")
-        if self.precision not in ("32", "bf16"):
-            raise UserError(f"--precision {self.precision}: choose 32 or bf16")
+        check_values(
+            self, "--", seed=f"[0, {MAX_SEED}]", variations="[1, 1000000]", best_of="[1, 10000]"
+        )
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UserError(f"--device {self.device}: choose auto, cpu, cuda or cuda:N")
-
-
-def check_range(name: str, value: float, least: float, most: float, unit: str = "") -> None:
-    """Raise a UserError that names the option if its value is out of range."""
-    if not least <= value <= most:
-        raise UserError(f"--{name} {value}: must be between {least:g} and {most:g} {unit}".rstrip())
 
 
 def find_device(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from magnet_train.common.errors import UserError
+from magnet_train.common.ranges import check_values
 
 FIELDS = ("music_key", "bpm", "genre", "moods", "instrument", "keywords")
 """Fields of a shard's KEY.json that may be merged into a caption, with the names of audiocraft's
@@ -38,9 +38,7 @@ class CaptionAugmentation:
     text."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value <= 1:
-                raise UserError(f"augmentation {name}={value}: give a share from 0 to 1")
+        check_values(self, "augmentation: ", **dict.fromkeys(vars(self), "[0, 1]"))
 
 
 def augmented(

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from magnet_train.codec.base import CodecFacts, load_codec_facts
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
+from magnet_train.common.ranges import check_values
 from magnet_train.data.captions import CaptionAugmentation
 from magnet_train.data.pipeline import (
     CropPhase,
@@ -115,21 +116,6 @@ def check_crop_schedule(
     return [(min(float(length), crop_s), int(steps)) for length, steps in schedule]
 
 
-def check_batches(batch_size: int, global_batch_size: int | None, num_workers: int | None) -> None:
-    """Check the sizes of batches and the number of workers.
-
-    Raises:
-        UserError: if one is too small.
-    """
-    if batch_size < 1 or (num_workers is not None and num_workers < 0):
-        raise UserError(
-            f"data: batch_size={batch_size} must be at least 1, num_workers={num_workers} at "
-            "least 0"
-        )
-    if global_batch_size is not None and global_batch_size < 1:
-        raise UserError(f"data: global_batch_size={global_batch_size} must be at least 1")
-
-
 class MagnetDataModule(L.LightningDataModule):
     """Training, validation and test data."""
 
@@ -161,7 +147,7 @@ class MagnetDataModule(L.LightningDataModule):
             val_split: Share of the training shards to hold out for validation, 0 to 0.5, instead of
                 `validation`; chosen by a hash of each shard, so that added shards move none.
             batch_size: Examples per batch on each device; with global_batch_size, the maximum that
-                fits on a device. The more examples, the less low mask rates weigh in the objective
+                fits on a device. Larger batches give low mask rates less weight in the loss
                 (docs/training.md).
             global_batch_size: Examples per optimizer step over all devices. The batch per device
                 and gradient accumulation follow from it.
@@ -180,7 +166,6 @@ class MagnetDataModule(L.LightningDataModule):
             predict_split: Split whose captions `predict` uses: train, validation or test.
         """
         super().__init__()
-        check_batches(batch_size, global_batch_size, num_workers)
         for name, value, known in (
             ("predict_split", predict_split, ("train", "validation", "test")),
             ("crop_start", crop_start, get_args(CropStart)),
@@ -203,6 +188,13 @@ class MagnetDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.crop_s = crop_s
         self.global_batch_size = global_batch_size
+        check_values(
+            self,
+            "data: ",
+            batch_size="[1, inf)",
+            num_workers="[0, inf)",
+            global_batch_size="[1, inf)",
+        )
         self.augmentation = augmentation
         self.crop_start: CropStart = crop_start
         self.crop_schedule = check_crop_schedule(crop_schedule or [], crop_s)

@@ -7,7 +7,6 @@ error.
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.ranges import check_values
 from magnet_train.data.audio import duration_s
 from magnet_train.data.manifest import Clip
 
@@ -55,8 +55,8 @@ class TokenizeOptions:
     """Share of the files to hold out for validation, 0 to 0.5, chosen by a hash of their names: OUT
     then has the sets `train` and `validation`, the latter with musicnn embeddings."""
     caption_from: Literal["files", "tags", "names"] = "names"
-    """Where to look for captions: only in caption files and the manifest; also in tags of the
-    audio file; also in its name."""
+    """Sources of captions: caption files and the manifest (files), then also tags of the audio file
+    (tags), then also its name (names)."""
     shard_size: int = 256
     """Crops per shard."""
     batch_size: int = 8
@@ -67,26 +67,23 @@ class TokenizeOptions:
     """Also store this network's embeddings of the original audio, as references for FAD and KL."""
 
     def __post_init__(self) -> None:
-        hop_s = self.crop_s if self.hop_s is None else self.hop_s
-        for name, is_valid, expected in (
-            (
-                "crop_s",
-                MIN_HOP_S <= self.crop_s <= MAX_CROP_S,
-                f"{MIN_HOP_S:g} to {MAX_CROP_S:g} s",
-            ),
-            ("hop_s", MIN_HOP_S <= hop_s <= MAX_CROP_S, f"{MIN_HOP_S:g} to {MAX_CROP_S:g} s"),
-            ("min_s", 0 < self.min_s <= self.crop_s, "above 0 s and at most --crop_s"),
-            ("silence_db", -math.inf <= self.silence_db <= 0, "at most 0 dB"),
-            ("mixtures", 0 <= self.mixtures <= MAX_MIXTURES, f"0 to {MAX_MIXTURES:g}"),
-            ("mixture_snr_db", 0 <= self.mixture_snr_db <= 100, "0 to 100 dB"),
-            ("shard_size", 1 <= self.shard_size <= 100_000, "1 to 100,000 crops"),
-            ("batch_size", self.batch_size >= 1, "at least 1 crop"),
-            ("processes", 1 <= self.processes <= 1024, "1 to 1,024"),
-            ("validation", 0 <= self.validation <= 0.5, "0 to 0.5"),
-            ("split", re.fullmatch(r"[A-Za-z0-9_-]{1,80}", self.split), "letters, digits, - and _"),
-        ):
-            if not is_valid:
-                raise UserError(f"--{name} {getattr(self, name)}: must be {expected}")
+        lengths = f"[{MIN_HOP_S}, {MAX_CROP_S}] seconds"
+        check_values(
+            self,
+            "--",
+            crop_s=lengths,
+            hop_s=lengths,
+            min_s=f"(0, {self.crop_s}] seconds",
+            silence_db="[-inf, 0] dB",
+            mixtures=f"[0, {MAX_MIXTURES}]",
+            mixture_snr_db="[0, 100] dB",
+            shard_size="[1, 100000] crops",
+            batch_size="[1, inf)",
+            processes="[1, 1024]",
+            validation="[0, 0.5]",
+        )
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,80}", self.split):
+            raise UserError(f"--split={self.split} must be up to 80 letters, digits, - and _")
 
 
 @dataclass(frozen=True)

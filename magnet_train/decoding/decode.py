@@ -22,6 +22,7 @@ from torch import Tensor
 from magnet_train.common.errors import UserError
 from magnet_train.common.per_codebook import per_codebook
 from magnet_train.common.randomness import generator_for
+from magnet_train.common.ranges import check_values
 from magnet_train.decoding import audiocraft_compat
 from magnet_train.decoding.remask import remask_grid, remask_sliding
 from magnet_train.decoding.rescoring import Reading, mixed_certainty
@@ -41,14 +42,9 @@ class Networks(NamedTuple):
     """Logits of another model after each step (rescoring.py); None = no rescoring."""
 
 
-def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
-    """The value as a tuple; an empty tuple is invalid and becomes NaN."""
-    return (value or (math.nan,)) if isinstance(value, tuple) else (value,)
-
-
 def _at_step(value: float | tuple[float, ...], step: int) -> float:
     """The value at a step; the last one is repeated for further steps."""
-    numbers = _numbers(value)
+    numbers = value if isinstance(value, tuple) else (value,)
     return numbers[min(step, len(numbers) - 1)]
 
 
@@ -89,8 +85,8 @@ class DecodingConfig:
     order_temperature: float = 0.0
     """Scale of Gumbel noise on the spans' scores, annealed to 0 within a stage; 0 = none."""
     second_lap: float = 0.0
-    """Share of stage-0 spans, the least certain, that are decoded again after the last stage with
-    all codebooks above them, in the same share of the steps; 0 = none.
+    """After the last stage, decode this share of stage 0's spans again, least certain first, with all
+    codebooks above them, in this share of the steps; 0 = none.
     """
     shared_noise: int = 1
     """Length of groups of frames that share their sampling noise; 1 = independent noise. Groups
@@ -122,58 +118,28 @@ class DecodingConfig:
     """Reproduce audiocraft's decoding exactly, including its bugs (audiocraft_compat.py)."""
 
     def __post_init__(self) -> None:
-        for name, ok, want in (
-            (
-                "decoding_steps",
-                len(self.decoding_steps) > 0 and all(1 <= n <= 10_000 for n in self.decoding_steps),
-                "1 to 10000 steps per stage",
-            ),
-            ("temperature", 0 < self.temperature < math.inf, "a number above 0"),
-            ("top_p", 0 <= self.top_p <= 1, "a share from 0 to 1"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("max_cfg_coef", 0 <= self.max_cfg_coef < math.inf, "0 or more"),
-            ("min_cfg_coef", 0 <= self.min_cfg_coef < math.inf, "0 or more"),
-            ("span_len", self.span_len >= 1, "at least 1 frame"),
-            (
-                "span_arrangement",
-                self.span_arrangement in ("nonoverlap", "stride1"),
-                "nonoverlap or stride1",
-            ),
-            ("span_scoring", self.span_scoring in ("max", "prod", "random"), "max, prod or random"),
-            ("order_temperature", 0 <= self.order_temperature < math.inf, "0 or more"),
-            ("second_lap", 0 <= self.second_lap < 1, "a share of 0 or more, below 1"),
-            ("shared_noise", self.shared_noise >= 1, "at least 1 frame"),
-            ("autoregressive_s", 0 <= self.autoregressive_s < math.inf, "0 or more seconds"),
-            (
-                "autoregressive_temperature",
-                0 < self.autoregressive_temperature < math.inf,
-                "a number above 0",
-            ),
-            ("autoregressive_top_k", self.autoregressive_top_k >= 0, "0 or more"),
-            ("autoregressive_cfg_coef", 0 <= self.autoregressive_cfg_coef < math.inf, "0 or more"),
-            (
-                "rescorer_weight",
-                all(0 <= w <= 1 for w in _numbers(self.rescorer_weight)),
-                "numbers from 0 to 1",
-            ),
-            (
-                "rescorer_temperature",
-                all(0 < t < math.inf for t in _numbers(self.rescorer_temperature)),
-                "numbers above 0",
-            ),
-            (
-                "rescore_stages",
-                self.rescore_stages is None or all(s >= 0 for s in self.rescore_stages),
-                "stages from 0 on",
-            ),
-            (
-                "reference_compat",
-                not (self.reference_compat and self._is_unpublished),
-                "false with the settings above",
-            ),
-        ):
-            if not ok:
-                raise UserError(f"{name}={getattr(self, name)}: give {want}")
+        check_values(
+            self,
+            decoding_steps="[1, 10000] steps per stage",
+            temperature="(0, inf)",
+            top_p="[0, 1]",
+            top_k="[0, inf)",
+            max_cfg_coef="[0, inf)",
+            min_cfg_coef="[0, inf)",
+            span_len="[1, inf)",
+            order_temperature="[0, inf)",
+            second_lap="[0, 1)",
+            shared_noise="[1, inf)",
+            autoregressive_s="[0, inf) seconds",
+            autoregressive_temperature="(0, inf)",
+            autoregressive_top_k="[0, inf)",
+            autoregressive_cfg_coef="[0, inf)",
+            rescorer_weight="[0, 1]",
+            rescorer_temperature="(0, inf)",
+            rescore_stages="[0, inf)",
+        )
+        if self.reference_compat and self._is_unpublished:
+            raise UserError("reference_compat=True must be false with the other decoding settings")
 
     @property
     def _is_unpublished(self) -> bool:

@@ -8,7 +8,7 @@ Imports torch only to compute, so that `edit --help` need not.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from magnet_train.common.errors import UserError
+from magnet_train.common.ranges import check_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,28 +19,32 @@ class Hints:
     """Codes of the regions to keep as hints; also options of `edit`."""
 
     intensity: float = 1.0
-    """Share of frames in the regions to regenerate, drawn at random, in (0, 1]."""
+    """Share of the regions' frames to regenerate, drawn at random, above 0 and at most 1."""
     hint_period_s: float | None = None
     """Keep one frame per this number of seconds in the regions, as a hint."""
     hint_onsets_s: float | None = None
     """Keep frames within this number of seconds of an onset in the regions, as hints."""
     hint_codebooks: int = 0
-    """Number of codebooks of the hints to keep, coarse ones first; 0 = all."""
+    """Number of codebooks to keep in hints, from the first on; 0 = all."""
     keep_coarse: int = 0
-    """Number of coarsest codebooks to keep in all frames of the regions."""
+    """Number of first codebooks to keep in all frames of the regions; with the bundled codec, 1
+    keeps the attacks, and 3 also keep the notes.
+    """
     keep_fine: int = 0
-    """Number of finest codebooks to keep in all frames of the regions."""
+    """Number of last codebooks to keep in all frames of the regions."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.intensity <= 1:
-            raise UserError(f"--intensity {self.intensity}: must be above 0 and at most 1")
-        for name in ("hint_period_s", "hint_onsets_s"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 3600:
-                raise UserError(f"--{name} {value}: must be above 0 and at most 3600 seconds")
-        for name in ("hint_codebooks", "keep_coarse", "keep_fine"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be 0 or more codebooks")
+        seconds, codebooks = "(0, 3600] seconds", "[0, inf) codebooks"
+        check_values(
+            self,
+            "--",
+            intensity="(0, 1]",
+            hint_period_s=seconds,
+            hint_onsets_s=seconds,
+            hint_codebooks=codebooks,
+            keep_coarse=codebooks,
+            keep_fine=codebooks,
+        )
 
     @property
     def keep_any(self) -> bool:

@@ -17,6 +17,7 @@ from lightning.fabric import Fabric
 
 from magnet_train.codec.base import load_codec
 from magnet_train.common.errors import UserError
+from magnet_train.common.ranges import check_values
 from magnet_train.data.manifest import Clip
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.decoding.load_rescorer import check_rescorer
@@ -124,10 +125,7 @@ class EvaluateOptions:
         for metric in self.metrics:
             parse_metric(metric)
         self._check_combinations()
-        if self.batch_size < 1 or self.devices < 1:
-            raise UserError(
-                f"batch_size={self.batch_size} and devices={self.devices} must be at least 1"
-            )
+        check_values(self, "--", batch_size="[1, inf)", devices="[1, inf)")
         if unknown := set(self.weights) - set(EMBEDDERS):
             raise UserError(f"--weights {min(unknown)}: choose from {', '.join(EMBEDDERS)}")
         if self.kl_convention not in (None, *CONVENTIONS):

@@ -27,6 +27,7 @@ from typing import Any
 
 from magnet_train.common.assets import conf_path
 from magnet_train.common.errors import UserError
+from magnet_train.common.ranges import check_values
 from magnet_train.common.tables import markdown_table
 from magnet_train.common.yaml_files import read_yaml
 
@@ -533,15 +534,14 @@ class SweepOptions:
     time: str | None = None
     """Time limit of each task of the SLURM job, as in 12:00:00."""
     dry_run: bool = False
-    """Check and show what would run, and start nothing."""
+    """Check the sweep and print its commands, without starting anything."""
     run: int | None = None
     """Run only this index of the grid (0-based); used by SLURM array tasks."""
     table: bool = False
     """Only write the table of the finished runs."""
 
     def __post_init__(self) -> None:
-        if self.jobs is not None and self.jobs < 1:
-            raise UserError(f"--jobs {self.jobs}: give at least 1")
+        check_values(self, "--", jobs="[1, inf)")
         if self.sbatch and not self.slurm:
             raise UserError(f"{self.sbatch[0]}: only with --slurm; add it, or leave this out")
 

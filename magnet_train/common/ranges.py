@@ -1,0 +1,71 @@
+"""Checks of settings: numbers in intervals, and choices."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from magnet_train.common.errors import UserError
+
+_INTERVAL = re.compile(r"([\[(])([^,]+), ([^,\])]+)([\])])(.*)")
+
+
+def check_values(settings: Any, prefix: str = "", **intervals: str) -> None:
+    """Check numbers against intervals, and all fields of a dataclass with a Literal type.
+
+    Args:
+        settings: an object or mapping with these names. None is always allowed. A tuple or list
+            needs a number, and all of its numbers are checked.
+        prefix: text before the name, such as "--".
+        intervals: by name, such as "[0, 1)", "(0, inf)" or "[1, 64] frames".
+
+    Raises:
+        UserError: for the first invalid value; NaN is outside of any interval.
+
+    >>> check_values({"decay": 0.5}, "averaging: ", decay="[0, 1)")
+    """
+    values = settings if isinstance(settings, Mapping) else vars(settings)
+    for name, interval in intervals.items():
+        value = values[name]
+        if value is None:
+            continue
+        numbers = value if isinstance(value, tuple | list) else (value,)
+        if not numbers or not all(_contains(interval, number) for number in numbers):
+            raise UserError(f"{prefix}{name}={value} must be {in_words(interval)}")
+    for name, hint in get_type_hints(type(settings)).items() if is_dataclass(settings) else ():
+        if get_origin(hint) is Literal and values[name] not in get_args(hint):
+            known = " or ".join(map(str, get_args(hint)))
+            raise UserError(f"{prefix}{name}={values[name]} must be {known}")
+
+
+def _parts(interval: str) -> tuple[bool, float, float, bool, str]:
+    found = _INTERVAL.fullmatch(interval)
+    assert found is not None
+    opening, low, high, closing, unit = found.groups()
+    return opening == "[", _number(low), _number(high), closing == "]", unit
+
+
+def _number(text: str) -> float:
+    """An integer stays one: a float has not the digits of a large seed."""
+    return int(text) if text.isdigit() else float(text)
+
+
+def _contains(interval: str, number: float) -> bool:
+    from_low, low, high, to_high, _ = _parts(interval)
+    return (low <= number if from_low else low < number) and (
+        number <= high if to_high else number < high
+    )
+
+
+def in_words(interval: str) -> str:
+    """
+    >>> in_words("[0, 1]"), in_words("(0, inf) seconds"), in_words("[0, 1)")
+    ('from 0 to 1', 'above 0 seconds', 'at least 0 and below 1')
+    """
+    from_low, low, high, to_high, unit = _parts(interval)
+    if from_low and to_high:
+        return f"from {low:,} to {high:,}{unit}"
+    words = f"{'at least' if from_low else 'above'} {low:,}"
+    if high < float("inf"):
+        words += f" and {'at most' if to_high else 'below'} {high:,}"
+    return words + unit
