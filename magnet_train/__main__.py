@@ -57,12 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: no verb {argv[0]!r}; {hint}", file=sys.stderr)
         return 2
 
-    # Threads that spin while they wait take the core of another process: with one of two cores
-    # busy, a training step takes ten times as long. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    for stream in (sys.stdout, sys.stderr):  # names that the terminal's encoding does not have
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _prepare_process()
     from magnet_train.common.errors import user_error_from
 
     try:
@@ -100,6 +95,16 @@ def _is_output_closed() -> bool:
     if is_closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return is_closed
+
+
+def _prepare_process() -> None:
+    """Set what torch reads when it is imported, and print any name to any terminal."""
+    # Threads that spin while they wait take the core of another process: with one of two cores
+    # busy, a training step takes ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _other_ranks_wait() -> bool:
