@@ -13,7 +13,7 @@ from torch import Tensor
 
 from magnet_train.common.errors import UserError
 from magnet_train.metrics.chroma import chroma, chroma_agreement
-from magnet_train.metrics.networks import musicnn
+from magnet_train.metrics.networks import frontend
 from magnet_train.metrics.networks.frontend import mel_filters
 from magnet_train.metrics.networks.musicnn import TAGS, load_musicnn, reference_arrays
 
@@ -127,7 +127,7 @@ def test_arrays_that_a_shard_stores_of_a_real_clip():
 
 
 def test_missing_or_broken_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(musicnn, "demo_path", lambda name: tmp_path)
+    monkeypatch.setattr(frontend, "demo_path", lambda name: tmp_path)
     with pytest.raises(UserError, match="missing or broken"):
         load_musicnn.__wrapped__()
     (tmp_path / "model.safetensors").write_bytes(b"not a safetensors file")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from magnet_train.common.errors import UserError
-from magnet_train.metrics.networks import text_audio
+from magnet_train.metrics.networks import frontend
 from magnet_train.metrics.networks.musicnn import MusicnnOutput
 from magnet_train.metrics.networks.text_audio import (
     TextAudioHead,
@@ -128,7 +128,7 @@ def test_a_gap_needs_two_clips_with_their_captions(shape):
 
 
 def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(text_audio, "demo_path", lambda name: tmp_path)
+    monkeypatch.setattr(frontend, "demo_path", lambda name: tmp_path)
     with pytest.raises(UserError, match="missing or broken"):
         load_text_audio.__wrapped__()
     (tmp_path / "config.json").write_text("{}")

@@ -349,13 +349,8 @@ def _check_weights(weights: Mapping[str, Any], settings: Settings, where: Path) 
 def read_codec(
     package: Mapping[str, Any], out: Path, where: Path, licence: str = PUBLISHED_LICENCE
 ) -> None:
-    """Writes a compression model as a folder of transformers' EncodecModel, padding mode included.
-
-    Args:
-        package: from `read_package`.
-        out: folder.
-        where: file, for messages.
-        licence: of the weights, for the folder's README.md.
+    """Writes a compression model as a folder of transformers' EncodecModel, padding mode included;
+    `licence` goes into its README.md.
 
     Raises:
         UserError: if the weights do not match the configuration.

@@ -229,10 +229,7 @@ def upload(run: Any, checkpoint: Path, alias: str) -> None:
 def to_tensorboard(writer: Any, clips: list[GeneratedClip], step: int) -> None:
     """Log audio, mixed to mono, as `gen/audio/NAME` and its spectrogram as `gen/plots/NAME`.
 
-    Args:
-        writer: torch's SummaryWriter.
-        clips: Clips on disk.
-        step: Optimizer steps.
+    `writer` is torch's SummaryWriter.
     """
     import matplotlib.image
     import soundfile

@@ -4,14 +4,10 @@ import numpy as np
 
 
 def magnitude_spectrogram(wav: np.ndarray, window: int, hop: int) -> np.ndarray:
-    """Hann-windowed magnitude spectrogram of a mono clip `t`: `frames bins`, window // 2 + 1 bins.
+    """Hann-windowed magnitude spectrogram of a mono clip `t`: `frames bins`, window // 2 + 1 bins;
+    `window` and `hop` are in samples.
 
     A clip shorter than one window is padded with zeros; a remainder at the end is dropped.
-
-    Args:
-        wav: mono clip.
-        window: window length in samples.
-        hop: hop length in samples.
 
     >>> magnitude_spectrogram(np.ones(1024), window=256, hop=128).shape
     (7, 129)

@@ -194,14 +194,7 @@ def embed_clips(
     total: int,
     quiet: bool = False,
 ) -> Features:
-    """Features of this rank's clips from every embedder.
-
-    Args:
-        clips: prepared clips (`prepare_generated`, `prepare_reference`).
-        embedders: the networks.
-        description: text of the progress bar.
-        total: number of clips, for the progress bar.
-        quiet: hide the progress bar.
+    """Features of this rank's prepared clips from every embedder; `total` is for the progress bar.
 
     Raises:
         UserError: if a clip cannot be embedded; the message names it.

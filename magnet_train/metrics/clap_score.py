@@ -39,13 +39,10 @@ def cosines(audio: Tensor, text: Tensor) -> Tensor:
 
 
 def retrieval(similarities: Tensor, k: int) -> float:
-    """Text-to-audio recall at k: share of captions whose audio is among the k most similar clips.
+    """Text-to-audio recall at k: share of captions whose audio is among the k most similar clips,
+    from similarities `b b` of audio by caption.
 
     In ties the matching audio ranks last, so that constant embeddings score 0.
-
-    Args:
-        similarities: `b b`, audio by caption.
-        k: number of most similar clips.
 
     >>> retrieval(torch.eye(3), k=1)
     1.0

@@ -17,10 +17,6 @@ def all_gather_by_id(
 
     Shapes may differ, and a rank may have no items. Values stay bit-identical. If several ranks
     have the same id, such as the padding of a sampler, the lowest rank's item is kept.
-
-    Args:
-        items: this rank's items, by id.
-        group: process group (default: all ranks).
     """
     # Cloned because pickling a slice sends the complete underlying tensor.
     local = {key: value.detach().cpu().clone() for key, value in items.items()}
@@ -45,9 +41,6 @@ def raise_on_all_ranks(error: Exception | None) -> None:
     A rank with an error raises it with its traceback. The others raise the error of the lowest
     failed rank: a UserError as a UserError, anything else as a RuntimeError with the traceback.
     Collective.
-
-    Args:
-        error: exception of this rank, or None.
 
     Raises:
         Exception: this rank's own error.

@@ -79,12 +79,8 @@ def draws_of_clips(
 def fad_infinity(generated: Tensor, reference: Moments, draws: Sequence[Tensor]) -> FadInfinity:
     """FAD of infinitely many windows, by a linear fit against 1 / n (Chong and Forsyth, CVPR 2020).
 
-    Equals fadtk's FAD-inf on the same draws.
-
-    Args:
-        generated: `n d`.
-        reference: moments of the real windows.
-        draws: rows for each point, from `draws_of_clips`.
+    `generated` are windows `n d`, `draws` the rows of each point, from `draws_of_clips`. Equals
+    fadtk's FAD-inf on the same draws.
 
     Raises:
         UserError: if FAD cannot be computed, or all draws have the same size.
@@ -231,13 +227,10 @@ def neighbourhoods(generated: Tensor, reference: Tensor, k: int = 5) -> Neighbou
 
 
 def vendi_score(embeddings: Tensor) -> float:
-    """Effective number of different windows, 1 to n (Friedman and Dieng, TMLR 2023).
+    """Effective number of different windows `n d`, 1 to n (Friedman and Dieng, TMLR 2023).
 
     Exponential of the entropy of the eigenvalues of the cosine similarities divided by n. Equals
     `vendi-score` with q = 1.
-
-    Args:
-        embeddings: `n d`.
 
     Raises:
         UserError: without windows, and for invalid or zero ones.

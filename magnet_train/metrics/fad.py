@@ -73,18 +73,13 @@ class Moments:
 
 
 def frechet_distance(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> float:
-    """|mean_x - mean_y|² + tr(cov_x + cov_y - 2 (cov_x cov_y)^½), in float64.
+    """|mean_x - mean_y|² + tr(cov_x + cov_y - 2 (cov_x cov_y)^½), in float64, of means `d`
+    and symmetric covariances `d d`.
 
     The trace of the root is the sum of singular values of cov_x^½ cov_y^½, which is real and
     non-negative at any rank. scipy's `sqrtm`, used elsewhere, becomes complex with fewer windows
     than dimensions, and the usual remedy, an epsilon on the diagonal, changes FAD by 2e-2. Negative
     results of rounding are set to zero.
-
-    Args:
-        mean_x: `d`.
-        cov_x: `d d`, symmetric.
-        mean_y: `d`.
-        cov_y: `d d`, symmetric.
 
     Raises:
         ValueError: if the widths differ or a number is not finite.

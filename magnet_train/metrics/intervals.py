@@ -68,12 +68,6 @@ def frechet_interval(
     problem `d d`: 1 s at d = 128 and 3 s at d = 200 for 1,000 clips of 19 windows on one core; 17 s
     at d = 512 for 200 clips.
 
-    Args:
-        clips: windows of each clip, `n d`.
-        reference: moments of the real clips.
-        draws: number of halves.
-        seed: seed of the draws.
-
     Raises:
         UserError: for fewer than two clips, or fewer than two windows in half of them.
         ValueError: if the widths differ.

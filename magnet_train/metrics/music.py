@@ -118,10 +118,7 @@ def chroma_change(classes: np.ndarray) -> float:
 def scale_fit(classes: np.ndarray) -> float:
     """Share of chroma energy in the best of the scale's 12 transpositions, minus their mean (7/12).
 
-    0 for noise and silence, 5/12 where every note is in one scale.
-
-    Args:
-        classes: unit vectors of `chroma`, `n 12`.
+    0 for noise and silence, 5/12 where every note is in one scale. `classes` are of `chroma`.
     """
     energy = np.square(classes).sum(0)
     if not energy.any():
@@ -163,10 +160,6 @@ def onset_strength(wav: np.ndarray, sample_rate: int) -> np.ndarray:
 
     Increases of the log level in 40 mel bands from 30 Hz to 8 kHz, summed over bands. Levels are
     clipped 60 dB below the clip's highest. Windows of 0.064 s.
-
-    Args:
-        wav: mono, `t`.
-        sample_rate: in Hz.
     """
     magnitude, size = _spectra(wav, sample_rate, 0.064)
     bands = magnitude @ _mel_filters(sample_rate, size)
@@ -204,12 +197,9 @@ def autocorrelation(strength: np.ndarray, most: int | None = None) -> np.ndarray
 
 
 def periodicity(correlation: np.ndarray) -> float:
-    """Highest autocorrelation of onset strength at lags of 0.2 to 1.2 s.
+    """Highest `autocorrelation` of onset strength at lags of 0.2 to 1.2 s.
 
     1 for a metronome, about 0.1 for noise.
-
-    Args:
-        correlation: of `autocorrelation`.
     """
     return float(_periods(correlation).max())
 
@@ -252,17 +242,13 @@ _SHORTEST_NOTE = 3
 
 
 def notes(wav: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Notes of the most salient voice: `t` -> onset (s), length (s) and MIDI number, `m 3`.
+    """Notes of the most salient voice: mono `t` -> onset (s), length (s) and MIDI number, `m 3`.
 
     The salient pitch of each hop is the semitone whose harmonics have the most energy (harmonic
     summation; Hermes, 1988). A note is a run of one pitch, divided at repeated onsets. Hops 40 dB
     below the loudest are rests; runs under 48 ms are merged into their longer neighbour. With
     several voices the loudest at each hop determines the notes, so compare with real clips of the
     same kind and not with a score.
-
-    Args:
-        wav: mono, `t`.
-        sample_rate: in Hz.
     """
     magnitude, size = _spectra(wav, sample_rate, 0.096)
     salience = np.sqrt(magnitude) @ _harmonic_sums(sample_rate, size)

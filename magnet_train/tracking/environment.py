@@ -18,9 +18,6 @@ from magnet_train.common.products import products
 
 def environment(num_ranks: int) -> dict[str, Any]:
     """Plain values, without paths or names of machines or people.
-
-    Args:
-        num_ranks: Number of training processes.
     """
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"),

@@ -78,15 +78,10 @@ _UNRELATED = ("a slow waltz for solo piano", "a dog barks at a passing train")
 
 
 def ten_seconds(wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
-    """The network's input: 480,000 samples of a clip `t`.
+    """The network's input: 480,000 samples of a mono clip `t` at 48 kHz.
 
     Shorter clips are repeated and padded with zeros; longer ones are cropped. LAION draws the crop
     at random in every call; here it is a function of (seed, key).
-
-    Args:
-        wav: mono at 48 kHz, not empty.
-        key: Id of the clip.
-        seed: Seed of the crop.
     """
     if len(wav) > WINDOW:
         digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()

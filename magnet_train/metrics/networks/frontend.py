@@ -1,17 +1,23 @@
-"""Shared by the networks' front ends: resampling, checks of a clip, mel filter banks.
+"""Shared by the networks: resampling, checks of a clip, mel filter banks, bundled weights.
 
 Shapes: c channels, t samples, f mel bands.
 """
 
+import hashlib
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 from julius.resample import ResampleFrac
-from torch import Tensor
+from torch import Tensor, nn
 
+from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def resample(wav: Tensor, sample_rate: int, new_rate: int) -> Tensor:
@@ -44,6 +50,26 @@ def check_clip(wav: Tensor, sample_rate: int, min_duration_s: float, network: st
         )
     if not torch.isfinite(wav).all():
         raise UserError(f"a clip has NaN or infinite samples; {network} cannot embed it")
+
+
+def load_bundled(name: str, make: Callable[[Path], Network]) -> tuple[Network, str]:
+    """A network of the demo in float32, made from its folder, and the hash of its weights.
+
+    Raises:
+        UserError: if a file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = demo_path(name) / "model.safetensors"
+    try:
+        content = path.read_bytes()
+        network = make(path.parent)
+        network.load_state_dict({k: v.float() for k, v in load(content).items()})
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: missing or broken ({error}); reinstall magnet-train") from error
+    network.eval().requires_grad_(False)
+    return network, hashlib.sha256(content).hexdigest()[:16]
 
 
 def mel_filters(

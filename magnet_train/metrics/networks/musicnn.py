@@ -6,7 +6,6 @@ Pons and Serra, "musicnn: pre-trained convolutional neural networks for music au
 Shapes: n windows, t samples or spectrogram frames, f mel bands.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magnet_train.common.assets import demo_path
-from magnet_train.common.errors import UserError
-from magnet_train.metrics.networks.frontend import check_clip, mel_filters
+from magnet_train.metrics.networks.frontend import check_clip, load_bundled, mel_filters
 
 TAGS = (
     "guitar; classical; slow; techno; strings; drums; electronic; rock; fast; piano; ambient; "
@@ -164,13 +161,8 @@ class Musicnn(nn.Module):
 def reference_arrays(
     wav: Tensor, sample_rate: int, network: Musicnn | None = None
 ) -> dict[str, np.ndarray] | None:
-    """Float32 `embeddings` (`n 200`) and `tags` (`n 50`) of a real clip for a shard; None if it is
-    shorter than 2.99 s.
-
-    Args:
-        wav: mono, `t`.
-        sample_rate: sample rate in Hz.
-        network: the network (default: the bundled one).
+    """Float32 `embeddings` (`n 200`) and `tags` (`n 50`) of a real mono clip `t` for a shard; None
+    if it is shorter than 2.99 s.
     """
     network = network or load_musicnn()
     wav = network.resample(wav, sample_rate)
@@ -187,16 +179,6 @@ def load_musicnn() -> Musicnn:
     Raises:
         UserError: if its weights are missing or damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    path = demo_path("musicnn") / "model.safetensors"
-    try:
-        content = path.read_bytes()
-        weights = {k: v.float() for k, v in load(content).items()}
-        network = Musicnn()
-        network.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path}: missing or broken ({error}); reinstall magnet-train") from error
-    network.hash = hashlib.sha256(content).hexdigest()[:16]
-    return network.eval().requires_grad_(False)
+    network, hash = load_bundled("musicnn", lambda folder: Musicnn())
+    network.hash = hash
+    return network

@@ -4,7 +4,6 @@ Maps frozen musicnn features of audio and frozen sentence embeddings of captions
 trained by `data/demo/train_text_audio.py` on the original audio of the training split.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from functools import lru_cache
@@ -14,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magnet_train.common.assets import demo_path
-from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder, load_text_encoder
 from magnet_train.metrics.intervals import bootstrap_interval
+from magnet_train.metrics.networks.frontend import load_bundled
 from magnet_train.metrics.networks.musicnn import MusicnnOutput
 
 
@@ -96,31 +94,18 @@ def load_text_audio() -> TextAudioScorer:
         UserError: if its weights are missing or damaged, or the demo's text encoder is not
             installed.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    def make(folder: Path) -> TextAudioHead:
+        return TextAudioHead(**json.loads((folder / "config.json").read_text())["head"])
 
-    path: Path = demo_path("text_audio") / "model.safetensors"
-    try:
-        content = path.read_bytes()
-        config = json.loads((path.parent / "config.json").read_text())
-        head = TextAudioHead(**config["head"])
-        head.load_state_dict({k: v.float() for k, v in load(content).items()})
-    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: missing or broken ({error}); reinstall magnet-train") from error
-    return TextAudioScorer(
-        head, load_text_encoder("demo"), hashlib.sha256(content).hexdigest()[:16]
-    )
+    head, hash = load_bundled("text_audio", make)
+    return TextAudioScorer(head, load_text_encoder("demo"), hash)
 
 
 def true_minus_shuffled(
     similarities: Tensor, seed: int = 0, resamples: int = 10_000
 ) -> tuple[float, float, float]:
-    """Mean similarity to the clip's caption minus that to other captions, with 95 % interval.
-
-    Args:
-        similarities: `b b`, clip i against caption j.
-        seed: seed of the bootstrap.
-        resamples: number of bootstrap samples of b clips.
+    """Mean similarity to the clip's caption minus that to other captions, with 95 % interval;
+    similarities are `b b`, clip i against caption j.
 
     Raises:
         ValueError: if the matrix is not square, or has fewer than two clips.
