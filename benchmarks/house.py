@@ -3,6 +3,7 @@
     python benchmarks/house.py                          # this checkout
     python benchmarks/house.py --root OTHER --json a.json
     python benchmarks/house.py --before a.json          # two columns
+    python benchmarks/house.py --static                 # only what is counted in the sources
 
 Complexity is radon's (`pip install radon`). Lines of code leave out blank lines, comments and
 docstrings. A branch is an if, elif, loop, except, conditional expression, comprehension or
@@ -54,13 +55,14 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="a checkout")
     parser.add_argument("--json", type=Path, help="where to write the figures too")
     parser.add_argument("--before", type=Path, help="figures of another checkout, for a column")
+    parser.add_argument("--static", action="store_true", help="run nothing of the program")
     parser.add_argument("--trace", choices=[c[0] for c in JOURNEYS], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.trace:
         command = next(c for c in JOURNEYS if c[0] == options.trace)
         print(json.dumps(trace(options.root.resolve(), command)))
         return
-    after = measure(options.root.resolve())
+    after = measure(options.root.resolve(), options.static)
     if options.json:
         options.json.write_text(json.dumps(after, indent=2) + "\n")
     before = json.loads(options.before.read_text()) if options.before else None
@@ -70,8 +72,8 @@ def main() -> None:
         print(f"| {name} |{middle} {value} |")
 
 
-def measure(root: Path) -> dict[str, str]:
-    """Figures by name."""
+def measure(root: Path, static: bool = False) -> dict[str, str]:
+    """Figures by name; `static` leaves out options and journeys, which run the program."""
     package = root / "magnet_train"
     sources = {p: p.read_text() for p in sorted(package.rglob("*.py")) if "_demo" not in p.parts}
     tests = [p.read_text() for p in sorted((root / "tests").rglob("*.py"))]
@@ -102,9 +104,9 @@ def measure(root: Path) -> dict[str, str]:
         "layers": layers(root),
         "public names": sum(public_names(tree) for tree in trees),
     }
-    for verb in VERBS:
+    for verb in () if static else VERBS:
         figures[f"options of {verb}"] = options_of(root, verb)
-    for command in JOURNEYS:
+    for command in () if static else JOURNEYS:
         for journey, value in traced(root, command[0]).items():
             figures[f"journey {journey}: files / lines"] = value
     return {name: str(value) for name, value in figures.items()}

@@ -17,8 +17,7 @@ from magnet_train.common.products import products
 
 
 def environment(num_ranks: int) -> dict[str, Any]:
-    """Plain values, without paths or names of machines or people.
-    """
+    """Plain values, without paths or names of machines or people."""
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "magnet_train": magnet_train.__version__,

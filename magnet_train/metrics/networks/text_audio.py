@@ -94,6 +94,7 @@ def load_text_audio() -> TextAudioScorer:
         UserError: if its weights are missing or damaged, or the demo's text encoder is not
             installed.
     """
+
     def make(folder: Path) -> TextAudioHead:
         return TextAudioHead(**json.loads((folder / "config.json").read_text())["head"])
 
