@@ -182,7 +182,7 @@ class Bench:
         found = paired_differences(list(METRICS), systems, self.references, captions)
         by_system: dict[str, dict[str, Any]] = {}
         for (metric, system), difference in found.items():
-            about = asdict(difference) | {"significant": difference.is_significant}
+            about = asdict(difference) | {"significant": bool(difference.direction)}
             by_system.setdefault(system, {})[metric] = about
         return by_system
 

@@ -40,22 +40,9 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0 = done, 1 = failed, 2 = user error."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if argv[0] == "--version":
-        from magnet_train import __version__
-
-        print(__version__)
-        return 0
-    argv = [argv[0].replace("--print-completion", "--print_completion"), *argv[1:]]
-    if argv[0] not in (*VERBS, "--print_completion"):
-        from difflib import get_close_matches
-
-        close = get_close_matches(argv[0], VERBS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(VERBS)}"
-        print(f"error: no verb {argv[0]!r}; {hint}", file=sys.stderr)
-        return 2
+    verb = argv[0].replace("--print-completion", "--print_completion") if argv else "--help"
+    if verb not in (*VERBS, "--print_completion"):
+        return _answer(verb)
 
     _prepare_process()
     from magnet_train.common.errors import user_error_from
@@ -63,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from magnet_train.cli import commands
 
-        if argv[0] in VERBS:
-            commands.run(argv[0], argv[1:])
+        if verb in VERBS:
+            commands.run(verb, argv[1:])
         else:
             commands.print_completion("".join(argv[1:2]), VERBS)
     except KeyboardInterrupt:
@@ -85,6 +72,24 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {mistake}", file=sys.stderr, flush=True)  # the last line on the screen
         return 2
     return 0
+
+
+def _answer(word: str) -> int:
+    """Print the help, the version, or that there is no such verb."""
+    if word in ("-h", "--help"):
+        print(usage())
+        return 0
+    if word == "--version":
+        from magnet_train import __version__
+
+        print(__version__)
+        return 0
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, VERBS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(VERBS)}"
+    print(f"error: no verb {word!r}; {hint}", file=sys.stderr)
+    return 2
 
 
 def _is_output_closed() -> bool:

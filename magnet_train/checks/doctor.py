@@ -53,6 +53,7 @@ from magnet_train.tracking.wandb_session import (
     LOGIN_HINT,
     check_wandb_environment,
     check_wandb_login,
+    wandb_loggers,
 )
 
 WEIGHTS: dict[str, Weights] = {
@@ -573,13 +574,7 @@ def _kept_checkpoints(plan: Plan) -> float:
 
 def check_wandb(plan: Plan) -> Iterator[Finding]:
     """Mode and key as `fit` will see them; a key is verified by the server."""
-    given = plan.config.trainer.logger
-    loggers = given if isinstance(given, list) else [given]
-    ours = [
-        one.init_args
-        for one in loggers
-        if str(getattr(one, "class_path", "")).endswith(".WandbLogger")
-    ]
+    ours = wandb_loggers(plan.config.trainer.logger)
     if not ours or plan.config.trainer.fast_dev_run:
         yield Finding("ok", "W&B", "not a logger of this run")
         return
@@ -595,16 +590,20 @@ def check_wandb(plan: Plan) -> Iterator[Finding]:
     with contextlib.redirect_stderr(io.StringIO()):  # it reports its own login
         state, text = check_wandb_login()
     resumes = plan.ckpt_path is not None and (plan.run_folder / "wandb_run_id").is_file()
+    yield _login_finding(state, text, resumes, later)
+
+
+def _login_finding(state: str, text: str, resumes: bool, later: str) -> Finding:
+    """What the state of `check_wandb_login` means for the run."""
     if state == "online":
-        yield Finding("ok", "W&B", f"online at {text}, which accepts the key")
-    elif state == "off" and text in ("offline", "dryrun"):
-        yield Finding("ok", "W&B", f"offline: {later}")
-    elif state == "off":
-        yield Finding("warning", "W&B", f"{text} by its settings: nothing will be logged")
-    elif state == "refused" and not resumes:
-        yield Finding("failed", "W&B", f"{text}; {LOGIN_HINT}")
-    else:
-        yield Finding("warning", "W&B", f"{text}: the run will be logged offline; {later}")
+        return Finding("ok", "W&B", f"online at {text}, which accepts the key")
+    if state == "off" and text in ("offline", "dryrun"):
+        return Finding("ok", "W&B", f"offline: {later}")
+    if state == "off":
+        return Finding("warning", "W&B", f"{text} by its settings: nothing will be logged")
+    if state == "refused" and not resumes:
+        return Finding("failed", "W&B", f"{text}; {LOGIN_HINT}")
+    return Finding("warning", "W&B", f"{text}: the run will be logged offline; {later}")
 
 
 def check_memory(plan: Plan) -> Iterator[Finding | str]:

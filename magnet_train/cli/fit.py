@@ -49,7 +49,12 @@ from magnet_train.evaluation.run_report import report_from_run
 from magnet_train.model import MagnetConfig
 from magnet_train.module import MagnetModule
 from magnet_train.resume import check_named_checkpoint, requeue_count
-from magnet_train.tracking.wandb_session import finish_wandb, prepare_wandb, run_location
+from magnet_train.tracking.wandb_session import (
+    finish_wandb,
+    prepare_wandb,
+    run_location,
+    wandb_loggers,
+)
 
 T = TypeVar("T")
 
@@ -495,7 +500,7 @@ def prepare_loggers(config: Any, run_folder: Path, verb: str, resumes: bool) -> 
     for logger in loggers:
         if logger.init_args.get("save_dir") in (None, "."):  # CSVLogger has no default
             logger.init_args.save_dir = str(run_folder)
-    wandb_loggers = [logger for logger in loggers if logger.class_path.endswith(".WandbLogger")]
-    if wandb_loggers and not config.trainer.fast_dev_run:
-        online = not all(logger.init_args.get("offline") for logger in wandb_loggers)
+    ours = wandb_loggers(given)
+    if ours and not config.trainer.fast_dev_run:
+        online = not all(settings.get("offline") for settings in ours)
         prepare_wandb(run_folder, verb, resumes, online, config.tracking.upload_checkpoints)

@@ -25,6 +25,8 @@ MEANS_OVER_CLIPS = ("kl", "text", "key_rank", "scale_fit", "beat", "periodicity"
 MIN_CLIPS = 4
 DRAWS = 100
 """Halves of the clips that are drawn for an interval of FAD."""
+Pair = tuple[FeatureSet, FeatureSet]
+"""Features of a system and of the first one."""
 
 
 def paired_differences(
@@ -52,25 +54,40 @@ def paired_differences(
             continue
         reference = references.get(embedder)
         for system, features in others:
-            both = [features[embedder], base[embedder]]
-            keys = [k for k in both[1].embeddings if k in both[0].embeddings]
+            both = features[embedder], base[embedder]
             if name == "fad":
                 assert reference is not None
-                difference = _fad_difference(both, keys, reference)
+                difference = _fad_difference(both, reference)
             else:
-                of_systems = [
-                    [
-                        _value(metric, part, key, reference, captions[owner], convention)
-                        for key in keys
-                    ]
-                    for part, owner in zip(both, (system, first), strict=True)
-                ]
-                pairs = [(a, b) for a, b in zip(*of_systems, strict=True) if None not in (a, b)]
-                enough = len(pairs) >= MIN_CLIPS
-                difference = Difference.of(pairs) if enough else None  # type: ignore[arg-type]
+                texts = captions[system], captions[first]
+                difference = _mean_difference(metric, both, texts, reference, convention)
             if difference is not None:
                 found[metric, system] = difference
     return holm(found)  # type: ignore[arg-type]
+
+
+def _shared(systems: Pair) -> list[str]:
+    """Clips that both systems have."""
+    return [key for key in systems[1].embeddings if key in systems[0].embeddings]
+
+
+def _mean_difference(
+    metric: str,
+    systems: Pair,
+    captions: tuple[Mapping[str, str], Mapping[str, str]],
+    reference: ReferenceStatistics | None,
+    convention: str | None,
+) -> Difference | None:
+    """Difference of means over the clips for which both have the metric; None for too few."""
+    pairs: list[tuple[float, float]] = []
+    for key in _shared(systems):
+        one, other = (
+            _value(metric, part, key, reference, texts, convention)
+            for part, texts in zip(systems, captions, strict=True)
+        )
+        if one is not None and other is not None:
+            pairs.append((one, other))
+    return Difference.of(pairs) if len(pairs) >= MIN_CLIPS else None
 
 
 def _value(
@@ -89,13 +106,12 @@ def _value(
         return None
 
 
-def _fad_difference(
-    systems: Sequence[FeatureSet], keys: Sequence[str], reference: ReferenceStatistics
-) -> Difference | None:
+def _fad_difference(systems: Pair, reference: ReferenceStatistics) -> Difference | None:
     """FAD of the first system less that of the second, see `intervals.frechet_interval`; None for
     too few clips."""
     from scipy.stats import norm
 
+    keys = _shared(systems)
     if len(keys) < MIN_CLIPS:
         return None
     half = len(keys) // 2
@@ -141,9 +157,9 @@ def differences_text(first: str, found: Mapping[tuple[str, str], Difference]) ->
 
 def conclusion(first: str, system: str, metric: str, difference: Difference) -> str:
     """What a difference shows, in words."""
-    if not difference.is_significant:
+    word = difference.direction
+    if not word:
         return "no difference shown"
-    word = "higher" if difference.value > 0 else "lower"
     better = getattr(find(f"val/{metric}"), "better", "")
     judged = {"": "", word: "better, "}.get(better, "worse, ")
     return f"{judged}{system} is {word} than {first}"

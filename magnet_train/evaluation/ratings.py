@@ -214,14 +214,14 @@ def _parse_key(about: Any) -> _Key:
     names = [about["study"], about["title"], *about["questions"], *systems]
     if about["reference"] is not None:
         names.append(about["reference"])
-    if not clips or not systems or not about["questions"]:
-        raise ValueError("empty")
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError("a name is not text")
-    if {clip["system"] for clip in clips.values()} != set(systems):
-        raise ValueError("systems differ")
-    if not all(0 < value < math.inf for value in seconds.values()):
-        raise ValueError("a duration is not a valid time")
+    holds = {
+        "no list is empty": all(map(bool, (clips, systems, about["questions"]))),
+        "names are text": all(isinstance(name, str) for name in names),
+        "clips are of these systems": {c["system"] for c in clips.values()} == set(systems),
+        "durations are positive": all(0 < value < math.inf for value in seconds.values()),
+    }
+    if not all(holds.values()):
+        raise ValueError(f"not so: {min(holds, key=holds.__getitem__)}")
     return _Key(
         study=about["study"],
         title=about["title"],

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -105,8 +105,11 @@ class Difference:
         return cls(mean, half_width, mean / deviation, 2 * float(t.sf(abs(mean) / error, n - 1)), n)
 
     @property
-    def is_significant(self) -> bool:
-        return self.p < 0.05
+    def direction(self) -> Literal["lower", "higher", ""]:
+        """Empty if no difference is shown (p of 0.05 or more)."""
+        if self.p >= 0.05:
+            return ""
+        return "lower" if self.value < 0 else "higher"
 
     def __str__(self) -> str:
         low, high = self.value - self.half_width, self.value + self.half_width
@@ -190,20 +193,17 @@ class Ablation:
                 f"`{metric}`: no interval with a single seed; run more seeds to compare settings."
             )
         first = self.label(next(iter(self.num_seeds)))
-        found = {
-            "lower": [s for s, d in differences.items() if d.is_significant and d.value < 0],
-            "higher": [s for s, d in differences.items() if d.is_significant and d.value > 0],
+        heads = {
+            "lower": f"lower than with {first}",
+            "higher": f"higher than with {first}",
+            "": f"no difference shown from {first}",
         }
-        parts = [
-            f"{word} than with {first}: "
-            + "; ".join(f"{self.label(s)} ({differences[s]})" for s in settings)
-            for word, settings in found.items()
-            if settings
-        ]
-        rest = [self.label(s) for s, d in differences.items() if not d.is_significant]
-        if rest:
-            parts.append(f"no difference shown from {first}: {'; '.join(rest)}")
-        return f"`{metric}`: {'. '.join(parts)}."
+        parts: dict[str, list[str]] = {direction: [] for direction in heads}
+        for setting, difference in differences.items():
+            shown = f" ({difference})" if difference.direction else ""
+            parts[difference.direction].append(f"{self.label(setting)}{shown}")
+        sentences = [f"{heads[way]}: {'; '.join(some)}" for way, some in parts.items() if some]
+        return f"`{metric}`: {'. '.join(sentences)}."
 
 
 def read_ablation(runs: Sequence[Run]) -> Ablation:

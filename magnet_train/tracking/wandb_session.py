@@ -25,6 +25,14 @@ LOGIN_HINT = (
 # --- before a run starts --------------------------------------------------------------------------
 
 
+def wandb_loggers(given: Any) -> list[Any]:
+    """Settings of the WandbLoggers in `trainer.logger`: one, a list, a boolean or None."""
+    loggers = given if isinstance(given, list) else [given]
+    names = [str(getattr(logger, "class_path", "")) for logger in loggers]
+    pairs = zip(loggers, names, strict=True)
+    return [logger.init_args for logger, name in pairs if name.endswith(".WandbLogger")]
+
+
 def prepare_wandb(
     folder: Path, verb: str, resumes: bool, online: bool, uploads: bool = False
 ) -> None:
