@@ -23,8 +23,7 @@ from torch.nn import functional as F
 from magnet_train.attention import recomputed, text_attention, window_bias
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
-from magnet_train.common.per_codebook import per_codebook
-from magnet_train.common.ranges import check_values
+from magnet_train.common.ranges import check_values, per_codebook
 from magnet_train.layout import (
     DelayedInputs,
     FrameInputs,

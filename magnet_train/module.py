@@ -23,10 +23,9 @@ from magnet_train.adapters import (
 from magnet_train.codec.base import absolute_name, load_codec, load_codec_facts
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
-from magnet_train.common.per_codebook import per_codebook
 from magnet_train.common.pretrained import absolute_path
 from magnet_train.common.randomness import generator_for
-from magnet_train.common.ranges import check_values
+from magnet_train.common.ranges import check_values, per_codebook
 from magnet_train.conditioning import TextEncoder, drop_captions, load_text_encoder
 from magnet_train.data.pipeline import Batch
 from magnet_train.layout import prompt_frames

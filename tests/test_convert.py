@@ -18,7 +18,7 @@ from magnet_train.audiocraft.names import correspondence, to_theirs
 from magnet_train.audiocraft.read import read_codec, read_config, read_package
 from magnet_train.codec.base import load_codec
 from magnet_train.common.errors import UserError
-from magnet_train.common.nested import flatten
+from magnet_train.common.yaml_files import flatten
 from magnet_train.conditioning import load_text_encoder
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.generator import Generator

@@ -35,7 +35,6 @@ from magnet_train.audiocraft.names import (
 )
 from magnet_train.codec.encodec_names import to_transformers, transformers_config
 from magnet_train.common.errors import UserError
-from magnet_train.common.nested import flatten
 from magnet_train.common.pretrained import one_line, quiet
 from magnet_train.common.tensor_files import (
     check_numbers,
@@ -43,6 +42,7 @@ from magnet_train.common.tensor_files import (
     read_pickle,
     shapes_of,
 )
+from magnet_train.common.yaml_files import flatten
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.model import Magnet, MagnetConfig
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.folders import replacing, write_json
+from magnet_train.common.folders import write_json, written
 from magnet_train.common.ranges import check_values
 
 if TYPE_CHECKING:
@@ -188,26 +188,20 @@ def write_exact(
     from magnet_train.common.audio_files import clipped_share
 
     clipped, total, file = 0.0, 0, None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            for block in blocks:
-                wav = block.T.double().numpy()
-                if file is None:
-                    kind = path.suffix[1:].upper()
-                    shape = sample_rate, wav.shape[1]
-                    file = soundfile.SoundFile(temporary, "w", *shape, "PCM_24", format=kind)
-                clipped += clipped_share(wav) * len(wav)
-                total += len(wav)
-                file.write((wav * 2**23).round().clip(-(2**23), 2**23 - 1).astype("int32") * 256)
-            if file is not None:
-                file.close()
+    with written(path) as temporary:
+        for block in blocks:
+            wav = block.T.double().numpy()
+            if file is None:
+                kind = path.suffix[1:].upper()
+                shape = sample_rate, wav.shape[1]
+                file = soundfile.SoundFile(temporary, "w", *shape, "PCM_24", format=kind)
+            clipped += clipped_share(wav) * len(wav)
+            total += len(wav)
+            file.write((wav * 2**23).round().clip(-(2**23), 2**23 - 1).astype("int32") * 256)
+        if file is not None:
+            file.close()
         about = about | {
             "duration_s": total / sample_rate,
             "clipped_share": round(clipped / max(total, 1), 6),
         }
         write_json(path.with_suffix(".json"), about)
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise UserError(
-            f"{path}: cannot be written ({error}); choose another folder or free some space"
-        ) from error

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from magnet_train.common.errors import UserError
-from magnet_train.common.folders import replacing, write_json
-from magnet_train.common.spectrogram import magnitude_spectrogram
+from magnet_train.common.folders import write_json, written
 
 TARGET_LUFS = -14.0
 MAX_TRUE_PEAK_DB = -1.0
@@ -126,16 +124,10 @@ def write_audio(path: Path, wav: np.ndarray, sample_rate: int, about: dict[str, 
     """
     about = about | {"clipped_share": round(clipped_share(wav), 6)}
     levelled = normalize_for_listening(wav, sample_rate)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            form = path.suffix[1:].upper()
-            soundfile.write(temporary, levelled, sample_rate, "PCM_16", format=form)
-            write_json(path.with_suffix(".json"), about)
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise UserError(
-            f"{path}: cannot be written ({error}); choose another folder or free some space"
-        ) from error
+    with written(path) as temporary:
+        form = path.suffix[1:].upper()
+        soundfile.write(temporary, levelled, sample_rate, "PCM_16", format=form)
+        write_json(path.with_suffix(".json"), about)
 
 
 def save_plot(
@@ -197,3 +189,17 @@ def draw_spectrogram(
     )
     axis.set(ylabel="kHz")
     axis.set_title(title, fontsize=8)
+
+
+def magnitude_spectrogram(wav: np.ndarray, window: int, hop: int) -> np.ndarray:
+    """Hann-windowed magnitude spectrogram of a mono clip `t`: `frames bins`, window // 2 + 1 bins;
+    `window` and `hop` are in samples.
+
+    A clip shorter than one window is padded with zeros; a remainder at the end is dropped.
+
+    >>> magnitude_spectrogram(np.ones(1024), window=256, hop=128).shape
+    (7, 129)
+    """
+    padded = np.pad(wav, (0, max(0, window - len(wav))))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop]
+    return np.abs(np.fft.rfft(frames * np.hanning(window)))

@@ -46,6 +46,25 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """As `replacing`, for a result of the user's choice: makes its folder, and names it in errors.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    import soundfile
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            yield temporary
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise UserError(
+            f"{path}: cannot be written ({error}); choose another folder or free some space"
+        ) from error
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files of processes that were killed in `replacing`."""
     for temporary in folder.glob(".*.part"):

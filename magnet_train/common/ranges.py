@@ -1,11 +1,13 @@
-"""Checks of settings: numbers in intervals, and choices."""
+"""Checks of settings: numbers in intervals, choices, and one number per codebook."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from magnet_train.common.errors import UserError
+
+Number = TypeVar("Number", int, float)
 
 _INTERVAL = re.compile(r"([\[(])([^,]+), ([^,\])]+)([\])])(.*)")
 
@@ -69,3 +71,20 @@ def in_words(interval: str) -> str:
     if high < float("inf"):
         words += f" and {'at most' if to_high else 'below'} {high:,}"
     return words + unit
+
+
+def per_codebook(name: str, numbers: Sequence[Number], num_codebooks: int) -> tuple[Number, ...]:
+    """One number per codebook; the last number is repeated for all further codebooks.
+
+    >>> per_codebook("context", [-1, 25, 12], num_codebooks=5)
+    (-1, 25, 12, 12, 12)
+
+    Raises:
+        UserError: if there is no number, or more numbers than codebooks.
+    """
+    if not 1 <= len(numbers) <= num_codebooks:
+        raise UserError(
+            f"{name}={list(numbers)} has {len(numbers)} numbers for {num_codebooks} codebooks: "
+            f"give 1 to {num_codebooks}; the last is repeated for further codebooks"
+        )
+    return (*numbers, *[numbers[-1]] * (num_codebooks - len(numbers)))

@@ -1,6 +1,7 @@
-"""Reads untrusted YAML files with bounded time and memory."""
+"""Reads untrusted YAML files with bounded time and memory, and flattens their content."""
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import yaml
 from magnet_train.common.errors import UserError
 
 MAX_BYTES = 2**20
+MAX_DEPTH = 20
+"""Maximum depth of mappings for `flatten`."""
 MAX_ENTRIES = 100_000
 """Maximum number of values after expanding aliases; nine lines can expand to a billion."""
 
@@ -71,3 +74,21 @@ def _num_entries(value: Any, known: dict[int, int]) -> int:
     if known[id(value)] < 0:
         raise ValueError("an alias refers to itself")
     return known[id(value)]
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values, in order; an empty mapping is a value.
+
+    Raises:
+        ValueError: if mappings are nested deeper than `MAX_DEPTH`, or contain themselves.
+
+    >>> dict(flatten({"model": {"dim": 64, "text": {}}, "seed": 1}))
+    {'model.dim': 64, 'model.text': {}, 'seed': 1}
+    """
+    if prefix.count(".") > MAX_DEPTH:
+        raise ValueError("nested without end")
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.per_codebook import per_codebook
 from magnet_train.common.randomness import generator_for
-from magnet_train.common.ranges import check_values
+from magnet_train.common.ranges import check_values, per_codebook
 from magnet_train.decoding import audiocraft_compat
 from magnet_train.decoding.remask import remask_grid, remask_sliding
 from magnet_train.decoding.rescoring import Reading, mixed_certainty

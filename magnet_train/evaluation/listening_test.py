@@ -6,6 +6,7 @@ questions. All clips of a screen have the same loudness, at most -14 LUFS.
 """
 
 import hashlib
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 
 from magnet_train.common.audio_files import listening_loudness, normalize_for_listening
 from magnet_train.common.errors import UserError
-from magnet_train.common.folders import write_json
+from magnet_train.common.folders import written
 from magnet_train.data.manifest import Clip
 from magnet_train.evaluation.page import audio_uri, read_sound, text, write_page
 
@@ -117,7 +118,8 @@ def export_listening_test(
     }
     body = _body(title, test_id, trials, len(clips), reference is not None)
     size = write_page(page, title, body, "study.js")
-    _write_key(key, about)
+    with written(key) as temporary:
+        temporary.write_text(json.dumps(about, indent=2) + "\n")
     return ListeningTest(page, key, size, len(shared), len(clips))
 
 
@@ -231,15 +233,6 @@ def mismatched(captions: Sequence[str]) -> dict[str, str]:
 
     best = min(range(1, n), key=shared)
     return {caption: captions[(i + best) % n] for i, caption in enumerate(captions)}
-
-
-def _write_key(path: Path, about: Mapping[str, Any]) -> None:
-    try:
-        write_json(path, dict(about))
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error}); choose another place or free some space"
-        ) from error
 
 
 # --- The page -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.folders import replacing
+from magnet_train.common.folders import written
 from magnet_train.common.redact import redact
 from magnet_train.data.audio import read_as_recorded
 
@@ -112,12 +112,6 @@ def write_page(path: Path, title: str, body: str, script: str) -> int:
         f"<title>{text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}\n"
         f"<script>{code}</script>\n</body>\n</html>\n"
     ).encode("utf-8", errors="replace")  # file names may not be valid Unicode
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error}); choose another place or free some space"
-        ) from error
+    with written(path) as temporary:
+        temporary.write_bytes(content)
     return len(content)

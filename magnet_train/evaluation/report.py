@@ -14,10 +14,13 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from magnet_train.common.audio_files import clipped_share, normalize_for_listening
+from magnet_train.common.audio_files import (
+    clipped_share,
+    magnitude_spectrogram,
+    normalize_for_listening,
+)
 from magnet_train.common.errors import UserError
-from magnet_train.common.nested import flatten
-from magnet_train.common.spectrogram import magnitude_spectrogram
+from magnet_train.common.yaml_files import flatten
 from magnet_train.evaluation.charts import Point, draw_charts
 from magnet_train.evaluation.page import Audio, audio_uri, data_uri, read_sound, text, write_page
 from magnet_train.metrics.networks.frontend import mel_filters

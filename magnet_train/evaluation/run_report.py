@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.nested import flatten
+from magnet_train.common.yaml_files import flatten
 from magnet_train.evaluation.charts import Point
 from magnet_train.evaluation.page import read_sound
 from magnet_train.evaluation.report import Report, ReportClip, load_grids

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from magnet_train.common.spectrogram import magnitude_spectrogram
+from magnet_train.common.audio_files import magnitude_spectrogram
 
 
 def chroma(

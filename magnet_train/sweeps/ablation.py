@@ -21,8 +21,8 @@ from typing import Any, Literal
 import yaml
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.nested import flatten
 from magnet_train.common.tables import markdown_table
+from magnet_train.common.yaml_files import flatten
 from magnet_train.sweeps.sweep import Run, short_names
 
 SEEDS = ("seed_everything", "seed")
