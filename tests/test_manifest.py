@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers_errors import refusal
 
-from magnet_train.common.errors import UserError
 from magnet_train.data.manifest import JAMENDO_COLUMNS, find_clips, read_prompts, read_sidecar
 
 
@@ -21,13 +21,6 @@ def touch(*paths: Path) -> Path:
 
 def captions(source: Path) -> dict[str, str]:
     return {clip.name: clip.caption for clip in find_clips(source)}
-
-
-def refusal(call: Any, *args: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # --- captions -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_data import FRAME_RATE, make_data_codec, write_shards
+from helpers_errors import refusal
 from torch.utils.data import DataLoader
 
 from magnet_train.common.errors import UserError
@@ -45,14 +46,6 @@ def folder(codec: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def shards(folder: Path) -> ShardSet:
     return ShardSet.open(folder)
-
-
-def refusal(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """The error message, which is always one line."""
-    with pytest.raises(UserError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def all_keys(number: int = sum(COUNTS)) -> list[str]:

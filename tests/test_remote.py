@@ -22,6 +22,7 @@ from typing import Any
 import fsspec
 import pytest
 from helpers_data import make_data_codec, write_shards
+from helpers_errors import refusal
 from helpers_programs import LONGEST_S
 from helpers_resume import arguments, differences, ledger, make_data, outcome
 from helpers_server import FaultyServer
@@ -80,14 +81,6 @@ def server(folder: Path) -> Iterator[FaultyServer]:
     server = FaultyServer(folder.parent)
     yield server
     server.stop()
-
-
-def refusal(call: Any, *args: Any, **kwargs: Any) -> str:
-    """The error message, which is always one line."""
-    with pytest.raises(UserError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def keys(batches: Any) -> list[str]:

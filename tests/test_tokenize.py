@@ -22,6 +22,7 @@ import pytest
 import soundfile
 import torch
 from helpers_data import RATE, make_data_codec, tone, write_clip
+from helpers_errors import refusal
 from helpers_programs import LONGEST_S, wait_for
 from tqdm import tqdm
 
@@ -73,14 +74,6 @@ def shards(out: Path) -> dict[str, str]:
         p.name: hashlib.sha256(p.read_bytes()).hexdigest()
         for p in [*out.glob("*.tar"), out / "index.json"]
     }
-
-
-def refusal(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """The error message, which is always one line."""
-    with pytest.raises(UserError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # --- files ----------------------------------------------------------------------------------------
