@@ -265,11 +265,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     numbers = [config.get(name) for name in ("r", "lora_alpha")]
     if not all(isinstance(n, int | float) and 0 < n < 1e9 for n in numbers):
         raise UserError(f"{file}: r and lora_alpha must be above 0, and are {numbers}; {REMEDY}")
-    for name in ("rank_pattern", "alpha_pattern", "use_dora", "fan_in_fan_out", "lora_bias"):
-        if config.get(name):
-            raise UserError(f"{file}: {name} is not supported; train without it")
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{file}: bias={config['bias']!r} is not supported; train without it")
+    names = ("rank_pattern", "alpha_pattern", "use_dora", "fan_in_fan_out", "lora_bias", "bias")
+    for name in names:
+        if config.get(name) not in (None, False, {}, "none"):
+            raise UserError(f"{file}: {name}={config[name]!r} is not supported; train without it")
     return config
 
 

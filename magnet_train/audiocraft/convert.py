@@ -78,7 +78,7 @@ def convert(source: str, options: ConvertOptions) -> Path:
     if options.to == "audiocraft":
         if folder is not None:
             raise UserError(f"{source}: is already an audiocraft model")
-        return write_model(_with_options(_open(source, options), options), out)
+        return write_model(_open(source, options), out)
     if options.lora and (folder is not None or musicgen_config(source) is not None):
         raise UserError(f"--lora: {source} is no release yet; convert it first")
     if folder is not None:
@@ -86,7 +86,7 @@ def convert(source: str, options: ConvertOptions) -> Path:
     elif (config := musicgen_config(source)) is not None:
         saved = _from_musicgen(source, parse_musicgen(config, source), options)
     else:
-        saved = _with_options(_open(source, options), options)
+        saved = _open(source, options)
         weights = saved.weights()
         saved = write_release(out, saved, {k: lambda v=v: v for k, v in weights.items()})
     if options.push_to_hub is not None:
@@ -160,7 +160,7 @@ def _from_audiocraft(folder: Path, source: str, options: ConvertOptions) -> Save
             guidance_dropout=settings.guidance_dropout,
             provenance=provenance,
         )
-        return write_release(options.out, saved, to_ours(model.weights, model.pairs))
+        return write_release(options.out, saved, to_ours(model.weights, settings.pairs))
 
 
 def _from_musicgen(source: str, config: Any, options: ConvertOptions) -> SavedModel:
@@ -261,11 +261,8 @@ def _pretrained_codec(name: Any, model: ExportedModel, where: Path) -> dict[str,
 
 
 def _open(source: str, options: ConvertOptions) -> SavedModel:
-    return SavedModel.open(source).with_adapters(options.lora)
-
-
-def _with_options(saved: SavedModel, options: ConvertOptions) -> SavedModel:
-    """The model with the codec, text encoder and licence of the options, after checking them."""
+    """The model with the adapters, codec, text encoder and licence of the options, checked."""
+    saved = SavedModel.open(source).with_adapters(options.lora)
     codec = saved.codec["id"]
     if options.codec is not None:
         facts = _first_codebooks(options.codec, saved.network, f"--codec {options.codec}")

@@ -68,6 +68,12 @@ class Settings:
     crop_s: float
     guidance_dropout: float
 
+    @property
+    def pairs(self) -> list[Pair]:
+        """Pairs of our and audiocraft's names of the weights."""
+        network = self.network
+        return correspondence(network.num_layers, network.num_codebooks, self.conditioner)
+
 
 @dataclass(frozen=True)
 class ExportedModel:
@@ -81,11 +87,6 @@ class ExportedModel:
     config_text: str
     version: str
     """Of audiocraft."""
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """Pairs of our and audiocraft's names of the weights."""
-        return _pairs(self.settings)
 
 
 def read_model(folder: Path) -> ExportedModel:
@@ -318,11 +319,6 @@ def _number(
     return float(value)
 
 
-def _pairs(settings: Settings) -> list[Pair]:
-    network = settings.network
-    return correspondence(network.num_layers, network.num_codebooks, settings.conditioner)
-
-
 def _check_weights(weights: Mapping[str, Any], settings: Settings, where: Path) -> None:
     """Checks counts before allocating anything of that size, then names, shapes and values."""
     network = settings.network
@@ -333,10 +329,10 @@ def _check_weights(weights: Mapping[str, Any], settings: Settings, where: Path) 
                 "the file does not match its configuration"
             )
     with torch.device("meta"):
-        expected = to_theirs(Magnet(network).state_dict(), _pairs(settings))
+        expected = to_theirs(Magnet(network).state_dict(), settings.pairs)
     check_numbers(weights, where)
     check_same_shapes(shapes_of(expected), shapes_of(weights), where)
-    for pair in _pairs(settings):
+    for pair in settings.pairs:
         if len({weights[name].dtype for name in pair.theirs}) > 1:
             raise UserError(
                 f"{where}: tensors like {pair.theirs[0]} have different precisions; export it again"

@@ -46,6 +46,10 @@ class GeneratedClip:
     """FAD of this single clip; None if it could not be computed."""
 
     @property
+    def title(self) -> str:
+        return self.caption or "(no text)"
+
+    @property
     def plot(self) -> Path:
         return self.audio.with_suffix(".png")
 
@@ -170,21 +174,16 @@ class Tracking(Callback):
             self._table.add_data(
                 step, clip.item, clip.caption, audio, wandb.Image(str(clip.plot)), clip.score
             )
-        captions = [clip.caption or "(no text)" for clip in clips]
         media = {
             "gen/clips": self._table,
-            "gen/audio": [
-                wandb.Audio(str(c.audio), caption=n) for c, n in zip(clips, captions, strict=True)
-            ],
-            "gen/plots": [
-                wandb.Image(str(c.plot), caption=n) for c, n in zip(clips, captions, strict=True)
-            ],
+            "gen/audio": [wandb.Audio(str(clip.audio), caption=clip.title) for clip in clips],
+            "gen/plots": [wandb.Image(str(clip.plot), caption=clip.title) for clip in clips],
         }
         if not self._has_real:  # the same in every validation
             self._has_real = True
             media["gen/real"] = [
-                wandb.Audio(str(clip.real), caption=caption)
-                for clip, caption in zip(clips, captions, strict=True)
+                wandb.Audio(str(clip.real), caption=clip.title)
+                for clip in clips
                 if clip.real.is_file()
             ]
         run.log(media | {STEP: step})
