@@ -35,7 +35,12 @@ from magnet_train.metrics.distributed import (
 from magnet_train.metrics.embedders import Embedder, load_embedder
 from magnet_train.metrics.record import Record, write_records
 from magnet_train.metrics.reference import ReferenceStatistics
-from magnet_train.metrics.scoring import REFERENCE_METRICS, FeatureSet, parse_metric
+from magnet_train.metrics.scoring import (
+    REFERENCE_METRICS,
+    FeatureSet,
+    load_reference,
+    parse_metric,
+)
 from magnet_train.module import MagnetModule
 
 MODEL = "model"
@@ -397,29 +402,19 @@ class GenerationCallback(Callback):
     ) -> dict[str, ReferenceStatistics]:
         """Statistics of the real clips by embedder, from the shards (`real`) or `reference`."""
         found: dict[str, ReferenceStatistics] = {}
-        needed = embedders_with_reference(self.metrics)
-        for name, part in features.items():
-            embedder = part.embedder
-            if name not in needed:
+        for name in embedders_with_reference(self.metrics):
+            file = None if self.reference is None else Path(self.reference) / f"{name}.safetensors"
+            if name not in features:
                 continue
             if name == "musicnn" and real["embeddings"]:
-                files = [
-                    str(shard.get("sha256")) for shard in self._shards(trainer).index["shards"]
-                ]
-                shards = FeatureSet(embedder, real["embeddings"], real["tags"])
+                index = self._shards(trainer).index
+                files = [str(shard.get("sha256")) for shard in index["shards"]]
+                shards = FeatureSet(features[name].embedder, real["embeddings"], real["tags"])
                 found[name] = shards.statistics(names=[*real["embeddings"], *files])
-                continue
-            file = Path(self.reference or "") / f"{name}.safetensors"
-            if name == "music" and (self.reference is None or not file.is_file()):
-                if self._codec_music is not None:
-                    found[name] = self._codec_music
-            elif self.reference is not None:
-                found[name] = ReferenceStatistics.load(
-                    file,
-                    embedder=embedder.id,
-                    embedder_hash=embedder.hash,
-                    windowing=embedder.windowing,
-                )
+            elif file is not None and (name != "music" or file.is_file()):
+                found[name] = load_reference(file, features[name].embedder)
+            elif name == "music" and self._codec_music is not None:
+                found[name] = self._codec_music
         return found
 
     def _score_baselines(

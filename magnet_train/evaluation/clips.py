@@ -14,7 +14,7 @@ from magnet_train.data.audio import duration_s
 from magnet_train.data.manifest import Clip, find_clips, is_manifest, read_prompts
 from magnet_train.metrics.embedders import Embedder
 from magnet_train.metrics.reference import ReferenceStatistics
-from magnet_train.metrics.scoring import FeatureSet
+from magnet_train.metrics.scoring import FeatureSet, load_reference
 
 Clips = dict[str, Clip]
 """Clips by id."""
@@ -159,12 +159,7 @@ class Reference:
                 raise UserError(
                     f"{file}: not found; also save the reference with metrics of {embedder.name}"
                 )
-            statistics[embedder.name] = ReferenceStatistics.load(
-                file,
-                embedder=embedder.id,
-                embedder_hash=embedder.hash,
-                windowing=embedder.windowing,
-            )
+            statistics[embedder.name] = load_reference(file, embedder)
         return cls(statistics=statistics)
 
     def compute_statistics(self, features: Mapping[str, FeatureSet]) -> None:

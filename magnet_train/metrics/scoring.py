@@ -9,6 +9,7 @@ Shapes: n windows, d dimensions, c classes.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -161,6 +162,17 @@ class FeatureSet:
             keep_embeddings=keep,
             names=names,
         )
+
+
+def load_reference(file: Path, embedder: Embedder) -> ReferenceStatistics:
+    """Saved statistics of an embedder.
+
+    Raises:
+        UserError: if the file is missing, damaged or of another embedder.
+    """
+    return ReferenceStatistics.load(
+        file, embedder=embedder.id, embedder_hash=embedder.hash, windowing=embedder.windowing
+    )
 
 
 class _Scored(NamedTuple):
