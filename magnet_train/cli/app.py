@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from magnet_train.cli.output import check_range, find_device
+from magnet_train.cli.output import find_device
 from magnet_train.common.errors import UserError
+from magnet_train.common.ranges import check_values
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class AppOptions:
     """Device: cpu, cuda, cuda:1 …; auto uses a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        check_range("port", self.port, 1, 65535)
+        check_values(self, "--", port="[1, 65535]")
 
 
 def app(options: AppOptions) -> None:

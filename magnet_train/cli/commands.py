@@ -318,10 +318,8 @@ def app_verb(args: list[str]) -> None:
     from magnet_train.cli.parser import make_parser
 
     parser = make_parser("app", "Serve a local web app to generate, edit and compare.")
-    allow = "Folders whose recordings, models and runs may be opened; others are refused."
-    parser.add_argument("--allow", type=Path, nargs="+", default=[Path("runs")], help=allow)
-    parser.add_class_arguments(AppOptions, nested_key=None, as_group=False, skip={"allow"})
-    app(options_from(AppOptions, parser.parse_args(args)))
+    parser.add_options(AppOptions)
+    app(parser.options(parser.parse_args(args)))
 
 
 def print_completion(shell: str, descriptions: dict[str, str]) -> None:
