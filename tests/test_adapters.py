@@ -98,7 +98,7 @@ def test_wrong_adapters_are_refused(tmp_path):
         ({"r": 8}, "its rank is not 8"),
         ({"r": "x"}, "r and lora_alpha must be above 0"),
         ({"lora_alpha": 10**400}, "r and lora_alpha must be above 0"),
-        ({"use_dora": True}, "use_dora is not supported"),
+        ({"use_dora": True}, "use_dora=True is not supported"),
         ({"bias": "all"}, "bias='all' is not supported"),
         ({"peft_type": "IA3"}, "not a LoRA"),
     ):
