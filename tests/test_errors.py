@@ -39,6 +39,8 @@ PYDANTICS = type("ValidationError", (ValueError,), {"__module__": "pydantic_core
         (RuntimeError(REMOTE), "shard a.tar: damaged; copy it again"),
         (UserError(REMOTE), "shard a.tar: damaged; copy it again"),
         (MisconfigurationException("no\n gpu"), "no gpu"),
+        (RuntimeError("You set `--ntasks=2` in your SLURM bash script, but"), "You set `--ntasks"),
+        (ValueError("Invalid boolean value for environment variable X: y"), "Invalid boolean"),
         (PYDANTICS("1 validation error for Settings\nmode\n [type=x]"), "W&B: 1 validation error"),
         (torch.distributed.DistNetworkError("no\nanswer"), "no answer; check MASTER_ADDR"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "DataLoader"),

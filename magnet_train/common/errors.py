@@ -83,7 +83,10 @@ def _refusal(error: BaseException) -> str | None:
     text = " ".join(str(error).split())[:300]
     if isinstance(error, OSError) and error.errno in REMEDIES:
         return f"{error.filename or 'output'}: {REMEDIES[error.errno]}"
-    if kind.__name__ == "MisconfigurationException":
+    is_environment = (kind is RuntimeError and "in your SLURM bash script" in text) or (
+        kind is ValueError and "value for environment variable" in text
+    )  # Lightning's and jsonargparse's
+    if kind.__name__ == "MisconfigurationException" or is_environment:
         return text
     if kind.__module__.startswith("wandb."):
         return f"W&B: {text}; or set WANDB_MODE=offline and `wandb sync` later"
