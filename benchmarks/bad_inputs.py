@@ -39,6 +39,7 @@ from strategies import READERS, Samples, as_json, check, deep, npy, tar_of
 
 from magnet_train.common.assets import demo_path
 from magnet_train.common.tables import markdown_table
+from magnet_train.data.manifest import JAMENDO_COLUMNS
 
 MAX_CPU_S, MAX_MB = 30.0, 3000
 """Bounds of one command: time of the processor, and memory, imports included."""
@@ -501,6 +502,7 @@ def configurations() -> Iterator[Case]:
         ("deep lists", deep(5000), "c.yaml"),
         ("a date that is none", b"seed: 2001-99-99", "seed"),
         ("a null for a number", b"seed: null", "seed"),
+        ("an option twice", b"batch_size: 1\nbatch_size: 2", "twice"),
     ):
         for verb in ("generate", "tokenize"):
             args = [*BESIDE[verb], "--config", "c.yaml"]
@@ -538,6 +540,8 @@ def manifests() -> Iterator[Case]:
         ("m.jsonl.gz", "no gzip", b"abc", "unreadable"),
         ("m.jsonl.gz", "a damaged gzip", b"\x1f\x8b\x08\0\0\0\0\0\0\0\xff\xff", "unreadable"),
         ("m.xlsx", "of another kind", b"PK", "m.xlsx"),
+        ("m.jsonl", "a field twice", '{"path": "a", "text": "x", "Text": "y"}', "two values"),
+        ("m.tsv", "MTG-Jamendo's without a path", "\t".join(JAMENDO_COLUMNS) + "\nt\ta", "no path"),
     ):
         args = ["tokenize", name, "--out", "out", "--crop_s=1"]
         yield Case("tokenize", f"manifest: {what}", args[1:], put(name, content), words=(word,))
@@ -550,7 +554,10 @@ def manifests() -> Iterator[Case]:
     )
     for what, extra, word in (
         ("a file that is not there", '{"path": "gone.wav", "caption": "x"}', "no such file"),
-        ("a NUL in a path", '{"path": "a\\u0000.wav", "caption": "x"}', "characters"),
+        ("a NUL in a path", '{"path": "a\\u0000.wav", "caption": "x"}', "cannot be"),
+        ("no name in a path", '{"path": "..//.", "caption": "x"}', "regular file"),
+        ("an offset beyond a float", f'{{"path": "in/a.wav", "offset": {10**400}}}', "offset"),
+        ("a caption of 1 MB", f'{{"path": "in/a.wav", "caption": "{"x " * 500_000}"}}', "shorten"),
         ("a caption that is a number", '{"path": "in/a.wav", "caption": 5}', "caption"),
         ("offset NaN", '{"path": "in/a.wav", "caption": "y", "offset": "x"}', "offset"),
         ("a negative offset", '{"path": "in/a.wav", "caption": "y", "offset": -1}', "offset"),
@@ -1099,12 +1106,39 @@ def environments() -> Iterator[Case]:
         ("RANK", "x"),
         ("WORLD_SIZE", "1.5"),
         ("MASTER_PORT", "abc"),
+        ("SLURM_NTASKS", "2"),
+        ("WANDB_SILENT", "abc"),
+        ("WANDB_MODE", "xyz"),
+        ("WANDB_INIT_TIMEOUT", "abc"),
         ("MAGNET_TRAIN_CACHE", "/proc/nowhere"),
     ):
         expected = "used" if name == "MAGNET_TRAIN_CACHE" else "refused"
         args = SMALL_FIT if expected == "refused" else BESIDE["tokenize"]
+        if name.startswith("WANDB"):
+            args = [*args, "--trainer.logger=WandbLogger"]
         verb = "fit" if expected == "refused" else "tokenize"
-        yield Case(verb, f"{name}={value}", args, basic_files, expected, (name,), {name: value})
+        words = (name, "ntasks")
+        yield Case(verb, f"{name}={value}", args, basic_files, expected, words, {name: value})
+
+
+def addresses() -> Iterator[Case]:
+    """URLs with a password or a signature, where none is read."""
+    for what, url in (
+        ("password of a store", "s3://key:SECRET@b/x"),
+        ("password with a mark", "http://u:S?SECRET@127.0.0.1:9/x"),
+        ("signature", "http://h/x?sig=SECRET"),
+    ):
+        for verb, option, args in (
+            ("fit", "--ckpt_path", [*SMALL_FIT, "--ckpt_path", url]),
+            ("fit", "--trainer.default_root_dir", [*SMALL_FIT, "--trainer.default_root_dir", url]),
+            ("fit", "--config", ["--config", url]),
+            ("generate", "--checkpoint", [*BESIDE["generate"], "--checkpoint", url]),
+            ("tokenize", "SOURCE", [url, "--out", "out"]),
+            ("tokenize", "--out", ["in", "--out", url]),
+            ("evaluate", "--reference", ["--generated", "in", "--reference", url]),
+        ):
+            words = ("***",)
+            yield Case(verb, f"`{option}`: a {what}", args, basic_files, words=words)
 
 
 def all_cases(samples: Samples) -> list[Case]:
@@ -1119,6 +1153,7 @@ def all_cases(samples: Samples) -> list[Case]:
         *sweeps(),
         *configurations(),
         *environments(),
+        *addresses(),
         *verbs(),
         *wrong_options(),
         *broken_shards(samples),
@@ -1161,7 +1196,10 @@ def run(case: Case) -> Outcome:
         leftovers = [path.name for path in new if path.suffix in (".part", ".tmp", ".new")]
         if (folder / "RAN").exists():
             leftovers.append("code was run")
-        return Outcome(status, log.read_text(errors="replace"), cpu_s, mb, leftovers)
+        said = log.read_text(errors="replace")
+        if "SECRET" in said or any("SECRET" in path.name for path in new):
+            leftovers.append("a password is shown")
+        return Outcome(status, said, cpu_s, mb, leftovers)
 
 
 def _become(case: Case, folder: Path, log: Path) -> None:
