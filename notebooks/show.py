@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,12 +12,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from magnet_train.common.audio_files import draw_spectrogram, normalize_for_listening
+from magnet_train.common.audio_files import draw_spectrogram, normalize_for_listening, write_sound
 from magnet_train.evaluation.page import audio_uri, text
 
 plt.rcParams.update(
     {"figure.dpi": 72, "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}
 )
+
+AUDIO = Path("audio")
+"""Folder of the files that notebooks link to, for readers on GitHub."""
 
 
 class Players:
@@ -32,12 +36,18 @@ class Players:
         return "players: run the notebook to hear them"
 
 
-def players(sounds: dict[str, Tensor], sample_rate: int) -> Players:
-    """A player for each mono clip `… t`, side by side under its title, at -14 LUFS each."""
+def players(sounds: dict[str, Tensor], sample_rate: int, save: str = "") -> Players:
+    """A player for each mono clip `… t`, side by side under its title, at -14 LUFS each.
+
+    With `save`, the clips are also written to AUDIO as `SAVE-TITLE.ogg`.
+    """
     cells = []
     for title, wav in sounds.items():
-        uri = audio_uri(normalize_for_listening(wav.reshape(-1, 1).numpy(), sample_rate), sample_rate)
-        player = f'<audio controls preload="metadata" style="width:14em" src="{uri}"></audio>'
+        samples = normalize_for_listening(wav.reshape(-1, 1).numpy(), sample_rate)
+        if save:
+            AUDIO.mkdir(exist_ok=True)
+            write_sound(AUDIO / f"{save}-{title.replace(' ', '-')}.ogg", samples, sample_rate, compression_level=0.7)
+        player = f'<audio controls preload="metadata" style="width:14em" src="{audio_uri(samples, sample_rate)}"></audio>'
         cells.append(f'<div style="margin:0 1em 1em 0">{text(title)}<br>{player}</div>')
     return Players(f'<div style="display:flex;flex-wrap:wrap">{"".join(cells)}</div>')
 

@@ -13,10 +13,13 @@ import os
 import re
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import magnet_train
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 MOST_PNG_BYTES = 60_000
@@ -106,7 +109,7 @@ def renew(names: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs_from_top_to_bottom(name, monkeypatch):
+def test_a_notebook_runs_from_top_to_bottom(name, monkeypatch, tmp_path):
     import matplotlib
 
     monkeypatch.chdir(NOTEBOOKS)
@@ -118,7 +121,18 @@ def test_a_notebook_runs_from_top_to_bottom(name, monkeypatch):
             super().__init__(figure, draw, min(num_frames, 3), fps)
 
     monkeypatch.setattr(show, "Movie", ShortMovie)
+    monkeypatch.setattr(show, "AUDIO", tmp_path)
+    load = magnet_train.load
+
+    def load_quick(path: str) -> Any:
+        model = load(path)
+        model.decoding = replace(model.decoding, decoding_steps=(2, 1))
+        return model
+
+    monkeypatch.setattr(magnet_train, "load", load_quick)
     notebook = read(name)
+    for cell in notebook["cells"]:  # a minute of training would take too long
+        cell["source"] = [re.sub("^STEPS = .*", "STEPS = 12", line) for line in cell["source"]]
     with matplotlib.rc_context():
         run(notebook)
     shown = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
@@ -141,14 +155,16 @@ def test_a_cell_that_raises_is_named_and_magics_are_skipped():
     assert (printed["text"], shown["data"]) == (["2\n"], {"text/plain": ["3"]})
 
 
-def test_there_are_four():
-    assert NAMES == ["ablation", "codes", "decoding", "masking"]
+def test_there_are_six():
+    assert NAMES == ["ablation", "codes", "decoding", "editing", "masking", "training"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stored_notebook_is_small_and_names_no_machine(name):
     path = NOTEBOOKS / f"{name}.ipynb"
     assert path.stat().st_size < 300_000
+    audio = (NOTEBOOKS / "audio").glob(f"{name}-*")
+    assert sum(file.stat().st_size for file in audio) < 200_000
     notebook = read(name)
     for cell in notebook["cells"]:
         assert len(cell["source"]) <= 25 or cell["cell_type"] == "markdown", cell["source"][0]
