@@ -4,6 +4,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from magnet_train.common.errors import UserError
 from magnet_train.evaluation.page import data_uri, text
@@ -78,30 +79,44 @@ def draw_svg(lines: Curves) -> bytes:
     """One chart: curves as lines, intervals as bands, baselines dashed."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure = Figure(figsize=(3.2, 1.7), layout="constrained")
     axis = figure.subplots()
     for i, (name, points) in enumerate(lines.items()):
-        steps = [point[0] for point in points]
-        is_marked = len(points) <= MAX_MARKED and not _is_baseline(name)
-        axis.plot(
-            steps,
-            [point[1] for point in points],
-            color=_colour(i),
-            linewidth=1.4,
-            linestyle="--" if _is_baseline(name) else "-",
-            marker="o" if is_marked else None,
-            markersize=3,
-            gid=f"curve-{i}",
-        )
-        banded = [(step, low, high) for step, _, low, high in points if low is not None]
-        if banded:
-            steps, lows, highs = (list(column) for column in zip(*banded, strict=True))
-            if len(banded) > 1:
-                axis.fill_between(steps, lows, highs, color=_colour(i), alpha=0.2, linewidth=0)
-            else:
-                axis.vlines(steps, lows, highs, color=_colour(i))
+        _draw_curve(axis, i, points, _is_baseline(name))
+    _style(axis)
+    buffer = io.BytesIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "magnet_train"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _draw_curve(axis: Any, i: int, points: Sequence[Point], is_baseline: bool) -> None:
+    """Draw curve i, with its intervals as a band or, for a single one, as a line."""
+    steps = [point[0] for point in points]
+    axis.plot(
+        steps,
+        [point[1] for point in points],
+        color=_colour(i),
+        linewidth=1.4,
+        linestyle="--" if is_baseline else "-",
+        marker="o" if len(points) <= MAX_MARKED and not is_baseline else None,
+        markersize=3,
+        gid=f"curve-{i}",
+    )
+    banded = [(step, low, high) for step, _, low, high in points if low is not None]
+    if not banded:
+        return
+    steps, lows, highs = (list(column) for column in zip(*banded, strict=True))
+    if len(banded) > 1:
+        axis.fill_between(steps, lows, highs, color=_colour(i), alpha=0.2, linewidth=0)
+    else:
+        axis.vlines(steps, lows, highs, color=_colour(i))
+
+
+def _style(axis: Any) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -111,10 +126,6 @@ def draw_svg(lines: Curves) -> bytes:
     axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.5)
-    buffer = io.BytesIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "magnet_train"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return buffer.getvalue()
 
 
 def thin_out(points: Sequence[Point]) -> list[Point]:

@@ -524,20 +524,7 @@ class _Evaluation:
                 [*list(clips)[:NUM_SHOWN], *ranked[:NUM_RANKED], *ranked[-NUM_RANKED:]]
             )
         captions = {system: self.captions(system) for system in self.systems}
-        rows = []
-        for key in keys:
-            row: dict[str, ReportClip] = {}
-            for system, clips in self.systems.items():
-                if key in clips:
-                    path = clips[key].path
-                    caption = captions[system].get(key, key)
-                    row[system] = ReportClip(
-                        path, caption, *load_grids(path), scores[system].get(key)
-                    )
-            if key in self.reference.clips:
-                real = self.reference.clips[key]
-                row["real"] = ReportClip(real.path, real.caption or key)
-            rows.append(row)
+        rows = [self._report_row(key, scores, captions) for key in keys]
         settings = {
             name: str(value)
             for name, value in asdict(self.options).items()
@@ -548,6 +535,24 @@ class _Evaluation:
         return Report(
             "Evaluation", settings, rows, records=shown, score=title, lower_is_better=True
         )
+
+    def _report_row(
+        self,
+        key: str,
+        scores: Mapping[str, Mapping[str, float]],
+        captions: Mapping[str, Mapping[str, str]],
+    ) -> dict[str, ReportClip]:
+        """A clip of every system, with the real one."""
+        row: dict[str, ReportClip] = {}
+        for system, clips in self.systems.items():
+            if key in clips:
+                path = clips[key].path
+                caption = captions[system].get(key, key)
+                row[system] = ReportClip(path, caption, *load_grids(path), scores[system].get(key))
+        if key in self.reference.clips:
+            real = self.reference.clips[key]
+            row["real"] = ReportClip(real.path, real.caption or key)
+        return row
 
 
 def _folder_name(
