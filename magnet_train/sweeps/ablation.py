@@ -218,30 +218,20 @@ def read_ablation(runs: Sequence[Run]) -> Ablation:
     short = short_names(list(runs[0].values))
     varied = [name for name in short if name.rsplit(".", 1)[-1] not in SEEDS]
     values = {run.name: _read_metrics(run) for run in finished}
-    settings = {run.name: tuple(_hashable(run.values[name]) for name in varied) for run in finished}
-    num_seeds = Counter(settings.values())
-    seeds = {run.name: tuple(run.values[n] for n in short if n not in varied) for run in finished}
-    by_metric = _by_metric(values, settings, seeds)
+    num_seeds: Counter[Setting] = Counter()
+    by_metric: dict[str, BySetting] = {}
+    for run in finished:
+        setting = tuple(_hashable(run.values[name]) for name in varied)
+        seed = tuple(run.values[name] for name in short if name not in varied)
+        num_seeds[setting] += 1
+        for metric, value in values[run.name].items():
+            by_metric.setdefault(metric, {}).setdefault(setting, {})[seed] = value
     means = {metric: _means(by_setting) for metric, by_setting in by_metric.items()}
     first = next(iter(num_seeds))
     differences = {metric: _from_first(first, of) for metric, of in by_metric.items()}
     notes = [*_unfinished(runs), *_differences(finished), *_missing(by_metric, num_seeds)]
     labels = [short[name] for name in varied]
     return Ablation(labels, means, differences, num_seeds, notes, values)
-
-
-def _by_metric(
-    values: Mapping[str, Mapping[str, float]],
-    settings: Mapping[str, Setting],
-    seeds: Mapping[str, Setting],
-) -> dict[str, BySetting]:
-    """Values by metric, setting and seeds, from the metrics, setting and seeds of each run."""
-    by_metric: dict[str, BySetting] = {}
-    for run, metrics in values.items():
-        for metric, value in metrics.items():
-            of_seeds = by_metric.setdefault(metric, {}).setdefault(settings[run], {})
-            of_seeds[seeds[run]] = value
-    return by_metric
 
 
 def _means(by_setting: BySetting) -> dict[Setting, Mean]:
