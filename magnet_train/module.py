@@ -437,11 +437,11 @@ class MagnetModule(L.LightningModule):
             self.log(f"train/ce/stage{stage}", loss.mean().detach(), batch_size=len(rows))
             self.log(f"train/accuracy/stage{stage}", loss.accuracy(), batch_size=len(rows))
             losses.append(loss)
-        whole = MaskedLoss.concatenate(losses)
-        mean = whole.mean()
+        total = MaskedLoss.concatenate(losses)
+        mean = total.mean()
         if prompts:
             prompt = MaskedLoss.concatenate(prompts)
-            mean = balanced_mean(whole, prompt, self.prompt_weight)
+            mean = balanced_mean(total, prompt, self.prompt_weight)
             self.log("train/ce/prompt", prompt.mean().detach(), batch_size=size)
         self.log("train/loss", mean, prog_bar=True, batch_size=size)
         return mean

@@ -342,9 +342,9 @@ def test_scores_are_means_over_the_clips_that_count(tunes):
     figures = music.score_music(tunes, CAPTIONS, tunes)
     assert list(figures) == list(music.MEASURES)
     rank = figures["key_rank"]
-    assert (rank.value, rank.interval, rank.num_clips, rank.num_left_out) == (1, (1, 1), 3, 1)
+    assert (rank.value, rank.interval, rank.num_clips, rank.num_skipped) == (1, (1, 1), 3, 1)
     beat = figures["beat"]
-    assert (beat.interval, beat.num_clips, beat.num_left_out) == (None, 1, 3)
+    assert (beat.interval, beat.num_clips, beat.num_skipped) == (None, 1, 3)
     # 0.3 s a note: half a beat of 0.6 s.
     assert beat.value == music.beat_strength(tunes["c"].correlation, 100) > 0.5
     change = figures["chroma_change"]
@@ -373,7 +373,7 @@ def test_silence_counts_as_no_music_and_is_no_nan(tunes):
         "periodicity": 0,
     }
     with_music = music.score_music(tunes | {"s": silent}, reference=tunes)["note_lengths"]
-    assert (with_music.num_clips, with_music.num_left_out) == (4, 1)
+    assert (with_music.num_clips, with_music.num_skipped) == (4, 1)
 
 
 def test_the_interval_contains_the_distance_and_resamples_clips(tunes):
@@ -414,7 +414,7 @@ def test_measures_are_metrics(tunes, tmp_path):
         record = score(f"music/{name}", features, reference, CAPTIONS, system="tunes")
         assert record.value == pytest.approx(figure.value, abs=1e-6)
         assert (record.num_clips, record.num_windows) == (4, figure.num_clips)
-        assert record.details == {"clips_left_out": figure.num_left_out}
+        assert record.details == {"clips_skipped": figure.num_skipped}
     with pytest.raises(UserError, match="music/key_rank: no caption names a key"):
         score("music/key_rank", features, None, {"c": "a tune"}, system="tunes")
     with pytest.raises(UserError, match="music/note_lengths: no reference"):

@@ -329,7 +329,7 @@ def _decode_lap(
     certainties = []
     done = 0
     for stage, (num_steps, is_skipped) in enumerate(stages):
-        shown = shown.clone()  # a step may have been told of it
+        shown = shown.clone()  # on_step may have kept the last one
         shown[:, stage] = known[:, stage]
         done += num_steps
         if is_skipped:

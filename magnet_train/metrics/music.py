@@ -390,7 +390,7 @@ class MusicFigure:
     """95 % over clips (bootstrap); None for a single clip."""
     num_clips: int
     """Clips included."""
-    num_left_out: int = 0
+    num_skipped: int = 0
     """Clips excluded because their caption has no key or tempo, or because they have no notes."""
 
 
@@ -477,9 +477,9 @@ def _distance_figure(
         return None
     joined = np.concatenate(some)
     value = duration_distance(joined, others)
-    left_out = len(clips) - len(some)
+    num_skipped = len(clips) - len(some)
     if len(some) < 2:
-        return MusicFigure(value, None, len(some), left_out)
+        return MusicFigure(value, None, len(some), num_skipped)
     # Durations are multiples of a hop, so counts of each value are sufficient.
     hops = np.round(np.concatenate([joined, others]) / HOP_S)
     grid, places = np.unique(hops, return_inverse=True)
@@ -492,7 +492,7 @@ def _distance_figure(
     theirs = np.cumsum(np.bincount(places[len(joined) :], minlength=len(grid))) / len(others)
     apart = np.abs(drawn / drawn[:, -1:] - theirs)[:, :-1] @ np.diff(np.log(grid))
     low, high = np.quantile(apart, [0.025, 0.975])
-    return MusicFigure(value, (float(low), float(high)), len(some), left_out)
+    return MusicFigure(value, (float(low), float(high)), len(some), num_skipped)
 
 
 # --- spectra -------------------------------------------------------------------------------------

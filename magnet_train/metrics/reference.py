@@ -115,9 +115,9 @@ class ReferenceStatistics:
                 tensors[kind] = torch.cat([x.detach().cpu() for x in items.values()])
                 tensors[f"{kind}_windows"] = torch.tensor([len(x) for x in items.values()])
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with replacing(path) as temporary:
-            save_file(whole, temporary, {"reference_statistics": json.dumps(about)})
+            save_file(contiguous, temporary, {"reference_statistics": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path, **expected: str) -> "ReferenceStatistics":

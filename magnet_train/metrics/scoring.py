@@ -302,7 +302,7 @@ def _score_music(
     if figure is None:
         missing = {"key_rank": "no caption names a key", "beat": "no caption names a tempo"}
         raise UserError(missing.get(name, "no clip, or no real clip, has a note"))
-    details = {"clips_left_out": float(figure.num_left_out)}
+    details = {"clips_skipped": float(figure.num_skipped)}
     return _Scored(figure.value, figure.num_clips, figure.interval, details=details)
 
 
