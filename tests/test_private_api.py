@@ -102,6 +102,21 @@ def test_lightnings_trainer(tmp_path):
     assert private_api.saves_distributed_checkpoints(sharded)
 
 
+@pytest.mark.parametrize("part", ["loops", "optimizer_states"])
+def test_an_error_while_a_checkpoint_is_restored_is_recognised(part: str, tmp_path):
+    settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings |= {"limit_train_batches": 1, "limit_val_batches": 0, "accelerator": "cpu"}
+    trainer = L.Trainer(max_steps=1, default_root_dir=tmp_path, **settings)
+    trainer.fit(BoringModel())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    torch.save(saved | {part: {"x": {}} if part == "loops" else [{}]}, tmp_path / "a.ckpt")
+    with pytest.raises(Exception) as caught:  # of any type
+        L.Trainer(max_steps=2, **settings).fit(BoringModel(), ckpt_path=tmp_path / "a.ckpt")
+    assert private_api.failed_while_restoring(caught.value)
+    assert not private_api.failed_while_restoring(ValueError())
+
+
 def test_lightnings_command_line():
     base = private_api.lightning_cli()
     for name in ("_run_subcommand", "_parse_ckpt_path"):

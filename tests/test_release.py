@@ -224,6 +224,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     assert "crop_s" in refusal(
         checkpoint(file, lambda c: c["hyper_parameters"].update(crop_s=math.nan))
     )
+    meta = {"network.out_norm.bias": torch.zeros(16, device="meta")}
+    assert "out_norm.bias" in refusal(checkpoint(file, lambda c: c["state_dict"].update(meta)))
     for lora in ({"rank": 2}, {"rank": 2, "base_hash": "x"}, {"rank": "x"}, {"rank": 2, "x": 1}):
         assert "x.ckpt" in refusal(
             checkpoint(file, lambda c, lora=lora: c["hyper_parameters"].update(lora=lora))

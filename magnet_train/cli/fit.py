@@ -38,7 +38,7 @@ from magnet_train.cli.run_folder import RunFolderLock, prepare_run_folder
 from magnet_train.cli.summary import closing_block, summary_text
 from magnet_train.codec.base import load_codec_facts
 from magnet_train.common import private_api
-from magnet_train.common.errors import UserError, integer_from_environment
+from magnet_train.common.errors import UserError, integer_from_environment, user_error_from
 from magnet_train.common.folders import writable_folder, write_json
 from magnet_train.common.pretrained import one_line
 from magnet_train.common.products import choose_products
@@ -293,8 +293,13 @@ class MagnetCLI(private_api.lightning_cli()):
     def run_verb(self, run: Callable[[], None]) -> None:
         try:
             run()
-        except Exception:
+        except Exception as error:
             private_api.kill_launched_ranks(self.trainer)
+            if private_api.failed_while_restoring(error) and user_error_from(error) is None:
+                raise UserError(
+                    f"--ckpt_path {self.config[self.verb].ckpt_path}: not a checkpoint of such a "
+                    f"run ({type(error).__name__}: {one_line(error)}); use another"
+                ) from error
             raise
 
     def before_instantiate_classes(self) -> None:

@@ -7,6 +7,7 @@ tests/test_private_api.py calls all of them, so that it fails if an update remov
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import lru_cache
@@ -87,6 +88,15 @@ def unwritten_row(trainer: L.Trainer) -> dict[str, Any] | None:
 
 
 # --- Lightning 2.6.6: progress in a checkpoint ----------------------------------------------------
+
+
+def failed_while_restoring(error: BaseException) -> bool:
+    """Whether an error was raised while Lightning put the parts of a checkpoint in their places."""
+    frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(
+        code.co_filename.endswith("checkpoint_connector.py") and "restore" in code.co_name
+        for code in frames
+    )
 
 
 class Progress:

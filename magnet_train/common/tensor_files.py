@@ -198,6 +198,7 @@ def check_numbers(tensors: Mapping[str, Tensor], source: Path) -> None:
         if (
             not isinstance(tensor, Tensor)
             or tensor.layout != torch.strided
+            or tensor.is_meta
             or tensor.dtype not in SAFETENSORS_DTYPES
         ):
             kind = getattr(tensor, "dtype", type(tensor).__name__)
