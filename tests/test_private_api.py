@@ -106,7 +106,8 @@ def test_lightnings_trainer(tmp_path):
 def test_an_error_while_a_checkpoint_is_restored_is_recognised(part: str, tmp_path):
     settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     settings |= {"limit_train_batches": 1, "limit_val_batches": 0, "accelerator": "cpu"}
-    trainer = L.Trainer(max_steps=1, default_root_dir=tmp_path, **settings)
+    settings |= {"enable_checkpointing": False, "default_root_dir": tmp_path}
+    trainer = L.Trainer(max_steps=1, **settings)
     trainer.fit(BoringModel())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
