@@ -177,7 +177,7 @@ def killed_often(
         begin = time.monotonic()
         most = math.inf
         if phase:
-            status, most_s = come_to_phase(child, phase_file, phase), draw.uniform(0, 0.005)
+            status, most_s = come_to_phase(child, phase_file, phase), draw.uniform(0, 0.02)
         elif draw.random() < 0.2:  # while it starts, reads its checkpoint, begins its processes …
             status, most_s = None, draw.uniform(0, first)
             most = before + accumulated * ranks  # the machine may be faster now than for the twin
