@@ -149,6 +149,8 @@ def test_patterns_name_folders_in_order(tmp_path: Path, monkeypatch: pytest.Monk
     assert find_folders("https://host/train/s-*.tar") == [("https://host/train", "s-*.tar")]
     assert "no folder matches" in refusal(find_folders, "valid_*")
     assert "unbalanced braces" in refusal(find_folders, "part-{00..07")
+    for endless in ("part-{0..1000000000}", "{a,b}" * 40, "{a,{b,c}}" * 40):
+        assert "more than 100,000 names" in refusal(find_folders, endless)
     assert "does not list" in refusal(find_folders, "https://host/train_*")
 
 

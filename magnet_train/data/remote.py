@@ -10,12 +10,15 @@ import errno
 import glob
 import hashlib
 import json
+import math
+import os
 import random
 import re
 import shutil
 import stat
 import time
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -37,6 +40,8 @@ MIN_BYTES_PER_S, MAX_FETCH_S = 10_000, 900.0
 """Minimum speed and maximum duration of a download; otherwise it counts as failed."""
 MAX_SHARD_BYTES, MAX_INDEX_BYTES = 1 << 30, 1 << 28
 CHUNK_BYTES = 1 << 23
+MAX_NAMES = 100_000
+"""Maximum number of names that braces stand for."""
 MIN_FREE_BYTES = 2_000_000_000
 """Free space to leave on the cache's disk, which may also have the checkpoints."""
 
@@ -67,11 +72,13 @@ def find_folders(given: str) -> list[tuple[str, str]]:
     >>> find_folders("https://host/music/shard-{008..009}.tar")
     [('https://host/music', 'shard-008.tar'), ('https://host/music', 'shard-009.tar')]
     """
-    if Path(given).expanduser().is_dir():
+    if os.path.isdir(Path(given).expanduser()):
         return [(given, "*")]
     from braceexpand import braceexpand
 
     try:
+        if math.prod(_brace_counts(given)) > MAX_NAMES:
+            raise UserError(f"{redact(given)}: more than {MAX_NAMES:,} names; give fewer")
         parts = list(braceexpand(given))
     except ValueError as error:
         raise UserError(
@@ -85,6 +92,13 @@ def find_folders(given: str) -> list[tuple[str, str]]:
             for one in ([folder or "."] if not has_wildcard(folder) else _listed(folder))
         ]
     return found
+
+
+def _brace_counts(pattern: str) -> Iterator[int]:
+    """At least the number of names in each pair of braces."""
+    for inner in re.findall(r"\{([^{}]*)\}", pattern):
+        ends = re.match(r"(-?\d+)\.\.(-?\d+)", inner)
+        yield abs(int(ends[1]) - int(ends[2])) + 1 if ends else inner.count(",") + 1
 
 
 def has_wildcard(text: str) -> bool:
