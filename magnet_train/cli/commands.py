@@ -194,11 +194,9 @@ def _split_overrides(args: list[str]) -> tuple[list[str], list[str]]:
 def estimate_fit(args: list[str]) -> Iterator[str]:
     """Lines on how long `fit` takes with these options, measured on a few blocks."""
     from magnet_train.checks.estimate import estimate_run
-    from magnet_train.checks.plan import Plan
 
     with _without_chatter():
-        built = _fit_module().build_without_training(args, [])
-    plan = Plan(built.parsed, built.datamodule, built.config_init.fit.generation.decoding)
+        plan = _fit_module().build_without_training(args, []).plan()
     try:
         lines = estimate_run(plan).lines
     except (RuntimeError, ValueError) as error:
@@ -225,28 +223,9 @@ def check_fit(args: list[str]) -> None:
 def doctor_verb(args: list[str]) -> None:
     if "--prefetch" not in args:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's package is imported
-    errors: list[Exception] = []
-    built: Any = None
-    try:
-        with _without_chatter():
-            built = _fit_module().build_without_training(args, errors)
-    except Exception as error:  # the parser and Lightning raise many types
-        errors.append(error)
-
+    plan, findings = _plan_of(args)
     from magnet_train.checks.doctor import Finding, doctor
-    from magnet_train.checks.plan import Plan
-    from magnet_train.cli.run_folder import check_run_folder
 
-    where = "start" if built else "configuration"
-    plan = None
-    findings = [Finding("failed", where, _reason(error)) for error in errors]
-    if built is not None:
-        findings.insert(0, Finding("ok", "configuration", "valid"))
-        plan = Plan(built.parsed, built.datamodule, built.config_init.fit.generation.decoding)
-        try:
-            check_run_folder(built.parsed)
-        except UserError as error:
-            findings.append(Finding("failed", "run folder", str(error)))
     print("\n".join(map(str, findings)))
     for found in doctor(plan, {finding.what for finding in findings}):
         if isinstance(found, Finding):
@@ -261,6 +240,30 @@ def doctor_verb(args: list[str]) -> None:
         names = ", ".join(wrong)
         count = f"{len(wrong)} of {len(findings)} checks failed"
         raise UserError(f"{count}; `fit` would fail too: {names}")
+
+
+def _plan_of(args: list[str]) -> tuple[Any, list[Any]]:
+    """The plan of `fit` with these options, None if they are invalid, and findings about them."""
+    errors: list[Exception] = []
+    built: Any = None
+    try:
+        with _without_chatter():
+            built = _fit_module().build_without_training(args, errors)
+    except Exception as error:  # the parser and Lightning raise many types
+        errors.append(error)
+
+    from magnet_train.checks.doctor import Finding
+    from magnet_train.cli.run_folder import check_run_folder
+
+    if built is None:
+        return None, [Finding("failed", "configuration", _reason(error)) for error in errors]
+    findings = [Finding("ok", "configuration", "valid")]
+    findings += [Finding("failed", "start", _reason(error)) for error in errors]
+    try:
+        check_run_folder(built.parsed)
+    except UserError as error:
+        findings.append(Finding("failed", "run folder", str(error)))
+    return built.plan(), findings
 
 
 def _reason(error: Exception) -> str:

@@ -31,7 +31,7 @@ from magnet_train.callbacks.throughput import Throughput
 from magnet_train.callbacks.tracking import SaveConfig, Tracking
 from magnet_train.callbacks.validation import ValidationSchedule
 from magnet_train.callbacks.watchdog import Watchdog
-from magnet_train.checks.plan import check_seed, check_settings, parse_devices
+from magnet_train.checks.plan import Plan, check_seed, check_settings, parse_devices
 from magnet_train.cli.inherited import AUTO, fit_defaults
 from magnet_train.cli.parser import ConfigFile, OneLineErrors, config_help
 from magnet_train.cli.run_folder import RunFolderLock, prepare_run_folder
@@ -482,6 +482,11 @@ class DryRunCLI(MagnetCLI):
 
     def run_verb(self, run: Callable[[], None]) -> None:
         """Does nothing: doctor only builds."""
+
+    def plan(self) -> Plan:
+        """What the run would do."""
+        decoding = self.config_init[self.verb].generation.decoding
+        return Plan(self.parsed, self.datamodule, decoding)
 
 
 def prepare_loggers(config: Any, run_folder: Path, verb: str, resumes: bool) -> None:
