@@ -152,23 +152,30 @@ class GenerationCallback(Callback):
         """
         self.decoding.steps_per_stage(module.config.num_codebooks)
         check_autoregressive(module.config, self.decoding, module.crop_s)
-        if self.num_prompts and self.decoding.rescorer is not None:
+        if not self.num_prompts:
+            return
+        if self.decoding.rescorer is not None:
             check_rescorer(self.decoding.rescorer, load_codec_facts(module.codec_name).to_dict())
-        if self.num_prompts and self.reference is not None:
-            for name in embedders_with_reference(self.metrics):
-                # Those of musicnn may be in the shards, and those of music are made.
-                file = Path(self.reference) / f"{name}.safetensors"
-                if name not in ("musicnn", "music") and not file.is_file():
-                    raise UserError(
-                        f"generation.reference: {file}: no such file; write it with evaluate "
-                        f"--save_reference, or remove the metrics of {name}"
-                    )
-        monitored = [m for m in self.metrics if self.num_prompts and monitor == f"val/{m}"]
-        for name in (parse_metric(metric)[1] for metric in monitored):
-            try:
-                load_embedder(name)
-            except UserError as error:
-                raise _monitors_missing(name, error) from error
+        for name in embedders_with_reference(self.metrics):
+            self._check_reference(name)
+        for metric in self.metrics:
+            if monitor == f"val/{metric}":
+                name = parse_metric(metric)[1]
+                try:
+                    load_embedder(name)
+                except UserError as error:
+                    raise _monitors_missing(name, error) from error
+
+    def _check_reference(self, name: str) -> None:
+        """Check that `reference` has an embedder's statistics, unless they come from elsewhere."""
+        if self.reference is None or name in ("musicnn", "music"):  # of the shards, or made
+            return
+        file = Path(self.reference) / f"{name}.safetensors"
+        if not file.is_file():
+            raise UserError(
+                f"generation.reference: {file}: no such file; write it with evaluate "
+                f"--save_reference, or remove the metrics of {name}"
+            )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.monotonic()
