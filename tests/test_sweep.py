@@ -267,7 +267,7 @@ def test_a_value_of_the_wrong_type_is_found_before_anything_starts(tmp_path, cap
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "run span_len=three" in line and "span_len" in line
     assert not (tmp_path / "runs").exists()
-    assert status(file, "--jobs", 0) == 2 and "--jobs 0" in capsys.readouterr().err
+    assert status(file, "--jobs", 0) == 2 and "--jobs=0" in capsys.readouterr().err
 
 
 # --- the scheduler --------------------------------------------------------------------------------
