@@ -4,20 +4,19 @@
 const KEY_STEP_S = 0.5, EDGE_PX = 8, CLICK_PX = 4;
 let lastView = null;
 
+// Gradio may replace attributes and children in place, so nothing of them is kept.
 class ClipView extends HTMLElement {
   connectedCallback() {
-    this.figure = this.querySelector("figure");
-    this.audio = this.querySelector("audio");
-    this.seconds = Number(this.dataset.seconds);
-    for (const event of ["seeked", "play", "pause"]) this.audio.addEventListener(event, () => this.follow());
-    this.figure.addEventListener("pointerdown", event => this.press(event));
-    if (!this.dataset.edits) return;
-    this.figure.classList.add("edits");
-    this.figure.addEventListener("keydown", event => this.key(event));
+    for (const event of ["seeked", "play", "pause"]) this.addEventListener(event, () => this.follow(), true);
+    this.addEventListener("pointerdown", event => this.press(event));
+    this.addEventListener("keydown", event => this.key(event));
     this.timer = setInterval(() => this.draw(), 200);
     this.draw();
   }
   disconnectedCallback() { clearInterval(this.timer); }
+  get figure() { return this.querySelector("figure"); }
+  get audio() { return this.querySelector("audio"); }
+  get seconds() { return Number(this.dataset.seconds); }
 
   follow() {
     const head = this.figure.querySelector("i");
@@ -50,9 +49,10 @@ class ClipView extends HTMLElement {
     this.draw();
   }
   draw() {
-    const text = this.field?.value ?? "";
-    if (text === this.drawn) return;
-    this.drawn = text;
+    if (!this.dataset.edits || this.isDragging) return;
+    const text = this.field?.value ?? "", box = this.figure.querySelector(".regions");
+    if (text === box.dataset.drawn) return;
+    box.dataset.drawn = text;
     this.show(this.regions);
   }
   show(regions) {
@@ -63,7 +63,6 @@ class ClipView extends HTMLElement {
       part.style.width = `${100 * (end - start) / this.seconds}%`;
       button.textContent = "×";
       button.setAttribute("aria-label", `Remove the region from ${start} to ${end} seconds`);
-      button.addEventListener("pointerdown", event => event.stopPropagation());
       button.addEventListener("click", () => { this.regions = this.regions.filter((_, j) => j !== i); });
       part.append(button);
       return part;
@@ -72,7 +71,7 @@ class ClipView extends HTMLElement {
 
   // A drag marks a region, or moves an edge that it starts at; a click plays from there.
   press(event) {
-    if (event.button) return;
+    if (event.button || !event.target.closest("figure") || event.target.closest("button")) return;
     const first = event.clientX, box = this.figure.getBoundingClientRect();
     const reach = EDGE_PX * this.seconds / box.width;
     let start = this.secondsAt(event), others = this.dataset.edits ? this.regions : [], moved = false;
@@ -88,9 +87,10 @@ class ClipView extends HTMLElement {
     };
     const move = event => { const regions = drag(event); if (moved && this.dataset.edits) this.show(regions); };
     const stop = () => {
-      this.figure.removeEventListener("pointermove", move);
-      this.figure.removeEventListener("pointerup", up);
-      this.figure.removeEventListener("pointercancel", cancel);
+      this.isDragging = false;
+      this.removeEventListener("pointermove", move);
+      this.removeEventListener("pointerup", up);
+      this.removeEventListener("pointercancel", cancel);
     };
     const cancel = () => { stop(); this.show(this.regions); };
     const up = event => {
@@ -100,13 +100,15 @@ class ClipView extends HTMLElement {
       this.seek(this.secondsAt(event));
       if (!this.dataset.edits) this.audio.play();
     };
-    this.figure.setPointerCapture(event.pointerId);
-    this.figure.addEventListener("pointermove", move);
-    this.figure.addEventListener("pointerup", up);
-    this.figure.addEventListener("pointercancel", cancel);
+    this.isDragging = true;
+    this.setPointerCapture(event.pointerId);
+    this.addEventListener("pointermove", move);
+    this.addEventListener("pointerup", up);
+    this.addEventListener("pointercancel", cancel);
   }
 
   key(event) {
+    if (event.target !== this.figure || !this.dataset.edits) return;
     if (event.ctrlKey || event.altKey || event.metaKey) return;
     const now = this.audio.currentTime, others = this.regions;
     const step = event.shiftKey ? KEY_STEP_S / 10 : KEY_STEP_S;

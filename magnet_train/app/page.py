@@ -53,9 +53,8 @@ def serve(studio: Studio, port: int, share: bool) -> None:
             share=share,
             server_name="127.0.0.1",
             server_port=port,
-            theme=gr.themes.Default(
-                font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-            ),
+            allowed_paths=[str(studio.out)],  # what the page offers for download
+            theme=theme(),
             css=(HERE / "app.css").read_text(encoding="utf-8"),
             head=f"<script>{(HERE / 'clip.js').read_text(encoding='utf-8')}</script>",
             footer_links=[],
@@ -63,6 +62,15 @@ def serve(studio: Studio, port: int, share: bool) -> None:
         )
     except OSError as error:
         raise UserError(f"--port {port}: in use; choose another") from error
+
+
+def theme() -> Any:
+    """Gradio's default theme with the system's fonts and more contrast."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    names = ("block_info_text_color", "body_text_color_subdued")
+    light = {name: "*neutral_600" for name in names}
+    dark = {f"{name}_dark": "*neutral_300" for name in names}
+    return gr.themes.Default(**fonts).set(**light, **dark)
 
 
 def status(message: str, bad: bool = False) -> str:
@@ -80,7 +88,7 @@ def widget(field: FormField, value: Any = None, **look: Any) -> Any:
         return gr.Number(value, precision=0 if field.kind == "int" else None, **look)
     if field.kind == "choice":
         return gr.Dropdown(list(field.choices), value=value, **look)
-    return gr.Textbox(value, **look)
+    return gr.Textbox(value or "", **look)
 
 
 def widgets(settings: type, values: dict[str, Any], names: Sequence[str] = ()) -> dict[str, Any]:
@@ -96,15 +104,13 @@ class Page:
     def __init__(self, studio: Studio):
         self.studio = studio
         self.decoding = widgets(DecodingConfig, asdict(studio.decoding_of(studio.model)))
-        self.generate = widgets(
-            GenerateOptions, {"seed": 0}, ("duration_s", "seed", "loop", "lora")
-        )
+        self.options = widgets(GenerateOptions, {"seed": 0}, ("duration_s", "seed", "loop", "lora"))
         self.blocks = gr.Blocks(
             title="magnet_train", analytics_enabled=False, delete_cache=(3600, 86400)
         )
         with self.blocks, gr.Column(elem_id="page"):
             with gr.Tab("Generate"):
-                self.prompt = gr.Textbox(label="prompt", lines=2, info="Empty = no text.")
+                self.prompt = gr.Textbox("", label="prompt", lines=2, info="Empty = no text.")
                 self.decoding["negative_prompt"].render()
                 self._generate_tab()
             with gr.Tab("Edit"):
@@ -113,6 +119,8 @@ class Page:
                 self._runs_tab()
             with gr.Accordion("Model, decoding settings, presets", open=False):
                 self._settings()
+            self._connect_generate()
+            self._connect_edit()
             self.blocks.unload(self._leave)
 
     def _leave(self, request: gr.Request) -> None:
@@ -152,7 +160,7 @@ class Page:
 
     @property
     def _form(self) -> list[Any]:
-        return [self.prompt, self.model, *self.generate.values(), *self.decoding.values()]
+        return [self.prompt, self.model, *self.options.values(), *self.decoding.values()]
 
     def _options(self, values: Sequence[Any]) -> dict[str, Any]:
         """Options of `generate` from the form."""
@@ -163,7 +171,7 @@ class Page:
             "duration_s": from_form(GenerateOptions, {"duration_s": duration})["duration_s"],
             "seed": int(seed or 0),
             "loop": loop,
-            "checkpoint": model,
+            "checkpoint": model or "",
             "lora": lora.split(),
             "decoding": self._decoding(decoding),
         }
@@ -187,19 +195,23 @@ class Page:
     def _generate_tab(self) -> None:
         with gr.Row():
             for name in ("duration_s", "seed", "loop"):
-                self.generate[name].render()
-            takes = gr.Number(2, label="takes", info="With consecutive seeds.", precision=0)
-            judge = gr.Dropdown(
-                [NO_JUDGE, *JUDGES], value=JUDGES[0], label="score", info="Of each take."
+                self.options[name].render()
+            self.takes = gr.Number(2, label="takes", info="With consecutive seeds.", precision=0)
+            self.judge = gr.Dropdown(
+                [NO_JUDGE, *JUDGES], value=JUDGES[0], label="score", info="Judge of each take."
             )
         with gr.Row():
-            start = gr.Button("Generate", variant="primary", min_width=100)
+            self.start = gr.Button("Generate", variant="primary", min_width=100)
             self.out = gr.HTML()
             self._cancel(self.out)
         self.picture, self.shown = gr.HTML(), gr.HTML()
         gr.HTML(f'<p class="faint">{KEYS}</p>')
         self.files = gr.File(label="Audio and JSON", visible=False, interactive=False)
-        self.start, self.takes, self.judge = start, takes, judge
+
+    def _connect_generate(self) -> None:
+        inputs = [self.takes, self.judge, *self._form]
+        outputs = [self.out, self.picture, self.shown, self.files]
+        self._on(self.start.click, self._generate, inputs, outputs)
 
     def _generate(self, session: str, takes: Any, judge: str, *values: Any) -> Iterator[Any]:
         clips: list[Clip] = []
@@ -223,10 +235,10 @@ class Page:
                 info="Release, checkpoint or run folder; edit uses it too.",
                 allow_custom_value=True,
             )
-            self.generate["lora"].render()
+            self.options["lora"].render()
         with gr.Row():
             preset = gr.Dropdown(studio.presets(), value=None, label="preset", info="Load it.")
-            name = gr.Textbox(label="name", info="For a new preset.")
+            name = gr.Textbox("", label="name", info="For a new preset.")
             save = gr.Button("Save preset", min_width=100)
         note = gr.File(label="JSON next to a clip: load its settings", height=110)
         with gr.Row():
@@ -256,10 +268,6 @@ class Page:
         self._on(save.click, keep, [name, *self._form], [out, preset])
         self._on(preset.input, use, [preset], [out, *self._form])
         self._on(note.change, read, [note], [out, *self._form])
-        inputs = [self.takes, self.judge, *self._form]
-        outputs = [self.out, self.picture, self.shown, self.files]
-        self._on(self.start.click, self._generate, inputs, outputs)
-        self._connect_edit()
 
     # --- edit -------------------------------------------------------------------------------------
 
@@ -268,13 +276,13 @@ class Page:
         with gr.Row():
             self.upload = gr.File(label="Recording", height=120)
             with gr.Column():
-                self.path = gr.Textbox(label="or its path", info="In an allowed folder.")
+                self.path = gr.Textbox("", label="or its path", info="In an allowed folder.")
                 self.open = gr.Button("Open", min_width=100)
         self.edit_out, self.edit_picture, self.edited = gr.HTML(), gr.HTML(), gr.HTML()
         self.regions = gr.Textbox(
-            label="regions", elem_id="regions", info=f"START:END in seconds. {EDIT_KEYS}"
+            "", label="regions", elem_id="regions", info=f"START:END in seconds. {EDIT_KEYS}"
         )
-        self.edit_prompt = gr.Textbox(label="prompt", lines=2)
+        self.edit_prompt = gr.Textbox("", label="prompt", lines=2)
         with gr.Row():
             self.edit_seed = gr.Number(0, label="seed", info="Raised after each edit.", precision=0)
             names = ("loop_s", "bars", "bpm", "to_s")
@@ -302,7 +310,7 @@ class Page:
         self._on(self.upload.upload, self._open_upload, [self.upload], opened)
         self._on(self.open.click, self._open_path, [self.path], opened)
         self._on(self.undo.click, self._undo, [self.history], shown)
-        form = [self.history, self.model, self.generate["lora"], self.regions, self.edit_prompt]
+        form = [self.history, self.model, self.options["lora"], self.regions, self.edit_prompt]
         form += [self.edit_seed, *self.lengths.values(), *self.hints.values()]
         for kind, button in self.edits.items():
             self._on(
@@ -340,7 +348,7 @@ class Page:
             "audio": history[-1].path,
             "prompt": [prompt] if prompt.strip() else [],
             "seed": int(seed or 0),
-            "checkpoint": model,
+            "checkpoint": model or "",
             "lora": lora.split(),
             "decoding": self._decoding(decoding),
         }
@@ -390,8 +398,10 @@ class Page:
 
 
 def _files(clips: Sequence[Clip]) -> Any:
-    paths = [str(p) for clip in clips for p in (clip.path, clip.path.with_suffix(".json"))]
-    return gr.update(value=[p for p in paths if Path(p).is_file()], visible=bool(paths))
+    """The files of generated clips; an opened recording has no JSON of ours."""
+    made = [clip for clip in clips if clip.order is not None]
+    paths = [str(p) for clip in made for p in (clip.path, clip.path.with_suffix(".json"))]
+    return gr.update(value=paths, visible=bool(paths))
 
 
 def _shown(message: str, history: list[Clip]) -> list[Any]:
