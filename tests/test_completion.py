@@ -38,5 +38,5 @@ def test_another_shell_or_no_shtab_is_refused(capsys, monkeypatch):
     assert main(["--print_completion", "fish"]) == 2
     assert "choose bash or zsh" in capsys.readouterr().err
     monkeypatch.setitem(__import__("sys").modules, "shtab", None)
-    with pytest.raises(completion.UserError, match=r"magnet-train\[completion\]"):
+    with pytest.raises(completion.UserError, match=r"pip install -e '\.\[completion\]'"):
         completion.completion_script("bash", {}, {})

@@ -20,6 +20,7 @@ from helpers_programs import LONGEST_S
 from helpers_wandb import history, recorder, records, server
 
 from magnet_train.__main__ import main
+from magnet_train.callbacks import tracking
 from magnet_train.callbacks.tracking import Tracking
 from magnet_train.common.errors import UserError
 from magnet_train.tracking import logged
@@ -109,6 +110,23 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         os.environ.clear()
         os.environ.update(before)
     return folder
+
+
+def test_the_best_values_are_in_the_summary(monkeypatch):
+    class Logger:
+        experiment = SimpleNamespace(summary={})
+
+    monkeypatch.setattr(tracking, "WandbLogger", Logger)
+    trainer: Any = SimpleNamespace(is_global_zero=True, sanity_checking=False, loggers=[Logger()])
+    callback = Tracking()
+    for ce, text in ((3.0, 0.1), (2.0, 0.4), (4.0, 0.2), (float("nan"), 0.3)):
+        trainer.callback_metrics = {"val/ce": ce, "val/text/musicnn": text, "train/loss": ce}
+        callback._update_best(trainer)
+        resumed = Tracking()
+        resumed.load_state_dict(callback.state_dict())
+        callback = resumed
+    best = {"best/val/ce": 2.0, "best/val/text/musicnn": 0.4}
+    assert Logger.experiment.summary == best
 
 
 def csv_rows(run: Path) -> list[list[dict[str, str]]]:

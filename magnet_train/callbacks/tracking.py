@@ -1,6 +1,7 @@
-"""Logging to W&B and TensorBoard: settings, environment, generated clips, checkpoints."""
+"""Logging to W&B, TensorBoard and trackio: settings, environment, generated clips, checkpoints."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from magnet_train.callbacks.generation import GenerationCallback
+from magnet_train.callbacks.trackio_logger import TrackioLogger
 from magnet_train.common import private_api
 from magnet_train.common.folders import write_text
 from magnet_train.common.redact import redact
@@ -20,12 +22,12 @@ from magnet_train.evaluation.scorer import CODEC_FOLDER
 from magnet_train.module import MagnetModule
 from magnet_train.resume import shards_hash
 from magnet_train.tracking.environment import add_environment, environment
-from magnet_train.tracking.logged import HOURS, LOGGED, STEP
+from magnet_train.tracking.logged import HOURS, LOGGED, STEP, find
 from magnet_train.tracking.wandb_session import run_location
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml`, without credentials, into the run folder and to W&B."""
+    """Writes `config.yaml`, without credentials, into the run folder, to W&B and trackio."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         text = redact(self.parser.dump(self.config, skip_none=False))
@@ -33,6 +35,8 @@ class SaveConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(yaml.safe_load(text), allow_val_change=True)
+            elif isinstance(logger, TrackioLogger):
+                logger.log_hyperparams(yaml.safe_load(text))
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,11 @@ class GeneratedClip:
 
 
 class Tracking(Callback):
-    """Logging to W&B and TensorBoard.
+    """Logging to W&B, TensorBoard and trackio.
 
-    W&B gets axes, environment, clips and, optionally, checkpoints; TensorBoard gets clips. With any
-    logger, `environment.json` in the run folder has the environment of each session. The clips of
-    all ranks are read from the shared run folder.
+    W&B gets axes, environment, clips, best values and, optionally, checkpoints; TensorBoard and
+    trackio get clips. With any logger, `environment.json` in the run folder has the environment of
+    each session. The clips of all ranks are read from the shared run folder.
     """
 
     COLUMNS = ("step", "item", "caption", "audio", "plot", "FAD of the single clip")
@@ -89,13 +93,15 @@ class Tracking(Callback):
         self._unwritten_row: dict[str, Any] | None = None
         self._logged: dict[str, Any] = {}
         """Number of logged parts of the table, and their W&B run."""
+        self._best: dict[str, float] = {}
+        """Lowest or highest value of each validation metric."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the table, so that a resumed run continues after it, also offline."""
-        return {"table": self._logged}
+        """Best values and position in the table, which a resumed run continues, also offline."""
+        return {"table": self._logged, "best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._logged = state_dict["table"]
+        self._logged, self._best = state_dict["table"], state_dict.get("best", {})
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or not trainer.is_global_zero or self._is_set_up:
@@ -138,6 +144,7 @@ class Tracking(Callback):
             logger.log_metrics(values, self._unwritten_row["step"])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._update_best(trainer)
         callbacks: list[Any] = trainer.callbacks  # type: ignore
         generation = next((c for c in callbacks if isinstance(c, GenerationCallback)), None)
         if (
@@ -155,8 +162,27 @@ class Tracking(Callback):
                 self._to_wandb(logger.experiment, clips, step)
             elif isinstance(logger, TensorBoardLogger):
                 to_tensorboard(logger.experiment, clips, step)
+            elif isinstance(logger, TrackioLogger):
+                logger.log_clips([(clip.caption, clip.audio, clip.plot) for clip in clips], step)
 
     on_test_end = on_validation_end
+
+    def _update_best(self, trainer: L.Trainer) -> None:
+        """Write the best value of each validation metric into W&B's summary, as `best/NAME`.
+
+        W&B's own `summary="min"` would replace the last value, which its sweeps read, by a group.
+        """
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        for name, tensor in trainer.callback_metrics.items():
+            entry, value = find(name), float(tensor)
+            if name.startswith("val/") and entry and entry.better and math.isfinite(value):
+                better = min if entry.better == "lower" else max
+                self._best[name] = better(value, self._best.get(name, value))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                best = {f"best/{name}": value for name, value in self._best.items()}
+                logger.experiment.summary.update(best)
 
     def _to_wandb(self, run: Any, clips: list[GeneratedClip], step: int) -> None:
         """Log lists of media at the step, and append the new rows to the table."""

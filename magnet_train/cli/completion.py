@@ -31,7 +31,7 @@ def completion_script(
         import shtab
     except ImportError as error:
         raise UserError(
-            "--print_completion: shtab is missing; pip install 'magnet-train[completion]'"
+            "--print_completion: shtab is missing; pip install -e '.[completion]'"
         ) from error
     program = argparse.ArgumentParser("magnet-train")
     program.add_argument("--version", action="store_true", help="Print the version.")

@@ -25,6 +25,7 @@ from magnet_train.callbacks.checkpoint import RunCheckpoint
 from magnet_train.callbacks.checkpoint_io import AtomicCheckpointIO
 from magnet_train.callbacks.generation import GenerationCallback, PredictionWriter
 from magnet_train.callbacks.nan_guard import NanGuard
+from magnet_train.callbacks.phases import Phases
 from magnet_train.callbacks.preemption import Preempted, Preemption
 from magnet_train.callbacks.resume import ExactResume
 from magnet_train.callbacks.throughput import Throughput
@@ -70,10 +71,12 @@ LOGGERS: list[dict[str, Any]] = [
 CSV = {LOGGERS[1]["class_path"]: LOGGERS[1]["init_args"]}
 TRACKERS = {
     "wandb": {LOGGERS[0]["class_path"]: {}} | CSV,
+    "trackio": {"magnet_train.callbacks.trackio_logger.TrackioLogger": {}} | CSV,
     "tensorboard": {"lightning.pytorch.loggers.TensorBoardLogger": {"save_dir": "."}} | CSV,
     "csv": CSV,
 }
 """Classes and settings of loggers by the value of --tracker."""
+Trackers = Literal["wandb", "trackio", "tensorboard", "csv"]
 
 StrategyRegistry.register(
     "fsdp2",
@@ -182,7 +185,7 @@ class MagnetCLI(private_api.lightning_cli()):
         callbacks = [PredictionWriter(), CountBaselines(), ExactResume()]
         callbacks += [Throughput(), ValidationSchedule()]
         if verb == "fit":
-            callbacks.append(Preemption())
+            callbacks += [Phases(), Preemption()]
         try:
             super().__init__(
                 MagnetModule,
@@ -250,7 +253,7 @@ class MagnetCLI(private_api.lightning_cli()):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         tracker = "Log to this and to CSV files instead of the loggers of the configuration."
-        parser.add_argument("--tracker", type=Literal["wandb", "tensorboard", "csv"], help=tracker)
+        parser.add_argument("--tracker", type=Trackers, help=tracker)
         parser.link_arguments("model.crop_s", "data.crop_s")
         parser.link_arguments("model.codec", "data.codec")
         parser.link_arguments("seed_everything", "data.seed")
@@ -510,6 +513,8 @@ def prepare_loggers(config: Any, run_folder: Path, verb: str, resumes: bool) -> 
     for logger in loggers:
         if logger.init_args.get("save_dir") in (None, "."):  # CSVLogger has no default
             logger.init_args.save_dir = str(run_folder)
+        if logger.class_path.endswith(".TrackioLogger"):
+            logger.init_args.resumes = resumes
     ours = wandb_loggers(given)
     if ours and not config.trainer.fast_dev_run:
         online = not all(settings.get("offline") for settings in ours)
