@@ -83,5 +83,5 @@ class TrackioLogger(Logger):
     def finalize(self, status: str) -> None:
         if self._run is not None:
             with contextlib.redirect_stdout(io.StringIO()):
-                self._run.finish()
+                self._trackio.finish()
             self._run = None
