@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from magnet_train.common.devices import to_device
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import write_json
 from magnet_train.common.ranges import check_values
@@ -113,7 +114,7 @@ def draw_dropout(network: nn.Module, share: float, generator: torch.Generator) -
     for module in network.modules():
         if share and isinstance(module, LoraLinear):
             kept = torch.rand(module.in_features, generator=generator) >= share
-            module.kept = kept / (1 - share)
+            module.kept = to_device(kept / (1 - share), module.lora_A.device)
 
 
 # --- merge ----------------------------------------------------------------------------------------

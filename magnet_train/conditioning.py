@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from magnet_train.common.devices import to_device
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import load_complete, load_pretrained, quiet
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
@@ -113,6 +114,7 @@ class TextEncoder(nn.Module):
         """Captions -> states `b l d`, float32, and mask `b l`, True = token.
 
         l is the largest number of tokens, at least 1. Padding is on the right and has zero states.
+        On a GPU, the host waits only for captions that are not in the cache.
         """
         texts = ["" if c is None else c.strip() for c in captions]
         known = {t: self._cache[t] for t in texts if t in self._cache}
@@ -125,7 +127,7 @@ class TextEncoder(nn.Module):
                 states[row, : len(known[text])] = known[text]
                 mask[row, : len(known[text])] = True
         self._remember(known)
-        return states.to(self.device), mask.to(self.device)
+        return to_device(states, self.device), to_device(mask, self.device)
 
     def save(self, folder: Path) -> None:
         """Writes the encoder and its tokenizer as `load_text_encoder` reads them."""

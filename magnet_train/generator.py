@@ -509,18 +509,39 @@ class Generator:
 
     def _networks(self, prompts: Sequence[str], config: DecodingConfig) -> Networks:
         """The conditional pass, and the pass with the negative prompt or null condition."""
-        text = self._text(prompts, config)
-        negative = self._text([config.negative_prompt] * len(prompts), config)
+        reading = None
+        if config.rescorer is not None:
+            reading = self._rescorer(config.rescorer).reading(prompts)
+        negatives = [config.negative_prompt] * len(prompts)
+        text, negative = self._text(prompts, config), self._text(negatives, config)
+        if text is not negative and self._joins_passes(config):
+            both = self._text([*prompts, *negatives], config)
+            return Networks(self._forward(text), rescorer=reading, joint=self._joint(both))
         # audiocraft's remasking needs logits at all frames; on a GPU, the cache would wait for it.
         reuses = self.device.type == "cpu" and not (config.reference_compat or self._is_compiled)
         if reuses:
             passes: list[Network] = [CachedForward(self.network, x) for x in (text, negative)]
         else:
-            passes = [self._forward(text, begins_step=True), self._forward(negative)]
-        reading = None
-        if config.rescorer is not None:
-            reading = self._rescorer(config.rescorer).reading(prompts)
+            passes = [self._forward(text), self._forward(negative)]
         return Networks(passes[0], None if text is negative else passes[1], reading)
+
+    def _joins_passes(self, config: DecodingConfig) -> bool:
+        """Whether text and null condition share a pass: on a GPU, which large batches fill better.
+
+        A CPU gains nothing, and reuses what did not change between steps for each by itself.
+        """
+        is_guided = (config.max_cfg_coef, config.min_cfg_coef) != (1, 1)
+        return is_guided and self.device.type != "cpu"
+
+    def _joint(self, text: TextKeyValues | None) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+        """The passes of both halves of `text`, in one."""
+        run = self._forward(text)
+
+        def joint(codes: Tensor, stage: int) -> tuple[Tensor, Tensor]:
+            with_text, without = run(codes.repeat(2, 1, 1), stage).chunk(2)
+            return with_text, without
+
+        return joint
 
     def _text(self, prompts: Sequence[str], config: DecodingConfig) -> TextKeyValues | None:
         """Keys and values of captions, computed once per window; None = no text."""
@@ -532,11 +553,11 @@ class Generator:
             text = replace(text, allowed=text.allowed.any(1)[:, None].expand_as(text.allowed))
         return text
 
-    def _forward(self, text: TextKeyValues | None, begins_step: bool = False) -> Network:
+    def _forward(self, text: TextKeyValues | None) -> Network:
         """The pass with a text; without text, cross-attention is skipped."""
 
         def run(codes: Tensor, stage: int) -> Tensor:
-            if self._is_compiled and begins_step:  # an earlier step's graph may be overwritten
+            if self._is_compiled:  # earlier logits may be overwritten
                 torch.compiler.cudagraph_mark_step_begin()
             return self._pass(codes, self.network.config.stage(stage), text)
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from magnet_train.masking import masked_positions
+
 
 @dataclass(frozen=True)
 class MaskedLoss:
@@ -55,16 +57,16 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, masked: Tensor) -> Mas
     Args:
         logits: `n c`, at the n masked frames only, in row-major order of `masked`.
         targets: `b t`, the codes of the stage.
-        masked: `b t` bool, n frames True; never padding.
+        masked: `b t` bool, n frames True; never padding. On the host, nothing waits for the device.
 
     Raises:
         ValueError: if `logits` has another number of frames than `masked`.
     """
-    rows = _example_of_each(logits, masked)
-    wanted = targets[masked]
+    positions = _positions(logits, masked)
+    wanted = targets.flatten().index_select(0, positions)
     # Softmax in float32 at any precision: in bf16 the sum over 2048 entries is too inaccurate.
     ce = F.cross_entropy(logits.float(), wanted, reduction="none")
-    return _sums(ce, logits.detach().argmax(1) == wanted, rows, len(masked))
+    return _sums(ce, logits.detach().argmax(1) == wanted, positions, masked)
 
 
 def masked_divergence(logits: Tensor, teacher: Tensor, masked: Tensor) -> MaskedLoss:
@@ -80,22 +82,23 @@ def masked_divergence(logits: Tensor, teacher: Tensor, masked: Tensor) -> Masked
     Raises:
         ValueError: if `logits` has another number of frames than `masked`.
     """
-    rows = _example_of_each(logits, masked)
+    positions = _positions(logits, masked)
     ours, theirs = logits.float().log_softmax(1), teacher.float().log_softmax(1)
     kl = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
-    return _sums(kl, logits.detach().argmax(1) == teacher.argmax(1), rows, len(masked))
+    return _sums(kl, logits.detach().argmax(1) == teacher.argmax(1), positions, masked)
 
 
-def _example_of_each(logits: Tensor, masked: Tensor) -> Tensor:
-    """Index of the example of each of the n masked frames."""
-    rows = masked.nonzero()[:, 0]
-    if len(rows) != len(logits):
-        raise ValueError(f"{len(logits)} rows of logits for {len(rows)} masked frames")
-    return rows
+def _positions(logits: Tensor, masked: Tensor) -> Tensor:
+    """Positions of the n masked frames in `b t`, on the device of the logits."""
+    positions = masked_positions(masked, logits.device)
+    if len(positions) != len(logits):
+        raise ValueError(f"{len(logits)} rows of logits for {len(positions)} masked frames")
+    return positions
 
 
-def _sums(loss: Tensor, correct: Tensor, rows: Tensor, num_examples: int) -> MaskedLoss:
+def _sums(loss: Tensor, correct: Tensor, positions: Tensor, masked: Tensor) -> MaskedLoss:
     """Sums over the n frames by example."""
+    num_examples, num_frames = masked.shape
     sums = torch.zeros(3, num_examples, device=loss.device)
     columns = torch.stack([loss, correct.float(), torch.ones_like(loss)])
-    return MaskedLoss(*sums.index_add(1, rows, columns))
+    return MaskedLoss(*sums.index_add(1, positions // num_frames, columns))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from magnet_train.common.devices import to_device
+
 
 def cosine_mask_rate(progress: Tensor) -> Tensor:
     """Share of frames to mask at `progress` in [0, 1]: cos(pi/2 * progress), from 1 down to 0
@@ -113,3 +115,11 @@ def span_mask_behind(
             rate = rates[row : row + 1].cpu()
             masked[row, start:] = span_mask(rate, left, min(span_len, left), generator)[0]
     return masked.to(rates.device)
+
+
+def masked_positions(masked: Tensor, device: torch.device) -> Tensor:
+    """Positions of the masked frames in `masked.flatten()`, int64, on `device`.
+
+    Their number is known where the mask is: for a mask on the host, nothing waits for the device.
+    """
+    return to_device(masked.flatten().nonzero()[:, 0], device)

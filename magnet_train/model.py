@@ -32,6 +32,7 @@ from magnet_train.layout import (
     hidden_keys,
     predicting_rows,
 )
+from magnet_train.masking import masked_positions
 
 
 class Pass(NamedTuple):
@@ -468,15 +469,17 @@ class Magnet(nn.Module):
             pass_: a pass with m codebooks.
             states: text states, as in `encode_text`.
             allowed: text mask, as in `encode_text`.
-            masked: `b t` bool for one codebook, `b m t` for several.
+            masked: `b t` bool for one codebook, `b m t` for several; on the host, nothing waits for
+                the device.
             valid: as in `trunk`.
         """
         features = self.trunk(codes, pass_, self.encode_text(states, allowed), valid)
         of_books = masked[:, None] if masked.dim() == 2 else masked
-        logits = [
-            self.logits(self.rows(features, book)[frames], book)
-            for book, frames in zip(pass_.codebooks, of_books.unbind(1), strict=True)
-        ]
+        logits = []
+        for book, frames in zip(pass_.codebooks, of_books.unbind(1), strict=True):
+            rows = self.rows(features, book).flatten(0, 1)
+            chosen = rows.index_select(0, masked_positions(frames, rows.device))
+            logits.append(self.logits(chosen, book))
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def forward(

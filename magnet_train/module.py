@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -22,6 +23,7 @@ from magnet_train.adapters import (
 )
 from magnet_train.codec.base import absolute_name, load_codec, load_codec_facts
 from magnet_train.common import private_api
+from magnet_train.common.devices import to_device
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import absolute_path
 from magnet_train.common.randomness import generator_for
@@ -293,9 +295,11 @@ class MagnetModule(L.LightningModule):
                 f"{self.text_encoder.dim}, but the network was built for "
                 f"text_dim={self.config.text_dim}: use the encoder it was trained with"
             )
-        self.text_encoder.to(self.device)
-        for teacher in self._teacher:
-            teacher.to(self.device)
+        # Lightning moves the module to its device only after this hook.
+        trainer = private_api.attached_trainer(self)
+        device = self.device if trainer is None else trainer.strategy.root_device
+        for frozen in (self.text_encoder, *self._teacher):
+            frozen.to(device)
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -316,7 +320,7 @@ class MagnetModule(L.LightningModule):
             batch: codes and valid frames.
             captions: one per example; "" = without text.
             stage: 0 … K-1.
-            masked: `b t`; padded frames are ignored.
+            masked: `b t`, on the host as `valid` is; padded frames are ignored.
         """
         shown = self._shown(batch["codes"], stage, masked)
         return self._loss(batch, captions, self.config.stage(stage), shown, masked[:, None])
@@ -336,9 +340,11 @@ class MagnetModule(L.LightningModule):
         """
         codes = batch["codes"]
         prompt = prompt_frames(steps, *codes.shape[1:])
-        shown = torch.where(prompt, codes, self._shown(codes, stage, masked))
+        is_shown = to_device(prompt, codes.device)
+        shown = torch.where(is_shown, codes, self._shown(codes, stage, masked))
         own, every = self.config.stage(stage), self.config.reading
-        pass_ = Pass(own.codebooks + every.codebooks, own.context, steps)
+        causal = to_device(steps, codes.device)
+        pass_ = Pass(own.codebooks + every.codebooks, own.context, causal)
         predicted = torch.cat([masked[:, None], prompt], 1)
         loss = self._loss(batch, captions, pass_, shown, predicted)
         return loss[: len(codes)], loss[len(codes) :]
@@ -346,7 +352,7 @@ class MagnetModule(L.LightningModule):
     def reading_loss(self, batch: Batch, captions: list[str]) -> MaskedLoss:
         """Autoregressive loss of all codes in the delay layout."""
         codes = batch["codes"]
-        everywhere = torch.ones_like(codes, dtype=torch.bool)
+        everywhere = torch.ones(codes.shape, dtype=torch.bool)
         return self._loss(batch, captions, self.config.reading, codes, everywhere)
 
     def distilled_loss(
@@ -369,7 +375,8 @@ class MagnetModule(L.LightningModule):
             with_text = self._logits(teacher, batch, captions, pass_, shown, masked)
             without = self._logits(teacher, batch, [""] * len(captions), pass_, shown, masked)
             coefs = rates * settings.max_cfg_coef + (1 - rates) * settings.min_cfg_coef
-            coef = coefs.to(with_text)[masked.nonzero()[:, 0], None]
+            of_frames = coefs[masked.nonzero()[:, 0], None]
+            coef = to_device(of_frames.to(with_text.dtype), with_text.device)
             guided = without + (with_text - without) * coef
         logits = self._logits(self.unsharded, batch, captions, pass_, shown, masked)
         return masked_divergence(logits, guided, masked[:, 0])
@@ -379,7 +386,8 @@ class MagnetModule(L.LightningModule):
         frame of the stage.
         """
         shown = codes.clone()
-        shown[:, stage] = shown[:, stage].masked_fill(masked, self.config.mask_id)
+        is_masked = to_device(masked, codes.device)
+        shown[:, stage] = shown[:, stage].masked_fill(is_masked, self.config.mask_id)
         shown[:, stage + 1 :] = self.config.mask_id
         return shown
 
@@ -391,7 +399,7 @@ class MagnetModule(L.LightningModule):
         """
         masked = masked & batch["valid"][:, None]
         logits = self._logits(self.unsharded, batch, captions, pass_, shown, masked)
-        targets = batch["codes"][:, list(pass_.codebooks)]
+        targets = torch.stack([batch["codes"][:, book] for book in pass_.codebooks], 1)
         by_codebook = (x.transpose(0, 1).flatten(0, 1) for x in (targets, masked))
         return masked_cross_entropy(logits, *by_codebook)
 
@@ -404,15 +412,13 @@ class MagnetModule(L.LightningModule):
         shown: Tensor,
         masked: Tensor,
     ) -> Tensor:
-        valid = batch["valid"]
-        padded = not bool(valid.all())
-        if padded:
+        valid = None
+        if not batch["valid"].numpy().all():
+            valid = to_device(batch["valid"], shown.device)
             shown = shown.masked_fill(~valid[:, None], self.config.mask_id)
         # Text is encoded even if all captions are dropped, because DDP needs all gradients.
         states, text_mask = self.text_encoder(captions)
-        return network.masked_logits(
-            shown, pass_, states, text_mask, masked, valid if padded else None
-        )
+        return network.masked_logits(shown, pass_, states, text_mask, masked, valid)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         count = self.trainer.fit_loop.epoch_loop.total_batch_idx
@@ -425,8 +431,7 @@ class MagnetModule(L.LightningModule):
         captions = drop_captions(batch["captions"], self.guidance_dropout, generator)
         losses, prompts = [], []
         for stage, rows in stages:
-            part: Any = {name: batch[name][rows] for name in ("codes", "valid")}
-            given = part, [captions[row] for row in rows], stage, masked[rows]
+            given = _examples(batch, rows), [captions[row] for row in rows], stage, masked[rows]
             if self.config.order != "parallel":
                 loss, prompt = self.hybrid_loss(*given, steps[rows])
                 prompts.append(prompt)
@@ -434,17 +439,24 @@ class MagnetModule(L.LightningModule):
                 loss = self.distilled_loss(*given, rates[rows])
             else:
                 loss = self.stage_loss(*given)
-            self.log(f"train/ce/stage{stage}", loss.mean().detach(), batch_size=len(rows))
-            self.log(f"train/accuracy/stage{stage}", loss.accuracy(), batch_size=len(rows))
+            self._log_training(f"ce/stage{stage}", loss.mean(), len(rows))
+            self._log_training(f"accuracy/stage{stage}", loss.accuracy(), len(rows))
             losses.append(loss)
         total = MaskedLoss.concatenate(losses)
         mean = total.mean()
         if prompts:
             prompt = MaskedLoss.concatenate(prompts)
             mean = balanced_mean(total, prompt, self.prompt_weight)
-            self.log("train/ce/prompt", prompt.mean().detach(), batch_size=size)
-        self.log("train/loss", mean, prog_bar=True, batch_size=size)
+            self._log_training("ce/prompt", prompt.mean(), size)
+        self._log_training("loss", mean, size, prog_bar=True)
         return mean
+
+    def _log_training(self, name: str, value: Tensor, size: int, prog_bar: bool = False) -> None:
+        """Log `train/NAME` in batches of a step that is written: others would only take time, and
+        the progress bar would wait for the device.
+        """
+        if is_logged(self.trainer, self.trainer.global_step + 1):
+            self.log(f"train/{name}", value.detach(), prog_bar=prog_bar, batch_size=size)
 
     def _draw_masks(
         self,
@@ -453,7 +465,9 @@ class MagnetModule(L.LightningModule):
         num_frames: int,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
-        """Masked frames, `b t`, and prompt steps, `b`; these are 0 for MAGNeT, which draws none."""
+        """Masked frames, `b t`, and prompt steps, `b`, both on the host; steps are 0 for MAGNeT,
+        which draws none.
+        """
         size, books = len(rates), self.config.num_codebooks
         span_len = self._draw_span_len(generator)
         if self.config.order == "parallel":
@@ -464,7 +478,7 @@ class MagnetModule(L.LightningModule):
                 masked = span_mask_behind(starts, rates, num_frames, span_len, generator)
             else:
                 masked = span_mask(rates, num_frames, span_len, generator)
-            return masked.to(self.device), torch.zeros(size, dtype=torch.long)
+            return masked, torch.zeros(size, dtype=torch.long)
         if self.config.order == "hybrid":
             steps = torch.randint(num_frames, (size,), generator=generator)
         else:  # all rows are causal
@@ -473,13 +487,13 @@ class MagnetModule(L.LightningModule):
         for stage, rows in stages:
             stage_of[rows] = stage
         starts = (steps - stage_of).clamp(0, num_frames)
-        masked = span_mask_behind(starts, rates, num_frames, span_len, generator)
-        return masked.to(self.device), steps.to(self.device)
+        return span_mask_behind(starts, rates, num_frames, span_len, generator), steps
 
     def _draw_span_len(self, generator: torch.Generator) -> int:
         if len(self.span_lens) == 1:
             return self.span_len
-        return self.span_lens[int(torch.randint(len(self.span_lens), (), generator=generator))]
+        (drawn,) = torch.randint(len(self.span_lens), (1,), generator=generator).tolist()
+        return self.span_lens[drawn]
 
     def _drawn_stages(self, count: int, size: int) -> list[tuple[int, list[int]]]:
         """Stages to train in the batch after `count` others, with the rows of each.
@@ -515,10 +529,11 @@ class MagnetModule(L.LightningModule):
                 *(fixed_span_mask(key, stage, num_frames, self.span_len) for key in batch["keys"]),
                 strict=True,
             )
-            masked = torch.stack(masks).to(self.device)
+            masked = torch.stack(masks)
             loss = self.stage_loss(batch, batch["captions"], stage, masked)
-            codes, valid = batch["codes"][:, stage], batch["valid"]
-            copied = (copy_nearest(codes, masked | ~valid) == codes) & masked & valid
+            codes = batch["codes"][:, stage]
+            is_masked, valid = (to_device(x, codes.device) for x in (masked, batch["valid"]))
+            copied = (copy_nearest(codes, is_masked | ~valid) == codes) & is_masked & valid
             rates_drawn = torch.tensor(rates, device=self.device)
             self.fixed_masks.update(stage, rates_drawn, loss, copied.sum(1))
 
@@ -574,13 +589,16 @@ class MagnetModule(L.LightningModule):
                 rank_zero_info(
                     f"resuming with settings that differ from the checkpoint: {', '.join(changed)}"
                 )
+            for state in checkpoint.get("optimizer_states", []):
+                for group in state["param_groups"]:
+                    if "fused" in group:  # otherwise torch would go on as the checkpoint's run
+                        group["fused"] = allows_fused(str(trainer.precision))
         self.init_provenance = dict(checkpoint.get("init_provenance", {}))
         self.trained_steps = int(checkpoint.get("global_step", 0))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
-        trainer: Any = self.trainer
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        if is_logged(self.trainer, self.trainer.global_step + 1):
+            self.log("train/lr", optimizer.param_groups[0]["lr"])
             gradients = [p.grad for p in trainable_parameters(self).values() if p.grad is not None]
             norms = [gradient.norm() for gradient in gradients] or [torch.tensor(0.0)]
             self.log("train/grad_norm", full_tensor(torch.linalg.vector_norm(torch.stack(norms))))
@@ -611,9 +629,20 @@ class MagnetModule(L.LightningModule):
         for group in optimizer.param_groups:
             group |= settings | {"lr": lr, "initial_lr": settings["lr"]}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, also with a fused optimizer in bf16-mixed, which it refuses."""
+        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+        plugin: Any = self.trainer.precision_plugin
+        Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+
     def configure_optimizers(self) -> Any:
         config, trainer = self.optimizer_config, self.trainer
-        fused = allows_fused(str(trainer.precision), bool(trainer.gradient_clip_val))
+        fused = allows_fused(str(trainer.precision))
         optimizer = make_optimizer(config, list(trainable_parameters(self).values()), fused)
         factor = schedule_factor(config, trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -621,6 +650,21 @@ class MagnetModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
         }
+
+
+def is_logged(trainer: L.Trainer, step: int) -> bool:
+    """Whether loggers get the values of an optimizer step, counted from 1."""
+    number: Any = trainer.log_every_n_steps
+    return bool(trainer.fast_dev_run) or (number > 0 and step % number == 0)  # type: ignore
+
+
+def _examples(batch: Any, rows: list[int]) -> Any:
+    """Codes and valid frames of some examples, in ascending order."""
+    if len(rows) == len(batch["codes"]):
+        return batch
+    chosen = torch.tensor(rows)
+    codes = batch["codes"].index_select(0, to_device(chosen, batch["codes"].device))
+    return {"codes": codes, "valid": batch["valid"][chosen]}
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -115,13 +115,11 @@ def schedule_factor(config: OptimizerConfig, total_steps: float) -> Callable[[in
     return factor
 
 
-def allows_fused(precision: str, clips_gradients: bool) -> bool:
-    """Whether a fused optimizer may be used.
-
-    Lightning does not clip gradients with a fused optimizer in mixed precision, and in fp16 the
-    scaler leaves unscaling to a fused optimizer, which skipped steps would not do.
+def allows_fused(precision: str) -> bool:
+    """Whether AdamW may be fused: not in fp16, where Lightning's scaler would leave unscaling to
+    it, after clipping.
     """
-    return not precision.startswith("16") and not (clips_gradients and precision.endswith("-mixed"))
+    return not precision.startswith("16")
 
 
 def make_optimizer(
@@ -141,7 +139,11 @@ class DAdaptAdam(torch.optim.Optimizer):
     v is the root of Adam's second moment, s the running mean of d lr times the gradient, and G that
     of its weighted square. d never falls. The first moment is not corrected for its bias.
 
-    Sharded weights (DTensor) are updated by shards, and the three sums go over all ranks.
+    Sharded weights (DTensor) are updated by shards, and the three sums go over all ranks. The
+    estimate stays on the weights' device, so that a step does not wait for it.
+
+    If the attribute `found_inf` is set, as for torch's fused optimizers, a value of 1 skips the
+    step: neither weights nor estimate nor state change.
 
     Args:
         params: one group.
@@ -178,27 +180,32 @@ class DAdaptAdam(torch.optim.Optimizer):
         return loss
 
     def _step(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        beta2 = group["betas"][1]
-        dlr = group["d"] * group["lr"]
-        if group["lr"] > 0:
-            sums = torch.stack([self._moments(p, group, dlr) for p in parameters]).double().sum(0)
-        else:
-            sums = torch.zeros(3, dtype=torch.float64)
-            for parameter in parameters:
-                self._state_of(parameter)
+        states = [self._state_of(parameter) for parameter in parameters]
+        if not group["lr"]:
+            return
+        beta2, device = group["betas"][1], parameters[0].device
+        d, gsq_weighted = (  # a checkpoint has them on the CPU
+            torch.as_tensor(group[name], dtype=torch.float64, device=device)
+            for name in ("d", "gsq_weighted")
+        )
+        dlr = d * group["lr"]
+        found_inf = getattr(self, "found_inf", None)
+        taken = torch.ones_like(d) if found_inf is None else 1 - found_inf.double()
+        sums = torch.stack([self._moments(p, group, dlr, taken) for p in parameters])
+        sums = sums.double().sum(0)
         if any(isinstance(p, DTensor) for p in parameters):
             dist.all_reduce(sums)
-        gradients_squared, s_squared, s_norm = sums.tolist()  # waits for the device, once
-        gsq_weighted = beta2 * group["gsq_weighted"] + (1 - beta2) * dlr**2 * gradients_squared
-        if s_norm == 0:
-            return
-        estimate = (s_squared / (1 - beta2) - gsq_weighted) / s_norm
-        group |= {"gsq_weighted": gsq_weighted, "d": max(group["d"], estimate)}
-        for parameter in parameters:
+        gradients_squared, s_squared, s_norm = sums
+        taken = taken * (s_norm > 0)  # otherwise all gradients were 0
+        weighted = beta2 * gsq_weighted + (1 - beta2) * dlr**2 * gradients_squared
+        estimate = torch.maximum(d, (s_squared / (1 - beta2) - weighted) / s_norm)
+        group["gsq_weighted"] = torch.where(taken > 0, weighted, gsq_weighted)
+        group["d"] = torch.where(taken > 0, estimate, d)
+        for parameter, state in zip(parameters, states, strict=True):
             weight = _local(parameter)
-            _, mean, square = (_local(x) for x in self._state_of(parameter))
-            weight.mul_(1 - group["weight_decay"] * dlr)
-            weight.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-1)
+            _, mean, square = (_local(x) for x in state)
+            weight.mul_(1 - group["weight_decay"] * dlr * taken)
+            weight.sub_(mean.div(square.sqrt().add_(group["eps"])).mul_(taken))
 
     def _state_of(self, parameter: nn.Parameter) -> list[Tensor]:
         """s and the two moments."""
@@ -207,15 +214,25 @@ class DAdaptAdam(torch.optim.Optimizer):
             state.setdefault(name, torch.zeros_like(parameter))
         return [state[name] for name in ("s", "exp_avg", "exp_avg_sq")]
 
-    def _moments(self, parameter: nn.Parameter, group: dict[str, Any], dlr: float) -> Tensor:
-        """Updates the running means; returns this parameter's part of the three sums."""
+    def _moments(
+        self, parameter: nn.Parameter, group: dict[str, Any], dlr: Tensor, taken: Tensor
+    ) -> Tensor:
+        """Updates the running means; returns this parameter's part of the three sums.
+
+        Args:
+            parameter: with a gradient.
+            group: its settings.
+            dlr: d times the learning rate.
+            taken: 1, or 0 if the step is skipped.
+        """
         assert parameter.grad is not None
-        beta1, beta2 = group["betas"]
         gradient = _local(parameter.grad)
+        gradient = torch.where(taken > 0, gradient, 0)  # in a skipped step, it may be NaN
         s, mean, square = (_local(x) for x in self._state_of(parameter))
-        mean.mul_(beta1).add_(gradient, alpha=dlr * (1 - beta1))
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        s.mul_(beta2).add_(gradient, alpha=dlr * (1 - beta2))
+        new1, new2 = ((1 - beta) * taken for beta in group["betas"])
+        mean.mul_(1 - new1).add_(gradient * (dlr * new1))
+        square.mul_(1 - new2).add_(gradient.square() * new2)
+        s.mul_(1 - new2).add_(gradient * (dlr * new2))
         root = square.sqrt().add_(group["eps"])
         return torch.stack([(gradient**2 / root).sum(), (s**2 / root).sum(), s.abs().sum()])
 

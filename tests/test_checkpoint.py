@@ -25,6 +25,7 @@ class Run:
     fast_dev_run = False
     sanity_checking = False
     is_global_zero = True
+    world_size = 1
     state = SimpleNamespace(fn="fit")
 
     def __init__(self) -> None:

@@ -163,6 +163,12 @@ def test_a_batch_gives_what_each_gives_alone(codec: EncodecCodec):
     wav = noise(3, 1, 20 * HOP)
     together, alone = codec.encode(wav), torch.cat([codec.encode(w[None]) for w in wav])
     assert (together != alone).float().mean() < 0.01  # ties in floating point
+    # Padding would change a clip, so only those of equal length share a batch.
+    clips = [wav[0], wav[1, :, : 5 * HOP + 3], wav[2]]
+    for clip, codes in zip(clips, codec.encode_clips(clips), strict=True):
+        assert (codes != codec.encode(clip[None])[0]).float().mean() < 0.01
+    padded = torch.nn.functional.pad(clips[1], (0, 15 * HOP - 3))
+    assert not torch.equal(codec.encode(padded[None])[0, :, :6], codec.encode(clips[1][None])[0])
     assert torch.allclose(
         codec.decode(alone), torch.cat([codec.decode(c[None]) for c in alone]), atol=1e-5
     )

@@ -10,6 +10,7 @@ import soundfile
 import torch
 
 from magnet_train.common.errors import UserError
+from magnet_train.decoding.decode import circular, guided_logits
 from magnet_train.decoding.keep import Edit, Hints
 from magnet_train.generator import Generated, Generator, load
 from magnet_train.model import Magnet, MagnetConfig
@@ -25,6 +26,23 @@ def test_each_prompt_gets_what_it_gets_alone(tiny):
         ties += int((alone != together[i]).sum())
     print(f"codes that differ by ties in floating point: {ties} of {together.numel()}")
     assert ties <= 0.005 * together.numel()
+
+
+@pytest.mark.parametrize("negative", ["", "drums"])
+def test_text_and_null_condition_in_one_pass_as_on_a_gpu(tiny, negative, monkeypatch):
+    config = replace(tiny.decoding, negative_prompt=negative)
+    size = tiny.network.config.codebook_size
+    codes = torch.randint(size + 1, (3, tiny.network.config.num_codebooks, 25))
+    apart = tiny._networks(PROMPTS, config)
+    monkeypatch.setattr(Generator, "_joins_passes", lambda self, config: True)
+    joined = tiny._networks(PROMPTS, config)
+    assert apart.joint is None and joined.joint is not None
+    for stage in range(codes.shape[1]):
+        for networks in (lambda x: x, lambda x: circular(x, 25, 6)):
+            one, two = (
+                guided_logits(networks(x), codes, stage, config, 0.7) for x in (apart, joined)
+            )
+            assert torch.allclose(one, two, atol=1e-4)
 
 
 def test_audio_has_the_length_asked_for_and_the_prompt_survives(tiny):

@@ -226,7 +226,11 @@ def test_stages_per_example_are_trained_as_each_alone(module):
     module.stage_sampling, size = "example", 6
     data = batch(valid=(24, 24, 24, 20, 24, 9))
     module._trainer = SimpleNamespace(
-        global_rank=0, fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=3))
+        global_rank=0,
+        global_step=0,
+        log_every_n_steps=1,
+        fast_dev_run=False,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=3)),
     )
     logged = {}
     module.log = lambda name, value, **_: logged.update({name: float(value.detach())})

@@ -43,6 +43,8 @@ class Probe(L.Callback):
         assert not private_api.waits_for_results(trainer)
         assert not private_api.saves_distributed_checkpoints(trainer)
         private_api.kill_launched_ranks(trainer)
+        assert hasattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor")
+        private_api.omit_sigterm_broadcast(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any

@@ -140,7 +140,7 @@ def test_d_adaptation_is_the_references():
             d = max(d, (((s**2 / root).sum() / 0.05 - weighted) / s.abs().sum()).item())
             weights = weights * (1 - 0.1 * step) - mean / root
         own = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
-        assert optimizer.param_groups[0]["d"] == pytest.approx(d, rel=1e-5), update
+        assert float(optimizer.param_groups[0]["d"]) == pytest.approx(d, rel=1e-5), update
         assert torch.allclose(own, weights, rtol=1e-5, atol=2e-7), update
     assert d > 2 * d0 and weighted > 0
 

@@ -151,6 +151,12 @@ def test_a_batch_gives_what_each_gives_alone(codec: SpectralCodec):
     wav = torch.cat([chord(60, 45), chord(66, 41), chord(72)])
     together = codec.encode(wav)
     assert torch.equal(together, torch.cat([codec.encode(w[None]) for w in wav]))
+    # Clips of a frame, of a part of one, and with ends that share a batch.
+    clips = [wav[0, :, :n] for n in (1, 100, 640, 641, 700, 1300, 3001, 3840, 9999, 10_000, 12_345)]
+    keys = {codec.batch_key(clip.shape[1]) for clip in clips}
+    for clip, codes in zip(clips, codec.encode_clips(clips), strict=True):
+        assert torch.equal(codes, codec.encode(clip[None])[0])
+    assert len(keys) < len(clips)
     alone = torch.cat([codec.decode(c[None]) for c in together])
     # Phase reconstruction amplifies rounding differences of batched matrix products.
     assert (codec.decode(together) - alone).norm() < 0.01 * alone.norm()

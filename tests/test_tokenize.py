@@ -507,11 +507,11 @@ def test_a_failure_of_the_codec_ends_the_reading(
     calls: list[int] = []
     encode = Codec.encode
 
-    def failing(self: Codec, wav: torch.Tensor) -> torch.Tensor:
+    def failing(self: Codec, wav: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         calls.append(len(wav))
         if len(calls) == 4:
             raise RuntimeError("out of memory")
-        return encode(self, wav)
+        return encode(self, wav, lengths)
 
     monkeypatch.setattr(Codec, "encode", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -682,6 +682,8 @@ def test_another_input_into_the_same_folder(change: str, run: Callable[..., dict
 
 def test_batch_size_changes_nothing(run: Callable[..., dict], tmp_path: Path):
     many_clips(tmp_path / "in", 4)
+    for number in range(12):  # short ones, which share batches
+        write_clip(tmp_path / f"in/short{number:02d}.wav", 0.3 + number % 3 / 10, seed=number)
     run(batch_size=1)
     run(out=tmp_path / "two", batch_size=3)
     assert shards(tmp_path / "out") == shards(tmp_path / "two")

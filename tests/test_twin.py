@@ -151,6 +151,7 @@ def test_the_lines_of_a_gpu_come_out_on_a_cpu_too(monkeypatch):
     lines = list(bench.gpu(BenchOptions(num_frames=96, repeats=1, threads=1), 1e9, config))
     assert [line.name.split(",")[0] for line in lines] == [
         "codes of one prompt",
+        "codes of 16 prompts",
         "training step",
         "training step",
     ]

@@ -10,6 +10,7 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from magnet_train.callbacks.agreement import ranks_agree
 from magnet_train.common.errors import UserError
 
 SAVE_EVERY_S = 1800.0
@@ -116,6 +117,8 @@ class RunCheckpoint(Checkpoint):
             if self.monitor is None:
                 self._save_if_best(trainer)
             self.save_last(trainer)
+            return
+        if not ranks_agree(trainer):
             return
         is_due = trainer.is_global_zero and time.monotonic() - self._saved_at > SAVE_EVERY_S
         if trainer.strategy.reduce_boolean_decision(is_due, all=False):

@@ -1,4 +1,4 @@
-"""On SIGTERM or SIGUSR1, saves a checkpoint and ends the run after the current batch."""
+"""On SIGTERM or SIGUSR1, saves a checkpoint and ends the run within a few batches."""
 
 import os
 import signal
@@ -13,6 +13,7 @@ import lightning.pytorch as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 
+from magnet_train.callbacks.agreement import ranks_agree
 from magnet_train.common import private_api
 from magnet_train.data.timed_loader import TOGETHER_S
 
@@ -30,6 +31,8 @@ class Preempted(SystemExit):
 
 class Preemption(Callback):
     """Saves `last.ckpt` at the end of the batch in which a signal arrives, then stops.
+
+    Several ranks agree on this every 5 batches, because each time they wait for the device.
 
     During a validation the signal takes effect at its end, because ranks have different numbers of
     validation batches and cannot agree earlier. A second signal, more than TOGETHER_S later, ends
@@ -60,6 +63,8 @@ class Preemption(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
+        if not ranks_agree(trainer):
+            return
         any_rank = partial(trainer.strategy.reduce_boolean_decision, all=False)
         if not any_rank(self._received is not None):
             return

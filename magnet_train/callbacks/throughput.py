@@ -9,11 +9,10 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from magnet_train.checks.cost import peak_flop, training_flop
 from magnet_train.model import MagnetConfig
-from magnet_train.module import MagnetModule
+from magnet_train.module import MagnetModule, is_logged
 
 
 class Throughput(Callback):
@@ -30,10 +29,9 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        # Frames are counted on the device and read when they are logged: no batch waits for it.
-        self.frames: int | Tensor = 0
+        self.frames = 0
         """Frames of all ranks up to the last optimizer step; a resumed run repeats later ones."""
-        self._open_frames: int | Tensor = 0
+        self._open_frames = 0
         """Frames since that step."""
         self._step = 0
         self._logged_step = 0
@@ -42,12 +40,12 @@ class Throughput(Callback):
         self._seconds = 0.0
         """Training time before that, since the last row."""
         self._examples = 0
-        self._frames: int | Tensor = 0
+        self._frames = 0
         self._waited_s = 0.0
         self._skipped = {"data/shards_skipped": 0.0, "data/items_skipped": 0.0}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"frames": int(self.frames)}
+        return {"frames": self.frames}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.frames = state_dict["frames"]
@@ -70,9 +68,8 @@ class Throughput(Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log hours with each validation, as an axis for its metrics."""
         assert isinstance(pl_module, MagnetModule)
-        frames = int(self.frames)
-        if frames or not pl_module.trained_steps:  # otherwise the count is unknown
-            pl_module.log("train/audio_hours", _hours(frames, trainer))
+        if self.frames or not pl_module.trained_steps:  # otherwise the count is unknown
+            pl_module.log("train/audio_hours", _hours(self.frames, trainer))
 
     def on_train_batch_end(
         self,
@@ -86,17 +83,17 @@ class Throughput(Callback):
         self._count(batch, trainer.world_size)
         step = trainer.global_step
         if step != self._step:
-            self.frames = self.frames + self._open_frames
+            self.frames += self._open_frames
             self._open_frames = 0
             self._step = step
-        if step != self._logged_step and step % trainer.log_every_n_steps == 0:  # type: ignore
+        if step != self._logged_step and is_logged(trainer, step):
             self._log(trainer, pl_module, batch["valid"].shape[1])
 
     def _count(self, batch: Any, world_size: int) -> None:
-        frames = batch["valid"].sum() * world_size
+        frames = int(batch["valid"].numpy().sum()) * world_size
         self._examples += len(batch["valid"]) * world_size
-        self._frames = self._frames + frames
-        self._open_frames = self._open_frames + frames
+        self._frames += frames
+        self._open_frames += frames
         self._skipped["data/shards_skipped"] += batch["shards_skipped"]
         self._skipped["data/items_skipped"] += batch["items_skipped"]
 
@@ -105,12 +102,11 @@ class Throughput(Callback):
         now = time.monotonic()
         waited_s = _waited_s(trainer)
         seconds = self._seconds + now - self._running_since
-        frames = int(self._frames)
         values = {
             "speed/examples_per_s": self._examples / seconds,
-            "speed/frames_per_s": frames / seconds,
-            "speed/audio_hours_per_s": _hours(frames, trainer) / seconds,
-            "train/audio_hours": _hours(int(self.frames), trainer),
+            "speed/frames_per_s": self._frames / seconds,
+            "speed/audio_hours_per_s": _hours(self._frames, trainer) / seconds,
+            "train/audio_hours": _hours(self.frames, trainer),
         }
         peak = peak_flop(module.device, str(trainer.precision))
         if peak is not None:

@@ -34,6 +34,7 @@ from magnet_train.checks.measure import (
     threads_set,
     timed,
 )
+from magnet_train.common.devices import to_device
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import writable_folder
 from magnet_train.decoding.decode import DecodingConfig, Networks, decode, item_noise
@@ -48,6 +49,9 @@ MASK_RATE = 0.64
 NUM_TEXT = 20
 """Tokens of a caption."""
 DECODING_STEPS = (20, 10, 10, 10)
+GPU_PROMPTS = (1, 16)
+GPU_EXAMPLES = 8
+"""Batches of the published small model on a GPU."""
 LONG = 12_000
 SHORT = 1500
 """Two lengths in frames, to measure how the time of attention grows."""
@@ -134,21 +138,22 @@ def _model(options: BenchOptions) -> tuple[Magnet, Tensor, Tensor]:
 def _mask_codes(codes: Tensor, stage: int, masked: Tensor, mask_id: int) -> Tensor:
     """The network's input in training at a stage."""
     shown = codes.clone()
-    shown[:, stage] = shown[:, stage].masked_fill(masked, mask_id)
+    shown[:, stage] = shown[:, stage].masked_fill(to_device(masked, codes.device), mask_id)
     shown[:, stage + 1 :] = mask_id
     return shown
 
 
-def _draw_mask(batch_size: int, num_frames: int, device: str | torch.device) -> Tensor:
+def _draw_mask(batch_size: int, num_frames: int) -> Tensor:
+    """On the host, as in training."""
     rates = torch.full((batch_size,), MASK_RATE)
-    return span_mask(rates, num_frames, 3, torch.Generator().manual_seed(0)).to(device)
+    return span_mask(rates, num_frames, 3, torch.Generator().manual_seed(0))
 
 
 def training(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
     """A training step: forward, loss, backward and AdamW, at the mean mask rate."""
     model, states, text_mask = _model(options)
     codes = torch.randint(2048, (options.batch_size, 4, options.num_frames), device=options.device)
-    masked = _draw_mask(options.batch_size, options.num_frames, options.device)
+    masked = _draw_mask(options.batch_size, options.num_frames)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(stage: int, dense: bool) -> None:
@@ -331,7 +336,7 @@ def reading(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
 def gpu(
     options: BenchOptions, limit: float, config: MagnetConfig | None = None
 ) -> Iterator[BenchmarkResult]:
-    """One prompt and a training step on a GPU, in bfloat16 and compiled.
+    """Decoding and a training step of the published small model on a GPU, in bfloat16 and compiled.
 
     Args:
         options: options of `bench`.
@@ -339,45 +344,54 @@ def gpu(
         config: network (default: the published small one).
     """
     model = Magnet(config or MagnetConfig()).to(options.device)
-    yield _compiled_decoding(options, limit, model)
+    for batch_size in GPU_PROMPTS:
+        yield _compiled_decoding(options, limit, model, batch_size)
     model.compile_blocks()
     yield from _compiled_training(options, limit, model)
 
 
-def _compiled_decoding(options: BenchOptions, limit: float, model: Magnet) -> BenchmarkResult:
+def _compiled_decoding(
+    options: BenchOptions, limit: float, model: Magnet, batch_size: int
+) -> BenchmarkResult:
+    """All steps, with text and null condition in one pass as in `generate`."""
     config = model.config
     num_frames = options.num_frames // 3
     device = options.device
     half = copy.deepcopy(model).to(torch.bfloat16).eval()
-    states = torch.randn(1, NUM_TEXT, config.text_dim, device=device, dtype=torch.bfloat16)
-    text = half.encode_text(states, torch.ones(1, NUM_TEXT, dtype=torch.bool, device=device))
+    shape = (2 * batch_size, NUM_TEXT, config.text_dim)
+    states = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    has_text = torch.arange(2 * batch_size, device=device) < batch_size
+    text = half.encode_text(states, has_text[:, None].expand(-1, NUM_TEXT))
     forward = torch.compile(half.forward, mode="reduce-overhead", fullgraph=True)
     settings = DecodingConfig()
-    noise = item_noise(0, ["one"], 50, num_frames)
-    codes = torch.zeros(1, config.num_codebooks, num_frames, dtype=torch.long, device=device)
-    given = torch.zeros(1, num_frames, dtype=torch.bool, device=device)
+    noise = item_noise(0, [str(i) for i in range(batch_size)], 50, num_frames)
+    codes = torch.zeros(batch_size, config.num_codebooks, num_frames, dtype=torch.long).to(device)
+    given = torch.zeros(batch_size, num_frames, dtype=torch.bool, device=device)
 
-    def conditional(codes: Tensor, stage: int) -> Tensor:
+    def joint(codes: Tensor, stage: int) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
-        return forward(codes, config.stage(stage), text)
+        return forward(codes.repeat(2, 1, 1), config.stage(stage), text).chunk(2)
 
     @torch.no_grad()
     def generate() -> Tensor:
-        networks = Networks(
-            conditional, lambda codes, stage: forward(codes, config.stage(stage), None)
-        )
+        networks = Networks(lambda codes, stage: joint(codes, stage)[0], joint=joint)
         return decode(networks, codes, given, config.codebook_size, settings, noise)
 
     steps = settings.steps_per_stage(config.num_codebooks)
     flop = sum(
-        number * useful_flop(config, num_frames, stage, num_frames, num_text)
+        number * batch_size * useful_flop(config, num_frames, stage, num_frames, num_text)
         for stage, number in enumerate(steps)
         for num_text in (NUM_TEXT, 0)
     )
     (seconds,) = timed([generate], options.repeats, device)
     return result(
-        "codes of one prompt, bf16, compiled",
-        {"num_frames": num_frames, "steps": list(steps), "dim": config.dim},
+        f"codes of {'one prompt' if batch_size == 1 else f'{batch_size} prompts'}, bf16, compiled",
+        {
+            "num_frames": num_frames,
+            "batch_size": batch_size,
+            "steps": list(steps),
+            "dim": config.dim,
+        },
         seconds,
         flop=flop,
         limit=limit,
@@ -389,7 +403,7 @@ def _compiled_training(
     options: BenchOptions, limit: float, model: Magnet
 ) -> Iterator[BenchmarkResult]:
     config = model.config
-    batch_size = options.batch_size
+    batch_size = GPU_EXAMPLES
     num_frames = options.num_frames
     device = torch.device(options.device)
     states = torch.randn(batch_size, NUM_TEXT, config.text_dim, device=device)
@@ -397,7 +411,7 @@ def _compiled_training(
     codes = torch.randint(
         config.codebook_size, (batch_size, config.num_codebooks, num_frames), device=device
     )
-    masked = _draw_mask(batch_size, num_frames, device)
+    masked = _draw_mask(batch_size, num_frames)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(stage: int) -> None:

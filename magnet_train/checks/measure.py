@@ -219,7 +219,7 @@ def training_pass(
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     allowed = torch.ones(states.shape[:2], dtype=torch.bool, device=device)
-    masked = (torch.arange(num_frames, device=device) < num_predicted).expand(batch_size, -1)
+    masked = (torch.arange(num_frames) < num_predicted).expand(batch_size, -1)
 
     def step(stage: int) -> None:
         with torch.autocast(device, torch.bfloat16, enabled=half):

@@ -339,6 +339,8 @@ class MagnetCLI(private_api.lightning_cli()):
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(f"trainer: {one_line(error)}") from error
         private_api.name_training_bar(trainer)
+        if self.verb == "fit":
+            private_api.omit_sigterm_broadcast(trainer)
         for logger in trainer.loggers:
             private_api.omit_anonymous(logger)
         return trainer

@@ -24,6 +24,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from magnet_train.codec.base import NetworkCodec, first_codebooks
 from magnet_train.common.folders import replacing, write_json
@@ -136,14 +137,25 @@ class Spectrum(nn.Module):
         self.window: Tensor
         self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
 
-    def transform(self, wav: Tensor) -> Tensor:
-        """`b n` -> complex `b f m`, n a multiple of the hop; a full-scale sine is at 0.5."""
-        mode = "reflect" if wav.shape[1] > self.edge else "constant"
-        wav = F.pad(wav[:, None], (self.edge, self.edge), mode=mode)[:, 0]
+    def transform(self, wav: Tensor, lengths: list[int] | None = None) -> Tensor:
+        """`b n` -> complex `b f m`, n a multiple of the hop; a full-scale sine is at 0.5.
+
+        With `lengths`, multiples of the hop, each row is reflected at its own end.
+        """
+        if lengths is None:
+            wav = self._padded(wav)
+        else:
+            rows = zip(wav, lengths, strict=True)
+            padded = [self._padded(row[None, :length])[0] for row, length in rows]
+            wav = pad_sequence(padded, batch_first=True)
         spectrum = torch.stft(
             wav, self.size, self.hop, window=self.window, center=False, return_complex=True
         )
         return spectrum * (2 / self.size)
+
+    def _padded(self, wav: Tensor) -> Tensor:
+        mode = "reflect" if wav.shape[1] > self.edge else "constant"
+        return F.pad(wav[:, None], (self.edge, self.edge), mode=mode)[:, 0]
 
     def invert(self, spectrum: Tensor) -> Tensor:
         """`b f m` -> `b (m hop)`, the waveform with the closest transform (Griffin and Lim, 1984).
@@ -190,19 +202,26 @@ class SpectralEncoder(nn.Module):
         mel = mel_filters(config.sample_rate, config.window_samples, config.num_bands)
         self.register_buffer("mel", mel, persistent=False)
 
-    def forward(self, wav: Tensor) -> Tensor:
-        wav = F.pad(wav[:, 0], (0, -wav.shape[2] % self.config.hop_samples))
-        pitches = self.pitch(self.harmonics(wav)).sigmoid() * self.config.pitch_scale.to(wav.device)
-        return torch.cat([pitches, self.level(self.band_levels(wav))], dim=2).transpose(1, 2)
+    def forward(self, wav: Tensor, lengths: list[int] | None = None) -> Tensor:
+        """Of clips with zeros behind them, `lengths` are their numbers of samples."""
+        hop = self.config.hop_samples
+        wav = F.pad(wav[:, 0], (0, -wav.shape[2] % hop))
+        if lengths is not None:
+            lengths = [math.ceil(length / hop) * hop for length in lengths]
+        harmonics = self.harmonics(wav, lengths)
+        pitches = self.pitch(harmonics).sigmoid() * self.config.pitch_scale.to(wav.device)
+        levels = self.level(self.band_levels(wav, lengths))
+        return torch.cat([pitches, levels], dim=2).transpose(1, 2)
 
-    def harmonics(self, wav: Tensor) -> Tensor:
+    def harmonics(self, wav: Tensor, lengths: list[int] | None = None) -> Tensor:
         """Square roots of magnitudes over their RMS, from 62 Hz to 3.1 kHz: `b n` -> `b t f`."""
-        root = self.pitch_spectrum.transform(wav).abs()[:, self.pitch_bins].sqrt().transpose(1, 2)
+        magnitude = self.pitch_spectrum.transform(wav, lengths).abs()
+        root = magnitude[:, self.pitch_bins].sqrt().transpose(1, 2)
         return root / root.square().mean(2, keepdim=True).sqrt().clamp(min=self.quiet)
 
-    def band_levels(self, wav: Tensor) -> Tensor:
+    def band_levels(self, wav: Tensor, lengths: list[int] | None = None) -> Tensor:
         """Logarithms of the bands' levels in each sub-frame: `b n` -> `b t (s bands)`."""
-        power = self.level_spectrum.transform(wav).abs().square()
+        power = self.level_spectrum.transform(wav, lengths).abs().square()
         levels = ((self.mel @ power).sqrt() + self.floor).log()
         return levels.transpose(1, 2).unflatten(1, (-1, self.config.sub_frames)).flatten(2)
 
@@ -417,8 +436,16 @@ class SpectralCodec(NetworkCodec):
     def codebooks(self) -> Tensor:
         return self.model.entries[: self.facts.num_codebooks]
 
+    def batch_key(self, num_samples: int) -> int:
+        """Lengths within a factor of two: frames are independent, and each end is reflected."""
+        return math.ceil(num_samples / self.facts.hop_samples).bit_length()
+
     def _encode(self, wav: Tensor) -> Tensor:
-        return self.model.quantise(self.model.encoder(wav))[:, : self.facts.num_codebooks]
+        return self._encode_padded(wav, None)
+
+    def _encode_padded(self, wav: Tensor, lengths: list[int] | None) -> Tensor:
+        latents = self.model.encoder(wav, lengths)
+        return self.model.quantise(latents)[:, : self.facts.num_codebooks]
 
     def _decode(self, codes: Tensor) -> Tensor:
         return self.model.decoder(self.model.latents(codes))[:, None]

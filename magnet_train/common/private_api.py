@@ -38,6 +38,14 @@ def keep_signal_handlers(trainer: L.Trainer) -> None:
     trainer._signal_connector._original_handlers = {}
 
 
+def omit_sigterm_broadcast(trainer: L.Trainer) -> None:
+    """Keep several ranks from telling each other in each batch whether Lightning's own handler saw
+    a SIGTERM: it waits for the device, and our handler replaces Lightning's.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor = lambda: None
+
+
 def waits_for_results(trainer: L.Trainer) -> bool:
     """Whether ranks were forked or spawned by a launcher that waits for each of them forever."""
     from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -67,7 +75,9 @@ def saves_distributed_checkpoints(trainer: L.Trainer) -> bool:
 
 def forget_logged(trainer: L.Trainer) -> None:
     """Drop values of `self.log` from earlier training batches, which would be logged again."""
-    trainer.fit_loop.epoch_loop._results.reset()
+    results = trainer.fit_loop.epoch_loop._results
+    if not all(metric.has_reset for metric in results.values()):
+        results.reset()
 
 
 def unwritten_row(trainer: L.Trainer) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from magnet_train.codec.base import CodecFacts, load_codec_facts
 from magnet_train.common.assets import demo_path
+from magnet_train.common.devices import to_device
 from magnet_train.common.errors import UserError
 from magnet_train.common.ranges import check_values
 from magnet_train.data.captions import CaptionAugmentation
@@ -381,6 +382,14 @@ class MagnetDataModule(L.LightningDataModule):
             collate_fn=compress_for_worker,
             persistent_workers=workers > 0,
         )
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Moves only the codes: what depends on lengths is computed on the host, so that no step
+        waits for the device.
+        """
+        return batch | {"codes": to_device(batch["codes"], device)}
 
     def _once(self, split: str) -> DataLoader:
         trainer: Any = self.trainer

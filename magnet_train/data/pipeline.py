@@ -43,7 +43,7 @@ class Batch(TypedDict):
     codes: Tensor
     """`b k t`, int64."""
     valid: Tensor
-    """`b t` bool, False = padding."""
+    """`b t` bool, False = padding; stays on the host."""
     captions: list[str]
     keys: list[str]
     """Ids of the items, unique in a split."""

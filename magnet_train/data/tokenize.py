@@ -41,6 +41,8 @@ from magnet_train.data.remote import MAX_SHARD_BYTES
 from magnet_train.data.shards import ShardWriter, held_out
 
 FORMAT = 3
+SHORT_CROPS = 8
+"""Most crops of a batch, in multiples of `batch_size`, if they are short."""
 MIN_REFERENCE_S = 3.0
 """Minimum length of a clip with musicnn embeddings, in seconds."""
 T = TypeVar("T")
@@ -410,34 +412,32 @@ Encoded = tuple[np.ndarray, dict[str, Any], dict[str, np.ndarray] | None]
 def _encode(waves: Waves, job: Job) -> Iterator[Encoded]:
     """Encode the crops in the order of the plan.
 
-    Only crops of full length are encoded in batches, because padding would change a short one.
+    A group has as much audio as `batch_size` full crops, but no more than SHORT_CROPS times as many
+    crops.
     """
-    full = round(job.options.crop_s * job.facts["sample_rate"])
+    most_samples = job.options.batch_size * round(job.options.crop_s * job.facts["sample_rate"])
     group: list[Wave] = []
+    num_samples = 0
     for wave in prefetch(iter(waves), job.options.batch_size):
-        is_full = wave.samples.shape[1] == full
-        if not is_full:
+        length = wave.samples.shape[1]
+        is_full = len(group) == SHORT_CROPS * job.options.batch_size
+        if group and (is_full or num_samples + length > most_samples):
             yield from _encode_group(group, job)
-            yield from _encode_group([wave], job)
-            group = []
-            continue
+            group, num_samples = [], 0
         group.append(wave)
-        if len(group) == job.options.batch_size:
-            yield from _encode_group(group, job)
-            group = []
-    yield from _encode_group(group, job)
+        num_samples += length
+    if group:
+        yield from _encode_group(group, job)
 
 
 def _encode_group(group: list[Wave], job: Job) -> Iterator[Encoded]:
-    """Encode crops of equal length in one batch."""
+    """Encode crops in as few batches as the codec allows."""
     import torch
 
-    if not group:
-        return
     codec, embedder = _load_parts(job.options)
-    batch = torch.from_numpy(np.stack([wave.samples for wave in group]))
-    codes = codec.encode(batch).cpu().numpy().astype(np.uint16)
-    for wave, row in zip(group, codes, strict=True):
+    found = codec.encode_clips([torch.from_numpy(wave.samples) for wave in group])
+    for wave, codes in zip(group, found, strict=True):
+        row = codes.cpu().numpy().astype(np.uint16)
         info = _info(wave, job.facts)
         reference = None
         if embedder is not None:

@@ -39,6 +39,8 @@ class Networks(NamedTuple):
     """Pass without text, for guidance; None = no guidance at any coefficient."""
     rescorer: Reading | None = None
     """Logits of another model after each step (rescoring.py); None = no rescoring."""
+    joint: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
+    """Both passes in one, which replaces them, for a GPU: `b k t` -> two logits `b t c`."""
 
 
 def _at_step(value: float | tuple[float, ...], step: int) -> float:
@@ -288,15 +290,20 @@ def circular(networks: Networks, num_frames: int, context: int) -> Networks:
     """
     index = torch.arange(-context, num_frames + context) % num_frames
 
-    def wrapped(network: Network) -> Network:
-        def run(codes: Tensor, stage: int) -> Tensor:
-            logits = network(codes[..., index.to(codes.device)], stage)
-            return logits[:, context : context + num_frames]
+    def wrapped(network: Any) -> Any:
+        def run(codes: Tensor, stage: int) -> Any:
+            found = network(codes[..., index.to(codes.device)], stage)
+            if isinstance(found, Tensor):
+                return found[:, context : context + num_frames]
+            return tuple(logits[:, context : context + num_frames] for logits in found)
 
-        return run
+        return None if network is None else run
 
-    null = None if networks.null is None else wrapped(networks.null)
-    return networks._replace(conditional=wrapped(networks.conditional), null=null)
+    return networks._replace(
+        conditional=wrapped(networks.conditional),
+        null=wrapped(networks.null),
+        joint=wrapped(networks.joint),
+    )
 
 
 def _least_certain(
@@ -430,6 +437,9 @@ def guided_logits(
     (Sec. 3.4).
     """
     coef = share * config.max_cfg_coef + (1 - share) * config.min_cfg_coef
+    if networks.joint is not None:
+        logits, null = networks.joint(codes, stage)
+        return null + (logits - null) * coef
     logits = networks.conditional(codes, stage)
     if networks.null is None or coef == 1:
         return logits
