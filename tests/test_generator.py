@@ -32,17 +32,20 @@ def test_each_prompt_gets_what_it_gets_alone(tiny):
 def test_text_and_null_condition_in_one_pass_as_on_a_gpu(tiny, negative, monkeypatch):
     config = replace(tiny.decoding, negative_prompt=negative)
     size = tiny.network.config.codebook_size
-    codes = torch.randint(size + 1, (3, tiny.network.config.num_codebooks, 25))
-    apart = tiny._networks(PROMPTS, config)
+    codes = torch.randint(size, (3, tiny.network.config.num_codebooks, 25))
+    codes[:, 1:] = size
+
+    def logits(stage: int, is_loop: bool) -> torch.Tensor:
+        networks = tiny._networks(PROMPTS, config)
+        assert (networks.joint is None) != Generator._joins_passes(tiny, config)
+        networks = circular(networks, 25, 6) if is_loop else networks
+        return guided_logits(networks, codes, stage, config, 0.7)
+
+    cases = [(stage, is_loop) for stage in (1, 2) for is_loop in (False, True)]
+    apart = [logits(*case) for case in cases]
     monkeypatch.setattr(Generator, "_joins_passes", lambda self, config: True)
-    joined = tiny._networks(PROMPTS, config)
-    assert apart.joint is None and joined.joint is not None
-    for stage in range(codes.shape[1]):
-        for networks in (lambda x: x, lambda x: circular(x, 25, 6)):
-            one, two = (
-                guided_logits(networks(x), codes, stage, config, 0.7) for x in (apart, joined)
-            )
-            assert torch.allclose(one, two, atol=1e-4)
+    for case, one in zip(cases, apart, strict=True):
+        assert torch.allclose(one, logits(*case), atol=1e-4), case
 
 
 def test_audio_has_the_length_asked_for_and_the_prompt_survives(tiny):
