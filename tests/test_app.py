@@ -47,7 +47,8 @@ def test_takes_with_scores_and_the_json_that_makes_them_again(studio, tmp_path, 
     note = clips[1].path.with_suffix(".json")
     assert main(["generate", "--config", str(note), "--out", str(tmp_path)]) == 0
     assert (tmp_path / clips[1].path.name).read_bytes() == clips[1].path.read_bytes()
-    again = list(studio.generate("tab", 1, NO_JUDGE, read_options(note)))
+    again = list(studio.generate("tab", 1, "text/musicnn", read_options(note)))
+    assert again[-2].clip.note.startswith("no score: ")  # too short for it
     assert again[-2].clip.path != clips[1].path  # an older take is not replaced
     assert again[-2].clip.path.read_bytes() == clips[1].path.read_bytes()
 
@@ -92,6 +93,7 @@ def test_cancel_and_two_tabs(studio):
         ({"decoding": {"rescorer": "/nowhere"}}, "outside the allowed folders"),
         ({"decoding": {"top_p": 2.0}}, "top_p"),
         ({"duration_s": -1.0}, "duration_s"),
+        ({"continue_from": "/etc/passwd"}, "outside the allowed folders"),
         ({"audio": "/etc/passwd"}, "outside the allowed folders"),
         ({"audio": "OUT/missing.wav"}, "no such file"),
         ({"audio": "OUT/link.wav"}, "outside the allowed folders"),

@@ -44,7 +44,7 @@ def serve(studio: Studio, port: int, share: bool) -> None:
     """Serve the page on 127.0.0.1 until interrupted.
 
     Raises:
-        UserError: if the port is in use.
+        UserError: if the port is in use, or there is no public link.
     """
     os.environ.setdefault("GRADIO_TEMP_DIR", str(studio.out / ".uploads"))
     blocks = Page(studio).blocks
@@ -59,9 +59,17 @@ def serve(studio: Studio, port: int, share: bool) -> None:
             head=f"<script>{(HERE / 'clip.js').read_text(encoding='utf-8')}</script>",
             footer_links=[],
             ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
         )
     except OSError as error:
         raise UserError(f"--port {port}: in use; choose another") from error
+    if share and not blocks.share_url:
+        raise UserError("--share: Gradio's servers give no public link; omit it")
+    print(
+        "\n".join(f"open {url}" for url in (blocks.local_url, blocks.share_url) if url), flush=True
+    )
+    blocks.block_thread()
 
 
 def theme() -> Any:

@@ -37,6 +37,8 @@ POLL_S = 0.25
 """Time between two pictures of a running generation, in seconds."""
 JUDGES = (DEFAULT_JUDGE, *(f"music/{name}" for name in MUSIC_JUDGES))
 NO_JUDGE = "none"
+PATHS = ("audio", "continue_from", "prompts_file", "prompts", "reference")
+"""Options of `generate` and `edit` that name files."""
 
 
 class Cancelled(Exception):
@@ -155,7 +157,6 @@ class Studio:
             UserError: if an option or file is not valid.
         """
         own, decoding = self._checked(options)
-        own["audio"] = self.access.file(str(own["audio"]))
         asked = EditOptions(**own, out=self.out / "edits", device=self.device, plots=False)
         return self._follow(session, lambda p: self._edits(asked, decoding, p))
 
@@ -168,8 +169,11 @@ class Studio:
         return "Cancelling"
 
     def _checked(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Options with allowed models, and the decoding settings among them."""
-        own = dict(options)
+        """Options with allowed files and models, and the decoding settings among them."""
+        own = {name: value for name, value in options.items() if value is not None}
+        for name in PATHS:
+            if name in own:
+                own[name] = self.access.file(str(own[name]))
         decoding = dict(own.pop("decoding", {}))
         own["checkpoint"] = self.access.model(own.get("checkpoint", self.model))
         own["lora"] = [self.access.adapter(text) for text in own.get("lora", [])]
@@ -262,9 +266,10 @@ class Studio:
             check_judge(name, None, [caption])
             if name not in self._judges:
                 self._judges[name] = load_judge(name, None, "cpu")
+            clip = AudioClip("take", wav, sample_rate)
+            _, score = best_of([clip], caption, self._judges[name])
         except UserError as error:
             return f"no score: {error}"
-        _, score = best_of([AudioClip("take", wav, sample_rate)], caption, self._judges[name])
         return f"{name} {score:.3f} ↑"
 
     def _edits(
