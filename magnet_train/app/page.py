@@ -74,11 +74,14 @@ def serve(studio: Studio, port: int, share: bool) -> None:
 
 def theme() -> Any:
     """Gradio's default theme with the system's fonts and more contrast."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     names = ("block_info_text_color", "body_text_color_subdued")
     light = {name: "*neutral_600" for name in names}
     dark = {f"{name}_dark": "*neutral_300" for name in names}
-    return gr.themes.Default(**fonts).set(**light, **dark)
+    base = gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    colours: Any = light | dark
+    return base.set(**colours)
 
 
 def status(message: str, bad: bool = False) -> str:
