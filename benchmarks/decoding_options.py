@@ -70,11 +70,9 @@ def rescored(weight: float, **more: Any) -> dict[str, Any]:
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "order": {
         "order by probability": {"span_scoring": "prod"},
-        "order by probability, noise 1": {"span_scoring": "prod", "order_temperature": 1.0},
         "order by probability, noise 4.5": {"span_scoring": "prod", "order_temperature": 4.5},
         "second lap of 0.2": {"second_lap": 0.2},
-        "no shared noise": {"shared_noise": 1},
-        "the published decoding: spans of 3, by probability, annealed temperature of 3": {
+        "as published: spans of 3 by probability, annealed temperature 3, guidance 10 to 1": {
             "span_len": 3,
             "span_scoring": "max",
             "shared_noise": 1,
@@ -87,27 +85,19 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "guidance": {
         "no guidance": guided(1.0, 1.0),
         "constant 1.5": guided(1.5, 1.5),
-        "1 to 1.5": guided(1.0, 1.5),
         "3 to 1": guided(3.0, 1.0),
-        "constant 3": guided(3.0, 3.0),
         "10 to 1, as published": guided(10.0, 1.0),
     },
     "steps": {
-        "60, 60, 10, 10, 10": {"decoding_steps": (60, 60, 10, 10, 10)},
         "40, 40, 8, 6, 6": {"decoding_steps": (40, 40, 8, 6, 6)},
         "12, 12, 4, 4, 4": {"decoding_steps": (12, 12, 4, 4, 4)},
         "20, 20, 1, 1, 1": {"decoding_steps": (20, 20, 1, 1, 1)},
         "5, 5, 2, 2, 2": {"decoding_steps": (5, 5, 2, 2, 2)},
-        "1 each": {"decoding_steps": (1,)},
     },
     "rescoring": {
         "order by probability (max), no rescorer": rescored(0.5),
-        "rescored, weight 0.3": rescored(0.3, rescorer="RESCORER"),
         "rescored, weight 0.7": rescored(0.7, rescorer="RESCORER"),
         "rescored, weight 1": rescored(1.0, rescorer="RESCORER"),
-        "rescored, weight 0.7, first codebook only": rescored(
-            0.7, rescorer="RESCORER", rescore_stages=(0,)
-        ),
     },
 }
 """Settings that differ from the model's own, by group and name."""
@@ -270,7 +260,7 @@ def main() -> None:
     generator = load(args.checkpoint, dtype=torch.bfloat16)
     bench = Bench(generator, args.clips, args.batch, args.rescorer or args.checkpoint)
     about = {
-        "weights": f"{args.checkpoint}, step {saved.provenance.get('step')}, "
+        "weights": f"{Path(args.checkpoint).name}, step {saved.provenance.get('step')}, "
         f"SHA-256 {str(saved.sha256)[:16]}",
         "machine": f"one CPU core, bfloat16, {platform.machine()}, torch {torch.__version__}",
         "clips": len(bench.captions),
