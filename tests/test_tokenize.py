@@ -324,7 +324,7 @@ def test_manifest_with_a_missing_file(run: Callable[..., dict], tmp_path: Path):
     + [("crop_s", math.nan), ("hop_s", -1), ("hop_s", 1e-9), ("split", "a/b")],
 )
 def test_options_out_of_range(option: str, value: Any):
-    assert f"--{option} {value}" in refusal(TokenizeOptions, **{option: value})
+    assert f"--{option}={value}" in refusal(TokenizeOptions, **{option: value})
 
 
 # --- what lies in the shards ----------------------------------------------------------------------

@@ -74,13 +74,18 @@ def _from_widget(name: str, hint: Any, value: Any) -> Any:
         raise UserError(f"{name}: give a value")
     if str in kinds:
         return str(value).strip()
+    return _numbers(name, kinds, str(value))
+
+
+def _numbers(name: str, kinds: tuple[Any, ...], text: str) -> float | tuple[float, ...]:
+    """One number, or a list of numbers where `kinds` has one."""
     lists = [kind for kind in kinds if get_origin(kind) is tuple]
     number = int if int in kinds or any(int in get_args(kind) for kind in lists) else float
-    numbers = tuple(_number(name, text, number) for text in str(value).replace(",", " ").split())
+    numbers = tuple(_number(name, part, number) for part in text.replace(",", " ").split())
     if lists and (len(numbers) > 1 or not {int, float} & set(kinds)):
         return numbers
     if len(numbers) != 1:
-        raise UserError(f"{name}={value}: give one number")
+        raise UserError(f"{name}={text}: give one number")
     return numbers[0]
 
 

@@ -77,28 +77,38 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
 
 
+REFUSALS = (
+    (r"\S+\.MisconfigurationException: ", "{}"),  # Lightning's
+    (r"builtins\.RuntimeError: .*in your SLURM bash script", "{}"),  # Lightning's
+    (r"builtins\.ValueError: .*value for environment variable", "{}"),  # jsonargparse's
+    (r"wandb\.", "W&B: {}; or set WANDB_MODE=offline and `wandb sync` later"),
+    (
+        r"pydantic\S*\.ValidationError: ",  # W&B's
+        "W&B: {}; correct the WANDB_ environment variable",
+    ),
+    (
+        r"\S+\.(DistNetworkError|DistStoreError): ",
+        "{}; check MASTER_ADDR and MASTER_PORT, and that all ranks were started",
+    ),
+    (
+        r"\S+: DataLoader worker .* killed by signal: (Killed|Bus error)",
+        "{} It lacked memory, or shared memory in /dev/shm: set a lower --data.num_workers, or "
+        "request more memory",
+    ),
+)
+"""Errors of other libraries that are the user's mistake: pattern of `module.Class: message`, and
+the line to show in place of the message.
+"""
+
+
 def _refusal(error: BaseException) -> str | None:
     """One line for user errors raised by other libraries; None for all other errors."""
-    kind = type(error)
-    text = " ".join(str(error).split())[:300]
     if isinstance(error, OSError) and error.errno in REMEDIES:
         return f"{error.filename or 'output'}: {REMEDIES[error.errno]}"
-    is_environment = (kind is RuntimeError and "in your SLURM bash script" in text) or (
-        kind is ValueError and "value for environment variable" in text
-    )  # Lightning's and jsonargparse's
-    if kind.__name__ == "MisconfigurationException" or is_environment:
-        return text
-    if kind.__module__.startswith("wandb."):
-        return f"W&B: {text}; or set WANDB_MODE=offline and `wandb sync` later"
-    if kind.__name__ == "ValidationError" and kind.__module__.startswith("pydantic"):  # W&B's
-        return f"W&B: {text.partition(' [type=')[0]}; correct the WANDB_ environment variable"
-    if kind.__name__ in ("DistNetworkError", "DistStoreError"):
-        return f"{text}; check MASTER_ADDR and MASTER_PORT, and that all ranks were started"
-    if re.match(r"DataLoader worker .* killed by signal: (Killed|Bus error)", text):
-        return (
-            f"{text} It lacked memory, or shared memory in /dev/shm: set a lower "
-            "--data.num_workers, or request more memory"
-        )
+    kind, text = type(error), " ".join(str(error).split())[:300].partition(" [type=")[0]
+    for pattern, line in REFUSALS:
+        if re.match(pattern, f"{kind.__module__}.{kind.__name__}: {text}"):
+            return line.format(text)
     no_memory = isinstance(error, MemoryError) or kind.__name__ == "OutOfMemoryError"
     if no_memory or "can't allocate memory" in text:
         where = "" if not text else f" ({text[:120]})"
