@@ -216,10 +216,10 @@ def write(record: dict[str, Any]) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """FAD, text score and scale fit against row passes."""
+    """FAD, text score, chroma change and scale fit against row passes."""
     from matplotlib.figure import Figure
 
-    names = ["fad/musicnn", "text/musicnn", "music/scale_fit", "music/beat"]
+    names = ["fad/musicnn", "text/musicnn", "music/chroma_change", "music/scale_fit"]
     figure = Figure(figsize=(14, 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(names)), names, strict=True):
         for color, group in enumerate(dict.fromkeys(row["group"] for row in rows)):
@@ -239,6 +239,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 label=group or OWN,
             )
         axes.set(xscale="log", xlabel="row passes per clip", ylabel=METRICS[metric])
+        axes.set_xticks([25, 50, 100, 200, 400], labels=["25", "50", "100", "200", "400"])
+        axes.minorticks_off()
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6)
     figure.savefig(path, dpi=80)
 
