@@ -1,9 +1,8 @@
-"""Seams, long continuations, and decoding options of `edit` and `generate`, on any model.
+"""Prompts, seams and long continuations of `edit` and `generate`, on any model.
 
     python benchmarks/editing.py prompt --clips 105
     python benchmarks/editing.py seams --clips 24
     python benchmarks/editing.py extension --minutes 10
-    python benchmarks/editing.py options --clips 24
     python benchmarks/editing.py examples
 
 Each part writes benchmarks/records/editing_PART.json and renews editing.md beside it; `examples`
@@ -23,8 +22,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +39,6 @@ from magnet_train.data.pipeline import EvaluationDataset
 from magnet_train.data.shards import ShardSet
 from magnet_train.decoding.joins import encode_blocks, linear_render
 from magnet_train.decoding.keep import Edit
-from magnet_train.evaluation.judge import best_of, load_judge
 from magnet_train.evaluation.scorer import (
     AudioClip,
     embed_clips,
@@ -232,58 +229,6 @@ def extension(generator: Generator, args: argparse.Namespace) -> Iterator[dict[s
     }
 
 
-# --- options of decoding --------------------------------------------------------------------------
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "model's own settings": {},
-    "order by probability": {"span_scoring": "prod"},
-    "order by probability, noise 1": {"span_scoring": "prod", "order_temperature": 1.0},
-    "order by probability, noise 4.5": {"span_scoring": "prod", "order_temperature": 4.5},
-    "second lap of 0.2": {"second_lap": 0.2},
-}
-
-
-def options(generator: Generator, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    items = validation_items(generator, args.clips)
-    captions = {item["key"]: item["caption"] for item in items}
-    reference = real_features(validation_items(generator, 500)).statistics()
-    passes = [0]
-    forward = generator._pass
-
-    def counted(codes: Tensor, *rest: Any) -> Tensor:
-        passes[0] += len(codes)
-        return forward(codes, *rest)
-
-    generator._pass = counted
-    judge = load_judge("text/musicnn", None, "cpu")
-    rows = []
-
-    def decode(settings: dict[str, Any], seed: int) -> list[AudioClip]:
-        decoding = replace(generator.decoding, **settings)
-        made = generator.decode_items(captions, args.batch, seed, decoding)
-        return [AudioClip(item.key, item.wav.cpu(), item.sample_rate) for item in made]
-
-    def add(name: str, make: Callable[[], list[AudioClip]]) -> None:
-        passes[0] = 0
-        clips = make()
-        row = {"audio": name, "row_passes": passes[0] / len(items)}
-        rows.append(row | figures(clips, captions, reference))
-        print(rows[-1], flush=True)
-
-    for name, settings in OPTIONS.items():
-        add(name, lambda settings=settings: decode(settings, 0))
-        yield {"clips": len(items), "rows": rows}
-
-    def best() -> list[AudioClip]:
-        rounds = zip(*(decode({}, seed) for seed in range(args.best_of)), strict=True)
-        return [clips[best_of(clips, captions[clips[0].key], judge)[0]] for clips in rounds]
-
-    add(f"best of {args.best_of} by text/musicnn", best)
-    generator._pass = forward
-    yield {"clips": len(items), "rows": rows}
-
-
 # --- examples of the documentation ----------------------------------------------------------------
 
 
@@ -359,7 +304,7 @@ def write_record(part: str, record: dict[str, Any]) -> None:
         RECORDS / f"editing_{part}.json", json.loads(json.dumps(record, default=np.ndarray.tolist))
     )
     lines = ["# Editing", "", "Written by `benchmarks/editing.py`, which says what is measured."]
-    for name in ("prompt", "seams", "extension", "options"):
+    for name in ("prompt", "seams", "extension"):
         file = RECORDS / f"editing_{name}.json"
         if file.is_file():
             found = json.loads(file.read_text())
@@ -374,14 +319,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = {"prompt": prompt, "seams": seams, "extension": extension, "options": options}
+    parts = {"prompt": prompt, "seams": seams, "extension": extension}
     parser.add_argument("part", choices=[*parts, "examples"])
     parser.add_argument("--checkpoint", default="demo")
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--minutes", type=int, default=10)
     parser.add_argument("--pieces", type=int, default=1, help="Recordings that are continued.")
-    parser.add_argument("--best_of", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=4)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
