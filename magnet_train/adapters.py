@@ -44,7 +44,7 @@ class LoraConfig:
     dropout: float = 0.0
     """Share of each adapter's inputs dropped in a training step, 0 to 1 (not included)."""
     include: tuple[str, ...] = ("blocks.",)
-    """Adapt linear layers whose names contain one of these, like blocks.3. or cross_attention."""
+    """Names, or parts of names, of the linear layers to adapt, such as cross_attention."""
     exclude: tuple[str, ...] = ()
     """Skip layers whose names contain any of these, such as ffn."""
 

@@ -46,8 +46,10 @@ def players(sounds: dict[str, Tensor], sample_rate: int, save: str = "") -> Play
         samples = normalize_for_listening(wav.reshape(-1, 1).numpy(), sample_rate)
         if save:
             AUDIO.mkdir(exist_ok=True)
-            write_sound(AUDIO / f"{save}-{title.replace(' ', '-')}.ogg", samples, sample_rate, compression_level=0.7)
-        player = f'<audio controls preload="metadata" style="width:14em" src="{audio_uri(samples, sample_rate)}"></audio>'
+            file = AUDIO / f"{save}-{title.replace(' ', '-')}.ogg"
+            write_sound(file, samples, sample_rate, compression_level=0.7)
+        source = audio_uri(samples, sample_rate)
+        player = f'<audio controls preload="metadata" style="width:14em" src="{source}"></audio>'
         cells.append(f'<div style="margin:0 1em 1em 0">{text(title)}<br>{player}</div>')
     return Players(f'<div style="display:flex;flex-wrap:wrap">{"".join(cells)}</div>')
 

@@ -16,7 +16,7 @@ def test_bash_completes_verbs_options_and_values(tmp_path, capsys):
     script.write_text(capsys.readouterr().out)
 
     def completed(line: str) -> set[str]:
-        """What bash offers at the end of a line."""
+        """Completions that bash offers for an unfinished command."""
         words = line.split(" ")
         quoted = " ".join(f"'{word}'" for word in words)
         shell = (

@@ -47,7 +47,7 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Update:
-    """What the page shows next."""
+    """One update of the page during a generation."""
 
     message: str
     picture: str = ""

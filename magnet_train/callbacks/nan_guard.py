@@ -25,7 +25,7 @@ class Step:
     keys: list[str]
     """Items of each batch."""
     losses: Tensor
-    """Of each batch."""
+    """Loss of each batch that was accumulated in the step."""
     found_inf: Tensor
     """0, or 1 if a loss or gradient of any rank is not finite."""
 

@@ -489,7 +489,7 @@ class DryRunCLI(MagnetCLI):
         """Does nothing: doctor only builds."""
 
     def plan(self) -> Plan:
-        """What the run would do."""
+        """Build the plan of the run without starting it."""
         decoding = self.config_init[self.verb].generation.decoding
         return Plan(self.parsed, self.datamodule, decoding)
 

@@ -216,7 +216,7 @@ class Codec(nn.Module, ABC):
 
 
 class NetworkCodec(Codec):
-    """A codec with a network of its own.
+    """Base class of codecs that load a neural network.
 
     Implementations are made from `model, name, num_codebooks`: a trained model, which is changed in
     place; its id in the facts; and how many of its first codebooks are used (default: all).
