@@ -72,7 +72,7 @@ def mark_phases(file: Path) -> None:
 
         @wraps(usual)
         def marked(*args: Any, **kwargs: Any) -> Any:
-            before = phase_of(file)
+            before = read_phase(file)
             file.write_text(phase)
             try:
                 return usual(*args, **kwargs)
@@ -86,14 +86,14 @@ def mark_phases(file: Path) -> None:
     mark(GenerationCallback, "_decode", "decoding")
 
 
-def phase_of(file: Path) -> str:
+def read_phase(file: Path) -> str:
     """The phase that a file of `mark_phases` names."""
     return file.read_text() if file.exists() else ""
 
 
 def come_to_phase(child: int, file: Path, phase: str) -> int | None:
     """Waits for a phase; exit status of a run that ends before."""
-    while (status := ended(child, 0.001)) is None and phase_of(file) != phase:
+    while (status := ended(child, 0.001)) is None and read_phase(file) != phase:
         pass
     return status
 
@@ -196,7 +196,7 @@ def killed_often(
         os.waitpid(child, 0)
         done = batches_done(run)[before:]
         print(
-            f"kill {number:>2} after {delay:.2f} s in {phase_of(phase_file) or 'training'}: "
+            f"kill {number:>2} after {delay:.2f} s in {read_phase(phase_file) or 'training'}: "
             f"{f'batches {done[0]} to {done[-1]}' if done else 'no batch'}, "
             f"{len(list(run.rglob('*.ckpt')))} checkpoints, {len(list(run.rglob('*.part')))} half "
             "written",

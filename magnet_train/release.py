@@ -28,11 +28,11 @@ from magnet_train.common.tensor_files import (
     Shapes,
     check_numbers,
     check_same_shapes,
+    file_sha256,
     read_pickle,
     read_safetensors,
     safetensors_shapes,
-    sha256_of,
-    shapes_of,
+    tensor_shapes,
     write_safetensors,
 )
 from magnet_train.decoding.decode import DecodingConfig
@@ -255,7 +255,7 @@ def _component_sha256(values: Any) -> dict[str, str]:
 
 def _check_sha256(file: Path, expected: str) -> None:
     try:
-        found = sha256_of(file)
+        found = file_sha256(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); {DAMAGED_RELEASE}") from error
     if found != expected:
@@ -293,7 +293,7 @@ def _open_checkpoint(path: Path) -> SavedModel:
         ) from error
     state = _network_weights(checkpoint, path)
     if not (lora := _lora(settings)):
-        check_shapes(shapes_of(state), saved.network, path)
+        check_shapes(tensor_shapes(state), saved.network, path)
         return saved
     try:
         adapter = adapter_of_checkpoint(lora, state, path)
@@ -413,7 +413,7 @@ def check_shapes(shapes: Shapes, config: MagnetConfig, source: Path) -> None:
         )
     try:
         with torch.device("meta"):
-            expected = shapes_of(Magnet(config).state_dict())
+            expected = tensor_shapes(Magnet(config).state_dict())
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond 64 bits
         raise UserError(f"{source}: {config}: invalid network ({one_line(error)})") from error
     check_same_shapes(expected, shapes, source)
@@ -425,7 +425,7 @@ def check_weights(weights: Mapping[str, Tensor], config: MagnetConfig, source: P
     Raises:
         UserError: for the first wrong tensor.
     """
-    check_shapes(shapes_of(weights), config, source)
+    check_shapes(tensor_shapes(weights), config, source)
     check_numbers(weights, source)
 
 
@@ -524,7 +524,7 @@ def write_release(
             _copy(Path(saved.text_encoder), folder / "text_encoder", TEXT_ENCODER_FILES)
             saved = replace(saved, text_encoder="./text_encoder")
         components = sorted(folder.glob("*/*.safetensors"))
-        hashes = {file.relative_to(folder).as_posix(): sha256_of(file) for file in components}
+        hashes = {file.relative_to(folder).as_posix(): file_sha256(file) for file in components}
         file = folder / "model.safetensors"
         sha256 = write_safetensors(file, tensors)
         saved = replace(saved, file=file, sha256=sha256, component_sha256=hashes, adapters=())

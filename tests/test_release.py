@@ -16,7 +16,7 @@ from make_components import make_t5
 from safetensors.torch import load_file, save_file
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.tensor_files import sha256_of
+from magnet_train.common.tensor_files import file_sha256
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.release import SavedModel, read_checkpoint, write_release
@@ -67,7 +67,7 @@ def test_what_is_written_is_read_again(dtype, tmp_path):
     folder = write(tmp_path / "release", dtype)
     saved = SavedModel.open(folder)
     assert saved == saved_model(file=folder / "model.safetensors", sha256=saved.sha256)
-    assert saved.sha256 == sha256_of(saved.file)
+    assert saved.sha256 == file_sha256(saved.file)
     assert {v.dtype for v in saved.weights().values()} == {dtype}
     assert {v.dtype for v in saved.build().state_dict().values()} == {torch.float32}
     assert "license: MIT" in (folder / "README.md").read_text()
@@ -173,7 +173,7 @@ def test_wrong_tensors_are_refused_in_releases_and_checkpoints(message, tmp_path
     change(weights)
     save_file(weights, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
-    config["sha256"] = sha256_of(folder / "model.safetensors")
+    config["sha256"] = file_sha256(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     assert message in refusal(folder)
 

@@ -31,7 +31,7 @@ from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.data.audio import read_audio
 from magnet_train.data.manifest import Clip
-from magnet_train.data.plan import _hash_of
+from magnet_train.data.plan import _clip_hash
 from magnet_train.data.shards import ShardSet, read_shard
 from magnet_train.data.tokenize import TokenizeOptions, prefetch, tokenize
 
@@ -805,7 +805,7 @@ def test_a_change_within_a_file_changes_its_hash(size: int, changed: int, tmp_pa
         other = content[:start] + bytes(changed) + content[start + changed :]
         for version in (content, other):
             clip.path.write_bytes(version)
-            found.add(_hash_of(clip))
+            found.add(_clip_hash(clip))
     assert len(found) == 5
 
 

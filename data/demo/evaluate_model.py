@@ -163,10 +163,10 @@ def parse_args() -> argparse.Namespace:
         "--checkpoint", default="demo", help="Release folder, checkpoint, run folder, or demo."
     )
     parser.add_argument(
-        "--shards", type=Path, help="Test shards with references; the embedded demo's by default."
+        "--shards", type=Path, help="Test shards with references; the bundled demo's by default."
     )
     parser.add_argument(
-        "--train", type=Path, help="Training shards for the counts; the embedded demo's by default."
+        "--train", type=Path, help="Training shards for the counts; the bundled demo's by default."
     )
     parser.add_argument(
         "--audio", type=Path, help="Folder with the real test clips (make_music.py), to score them."

@@ -1,5 +1,4 @@
-"""Which files and models the app opens: those in the allowed folders, and the model it started
-with."""
+"""Restricts the app to files and models in the allowed folders, and the model it started with."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,15 @@ CHECKPOINT_SUFFIX = ".ckpt"
 
 @dataclass(frozen=True)
 class Access:
-    """Folders and models that the page may name; symbolic links are followed before the check."""
+    """Folders and models that the page may use; symbolic links are resolved before the check."""
 
     folders: tuple[Path, ...]
     """Absolute folders; files below them may be opened."""
     models: tuple[str, ...] = ("demo",)
-    """Models that may be named although they are in none of the folders."""
+    """Models that are allowed although they are in none of the folders."""
 
     def path(self, text: str) -> Path:
-        """The absolute path, which is in an allowed folder and may be missing.
+        """The absolute path of a file or folder, which need not exist.
 
         Raises:
             UserError: if it is in none of them.
@@ -65,7 +64,7 @@ class Access:
             return text
         path = self.path(text.removesuffix(RAW))
         if not path.exists():
-            raise UserError(f"{text}: no such model; choose one of the list")
+            raise UserError(f"{text}: no such model; choose one from the list")
         return str(path) + (RAW if text.endswith(RAW) else "")
 
     def adapter(self, text: str) -> str:

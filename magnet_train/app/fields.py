@@ -16,7 +16,7 @@ class FormField:
     name: str
     help: str
     kind: Literal["bool", "int", "float", "choice", "text"]
-    """The widget; "text" also holds lists of numbers and what may be empty."""
+    """The widget; "text" is also used for lists of numbers and for optional values."""
     choices: tuple[str, ...] = ()
 
 
@@ -39,7 +39,7 @@ def _form_field(name: str, hint: Any, text: str) -> FormField:
 
 
 def to_form(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as the form shows them: lists as text, nothing as empty text.
+    """Values of form fields for settings: lists become text, None becomes empty text.
 
     >>> to_form({"decoding_steps": (20, 10), "rescorer": None, "top_p": 0.9})
     {'decoding_steps': '20, 10', 'rescorer': '', 'top_p': 0.9}
@@ -53,7 +53,7 @@ def to_form(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_form(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings from what the form holds.
+    """Settings from the values of form fields.
 
     Raises:
         UserError: if a value is missing or of the wrong kind; names the setting.

@@ -29,7 +29,7 @@ from magnet_train.evaluation.page import text
 
 HERE = Path(__file__).parent
 RUN_POLL_S = 5.0
-"""Time between two looks at a run folder, in seconds."""
+"""Time between two checks of a run folder for new validations, in seconds."""
 KEYS = (
     "Keys: 1, 2, … switch between clips at the same position, space plays and pauses. The clips "
     "are played at equal loudness."
@@ -103,7 +103,7 @@ def widget(field: FormField, value: Any = None, **look: Any) -> Any:
 
 
 def widgets(settings: type, values: dict[str, Any], names: Sequence[str] = ()) -> dict[str, Any]:
-    """Components of some settings of a dataclass (default: all) by name; not placed yet."""
+    """Components by name for some settings of a dataclass (default: all), not rendered yet."""
     shown = {field.name: field for field in form_fields(settings)}
     form = to_form(values)
     return {n: widget(shown[n], form.get(n), render=False) for n in names or shown}
@@ -114,7 +114,7 @@ class Page:
 
     def __init__(self, studio: Studio):
         self.studio = studio
-        self.decoding = widgets(DecodingConfig, asdict(studio.decoding_of(studio.model)))
+        self.decoding = widgets(DecodingConfig, asdict(studio.decoding_settings(studio.model)))
         self.options = widgets(GenerateOptions, {"seed": 0}, ("duration_s", "seed", "loop", "lora"))
         self.blocks = gr.Blocks(
             title="magnet_train", analytics_enabled=False, delete_cache=(3600, 86400)
@@ -140,8 +140,11 @@ class Page:
     def _on(
         self, event: Any, call: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]
     ) -> None:
-        """Call a function with the browser tab and the inputs; its result, or each row of its
-        iterator, goes to the outputs, the first of which shows errors."""
+        """Call a function with the browser tab and the inputs at an event.
+
+        Its result, or each result of its iterator, goes to the outputs. The first output shows
+        errors.
+        """
 
         def handler(request: gr.Request, *values: Any) -> Iterator[Any]:
             try:
@@ -258,7 +261,7 @@ class Page:
                     component.render()
 
         def choose(session: str, model: str) -> list[Any]:
-            values = to_form(asdict(studio.decoding_of(model)))
+            values = to_form(asdict(studio.decoding_settings(model)))
             return [status(f"Settings of {model}"), *(values[name] for name in self.decoding)]
 
         def keep(session: str, name: str, *values: Any) -> list[Any]:

@@ -36,7 +36,7 @@ class Clip:
 
 
 def clips_html(clips: Sequence[Clip], group: str, edits: str = "") -> str:
-    """The clips side by side, at equal loudness: that of the one that can be raised least.
+    """The clips side by side, all at the loudness of the one that allows the least gain.
 
     Args:
         clips: the clips; the keys 1 to 9 switch between them at the same position.
@@ -91,7 +91,7 @@ def _encoded(path: Path, version: int, loudness: float) -> tuple[str, str, float
 
 
 def order_html(order: np.ndarray | None, masked: np.ndarray | None = None) -> str:
-    """Picture of the order of unmasking; empty without `order`.
+    """HTML of an image of the order of unmasking; empty without `order`.
 
     Args:
         order: `k t`, step of its stage at which a code became final; -1 = given.
@@ -105,7 +105,7 @@ def order_html(order: np.ndarray | None, masked: np.ndarray | None = None) -> st
 
 
 def order_png(order: np.ndarray, masked: np.ndarray | None = None) -> bytes:
-    """The picture of `order_html`: one pixel per code, the lowest codebook on top."""
+    """PNG of the order of unmasking: one pixel per code, the lowest codebook at the top."""
     from matplotlib import colormaps
     from matplotlib.image import imsave
 

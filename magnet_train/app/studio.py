@@ -1,7 +1,7 @@
-"""What the app does, without its page: generate, edit, cancel, presets, validation clips.
+"""The app without its page: generate, edit, cancel, presets, validation clips.
 
-Takes and edits are written by the functions of `generate` and `edit`, with the same JSON. One
-generation runs at a time, in a thread; the page follows it through `Update`s.
+Clips are written by the functions of the verbs `generate` and `edit`, with the same JSON. One
+generation runs at a time, in a thread, and sends `Update`s to the page.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from magnet_train.generator import Generator
 
 POLL_S = 0.25
-"""Time between two pictures of a running generation, in seconds."""
+"""Time between two updates of a running generation, in seconds."""
 JUDGES = (DEFAULT_JUDGE, *(f"music/{name}" for name in MUSIC_JUDGES))
 NO_JUDGE = "none"
 PATHS = ("audio", "continue_from", "prompts_file", "prompts", "reference")
@@ -57,7 +57,7 @@ class Update:
 
 
 class Progress:
-    """A running generation: counts its steps, and stops it when it is cancelled."""
+    """Progress of a running generation: counts decoding steps, and stops when cancelled."""
 
     def __init__(self) -> None:
         self.cancelled = Event()
@@ -73,7 +73,7 @@ class Progress:
         self.check()
         place, masked = (step.stage, step.index), step.masked[0].cpu().numpy()
         order, shape = self._order, (step.codes.shape[1], len(masked))
-        if place <= self._last or order.shape != shape:  # the next take or window
+        if place <= self._last or order.shape != shape:  # a new clip or window
             order = np.full(shape, -1)
         order, undecided = order.copy(), np.zeros(shape, bool)
         order[step.stage][masked] = step.index
@@ -88,7 +88,7 @@ class Progress:
             raise Cancelled
 
     def update(self) -> Update:
-        """The present state."""
+        """The current state, for the page."""
         if self.is_waiting:
             return Update("Waiting for another generation to end")
         if not self.total:
@@ -141,10 +141,10 @@ class Studio:
             UserError: if an option or file is not valid.
         """
         own, decoding = self._checked(options)
-        asked = GenerateOptions(
+        request = GenerateOptions(
             **own, device=self.device, variations=takes, batch_size=1, plots=False
         )
-        return self._follow(session, lambda p: self._takes(asked, decoding, judge, p))
+        return self._follow(session, lambda p: self._takes(request, decoding, judge, p))
 
     def edit(self, session: str, options: Mapping[str, Any]) -> Iterator[Update]:
         """Edit a recording.
@@ -157,8 +157,8 @@ class Studio:
             UserError: if an option or file is not valid.
         """
         own, decoding = self._checked(options)
-        asked = EditOptions(**own, out=self.out / "edits", device=self.device, plots=False)
-        return self._follow(session, lambda p: self._edits(asked, decoding, p))
+        request = EditOptions(**own, out=self.out / "edits", device=self.device, plots=False)
+        return self._follow(session, lambda p: self._edits(request, decoding, p))
 
     def cancel(self, session: str) -> str:
         """Stop the generation of a browser tab; returns a message."""
@@ -227,7 +227,7 @@ class Studio:
     def _load(
         self, options: GenerateOptions | EditOptions, decoding: dict[str, Any]
     ) -> "tuple[Generator, DecodingConfig]":
-        """The model, kept until another one or a newer checkpoint of its run is asked for."""
+        """The model; kept in memory until another one or a newer checkpoint is requested."""
         saved = check_model(options, decoding)
         key = options.checkpoint, options.lora, saved.file, saved.file.stat().st_mtime_ns
         if self._loaded is None or self._loaded[0] != key:
@@ -347,10 +347,10 @@ class Studio:
             UserError: if there is none of that name.
         """
         if name not in self.presets():
-            raise UserError(f"{name}: no such preset; choose one of the list")
+            raise UserError(f"{name}: no such preset; choose one from the list")
         return read_options(self.out / "presets" / f"{name}.json")
 
-    def decoding_of(self, model: str) -> DecodingConfig:
+    def decoding_settings(self, model: str) -> DecodingConfig:
         """Decoding settings of a model.
 
         Raises:
@@ -407,7 +407,7 @@ def _updates(
     """Updates of a generation until it ends.
 
     Raises:
-        UserError: if it failed for a reason that the user can remove.
+        UserError: if it failed because of a user error.
     """
     shown, clips = None, 0
     while True:

@@ -40,7 +40,7 @@ from magnet_train.common.tensor_files import (
     check_numbers,
     check_same_shapes,
     read_pickle,
-    shapes_of,
+    tensor_shapes,
 )
 from magnet_train.common.yaml_files import flatten
 from magnet_train.decoding.decode import DecodingConfig
@@ -331,7 +331,7 @@ def _check_weights(weights: Mapping[str, Any], settings: Settings, where: Path) 
     with torch.device("meta"):
         expected = to_theirs(Magnet(network).state_dict(), settings.pairs)
     check_numbers(weights, where)
-    check_same_shapes(shapes_of(expected), shapes_of(weights), where)
+    check_same_shapes(tensor_shapes(expected), tensor_shapes(weights), where)
     for pair in settings.pairs:
         if len({weights[name].dtype for name in pair.theirs}) > 1:
             raise UserError(
@@ -368,7 +368,7 @@ def read_codec(
         ) from error
     state = {to_transformers(name): tensor for name, tensor in weights.items()}
     check_numbers(state, where)
-    check_same_shapes(shapes_of(model.state_dict()), shapes_of(state), where)
+    check_same_shapes(tensor_shapes(model.state_dict()), tensor_shapes(state), where)
     model.load_state_dict(state, assign=True)
     with quiet():
         model.save_pretrained(out)

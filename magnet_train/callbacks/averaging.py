@@ -69,9 +69,8 @@ class WeightEMA(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._average:
             self._average = _copies(pl_module)
-        for name, parameter in trainable_parameters(
-            pl_module
-        ).items():  # loaded before the module was moved to its device
+        # A checkpoint was loaded before the module was moved to its device.
+        for name, parameter in trainable_parameters(pl_module).items():
             self._average[name] = self._average[name].to(parameter.device)
 
     def on_train_batch_end(
@@ -98,9 +97,9 @@ class WeightEMA(Callback):
         if not self._average:
             return
         self._update_if_due(trainer, pl_module)  # another callback may save before our batch hook
-        own = checkpoint["state_dict"]
-        other = own | gather_to_rank0(self._average)
-        raw, average = (other, own) if self._is_swapped else (own, other)
+        in_module = checkpoint["state_dict"]
+        held_here = in_module | gather_to_rank0(self._average)
+        raw, average = (held_here, in_module) if self._is_swapped else (in_module, held_here)
         checkpoint["current_model_state"] = raw
         checkpoint["state_dict"] = average
         checkpoint["averaging_state"] = {

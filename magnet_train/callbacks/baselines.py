@@ -17,8 +17,8 @@ from magnet_train.metrics.distributed import all_gather_list
 class CountBaselines(Callback):
     """Logs val/ce of the unigram and bigram baselines.
 
-    Counted from the training shards and scored on all frames of the items that a validation sees,
-    at its first one; later ones log the same figures again, so that charts have a line.
+    The counts are from the training shards. They are scored in the first validation, on all frames
+    of its items; later validations log the same values again, so that charts show a line.
     """
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from magnet_train.callbacks.agreement import ranks_agree
 from magnet_train.common.errors import UserError
 
 SAVE_EVERY_S = 1800.0
-"""Maximum number of seconds between checkpoints: a node may fail hours after a validation."""
+"""Maximum number of seconds between checkpoints; validations may be hours apart."""
 
 
 class RunCheckpoint(Checkpoint):
@@ -83,7 +83,7 @@ class RunCheckpoint(Checkpoint):
 
     @best_model_path.setter
     def best_model_path(self, path: str) -> None:
-        """Set by Lightning's multi-process launchers in the parent, which has no scores."""
+        """Ignored; Lightning's multi-process launchers set it in the parent, without scores."""
 
     @property
     def state_key(self) -> str:
@@ -93,7 +93,7 @@ class RunCheckpoint(Checkpoint):
         return {"scores": dict(self._scores)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the scores of files that are still in the folder, which may have been moved."""
+        """Keep the scores of files that still exist; the run folder may have been moved."""
         self._scores = {
             name: score
             for name, score in state_dict["scores"].items()
@@ -131,7 +131,7 @@ class RunCheckpoint(Checkpoint):
             self.save_last(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the last step if no validation did."""
+        """Save the last step if no validation did."""
         if trainer.global_step != self._saved_step and not trainer.fast_dev_run:  # type: ignore
             self.save_last(trainer)
 

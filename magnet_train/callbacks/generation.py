@@ -119,8 +119,8 @@ class GenerationCallback(Callback):
         self._baseline_values: dict[str, dict[str, float]] = {}
         """Baseline to metric to value, from the first validation."""
         self._codec_music: ReferenceStatistics | None = None
-        """Music of the codec's reconstructions: the reference of its measures, as shards have no
-        audio."""
+        """Music statistics of the codec's reconstructions: the reference of the music metrics,
+        because shards contain no audio."""
         self._start = 0.0
         self._embedders: dict[str, Embedder] | None = None
         self._items: list[dict[str, Any]] = []
@@ -168,7 +168,7 @@ class GenerationCallback(Callback):
 
     def _check_reference(self, name: str) -> None:
         """Check that `reference` has an embedder's statistics, unless they come from elsewhere."""
-        if self.reference is None or name in ("musicnn", "music"):  # of the shards, or made
+        if self.reference is None or name in ("musicnn", "music"):  # from shards, or computed
             return
         file = Path(self.reference) / f"{name}.safetensors"
         if not file.is_file():

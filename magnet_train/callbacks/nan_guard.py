@@ -18,7 +18,7 @@ from magnet_train.sharding import full_tensor
 
 @dataclass(frozen=True)
 class Step:
-    """An optimizer step that the host has not looked at."""
+    """An optimizer step whose outcome the host has not read yet."""
 
     number: int
     rank: int
@@ -35,10 +35,10 @@ class NanGuard(Callback):
 
     A skipped step changes neither weights nor optimizer state on any rank, but counts for schedule
     and averaging. `train/steps_skipped` counts skipped steps. Many in a row end the run. The device
-    decides, and the host looks at its decisions every `trainer.log_every_n_steps` and before a
-    checkpoint, so warnings and the end of a run may come some steps late. In 16-mixed precision the
-    gradient scaler causes such steps while it searches for its scale, so there they are reported,
-    and end the run, only if the scale is 1.
+    decides which steps are skipped. The host reads its decisions every `trainer.log_every_n_steps`
+    and before a checkpoint, so warnings and the end of a run may come some steps late. In 16-mixed
+    precision the gradient scaler causes such steps while it searches for its scale, so they are
+    reported, and end the run, only if the scale is 1.
     """
 
     def __init__(self, max_consecutive: int = 10):
@@ -59,7 +59,7 @@ class NanGuard(Callback):
         self._steps: list[Step] = []
 
     def state_dict(self) -> dict[str, Any]:
-        self._look()
+        self._read_outcomes()
         return {"skipped": self.skipped, "consecutive": self.consecutive}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ class NanGuard(Callback):
             # The scaler waits for the device anyway; it skips the step itself and halves its scale.
             all_ranks = trainer.strategy.reduce_boolean_decision
             searches = all_ranks(bool(losses.isfinite().all())) and scaler.get_scale() > 1
-            self._look(searches)
+            self._read_outcomes(searches)
             if not searches:
                 for parameter in parameters:
                     parameter.grad = None
@@ -107,24 +107,24 @@ class NanGuard(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Look at the steps before a row is written.
+        """Read the outcomes before a row is written.
 
         Raises:
             UserError: after too many bad steps in a row.
         """
         if is_logged(trainer, trainer.global_step):
-            self._look()
+            self._read_outcomes()
             if self.skipped > self._logged:
                 pl_module.log("train/steps_skipped", float(self.skipped))
                 self._logged = self.skipped
         self._end_if_failed()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._look()
+        self._read_outcomes()
         self._end_if_failed()
 
-    def _look(self, searches: bool = False) -> None:
-        """Count and report skipped steps; waits for the device.
+    def _read_outcomes(self, searches: bool = False) -> None:
+        """Read the outcomes, count and report skipped steps; waits for the device.
 
         Args:
             searches: Whether the scaler still searches for its scale.

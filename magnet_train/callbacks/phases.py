@@ -24,8 +24,8 @@ def readable_time(seconds: float) -> str:
 def crop_seconds(
     start: int, end: int, schedule: Sequence[tuple[float, int]], crop_s: float
 ) -> float:
-    """Sum of the crop lengths of the steps from `start` to `end`, to which their time is about
-    proportional.
+    """Sum of the crop lengths of the steps from `start` to `end`; their time is roughly
+    proportional to it.
 
     Args:
         start: first step.
@@ -44,8 +44,9 @@ def crop_seconds(
 
 
 class Phases(Callback):
-    """Prints when validation and training begin. The time of training is measured in its first
-    steps, that of a validation in the one before.
+    """Prints when validation and training begin, with their expected time.
+
+    Training time is extrapolated from its first steps, validation time is that of the previous one.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,7 @@ class Phases(Callback):
         """First step of the measurement, and its time."""
         self._next = 0
         """Step at which the measurement begins."""
-        self._is_told = False
+        self._is_reported = False
         self._validation_since = 0.0
         self._validation_s: float | None = None
 
@@ -64,17 +65,17 @@ class Phases(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         step, now = trainer.global_step, time.monotonic()
-        if self._is_told or step < self._next:
+        if self._is_reported or step < self._next:
             return
         if self._measured_from is None:
             self._measured_from = step, now
             return
         first, since = self._measured_from
         if step - first >= MEASURED:
-            self._is_told = True
-            self._tell_training(trainer, step, first, now - since)
+            self._is_reported = True
+            self._report_training(trainer, step, first, now - since)
 
-    def _tell_training(self, trainer: L.Trainer, step: int, first: int, seconds: float) -> None:
+    def _report_training(self, trainer: L.Trainer, step: int, first: int, seconds: float) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         crops = data.crop_schedule, data.crop_s
         per_second = seconds / crop_seconds(first, step, *crops)
@@ -87,7 +88,7 @@ class Phases(Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation_since = time.monotonic()
-        # A measurement of training that a validation interrupts begins again.
+        # A validation restarts the measurement of training.
         self._measured_from, self._next = None, trainer.global_step + 1
         when = f"step {trainer.global_step}" if trainer.state.fn == "fit" else "before training"
         known = self._validation_s

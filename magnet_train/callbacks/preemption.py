@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from magnet_train.callbacks.agreement import ranks_agree
 from magnet_train.common import private_api
-from magnet_train.data.timed_loader import TOGETHER_S
+from magnet_train.data.timed_loader import SIGNAL_WINDOW_S
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -23,9 +23,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class Preempted(SystemExit):
     """Ends the process with status 0 after the checkpoint was saved.
 
-    Launchers treat any other status as a failure: they kill the other ranks and count a retry. So
-    the status is 1 only if the job should have been requeued and was not. Only finished runs have
-    a `summary.json`.
+    Launchers treat any other status as a failure: they kill the other ranks and count a retry. The
+    status is 1 only if SLURM did not requeue the job. Only finished runs have a `summary.json`.
     """
 
 
@@ -35,13 +34,13 @@ class Preemption(Callback):
     Several ranks agree on this every 5 batches, because each time they wait for the device.
 
     During a validation the signal takes effect at its end, because ranks have different numbers of
-    validation batches and cannot agree earlier. A second signal, more than TOGETHER_S later, ends
-    the process at once unless it is saving.
+    validation batches and cannot agree earlier. A second signal, more than SIGNAL_WINDOW_S later,
+    ends the process at once unless it is saving.
 
     The handler only sets a flag: saving a checkpoint inside it could interrupt a step (Lightning
-    issue 21406). All ranks stop if any of them received the signal. Under SLURM with
-    automatic requeue, the requeue signal also requeues the job. Lightning's own handler would save
-    to a file that every later start prefers, even if it is older than `last.ckpt`.
+    issue 21406). All ranks stop if any of them received the signal. Under SLURM with automatic
+    requeue, the requeue signal also requeues the job. Lightning's own handler would save to a file
+    that every later start prefers, even if it is older than `last.ckpt`.
     """
 
     def __init__(self) -> None:
@@ -54,7 +53,7 @@ class Preemption(Callback):
         self._is_saving = False
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The validation before training may take long, so signals are handled from here on."""
+        """Handle signals from here on, because the validation before training may take long."""
         self._handle_signals(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -117,7 +116,7 @@ class Preemption(Callback):
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue_signal = environment.requeue_signal
         for number in {*SIGNALS, self._requeue_signal} - {None}:
-            self._handlers[number] = signal.signal(number, self._note)
+            self._handlers[number] = signal.signal(number, self._on_signal)
 
     def _save(self, trainer: L.Trainer) -> str:
         """Save the checkpoint; returns a message."""
@@ -129,12 +128,12 @@ class Preemption(Callback):
         self._is_saving = False
         return f"saved {checkpoints.last_model_path}"
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._received is None:
             self._received = number
             self._received_at = now
-        elif now - self._received_at > TOGETHER_S and not self._is_saving:
+        elif now - self._received_at > SIGNAL_WINDOW_S and not self._is_saving:
             # Second signal during a validation.
             if self._received == self._requeue_signal and self._is_first_rank:
                 print(f"ended before a checkpoint could be saved: {_requeue()[0]}", flush=True)
@@ -144,7 +143,7 @@ class Preemption(Callback):
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
             # Otherwise Lightning has already restored its own.
-            if signal.getsignal(number) == self._note:
+            if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, handler)
         self._handlers = {}
 

@@ -90,7 +90,7 @@ class ExactResume(Callback):
                 "to a run without the interruption only if the same shards are still unreadable"
             )
         progress = private_api.Progress(checkpoint)
-        # Otherwise a validation that once ran late would look interrupted after each resume.
+        # Otherwise Lightning would treat a validation that ran late as interrupted at each resume.
         progress.set_validation(0)
         was_at_batch_end = not saved["open_batches"] and progress.is_at_batch_end()
         if saved["open_batches"]:

@@ -114,12 +114,12 @@ class Throughput(Callback):
                 self._examples / trainer.world_size * _flop_per_example(module.config, num_frames)
             )
             values["speed/mfu"] = flop / seconds / peak
-        highest = {
+        maxima = {
             "speed/data_share": (waited_s - self._waited_s) / seconds,
             "speed/peak_memory_gb": _peak_memory_bytes(module.device) / 1e9,
         }
         module.log_dict(values)
-        module.log_dict(highest, sync_dist=True, reduce_fx="max")
+        module.log_dict(maxima, sync_dist=True, reduce_fx="max")
         module.log_dict(self._skipped, sync_dist=True, reduce_fx="sum")
         self._logged_step = trainer.global_step
         self._running_since = now

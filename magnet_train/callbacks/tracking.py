@@ -128,7 +128,7 @@ class Tracking(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Write the row of this step before the checkpoint, so that a kill cannot lose it."""
+        """Store the row that loggers do not have yet, so that a kill cannot lose it."""
         checkpoint["unwritten_row"] = private_api.unwritten_row(trainer)
 
     def on_load_checkpoint(

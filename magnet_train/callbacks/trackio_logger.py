@@ -48,7 +48,7 @@ class TrackioLogger(Logger):
     def experiment(self) -> Any:
         """The run, started at the first use on rank 0."""
         if self._run is None:
-            # Validation before training closes the run, which training then continues.
+            # The validation before training finishes the run, and training resumes it.
             resume = "allow" if self._resumes else "never"
             with contextlib.redirect_stdout(io.StringIO()):
                 self._run = self._trackio.init(

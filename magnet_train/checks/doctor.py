@@ -191,7 +191,7 @@ def check_start(plan: Plan) -> Iterator[Finding]:
 
 
 def check_components(plan: Plan) -> Iterator[Finding]:
-    """Codec, text encoder and metric networks: load them as a node without network access does."""
+    """Load codec, text encoder and metric networks without network access."""
     config = plan.config
     metrics = config.generation.metrics if config.generation.num_prompts else []
     embedders = dict.fromkeys(parse_metric(metric)[1] for metric in metrics)
@@ -246,12 +246,12 @@ def check_shards(plan: Plan) -> Iterator[Finding]:
             yield Finding("ok", what, "none given and none needed")
             continue
         try:
-            yield _shards_of(plan, split)
+            yield _check_split(plan, split)
         except (UserError, OSError) as error:
             yield Finding("failed", what, str(error))
 
 
-def _shards_of(plan: Plan, split: str) -> Finding:
+def _check_split(plan: Plan, split: str) -> Finding:
     found = plan.shards(split)
     items, num_read = _sample(found)
     plan.samples[split] = items
@@ -318,10 +318,10 @@ def check_references(plan: Plan) -> Iterator[Finding]:
         return
     for name in dict.fromkeys(parse_metric(metric)[1] for metric in needing):
         metrics = [metric for metric in needing if parse_metric(metric)[1] == name]
-        yield _reference_of(plan, name, metrics)
+        yield _check_reference(plan, name, metrics)
 
 
-def _reference_of(plan: Plan, name: str, metrics: list[str]) -> Finding:
+def _check_reference(plan: Plan, name: str, metrics: list[str]) -> Finding:
     what = f"references of {name}"
     names = ", ".join(metrics)
     folder = plan.config.generation.reference
@@ -354,10 +354,10 @@ def check_captions(plan: Plan) -> Iterator[Finding]:
     """Captions of the items that were read."""
     for split in ("train", "validation"):
         if items := plan.samples.get(split):
-            yield _captions_of(plan, split, items)
+            yield _check_split_captions(plan, split, items)
 
 
-def _captions_of(plan: Plan, split: str, items: list[Item]) -> Finding:
+def _check_split_captions(plan: Plan, split: str, items: list[Item]) -> Finding:
     captions = [str(item["info"].get("caption") or "").strip() for item in items]
     filled = [caption for caption in captions if caption]
     empty = 1 - len(filled) / len(captions)
@@ -474,7 +474,7 @@ def _torchaudio() -> Iterator[Finding]:
     try:
         audio = import_torchaudio()
     except ModuleNotFoundError:
-        return  # nothing here needs it
+        return  # it is optional
     if audio.__version__.split("+")[0] < "2.11":  # since which one build serves all later torch
         text = f"{audio.__version__} is older than 2.11 and made for one torch only: "
         yield Finding("warning", "torchaudio", f"{text}pip install 'torchaudio>=2.11,<2.12'")
@@ -495,7 +495,7 @@ def check_host(plan: Plan) -> Iterator[Finding]:
     ranks = plan.devices.per_node
     given = plan.data.num_workers
     workers = (2 if given is None else given) * ranks
-    computes = plan.devices.kind == "cpu"  # else a rank mostly waits for its GPU
+    computes = plan.devices.kind == "cpu"  # otherwise a rank mostly waits for its GPU
     busy = workers + ranks if computes else max(workers, ranks)
     text = f"{cores} cores for {ranks} ranks and {workers} data workers"
     if busy > max(cores, 2):
@@ -573,7 +573,7 @@ def _kept_checkpoints(plan: Plan) -> float:
 
 
 def check_wandb(plan: Plan) -> Iterator[Finding]:
-    """Mode and key as `fit` will see them; a key is verified by the server."""
+    """W&B's mode and API key, which the server verifies."""
     ours = wandb_loggers(plan.config.trainer.logger)
     if not ours or plan.config.trainer.fast_dev_run:
         yield Finding("ok", "W&B", "not a logger of this run")

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -119,7 +119,7 @@ def build_without_training(args: list[str], errors: list[Exception]) -> "DryRunC
 
 
 def _refuse_interactive_srun() -> None:
-    """Refuse `srun` in interactive jobs, where Lightning would start one separate run per task."""
+    """Refuse several tasks in interactive SLURM jobs: Lightning would start one run per task."""
     name = os.environ.get("SLURM_JOB_NAME")
     several = (
         integer_from_environment("SLURM_STEP_NUM_TASKS", 1) > 1
@@ -216,7 +216,7 @@ class MagnetCLI(private_api.lightning_cli()):
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         super().setup_parser(*args, **kwargs)
-        self.parser_of(self.verb).prog = f"python -m magnet_train {self.verb}"
+        self.subcommand_parser(self.verb).prog = f"python -m magnet_train {self.verb}"
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = FitParser(**kwargs)
@@ -224,7 +224,7 @@ class MagnetCLI(private_api.lightning_cli()):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        options = self.parser_of(self.verb)
+        options = self.subcommand_parser(self.verb)
         assert isinstance(options, FitParser)
         options.set_defaults(self.defaults(options.given(args[1:])))
         self.config = parser.parse_args(args)
@@ -310,7 +310,7 @@ class MagnetCLI(private_api.lightning_cli()):
         checkpoint: str | None = config.ckpt_path
         if self.verb == "fit" and checkpoint is None and requeue_count():
             checkpoint = config.ckpt_path = AUTO
-        # from weights that a checkpoint does not hold
+        # Both need the weights of init_from, which the checkpoint does not contain.
         needs_base = config.model.distil_guidance or config.model.lora.rank
         if checkpoint is not None and checkpoint != AUTO:
             if not needs_base:
@@ -351,27 +351,24 @@ class MagnetCLI(private_api.lightning_cli()):
         start = time.monotonic()
         generation = self.config_init[self.verb].generation
         generation.within_fit = True
-        before: dict[str, float] = {}
+        before: Mapping[str, float] = {}
         seconds: dict[str, float] = {}
-        trial: Any = self.trainer
-        validates = trial.limit_val_batches > 0 and not trial.fast_dev_run
+        trainer: Any = self.trainer
+        validates = trainer.limit_val_batches > 0 and not trainer.fast_dev_run
         if generation.at_start and validates and not kwargs.get("ckpt_path"):
-            before = dict(
-                self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)[0]
-            )
+            before = trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)[0]
             seconds["validation before training"] = time.monotonic() - start
         start = time.monotonic()
-        self.trainer.fit(model, **kwargs)
-        if not self.trainer.callback_metrics and validates:
+        trainer.fit(model, **kwargs)
+        if not trainer.callback_metrics and validates:
             # Resumed after a kill in the final validation: no training step is left.
-            self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)
-        spent = generation.seconds
-        seconds["validation in training"] = spent
-        seconds["training"] = time.monotonic() - start - spent
-        if self.trainer.is_global_zero:
+            trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)
+        seconds["validation in training"] = generation.seconds
+        seconds["training"] = time.monotonic() - start - generation.seconds
+        if trainer.is_global_zero:
             self._write_summary(before, seconds)
 
-    def _write_summary(self, before: dict[str, float], seconds: dict[str, float]) -> None:
+    def _write_summary(self, before: Mapping[str, float], seconds: dict[str, float]) -> None:
         generation = self.config_init[self.verb].generation
         after = {
             k: v.item() for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")
@@ -396,7 +393,7 @@ class MagnetCLI(private_api.lightning_cli()):
 
 @lru_cache
 def quiet_lightning() -> None:
-    """Hide Lightning's advertisements, and the place in our code in front of our warnings."""
+    """Hide Lightning's advertisements, and file and line in front of our own warnings."""
     hidden = ("💡 Tip", "TPU available", "HPU available")
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     log.addFilter(lambda record: not record.getMessage().startswith(hidden))
@@ -421,7 +418,7 @@ class DryRunCLI(MagnetCLI):
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         super().setup_parser(*args, **kwargs)
-        parser = self.parser_of(self.verb)
+        parser = self.subcommand_parser(self.verb)
         parser.prog = "python -m magnet_train doctor"
         parser.description = (
             "Check whether `fit` with these options would start and keep running, and estimate its "
@@ -457,13 +454,13 @@ class DryRunCLI(MagnetCLI):
         if self.errors:
             options.ckpt_path = options.model.init_from = None
         self.parsed = options.clone()
-        # Both together are an error that the module reports.
+        # The module refuses both settings together.
         if not options.model.start_from_codec or options.model.init_from is None:
             options.model.start_from_codec = False
             options.model.init_from = None
         options.model.compiled = False
         options.model.lora.rank = 0
-        if self.parsed.model.init_from is not None:  # the other mistake is the module's to name
+        if self.parsed.model.init_from is not None:  # without it the module raises an error
             options.model.distil_guidance = False
 
     def instantiate_classes(self) -> None:

@@ -22,7 +22,7 @@ MAX_SEED = 2**63 - 1
 MAX_DURATION_S = 3600.0
 MAX_PLOT_S = 180.0
 """Length of the longest clip that gets a plot, in seconds."""
-NOT_OF_THE_CLIP = {
+NOT_IN_RECIPE = {
     "out",
     "plots",
     "batch_size",
@@ -168,7 +168,7 @@ class Chooser:
 
 def recipe(options: OutputOptions, settings: "DecodingConfig", **own: Any) -> dict[str, Any]:
     """Options to reproduce a clip, for its JSON; `own` are specific to this clip."""
-    values = {k: v for k, v in asdict(options).items() if k not in NOT_OF_THE_CLIP}
+    values = {k: v for k, v in asdict(options).items() if k not in NOT_IN_RECIPE}
     values = values | own | {"decoding": asdict(settings)}
     return json.loads(json.dumps({k: v for k, v in values.items() if v is not None}, default=str))
 

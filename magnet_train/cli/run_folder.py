@@ -1,4 +1,4 @@
-"""The run folder: used by one run at a time; checkpoints of earlier runs are kept."""
+"""The run folder: locked by one run at a time; checkpoints of earlier runs are kept."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ def prepare_run_folder(config: Any, is_fit: bool) -> Path:
         config.ckpt_path = None if newest is None else str(newest)
         rank_zero_info(f"--ckpt_path auto: {newest or 'no checkpoint yet, starting from scratch'}")
     if config.ckpt_path is None and is_fit and not config.trainer.fast_dev_run:
-        _check_room(config, folder)
+        _check_overwrites(config, folder)
         if Path(config.checkpoint.dirpath) == own_checkpoints:
             _move_aside(own_checkpoints)
     if is_fit and not config.trainer.fast_dev_run:
@@ -99,7 +99,7 @@ class RunFolderLock:
 
 
 def check_run_folder(config: Any) -> None:
-    """Check what `fit` would refuse of its folder, and change nothing.
+    """Check whether `fit` would refuse the run folder, without changing it.
 
     Args:
         config: options of `fit`.
@@ -113,11 +113,11 @@ def check_run_folder(config: Any) -> None:
         lock.acquire(wait_s=0)
         lock.release()
     if config.ckpt_path is None and not config.trainer.fast_dev_run:
-        _check_room(config, folder)
+        _check_overwrites(config, folder)
 
 
 def _is_within(path: str | None, folder: Path) -> bool:
-    """Whether a path names something in the folder, or a folder that contains it."""
+    """Whether a path is inside the folder, is the folder, or contains it."""
     if path is None:
         return False
     given = Path(path).resolve()
@@ -125,7 +125,7 @@ def _is_within(path: str | None, folder: Path) -> bool:
     return given == folder or given in folder.parents or folder in given.parents
 
 
-def _check_room(config: Any, folder: Path) -> None:
+def _check_overwrites(config: Any, folder: Path) -> None:
     own_checkpoints = folder / "checkpoints"
     if _is_within(config.model.init_from, own_checkpoints):
         raise UserError(

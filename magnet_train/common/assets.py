@@ -13,36 +13,41 @@ def demo_path(name: str = "") -> Path:
     Raises:
         UserError: if it does not exist.
     """
-    package = Path(__file__).resolve().parents[1]
-    for root in (package / "_demo", package.parent / "data" / "demo"):
-        if (root / name).exists():
-            return root / name
-    raise UserError(
-        f"the embedded demo has no {name or 'folder'!r}: reinstall magnet-train, "
-        "or run from a full checkout"
-    )
+    path = _find("_demo", "data/demo", name)
+    if path is None:
+        raise UserError(
+            f"the bundled demo has no {name or 'folder'!r}: reinstall magnet-train, "
+            "or run from a full checkout"
+        )
+    return path
 
 
 def conf_path(name: str) -> Path:
-    """A file of the shipped configurations, `conf/` in a checkout.
+    """Path of a bundled configuration, in `conf/` of a checkout.
 
     Raises:
         UserError: if it does not exist.
     """
-    package = Path(__file__).resolve().parents[1]
-    for root in (package / "_conf", package.parent / "conf"):
-        if (root / name).is_file():
-            return root / name
-    raise UserError(
-        f"no shipped configuration {name!r}: reinstall magnet-train, or run from a full checkout"
-    )
+    path = _find("_conf", "conf", name)
+    if path is None or not path.is_file():
+        raise UserError(
+            f"no bundled configuration {name!r}: reinstall magnet-train, or run from a full "
+            "checkout"
+        )
+    return path
 
 
 def shipped_configurations() -> dict[str, Path]:
-    """Files of the shipped configurations of `fit` by name, such as `hardware/gpu_1x24gb.yaml`."""
-    package = Path(__file__).resolve().parents[1]
-    folders = [package / "_conf", package.parent / "conf"]
-    folder = next((f for f in folders if f.is_dir()), folders[0])
+    """Files of the bundled configurations of `fit` by name, such as `hardware/gpu_1x24gb.yaml`."""
+    folder = _find("_conf", "conf", "")
+    if folder is None:
+        return {}
     files = sorted(folder.glob("*.yaml")) + sorted(folder.glob("*/*.yaml"))
     names = {file.relative_to(folder).as_posix(): file for file in files}
     return {name: file for name, file in names.items() if not name.startswith(("sweep/", "slurm/"))}
+
+
+def _find(in_wheel: str, in_checkout: str, name: str) -> Path | None:
+    package = Path(__file__).resolve().parents[1]
+    roots = (package / in_wheel, package.parent / in_checkout)
+    return next((root / name for root in roots if (root / name).exists()), None)

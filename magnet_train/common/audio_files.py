@@ -81,7 +81,7 @@ def _high_passed(wav: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def _max_gain(wav: np.ndarray) -> float:
-    """The gain at which the true peak reaches its limit."""
+    """Gain at which the true peak reaches its limit."""
     from scipy.signal import resample_poly
 
     peak = np.abs(resample_poly(wav, 4, 1, axis=0)).max(initial=0.0)

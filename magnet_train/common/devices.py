@@ -1,13 +1,13 @@
-"""Copies to a device that the host does not wait for."""
+"""Asynchronous copies from the host to a device."""
 
 import torch
 from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host to `device`, on a GPU through pinned memory.
+    """Copy a CPU tensor to `device` without waiting for it; to a GPU through pinned memory.
 
-    A plain `to` returns only when everything that was launched before has been computed.
+    A plain `to` waits for all kernels launched before.
     """
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()

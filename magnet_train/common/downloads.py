@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import offline_variable, one_line
-from magnet_train.common.tensor_files import read_pickle, sha256_of
+from magnet_train.common.tensor_files import file_sha256, read_pickle
 
 TIMEOUT_S = 60.0
 """Timeout for a server's answers during a download."""
@@ -85,7 +85,7 @@ PASST_10S = Weights(
     "passt-s-f128-p16-s10-ap.476-swa.pt",
     size=344_665_734,
     licence="not stated (code Apache-2.0)",
-    # Not stated by the publisher but by several public evaluations.
+    # Not published by its authors, but by several public evaluations.
     sha256="302903fa8c4aee817b11dc982da0b29aaf8d11a3e722420476d0a12c9db70c2c",
     used_for="KL of sound",
 )
@@ -117,7 +117,7 @@ def cache_dir() -> Path:
 
 
 def cached(weights: Weights) -> Path | None:
-    """Where the file is, if it was downloaded before."""
+    """Path of the file in the cache; None if it was not downloaded."""
     if weights.hub_id is None:
         path = cache_dir() / weights.file
         return path if path.is_file() else None
@@ -166,7 +166,7 @@ def _by_hand(weights: Weights) -> str:
 def _verified(weights: Weights, path: Path, remedy: str) -> WeightsFile:
     """The file, after comparing its SHA-256 with the published and the recorded one."""
     try:
-        sha256 = sha256_of(path)
+        sha256 = file_sha256(path)
         note = _note(path)
         recorded = note.read_text(errors="replace").partition(" ")[0] if note.is_file() else sha256
     except OSError as error:
@@ -215,7 +215,7 @@ def _download_from_url(weights: Weights, target: Path) -> None:
         expected = note.read_text(errors="replace").partition(" ")[0]
     arrived = target.with_name(f"{target.name}.part")
     _fetch_rest(weights.url, arrived, 2 * weights.size)
-    size, sha256 = arrived.stat().st_size, sha256_of(arrived)
+    size, sha256 = arrived.stat().st_size, file_sha256(arrived)
     if not sha256.startswith(expected) or (not expected and size != weights.size):
         arrived.unlink()
         if expected:
@@ -226,7 +226,7 @@ def _download_from_url(weights: Weights, target: Path) -> None:
 
 
 def _fetch_rest(url: str, arrived: Path, max_bytes: int) -> None:
-    """Downloads the rest of a file; received bytes remain for the next try.
+    """Download the rest of a file; after a failure, received bytes are kept for the next try.
 
     Raises:
         OSError: if the connection fails, or breaks off.

@@ -27,8 +27,8 @@ class UserError(Exception):
     """A user error: one line that names the file or option, its value and the remedy.
 
     The command line prints it without a traceback and exits with status 2. Passwords and signatures
-    of URLs are removed from the text, because users paste error messages, and control characters
-    of untrusted names are escaped, because terminals obey them.
+    of URLs are removed from the text, because users paste error messages. Control characters of
+    untrusted names are escaped, because terminals interpret them.
     """
 
     def __init__(self, text: object = ""):
@@ -36,7 +36,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    r"""The text with escapes for control characters and lone surrogates, but not for new lines.
+    r"""The text with escaped control characters (except newlines) and lone surrogates.
 
     >>> printable("clip\x1b[31m.wav")
     'clip\\x1b[31m.wav'
@@ -96,13 +96,12 @@ REFUSALS = (
         "request more memory",
     ),
 )
-"""Errors of other libraries that are the user's mistake: pattern of `module.Class: message`, and
-the line to show in place of the message.
-"""
+"""User errors raised by other libraries: pattern of `module.Class: message`, and the line to print;
+{} is the message."""
 
 
 def _refusal(error: BaseException) -> str | None:
-    """One line for user errors raised by other libraries; None for all other errors."""
+    """One line for a user error raised by another library; None for any other error."""
     if isinstance(error, OSError) and error.errno in REMEDIES:
         return f"{error.filename or 'output'}: {REMEDIES[error.errno]}"
     kind, text = type(error), " ".join(str(error).split())[:300].partition(" [type=")[0]

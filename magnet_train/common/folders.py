@@ -17,17 +17,18 @@ from typing import Any
 from magnet_train.common.errors import UserError
 
 MAX_NAME_BYTES = 120
-"""Length of a name made by `safe_name`, before its hash; file systems allow 255 with suffixes."""
+"""Maximum length of a name from `safe_name` without its hash; file systems allow 255 bytes."""
 MIN_FREE_BYTES = 2**20
 """Free space below which a failed write is reported as a full disk."""
 
 
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Context with a temporary file that replaces `path` at its end, or is removed on an exception.
+    """Context that yields a temporary file, which replaces `path` at the end of the context.
 
-    Readers see either the previous or the new file. The temporary file is hidden in the same
-    folder; its name ends with ".part", so that no search by suffix finds it.
+    On an exception it is removed. Readers see either the previous or the new file. The temporary
+    file is hidden in the same folder, and its name ends with ".part", so that no search by suffix
+    finds it.
 
     Args:
         path: the file to write; its folder must exist.
@@ -48,7 +49,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """As `replacing`, for a result of the user's choice: makes its folder, and names it in errors.
+    """As `replacing`, for an output path given by the user: creates its folder if needed.
 
     Raises:
         UserError: if the file cannot be written.
@@ -83,9 +84,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_local(path: Path, option: str) -> None:
-    """Raise a UserError for a URL, of which a path would make a folder here.
+    """Raise a UserError if the path is a URL.
 
-    A password in it would be a part of that folder's name.
+    It would be created as a local folder whose name contains the URL's credentials.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise UserError(f"{option} {path}: a URL; give a folder on this machine")

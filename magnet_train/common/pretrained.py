@@ -175,7 +175,7 @@ def _load_folder(what: str, path: Path, load: Load[T], required: Sequence[str]) 
 
 
 def _refuse_code(what: str, folder: Path) -> None:
-    """Refuse a configuration with classes in the folder, which transformers would import."""
+    """Refuse a configuration that names Python code of the folder, which transformers would run."""
     for name in ("config.json", "tokenizer_config.json"):
         file = folder / name
         if not file.is_file():
@@ -196,9 +196,9 @@ def _refuse_code(what: str, folder: Path) -> None:
 
 
 def _check_size(what: str, folder: Path) -> None:
-    """Refuses a configuration of a network far larger than the weights next to it.
+    """Refuse a configuration of a network far larger than the weights next to it.
 
-    transformers would allocate all that the weights lack before it says so.
+    transformers would allocate the missing weights before it reports them.
     """
     import torch
 
@@ -207,10 +207,10 @@ def _check_size(what: str, folder: Path) -> None:
     from transformers.initialization import no_init_weights
 
     stored = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES)
-    if not (folder / "config.json").is_file() or not stored:  # a tokenizer, or refused later
+    if not (folder / "config.json").is_file() or not stored:  # a tokenizer, or an error later
         return
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if values.get("model_type") not in CONFIG_MAPPING:  # which its loader knows, or refuses
+    if values.get("model_type") not in CONFIG_MAPPING:  # checked by its own loader
         return
     try:
         _check_counts(values)
@@ -233,7 +233,7 @@ def _check_size(what: str, folder: Path) -> None:
 
 
 def _check_counts(values: dict[str, Any], depth: int = 0) -> None:
-    """Raises ValueError for a count that would take endless time to build."""
+    """Raise ValueError for a number of layers, or another number, that is out of range."""
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
     for name, value in values.items():
@@ -261,7 +261,7 @@ def _damaged_weights(folder: Path) -> Path | None:
 
 
 def _require_hub(what: str, name: str) -> None:
-    """Check the hub once, because transformers retries an unreachable hub for minutes."""
+    """Check that the hub has `name`; transformers would retry an unreachable hub for minutes."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 

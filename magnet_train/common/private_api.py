@@ -39,8 +39,9 @@ def keep_signal_handlers(trainer: L.Trainer) -> None:
 
 
 def omit_sigterm_broadcast(trainer: L.Trainer) -> None:
-    """Keep several ranks from telling each other in each batch whether Lightning's own handler saw
-    a SIGTERM: it waits for the device, and our handler replaces Lightning's.
+    """Disable Lightning's exchange, in every batch, of whether a rank received SIGTERM.
+
+    It waits for the device, and our handler replaces Lightning's.
     """
     loop: Any = trainer.fit_loop.epoch_loop
     loop._broadcast_sigterm_tensor = lambda: None
@@ -54,14 +55,14 @@ def waits_for_results(trainer: L.Trainer) -> bool:
 
 
 def kill_launched_ranks(trainer: L.Trainer) -> None:
-    """Kill ranks that this process started as scripts, which might wait for it for long."""
+    """Kill the ranks that this process started as scripts; they might wait for it for long."""
     from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
         for process in launcher.procs:
             process.kill()
-        # Otherwise Lightning, which watches them, kills this process before it prints the error.
+        # Lightning's monitor of these processes would kill this one before it prints the error.
         launcher.procs.clear()
 
 
@@ -101,7 +102,7 @@ def unwritten_row(trainer: L.Trainer) -> dict[str, Any] | None:
 
 
 def failed_while_restoring(error: BaseException) -> bool:
-    """Whether an error was raised while Lightning put the parts of a checkpoint in their places."""
+    """Whether an error was raised while Lightning restored the state of a checkpoint."""
     frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(
         code.co_filename.endswith("checkpoint_connector.py") and "restore" in code.co_name
@@ -206,7 +207,7 @@ def boolean_options(parser: Any) -> Iterator[str]:
 
 
 def name_training_bar(trainer: L.Trainer) -> None:
-    """Call the rich progress bar "Training": its steps are the run's, and "Epoch 0/-2" is wrong."""
+    """Name the rich progress bar "Training" instead of "Epoch 0/-2": it counts the run's steps."""
     from lightning.pytorch.callbacks import RichProgressBar
 
     bar = trainer.progress_bar_callback
@@ -215,7 +216,7 @@ def name_training_bar(trainer: L.Trainer) -> None:
 
 
 def omit_anonymous(logger: Any) -> None:
-    """Keep a WandbLogger from passing an unset setting on which W&B prints a warning."""
+    """Remove a WandbLogger's unset `anonymous` setting, for which W&B prints a warning."""
     settings = getattr(logger, "_wandb_init", {})
     if settings.get("anonymous") is None:
         settings.pop("anonymous", None)
@@ -262,7 +263,7 @@ def lightning_cli() -> Any:
             """Run the verb; may be overridden."""
             run()
 
-        def parser_of(self, verb: str) -> Any:
+        def subcommand_parser(self, verb: str) -> Any:
             return self._subcommand_parsers[verb]
 
         def _run_subcommand(self, subcommand: str) -> None:
@@ -325,7 +326,7 @@ def continue_table(table: Any, num_parts: int, parts: list[str]) -> None:
 
 
 def quick_requests(timeout_s: int) -> dict[str, int]:
-    """Settings of wandb with which its service tries a request twice, with this timeout."""
+    """Settings of wandb for one retry per request, with this timeout."""
     return {
         "x_graphql_retry_max": 1,
         "x_graphql_timeout_seconds": timeout_s,

@@ -48,7 +48,7 @@ def _parts(interval: str) -> tuple[bool, float, float, bool, str]:
 
 
 def _number(text: str) -> float:
-    """An integer stays one: a float has not the digits of a large seed."""
+    """The number as int where possible, because a float cannot represent large seeds exactly."""
     return int(text) if text.isdigit() else float(text)
 
 
@@ -60,7 +60,8 @@ def _contains(interval: str, number: float) -> bool:
 
 
 def in_words(interval: str) -> str:
-    """
+    """An interval as text for messages.
+
     >>> in_words("[0, 1]"), in_words("(0, inf) seconds"), in_words("[0, 1)")
     ('from 0 to 1', 'above 0 seconds', 'at least 0 and below 1')
     """

@@ -2,12 +2,12 @@
 
 import re
 
-# A path has one of the two slashes.
+# pathlib collapses the two slashes into one.
 _ADDRESS = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.:-]*:/{1,2})(?P<user>[^\s/]*@)?(?P<rest>[^\s'\"<>]*)"
 )
 _USER = re.compile(r"[^\s/:@'\"]+:[^\s/@]+@(?=\w)")
-"""Credentials without a scheme, as stores show them."""
+"""Credentials without a scheme, as in error messages of stores."""
 
 
 def redact(text: object) -> str:
@@ -29,15 +29,7 @@ def redact(text: object) -> str:
 
 
 def _redact_address(match: re.Match[str]) -> str:
-    place, mark, _ = _split_at_first(match["rest"], "?#")
+    place, *query = re.split("([?#])", match["rest"], maxsplit=1)
     user, _, host = place.rpartition("@")
     hidden = f"***@{host}" if user or match["user"] else host
-    return f"{match['scheme']}{hidden}{mark}{'***' if mark else ''}"
-
-
-def _split_at_first(text: str, marks: str) -> tuple[str, str, str]:
-    """The text before the first of the marks, that mark, and what follows."""
-    for position, character in enumerate(text):
-        if character in marks:
-            return text[:position], character, text[position + 1 :]
-    return text, "", ""
+    return match["scheme"] + hidden + (f"{query[0]}***" if query else "")

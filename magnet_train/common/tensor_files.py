@@ -97,13 +97,13 @@ def safetensors_shapes(path: Path, remedy: str) -> Shapes:
     return shapes
 
 
-def shapes_of(tensors: Mapping[str, Any]) -> Shapes:
+def tensor_shapes(tensors: Mapping[str, Any]) -> Shapes:
     """Shape of each tensor; () for what is not a tensor."""
     return {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()}
 
 
 def check_same_shapes(expected: Shapes, found: Shapes, source: Path) -> None:
-    """Checks names and shapes of a file's tensors.
+    """Check names and shapes of a file's tensors.
 
     Raises:
         UserError: that names the first difference.
@@ -180,7 +180,7 @@ def write_safetensors(
     return digest.hexdigest()
 
 
-def sha256_of(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, 64 hex digits."""
     if not path.is_file():  # opening a named pipe would block
         raise FileNotFoundError(errno.ENOENT, "no such file", str(path))

@@ -13,11 +13,11 @@ MAX_BYTES = 2**20
 MAX_DEPTH = 20
 """Maximum depth of mappings for `flatten`."""
 MAX_ENTRIES = 100_000
-"""Maximum number of values after expanding aliases; nine lines can expand to a billion."""
+"""Maximum number of values after alias expansion; nine lines can expand to a billion."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that is given twice, of which YAML's loader keeps the last."""
+    """Rejects duplicate keys, of which PyYAML silently keeps the last."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)

@@ -1,6 +1,6 @@
-"""Caption augmentation: merges further fields, drops fields and words.
+"""Caption augmentation: merges metadata fields into captions, drops fields and words.
 
-If training uses only complete captions, short prompts are out of distribution.
+With complete captions only, short prompts would be out of distribution.
 """
 
 from collections.abc import Mapping

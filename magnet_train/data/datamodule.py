@@ -160,8 +160,8 @@ class MagnetDataModule(L.LightningDataModule):
                 uses these crops in order, then crop_s. The number of seconds per batch is constant,
                 so shorter crops mean more examples. Validation always uses crop_s.
             crop_start: Where training crops begin: "anywhere", or on a "bar" line, so that a model
-                learns where the beats are. Bars come from the items' fields first_bar_s and bar_s;
-                items without them are cropped anywhere.
+                learns where the beats are. Bar lines come from the items' fields first_bar_s and
+                bar_s; items without them are cropped anywhere.
             codec: Codec of the shards; linked to the model's.
             seed: Seed of order and crops.
             predict_split: Split whose captions `predict` uses: train, validation or test.
@@ -231,9 +231,9 @@ class MagnetDataModule(L.LightningDataModule):
         return self._sets[split]
 
     def count_tables(self) -> CountTables:
-        """Counts of the training codes, up to baselines.MAX_FRAMES of them, in shuffled shards.
+        """Counts of up to baselines.MAX_FRAMES training codes, from shards in random order.
 
-        The same on every rank. Shards that cannot be read are skipped.
+        The counts are the same on every rank. Unreadable shards are skipped with a warning.
 
         Raises:
             UserError: if there are no training shards, or none can be read.
@@ -250,7 +250,7 @@ class MagnetDataModule(L.LightningDataModule):
             try:
                 items = found.read(number)
             except UserError as error:
-                rank_zero_warn(f"counted without a shard: {error}")
+                rank_zero_warn(f"baselines are counted without shard {error}")
                 continue
             for item in items:
                 num_frames = math.ceil(round(item["info"]["duration_s"] * frame_rate, 6))
@@ -386,12 +386,10 @@ class MagnetDataModule(L.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
-        """Moves only the codes: what depends on lengths is computed on the host, so that no step
-        waits for the device.
-        """
+        """Move only the codes. Lengths stay on the host, so that no step waits for the device."""
         return batch | {"codes": to_device(batch["codes"], device)}
 
-    def _once(self, split: str) -> DataLoader:
+    def _evaluation_loader(self, split: str) -> DataLoader:
         trainer: Any = self.trainer
         workers = min(1, self.num_workers) if self.num_workers is not None else 0
         items = EvaluationDataset(
@@ -406,10 +404,10 @@ class MagnetDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader:
-        return self._once("validation")
+        return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> DataLoader:
-        return self._once("test")
+        return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        return self._once(self.predict_split)
+        return self._evaluation_loader(self.predict_split)

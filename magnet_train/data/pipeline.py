@@ -54,7 +54,7 @@ class Batch(TypedDict):
     references: list[dict[str, Tensor] | None]
     """Embeddings and tags of the original audio, if requested and in the shard."""
     shards_skipped: int
-    """Shards that the worker could not read since its last batch."""
+    """Shards that the worker failed to read since its last batch."""
     items_skipped: int
     """Items of these shards, which were replaced by others."""
 

@@ -25,10 +25,10 @@ MIN_HOP_S = 0.01
 MAX_CROP_S = 3600.0
 MAX_MIXTURES = 100.0
 MAX_TEXT_BYTES = 1 << 18
-"""Size of a clip's caption and fields; a reader of shards refuses more than four times as much."""
+"""Maximum size of a clip's caption and fields; the shard reader's limit is four times as large."""
 SAMPLED_BYTES, EVERY_BYTES = 1 << 16, 1 << 20
-"""To detect changed audio, the first SAMPLED_BYTES of each EVERY_BYTES of a file are compared, and
-the last; files up to EVERY_BYTES are compared completely."""
+"""To detect changed audio, the first SAMPLED_BYTES of every EVERY_BYTES of a file and its last
+SAMPLED_BYTES are hashed; files of up to EVERY_BYTES are hashed completely."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def find_usable(
     for clip in tqdm(clips, desc="reading lengths", unit="file", leave=False):
         try:
             start_s, length_s = _usable_part(clip, options)
-            clip_hash = _hash_of(clip)
+            clip_hash = _clip_hash(clip)
             if clip_hash in usable:
                 raise UserError(f"{clip.name}: listed twice with the same caption")
             usable[clip_hash] = UsableClip(clip, start_s, length_s, clip_hash)
@@ -138,7 +138,7 @@ def find_usable(
 
 
 def append_round(usable: dict[str, UsableClip], rounds: list[list[str]]) -> list[list[str]]:
-    """The rounds of hashes of earlier calls, and one of all clips that are new.
+    """Append a round with the hashes of all new clips to the rounds of earlier calls.
 
     Raises:
         UserError: if a clip of an earlier round is gone, changed or unreadable.
@@ -181,7 +181,7 @@ def _usable_part(clip: Clip, options: TokenizeOptions) -> tuple[float, float]:
     return start_s, length_s
 
 
-def _hash_of(clip: Clip) -> str:
+def _clip_hash(clip: Clip) -> str:
     digest = hashlib.sha256()
     try:
         size = clip.path.stat().st_size

@@ -95,7 +95,7 @@ def find_folders(given: str) -> list[tuple[str, str]]:
 
 
 def _brace_counts(pattern: str) -> Iterator[int]:
-    """At least the number of names in each pair of braces."""
+    """Number of names in each innermost pair of braces, or more."""
     for inner in re.findall(r"\{([^{}]*)\}", pattern):
         ends = re.match(r"(-?\d+)\.\.(-?\d+)", inner)
         yield abs(int(ends[1]) - int(ends[2])) + 1 if ends else inner.count(",") + 1
@@ -184,7 +184,7 @@ def read_bytes(url_or_path: str | Path, sha256: str | None) -> bytes:
         raise
     except Exception as error:  # each store has its own types
         raise _explain(str(url_or_path), error) from error
-    # And it is its SHA-256: an index of strangers cannot choose another name.
+    # The name is the verified SHA-256, so an untrusted index cannot choose a path.
     if sha256 is not None:
         _keep(content, cached)
     return content
@@ -288,7 +288,7 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _lacks_credentials(error: BaseException) -> bool:
-    """Whether this is botocore's or google-auth's error for missing credentials."""
+    """Whether this is an error of botocore or google-auth for missing credentials."""
     return type(error).__name__.endswith("CredentialsError")
 
 

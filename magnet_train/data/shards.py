@@ -46,7 +46,7 @@ MAX_MEMBER_BYTES = 1 << 28
 MAX_EXAMPLES = 1_000_000
 """Items in one shard."""
 MIN_DURATION_S, MAX_DURATION_S = 1e-6, 1e6
-"""Length of an item; a sample is longer than the minimum."""
+"""Limits of an item's length, in seconds; one audio sample is longer than the minimum."""
 MAX_HELD_OUT = 0.5
 """Largest share of the data that can be held out for validation."""
 LONG_NAME_KINDS = (b"x", b"g", b"L")
@@ -358,7 +358,7 @@ def decode_info(content: bytes) -> dict[str, Any]:
         raise ValueError(f"{len(content)} bytes")
     # NaN, which Python writes for missing numbers, would become a word of the caption.
     info = json.loads(content, parse_constant=lambda name: None)
-    if b"\\ud" in content.lower():  # half of a character, which no tokenizer or file can hold
+    if b"\\ud" in content.lower():  # a lone surrogate, which cannot be encoded as UTF-8
         info = json.loads(json.dumps(info, ensure_ascii=False).encode(errors="replace"))
     duration_s = _typed(info, "duration_s", (int, float))
     if not MIN_DURATION_S <= duration_s <= MAX_DURATION_S:

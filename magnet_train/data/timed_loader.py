@@ -9,8 +9,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-TOGETHER_S = 10.0
-"""Signals within this number of seconds count as one: schedulers and launchers both send them."""
+SIGNAL_WINDOW_S = 10.0
+"""Signals within this many seconds count as one, because scheduler and launcher both send them."""
 MAX_WAIT_S = 1800.0
 """Timeout of a batch in seconds, far above the retries of remote reads; a hanging store would
 otherwise block all ranks."""
@@ -55,11 +55,11 @@ def _let_signals_pass(worker: int) -> None:
     first: float | None = None
 
     def end_at_the_second(number: int, frame: FrameType | None) -> None:
-        """The DataLoader's way to end a hanging worker; simultaneous signals count as one."""
+        """End the worker at a second SIGTERM, which the DataLoader sends to a hanging worker."""
         nonlocal first
         now = time.monotonic()
         first = first or now
-        if now - first > TOGETHER_S:
+        if now - first > SIGNAL_WINDOW_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
