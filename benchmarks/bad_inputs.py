@@ -1,13 +1,12 @@
-"""Gives the command line hundreds of bad inputs over all verbs, and each reader of files as many
-random ones as fit into some minutes of the processor; draws a table of what was expected and what
-happened.
+"""Runs all verbs with hundreds of bad inputs, or each file reader with random bad files for some
+minutes of CPU time, and writes a table of expected and actual results.
 
     python benchmarks/bad_inputs.py [--out benchmarks/records/bad_inputs.md] [--only tokenize …]
     python benchmarks/bad_inputs.py --fuzz 5 [--only shard …]
 
 Each command runs in a separate process, forked from this one after the imports. "Refused" is right
 if the last line begins with "error:" and names the option or file, the status is 2, no traceback
-was printed, no half-written file is left, and processor time and memory stay within bounds.
+was printed, no half-written file is left, and CPU time and memory stay within limits.
 """
 
 import argparse
@@ -42,9 +41,9 @@ from magnet_train.common.tables import markdown_table
 from magnet_train.data.manifest import JAMENDO_COLUMNS
 
 MAX_CPU_S, MAX_MB = 30.0, 3000
-"""Bounds of one command: time of the processor, and memory, imports included."""
+"""Limits of one command: CPU time in seconds, and memory, imports included."""
 MAX_WALL_S = 900.0
-"""After which a command counts as one that hangs, whatever else the machine does."""
+"""Seconds after which a command counts as hanging, also on a busy machine."""
 DEMO_CODEBOOKS = json.loads((demo_path("codec") / "config.json").read_text())["num_codebooks"]
 INF, NAN, BIG = ".inf", ".nan", "1" + "0" * 20
 SMALL_FIT = [
@@ -72,47 +71,47 @@ SMALL_FIT = [
 
 @dataclass(frozen=True)
 class Case:
-    """A bad input, and what should become of it."""
+    """A bad input, and the expected result."""
 
     verb: str
     what: str
     """The input, for the table."""
     args: list[str]
     make: Callable[[Path], Any] = lambda folder: None
-    """Writes what the arguments name into the folder in which the command runs."""
+    """Writes the files that the arguments name into the command's working folder."""
     expected: str = "refused"
     """Or "skipped" (status 0, and the output names it), "used", or "failed" (by doctor)."""
     words: tuple[str, ...] = ()
-    """One of which the last line has; the option's name if none are given."""
+    """The last line must contain one of these; the option's name if none is given."""
     environment: dict[str, str] = field(default_factory=dict)
 
 
 # --- options --------------------------------------------------------------------------------------
 
-NO_NUMBER = (NAN, "x", "[1, 2]", '""')
-WRONG: dict[str, dict[str, tuple[str, ...]]] = {
+NOT_NUMBERS = (NAN, "x", "[1, 2]", '""')
+WRONG_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
     "tokenize": {
-        "crop_s": (*NO_NUMBER, INF, "-1", "0", "1e9", "1e-9"),
+        "crop_s": (*NOT_NUMBERS, INF, "-1", "0", "1e9", "1e-9"),
         "hop_s": (NAN, "x", "[1, 2]", INF, "-1", "0", "1e9", "1e-9"),
-        "min_s": (*NO_NUMBER, INF, "-1", "0", "99"),
-        "silence_db": (*NO_NUMBER, INF, "1"),
-        "mixtures": (*NO_NUMBER, INF, "-1", "1e9"),
-        "mixture_snr_db": (*NO_NUMBER, INF, "-1", "1e9"),
-        "shard_size": (*NO_NUMBER, "0", "-1", "1.5", BIG),
-        "batch_size": (*NO_NUMBER, "0", "-1", "1.5"),
-        "processes": (*NO_NUMBER, "0", "-1", "1000000"),
+        "min_s": (*NOT_NUMBERS, INF, "-1", "0", "99"),
+        "silence_db": (*NOT_NUMBERS, INF, "1"),
+        "mixtures": (*NOT_NUMBERS, INF, "-1", "1e9"),
+        "mixture_snr_db": (*NOT_NUMBERS, INF, "-1", "1e9"),
+        "shard_size": (*NOT_NUMBERS, "0", "-1", "1.5", BIG),
+        "batch_size": (*NOT_NUMBERS, "0", "-1", "1.5"),
+        "processes": (*NOT_NUMBERS, "0", "-1", "1000000"),
         "split": ("../x", '""', "a/b", "x" * 300, "a b", "*"),
         "embedder": ("x", "vggish"),
         "validation": (NAN, "x", "-1", "1", "2"),
         "caption_from": ("x",),
-        "codec": ("/nowhere", "./nowhere", "a/b/c", "no/such", "demo@99", "demo@0"),
+        "codec": ("/nowhere", "./nowhere", "a/b/c", "no/such", "demo@99", "demo@0", "demo@²"),
     },
     "generate": {
-        "seed": (*NO_NUMBER, "-1", BIG, "1.5"),
-        "variations": (*NO_NUMBER, "0", "-1", "10000000"),
-        "batch_size": (*NO_NUMBER, "0", "-1"),
+        "seed": (*NOT_NUMBERS, "-1", BIG, "1.5"),
+        "variations": (*NOT_NUMBERS, "0", "-1", "10000000"),
+        "batch_size": (*NOT_NUMBERS, "0", "-1"),
         "duration_s": (NAN, "x", "[1, 2]", INF, "-1", "0", "1e9"),
-        "continue_s": (*NO_NUMBER, INF, "-1", "0", "1e9"),
+        "continue_s": (*NOT_NUMBERS, INF, "-1", "0", "1e9"),
         "format": ("mp3", "5"),
         "precision": ("16", "x"),
         "device": ("gpu", "cuda:99", "tpu", '""'),
@@ -129,20 +128,20 @@ WRONG: dict[str, dict[str, tuple[str, ...]]] = {
             "[.nan]",
             "[99999]",
         ),
-        "decoding.temperature": (*NO_NUMBER, INF, "0", "-1"),
-        "decoding.top_p": (*NO_NUMBER, INF, "-0.1", "1.1"),
-        "decoding.top_k": (*NO_NUMBER, "-1", "1.5"),
-        "decoding.max_cfg_coef": (*NO_NUMBER, INF, "-1"),
-        "decoding.min_cfg_coef": (*NO_NUMBER, INF, "-1"),
-        "decoding.span_len": (*NO_NUMBER, "0", "-1", "1.5"),
+        "decoding.temperature": (*NOT_NUMBERS, INF, "0", "-1"),
+        "decoding.top_p": (*NOT_NUMBERS, INF, "-0.1", "1.1"),
+        "decoding.top_k": (*NOT_NUMBERS, "-1", "1.5"),
+        "decoding.max_cfg_coef": (*NOT_NUMBERS, INF, "-1"),
+        "decoding.min_cfg_coef": (*NOT_NUMBERS, INF, "-1"),
+        "decoding.span_len": (*NOT_NUMBERS, "0", "-1", "1.5"),
         "decoding.span_arrangement": ("x",),
         "decoding.span_scoring": ("x",),
-        "decoding.order_temperature": (*NO_NUMBER, INF, "-1"),
-        "decoding.shared_noise": (*NO_NUMBER, "0", "-1"),
+        "decoding.order_temperature": (*NOT_NUMBERS, INF, "-1"),
+        "decoding.shared_noise": (*NOT_NUMBERS, "0", "-1"),
     },
     "evaluate": {
-        "batch_size": (*NO_NUMBER, "0", "-1"),
-        "devices": (*NO_NUMBER, "0", "-1"),
+        "batch_size": (*NOT_NUMBERS, "0", "-1"),
+        "devices": (*NOT_NUMBERS, "0", "-1", "100000"),
         "seed": ("x", "1.5"),
         "metrics": ("x", "fad", "fad/x", "/", "kl/none", "5"),
         "kl_convention": ("x",),
@@ -197,7 +196,7 @@ WRONG: dict[str, dict[str, tuple[str, ...]]] = {
         "trainer.gradient_clip_val": ("-1", NAN),
         "trainer.gradient_clip_algorithm": ("x",),
         "trainer.callbacks": ("x",),
-        "checkpoint.monitor": ("val/nothing",),
+        "checkpoint.monitor": ("val/nothing", "train/los"),
         "checkpoint.mode": ("x",),
         "checkpoint.save_top_k": ("-7",),
         "checkpoint.every_n_train_steps": ("0", "-1"),
@@ -212,7 +211,7 @@ WRONG: dict[str, dict[str, tuple[str, ...]]] = {
         "model.prompt_weight": (NAN, "-1"),
         "model.distil_guidance": ("true",),
         "data.global_batch_size": ("0", "-1", "1.5"),
-        "data.crop_schedule": ("[[0, 1]]", "[[1, 0]]", "[[.nan, 1]]", "x"),
+        "data.crop_schedule": ("[[0, 1]]", "[[1, 0]]", "[[.nan, 1]]", "[[0.001, 1]]", "x"),
         "data.crop_start": ("x",),
         "data.val_split": (NAN, "-1", "0.1", "1"),
         "model.lora.rank": ("-1", "x", "4", BIG),
@@ -294,8 +293,8 @@ WRONG: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "sweep": {"run": ("99", "-1", "x"), "jobs": ("0", "-1", "x")},
 }
-"""Options of verbs, and values that each of them refuses."""
-BESIDE: dict[str, list[str]] = {
+"""Values that options of each verb must refuse."""
+REQUIRED_ARGS: dict[str, list[str]] = {
     "tokenize": ["in", "--out", "out"],
     "generate": ["--prompt", "a", "--out", "out"],
     "evaluate": ["--generated", "in", "--reference", "in"],
@@ -304,9 +303,9 @@ BESIDE: dict[str, list[str]] = {
     "bench": [],
     "sweep": ["s.yaml", "--out", "out"],
 }
-"""What a command needs beside the option that is tried; an option that comes twice is the later."""
-DOCTOR_TOO = 15
-"""How many of the options that `fit` refuses are given to `doctor`."""
+"""Further arguments that each verb needs; the last value of a repeated option is used."""
+NUM_DOCTOR_CASES = 15
+"""Number of options refused by `fit` that are also tried with `doctor`."""
 GRID = {
     "method": "grid",
     "parameters": {"model.span_len": {"values": [1, 3]}},
@@ -315,10 +314,10 @@ GRID = {
 
 
 def wrong_options() -> Iterator[Case]:
-    for verb, options in WRONG.items():
+    for verb, options in WRONG_VALUES.items():
         for option, given in options.items():
             for value in given:
-                args = [*BESIDE[verb], f"--{option}={value}"]
+                args = [*REQUIRED_ARGS[verb], f"--{option}={value}"]
                 name = option.rpartition(".")[2]
                 words = (
                     name,
@@ -332,9 +331,9 @@ def wrong_options() -> Iterator[Case]:
 
 
 def doctors() -> Iterator[Case]:
-    """What `fit` would refuse."""
+    """Options that `fit` would refuse."""
     cases = [case for case in wrong_options() if case.verb == "fit"]
-    for case in cases[:: max(1, len(cases) // DOCTOR_TOO)]:
+    for case in cases[:: max(1, len(cases) // NUM_DOCTOR_CASES)]:
         yield Case("doctor", case.what, case.args, case.make, "failed", case.words)
     for what, args, word in (
         ("no configuration", ["--config", "no.yaml"], "no.yaml"),
@@ -352,14 +351,14 @@ def doctors() -> Iterator[Case]:
 
 
 def broken_files(folder: Path) -> None:
-    """A clip, and a configuration and a checkpoint that are broken."""
+    """A clip, a broken configuration and a broken checkpoint."""
     basic_files(folder)
     (folder / "c.yaml").write_text("a: [")
     (folder / "c.ckpt").write_bytes(b"PK no archive")
 
 
 def edits() -> Iterator[Case]:
-    """Recordings, timelines and options that do not go together."""
+    """Bad recordings and timelines, and options that exclude each other."""
     audio = ["--audio=in/a.wav", "--out=out", "--prompt=a"]
     region = "--regenerate=1:2"
     for what, args, word in (
@@ -408,7 +407,7 @@ def edits() -> Iterator[Case]:
 
 
 def basic_files(folder: Path) -> None:
-    """A clip, a sweep."""
+    """A clip and a sweep file."""
     write_clip(folder / "in" / "a.wav", 4.0, "a tone", 16_000)
     (folder / "s.yaml").write_text(json.dumps(GRID))
 
@@ -464,7 +463,7 @@ def verbs() -> Iterator[Case]:
 
 
 def put(name: str, content: bytes | str) -> Callable[[Path], None]:
-    """Writes a file beside the good clip."""
+    """Writes a file next to a valid clip."""
 
     def make(folder: Path) -> None:
         basic_files(folder)
@@ -484,7 +483,7 @@ def fifo(name: str) -> Callable[[Path], None]:
     return make
 
 
-BOMB = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
+ALIAS_BOMB = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
     b"%c: &%c [%s]\n" % (n + 1, n + 1, b",".join([b"*%c" % n] * 9)) for n in range(97, 107)
 )
 
@@ -495,7 +494,7 @@ def configurations() -> Iterator[Case]:
         ("no UTF-8", b"seed: 1 # \xff", "UTF-8"),
         ("an open bracket", b"a: [", "YAML"),
         ("a list", b"- 1\n- 2\n", "c.yaml"),
-        ("a bomb of aliases", BOMB, "c.yaml"),
+        ("a bomb of aliases", ALIAS_BOMB, "c.yaml"),
         ("2 MB", b"#" * 2_000_000, "larger"),
         ("a tag of Python", b"seed: !!python/object/apply:os.getcwd []", "YAML"),
         ("a key of another verb", b"crop_z: 1", "crop_z"),
@@ -505,12 +504,12 @@ def configurations() -> Iterator[Case]:
         ("an option twice", b"batch_size: 1\nbatch_size: 2", "twice"),
     ):
         for verb in ("generate", "tokenize"):
-            args = [*BESIDE[verb], "--config", "c.yaml"]
+            args = [*REQUIRED_ARGS[verb], "--config", "c.yaml"]
             words = (word, "c.yaml", word.replace("seed", "--seed"))
             if "seed" in word and verb == "tokenize":
                 continue
             yield Case(verb, f"configuration: {what}", args, put("c.yaml", content), words=words)
-    args = [*BESIDE["generate"], "--config"]
+    args = [*REQUIRED_ARGS["generate"], "--config"]
     yield Case(
         "generate", "configuration: a FIFO", [*args, "c.yaml"], fifo("c.yaml"), words=("c.yaml",)
     )
@@ -617,7 +616,7 @@ def sidecars() -> Iterator[Case]:
 
 
 def wav(rate: int = 16_000, seconds: float = 1.0, gain: float = 1.0, bits: str = "float") -> bytes:
-    """A WAV made by hand."""
+    """A WAV with a header built by hand."""
     samples = tone(seconds, 16_000)[:, 0] * np.float32(gain)
     data = samples.tobytes() if bits == "float" else (samples * 32767).astype("<i2").tobytes()
     kind, size = (3, 4) if bits == "float" else (1, 2)
@@ -633,7 +632,7 @@ def sounds() -> Iterator[Case]:
     at = good.index(b"data")
     nan = bytearray(wav())
     nan[200:204] = struct.pack("<f", math.nan)
-    left_out = {
+    skipped = {
         "empty": b"",
         "text": b"this is no audio",
         "zeros": bytes(5000),
@@ -663,7 +662,7 @@ def sounds() -> Iterator[Case]:
         "bytes behind the samples": good + b"LIST\4\0\0\0abcd",
     }
     args = ["in", "--out", "out", "--crop_s=1", "--min_s=0.5"]
-    for what, content in left_out.items():
+    for what, content in skipped.items():
         make = put("in/bad.wav", content)
         yield Case("tokenize", f"WAV: {what}", args, captioned(make), "skipped", ("bad.wav",))
     for what, content in used.items():
@@ -685,12 +684,12 @@ def sounds() -> Iterator[Case]:
         ("bad.wav",),
     )
     for what, content in (("text", b"no audio"), ("empty", b""), ("NaN", bytes(nan))):
-        given = [*BESIDE["generate"], "--continue_from", "in/bad.wav"]
+        given = [*REQUIRED_ARGS["generate"], "--continue_from", "in/bad.wav"]
         make = put("in/bad.wav", content)
         yield Case("generate", f"--continue_from: {what}", given, make, words=("bad.wav",))
     for what, content in (("text", b"no audio"), ("NaN", bytes(nan)), ("empty", b"")):
         make = put("in/bad.wav", content)
-        given = [*BESIDE["evaluate"], "--metrics", "fad/musicnn"]
+        given = [*REQUIRED_ARGS["evaluate"], "--metrics", "fad/musicnn"]
         yield Case("evaluate", f"a clip: {what}", given, make, words=("bad.wav",))
 
 
@@ -809,7 +808,7 @@ def item(
 
 
 def write_set(folder: Path, codec: dict[str, Any], bad: bytes | None = None) -> None:
-    """Three shards of two items each; one is other bytes, whose checksum is right."""
+    """Three shards of two items each; the first may be `bad`, with a matching checksum."""
     import hashlib
 
     folder.mkdir()
@@ -826,8 +825,8 @@ def write_set(folder: Path, codec: dict[str, Any], bad: bytes | None = None) -> 
     (folder / "index.json").write_text(json.dumps(index))
 
 
-class Evil:
-    """Would run code where it is unpickled."""
+class RunsCode:
+    """Runs code when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch RAN",)
@@ -886,7 +885,7 @@ def releases(samples: Samples) -> Iterator[Case]:
         "sha256 of another file": lambda f, c: c.update(sha256="0" * 64),
     }
     for what, change in changes.items():
-        args = ["--checkpoint", "m", *BESIDE["generate"]]
+        args = ["--checkpoint", "m", *REQUIRED_ARGS["generate"]]
         yield Case("generate", f"release: {what}", args, released(change), words=("m/",))
         if what in ("no weights", "network null", "format 99"):
             args = ["m", "--out", "out"]
@@ -906,11 +905,11 @@ def checkpoints(samples: Samples) -> Iterator[Case]:
         return make
 
     first = next(iter(samples.checkpoint["state_dict"]))
-    wholes: dict[str, Callable[[dict[str, Any]], Any]] = {
+    changes: dict[str, Callable[[dict[str, Any]], Any]] = {
         "empty": lambda c: b"",
         "a text": lambda c: b"hello",
         "a list": lambda c: pickle.dumps([1, 2]),
-        "code": lambda c: pickle.dumps(Evil()),
+        "code": lambda c: pickle.dumps(RunsCode()),
         "no state_dict": lambda c: c.pop("state_dict") and None,
         "state_dict a list": lambda c: c.update(state_dict=[]),
         "a weight NaN": lambda c: c["state_dict"][first].fill_(math.nan) is None,
@@ -924,23 +923,30 @@ def checkpoints(samples: Samples) -> Iterator[Case]:
         "num_layers 10^8": lambda c: c["hyper_parameters"]["network"].update(num_layers=10**8),
         "codec a number": lambda c: c["hyper_parameters"].update(codec=5),
         "span_len a text": lambda c: c["hyper_parameters"].update(span_len="x"),
+        "settings a list": lambda c: c.update(hyper_parameters=[1]),
     }
-    for what, change in wholes.items():
+    for what, change in changes.items():
         for verb, args in (
-            ("generate", ["--checkpoint", "c.ckpt", *BESIDE["generate"]]),
+            ("generate", ["--checkpoint", "c.ckpt", *REQUIRED_ARGS["generate"]]),
             ("convert", ["c.ckpt", "--out", "out"]),
         ):
             yield Case(verb, f"checkpoint: {what}", args, saved(change), words=("c.ckpt",))
-    for what in (
-        *("empty", "a text", "code", "no state_dict", "no settings", "a weight NaN"),
-        *("a weight of integers", "a weight of another shape", "a weight less"),
-    ):
-        args = [*SMALL_FIT, "--ckpt_path=c.ckpt"]
-        yield Case("fit", f"checkpoint: {what}", args, saved(wholes[what]), words=("c.ckpt",))
+    in_use = {name: change for name, change in changes.items() if name != "a list"}
+    in_use |= {
+        "an unknown setting": lambda c: c["hyper_parameters"].update(evil=1),
+        "optimizer a list": lambda c: c["hyper_parameters"].update(optimizer=[1]),
+        "no parts of the run": lambda c: c.update(run={}),
+    }
+    for what, change in in_use.items():
+        for verb in ("fit", "doctor"):
+            args = [*SMALL_FIT, "--ckpt_path=c.ckpt"]
+            expected = "refused" if verb == "fit" else "failed"
+            words = ("c.ckpt", "crop_s", "span_len", "codec", "num_layers")
+            yield Case(verb, f"checkpoint: {what}", args, saved(change), expected, words)
     yield Case(
         "generate",
         "checkpoint: a FIFO",
-        ["--checkpoint", "c.ckpt", *BESIDE["generate"]],
+        ["--checkpoint", "c.ckpt", *REQUIRED_ARGS["generate"]],
         fifo("c.ckpt"),
         words=("c.ckpt",),
     )
@@ -949,7 +955,7 @@ def checkpoints(samples: Samples) -> Iterator[Case]:
         with zipfile.ZipFile(folder / "c.ckpt", "w", zipfile.ZIP_DEFLATED) as file:
             file.writestr("x/data.pkl", bytes(50_000_000))
 
-    args = ["--checkpoint", "c.ckpt", *BESIDE["generate"]]
+    args = ["--checkpoint", "c.ckpt", *REQUIRED_ARGS["generate"]]
     yield Case("generate", "checkpoint: a compressed archive", args, bomb, words=("c.ckpt",))
     for what, content in (("a text", b"x"), ("empty", b""), ("a list", pickle.dumps([1]))):
         make = put("a/state_dict.bin", content)
@@ -984,7 +990,7 @@ def codecs(samples: Samples) -> Iterator[Case]:
             shutil.copytree(samples.codec, folder / "codec")
             (folder / "codec" / "config.json").write_text(json.dumps(config | {name: value}))
 
-        args = [*BESIDE["tokenize"], "--codec", "codec"]
+        args = [*REQUIRED_ARGS["tokenize"], "--codec", "codec"]
         yield Case("tokenize", f"codec: {name}={str(value)[:30]}", args, make, words=("codec",))
 
 
@@ -1067,7 +1073,7 @@ def sweeps() -> Iterator[Case]:
         "binary": b"\xff\0",
         "empty": b"",
         "a list": b"[]",
-        "a bomb of aliases": BOMB,
+        "a bomb of aliases": ALIAS_BOMB,
         "deep lists": deep(5000),
         "method bayes": GRID | {"method": "bayes"},
         "no parameters": {k: v for k, v in GRID.items() if k != "parameters"},
@@ -1113,7 +1119,7 @@ def environments() -> Iterator[Case]:
         ("MAGNET_TRAIN_CACHE", "/proc/nowhere"),
     ):
         expected = "used" if name == "MAGNET_TRAIN_CACHE" else "refused"
-        args = SMALL_FIT if expected == "refused" else BESIDE["tokenize"]
+        args = SMALL_FIT if expected == "refused" else REQUIRED_ARGS["tokenize"]
         if name.startswith("WANDB"):
             args = [*args, "--trainer.logger=WandbLogger"]
         verb = "fit" if expected == "refused" else "tokenize"
@@ -1122,7 +1128,7 @@ def environments() -> Iterator[Case]:
 
 
 def addresses() -> Iterator[Case]:
-    """URLs with a password or a signature, where none is read."""
+    """URLs with credentials for options that do not accept URLs."""
     for what, url in (
         ("password of a store", "s3://key:SECRET@b/x"),
         ("password with a mark", "http://u:S?SECRET@127.0.0.1:9/x"),
@@ -1132,7 +1138,7 @@ def addresses() -> Iterator[Case]:
             ("fit", "--ckpt_path", [*SMALL_FIT, "--ckpt_path", url]),
             ("fit", "--trainer.default_root_dir", [*SMALL_FIT, "--trainer.default_root_dir", url]),
             ("fit", "--config", ["--config", url]),
-            ("generate", "--checkpoint", [*BESIDE["generate"], "--checkpoint", url]),
+            ("generate", "--checkpoint", [*REQUIRED_ARGS["generate"], "--checkpoint", url]),
             ("tokenize", "SOURCE", [url, "--out", "out"]),
             ("tokenize", "--out", ["in", "--out", url]),
             ("evaluate", "--reference", ["--generated", "in", "--reference", url]),
@@ -1170,14 +1176,15 @@ class Outcome:
     """Result of a command."""
 
     status: int
-    said: str
+    output: str
     cpu_s: float
     mb: float
     leftovers: list[str]
 
     @property
-    def last(self) -> str:
-        lines = [line.rpartition("\r")[2].strip() for line in self.said.split("\n") if line.strip()]
+    def last_line(self) -> str:
+        lines = [line.rpartition("\r")[2].strip() for line in self.output.split("\n")]
+        lines = [line for line in lines if line]
         return lines[-1] if lines else ""
 
 
@@ -1190,20 +1197,20 @@ def run(case: Case) -> Outcome:
         log = folder / "said.log"
         child = os.fork()
         if child == 0:
-            _become(case, folder, log)
+            _run_child(case, folder, log)
         status, cpu_s, mb = _wait(child)
         new = set(folder.rglob("*")) - before
         leftovers = [path.name for path in new if path.suffix in (".part", ".tmp", ".new")]
         if (folder / "RAN").exists():
             leftovers.append("code was run")
-        said = log.read_text(errors="replace")
-        if "SECRET" in said or any("SECRET" in path.name for path in new):
+        output = log.read_text(errors="replace")
+        if "SECRET" in output or any("SECRET" in path.name for path in new):
             leftovers.append("a password is shown")
-        return Outcome(status, said, cpu_s, mb, leftovers)
+        return Outcome(status, output, cpu_s, mb, leftovers)
 
 
-def _become(case: Case, folder: Path, log: Path) -> None:
-    """Never returns."""
+def _run_child(case: Case, folder: Path, log: Path) -> None:
+    """Run the command in the forked process; never returns."""
     status = 1
     try:
         os.setsid()
@@ -1233,7 +1240,7 @@ def _become(case: Case, folder: Path, log: Path) -> None:
 
 
 def _wait(child: int) -> tuple[int, float, float]:
-    """Status, time of the processor and memory of a process; one that hangs is killed."""
+    """Status, CPU time in seconds and memory in MB of a process, which is killed if it hangs."""
     end = time.monotonic() + MAX_WALL_S
     while True:
         pid, status, used = os.wait4(child, os.WNOHANG)
@@ -1245,49 +1252,50 @@ def _wait(child: int) -> tuple[int, float, float]:
     return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
-def judged(case: Case, found: Outcome) -> str:
-    """What was wrong; empty if nothing was."""
+def find_problems(case: Case, found: Outcome) -> str:
+    """Problems of the result, in one line; empty if it is right."""
     problems = []
-    has_word = any(word in found.said.replace("\n", " ") for word in case.words)
-    if "Traceback (most recent call last)" in found.said:
+    has_word = any(word in found.output.replace("\n", " ") for word in case.words)
+    if "Traceback (most recent call last)" in found.output:
         problems.append("traceback")
     if found.cpu_s > MAX_CPU_S or found.mb > MAX_MB:
         problems.append(f"{found.cpu_s:.0f} s, {found.mb:.0f} MB")
     problems += found.leftovers
     if case.expected in ("refused", "failed"):
         ok = found.status == 2 or (case.expected == "failed" and found.status == 1)
-        if not ok or not found.last.startswith("error: "):
+        if not ok or not found.last_line.startswith("error: "):
             problems.append(f"status {found.status}")
-        named = found.last if case.expected == "refused" else found.said
+        named = found.last_line if case.expected == "refused" else found.output
         if case.words and not any(word in named for word in case.words):
             problems.append("does not name it")
     elif found.status != 0:
         problems.append(f"status {found.status}")
     elif case.expected == "skipped" and not has_word:
-        problems.append("not said")
+        problems.append("not named")
     return ", ".join(problems)
 
 
-def shown(found: Outcome, case: Case, folder: str = "") -> str:
-    """What a command said, for the table."""
-    line = found.last
+def describe(found: Outcome, case: Case) -> str:
+    """Status and output of a command, for the table."""
+    line = found.last_line
     if case.expected == "skipped":
-        lines = [text for text in found.said.split("\n") if any(w in text for w in case.words)]
+        lines = [text for text in found.output.split("\n") if any(w in text for w in case.words)]
         line = lines[-1].rpartition("\r")[2] if lines else line
     if case.expected == "failed":
-        lines = [text for text in found.said.split("\n") if text.startswith(("failed", "missing"))]
+        wrong = ("failed", "missing")
+        lines = [text for text in found.output.split("\n") if text.startswith(wrong)]
         line = lines[0] if lines else line
-    line = re.sub(r"/tmp/\w+/", "…/", in_table(line.replace("`", "'")))
+    line = re.sub(r"/tmp/\w+/", "…/", table_cell(line.replace("`", "'")))
     line = line.replace(str(Path(__file__).resolve().parents[1]), "…")
     return f"{found.status}: {line[:160]}"
 
 
 def table(only: list[str], kinds: list[str], out: Path | None) -> int:
-    """Runs the cases that a table does not have yet; the number of those that were wrong."""
+    """Run the cases that the table does not have yet; returns the number of wrong results."""
     done = {} if out is None else read_table(out)
     with tempfile.TemporaryDirectory() as folder:
         cases = {
-            (case.verb, in_table(case.what)): case
+            (case.verb, table_cell(case.what)): case
             for case in all_cases(Samples(Path(folder)))
             if (not only or case.verb in only)
             and (not kinds or any(kind in case.what for kind in kinds))
@@ -1295,8 +1303,8 @@ def table(only: list[str], kinds: list[str], out: Path | None) -> int:
         for number, (place, case) in enumerate(cases.items(), 1):
             if place not in done:
                 found = run(case)
-                verdict = judged(case, found) or "right"
-                done[place] = [*place, case.expected, shown(found, case), verdict]
+                verdict = find_problems(case, found) or "right"
+                done[place] = [*place, case.expected, describe(found, case), verdict]
                 if verdict != "right":
                     print(" | ".join(done[place]), flush=True)
             if number % 25 == 0 or number == len(cases):
@@ -1306,12 +1314,12 @@ def table(only: list[str], kinds: list[str], out: Path | None) -> int:
     return sum(row[-1] != "right" for row in done.values())
 
 
-def in_table(text: str) -> str:
+def table_cell(text: str) -> str:
     return " ".join(text.replace("|", "/").split())
 
 
 def read_table(out: Path) -> dict[tuple[str, str], list[str]]:
-    """Rows of an earlier call that were right, by verb and input; the others are tried again."""
+    """Right rows of an earlier call, by verb and input; all others are run again."""
     lines = out.read_text().splitlines() if out.exists() else []
     cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
     return {(row[1], row[2]): row[1:] for row in cells if len(row) == 6 and row[-1] == "right"}
@@ -1337,10 +1345,10 @@ def write_table(rows: Collection[list[str]], out: Path) -> None:
 
 
 def fuzz(names: list[str], minutes: float, out: Path | None) -> None:
-    """Gives each reader random files for so many minutes of the processor.
+    """Run each reader on random files for this many minutes of CPU time.
 
     Raises:
-        Exception: the first that is not the project's own.
+        Exception: the first exception that is not a UserError.
     """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -1361,7 +1369,7 @@ def fuzz(names: list[str], minutes: float, out: Path | None) -> None:
         columns = [
             "reader",
             "minutes",
-            "s of processor",
+            "CPU seconds",
             "files",
             "refused in a line",
             "other exceptions",
@@ -1374,11 +1382,11 @@ def fuzz(names: list[str], minutes: float, out: Path | None) -> None:
 
 
 def main() -> int:
-    """0 if all were right."""
+    """Returns 0 if all results are right."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, help="Markdown file of the table.")
     parser.add_argument("--only", nargs="+", default=[], help="Verbs, or readers with --fuzz.")
-    parser.add_argument("--fuzz", type=float, help="Minutes of the processor for each reader.")
+    parser.add_argument("--fuzz", type=float, help="Minutes of CPU time for each reader.")
     parser.add_argument(
         "--kinds", nargs="+", default=[], help="Only inputs with one of these words."
     )

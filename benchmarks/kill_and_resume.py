@@ -1,13 +1,12 @@
-"""Trains a tiny model twice, or tokenizes twice: once undisturbed and once killed with SIGKILL at
-random moments; the ends must be equal.
+"""Trains a tiny model twice, or tokenizes twice: once undisturbed, and once killed with SIGKILL at
+random times and resumed. Both results must be equal.
 
     python benchmarks/kill_and_resume.py --kills 20 [--workers 2] [--ranks 2] [--accumulated 3]
     [--per_example] [--decoding] [--seed 0]
     python benchmarks/kill_and_resume.py --kills 40 --tokenize
 
-Each attempt is the same command in a process group of its own, forked from this process, which has
-only imported what it needs; the whole group is killed, data workers and other ranks too, as
-when a node fails.
+Each attempt runs the same command in its own process group, forked from this process after the
+imports. The whole group is killed, including data workers and other ranks, as when a node fails.
 """
 
 import argparse
@@ -34,17 +33,15 @@ from helpers_resume import arguments, differences, ledger, make_data, outcome
 
 
 def batches_done(run: Path) -> list[int]:
-    """Counts of the batches, over the whole run, that the ledger has; in the order in which they
-    were done."""
+    """Numbers of the batches in the ledger, counted over the whole run, in execution order."""
     ledger = run / "ledger.jsonl"
     lines = ledger.read_text().split("\n")[:-1] if ledger.exists() else []
-    return [
-        int(re.match(r'{"batch": (\d+)', line)[1]) for line in lines if line.endswith("}")
-    ]  # else cut off
+    complete = [line for line in lines if line.endswith("}")]
+    return [int(re.match(r'{"batch": (\d+)', line)[1]) for line in complete]
 
 
 def logged_values(run: Path) -> dict[tuple[str, str], set[str]]:
-    """All values by step and name, of all sessions; those of speed differ by nature."""
+    """All logged values by step and name, over all sessions, except for speeds."""
     found: dict[tuple[str, str], set[str]] = {}
     for path in run.glob("csv/version_*/metrics.csv"):
         with path.open(newline="") as file:
@@ -61,8 +58,7 @@ def logged_values(run: Path) -> dict[tuple[str, str], set[str]]:
 
 
 def mark_phases(file: Path) -> None:
-    """Lets this process and those forked from it keep the name of the phase they are in in a
-    file."""
+    """Let this process and its forks write the name of their current phase to a file."""
     from magnet_train.callbacks.checkpoint_io import AtomicCheckpointIO
     from magnet_train.callbacks.generation import GenerationCallback
     from magnet_train.module import MagnetModule
@@ -87,20 +83,20 @@ def mark_phases(file: Path) -> None:
 
 
 def read_phase(file: Path) -> str:
-    """The phase that a file of `mark_phases` names."""
+    """The current phase, from the file of `mark_phases`."""
     return file.read_text() if file.exists() else ""
 
 
-def come_to_phase(child: int, file: Path, phase: str) -> int | None:
-    """Waits for a phase; exit status of a run that ends before."""
+def wait_for_phase(child: int, file: Path, phase: str) -> int | None:
+    """Wait for a phase; returns the exit status if the run ends before it."""
     while (status := ended(child, 0.001)) is None and read_phase(file) != phase:
         pass
     return status
 
 
-def come_to(child: int, run: Path, batches: float, within_s: float) -> int | None:
-    """Waits for so many batches in the ledger, or so long; exit status of a run that ends
-    before."""
+def wait_for_batches(child: int, run: Path, batches: float, within_s: float) -> int | None:
+    """Wait for this many batches in the ledger, or this long; returns the exit status if the run
+    ends before."""
     end = time.monotonic() + within_s
     while (
         (status := ended(child, 0.002)) is None
@@ -122,7 +118,7 @@ DECODING = [
 ]
 
 
-def killed_often(
+def kill_training(
     folder: Path,
     kills: int,
     workers: int,
@@ -131,7 +127,7 @@ def killed_often(
     seed: int,
     more: Sequence[str] = (),
 ) -> list[str]:
-    """Differences between the two ends: none, if all is well."""
+    """Differences between the undisturbed and the killed run; empty if they are equal."""
     from magnet_train.callbacks import checkpoint
 
     phases = ["", "checkpoint", "validation", *["decoding"] * (DECODING[0] in more)]
@@ -158,7 +154,7 @@ def killed_often(
             first = time.monotonic() - start
     assert status == 0 and first is not None, twin.with_suffix(".log").read_text()[-3000:]
     training = time.monotonic() - start - first
-    a_batch = training / (steps * accumulated)
+    batch_s = training / (steps * accumulated)
     print(
         f"undisturbed: {steps} steps, {first:.1f} s until the first batch, then {training:.1f} s",
         flush=True,
@@ -169,25 +165,25 @@ def killed_often(
     for number in range(1, kills + 1):
         phase_file.unlink(missing_ok=True)
         phase = phases[number % len(phases)]
-        checkpoint.SAVE_EVERY_S = (
-            0.05 if number % 2 else 1800.0
-        )  # checkpoints between the steps too, in half of them
+        # Half of the attempts also save checkpoints between the steps.
+        checkpoint.SAVE_EVERY_S = 0.05 if number % 2 else 1800.0
         before = len(batches_done(run))
         child = attempt(arguments(data, run, *options, lasts_s=0.01), run.with_suffix(".log"))
         begin = time.monotonic()
-        most = math.inf
+        max_batches = math.inf
         if phase:
-            status, most_s = come_to_phase(child, phase_file, phase), draw.uniform(0, 0.02)
-        elif draw.random() < 0.2:  # while it starts, reads its checkpoint, begins its processes …
-            status, most_s = None, draw.uniform(0, first)
-            most = before + accumulated * ranks  # the machine may be faster now than for the twin
-        else:  # in, or some time after, one of its first batches
+            status, max_wait_s = wait_for_phase(child, phase_file, phase), draw.uniform(0, 0.02)
+        elif draw.random() < 0.2:  # while it starts: reads the checkpoint, starts workers …
+            status, max_wait_s = None, draw.uniform(0, first)
+            # The machine may be faster now than for the undisturbed run.
+            max_batches = before + accumulated * ranks
+        else:  # during or shortly after one of its first batches
             batches = draw.randint(1, 4 * accumulated)
-            status = come_to(child, run, before + batches * ranks, math.inf)
-            most_s = draw.uniform(0, 2 * a_batch)
-            most = before + (batches + accumulated) * ranks
+            status = wait_for_batches(child, run, before + batches * ranks, math.inf)
+            max_wait_s = draw.uniform(0, 2 * batch_s)
+            max_batches = before + (batches + accumulated) * ranks
         if status is None:
-            status = come_to(child, run, most, most_s)
+            status = wait_for_batches(child, run, max_batches, max_wait_s)
         delay = time.monotonic() - begin
         assert status is None, (
             f"ended by itself ({status}): {run.with_suffix('.log').read_text()[-3000:]}"
@@ -233,30 +229,31 @@ def all_differences(twin: Path, run: Path) -> list[str]:
     return found
 
 
-def tokenized(source: Path, out: Path, codec: str) -> int:
-    """A process that tokenizes, in a group of its own."""
+def start_tokenizing(source: Path, out: Path, codec: str) -> int:
+    """Start `tokenize` in its own process group; returns its id."""
     arguments = ["tokenize", str(source), f"--out={out}", f"--codec={codec}"]
     return attempt([*arguments, "--crop_s=2", "--shard_size=3"], out.with_suffix(".log"))
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """Shards and index of a folder by name; no other file may be left but hidden ones."""
+    """Content of the shards and index of a folder by name; there may be no other visible files."""
     return {path.name: path.read_bytes() for path in out.iterdir() if path.name[0] != "."}
 
 
-def killed_in_tokenizing(folder: Path, kills: int, seed: int) -> list[str]:
-    """Differences between what an undisturbed process wrote and what killed ones did."""
+def kill_tokenizing(folder: Path, kills: int, seed: int) -> list[str]:
+    """Differences between the output of an undisturbed process and of killed ones."""
     codec = make_data_codec(folder / "codec")
     source = folder / "in"
     for number in range(10):
         write_clip(source / f"clip{number:02d}.flac", 5 + number % 3, f"tone {number}", seed=number)
     twin, draw, found = folder / "twin", random.Random(seed), []
     begin = time.monotonic()
-    assert ended(tokenized(source, twin, codec), 600) == 0, twin.with_suffix(".log").read_text()
+    status = ended(start_tokenizing(source, twin, codec), 600)
+    assert status == 0, twin.with_suffix(".log").read_text()
     seconds, expected, done, round_ = time.monotonic() - begin, content(twin), 0, 0
     while done < kills:
         out = folder / f"out{round_}"
-        child = tokenized(source, out, codec)
+        child = start_tokenizing(source, out, codec)
         status = ended(child, draw.uniform(0.1, 1.0) * seconds)
         if status is None:
             os.killpg(child, signal.SIGKILL)
@@ -266,7 +263,7 @@ def killed_in_tokenizing(folder: Path, kills: int, seed: int) -> list[str]:
         half = len(list(out.glob(".*.tmp")) + list(out.glob(".*.part"))) if out.is_dir() else 0
         print(f"kill {done:>2}: {len(names)} shards, {half} half written", flush=True)
         found += [name for name in names if (out / name).read_bytes() != expected[name]]
-        if status is not None:  # it came to its end
+        if status is not None:  # it finished
             assert status == 0, out.with_suffix(".log").read_text()[-3000:]
             found += [] if content(out) == expected else [f"folder {round_}"]
             round_ += 1
@@ -274,18 +271,18 @@ def killed_in_tokenizing(folder: Path, kills: int, seed: int) -> list[str]:
         elif draw.random() < 0.2:
             seconds *= 1.2
     last = folder / f"out{round_}"
-    assert ended(tokenized(source, last, codec), 600) == 0
+    assert ended(start_tokenizing(source, last, codec), 600) == 0
     found += [] if content(last) == expected else ["the last folder"]
     left = [path.name for path in last.iterdir() if path.name.endswith((".part", ".tmp"))]
     print(
-        f"{kills} kills in tokenizing, {round_ + 1} folders brought to their end, "
+        f"{kills} kills in tokenizing, {round_ + 1} folders finished, "
         f"{len(expected)} files each, {len(found) + len(left)} differences"
     )
     return found + left
 
 
 def main() -> int:
-    """0 if both ended alike."""
+    """Returns 0 if both results are equal."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
@@ -301,19 +298,19 @@ def main() -> int:
     from tqdm import tqdm
 
     torch.set_num_threads(1)
-    # tqdm's own lock is shared with forked processes: one that was killed would hold it for ever.
+    # tqdm's own lock is shared with forked processes; a killed process would hold it forever.
     tqdm.set_lock(threading.RLock())
-    # Imported before the first fork, so that an attempt begins with its work.
+    # Imported before the first fork, so that attempts start quickly.
     import magnet_train.cli.fit
     import magnet_train.data.tokenize  # noqa: F401
 
     with tempfile.TemporaryDirectory() as folder:
         if given.tokenize:
-            found = killed_in_tokenizing(Path(folder), given.kills, given.seed)
+            found = kill_tokenizing(Path(folder), given.kills, given.seed)
         else:
             more = PER_EXAMPLE * given.per_example + DECODING * given.decoding
             sizes = given.workers, given.ranks, given.accumulated
-            found = killed_often(Path(folder), given.kills, *sizes, given.seed, more)
+            found = kill_training(Path(folder), given.kills, *sizes, given.seed, more)
     print("\n".join(found[:20]) or "equal bit for bit")
     return int(bool(found))
 

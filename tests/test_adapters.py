@@ -1,6 +1,8 @@
 """LoRA: merged equals unmerged, PEFT's files, and runs that train and save only adapters."""
 
 import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from magnet_train.adapters import (
     CONFIG_FILE,
+    WEIGHTS_FILE,
     LoraConfig,
     adapt,
     adapter_tensors,
@@ -104,6 +107,18 @@ def test_wrong_adapters_are_refused(tmp_path):
     ):
         (tmp_path / "a" / CONFIG_FILE).write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=says):
+            read_adapter(folder)
+    (tmp_path / "a" / CONFIG_FILE).write_text(json.dumps(config))
+    weights = tmp_path / "a" / WEIGHTS_FILE
+    content = re.sub(rb"\[(\d+), ", rb"[-\1,", weights.read_bytes(), count=1)
+    for make in (
+        lambda: weights.write_bytes(content),  # a negative shape
+        lambda: os.mkfifo(weights),  # which would block its reader
+        lambda: (tmp_path / "a" / CONFIG_FILE).unlink() or os.mkfifo(tmp_path / "a" / CONFIG_FILE),
+    ):
+        weights.unlink()
+        make()
+        with pytest.raises(UserError, match=str(tmp_path / "a")):
             read_adapter(folder)
     with pytest.raises(UserError, match=r"--lora .*gone: no adapter"):
         read_adapter(str(tmp_path / "gone"))

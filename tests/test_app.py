@@ -98,6 +98,7 @@ def test_cancel_and_two_tabs(studio):
         ({"audio": "OUT/missing.wav"}, "no such file"),
         ({"audio": "OUT/link.wav"}, "outside the allowed folders"),
         ({"checkpoint": "OUT/missing"}, "no such model"),
+        ({"checkpoint": "OUT/linked"}, "outside the allowed folders"),
         ({"checkpoint": "OUT/presets"}, "no config.json"),
     ],
 )
@@ -107,6 +108,9 @@ def test_refused_in_one_line(studio, options, says):
     link.unlink(missing_ok=True)
     link.symlink_to(outside)
     (studio.out / "presets").mkdir(exist_ok=True)
+    if not (studio.out / "linked").exists():
+        (studio.out / "linked").mkdir()
+        (studio.out / "linked" / "codec").symlink_to("/etc")
     own = {
         name: value.replace("OUT", str(studio.out)) if isinstance(value, str) else value
         for name, value in options.items()
@@ -136,9 +140,16 @@ def test_presets_are_configurations_of_generate(studio):
     for wrong in ("../../etc/passwd", "missing"):
         with pytest.raises(UserError, match="no such preset"):
             studio.preset(wrong)
-    path.write_text('{"options": {"decoding": {"nonsense": 1}}}')
-    with pytest.raises(UserError, match="nonsense"):
-        studio.preset(path.stem)
+    for options in (
+        {"decoding": {"nonsense": 1}},
+        {"decoding": {"top_p": "nonsense"}},
+        {"decoding": {}, "prompt": "nonsense"},
+        {"decoding": {}, "lora": 5, "loop": "nonsense"},
+        {"decoding": {}, "seed": "nonsense"},
+    ):
+        path.write_text(json.dumps({"options": options}))
+        with pytest.raises(UserError, match=path.name):
+            studio.preset(path.stem)
     path.unlink()
 
 

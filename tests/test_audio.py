@@ -13,6 +13,7 @@ from helpers_data import write_clip
 
 from magnet_train.common.errors import UserError
 from magnet_train.data.audio import duration_s, read_audio, split_mp3, split_ogg
+from magnet_train.data.manifest import find_clips
 
 RATE = 16_000
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
@@ -79,6 +80,39 @@ def test_an_mp3_without_a_count_is_read_to_its_end(mode: str, tmp_path: Path):
     path = clip(tmp_path, ".mp3", 2.0, bitrate_mode=mode)
     path.write_bytes(without_count(path.read_bytes()))
     assert length_s(path) == pytest.approx(2.0, abs=0.15)  # with the encoder's padding
+
+
+@pytest.mark.parametrize(
+    ("suffix", "named"),
+    [(".mp3", ".wav"), (".mp3", ".flac"), (".wav", ".mp3"), (".flac", ".mp3"), (".ogg", ".mp3")],
+)
+def test_the_content_decides_not_the_name(suffix: str, named: str, tmp_path: Path):
+    path = clip(tmp_path, suffix, 2.0)
+    content = path.read_bytes()
+    content = without_count(content) if suffix == ".mp3" else content
+    (tmp_path / f"renamed{named}").write_bytes(content)
+    assert length_s(tmp_path / f"renamed{named}") == pytest.approx(2.0, abs=0.15)
+    tagged = b"ID3\4\0\0\0\0\1\0" + bytes(128) + content
+    if suffix in (".mp3", ".flac"):
+        (tmp_path / f"tagged{named}").write_bytes(tagged)
+        assert length_s(tmp_path / f"tagged{named}") == pytest.approx(2.0, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [
+        (".aifc", {"format": "AIFF"}),
+        (".au", {}),
+        (".caf", {}),
+        (".w64", {}),
+        (".rf64", {"format": "RF64"}),
+        (".wave", {"format": "WAV"}),
+    ],
+)
+def test_formats_that_soundfile_reads_are_found(suffix: str, kind: Any, tmp_path: Path):
+    path = clip(tmp_path, suffix, 1.5, **kind)
+    assert [found.path for found in find_clips(tmp_path)] == [path]
+    assert length_s(path) == pytest.approx(1.5, abs=1 / RATE)
 
 
 def test_an_ogg_that_was_cut_is_called_truncated(tmp_path: Path):
@@ -202,6 +236,20 @@ def test_what_soundfile_cannot_read_goes_through_ffmpeg(
     (tmp_path / f"a{suffix}").write_bytes(b"no audio" * 50)
     with pytest.raises(UserError, match="unreadable by ffmpeg"):
         duration_s(tmp_path / f"a{suffix}")
+
+
+def test_what_ffmpeg_writes_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    program = tmp_path / "bin" / "ffmpeg"
+    source = clip(tmp_path, ".wav")
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nexec /bin/cat {source}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    (tmp_path / "a.m4a").write_bytes(b"x")
+    assert length_s(tmp_path / "a.m4a") == 1.0
+    monkeypatch.setattr("magnet_train.data.audio.MAX_VALUES", RATE // 4)
+    with pytest.raises(UserError, match="more than 4,000 samples; split it"):
+        duration_s(tmp_path / "a.m4a")
 
 
 def test_reasons_send_nobody_the_wrong_way(tmp_path: Path):

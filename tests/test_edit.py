@@ -64,12 +64,15 @@ def test_what_is_refused_is_refused_in_one_line_before_a_model_is_loaded(
         ("at_s,caption\n0,a\n30,b\n", "line 3: at_s=30 is outside"),
         ("at_s,caption\nsoon,a\n", "line 2: at_s must be a number"),
         ("at_s,caption\n", "no prompt"),
+        ('{"at_s": 1%s, "text": "a"}' % ("0" * 400), "line 1: at_s must be a number"),
+        ('{"at_s": 1, "text": ["a"]}', "line 1: text is a list"),
     ],
 )
 def test_a_timeline_that_is_refused(rows, says, tmp_path):
-    (tmp_path / "at.csv").write_text(rows)
+    file = tmp_path / ("at.jsonl" if rows.startswith("{") else "at.csv")
+    file.write_text(rows)
     with pytest.raises(UserError, match=says):
-        read_timeline(tmp_path / "at.csv", 30.0)
+        read_timeline(file, 30.0)
 
 
 def test_a_region_is_regenerated_and_its_json_reproduces_it(recording, tmp_path):

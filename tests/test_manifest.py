@@ -218,9 +218,9 @@ def test_a_row_that_cannot_be_is_an_error_of_its_clip(field: str, value: Any, tm
     [
         ("m.jsonl", '{"path": "a.wav"\n', "line 1: not JSON"),
         ("m.jsonl", '\n{"caption": "x"}\n', "line 2: no path"),
-        ("m.jsonl", "[1]\n", "line 1: is a list"),
+        ("m.jsonl", '{"path": "a"}\n[1]\n', "line 2: is a list"),
         ("m.jsonl", "", "no audio"),
-        ("m.json", '[{"path": "a.wav"}]', "line 1"),
+        ("m.json", '\n[\n  {"path": "a.wav"}]', "a JSON array; write one object per line"),
         ("m.jsonl", '{"path": "a.wav", "text": "x", "Text": "y"}', "two values for 'Text'"),
         ("m.tsv", "\t".join(JAMENDO_COLUMNS) + "\nt\ta\tb\t\t1\n", "line 2: no path"),
         ("m.csv", "path,caption\na.wav,unquoted, comma\n", "line 2: more columns"),

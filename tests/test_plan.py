@@ -51,6 +51,7 @@ def config(**changes: Any) -> Namespace:
         trainer=Namespace(**TRAINER),
         checkpoint=Namespace(monitor=None, dirpath=None),
         generation=Namespace(num_prompts=2, metrics=["fad/codec"], at_start=True),
+        data=Namespace(crop_schedule=None),
         model=Namespace(
             codec="demo",
             crop_s=10.0,
@@ -100,6 +101,7 @@ def test_settings_that_work_are_accepted():
             "schedule=cosine: the run has no end",
         ),
         ({"model__span_len": 10**9}, "span_len=1000000000: longer than an example"),
+        ({"data__crop_schedule": [(5.0, 9), (1e-3, 9)]}, "crop_s=0.001 s are 0 frames.*schedule"),
     ],
 )
 def test_each_setting_that_cannot_work_is_named(changes: dict[str, Any], named: str):
@@ -119,9 +121,16 @@ def test_all_that_is_wrong_is_found():
 
 
 def test_a_monitor_must_be_logged():
-    for monitor in (None, "val/ce", "val/fad/codec", "train/loss", "val/num_clips"):
+    good = (None, "val/ce", "val/ce/stage3", "val/fad/codec", "train/loss", "val/num_clips")
+    for monitor in good:
         check_monitor(config(checkpoint__monitor=monitor))
-    for monitor, prompts in (("val/kl/codec", 2), ("val/fad/codec", 0), ("val/num_clips", 0)):
+    misspelt = ("train/los", "val/cex", "val/ce/stage4", "val/fad/codec_ci", "val/accuracy/")
+    for monitor, prompts in (
+        *((name, 2) for name in misspelt),
+        ("val/kl/codec", 2),
+        ("val/fad/codec", 0),
+        ("val/num_clips", 0),
+    ):
         with pytest.raises(
             UserError, match=f"checkpoint.monitor={monitor}: nothing of that name is logged"
         ) as error:

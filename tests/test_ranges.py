@@ -7,7 +7,8 @@ from typing import Literal
 import pytest
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.ranges import check_values
+from magnet_train.common.ranges import check_types, check_values
+from magnet_train.decoding.decode import DecodingConfig
 
 
 @dataclass
@@ -45,3 +46,38 @@ def test_ends_belong_to_an_interval_or_not(values):
 def test_what_is_outside_is_named(values, message):
     with pytest.raises(UserError, match=message):
         check(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share": "x"}, "share='x' must be float"),
+        ({"share": True}, "share='True' must be float"),
+        ({"seed": 1.5}, "seed='1.5' must be int"),
+        ({"seed": None}, "seed='None' must be int"),
+        ({"weights": 1.0}, "weights='1.0' must be tuple"),
+        ({"weights": ["x"]}, "weights="),
+        ({"kind": 5}, "kind='5' must be"),
+    ],
+)
+def test_other_types_are_named(values, message):
+    check_types(Options(share=1, weights=[1, 2.5]))
+    check_types(Options(share=None))
+    with pytest.raises(UserError, match=message):
+        check_types(Options(**values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"decoding_steps": 20},
+        {"decoding_steps": [2.5]},
+        {"top_k": 1.5},
+        {"negative_prompt": 5},
+        {"anneal_temperature": "no"},
+        {"rescore_stages": 1},
+    ],
+)
+def test_decoding_settings_of_a_file_have_their_types(values):
+    with pytest.raises(UserError, match=next(iter(values))):
+        DecodingConfig.from_dict(values)

@@ -52,6 +52,7 @@ class Access:
         path = self.path(text)
         if not path.is_dir():
             raise UserError(f"{text}: no such folder; give another")
+        self._check_links(path)
         return path
 
     def model(self, text: str) -> str:
@@ -65,6 +66,7 @@ class Access:
         path = self.path(text.removesuffix(RAW))
         if not path.exists():
             raise UserError(f"{text}: no such model; choose one from the list")
+        self._check_links(path)
         return str(path) + (RAW if text.endswith(RAW) else "")
 
     def adapter(self, text: str) -> str:
@@ -77,6 +79,12 @@ class Access:
         if not _is_number(strength):
             folder, colon, strength = text, "", ""
         return f"{self.folder(folder or text)}{colon}{strength}"
+
+    def _check_links(self, folder: Path) -> None:
+        """Raise a UserError if a link in the folder, or in its folders, leads elsewhere."""
+        for entry in (*folder.glob("*"), *folder.glob("*/*")):
+            if entry.is_symlink():
+                self.path(str(entry))
 
     def list_models(self) -> list[str]:
         """The models given at the start, then releases and runs in the allowed folders."""

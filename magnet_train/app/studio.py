@@ -23,6 +23,7 @@ from magnet_train.cli.generate import GenerateOptions, all_prompts, generate_fil
 from magnet_train.cli.output import Chooser, check_model, load_generator, recipe
 from magnet_train.common.errors import UserError, user_error_from
 from magnet_train.common.folders import safe_name, writable_folder, write_json
+from magnet_train.common.ranges import check_types
 from magnet_train.common.yaml_files import read_yaml
 from magnet_train.decoding.decode import DecodingConfig, DecodingStep
 from magnet_train.evaluation.judge import DEFAULT_JUDGE, MUSIC_JUDGES
@@ -37,6 +38,15 @@ POLL_S = 0.25
 """Time between two updates of a running generation, in seconds."""
 JUDGES = (DEFAULT_JUDGE, *(f"music/{name}" for name in MUSIC_JUDGES))
 NO_JUDGE = "none"
+FORM_TYPES: dict[str, Any] = {
+    "prompt": list[str],
+    "lora": list[str],
+    "checkpoint": str,
+    "seed": int,
+    "loop": bool,
+    "duration_s": float | None,
+}
+"""Types of the options of `generate` that the page has fields for."""
 PATHS = ("audio", "continue_from", "prompts_file", "prompts", "reference")
 """Options of `generate` and `edit` that name files."""
 
@@ -443,8 +453,9 @@ def read_options(path: Path) -> dict[str, Any]:
     if not isinstance(options, dict) or not isinstance(options.get("decoding"), dict):
         raise UserError(f"{path.name}: no options in it; give the JSON next to a generated clip")
     try:
+        check_types({k: v for k, v in options.items() if k in FORM_TYPES}, FORM_TYPES)
         DecodingConfig.from_dict(options["decoding"])
-    except TypeError as error:
+    except (TypeError, UserError) as error:
         raise UserError(f"{path.name}: {error}; give the JSON next to a generated clip") from error
     return options
 

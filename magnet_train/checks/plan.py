@@ -5,6 +5,7 @@
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,13 +27,14 @@ from magnet_train.model import MagnetConfig
 from magnet_train.optimizer import OptimizerConfig
 from magnet_train.resume import newest_intact_checkpoint, requeue_count
 from magnet_train.sharding import check_shardable
+from magnet_train.tracking.logged import find as find_logged
 
 T = TypeVar("T")
 
 PRECISIONS = (None, "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
 """Supported names of Lightning's precisions; None is 32-true."""
 MAX_SEED = 2**32 - 1
-"""NumPy's maximum."""
+"""Maximum of NumPy's seeds."""
 
 
 # --- devices --------------------------------------------------------------------------------------
@@ -158,7 +160,7 @@ def check_trainer(config: Any) -> None:
             raise UserError(f"trainer.{name}={value}: must be a number of at least {lowest}")
 
 
-def check_schedule_of_validation(config: Any) -> None:
+def check_validation_schedule(config: Any) -> None:
     trainer = config.trainer
     if not trainer.fast_dev_run:
         check_validation(
@@ -168,17 +170,22 @@ def check_schedule_of_validation(config: Any) -> None:
 
 
 def check_end(config: Any) -> None:
-    """Whether the run has an end, if its learning-rate schedule needs one."""
+    """Whether the number of steps is limited, if the learning-rate schedule needs that."""
     OptimizerConfig(**vars(config.model.optimizer)).warmup_within(num_steps(config.trainer))
 
 
 def check_monitor(config: Any) -> None:
-    """Whether the metric of checkpoint.monitor will be logged by validation."""
+    """Whether the metric of checkpoint.monitor will be logged."""
     monitor = config.checkpoint.monitor
+    if monitor is None:
+        return
     generation = config.generation
     generated = [f"val/{metric}" for metric in generation.metrics] if generation.num_prompts else []
     logged = ("val/ce", "val/accuracy/", "train/", *generated)
-    if monitor is None or monitor.startswith(logged) or (generated and monitor == "val/num_clips"):
+    is_expected = monitor.startswith(logged) or (generated and monitor == "val/num_clips")
+    stage = re.search(r"/stage(\d+)", monitor)
+    has_stage = stage is None or int(stage[1]) < config.model.network.num_codebooks
+    if is_expected and has_stage and find_logged(monitor) is not None:
         return
     more = "" if generation.num_prompts else ", or set --generation.num_prompts above 0"
     choices = ", ".join(("val/ce", *generated))
@@ -199,17 +206,20 @@ def check_network_size(config: Any) -> None:
 
 
 def check_span(config: Any) -> None:
-    """Whether a masked span fits into an example."""
+    """Whether a masked span fits into the shortest example."""
     codec = none_if_missing(lambda: load_codec_facts(config.model.codec))
     if codec is None:  # reported elsewhere
         return
-    num_frames = round(config.model.crop_s * codec.frame_rate)
+    crop_s, name = config.model.crop_s, "--model.crop_s"
+    for length_s, _ in config.data.crop_schedule or []:
+        if length_s < crop_s:
+            crop_s, name = length_s, "crops in --data.crop_schedule"
+    num_frames = round(crop_s * codec.frame_rate)
     longest = max((config.model.span_len, *config.model.more_span_lens))
     if longest > num_frames:
         raise UserError(
-            f"model.span_len={longest}: longer than an example, "
-            f"crop_s={config.model.crop_s:g} s are {num_frames} frames; set a smaller "
-            "--model.span_len or a larger --model.crop_s"
+            f"model.span_len={longest}: longer than an example, crop_s={crop_s:g} s are "
+            f"{num_frames} frames; set a smaller --model.span_len or larger {name}"
         )
 
 
@@ -246,7 +256,7 @@ def check_accelerator(config: Any) -> None:
 SETTINGS_CHECKS: tuple[Callable[[Any], None], ...] = (
     check_seed,
     check_trainer,
-    check_schedule_of_validation,
+    check_validation_schedule,
     check_end,
     check_monitor,
     check_network_size,

@@ -14,9 +14,11 @@ from magnet_train.common.errors import UserError, integer_from_environment
 INTEGER_VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NODEID", "SLURM_RESTART_COUNT"),
-    *("MASTER_PORT", "SLURM_STEP_NUM_TASKS"),
+    *("MASTER_PORT", "SLURM_STEP_NUM_TASKS", "PL_SEED_WORKERS", "PL_GLOBAL_SEED"),
+    *("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"),
 )
-"""Environment variables in which torch and Lightning, some when imported, expect integers."""
+"""Environment variables in which torch, Lightning and huggingface_hub, some when imported, expect
+integers."""
 
 
 def run(verb: str, args: list[str]) -> None:

@@ -198,17 +198,17 @@ def read_timeline(file: Path, total_s: float) -> "list[Cue]":
     Raises:
         UserError: if the file or a row is unreadable, not sorted or beyond `total_s`.
     """
-    from magnet_train.data.manifest import CAPTION_FIELDS, is_manifest, read_rows
+    from magnet_train.data.manifest import is_manifest, read_rows, split_caption
 
     if not is_manifest(file):
         raise UserError(f"--prompts {file}: give a CSV or JSONL file with at_s and caption")
     cues: list[Cue] = []
     for line, row in read_rows(file):
         where = f"--prompts {file}, line {line}"
-        caption = next((str(row[name]) for name in CAPTION_FIELDS if row.get(name)), "")
+        caption, others = split_caption(row, where)
         try:
-            at_s = float(row.get("at_s", "missing"))
-        except (TypeError, ValueError) as error:
+            at_s = float(others.get("at_s", "missing"))
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{where}: at_s must be a number of seconds") from error
         if not 0 <= at_s < total_s:
             raise UserError(f"{where}: at_s={at_s:g} is outside the result of {total_s:.3f} s")

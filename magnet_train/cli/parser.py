@@ -41,7 +41,7 @@ Defaults = Callable[[Namespace], dict[str, Any]]
 
 
 class ConfigFile(ActionConfigFile):
-    """`--config`: a YAML file, YAML text, or the name of a shipped configuration; repeatable."""
+    """`--config`: a YAML file, YAML text, or the name of a bundled configuration; repeatable."""
 
     def __call__(
         self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
@@ -50,10 +50,10 @@ class ConfigFile(ActionConfigFile):
 
 
 def config_help(with_names: bool = False) -> str:
-    """Help text of `--config`; `with_names` lists the shipped configurations."""
+    """Help text of `--config`; `with_names` lists the bundled configurations."""
     names = f": {', '.join(shipped_configurations())}" if with_names else ""
     return (
-        "YAML file with any of these options; repeatable, later files and flags win. Shipped "
+        "YAML file with any of these options; repeatable, later files and flags win. Bundled "
         f"configurations are found by name{names}."
     )
 
@@ -62,7 +62,7 @@ def find_config(text: str) -> str:
     """The path or YAML text that `--config` names.
 
     Args:
-        text: a path, the name of a shipped configuration (`demo.yaml`, `conf/demo.yaml`), or YAML;
+        text: a path, the name of a bundled configuration (`demo.yaml`, `conf/demo.yaml`), or YAML;
             of the JSON next to a generated clip, its options.
 
     Raises:

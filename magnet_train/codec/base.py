@@ -9,6 +9,7 @@ implementation by the `model_type` in config.json.
 import hashlib
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -270,7 +271,8 @@ def split_name(name: str) -> tuple[str, int | None]:
     if not Path(name).expanduser().exists():
         name = name.removesuffix(STEREO)
     base, at, first = name.rpartition("@")
-    if not at or not first.isdigit() or Path(name).expanduser().exists():
+    is_number = re.fullmatch("[0-9]{1,9}", first) is not None
+    if not at or not is_number or Path(name).expanduser().exists():
         return name, None
     return base, int(first)
 

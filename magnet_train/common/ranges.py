@@ -3,7 +3,8 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from magnet_train.common.errors import UserError
 
@@ -38,6 +39,37 @@ def check_values(settings: Any, prefix: str = "", **intervals: str) -> None:
         if get_origin(hint) is Literal and values[name] not in get_args(hint):
             known = " or ".join(map(str, get_args(hint)))
             raise UserError(f"{prefix}{name}={values[name]} must be {known}")
+
+
+def check_types(settings: Any, hints: Mapping[str, Any] | None = None) -> None:
+    """Check the types of settings from an untrusted file; a list counts as a tuple.
+
+    Args:
+        settings: a dataclass, or a mapping.
+        hints: types by name (default: those of the dataclass).
+
+    Raises:
+        UserError: for the first value of another type.
+
+    >>> check_types({"seed": 5, "lora": ["a"]}, {"seed": int, "lora": list[str]})
+    """
+    values = settings if isinstance(settings, Mapping) else vars(settings)
+    hints = get_type_hints(type(settings)) if hints is None else hints
+    for name, value in values.items():
+        if not _has_type(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", hints[name])
+            raise UserError(f"{name}={str(value)[:80]!r} must be {wanted}")
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    kinds = get_args(hint)
+    if get_origin(hint) in (tuple, list):
+        return isinstance(value, tuple | list) and all(_has_type(v, kinds[0]) for v in value)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_has_type(value, kind) for kind in kinds)
+    if get_origin(hint) is Literal:
+        return value in kinds
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def _parts(interval: str) -> tuple[bool, float, float, bool, str]:

@@ -82,8 +82,7 @@ def safetensors_shapes(path: Path, remedy: str) -> Shapes:
 
     shapes = {}
     try:
-        if not path.is_file():  # opening a named pipe would block
-            raise FileNotFoundError("no such file")
+        _require_file(path)
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118, it is no mapping
                 part = file.get_slice(name)
@@ -136,6 +135,7 @@ def read_safetensors(path: Path, remedy: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        _require_file(path)
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: missing or damaged ({one_line(error)}); {remedy}") from error
@@ -182,10 +182,15 @@ def write_safetensors(
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, 64 hex digits."""
-    if not path.is_file():  # opening a named pipe would block
-        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+    _require_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require_file(path: Path) -> None:
+    """Raise FileNotFoundError unless it is a regular file: opening a named pipe would block."""
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
 
 
 def check_numbers(tensors: Mapping[str, Tensor], source: Path) -> None:

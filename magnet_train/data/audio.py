@@ -22,8 +22,10 @@ import soxr
 
 from magnet_train.common.errors import UserError
 
-SOUNDFILE_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus", ".aiff", ".aif")
-FFMPEG_SUFFIXES = (".m4a", ".m4b", ".aac", ".wma", ".ape", ".wv", ".webm", ".ac3", ".amr")
+SOUNDFILE_SUFFIXES = (".wav", ".wave", ".flac", ".ogg", ".oga", ".mp3", ".opus", ".aiff", ".aif")
+SOUNDFILE_SUFFIXES += (".aifc", ".au", ".caf", ".w64", ".rf64")
+FFMPEG_SUFFIXES = (".m4a", ".m4b", ".mp4", ".aac", ".wma", ".ape", ".wv", ".mka", ".webm", ".ac3")
+FFMPEG_SUFFIXES += (".amr",)
 SUFFIXES = SOUNDFILE_SUFFIXES + FFMPEG_SUFFIXES
 MIN_RATE, MAX_RATE = 1_000, 768_000
 """Supported sample rates, in Hz."""
@@ -40,6 +42,8 @@ FFMPEG_FORMATS = "mov,matroska,aac,loas,asf,ape,wv,ac3,eac3,amr,flac,wav,ogg,mp3
 """Formats that ffmpeg may find in a file; others, such as playlists, name further files."""
 SIZE_TOLERANCE = 8
 """Bytes by which programs miscount the size of a WAV (its header, or a missing pad byte)."""
+OTHER_MAGIC = (b"OggS", b"RIFF", b"RF64", b"FORM", b"fLaC")
+"""First bytes of formats that are not MP3."""
 ONE_BY_ONE = (1, 3, 6, 7, 0xFFFE)
 """WAV codings (PCM, float, A-law, mu-law) whose samples are coded one by one; in a block of the
 other codings, one missing byte damages hundreds of samples."""
@@ -195,13 +199,12 @@ def _decoded_length(path: Path) -> tuple[int, int]:
 def _decode_by_soundfile(path: Path) -> tuple[np.ndarray, int]:
     with path.open("rb") as file:
         head = file.read(4)
-    is_read_whole = head.startswith(b"OggS") or path.suffix.lower() == ".mp3"
-    if is_read_whole and path.stat().st_size > MAX_BYTES:
+    is_ogg, is_mp3 = head == b"OggS", _is_mp3(path)
+    if (is_ogg or is_mp3) and path.stat().st_size > MAX_BYTES:
         raise UserError(f"{path}: more than {MAX_BYTES:,} bytes; split it")
-    if head.startswith(b"OggS"):
-        content = path.read_bytes()
-        parts = [_read(io.BytesIO(part), path) for part in split_ogg(content, path)]
-    elif path.suffix.lower() == ".mp3":
+    if is_ogg:
+        parts = [_read(io.BytesIO(part), path) for part in split_ogg(path.read_bytes(), path)]
+    elif is_mp3:
         parts = [_read_mp3(part, path) for part in split_mp3(path.read_bytes())]
     elif head.startswith((b"RIFF", b"RF64", b"FORM")):
         with _open_with_sizes(path) as file:
@@ -236,6 +239,18 @@ def _read(file: BinaryIO | int, path: Path, is_stream: bool = False) -> tuple[np
             f"{path}: truncated after {len(wav)} of {promised} samples; copy it again or remove it"
         )
     return wav, rate
+
+
+def _is_mp3(path: Path) -> bool:
+    """Whether a file is an MP3, by its content; .mp3 files may have other bytes in front."""
+    with path.open("rb") as file:
+        head = file.read(10)
+        if head.startswith(b"ID3") and len(head) == 10:
+            a, b, c, d = head[6:]  # seven bits each
+            file.seek(10 + (a << 21 | b << 14 | c << 7 | d))
+            return not file.read(4).startswith(OTHER_MAGIC)
+    is_frame = len(head) == 10 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2
+    return is_frame or (path.suffix.lower() == ".mp3" and not head.startswith(OTHER_MAGIC))
 
 
 _XING = re.compile(rb"Xing|Info|VBRI")

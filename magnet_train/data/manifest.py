@@ -34,7 +34,7 @@ JAMENDO_COLUMNS = ("TRACK_ID", "ARTIST_ID", "ALBUM_ID", "path", "duration", "TAG
 """Columns of MTG-Jamendo's metadata; each tag has its own column, CATEGORY---NAME."""
 JAMENDO_FIELDS = {"genre": "genre", "instrument": "instrument", "mood/theme": "moods"}
 """Fields for the tags of a category, with the names of audiocraft's music manifests."""
-MISSING_WORDS = ("", "nan", "none", "null", "<na>")
+MISSING_WORDS = ("", "nan", "none", "null", "<na>", "n/a", "#n/a")
 """Texts, in lower case, that programs write for missing values."""
 MAX_SIDECAR_BYTES = 1 << 20
 MAX_MANIFEST_BYTES = 1 << 30
@@ -132,7 +132,7 @@ def read_prompts(file: Path) -> list[str]:
     if is_manifest(file):
         captions = []
         for line, row in read_rows(file):
-            caption = _split_caption(row, f"{file}, line {line}")[0]
+            caption = split_caption(row, f"{file}, line {line}")[0]
             if not caption:
                 raise UserError(
                     f"{file}, line {line}: no caption; give one of {', '.join(CAPTION_FIELDS)}"
@@ -195,13 +195,13 @@ class _Sidecars:
 
 
 def _read_json_sidecar(file: Path) -> tuple[str, dict[str, Any]]:
-    return _split_caption(_parse_json(_read_text(file, MAX_SIDECAR_BYTES), str(file)), str(file))
+    return split_caption(_parse_json(_read_text(file, MAX_SIDECAR_BYTES), str(file)), str(file))
 
 
-def _split_caption(row: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+def split_caption(row: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
     """Caption and all other fields with a value.
 
-    >>> _split_caption({"caption": None, "text": "a slow\\n waltz", "key": "A", "bpm": "nan"}, "")
+    >>> split_caption({"caption": None, "text": "a slow\\n waltz", "key": "A", "bpm": "nan"}, "")
     ('a slow waltz', {'music_key': 'A'})
     """
     try:
@@ -335,6 +335,8 @@ def read_rows(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if kind in (".csv", ".tsv"):
         yield from _read_table(text, manifest, "\t" if kind == ".tsv" else ",")
         return
+    if text.lstrip().startswith("["):
+        raise UserError(f"{manifest}: a JSON array; write one object per line (JSONL)")
     lines = text.split("\n")  # splitlines would split at U+2028, which JSON strings may contain
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -411,7 +413,7 @@ def _clip_from_row(row: dict[str, Any], manifest: Path, line: int, sidecars: _Si
     try:
         if not _can_be_a_path(name):
             raise UserError(f"{where}: {printable!r} cannot be the path of a file")
-        caption, fields = _split_caption(row, where)
+        caption, fields = split_caption(row, where)
         offset_s, duration_s = _pop_segment(fields, where)
         if not caption:
             caption, beside = sidecars.read(path)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.randomness import generator_for
-from magnet_train.common.ranges import check_values, per_codebook
+from magnet_train.common.ranges import check_types, check_values, per_codebook
 from magnet_train.decoding import audiocraft_compat
 from magnet_train.decoding.remask import remask_grid, remask_sliding
 from magnet_train.decoding.rescoring import Reading, mixed_certainty
@@ -159,13 +159,19 @@ class DecodingConfig:
         """From JSON or YAML, where tuples are lists.
 
         Ignores `cache_frames` of models saved before reuse between steps was exact.
+
+        Raises:
+            UserError: if a value is of another type or out of range.
+            TypeError: if a name is unknown.
         """
         settings: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v
             for k, v in values.items()
             if k != "cache_frames"
         }
-        return cls(**settings)
+        config = cls(**settings)
+        check_types(config)
+        return config
 
     def rescores(self, stage: int) -> bool:
         """Whether the rescorer is used in this stage."""

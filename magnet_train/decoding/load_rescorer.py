@@ -79,7 +79,7 @@ def musicgen_config(name: str) -> dict[str, Any] | None:
         file = path / "config.json"
         if not path.exists() and name.count("/") == 1:
             file = Path(str(cached_file(name, "config.json")))
-        if file.stat().st_size > MAX_CONFIG_BYTES:
+        if not file.is_file() or file.stat().st_size > MAX_CONFIG_BYTES:
             return None
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # reported when it is opened as a release
