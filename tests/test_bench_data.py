@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_data import make_data_codec
+from helpers_programs import program
 
 from magnet_train.checks import bench_data
 from magnet_train.checks.measure import BenchOptions, row
@@ -86,10 +87,14 @@ def test_the_model_is_the_published_one_at_half_its_width(tmp_path: Path):
     assert 10e6 < sum(t.numel() for t in codec.state_dict().values()) < 20e6  # of 57e6
 
 
-@pytest.mark.slow
-def test_start(python: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "executable", python)
+def test_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a program that only notes its arguments."""
+    program(tmp_path / "python", f'echo "$@" >> {tmp_path / "called"}')
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     plain, fit = bench_data.start(OPTIONS, 1.0)
-    assert plain.name == "start, --help"
-    assert fit.name == "start, fit --help"
-    assert plain.median_s < fit.median_s
+    assert (plain.name, fit.name) == ("start, --help", "start, fit --help")
+    assert min(plain.median_s, fit.median_s) > 0
+    assert {*(tmp_path / "called").read_text().splitlines()} == {
+        "-m magnet_train --help",
+        "-m magnet_train fit --help",
+    }

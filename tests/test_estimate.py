@@ -32,7 +32,7 @@ def test_parameters_are_counted_without_the_network(config):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize(("config", "batch_size", "num_frames"), [(SMALL, 3, 500), (WIDE, 1, 1500)])
 def test_activations_are_within_a_fifth_of_what_the_allocator_counts(
-    config, batch_size, num_frames, precision, stage, capsys
+    config, batch_size, num_frames, precision, stage
 ):
     num_predicted = round(estimate.MEAN_MASK_RATE * num_frames)
     half = precision.startswith("bf16")
@@ -43,14 +43,10 @@ def test_activations_are_within_a_fifth_of_what_the_allocator_counts(
     # Autocast's copies.
     measured = peak_mb(lambda: step(stage), "cpu") - (weights / 2e6 if half else 0)
     calculated = estimate.activation_bytes(config, batch_size, num_frames, precision) / 1e6
-    with capsys.disabled():
-        case = f"{config.dim} x {config.num_layers}, {precision}, stage {stage}"
-        print(f"\n{case}: {calculated:.0f} MB calculated, ", end="")
-        print(f"{measured:.0f} MB measured", end="")
     assert 0.8 * measured < calculated < 1.2 * measured
 
 
-def test_estimated_training_memory_is_within_a_fifth_of_the_allocators(capsys):
+def test_estimated_training_memory_is_within_a_fifth_of_the_allocators():
     """Memory of network, average, AdamW and three steps of 4 examples."""
 
     def train() -> None:
@@ -75,11 +71,6 @@ def test_estimated_training_memory_is_within_a_fifth_of_the_allocators(capsys):
 
     measured = peak_mb(train, "cpu")
     calculated = memory(WIDE, 4, 400, "32-true").total / 1e6
-    with capsys.disabled():
-        print(
-            f"\na whole training: {calculated:.0f} MB calculated, {measured:.0f} MB measured",
-            end="",
-        )
     assert 0.8 * measured < calculated < 1.2 * measured
 
 

@@ -13,7 +13,7 @@ from helpers_programs import LONGEST_S
 def test_nothing_is_lost(python: str):
     script = Path(__file__).parents[1] / "benchmarks" / "faults.py"
     environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
-    faults = ["disk", "rank_dies", "rank_hangs", "outage", "preempted"]
+    faults = ["rank_hangs", "outage", "preempted"]
     done = subprocess.run(
         [python, script, "--only", *faults],
         env=environment,
@@ -26,6 +26,5 @@ def test_nothing_is_lost(python: str):
         line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")
     ]
     assert [lost for _, _, lost in rows] == ["nothing"] * len(faults)
-    assert "the disk is full; free some space" in rows[0][1]
     # The stopped rank, or the waiting rank.
-    assert re.search(r"rank [01], after step \d+: .* usually", rows[2][1])
+    assert re.search(r"rank [01], after step \d+: .* usually", rows[0][1])

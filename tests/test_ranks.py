@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -62,56 +63,43 @@ def test_memory_is_that_of_the_rank_that_has_most(data: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "where", "rank"),
+    ("strategy", "fault", "step"),
     [
-        ("ddp", "stop_at", 0),
-        ("fsdp2", "stop_at", 1),
-        ("ddp", "stop_in_validation", 1),
-        ("fsdp2", "stop_in_validation", 0),
+        ("fsdp2", {"stop_at": 3, "stop_rank": 1}, 3),
+        ("ddp", {"stop_in_validation": 3, "stop_rank": 1}, 2),  # step 3 is saved after it
+        ("ddp", {"signal_at": 3, "signal": int(signal.SIGKILL)}, 3),
     ],
+    ids=["raises", "raises in a validation", "killed"],
 )
-def test_a_rank_that_raises_ends_all(
-    strategy: str, where: str, rank: int, data: Path, tmp_path: Path
+def test_a_rank_that_fails_ends_all(
+    strategy: str, fault: dict[str, int], step: int, data: Path, tmp_path: Path
 ):
     """Even without a launcher that kills the other; the last checkpoint remains."""
     options = (f"--trainer.strategy={strategy}", "--trainer.val_check_interval=3")
-    given = arguments(data, tmp_path / "run", *options, **{where: 3}, stop_rank=rank)
-    statuses, text = fit_on_ranks(2, given, tmp_path / "log")
-    assert 0 not in statuses and text.count("RuntimeError: as planned") == 1
-    # Stopped at batch 3, the validation of step 3 has been saved; otherwise the step before.
-    assert outcome(tmp_path / "run")["step"] == (3 if where == "stop_at" else 2)
-
-
-def environment(**more: str) -> dict[str, str]:
-    tests = Path(__file__).parent
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])} | more
-
-
-def is_one_run(run: Path) -> bool:
-    """Check for one run of two ranks, 4 steps and a validation."""
-    assert validated(run) == {"item0000": 1, "item0001": 1}
-    assert sorted(ledger(run)) == [(batch, rank) for batch in range(4) for rank in range(2)]
-    assert outcome(run)["step"] == 4 and (run / "summary.json").is_file()
-    assert [p.name for p in run.parent.iterdir() if p.is_dir()] == ["run"]
-    return True
-
-
-LAUNCHED = ("--trainer.devices=2", "--trainer.max_steps=4", "--trainer.val_check_interval=4")
+    statuses, text = fit_on_ranks(
+        2, arguments(data, tmp_path / "run", *options, **fault), tmp_path / "log"
+    )
+    assert 0 not in statuses
+    assert text.count("RuntimeError: as planned") == ("stop_rank" in fault)
+    assert outcome(tmp_path / "run")["step"] == step
 
 
 @pytest.mark.slow
 def test_torchrun_launches_it(data: Path, tmp_path: Path):
-    command = [
-        sys.executable,
-        *f"-m torch.distributed.run --nproc_per_node=2 --master_port={free_port()}".split(),
-    ]
-    command += [
-        "-m",
-        "magnet_train",
-        *arguments(data, tmp_path / "run", "--trainer.strategy=fsdp2", *LAUNCHED),
-    ]
+    run, tests = tmp_path / "run", Path(__file__).parent
+    launched = ("--trainer.devices=2", "--trainer.max_steps=4", "--trainer.val_check_interval=4")
+    torchrun = f"-m torch.distributed.run --nproc_per_node=2 --master_port={free_port()}".split()
+    fit = arguments(data, run, "--trainer.strategy=fsdp2", *launched)
     done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=LONGEST_S, cwd=tmp_path
+        [sys.executable, *torchrun, "-m", "magnet_train", *fit],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
+        capture_output=True,
+        text=True,
+        timeout=LONGEST_S,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert is_one_run(tmp_path / "run")
+    assert validated(run) == {"item0000": 1, "item0001": 1}
+    assert sorted(ledger(run)) == [(batch, rank) for batch in range(4) for rank in range(2)]
+    assert outcome(run)["step"] == 4 and (run / "summary.json").is_file()
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["run"]

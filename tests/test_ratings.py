@@ -15,8 +15,6 @@ from helpers_listening import (
     write_ratings,
     write_systems,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from magnet_train.common.errors import UserError
 from magnet_train.evaluation.ratings import RaterFilter, analyse_ratings
@@ -168,52 +166,6 @@ def test_a_wrong_key_is_named(tmp_path, study, key):
     assert "k.json: not the key of a listening test" in analysis_refused([ann], tmp_path / "k.json")
     assert "ann.csv: not JSON" in analysis_refused([ann], ann)
     assert "gone.json: no such file" in analysis_refused([ann], tmp_path / "gone.json")
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda x: st.lists(x) | st.dictionaries(st.text(), x),
-    max_leaves=5,
-)
-
-
-def analysed_or_refused(files: list[Path], key: Path) -> None:
-    try:
-        analyse_ratings(files, key, num_draws=10)
-    except UserError as error:
-        assert "\n" not in str(error)
-
-
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_any_content_of_the_key_gives_one_line(data, tmp_path, study, key):
-    """Any value in the key is replaced by arbitrary JSON."""
-    changed = json.loads(json.dumps(key))
-    clip = data.draw(st.sampled_from(sorted(changed["clips"])))
-    place = data.draw(st.sampled_from([changed, changed["clips"], changed["clips"][clip]]))
-    place[data.draw(st.sampled_from(sorted(place)))] = data.draw(JSON)
-    file = tmp_path / "key.json"
-    file.write_text(json.dumps(changed))
-    ann = tmp_path / "ann.csv"
-    if not ann.exists():
-        write_csv(ann, ratings(key, "Ann", OPINION))
-    analysed_or_refused([ann], file)
-
-
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(content=st.binary() | st.text().map(str.encode))
-def test_any_bytes_give_one_line(content: bytes, tmp_path, study, key):
-    file = tmp_path / "file"
-    file.write_bytes(content)
-    for arguments in (([file], study.key), ([tmp_path / "ann.csv"], file)):
-        if not (tmp_path / "ann.csv").exists():
-            write_csv(tmp_path / "ann.csv", ratings(key, "Ann", OPINION))
-        with pytest.raises(UserError):
-            analyse_ratings(*arguments)
 
 
 def test_a_deeply_nested_key_and_a_number_of_many_digits_are_named(tmp_path, study, key):
