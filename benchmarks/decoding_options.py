@@ -1,23 +1,30 @@
 """What each decoding option is worth on one model, against row passes per clip.
 
     python benchmarks/decoding_options.py --groups order guidance steps rescoring --clips 104
+    python benchmarks/decoding_options.py --groups distilled --teacher RELEASE --distilled RUN
 
 Writes benchmarks/records/decoding_options.json and .md, and docs/decoding_options.png. Every
-setting decodes the same validation captions with the same seeds, so differences from the model's
-own settings are paired by clip; p-values have Holm's correction over a group. A row pass is one
+setting decodes the same validation captions with the same seeds, so differences from the first row
+of a table are paired by clip; p-values have Holm's correction over a group. A row pass is one
 pass of the network over all frames of one clip: a unit that no machine changes. Frames that exact
 reuse skips are not counted; those of the rescorer are. Finished settings
 are kept, and a second run goes on behind them.
+
+The group `distilled` compares a run of `fit --model.distil_guidance true` with guidance from 3 to
+1, and writes the divergence of its logits from the guided ones. Its teacher is the checkpoint as a
+release whose config.json says max_cfg_coef 3.
 """
 
 import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -28,6 +35,8 @@ from magnet_train.common.folders import write_json
 from magnet_train.common.tables import markdown_table
 from magnet_train.data.pipeline import EvaluationDataset
 from magnet_train.data.shards import ShardSet
+from magnet_train.decoding import decode
+from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.evaluation.differences import paired_differences
 from magnet_train.evaluation.judge import best_of, load_judge
 from magnet_train.evaluation.scorer import (
@@ -39,10 +48,13 @@ from magnet_train.evaluation.scorer import (
     score_clips,
 )
 from magnet_train.generator import Generator, load
+from magnet_train.loss import MaskedLoss
 from magnet_train.metrics.embedders import load_embedder
+from magnet_train.metrics.fixed_masks import MASK_RATES, fixed_span_mask
 from magnet_train.metrics.reference import ReferenceStatistics
 from magnet_train.metrics.scoring import FeatureSet
 from magnet_train.model import Magnet
+from magnet_train.module import MagnetModule
 from magnet_train.release import SavedModel
 
 ROOT = Path(__file__).parents[1]
@@ -99,15 +111,26 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "rescored, weight 0.7": rescored(0.7, rescorer="RESCORER"),
         "rescored, weight 1": rescored(1.0, rescorer="RESCORER"),
     },
+    "mixture": {"sampled from the mixture with the rescorer, weight 0.5": {"mixture": 0.5}},
+    "distilled": {
+        "guidance 3 to 1": guided(3.0, 1.0),
+        "no guidance": guided(1.0, 1.0),
+        "distilled from 3 to 1, no guidance": {"distilled": True, **guided(1.0, 1.0)},
+    },
 }
 """Settings that differ from the model's own, by group and name."""
+WITH_BASELINE = ("distilled",)
+"""Groups whose first setting is what the others are compared with, instead of the model's own."""
 
 
 class Bench:
     """A generator that counts row passes, the captions, and the features of their real clips."""
 
-    def __init__(self, generator: Generator, clips: int, batch: int, rescorer: str) -> None:
+    def __init__(
+        self, generator: Generator, clips: int, batch: int, rescorer: str, distilled: str | None
+    ) -> None:
         self.generator, self.batch, self.rescorer = generator, batch, rescorer
+        self.distilled = distilled
         self.embedders = [load_embedder("musicnn"), load_embedder("music")]
         self.captions: dict[str, str] = {}
         real = FeatureSet(self.embedders[0])
@@ -137,16 +160,23 @@ class Bench:
             block.ffn_in.register_forward_hook(count)
 
     def decode(self, settings: dict[str, Any], seed: int = 0) -> list[AudioClip]:
-        if settings.get("rescorer"):
-            settings = settings | {"rescorer": self.rescorer}
-            rescorer = self.generator._rescorer(self.rescorer)
+        settings, generator = dict(settings), self.generator
+        mixture = settings.pop("mixture", None)
+        if settings.pop("distilled", False):
+            generator = load(str(self.distilled), dtype=torch.bfloat16)
+            self._count(generator.network)
+        if settings.get("rescorer") or mixture:
+            rescorer = generator._rescorer(self.rescorer)
             if self.rescorer not in self._counted:
                 self._count(rescorer.network)  # type: ignore[attr-defined]
             self._counted.add(self.rescorer)
+        if settings.get("rescorer"):
+            settings["rescorer"] = self.rescorer
         decoding = replace(self.generator.decoding, **settings)
-        made = self.generator.decode_items(self.captions, self.batch, seed, decoding)
-        total = len(self.captions)
-        return list(tqdm(decoded_clips(made), total=total, unit="clip", leave=False))
+        with sampling_from_mixture(generator, rescorer, mixture) if mixture else nullcontext():
+            made = generator.decode_items(self.captions, self.batch, seed, decoding)
+            total = len(self.captions)
+            return list(tqdm(decoded_clips(made), total=total, unit="clip", leave=False))
 
     def best(self, count: int) -> list[AudioClip]:
         judge = load_judge("text/musicnn", None, "cpu")
@@ -177,8 +207,57 @@ class Bench:
         return by_system
 
 
+@contextmanager
+def sampling_from_mixture(generator: Generator, rescorer: Any, weight: float) -> Iterator[None]:
+    """Sample from the mixture with a rescorer (Eq. 5), instead of ranking spans with it (Fig. 4).
+
+    For a rescorer that does not look at the sampled codes, a MAGNeT, and temperature 1.
+    """
+    networks, logits = generator._networks, decode.guided_logits
+
+    def with_rescorer(prompts: list[str], config: DecodingConfig) -> decode.Networks:
+        return networks(prompts, config)._replace(rescorer=rescorer.reading(prompts))
+
+    def mixed(passes: Any, codes: Tensor, stage: int, *rest: Any) -> Tensor:
+        masked = codes[:, stage] == generator.codec.facts.codebook_size
+        ours, theirs = logits(passes, codes, stage, *rest), passes.rescorer(codes, masked, stage)
+        ours, theirs = ours.float().softmax(-1), theirs.float().softmax(-1)
+        return ((1 - weight) * ours + weight * theirs).log()
+
+    patches = patch.object(generator, "_networks", with_rescorer)
+    with patches, patch.object(decode, "guided_logits", mixed):
+        yield
+
+
+@torch.no_grad()
+def divergences(teacher: str, distilled: str, clips: int) -> dict[str, list[float]]:
+    """KL of a single pass from the teacher's guided logits, in nats by stage: of the teacher's own
+    pass, and of the distilled network's. On validation clips with the masks of validation.
+    """
+    saved = SavedModel.open(teacher)
+    module = MagnetModule(
+        saved.network, crop_s=saved.crop_s, init_from=teacher, distil_guidance=True
+    )
+    module.setup("fit")
+    shards, frames = ShardSet.open(demo_path("shards/validation")), round(saved.crop_s * 25)
+    batches = [b for b in EvaluationDataset(shards, frames, 8) if b["valid"].all()][: clips // 8]
+    found = {}
+    for name, weights in ("no guidance", saved), ("distilled", SavedModel.open(distilled)):
+        module.network.load_state_dict(weights.weights())
+        found[name] = []
+        for stage in range(saved.network.num_codebooks):
+            losses = []
+            for batch in batches:
+                masks = [fixed_span_mask(key, stage, frames, 1) for key in batch["keys"]]
+                masked = torch.stack([mask for mask, _ in masks])
+                rates = torch.tensor([MASK_RATES[rate] for _, rate in masks])
+                losses.append(module.distilled_loss(batch, batch["captions"], stage, masked, rates))
+            found[name].append(MaskedLoss.concatenate(losses).mean().item())
+    return found
+
+
 def rows_of(group: str, rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Lines of the table: `*` marks a difference from the model's own settings, p < 0.05."""
+    """Lines of the table: `*` marks a difference from the first row, p < 0.05."""
 
     def cell(row: dict[str, Any], metric: str) -> str:
         figure = row["figures"].get(metric)
@@ -192,7 +271,8 @@ def rows_of(group: str, rows: list[dict[str, Any]]) -> list[list[str]]:
         star = " *" if difference["significant"] else ""
         return f"{text} ({low:+.2g} to {high:+.2g}){star}"
 
-    chosen = [row for row in rows if row["group"] in ("", group)]
+    first = () if group in WITH_BASELINE else ("",)
+    chosen = [row for row in rows if row["group"] in (*first, group)]
     return [
         [row["name"], f"{row['row_passes']:.0f}", *(cell(row, m) for m in METRICS)]
         for row in chosen
@@ -205,7 +285,7 @@ def write(record: dict[str, Any]) -> None:
     lines = ["# Decoding options", "", "Written by `benchmarks/decoding_options.py`.", ""]
     lines += [". ".join(f"{k}: {v}" for k, v in about.items()) + ".", ""]
     lines += [
-        "In brackets: 95 % interval of the difference from the model's own settings, paired by "
+        "In brackets: 95 % interval of the difference from the first row, paired by "
         "clip. \\*: p < 0.05 after Holm's correction over the group.",
     ]
     for group in dict.fromkeys(row["group"] for row in record["rows"] if row["group"]):
@@ -245,22 +325,34 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def main() -> None:
+def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--groups", nargs="+", choices=[*GROUPS, "best"], default=list(GROUPS))
+    groups = [*GROUPS, "best"]
+    default = [group for group in groups if group != "distilled"]
+    parser.add_argument("--groups", nargs="+", choices=groups, default=default)
     parser.add_argument("--checkpoint", default="demo")
     parser.add_argument("--rescorer", help="Model that rescores (default: the checkpoint itself).")
+    parser.add_argument("--distilled", help="Run with distilled guidance.")
+    parser.add_argument("--teacher", help="Release that it was distilled from.")
     parser.add_argument("--clips", type=int, default=104)
     parser.add_argument("--best_of", type=int, default=4)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--work", type=Path, required=True, help="Folder of finished settings.")
     args = parser.parse_args()
+    if ("distilled" in args.groups) != (args.distilled is not None):
+        parser.error("--groups distilled needs --teacher and --distilled")
+    return args
+
+
+def main() -> None:
+    args = parsed_arguments()
     torch.set_num_threads(1)
     saved = SavedModel.open(args.checkpoint)
     generator = load(args.checkpoint, dtype=torch.bfloat16)
-    bench = Bench(generator, args.clips, args.batch, args.rescorer or args.checkpoint)
+    rescorer = args.rescorer or args.checkpoint
+    bench = Bench(generator, args.clips, args.batch, rescorer, args.distilled)
     about = {
         "weights": f"{Path(args.checkpoint).name}, step {saved.provenance.get('step')}, "
         f"SHA-256 {str(saved.sha256)[:16]}",
@@ -270,7 +362,12 @@ def main() -> None:
     file = RECORDS / "decoding_options.json"
     rows: list[dict[str, Any]] = []
     if file.is_file():
-        rows = [r for r in json.loads(file.read_text())["rows"] if r["group"] not in args.groups]
+        before = json.loads(file.read_text())
+        rows = [r for r in before["rows"] if r["group"] not in args.groups]
+        about |= {k: v for k, v in before.items() if k.startswith("KL")}
+    if args.distilled is not None:
+        name = "KL from guided logits, nats by stage"
+        about[name] = divergences(args.teacher, args.distilled, args.clips)
     args.work.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Features] = {}
 
@@ -292,7 +389,8 @@ def main() -> None:
     run("", OWN, lambda: bench.decode({}))
     rows.insert(0, rows.pop())
     for group in args.groups:
-        kept = {OWN: kept[OWN]}
+        own = {OWN: kept[OWN]}
+        kept = {} if group in WITH_BASELINE else dict(own)
         first = len(rows)
         if group == "best":
             run(group, f"best of {args.best_of}", lambda: bench.best(args.best_of))
@@ -300,7 +398,8 @@ def main() -> None:
             run(group, name, lambda settings=settings: bench.decode(settings))
         found = bench.differences(kept)
         for row in rows[first:]:
-            row["differences"] = found[row["name"]]
+            row["differences"] = found.get(row["name"], {})
+        kept |= own
         write(about | {"rows": rows})
     print((RECORDS / "decoding_options.md").read_text())
 

@@ -169,6 +169,10 @@ def _open_release(folder: Path) -> SavedModel:
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
         config = json.loads(file.read_text(encoding="utf-8"))
+        if str(config.get("model_type")).startswith("musicgen"):
+            raise UserError(
+                f"a MusicGen; convert it first: magnet_train convert {folder} --out OUT"
+            )
         if config["format"] != RELEASE_FORMAT:
             raise UserError(
                 f"format {config['format']}, this version reads {RELEASE_FORMAT}; update it"

@@ -12,7 +12,7 @@ from magnet_train.decoding.autoregressive import (
     autoregressive_noise,
     decode_autoregressively,
 )
-from magnet_train.decoding.decode import DecodingConfig
+from magnet_train.decoding.decode import DecodingConfig, Networks, decode, item_noise
 from magnet_train.decoding.rescoring import HybridRescorer
 from magnet_train.dense import dense_delayed_logits
 from magnet_train.generator import Generator
@@ -284,8 +284,24 @@ def test_a_hybrid_starts_autoregressively_and_continues_in_parallel(hybrid):
     assert torch.equal(alone.codes[0, :, :10], together.codes[1, :, :10])
     longer = hybrid.generate(["flute"], seed=3, decoding=config, duration_s=2.0)
     assert torch.equal(longer.codes[:, :, :10], alone.codes[:, :, :10])
-    whole = dataclasses.replace(config, autoregressive_s=1.0)
-    assert (hybrid.generate(["flute"], decoding=whole).order == 0).all()
+
+
+def test_a_beginning_of_all_frames_is_autoregressive_decoding_and_one_of_none_magnets(hybrid):
+    """With the codes of the same weights as a MusicGen, and of the stages' passes alone."""
+    network, config = hybrid.network, hybrid.decoding
+    whole = hybrid.generate(["flute"], decoding=dataclasses.replace(config, autoregressive_s=1.0))
+    reader = Magnet(dataclasses.replace(network.config, order="autoregressive"))
+    reader.load_state_dict(network.state_dict())
+    musicgen = Generator(reader, hybrid.codec, hybrid.text_encoder, config, 1.0)
+    assert torch.equal(whole.codes, musicgen.generate(["flute"]).codes)
+    assert (whole.order == 0).all()
+
+    texts = network.encode_text(*hybrid.text_encoder(["flute"])), None
+    passes = [lambda codes, k, x=x: network(codes, network.config.stage(k), x) for x in texts]
+    noise = item_noise(0, ["flute"], config.num_steps(5), 25)
+    empty = torch.zeros(1, 5, 25, dtype=torch.long)
+    stages = decode(Networks(*passes), empty, empty.bool(), 256, config, noise)
+    assert torch.equal(hybrid.generate(["flute"]).codes, stages)
 
 
 def test_it_reads_codes_as_a_rescorer(hybrid):
@@ -296,7 +312,7 @@ def test_it_reads_codes_as_a_rescorer(hybrid):
     changed = codes.clone()
     changed[:, 1, 9] = (codes[:, 1, 9] + 1) % size
     moved = (reading(changed, torch.ones(1, 25, dtype=torch.bool), 1) != logits).any(-1)[0]
-    assert moved.nonzero()[0].item() == 10
+    assert moved.nonzero()[0].item() == 10 and logits.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 from helpers_audiocraft import model_settings, write_audiocraft
+from helpers_data import write_shards
 from make_components import make_musicgen, make_t5
 
+from magnet_train.__main__ import main
 from magnet_train.audiocraft.convert import ConvertOptions, convert
 from magnet_train.common.errors import UserError
+from magnet_train.decoding.load_rescorer import load_rescorer
+from magnet_train.decoding.rescoring import MusicGenRescorer
 from magnet_train.generator import load
 from magnet_train.layout import delayed
-from magnet_train.module import MagnetModule
 from magnet_train.release import SavedModel
+
+SIZES = ("dim", "num_heads", "num_layers")
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +59,83 @@ def test_it_generates_with_its_codec_and_text_encoder(release):
     assert result.codes.shape == (1, 4, 10) and (result.order == 0).all()
 
 
-def test_a_hybrid_starts_from_it(release):
-    saved = SavedModel.open(release)
-    network = dataclasses.replace(saved.network, order="hybrid")
-    module = MagnetModule(
-        network, codec=saved.codec["id"], text_encoder=saved.text_encoder, init_from=str(release)
+@torch.no_grad()
+def test_it_rescores_as_transformers_model_does(theirs, release):
+    readings = [
+        load_rescorer(name, load(release).codec.facts, load(release).text_encoder)
+        for name in (str(theirs[0]), str(release))
+    ]
+    one, other = (rescorer.reading(["a slow waltz", ""]) for rescorer in readings)
+    codes, masked = torch.randint(2048, (2, 4, 30)), torch.ones(2, 30, dtype=torch.bool)
+    codes[:, 3] = 2048  # above the stage
+    for stage in range(3):
+        assert torch.allclose(one(codes, masked, stage), other(codes, masked, stage), atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def run(release, tmp_path_factory) -> Path:
+    """A run of two steps of conf/hybrid_small_30s.yaml that starts from it."""
+    folder, saved = tmp_path_factory.mktemp("fit"), SavedModel.open(release)
+    shards = write_shards(folder / "shards", saved.codec["id"], [4], num_frames=160)
+    options = {
+        "config": Path(__file__).parents[1] / "conf/hybrid_small_30s.yaml",
+        "model.init_from": release,
+        "model.codec": saved.codec["id"],
+        "model.text_encoder": saved.text_encoder,
+        "model.crop_s": 3.2,
+        **{f"model.network.{n}": getattr(saved.network, n) for n in SIZES},
+        "model.optimizer": '{"name": "adamw", "lr": 1e-4, "warmup_steps": 0}',
+        "data": f'{{"train": "{shards}", "validation": "{shards}", "num_workers": 0}}',
+        "data.batch_size": 2,
+        "data.global_batch_size": 2,
+        "generation.num_prompts": 0,
+        "generation.decoding.autoregressive_s": 1.0,
+        "averaging.every_n_steps": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.logger": "false",
+        "trainer.max_steps": 2,
+        "trainer.val_check_interval": 2,
+        "trainer.default_root_dir": folder / "run",
+    }
+    assert main(["fit", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    return folder / "run"
+
+
+def test_a_hybrid_starts_from_it(release, run):
+    before, after = SavedModel.open(release), SavedModel.open(run)
+    assert after.network == dataclasses.replace(before.network, order="hybrid")
+    assert after.provenance["step"] == 2 and after.provenance["licence"] == "cc-by-nc-4.0"
+    first = before.weights()
+    moved = max((first[name] - w).abs().max().item() for name, w in after.weights().items())
+    assert 0 < moved < 1e-3
+
+
+def test_it_rescores_a_hybrid_in_generate_edit_and_evaluate(theirs, run, tmp_path, monkeypatch):
+    read: list[int] = []
+    reading = MusicGenRescorer.reading
+    monkeypatch.setattr(
+        MusicGenRescorer,
+        "reading",
+        lambda own, texts: read.append(len(texts)) or reading(own, texts),
     )
-    assert module.network.config.order == "hybrid"
-    assert torch.equal(module.network.embedding, saved.weights()["embedding"])
+    soundfile.write(tmp_path / "a.wav", torch.rand(32_000).numpy() - 0.5, 16_000)
+    (tmp_path / "prompts.txt").write_text("a slow waltz\nflute\n")
+    for number, verb in (
+        (1, "generate --prompt harp --duration_s 1.2 --plots false --out made"),
+        (1, "edit a.wav --prompt harp --regenerate 0:1.5 --plots false --out edited"),
+        (2, "evaluate --prompts prompts.txt --metrics vendi/musicnn --generated_to scored"),
+    ):
+        read.clear()
+        args = f"{verb} --checkpoint {run} --decoding.decoding_steps [1]"
+        monkeypatch.chdir(tmp_path)
+        assert main([*args.split(), "--decoding.rescorer", str(theirs[0])]) == 0
+        assert read == [number]
+    for folder, kind in (("made", "*.wav"), ("edited", "*.wav"), ("scored", "*/*.wav")):
+        files = list((tmp_path / folder).glob(kind))
+        assert files
+        for file in files:
+            assert str(theirs[0]) in file.with_suffix(".json").read_text()
 
 
 def changed(**changes: Any) -> dict[str, Any]:

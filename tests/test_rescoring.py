@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from make_components import make_musicgen
 from test_decoding import SIZE, scripted
 
+from magnet_train.__main__ import main
 from magnet_train.common.errors import UserError
 from magnet_train.decoding.decode import DecodingConfig, Networks, decode, item_noise
 from magnet_train.decoding.load_rescorer import check_rescorer
@@ -18,7 +20,10 @@ from magnet_train.decoding.rescoring import (
     load_musicgen,
     mixed_certainty,
 )
+from magnet_train.generator import Generator
 from magnet_train.layout import delayed
+from magnet_train.model import Magnet
+from magnet_train.release import SavedModel
 
 BASE = DecodingConfig(
     decoding_steps=(6, 3, 2, 2), top_p=1.0, span_len=1, max_cfg_coef=1.0, anneal_temperature=False
@@ -174,6 +179,49 @@ def test_other_codes_are_refused_before_a_model_is_loaded(musicgen, tiny, tmp_pa
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(UserError, match=message):
             check_rescorer(str(folder), known)
+
+
+REFUSED = [
+    ("generate -p a --decoding.rescorer_weight .nan", "rescorer_weight=nan must be from 0 to 1"),
+    ("generate -p a --decoding.rescorer_weight [0.5,1.5]", "must be from 0 to 1"),
+    ("generate -p a --decoding.rescore_stages [5]", "the model has stages 0 to 4"),
+    ("generate -p a --checkpoint autoregressive --decoding.rescorer demo", "nothing in parallel"),
+    *(
+        (
+            f"{verb} --decoding.rescorer MUSICGEN",
+            "rescorer=MUSICGEN: its codes have num_codebooks=4",
+        )
+        for verb in (
+            "generate -p a",
+            "edit a.wav --to_s 9",
+            "evaluate --prompts p.txt --checkpoint demo",
+        )
+    ),
+    *(
+        (f"{verb} --checkpoint hybrid --decoding.autoregressive_s 9.5", "longer than the result")
+        for verb in ("generate -p a", "edit a.wav --to_s 9", "evaluate --prompts p.txt")
+    ),
+    ("fit --generation.decoding.rescorer MUSICGEN", "rescorer=MUSICGEN: its codes have"),
+    ("fit --model.distil_guidance true", "give --model.init_from RELEASE"),
+    ("fit --model.init_from MUSICGEN", "a MusicGen; convert it first: magnet_train convert"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSED, ids=[line for line, _ in REFUSED])
+def test_bad_input_is_refused_in_one_line_before_weights_are_read(
+    line, message, musicgen, tiny, tmp_path, monkeypatch, capsys
+):
+    for order in ("hybrid", "autoregressive"):
+        network = Magnet(dataclasses.replace(tiny.network.config, order=order))
+        Generator(network, tiny.codec, tiny.text_encoder, tiny.decoding, 1.0).save(tmp_path / order)
+    soundfile.write(tmp_path / "a.wav", torch.zeros(16_000).numpy(), 16_000)
+    (tmp_path / "p.txt").write_text("a waltz\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SavedModel, "weights", lambda self: pytest.fail("weights are read"))
+    args = line.replace("MUSICGEN", str(musicgen)).split()
+    assert main(args) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message.replace("MUSICGEN", str(musicgen)) in last
 
 
 def test_generate_rescores_by_another_release(tiny, tmp_path):

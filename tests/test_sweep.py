@@ -567,17 +567,28 @@ def test_a_real_sweep_stopped_after_its_first_run_continues_with_the_second(pyth
 
 
 @pytest.mark.slow
-def test_the_base_of_decoding_ablations_validates_the_model_as_it_was_loaded(tmp_path, monkeypatch):
+def test_an_ablation_of_decoding_validates_the_model_as_it_was_loaded(tmp_path, monkeypatch):
     import torch
 
+    from magnet_train.decoding.rescoring import MagnetRescorer
     from magnet_train.release import SavedModel
 
+    rescored: list[int] = []
+    reading = MagnetRescorer.reading
+    monkeypatch.setattr(
+        MagnetRescorer,
+        "reading",
+        lambda own, texts: rescored.append(len(texts)) or reading(own, texts),
+    )
     monkeypatch.chdir(ROOT)
     args = (
-        "fit --config=conf/ablation/decoding.yaml --data.num_workers=0 --trainer.logger=false "
-        "--trainer.limit_val_batches=1 --generation.num_prompts=0"
+        "fit --config=conf/ablation/decoding.yaml --config=conf/ablation/rescoring.yaml "
+        "--data.num_workers=0 --trainer.logger=false --trainer.limit_val_batches=1 "
+        "--generation.num_prompts=1 --generation.batch_size=1 --generation.num_media=0 "
+        "--generation.metrics=[text/musicnn] --generation.decoding.decoding_steps=[1]"
     ).split()
     assert main([*args, f"--trainer.default_root_dir={tmp_path}"]) == 0
+    assert rescored == [1]
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     averaged, raw = checkpoint["state_dict"], checkpoint["current_model_state"]
     loaded = SavedModel.open("demo").weights().items()

@@ -21,7 +21,7 @@ from magnet_train.common.folders import safe_name
 from magnet_train.common.ranges import check_values
 from magnet_train.data.pipeline import Batch
 from magnet_train.data.shards import ShardSet
-from magnet_train.decoding.autoregressive import check_autoregressive
+from magnet_train.decoding.autoregressive import check_decoding
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.decoding.load_rescorer import check_rescorer
 from magnet_train.evaluation import scorer
@@ -150,8 +150,7 @@ class GenerationCallback(Callback):
         Raises:
             UserError: if not.
         """
-        self.decoding.steps_per_stage(module.config.num_codebooks)
-        check_autoregressive(module.config, self.decoding, module.crop_s)
+        check_decoding(module.config, self.decoding, module.crop_s)
         if not self.num_prompts:
             return
         if self.decoding.rescorer is not None:

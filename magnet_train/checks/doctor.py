@@ -43,7 +43,7 @@ from magnet_train.common.torchaudio_import import import_torchaudio
 from magnet_train.conditioning import load_text_encoder
 from magnet_train.data.datamodule import check_shards_per_worker
 from magnet_train.data.shards import Item, ShardSet
-from magnet_train.decoding.autoregressive import check_autoregressive
+from magnet_train.decoding.autoregressive import check_decoding
 from magnet_train.decoding.load_rescorer import check_rescorer
 from magnet_train.metrics.embedders import load_embedder
 from magnet_train.metrics.scoring import REFERENCE_METRICS, parse_metric
@@ -157,8 +157,7 @@ def check_validation(plan: Plan) -> Iterator[Finding]:
             limit = f"trainer.limit_val_batches={trainer.limit_val_batches}"
             text = f"sees {num_seen} of {num_items} items: {limit}"
             yield Finding("warning", "validation", text)
-    plan.decoding.steps_per_stage(plan.network.num_codebooks)
-    check_autoregressive(plan.network, plan.decoding, plan.config.model.crop_s)
+    check_decoding(plan.network, plan.decoding, plan.config.model.crop_s)
     if plan.decoding.rescorer is not None:
         codec = {} if plan.codec is None else plan.codec.to_dict()
         check_rescorer(plan.decoding.rescorer, codec)

@@ -22,7 +22,9 @@ from magnet_train.common.errors import UserError
 from magnet_train.conditioning import TextEncoder, load_text_encoder
 from magnet_train.data.datamodule import MagnetDataModule, check_codec
 from magnet_train.data.shards import Item, ShardSet
+from magnet_train.decoding.autoregressive import check_decoding
 from magnet_train.decoding.decode import DecodingConfig
+from magnet_train.decoding.load_rescorer import check_rescorer
 from magnet_train.model import MagnetConfig
 from magnet_train.optimizer import OptimizerConfig
 from magnet_train.resume import newest_intact_checkpoint, requeue_count
@@ -251,6 +253,18 @@ def check_accelerator(config: Any) -> None:
             f"where the job will run (srun --gpus-per-node {devices.per_node} …), or set "
             "--trainer.devices"
         )
+
+
+def check_generation(config: Any) -> None:
+    """Whether the network can be decoded, and rescored, with the settings of validation."""
+    values = config.generation.decoding
+    codec = none_if_missing(lambda: load_codec_facts(config.model.codec))
+    if values is None or codec is None:  # the codec is reported elsewhere
+        return
+    decoding = DecodingConfig(**vars(values))
+    check_decoding(MagnetConfig(**vars(config.model.network)), decoding, config.model.crop_s)
+    if config.generation.num_prompts and decoding.rescorer is not None:
+        check_rescorer(decoding.rescorer, codec.to_dict())
 
 
 SETTINGS_CHECKS: tuple[Callable[[Any], None], ...] = (

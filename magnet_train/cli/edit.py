@@ -129,6 +129,8 @@ def edit(options: EditOptions, decoding: dict[str, Any]) -> list[Path]:
         UserError: if a setting or file is invalid; before a model is loaded.
     """
     from magnet_train.codec.base import load_codec_facts
+    from magnet_train.decoding.autoregressive import check_decoding
+    from magnet_train.decoding.decode import DecodingConfig
     from magnet_train.release import codec_facts
 
     if options.audio is None:
@@ -138,7 +140,9 @@ def edit(options: EditOptions, decoding: dict[str, Any]) -> list[Path]:
     edit = options.edit()
     facts = codec_facts(saved.codec) or load_codec_facts(saved.codec["id"])
     plan = edit.plan(wav.shape[1], sample_rate, facts.frame_rate, facts.num_codebooks, saved.crop_s)
-    cues = list_cues(options, plan.num_samples / sample_rate)
+    duration_s = plan.num_samples / sample_rate
+    check_decoding(saved.network, DecodingConfig.from_dict(decoding), duration_s)
+    cues = list_cues(options, duration_s)
     chooser = Chooser(options, [text for _, text in cues])
     writable_folder(options.out, "--out")
     generator, settings = load_generator(options, decoding)

@@ -32,7 +32,13 @@ from magnet_train.callbacks.throughput import Throughput
 from magnet_train.callbacks.tracking import SaveConfig, Tracking
 from magnet_train.callbacks.validation import ValidationSchedule
 from magnet_train.callbacks.watchdog import Watchdog
-from magnet_train.checks.plan import Plan, check_seed, check_settings, parse_devices
+from magnet_train.checks.plan import (
+    Plan,
+    check_generation,
+    check_seed,
+    check_settings,
+    parse_devices,
+)
 from magnet_train.cli.inherited import AUTO, fit_defaults
 from magnet_train.cli.parser import ConfigFile, OneLineErrors, config_help
 from magnet_train.cli.run_folder import RunFolderLock, prepare_run_folder
@@ -237,6 +243,7 @@ class MagnetCLI(private_api.lightning_cli()):
 
     def check(self, options: Namespace) -> None:
         """Check the options before anything is loaded."""
+        check_generation(options)
         if self.verb == "fit":
             check_settings(options)
             return

@@ -78,14 +78,14 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
     Raises:
         UserError: if there is no prompt, or a setting or file is not valid.
     """
-    from magnet_train.decoding.autoregressive import check_autoregressive
+    from magnet_train.decoding.autoregressive import check_decoding
     from magnet_train.decoding.decode import DecodingConfig
 
     prompts = all_prompts(options)
     jobs = list_jobs(prompts, options.seed, options.variations, options.best_of)
     saved = check_model(options, decoding)
     asked = DecodingConfig.from_dict(decoding)
-    check_autoregressive(saved.network, asked, options.duration_s or saved.crop_s)
+    check_decoding(saved.network, asked, options.duration_s or saved.crop_s)
     chooser = Chooser(options, prompts)
     if options.continue_from is not None and not options.continue_from.is_file():
         raise UserError(f"--continue_from {options.continue_from}: no such file")

@@ -25,15 +25,23 @@ NextColumn = Callable[[Tensor], Tensor]
 """Codes of a column `b k` -> logits of the next one, `b k c`. Called for consecutive columns."""
 
 
-def check_autoregressive(
-    network: MagnetConfig, decoding: DecodingConfig, duration_s: float
-) -> None:
+def check_decoding(network: MagnetConfig, decoding: DecodingConfig, duration_s: float) -> None:
     """Check that a network can decode this length with these settings.
 
     Raises:
-        UserError: if the autoregressive beginning is longer than the result or not supported.
+        UserError: if it has fewer stages, cannot be rescored, or the autoregressive beginning is
+            longer than the result or not supported.
     """
-    wanted = decoding.autoregressive_s
+    books, wanted = network.num_codebooks, decoding.autoregressive_s
+    decoding.steps_per_stage(books)
+    stages = decoding.rescore_stages or ()
+    if max(stages, default=0) >= books:
+        raise UserError(f"rescore_stages={list(stages)}: the model has stages 0 to {books - 1}")
+    if network.order == "autoregressive" and decoding.rescorer is not None:
+        raise UserError(
+            f"rescorer={decoding.rescorer}: this model decodes nothing in parallel; remove it, or "
+            "choose a MAGNeT or hybrid"
+        )
     if network.order == "parallel":
         if wanted:
             raise UserError(
@@ -58,11 +66,11 @@ def autoregressive_frames(
     """Number of frames to decode autoregressively.
 
     Raises:
-        UserError: as in `check_autoregressive`.
+        UserError: as in `check_decoding`.
     """
     wanted = round(decoding.autoregressive_s * frame_rate)
     rounded_s = max(num_frames / frame_rate, decoding.autoregressive_s * (wanted <= num_frames))
-    check_autoregressive(network, decoding, rounded_s)
+    check_decoding(network, decoding, rounded_s)
     return num_frames if network.order == "autoregressive" else wanted
 
 

@@ -19,6 +19,7 @@ from magnet_train.codec.base import load_codec
 from magnet_train.common.errors import UserError
 from magnet_train.common.ranges import check_values
 from magnet_train.data.manifest import Clip
+from magnet_train.decoding.autoregressive import check_decoding
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.decoding.load_rescorer import check_rescorer
 from magnet_train.evaluation import scorer
@@ -276,8 +277,11 @@ class _Evaluation:
     def _add_decoded(self) -> None:
         """Add the clips that --checkpoint will generate."""
         options = self.options
-        if (rescorer := self.given_decoding.get("rescorer")) is not None:
-            check_rescorer(rescorer, SavedModel.open(str(options.checkpoint)).codec)
+        saved = SavedModel.open(str(options.checkpoint))
+        decoding = DecodingConfig.from_dict(asdict(saved.decoding) | dict(self.given_decoding))
+        check_decoding(saved.network, decoding, saved.crop_s)
+        if decoding.rescorer is not None:
+            check_rescorer(decoding.rescorer, saved.codec)
         self.decoded = "ours" if "ours" not in self.systems else str(options.checkpoint)
         folder = options.generated_to / _folder_name(options, self.given_decoding, self.prompts)
         self.systems[self.decoded] = {
