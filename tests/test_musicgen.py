@@ -124,7 +124,10 @@ def test_it_rescores_a_hybrid_in_generate_edit_and_evaluate(theirs, run, tmp_pat
     for number, verb in (
         (1, "generate --prompt harp --duration_s 1.2 --plots false --out made"),
         (1, "edit a.wav --prompt harp --regenerate 0:1.5 --plots false --out edited"),
-        (2, "evaluate --prompts prompts.txt --metrics vendi/musicnn --generated_to scored"),
+        (
+            2,
+            "evaluate --prompts prompts.txt --metrics vendi/musicnn --batch_size 2 --generated_to scored",
+        ),
     ):
         read.clear()
         args = f"{verb} --checkpoint {run} --decoding.decoding_steps [1]"

@@ -182,7 +182,7 @@ def test_other_codes_are_refused_before_a_model_is_loaded(musicgen, tiny, tmp_pa
 
 
 REFUSED = [
-    ("generate -p a --decoding.rescorer_weight .nan", "rescorer_weight=nan must be from 0 to 1"),
+    ("generate -p a --decoding.rescorer_weight .nan", "rescorer_weight nan: not a finite number"),
     ("generate -p a --decoding.rescorer_weight [0.5,1.5]", "must be from 0 to 1"),
     ("generate -p a --decoding.rescore_stages [5]", "the model has stages 0 to 4"),
     ("generate -p a --checkpoint autoregressive --decoding.rescorer demo", "nothing in parallel"),
