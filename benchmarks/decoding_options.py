@@ -111,7 +111,13 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "rescored, weight 0.7": rescored(0.7, rescorer="RESCORER"),
         "rescored, weight 1": rescored(1.0, rescorer="RESCORER"),
     },
-    "mixture": {"sampled from the mixture with the rescorer, weight 0.5": {"mixture": 0.5}},
+    "mixture": {
+        "steps 5, 5, 2, 2, 2": {"decoding_steps": (5, 5, 2, 2, 2)},
+        "sampled from the mixture with the rescorer, weight 0.5": {
+            "decoding_steps": (5, 5, 2, 2, 2),
+            "mixture": 0.5,
+        },
+    },
     "distilled": {
         "guidance 3 to 1": guided(3.0, 1.0),
         "no guidance": guided(1.0, 1.0),
@@ -119,7 +125,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Settings that differ from the model's own, by group and name."""
-WITH_BASELINE = ("distilled",)
+WITH_BASELINE = ("mixture", "distilled")
 """Groups whose first setting is what the others are compared with, instead of the model's own."""
 
 
