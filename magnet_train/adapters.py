@@ -7,7 +7,6 @@ Shapes: r rank, i inputs, o outputs.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from magnet_train.common.devices import to_device
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import write_json
+from magnet_train.common.json_files import read_json
 from magnet_train.common.ranges import check_values
 from magnet_train.common.tensor_files import check_numbers, read_safetensors, write_safetensors
 
@@ -252,10 +252,8 @@ def read_adapter(given: str) -> Adapter:
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     try:
-        if file.exists() and not file.is_file():  # opening a named pipe would block
-            raise ValueError("not a regular file")
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = read_json(file)
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"--lora {folder}: no adapter ({file.name}: {reason}); give its folder, or that of a "

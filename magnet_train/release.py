@@ -11,7 +11,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from magnet_train.codec.base import STEREO, CodecFacts, load_codec_facts, split_
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import new_folder
+from magnet_train.common.json_files import read_json
 from magnet_train.common.pretrained import one_line
+from magnet_train.common.ranges import check_types
 from magnet_train.common.tensor_files import (
     Shapes,
     check_numbers,
@@ -129,8 +131,8 @@ class SavedModel:
         if self.sha256 is None:
             weights = _network_weights(read_checkpoint(self.file), self.file, self.raw)
         else:
-            own = {self.file.name: self.sha256} | self.component_sha256
-            for name, expected in own.items():
+            hashes = {self.file.name: self.sha256} | self.component_sha256
+            for name, expected in hashes.items():
                 _check_sha256(self.file.parent / name, expected)
             weights = read_safetensors(self.file, DAMAGED_RELEASE)
         check_weights(weights, self.network, self.file)
@@ -166,9 +168,7 @@ def _open_release(folder: Path) -> SavedModel:
     file = folder / "config.json"
     weights = folder / "model.safetensors"
     try:
-        if file.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file, MAX_CONFIG_BYTES)
         if str(config.get("model_type")).startswith("musicgen"):
             raise UserError(
                 f"a MusicGen; convert it first: magnet_train convert {folder} --out OUT"
@@ -207,7 +207,7 @@ def _open_release(folder: Path) -> SavedModel:
         )
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{file}: not a release of magnet_train ({type(error).__name__}: {one_line(error)})"
         ) from error
@@ -217,11 +217,7 @@ def _open_release(folder: Path) -> SavedModel:
 
 def _read_network(values: Any) -> MagnetConfig:
     config = MagnetConfig(**values)
-    for each in fields(config):
-        value = getattr(config, each.name)
-        parts = value if isinstance(value, tuple) else (value,)
-        if any(type(part) is not type(each.default) for part in parts):
-            raise ValueError(f"network.{each.name}={value!r} is a {type(value).__name__}")
+    check_types(config)
     return config
 
 

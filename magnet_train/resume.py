@@ -28,6 +28,8 @@ PARTS = WEIGHTS_PARTS | {
     "callbacks": dict,
 }
 """Entries of a checkpoint that resuming needs, and their types."""
+RUN_PARTS = {"train", "codec", "text_encoder"}
+"""Entries of `run` in a checkpoint that are compared with a run's data."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,9 @@ def read_training_checkpoint(path: Path, parts: Mapping[str, type] = PARTS) -> d
             raise UserError(
                 f"{path}: not a checkpoint of a training run ({name} is missing); choose another"
             )
-    if not isinstance(checkpoint["hyper_parameters"].get("network"), dict):
+    run = checkpoint.get("run", dict.fromkeys(RUN_PARTS))
+    is_complete = isinstance(run, dict) and run.keys() >= RUN_PARTS
+    if not isinstance(checkpoint["hyper_parameters"].get("network"), dict) or not is_complete:
         raise UserError(f"{path}: not a checkpoint of magnet_train; choose another")
     return checkpoint
 

@@ -15,6 +15,7 @@ from helpers_resume import arguments, make_data
 
 from magnet_train.callbacks.checkpoint import RunCheckpoint
 from magnet_train.callbacks.checkpoint_io import AtomicCheckpointIO
+from magnet_train.cli.inherited import settings_of_checkpoint
 from magnet_train.common.errors import UserError
 from magnet_train.resume import newest_intact_checkpoint, read_training_checkpoint, requeue_count
 
@@ -195,6 +196,7 @@ def test_auto_executes_nothing(tmp_path: Path):
         ({"global_step": "x"}, "global_step='x'"),
         ({"global_step": -1}, "global_step=-1"),
         ({"hyper_parameters": {}}, "not a checkpoint of magnet_train"),
+        ({"run": {}}, "not a checkpoint of magnet_train"),
     ],
 )
 def test_what_is_no_checkpoint_of_a_run_is_refused_in_a_line(
@@ -206,6 +208,26 @@ def test_what_is_no_checkpoint_of_a_run_is_refused_in_a_line(
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     with pytest.warns(UserWarning, match="skipping checkpoint"):
         assert newest_intact_checkpoint([tmp_path]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("evil", 1),
+        ("optimizer", [1]),
+        ("optimizer", {"lr": "x"}),
+        ("span_len", "x"),
+        ("lora", {"rank": 1.5}),
+        ("network", {"dim": None}),
+    ],
+)
+def test_settings_of_a_checkpoint_have_their_types(name: str, value: Any, tmp_path: Path):
+    good = {"network": {"dim": 16}, "crop_s": 1, "seed": 3, "lora": {"rank": 0, "base_hash": "0"}}
+    path = write(tmp_path / "a.ckpt", 3, hyper_parameters=good)
+    assert settings_of_checkpoint(path)["model"]["crop_s"] == 1
+    write(path, 3, hyper_parameters=good | {name: value})
+    with pytest.raises(UserError, match=f"a.ckpt: {name}"):
+        settings_of_checkpoint(path)
 
 
 def test_the_count_of_requeues_is_a_number(monkeypatch: pytest.MonkeyPatch):

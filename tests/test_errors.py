@@ -39,6 +39,7 @@ PYDANTICS = type("ValidationError", (ValueError,), {"__module__": "pydantic_core
         (RuntimeError(REMOTE), "shard a.tar: damaged; copy it again"),
         (UserError(REMOTE), "shard a.tar: damaged; copy it again"),
         (MisconfigurationException("no\n gpu"), "no gpu"),
+        (ModuleNotFoundError("no 'x'.\nHINT: Try running `pip install x`"), "no 'x'. HINT: Try"),
         (RuntimeError("You set `--ntasks=2` in your SLURM bash script, but"), "You set `--ntasks"),
         (ValueError("Invalid boolean value for environment variable X: y"), "Invalid boolean"),
         (PYDANTICS("1 validation error for Settings\nmode\n [type=x]"), "W&B: 1 validation error"),
@@ -71,6 +72,7 @@ def test_names_of_strangers_cannot_write_to_the_terminal():
     [
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault."),
         *(ValueError("x"), KeyError("x"), OSError(errno.EIO, "x"), AssertionError()),
+        ModuleNotFoundError("No module named 'x'"),
     ],
     ids=repr,
 )

@@ -150,9 +150,9 @@ class Studio:
         Raises:
             UserError: if an option or file is not valid.
         """
-        own, decoding = self._checked(options)
+        values, decoding = self._checked(options)
         request = GenerateOptions(
-            **own, device=self.device, variations=takes, batch_size=1, plots=False
+            **values, device=self.device, variations=takes, batch_size=1, plots=False
         )
         return self._follow(session, lambda p: self._takes(request, decoding, judge, p))
 
@@ -166,8 +166,8 @@ class Studio:
         Raises:
             UserError: if an option or file is not valid.
         """
-        own, decoding = self._checked(options)
-        request = EditOptions(**own, out=self.out / "edits", device=self.device, plots=False)
+        values, decoding = self._checked(options)
+        request = EditOptions(**values, out=self.out / "edits", device=self.device, plots=False)
         return self._follow(session, lambda p: self._edits(request, decoding, p))
 
     def cancel(self, session: str) -> str:
@@ -180,17 +180,17 @@ class Studio:
 
     def _checked(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Options with allowed files and models, and the decoding settings among them."""
-        own = {name: value for name, value in options.items() if value is not None}
+        values = {name: value for name, value in options.items() if value is not None}
         for name in PATHS:
-            if name in own:
-                own[name] = self.access.file(str(own[name]))
-        decoding = dict(own.pop("decoding", {}))
-        own["checkpoint"] = self.access.model(own.get("checkpoint", self.model))
-        own["lora"] = [self.access.adapter(text) for text in own.get("lora", [])]
+            if name in values:
+                values[name] = self.access.file(str(values[name]))
+        decoding = dict(values.pop("decoding", {}))
+        values["checkpoint"] = self.access.model(values.get("checkpoint", self.model))
+        values["lora"] = [self.access.adapter(text) for text in values.get("lora", [])]
         if decoding.get("rescorer"):
             decoding["rescorer"] = self.access.model(decoding["rescorer"])
         DecodingConfig.from_dict(decoding)
-        return own, decoding
+        return values, decoding
 
     def _new_folder(self, name: str) -> Path:
         """A new numbered folder, so that equal prompts and seeds do not replace older takes."""
@@ -339,10 +339,10 @@ class Studio:
         """
         if not name.strip():
             raise UserError("the preset has no name; write one")
-        own, decoding = self._checked(options)
+        values, decoding = self._checked(options)
         folder = writable_folder(self.out / "presets", "--out")
         path = folder / f"{safe_name(name.strip())}.json"
-        made = recipe(GenerateOptions(**own), DecodingConfig.from_dict(decoding))
+        made = recipe(GenerateOptions(**values), DecodingConfig.from_dict(decoding))
         write_json(path, {"options": made})
         return path
 

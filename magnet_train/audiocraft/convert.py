@@ -3,7 +3,6 @@
 Weights stay bit-identical.
 """
 
-import json
 import re
 import warnings
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from magnet_train.audiocraft.write import write_model
 from magnet_train.codec.base import CodecFacts, load_codec, load_codec_facts, split_name
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import check_new
+from magnet_train.common.json_files import read_json
 from magnet_train.common.pretrained import absolute_path, one_line
 from magnet_train.decoding.load_rescorer import musicgen_config, parse_musicgen
 from magnet_train.decoding.rescoring import load_musicgen
@@ -291,7 +291,7 @@ def _check_text_width(name: str, width: int, where: Path) -> None:
     file = Path(name).expanduser() / "config.json"
     if file.is_file():
         try:
-            known = json.loads(file.read_text()).get("d_model")
+            known = read_json(file).get("d_model")
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"text encoder {name!r}: {file} is unreadable ({error})") from error
     if known is not None and known != width:

@@ -169,8 +169,8 @@ def check_start(plan: Plan) -> Iterator[Finding]:
     config = plan.config
     if plan.checkpoint is not None:
         checkpoint = check_named_checkpoint(Path(plan.checkpoint).expanduser(), is_fit=True)
-        own = {"network": asdict(plan.network), "optimizer": {"name": plan.optimizer.name}}
-        check_same_model(checkpoint["hyper_parameters"], own)
+        current = {"network": asdict(plan.network), "optimizer": {"name": plan.optimizer.name}}
+        check_same_model(checkpoint["hyper_parameters"], current)
         if "run" in checkpoint:
             check_data(plan.shards("train"), checkpoint["run"], plan.text_encoder)
         yield Finding(

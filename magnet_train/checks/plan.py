@@ -116,6 +116,7 @@ def num_steps(trainer: Any, accumulated: int = 1) -> float:
 
 
 def none_if_missing(load: Callable[[], T]) -> T | None:
+    """`load()`, or None if it raises a UserError."""
     try:
         return load()
     except UserError:

@@ -290,10 +290,10 @@ def _write(
     from magnet_train.decoding.joins import runs
 
     assert options.audio is not None
-    own: dict[str, Any] = {"audio": options.audio, "seed": edited.seed}
+    specific: dict[str, Any] = {"audio": options.audio, "seed": edited.seed}
     if options.prompts is None:
-        own["prompt"] = options.prompt or [text for _, text in cues if text]
-    made = recipe(options, settings, **own)
+        specific["prompt"] = options.prompt or [text for _, text in cues if text]
+    made = recipe(options, settings, **specific)
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
     name = f"{safe_name(options.audio.stem)}_{digest}_seed{edited.seed}.{options.format}"
     regions = [
@@ -304,8 +304,8 @@ def _write(
     about |= {"options": made, "codec": codec, "model": generator.provenance}
     path = options.out / name
     is_short = edited.join.num_samples <= MAX_PLOT_S * edited.sample_rate
-    whole = (options.plots and is_short) or options.best_of > 1
-    blocks = [edited.wav] if whole else edited.blocks()
+    in_memory = (options.plots and is_short) or options.best_of > 1
+    blocks = [edited.wav] if in_memory else edited.blocks()
     write_exact(path, blocks, edited.sample_rate, about)
     if options.plots and is_short:
         wavs = {"before": before.mean(0).numpy(), "after": edited.wav.mean(0).numpy()}

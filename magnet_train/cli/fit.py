@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
@@ -37,6 +37,7 @@ from magnet_train.checks.plan import (
     check_generation,
     check_seed,
     check_settings,
+    none_if_missing,
     parse_devices,
 )
 from magnet_train.cli.inherited import AUTO, fit_defaults
@@ -62,8 +63,6 @@ from magnet_train.tracking.wandb_session import (
     run_location,
     wandb_loggers,
 )
-
-T = TypeVar("T")
 
 LOGGERS: list[dict[str, Any]] = [
     {"class_path": "lightning.pytorch.loggers.WandbLogger"},
@@ -155,18 +154,6 @@ def _as_command_line(verb: str, args: list[str]) -> Iterator[None]:
 @lru_cache
 def _text_dim(name: str) -> int:
     return load_text_encoder(name).dim
-
-
-def _with_fallback(find: Callable[[str], T], fallback: Callable[[], T]) -> Callable[[str], T]:
-    """Wraps `find` to return `fallback()` if it raises a UserError."""
-
-    def find_or_fall_back(name: str) -> T:
-        try:
-            return find(name)
-        except UserError:
-            return fallback()
-
-    return find_or_fall_back
 
 
 class FitParser(OneLineErrors, LightningArgumentParser):
@@ -440,9 +427,14 @@ class DryRunCLI(MagnetCLI):
 
     def component_sizes(self) -> tuple[Callable[[str], Any], Callable[[str], int]]:
         """Published sizes for missing components, which doctor reports separately."""
-        return _with_fallback(load_codec_facts, MagnetConfig), _with_fallback(
-            _text_dim, lambda: MagnetConfig.text_dim
-        )
+
+        def facts(name: str) -> Any:
+            return none_if_missing(lambda: load_codec_facts(name)) or MagnetConfig()
+
+        def dim(name: str) -> int:
+            return none_if_missing(lambda: _text_dim(name)) or MagnetConfig.text_dim
+
+        return facts, dim
 
     def defaults(self, given: Namespace) -> dict[str, Any]:
         try:

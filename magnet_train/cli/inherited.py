@@ -3,7 +3,7 @@
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from jsonargparse import Namespace
@@ -11,8 +11,10 @@ from jsonargparse import Namespace
 from magnet_train.cli.parser import OneLineErrors
 from magnet_train.common.assets import conf_path
 from magnet_train.common.errors import UserError
+from magnet_train.common.ranges import check_types
 from magnet_train.decoding.decode import DecodingConfig
-from magnet_train.release import SavedModel, read_checkpoint, widens_to_stereo
+from magnet_train.release import SavedModel, widens_to_stereo
+from magnet_train.resume import WEIGHTS_PARTS, read_training_checkpoint
 
 LINKED = ("num_codebooks", "codebook_size", "text_dim")
 """Settings of the network that follow from codec and text encoder."""
@@ -83,12 +85,23 @@ def settings_of_release(
 
 
 def settings_of_checkpoint(file: Path) -> dict[str, Any]:
-    """Settings of the model in a checkpoint, as defaults of `fit`."""
-    settings = dict(read_checkpoint(file).get("hyper_parameters", {}))
-    if "network" not in settings:
-        raise UserError(f"--ckpt_path {file}: not a checkpoint of magnet_train; choose another")
-    seed = settings.pop("seed", None)
-    lora = {k: v for k, v in settings.pop("lora", {}).items() if k != "base_hash"}
+    """Settings of the model in a checkpoint, as defaults of `fit`.
+
+    The parser does not check defaults, so their types are checked here.
+    """
+    from magnet_train.module import MagnetModule
+
+    settings = dict(read_training_checkpoint(file, WEIGHTS_PARTS)["hyper_parameters"])
+    if isinstance(settings.get("lora"), dict):
+        settings["lora"] = {k: v for k, v in settings["lora"].items() if k != "base_hash"}
+    try:
+        check_types(settings, get_type_hints(MagnetModule.__init__))
+    except UserError as error:
+        raise UserError(
+            f"--ckpt_path {file}: {error}; written by another version, or damaged: start from its "
+            "weights with --model.init_from"
+        ) from error
+    seed, lora = settings.pop("seed", None), settings.pop("lora", {})
     if not (settings.get("distil_guidance") or lora.get("rank")):
         settings.pop("init_from", None)  # the weights are the checkpoint's
     settings["network"] = {k: v for k, v in settings["network"].items() if k not in LINKED}

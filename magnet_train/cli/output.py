@@ -166,10 +166,10 @@ class Chooser:
         return index, {"best_of": len(wavs), "judge": options.judge, "judged": round(value, 4)}
 
 
-def recipe(options: OutputOptions, settings: "DecodingConfig", **own: Any) -> dict[str, Any]:
-    """Options to reproduce a clip, for its JSON; `own` are specific to this clip."""
+def recipe(options: OutputOptions, settings: "DecodingConfig", **specific: Any) -> dict[str, Any]:
+    """Options to reproduce a clip, for its JSON; `specific` has those of this clip only."""
     values = {k: v for k, v in asdict(options).items() if k not in NOT_IN_RECIPE}
-    values = values | own | {"decoding": asdict(settings)}
+    values = values | specific | {"decoding": asdict(settings)}
     return json.loads(json.dumps({k: v for k, v in values.items() if v is not None}, default=str))
 
 

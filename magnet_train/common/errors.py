@@ -80,6 +80,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 REFUSALS = (
     (r"\S+\.MisconfigurationException: ", "{}"),  # Lightning's
     (r"builtins\.RuntimeError: .*in your SLURM bash script", "{}"),  # Lightning's
+    (r"builtins\.ModuleNotFoundError: .*Try .*`pip install", "{}"),  # Lightning's loggers
     (r"builtins\.ValueError: .*value for environment variable", "{}"),  # jsonargparse's
     (r"wandb\.", "W&B: {}; or set WANDB_MODE=offline and `wandb sync` later"),
     (

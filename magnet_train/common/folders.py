@@ -83,6 +83,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def require_file(path: Path) -> None:
+    """Raise FileNotFoundError unless it is a regular file: opening a named pipe would block."""
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+
+
 def check_local(path: Path, option: str) -> None:
     """Raise a UserError if the path is a URL.
 

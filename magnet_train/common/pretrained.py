@@ -5,7 +5,6 @@ component needs no network and does not change during a run, and then on the hub
 never executed.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +14,13 @@ from typing import Any, TypeVar
 import torch
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.json_files import read_json
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
 T = TypeVar("T")
 Load = Callable[[str, bool], T]
 
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-MAX_CONFIG_BYTES = 10_000_000
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 MAX_PARAMETERS_PER_BYTE = 4
 """A file may lack parts that are not used, such as T5's decoder; parameters take 2 or 4 bytes."""
@@ -181,10 +180,8 @@ def _refuse_code(what: str, folder: Path) -> None:
         if not file.is_file():
             continue
         try:
-            if file.stat().st_size > MAX_CONFIG_BYTES:
-                raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            config = read_json(file)
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"{what}: {file} is damaged ({one_line(error)}); copy or download it again"
             ) from error
@@ -209,7 +206,7 @@ def _check_size(what: str, folder: Path) -> None:
     stored = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES)
     if not (folder / "config.json").is_file() or not stored:  # a tokenizer, or an error later
         return
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = read_json(folder / "config.json")
     if values.get("model_type") not in CONFIG_MAPPING:  # checked by its own loader
         return
     try:

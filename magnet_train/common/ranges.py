@@ -42,20 +42,23 @@ def check_values(settings: Any, prefix: str = "", **intervals: str) -> None:
 
 
 def check_types(settings: Any, hints: Mapping[str, Any] | None = None) -> None:
-    """Check the types of settings from an untrusted file; a list counts as a tuple.
+    """Check the types of settings from an untrusted file: lists count as tuples, and mappings as
+    dataclasses.
 
     Args:
         settings: a dataclass, or a mapping.
         hints: types by name (default: those of the dataclass).
 
     Raises:
-        UserError: for the first value of another type.
+        UserError: for the first unknown name, or value of another type.
 
     >>> check_types({"seed": 5, "lora": ["a"]}, {"seed": int, "lora": list[str]})
     """
     values = settings if isinstance(settings, Mapping) else vars(settings)
     hints = get_type_hints(type(settings)) if hints is None else hints
     for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"{name} is unknown")
         if not _has_type(value, hints[name]):
             wanted = getattr(hints[name], "__name__", hints[name])
             raise UserError(f"{name}={str(value)[:80]!r} must be {wanted}")
@@ -69,6 +72,9 @@ def _has_type(value: Any, hint: Any) -> bool:
         return any(_has_type(value, kind) for kind in kinds)
     if get_origin(hint) is Literal:
         return value in kinds
+    if is_dataclass(hint) and isinstance(value, Mapping):
+        fields = get_type_hints(hint)
+        return all(name in fields and _has_type(v, fields[name]) for name, v in value.items())
     return type(value) is hint or (hint is float and type(value) is int)
 
 

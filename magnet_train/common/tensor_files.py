@@ -1,6 +1,5 @@
 """Reads and verifies files of torch.save and safetensors, without executing code in them."""
 
-import errno
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.folders import require_file
 from magnet_train.common.pretrained import one_line
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -82,7 +82,7 @@ def safetensors_shapes(path: Path, remedy: str) -> Shapes:
 
     shapes = {}
     try:
-        _require_file(path)
+        require_file(path)
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118, it is no mapping
                 part = file.get_slice(name)
@@ -92,8 +92,13 @@ def safetensors_shapes(path: Path, remedy: str) -> Shapes:
                     )
                 shapes[name] = tuple(part.get_shape())
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: missing or damaged ({one_line(error)}); {remedy}") from error
+        raise _damaged(path, error, remedy) from error
     return shapes
+
+
+def _damaged(path: Path, error: Exception, remedy: str) -> UserError:
+    reason = getattr(error, "strerror", None) or one_line(error)
+    return UserError(f"{path}: missing or damaged ({reason}); {remedy}")
 
 
 def tensor_shapes(tensors: Mapping[str, Any]) -> Shapes:
@@ -135,10 +140,10 @@ def read_safetensors(path: Path, remedy: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        _require_file(path)
+        require_file(path)
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: missing or damaged ({one_line(error)}); {remedy}") from error
+        raise _damaged(path, error, remedy) from error
 
 
 def write_safetensors(
@@ -182,15 +187,9 @@ def write_safetensors(
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, 64 hex digits."""
-    _require_file(path)
+    require_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _require_file(path: Path) -> None:
-    """Raise FileNotFoundError unless it is a regular file: opening a named pipe would block."""
-    if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
 
 
 def check_numbers(tensors: Mapping[str, Tensor], source: Path) -> None:

@@ -296,8 +296,8 @@ class MagnetDataModule(L.LightningDataModule):
     def _check_shards_of_ranks(trainer: Any, found: list[ShardSet]) -> None:
         """Check that nodes with separate copies or caches have the same shards. Collective."""
         for shards in found:
-            own = shards_hash(shards.index)
-            if trainer.strategy.broadcast(own) != own:
+            local = shards_hash(shards.index)
+            if trainer.strategy.broadcast(local) != local:
                 raise UserError(
                     f"{shards.name}: rank {trainer.global_rank} finds other shards there than "
                     "rank 0; all nodes need the same copies"

@@ -1,13 +1,13 @@
 """Finds and checks the rescorer of decoding settings, before its weights are read."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from magnet_train.codec.base import CodecFacts, load_codec_facts
 from magnet_train.common.errors import UserError
-from magnet_train.common.pretrained import MAX_CONFIG_BYTES, one_line
+from magnet_train.common.json_files import read_json
+from magnet_train.common.pretrained import one_line
 from magnet_train.conditioning import TextEncoder, load_text_encoder
 from magnet_train.decoding.rescoring import (
     HybridRescorer,
@@ -79,10 +79,8 @@ def musicgen_config(name: str) -> dict[str, Any] | None:
         file = path / "config.json"
         if not path.exists() and name.count("/") == 1:
             file = Path(str(cached_file(name, "config.json")))
-        if not file.is_file() or file.stat().st_size > MAX_CONFIG_BYTES:
-            return None
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # reported when it is opened as a release
+        config = read_json(file)
+    except (OSError, ValueError):  # reported when it is opened as a release
         return None
     kind = config.get("model_type") if isinstance(config, dict) else None
     return config if isinstance(kind, str) and kind.startswith("musicgen") else None

@@ -7,6 +7,7 @@ devices compute the metrics; rank 0 writes the files.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -53,6 +54,8 @@ DEFAULT_METRICS = ("fad/musicnn", "kl/musicnn", "text/musicnn")
 """Metrics whose networks are bundled."""
 PUBLISHED_SIZES = {"MusicCaps": (5469, 5521)}
 """Numbers of clips of a complete set: as used by audiocraft, and all."""
+MAX_DEVICES = max(16, os.cpu_count() or 1)
+"""GPUs of a machine, or processes on its CPU."""
 NUM_SHOWN = 8
 """Prompts in a report, besides the three best and worst clips of each system."""
 NUM_RANKED = 3
@@ -126,7 +129,7 @@ class EvaluateOptions:
         for metric in self.metrics:
             parse_metric(metric)
         self._check_combinations()
-        check_values(self, "--", batch_size="[1, inf)", devices="[1, inf)")
+        check_values(self, "--", batch_size="[1, inf)", devices=f"[1, {MAX_DEVICES}]")
         if unknown := set(self.weights) - set(EMBEDDERS):
             raise UserError(f"--weights {min(unknown)}: choose from {', '.join(EMBEDDERS)}")
         if self.kl_convention not in (None, *CONVENTIONS):

@@ -1,7 +1,6 @@
 """Creates the report of a training run from its folder."""
 
 import csv
-import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.json_files import read_json
 from magnet_train.common.yaml_files import flatten
 from magnet_train.evaluation.charts import Point
 from magnet_train.evaluation.page import read_sound
@@ -136,7 +136,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_json_object(path: Path) -> dict[str, Any] | None:
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_json(path)
     except (OSError, ValueError):
         return None
     return about if isinstance(about, dict) else None
@@ -245,7 +245,7 @@ def _saved_records(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     if not files:
         return []
     try:
-        return [dict(record) for record in json.loads(files[-1].read_text()) if "metric" in record]
+        return [dict(record) for record in read_json(files[-1]) if "metric" in record]
     except (OSError, ValueError, TypeError) as error:
         notes.append(f"The records of {files[-1].parent.name} are damaged ({error}) and not shown.")
         return []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.folders import replacing
+from magnet_train.common.folders import replacing, require_file
 from magnet_train.metrics.fad import Moments
 
 FORMAT = 1
@@ -133,8 +133,7 @@ class ReferenceStatistics:
         from safetensors import SafetensorError, safe_open
 
         try:
-            if not Path(path).is_file():  # opening a named pipe would block
-                raise FileNotFoundError("no such file")
+            require_file(Path(path))
             with safe_open(str(path), "pt") as file:
                 about = json.loads((file.metadata() or {})["reference_statistics"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
