@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -42,6 +43,9 @@ def attempt(arguments: list[str], log: Path, environment: Mapping[str, str] | No
     os.dup2(handle, 2)
     # The test's streams would capture the output.
     sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
+    warnings.showwarning = lambda message, category, *_: print(
+        f"{category.__name__}: {message}", file=sys.stderr
+    )  # or the test would collect it
     status = 1
     try:
         from magnet_train.__main__ import main

@@ -137,8 +137,8 @@ def become(program: str, folder: str, environment: dict[str, str], files: list[i
 
 
 def run(arguments: list[str]) -> None:
-    """Run `-m MODULE …`, `-c CODE …` or `FILE …`."""
-    first, *rest = arguments
+    """Run `-m MODULE …`, `-c CODE …` or `FILE …`, after torchrun's `-u`."""
+    first, *rest = arguments[1:] if arguments[0] == "-u" else arguments
     if first == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
@@ -146,7 +146,7 @@ def run(arguments: list[str]) -> None:
         sys.argv = ["-c", *rest[1:]]
         exec(rest[0], {"__name__": "__main__"})
     else:
-        sys.argv = arguments
+        sys.argv = [first, *rest]
         sys.path.insert(0, str(Path(first).parent))
         runpy.run_path(first, run_name="__main__")
 

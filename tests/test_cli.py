@@ -241,23 +241,17 @@ def test_mistakes_of_tokenize(capsys, tmp_path, clips):
 def test_mistakes_of_fit(capsys, tmp_path, shards):
     (tmp_path / "file").write_text("")
     (tmp_path / "x.ckpt").write_bytes(b"broken")
-    (tmp_path / "c.yaml").write_text("model: {crop_z: 3}")
     index = json.loads((shards / "train" / "index.json").read_text())
     index["codec"]["hash"] = "0" * 16
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "index.json").write_text(json.dumps(index))
     for option, says in (
-        ("--model.guidance_dropout=2", "guidance_dropout=2"),
-        ("--model.network.num_heads=3", "num_heads"),
-        ("--model.nonsense=2", "nonsense"),
         ("--lora.rank=4", "--lora.rank 4: needs --model.init_from"),
         (f"--ckpt_path={tmp_path / 'gone.ckpt'}", "no such file"),
         (f"--ckpt_path={tmp_path / 'x.ckpt'}", "x.ckpt"),
-        ("--data.num_workers=9", "num_workers"),
         (f"--data.train={tmp_path}", "index.json"),
         (f"--data.train={tmp_path / 'other'}", "made with codec"),
         (f"--trainer.default_root_dir={tmp_path / 'file' / 'run'}", "cannot be written"),
-        (f"--config={tmp_path / 'c.yaml'}", "crop_z"),
         ("--generation.decoding.decoding_steps=[1,1,1,1,1,1,1]", "decoding_steps"),
         ("--generation.decoding.autoregressive_s=1", "decodes in parallel only"),
         (f"--checkpoint.dirpath={tmp_path / 'file' / 'x'}", "--checkpoint.dirpath"),
@@ -273,7 +267,7 @@ def test_fit_with_two_processes_validates_every_item_once(python, shards, tmp_pa
     # Every rank must know the monitored metric.
     two = (
         "--trainer.devices=2 --trainer.strategy=ddp --checkpoint.monitor=val/fad/musicnn "
-        "--checkpoint.save_top_k=1 --generation.num_media=2"
+        "--checkpoint.save_top_k=1 --generation.num_media=2 --generation.at_start=false"
     ).split()
     options = [*TWO_STEPS, *two, f"--trainer.logger={json.dumps(loggers)}"]
     args = ["fit", *arguments(shards, tmp_path / "run", *options)]
@@ -292,7 +286,7 @@ def test_fit_with_two_processes_validates_every_item_once(python, shards, tmp_pa
     # Each rank wrote one of the clips, and rank 0 logged both to W&B.
     assert [Path(path).name[:2] for path in summary["audio"]] == ["00", "01"]
     tables = [row for row in history(records(tmp_path / "run")) if "gen/clips.nrows" in row]
-    assert [row["gen/clips.nrows"] for row in tables] == [2, 4]
+    assert [row["gen/clips.nrows"] for row in tables] == [2]
     assert len(json.loads((tmp_path / "run" / "environment.json").read_text())) == 1
 
 

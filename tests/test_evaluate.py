@@ -59,38 +59,13 @@ def test_a_table_records_a_report_and_a_listening_test_through_the_command_line(
     real, tmp_path, capsys
 ):
     bad = damaged(real, tmp_path / "noisy", noise(0.1))
-    args = [
-        "--generated",
-        f"same={real}",
-        str(bad),
-        "--reference",
-        str(real),
-        "--out",
-        str(tmp_path / "r.json"),
-    ]
-    args += [
-        "--metrics",
-        "fad/musicnn",
-        "kl/musicnn",
-        "text/musicnn",
-        "text_shuffled/musicnn",
-        "kad/musicnn",
-    ]
-    args += [
-        "--save-reference",
-        str(tmp_path / "reference"),
-        "--report",
-        str(tmp_path / "report.html"),
-    ]
-    args += [
-        "--listening-test",
-        str(tmp_path / "listen.html"),
-        "--loudness",
-        "false",
-        "--accelerator",
-        "cpu",
-    ]
-    assert main(["evaluate", *args]) == 0
+    metrics = "fad/musicnn kl/musicnn text/musicnn text_shuffled/musicnn kad/musicnn"
+    args = (
+        f"evaluate --generated same={real} {bad} --reference {real} --out {tmp_path}/r.json "
+        f"--metrics {metrics} --save-reference {tmp_path}/reference --loudness false "
+        f"--report {tmp_path}/report.html --listening-test {tmp_path}/listen.html --accelerator cpu"
+    )
+    assert main(args.split()) == 0
     printed = capsys.readouterr().out
     assert "| same " in printed and "| noisy " in printed and "below 250" in printed
     records = {(r.system, r.metric): r for r in read_records(tmp_path / "r.json")}
@@ -115,25 +90,11 @@ def test_a_table_records_a_report_and_a_listening_test_through_the_command_line(
     )
     assert "noisy" not in re.sub(r'src="data:[^"]*"', "", (tmp_path / "listen.html").read_text())
     # The saved statistics give the same values without the audio.
-    again = [
-        "--generated",
-        str(bad),
-        "--reference",
-        str(tmp_path / "reference"),
-        "--out",
-        str(tmp_path / "s.json"),
-    ]
-    again += [
-        "--metrics",
-        "fad/musicnn",
-        "kl/musicnn",
-        "kad/musicnn",
-        "--loudness",
-        "false",
-        "--accelerator",
-        "cpu",
-    ]
-    assert main(["evaluate", *again]) == 0
+    again = (
+        f"evaluate --generated {bad} --reference {tmp_path}/reference --out {tmp_path}/s.json "
+        "--metrics fad/musicnn kl/musicnn kad/musicnn --loudness false --accelerator cpu"
+    )
+    assert main(again.split()) == 0
     for record in read_records(tmp_path / "s.json"):
         assert record.value == pytest.approx(records["noisy", record.metric].value, rel=1e-9)
 
@@ -428,9 +389,5 @@ def test_a_listening_test_takes_the_captions_that_scoring_takes(tmp_path, real):
         shutil.copy(path, bare)
     evaluate(EvaluateOptions([str(bare)], str(real), **options))
     key = json.loads((tmp_path / "t_key.json").read_text())
-    assert key["systems"] == [
-        "bare",
-        "reference",
-        "anchor: low-pass 3.5 kHz",
-        "anchor: other caption",
-    ]
+    anchors = ["anchor: low-pass 3.5 kHz", "anchor: other caption"]
+    assert key["systems"] == ["bare", "reference", *anchors]

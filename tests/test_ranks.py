@@ -4,7 +4,6 @@ import csv
 import os
 import signal
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -85,13 +84,13 @@ def test_a_rank_that_fails_ends_all(
 
 
 @pytest.mark.slow
-def test_torchrun_launches_it(data: Path, tmp_path: Path):
+def test_torchrun_launches_it(python: str, data: Path, tmp_path: Path):
     run, tests = tmp_path / "run", Path(__file__).parent
     launched = ("--trainer.devices=2", "--trainer.max_steps=4", "--trainer.val_check_interval=4")
     torchrun = f"-m torch.distributed.run --nproc_per_node=2 --master_port={free_port()}".split()
     fit = arguments(data, run, "--trainer.strategy=fsdp2", *launched)
     done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "magnet_train", *fit],
+        [python, *torchrun, "-m", "magnet_train", *fit],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
         capture_output=True,
         text=True,

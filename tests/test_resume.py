@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from helpers_data import make_data_codec, write_shards
-from helpers_programs import LONGEST_S, program
+from helpers_programs import program
+from helpers_ranks import fit_on_ranks
 from helpers_resume import arguments, differences, ledger, make_data, outcome
 from make_components import make_t5
 
@@ -145,14 +146,13 @@ def test_the_last_validation_is_made_up_for(data: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [["--kills=3", "--workers=2"], ["--kills=1", "--workers=0", "--ranks=2"]]
-)
-def test_a_randomly_killed_run_ends_like_an_uninterrupted_one(options: list[str], python: str):
+def test_randomly_killed_ranks_end_like_uninterrupted_ones(python: str):
     script = Path(__file__).parents[1] / "benchmarks" / "kill_and_resume.py"
-    environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
     done = subprocess.run(
-        [python, script, *options], env=environment, capture_output=True, text=True
+        [python, script, "--kills=2", "--workers=1", "--ranks=2"],
+        env=os.environ | {"PYTHONPATH": str(script.parents[1])},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
@@ -244,28 +244,17 @@ def test_a_run_folder_in_the_home_folder_is_one_folder(
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_and_one_rank_resumes(
-    python: str, data: Path, tmp_path: Path, caplog: Any
+    data: Path, tmp_path: Path, caplog: Any
 ):
-    """Two real ranks; before the signal, a bad loss on one rank makes both skip the step."""
-    options = (
-        "--trainer.devices=2",
-        "--trainer.strategy=ddp",
-        "--checkpoint.every_n_train_steps=100",
-    )
+    """Before the signal, a bad loss on one rank makes both skip the step."""
+    options = ("--trainer.strategy=ddp", "--checkpoint.every_n_train_steps=100")
     told = {"signal_at": 4, "signal": int(signal.SIGUSR1), "bad_losses": (2,)}
-    tests = Path(__file__).parent
-    done = subprocess.run(
-        [python, "-m", "magnet_train", *arguments(data, tmp_path / "run", *options, **told)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
-        capture_output=True,
-        text=True,
-        timeout=LONGEST_S,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "stopped at step 5 by a signal to another rank" in done.stdout
-    assert "step 2 skipped, rank 0: loss nan" in done.stderr
-    assert "step 2 skipped, rank 1: gradients" in done.stderr
+    given = arguments(data, tmp_path / "run", *options, **told)
+    statuses, text = fit_on_ranks(2, given, tmp_path / "log")
+    assert statuses == [0, 0], text[-3000:]
+    assert "stopped at step 5 by a signal to another rank" in text
+    assert "step 2 skipped, rank 0: loss nan" in text
+    assert "step 2 skipped, rank 1: gradients" in text
     lines = ledger(tmp_path / "run")
     assert sorted(lines) == [(batch, rank) for batch in range(5) for rank in range(2)]
     with caplog.at_level("INFO"):
@@ -329,44 +318,31 @@ def test_under_slurm_a_job_is_requeued_and_resumed(
             signal.signal(number, handler)
         return ignored
 
+    def signalled(at: int, number: signal.Signals) -> Any:
+        """Exit status of a start that is told to end."""
+        with pytest.raises(Preempted) as ended:
+            main(arguments(data, tmp_path / "run", *options, signal_at=at, signal=int(number)))
+        return ended.value.code
+
     with monkeypatch.context() as slurm:
-        for name, value in {
-            "JOB_ID": "7",
-            "JOB_NAME": "fit",
-            "NTASKS": "1",
-            "PROCID": "0",
-            "LOCALID": "0",
-        }.items():
+        job = {"JOB_ID": "7", "JOB_NAME": "fit", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
+        for name, value in job.items():
             slurm.setenv(f"SLURM_{name}", value)
         slurm.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-        with pytest.raises(Preempted):
-            main(
-                arguments(data, tmp_path / "run", *options, signal_at=2, signal=int(signal.SIGUSR1))
-            )
+        signalled(2, signal.SIGUSR1)
         assert "job 7 is requeued" in capsys.readouterr().out and requeued()
         slurm.setenv("SLURM_RESTART_COUNT", "1")  # from now on a start goes on without being told
         slurm.setenv("SLURM_ARRAY_JOB_ID", "5")
         slurm.setenv("SLURM_ARRAY_TASK_ID", "2")
-        with pytest.raises(Preempted):
-            main(
-                arguments(data, tmp_path / "run", *options, signal_at=3, signal=int(signal.SIGUSR1))
-            )
+        signalled(3, signal.SIGUSR1)
         assert requeued()
-        with pytest.raises(Preempted):  # SLURM itself queues again what it preempts
-            main(
-                arguments(data, tmp_path / "run", *options, signal_at=5, signal=int(signal.SIGTERM))
-            )
+        signalled(5, signal.SIGTERM)  # SLURM itself queues again what it preempts
         assert [signal.getsignal(n) for n in numbers] == before
         assert called.read_text() == "requeue 7\nrequeue 5_2\n"
         program(tmp_path / "scontrol", "echo Job is gone >&2; exit 1")
-        with pytest.raises(Preempted, match="1"):  # by which the job file knows
-            main(
-                arguments(data, tmp_path / "run", *options, signal_at=6, signal=int(signal.SIGUSR1))
-            )
-        assert (
-            "SLURM does not requeue job 5_2 (Job is gone): submit it again, unless"
-            in capsys.readouterr().out
-        )
+        assert signalled(6, signal.SIGUSR1) == 1  # by which the job file knows
+        says = "SLURM does not requeue job 5_2 (Job is gone): submit it again, unless"
+        assert says in capsys.readouterr().out
         assert requeued()
         assert not [*(tmp_path / "run").glob("hpc*")]
         assert main(arguments(data, tmp_path / "run", *options)) == 0

@@ -27,7 +27,6 @@ from helpers_programs import LONGEST_S, wait_for
 from tqdm import tqdm
 
 from magnet_train.codec.base import Codec, load_codec
-from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.data.audio import read_audio
 from magnet_train.data.manifest import Clip
@@ -105,9 +104,11 @@ def test_every_format_rate_and_channel_count(kind: str, rate: int, channels: int
 
 
 def test_channels_are_averaged_or_copied(tmp_path: Path):
+    """The mean is numpy's to the bit; else codes would differ within a set begun earlier."""
     left, right = tone(1, hz=300)[:, 0], tone(1, hz=900)[:, 0]
-    soundfile.write(tmp_path / "s.wav", np.stack([left, right], 1), RATE, "FLOAT")
-    assert np.allclose(read_audio(tmp_path / "s.wav", RATE, 1)[0], (left + right) / 2, atol=1e-6)
+    both = np.stack([left, right], 1)
+    soundfile.write(tmp_path / "s.wav", both, RATE, "FLOAT")
+    assert np.array_equal(read_audio(tmp_path / "s.wav", RATE, 1)[0], both.mean(1))
     assert np.allclose(read_audio(tmp_path / "s.wav", RATE, 2), np.stack([left, right]), atol=1e-6)
     soundfile.write(tmp_path / "m.wav", left, RATE, "FLOAT")
     assert np.array_equal(*read_audio(tmp_path / "m.wav", RATE, 2))
@@ -269,7 +270,7 @@ def test_validation_is_split_by_file_and_added_files_move_none(
 
 def test_names_of_all_kinds_give_different_keys(run: Callable[..., dict], tmp_path: Path):
     names = "a/b.wav a-b.wav a/b.flac 日本語.wav 中文.wav x.y.z.wav Zoë/ü.ogg A/B.wav".split()
-    names.append("with space.wav")
+    names += ["with space.wav", f"{'very-long-' * 12}a.wav", f"{'very-long-' * 12}b.wav"]
     for i, name in enumerate(names):
         write_clip(tmp_path / "in" / name, 2, name, seed=i)
     run()
@@ -281,15 +282,6 @@ def test_names_of_all_kinds_give_different_keys(run: Callable[..., dict], tmp_pa
     keys = {info["key"] for info in found}
     assert len(keys) == len(names)
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+", key) for key in keys)
-
-
-def test_long_file_names(run: Callable[..., dict], tmp_path: Path):
-    for end in "ab":
-        write_clip(tmp_path / f"in/{'very-long-' * 12}{end}.wav", 2, end)
-    run()
-    found = items(tmp_path / "out")
-    assert [item["info"]["caption"] for item in found] == ["a", "b"]
-    assert len({i["info"]["key"] for i in found}) == 2
 
 
 def manifest(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -368,10 +360,17 @@ def test_crops_cover_the_clip(run: Callable[..., dict], codec: str, tmp_path: Pa
         assert hashlib.sha256(content).hexdigest() == entry["sha256"]
 
 
-def test_hop_between_crops(run: Callable[..., dict], tmp_path: Path):
-    write_clip(tmp_path / "in/a.wav", 9)
-    run(hop_s=3.5)
-    assert [item["info"]["offset_s"] for item in items(tmp_path / "out")] == [0.0, 3.5, 7.0]
+@pytest.mark.parametrize(
+    ("seconds", "crop_s", "hop_s", "starts"),
+    [(9, 2.0, 3.5, [0.0, 3.5, 7.0]), (5, 4.0, 0.5, [0.0, 0.5, 1.0])],
+)
+def test_hop_between_crops(
+    seconds: float, crop_s: float, hop_s: float, starts: list[float], run: Any, tmp_path: Path
+):
+    """The last crop ends with the clip."""
+    write_clip(tmp_path / "in/a.wav", seconds)
+    run(crop_s=crop_s, hop_s=hop_s)
+    assert [item["info"]["offset_s"] for item in items(tmp_path / "out")] == starts
 
 
 def test_webdataset_reads_our_shards(run: Callable[..., dict], tmp_path: Path):
@@ -424,24 +423,6 @@ def test_references_where_a_crop_is_too_short_for_them(run: Callable[..., dict],
         True,
         False,
     ]
-
-
-def test_the_shipped_clips(tmp_path: Path):
-    """Bundled music and codec."""
-    try:
-        clips = demo_path("clips")
-        demo_path("codec/model.safetensors")
-    except UserError as error:
-        pytest.skip(str(error))
-    first = next(
-        p for p in sorted(clips.iterdir()) if p.suffix in (".flac", ".ogg", ".mp3", ".wav")
-    )
-    for file in clips.glob(f"{first.stem}.*"):
-        (tmp_path / "in").mkdir(exist_ok=True)
-        (tmp_path / "in" / file.name).write_bytes(file.read_bytes())
-    index = tokenize(tmp_path / "in", tmp_path / "out", TokenizeOptions(crop_s=5.0))
-    assert index["num_examples"] >= 1
-    assert all(item["info"]["caption"] for item in items(tmp_path / "out"))
 
 
 # --- reading ahead --------------------------------------------------------------------------------
@@ -522,17 +503,10 @@ def test_a_failure_of_the_codec_ends_the_reading(
     assert shards(tmp_path / "out") == shards(tmp_path / "expected")
 
 
-def test_stereo_is_averaged_as_numpy_does(tmp_path: Path):
-    """Bit-identical; otherwise codes would differ within sets started with earlier versions."""
-    wav = np.random.default_rng(0).uniform(-1, 1, (20_000, 2)).astype(np.float32)
-    soundfile.write(tmp_path / "a.wav", wav, RATE, "FLOAT")
-    assert np.array_equal(read_audio(tmp_path / "a.wav", RATE, 1)[0], wav.mean(1))
-
-
 # --- interruptions --------------------------------------------------------------------------------
 
 
-def many_clips(folder: Path, number: int = 20) -> Path:
+def many_clips(folder: Path, number: int) -> Path:
     for i in range(number):
         write_clip(folder / f"clip{i:02d}.flac", 5 + i % 3, f"tone {i}", seed=i)
     return folder
@@ -556,50 +530,13 @@ def tokenize_quietly(source: Path, out: Path, options: TokenizeOptions) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(
     codec: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, TokenizeOptions, dict[str, str], float]:
-    """Twenty clips, the options, the output of an uninterrupted run, and its duration."""
+) -> tuple[Path, TokenizeOptions, dict[str, str]]:
+    """Ten clips, the options, and the output of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     options = TokenizeOptions(codec=codec, crop_s=2.0, shard_size=3)
-    source = many_clips(folder / "in")
-    process = start(source, folder / "warm", options)
-    process.join()
-    begin = time.monotonic()
-    process = start(source, folder / "out", options)
-    process.join()
-    assert process.exitcode == 0 and shards(folder / "out") == shards(folder / "warm")
-    return source, options, shards(folder / "out"), time.monotonic() - begin
-
-
-def test_killed_at_random_moments(undisturbed: Any, tmp_path: Path):
-    """Repeated SIGKILL in one folder: no item is lost or duplicated, and all bytes are equal."""
-    source, options, expected, seconds = undisturbed
-    rng = np.random.default_rng(int.from_bytes(os.urandom(4)))
-    out, killed, seen = tmp_path / "0", 0, set()
-    # The machine's speed may change: a run that ends before its kill is restarted and killed
-    # sooner, and one killed before its first shard is killed later.
-    while killed < 4 or len(seen) < 3:
-        process = start(source, out, options)
-        time.sleep(float(rng.uniform(0.2, 0.9)) * seconds)
-        process.kill()
-        process.join()
-        before, written = seen.copy(), sorted(out.glob("*.tar"))
-        seen.add(len(written))
-        # Existing shards are already final.
-        for path in written:
-            assert hashlib.sha256(path.read_bytes()).hexdigest() == expected[path.name]
-        if process.exitcode == -signal.SIGKILL:
-            killed += 1
-            seconds *= 1.3 if seen == before else 1
-        else:
-            assert process.exitcode == 0 and shards(out) == expected
-            out, seconds = tmp_path / str(int(out.name) + 1), seconds * 0.7
-    process = start(source, out, options)
-    process.join()
-    assert process.exitcode == 0 and shards(out) == expected
-    keys = [item["info"]["key"] for item in items(out)]
-    assert (
-        len(keys) == len(set(keys)) == json.loads((out / "index.json").read_text())["num_examples"]
-    )
+    source = many_clips(folder / "in", 10)
+    tokenize(source, folder / "out", options)
+    return source, options, shards(folder / "out")
 
 
 def tokenize_killed_at_a_move(move: int, source: Path, out: Path, options: TokenizeOptions) -> None:
@@ -614,7 +551,7 @@ def tokenize_killed_at_a_move(move: int, source: Path, out: Path, options: Token
 
 @pytest.mark.parametrize("move", ["plan", "shard", "report", "index"])
 def test_killed_as_a_file_is_moved_into_place(move: str, undisturbed: Any, tmp_path: Path):
-    source, options, expected, _ = undisturbed
+    source, options, expected = undisturbed
     # Two per shard, and one each at start and end.
     place = {"plan": 0, "shard": 1, "report": 2, "index": 2 * len(expected) - 1}[move]
     process = start(place, source, tmp_path, options, target=tokenize_killed_at_a_move)
@@ -626,25 +563,12 @@ def test_killed_as_a_file_is_moved_into_place(move: str, undisturbed: Any, tmp_p
 
 
 def test_two_processes_share_a_folder(undisturbed: Any, tmp_path: Path):
-    source, options, expected, _ = undisturbed
+    source, options, expected = undisturbed
     processes = [start(source, tmp_path, options) for _ in range(2)]
     for process in processes:
         process.join()
         assert process.exitcode == 0
     assert shards(tmp_path) == expected
-
-
-def test_one_of_two_processes_is_killed(undisturbed: Any, tmp_path: Path):
-    """The other process continues, and one more call completes the set."""
-    source, options, expected, seconds = undisturbed
-    first, second = (start(source, tmp_path, options) for _ in range(2))
-    time.sleep(0.4 * seconds)
-    first.kill()
-    second.join()
-    assert second.exitcode == 0
-    last = start(source, tmp_path, options)
-    last.join()
-    assert last.exitcode == 0 and shards(tmp_path) == expected
 
 
 def test_a_damaged_or_missing_shard_is_made_again(run: Callable[..., dict], tmp_path: Path):
@@ -726,7 +650,7 @@ def tokenize_stopped_in_a_shard(source: Path, out: Path, options: TokenizeOption
 @pytest.mark.slow
 def test_killed_on_the_command_line(codec: str, python: str, tmp_path: Path):
     """`python -m magnet_train tokenize` on two processes, killed together after one shard."""
-    many_clips(tmp_path / "in", 60)
+    many_clips(tmp_path / "in", 24)
     command = [python, *f"-m magnet_train tokenize {tmp_path}/in --out {tmp_path}/out".split()]
     command += ["--codec", codec, "--crop_s", "2", "--shard_size", "4", "--processes", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -759,32 +683,14 @@ def test_two_captions_for_one_file(run: Callable[..., dict], tmp_path: Path):
     assert [item["info"]["caption"] for item in items(tmp_path / "out")] == ["one", "two"]
 
 
-def test_fields_called_path_and_name(run: Callable[..., dict], tmp_path: Path):
-    write_clip(tmp_path / "in/a.wav", 2, None)
-    (tmp_path / "in/a.json").write_text(
-        json.dumps({"caption": "x", "name": "electro_1", "path": "/their/place.wav"})
-    )
-    run()
-    (item,) = items(tmp_path / "out")
-    assert item["info"]["source"] == "a.wav" and item["info"]["name"] == "electro_1"
-
-
-def test_the_same_codec_under_another_path(run: Callable[..., dict], tmp_path: Path):
-    write_clip(tmp_path / "in/a.wav", 5)
-    run()
-    expected = shards(tmp_path / "out")
-    run(codec=make_data_codec(tmp_path / "copy"))
-    assert shards(tmp_path / "out") == expected
-
-
-def test_the_same_folder_under_another_path(
+def test_the_same_codec_and_folder_under_other_paths(
     run: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     write_clip(tmp_path / "in/a.wav", 5)
     run()
     expected = shards(tmp_path / "out")
     monkeypatch.chdir(tmp_path)
-    run(Path("in"))
+    run(Path("in"), codec=make_data_codec(tmp_path / "copy"))
     assert shards(tmp_path / "out") == expected
 
 
@@ -848,14 +754,6 @@ def test_a_file_that_fails_while_it_is_encoded_is_tried_again(
     assert run()["num_examples"] == 4 and run()["skipped"] == []
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"format": 3, "codec": {}, "rounds": 5}', "5"])
-def test_a_plan_that_is_none(content: str, run: Callable[..., dict], tmp_path: Path):
-    write_clip(tmp_path / "in/a.wav", 4)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/.plan.json").write_text(content)
-    assert "empty folder" in refusal(run)
-
-
 def test_segments_are_clips_of_their_own(run: Callable[..., dict], tmp_path: Path):
     write_clip(tmp_path / "in/a.wav", 9, None)
     rows = [
@@ -889,14 +787,8 @@ def test_min_s_above_crop_s():
     assert "--min_s" in refusal(TokenizeOptions, crop_s=0.5, min_s=1.0)
 
 
-def test_overlapping_crops_end_with_the_clip(run: Callable[..., dict], tmp_path: Path):
-    write_clip(tmp_path / "in/a.wav", 5)
-    run(crop_s=4.0, hop_s=0.5)
-    assert [item["info"]["offset_s"] for item in items(tmp_path / "out")] == [0.0, 0.5, 1.0]
-
-
 def test_a_waiting_process_finishes_the_shards_of_a_killed_one(undisturbed: Any, tmp_path: Path):
-    source, options, expected, _ = undisturbed
+    source, options, expected = undisturbed
     first = start(source, tmp_path, options, target=tokenize_stopped_in_a_shard)
     wait_for(
         lambda: Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T",

@@ -29,29 +29,16 @@ from magnet_train.tracking.wandb_session import prepare_wandb
 
 ROOT = Path(__file__).parents[1]
 # Scores of single clips need 6 seconds; everything else is as small as it gets.
-TINY = [
-    "--model.network.dim=16",
-    "--model.network.num_heads=2",
-    "--model.network.num_layers=1",
-    "--model.crop_s=6.4",
-    "--model.optimizer.warmup_steps=1",
-    "--model.optimizer.lr=0.01",
-    "--data.batch_size=2",
-    "--data.num_workers=0",
-    "--trainer.accelerator=cpu",
-    "--trainer.max_steps=6",
-    "--trainer.val_check_interval=2",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.log_every_n_steps=1",
-    "--trainer.enable_model_summary=false",
-    "--trainer.num_sanity_val_steps=0",
-    "--generation.num_prompts=2",
-    "--generation.batch_size=2",
-    "--generation.num_media=2",
-    "--generation.decoding.decoding_steps=[2,1,1,1]",
-    "--checkpoint.every_n_train_steps=4",
-    "--ckpt_path=auto",
-]
+TINY = (
+    "--model.network.dim=16 --model.network.num_heads=2 --model.network.num_layers=1 "
+    "--model.crop_s=6.4 --model.optimizer.warmup_steps=1 --model.optimizer.lr=0.01 "
+    "--data.batch_size=2 --data.num_workers=0 --trainer.accelerator=cpu --trainer.max_steps=6 "
+    "--trainer.val_check_interval=2 --trainer.log_every_n_steps=1 "
+    "--trainer.enable_progress_bar=false --trainer.enable_model_summary=false "
+    "--trainer.num_sanity_val_steps=0 --generation.num_prompts=2 --generation.batch_size=2 "
+    "--generation.num_media=2 --generation.decoding.decoding_steps=[2,1,1,1] "
+    "--checkpoint.every_n_train_steps=4 --ckpt_path=auto"
+).split()
 
 
 @pytest.fixture(autouse=True)
@@ -100,9 +87,8 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if stop_at > 0:
             with pytest.raises(RuntimeError, match="as planned"):
                 fit(data, folder, stop_at=stop_at)
-            (
-                folder / "checkpoints" / "last.ckpt"
-            ).unlink()  # leaves the one from before the validation of step 4
+            # Leaves the one from before the validation of step 4.
+            (folder / "checkpoints" / "last.ckpt").unlink()
         else:
             assert fit(data, folder) == 0
         wandb.finish()
@@ -315,13 +301,8 @@ def test_wandb_sync_makes_one_run_of_two_sessions(python: str, tmp_path: Path):
     assert (
         got.offsets[0] == 0 and 3 in got.offsets
     )  # the second session begins where the first one ended
-    assert [(row["_step"], row["trainer/global_step"]) for row in got.rows] == [
-        (0, 0),
-        (1, 1),
-        (2, 2),
-        (3, 2),
-        (4, 3),
-    ]
+    steps = [(row["_step"], row["trainer/global_step"]) for row in got.rows]
+    assert steps == [(0, 0), (1, 1), (2, 2), (3, 2), (4, 3)]
 
 
 # --- keys and networks ----------------------------------------------------------------------------

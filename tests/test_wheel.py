@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,8 @@ def test_fit_without_arguments_runs_from_a_wheel_in_an_empty_folder(tmp_path):
     ]
     subprocess.run(build, check=True, timeout=LONGEST_S)
     (wheel,) = wheels.glob("*.whl")
-    install = [*pip, *f"install --no-deps --no-index --no-compile --target {site} {wheel}".split()]
-    subprocess.run(install, check=True, timeout=LONGEST_S)
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(site)
     done = subprocess.run(
         [sys.executable, "-m", "magnet_train", "fit", *SHORT],
         cwd=empty,
