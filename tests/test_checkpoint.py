@@ -96,19 +96,6 @@ def test_a_metric_that_is_missing_costs_no_checkpoint(tmp_path: Path):
     assert kept(tmp_path) == {"last": 3}
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"mode": "lowest"}, "mode=lowest"),
-        ({"save_top_k": -7}, "save_top_k=-7"),
-        ({"every_n_train_steps": 0}, "every_n_train_steps=0"),
-    ],
-)
-def test_options_out_of_range_are_named(options: dict[str, Any], named: str):
-    with pytest.raises(UserError, match=f"checkpoint.{named}: "):
-        RunCheckpoint(**options)
-
-
 def test_a_full_disk_is_one_line_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(
         self: AtomicCheckpointIO, checkpoint: Any, path: Path, storage_options: Any = None

@@ -5,8 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magnet_train.common.errors import UserError
-from magnet_train.data.datamodule import MagnetDataModule
 from magnet_train.data.pipeline import bar_starts, crop_examples
 
 FRAME_RATE, NUM_FRAMES, LENGTH = 25.0, 50, 200
@@ -60,8 +58,3 @@ def test_crops_start_on_bar_lines_or_with_the_audio():
 )
 def test_items_without_usable_bars_are_cropped_anywhere(info):
     assert len(first_frames(info, "bar")) > 100
-
-
-def test_another_word_is_refused():
-    with pytest.raises(UserError, match="crop_start=beat: choose anywhere or bar"):
-        MagnetDataModule(crop_start="beat")  # type: ignore[arg-type]

@@ -128,43 +128,6 @@ def test_initial_weights_are_a_function_of_the_seed(module):
     assert not torch.equal(module.network.head, other.network.head)
 
 
-@pytest.mark.parametrize(
-    ("make", "word"),
-    [
-        (
-            lambda: MagnetModule(
-                guidance_dropout=1.5, network=MagnetConfig(dim=8, num_heads=1, num_layers=1)
-            ),
-            "guidance",
-        ),
-        (
-            lambda: MagnetModule(
-                more_span_lens=(0,), network=MagnetConfig(dim=8, num_heads=1, num_layers=1)
-            ),
-            "span",
-        ),
-        (
-            lambda: MagnetModule(
-                beginning_share=1.5, network=MagnetConfig(dim=8, num_heads=1, num_layers=1)
-            ),
-            "beginning",
-        ),
-        (
-            lambda: MagnetModule(
-                span_len=0, network=MagnetConfig(dim=8, num_heads=1, num_layers=1)
-            ),
-            "span_len",
-        ),
-        (lambda: MagnetModule(stage_sampling="step"), "stage_sampling=step"),  # type: ignore
-        (lambda: OptimizerConfig(lr=-1), "lr=-1"),
-        (lambda: OptimizerConfig(schedule="linear"), "schedule=linear"),  # type: ignore[arg-type]
-    ],
-)
-def test_values_out_of_range_are_named(make, word):
-    with pytest.raises(UserError, match=word):
-        make()
-
-
 def drawn(module, rank, batch_index, accumulated=1):
     """Stage, masks and captions of a training step at that position of a run."""
     seen = []

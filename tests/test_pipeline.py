@@ -628,14 +628,6 @@ def test_validation_split_by_shard(codec: str, tmp_path: Path):
         data_module(codec, written, written, val_split=0.1)
 
 
-@pytest.mark.parametrize(
-    "options", [{"batch_size": 0}, {"num_workers": -1}, {"predict_split": "dev"}]
-)
-def test_options_out_of_range(options: dict[str, Any], codec: str, folder: Path):
-    name, value = next(iter(options.items()))
-    assert f"{name}={value}" in refusal(data_module, codec, folder, folder, **options)
-
-
 class Ranks:
     accumulate_grad_batches = 1
     """As much of a Trainer as the data module asks for."""

@@ -1,14 +1,25 @@
-"""Settings are checked against intervals and choices; the first invalid one is named."""
+"""Settings are checked against intervals and choices, in all classes; an invalid one is named."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import pytest
+from helpers_errors import refusal
 
+from magnet_train.callbacks.checkpoint import RunCheckpoint
+from magnet_train.callbacks.nan_guard import NanGuard
+from magnet_train.callbacks.watchdog import Watchdog
 from magnet_train.common.errors import UserError
 from magnet_train.common.ranges import check_types, check_values
+from magnet_train.data.datamodule import MagnetDataModule
+from magnet_train.data.tokenize import TokenizeOptions
 from magnet_train.decoding.decode import DecodingConfig
+from magnet_train.model import MagnetConfig
+from magnet_train.module import MagnetModule
+from magnet_train.optimizer import OptimizerConfig
 
 
 @dataclass
@@ -81,3 +92,32 @@ def test_other_types_are_named(values, message):
 def test_decoding_settings_of_a_file_have_their_types(values):
     with pytest.raises(UserError, match=next(iter(values))):
         DecodingConfig.from_dict(values)
+
+
+SMALL = partial(MagnetModule, network=MagnetConfig(dim=8, num_heads=1, num_layers=1))
+WRONG: list[tuple[Callable[..., Any], dict[str, list[Any]]]] = [
+    (TokenizeOptions, {"crop_s": [0, math.inf, math.nan], "hop_s": [-1, 1e-9], "min_s": [0, 99]}),
+    (TokenizeOptions, {"shard_size": [0], "batch_size": [0], "processes": [0]}),
+    (TokenizeOptions, {"mixtures": [math.inf], "split": ["a/b"]}),
+    (MagnetDataModule, {"batch_size": [0], "num_workers": [-1], "predict_split": ["dev"]}),
+    (MagnetDataModule, {"crop_start": ["beat"]}),
+    (NanGuard, {"max_consecutive": [0]}),
+    (Watchdog, {"factor": [1.0], "min_seconds": [0]}),
+    (RunCheckpoint, {"mode": ["lowest"], "save_top_k": [-7], "every_n_train_steps": [0]}),
+    (DecodingConfig, {"top_p": [1.5], "temperature": [0.0], "decoding_steps": [()]}),
+    (DecodingConfig, {"span_len": [0], "span_scoring": ["sum"], "top_k": [-1]}),
+    (partial(MagnetConfig, num_heads=4), {"dim": [30], "context": [-2], "num_layers": [0]}),
+    (SMALL, {"guidance_dropout": [1.5], "beginning_share": [1.5], "stage_sampling": ["step"]}),
+    (SMALL, {"span_len": [0]}),
+    (partial(SMALL, more_span_lens=(0,)), {"span_len": [3]}),
+    (OptimizerConfig, {"lr": [-1], "schedule": ["linear"]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [(make, name, v) for make, given in WRONG for name, values in given.items() for v in values],
+)
+def test_a_setting_out_of_range_is_named(make: Callable[..., Any], name: str, value: Any):
+    text = refusal(make, **{name: value})
+    assert name in text and str(value) in text

@@ -417,6 +417,9 @@ class _Evaluation:
             None, self.reference.clips
         )
 
+    def _captions_by_system(self) -> dict[str, dict[str, str]]:
+        return {system: self.captions(system) for system in self.systems}
+
     def _baselines(self) -> dict[str, dict[str, float]]:
         """Baselines of each metric: real against real clips, and codec reconstructions."""
         baselines: dict[str, dict[str, float]] = {metric: {} for metric in self.options.metrics}
@@ -473,13 +476,16 @@ class _Evaluation:
             for name, part in self.reference.statistics.items():
                 part.save(options.save_reference / f"{name}.safetensors")
             print(f"reference: {options.save_reference}")
-        refusal: UserError | None = None
         try:
             if records:
                 print(markdown_table(records, options.force, PUBLISHED))
                 print(self._differences(), end="")
-        except UserError as error:  # the other files are still written
-            refusal = error
+        finally:  # a refused table costs no other file
+            self._write_pages(records)
+
+    def _write_pages(self, records: list[Record]) -> None:
+        """Write the report and the listening test, if requested."""
+        options = self.options
         if options.report is not None:
             write_report(options.report, self._report(records))
             print(f"report: {options.report}")
@@ -488,8 +494,6 @@ class _Evaluation:
             reference = "reference" if self.reference.clips else None
             test = export_listening_test(systems, captions, options.listening_test, reference)
             print(f"listening test: {test.page} ({test.num_trials} captions), its key: {test.key}")
-        if refusal is not None:
-            raise refusal
 
     def _differences(self) -> str:
         """Differences from the first system, paired by clip; empty for a single system."""
@@ -499,7 +503,7 @@ class _Evaluation:
             self.options.metrics,
             self.features,
             self.reference.statistics,
-            {system: self.captions(system) for system in self.systems},
+            self._captions_by_system(),
             self.options.kl_convention,
         )
         text = differences_text(next(iter(self.systems)), found)
@@ -508,7 +512,7 @@ class _Evaluation:
     def _listening_systems(self) -> tuple[dict[str, Clips], dict[str, dict[str, str]]]:
         """Clips and captions of all systems, with the real clips as "reference"."""
         systems = dict(self.systems)
-        captions = {system: self.captions(system) for system in systems}
+        captions = self._captions_by_system()
         if self.reference.clips:
             systems["reference"] = self.reference.clips
             captions["reference"] = load_captions(None, self.reference.clips)
@@ -530,7 +534,7 @@ class _Evaluation:
             keys |= dict.fromkeys(
                 [*list(clips)[:NUM_SHOWN], *ranked[:NUM_RANKED], *ranked[-NUM_RANKED:]]
             )
-        captions = {system: self.captions(system) for system in self.systems}
+        captions = self._captions_by_system()
         rows = [self._report_row(key, scores, captions) for key in keys]
         settings = {
             name: str(value)

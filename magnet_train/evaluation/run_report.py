@@ -209,12 +209,7 @@ def _rank(name: str) -> tuple[int, int, str]:
     first = next(
         (i for i, start in enumerate(_HEADLINES) if name.startswith(start)), len(_HEADLINES)
     )
-    if name == "val/num_clips":
-        group = 2
-    elif "/rate" in name:
-        group = 1
-    else:
-        group = 0
+    group = 2 if name == "val/num_clips" else int("/rate" in name)
     return group, first, name
 
 

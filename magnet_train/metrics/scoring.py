@@ -276,10 +276,9 @@ def _score_against(
     real = sets.subsample(
         torch.cat(list(reference.embeddings.values())).double(), MAX_PAIRED_WINDOWS
     )
-    if name == "kad":
-        value = sets.kad(windows, real)
-    elif name == "kid":
-        value = sets.kid(windows, real)
+    kernels = {"kad": sets.kad, "kid": sets.kid}
+    if name in kernels:
+        value = kernels[name](windows, real)
     else:
         value = getattr(sets.neighbourhoods(windows, real), name)
     return _Scored(value, len(windows))
@@ -311,9 +310,7 @@ def _fad_interval(
 ) -> tuple[float, float] | None:
     try:
         return frechet_interval(clips, reference.moments)
-    except (
-        UserError
-    ):  # one clip, or too few windows in half of the clips; the value itself is valid
+    except UserError:  # one clip, or too few windows in half of the clips; the value is valid
         return None
 
 
