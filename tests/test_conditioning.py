@@ -223,3 +223,24 @@ def test_the_stamp_is_of_what_makes_the_states(demo: TextEncoder, folder: Path, 
         torch.manual_seed(seed)
         assert load_text_encoder(str(elsewhere)).hash == demo.hash
     assert len({demo.hash, load_text_encoder(str(folder)).hash}) == 2
+
+
+def test_the_demo_encoder_is_that_of_transformers(demo: TextEncoder):
+    theirs = load_text_encoder(str(_demo_folder()))
+    captions = [*CAPTIONS, "x " * 600, "Ünïcödé 日本語!"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (states, mask), (expected, allowed) = demo(captions), theirs(captions)
+    assert torch.equal(mask, allowed) and torch.allclose(states, expected, atol=1e-5)
+    assert demo.num_tokens(captions) == theirs.num_tokens(captions)
+    assert (demo.hash, demo.max_length) == (theirs.hash, theirs.max_length)
+
+
+def test_a_damaged_demo_encoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copytree(_demo_folder(), tmp_path / "model")
+    monkeypatch.setattr("magnet_train.conditioning._demo_folder", lambda: tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert str(weights) in message("demo")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    assert "damaged" in message("demo")

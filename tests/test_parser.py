@@ -55,6 +55,29 @@ def test_waiting_threads_leave_the_cores_to_others(given, used):
     assert done.stdout.split() == ["False", used], done.stderr
 
 
+def test_verbs_start_without_what_they_do_not_use(tmp_path):
+    """In one process: from the verb that needs least to the one that needs most."""
+    script = (
+        "import sys\n"
+        "from magnet_train.__main__ import main\n"
+        "def run(args, *names):\n"
+        "    try:\n"
+        "        assert main(args) in (0, None), args\n"
+        "    except SystemExit as ended:\n"
+        "        assert ended.code == 0, args\n"
+        "    print('loaded', {*names} & {*sys.modules}, file=sys.stderr)\n"
+        "hub = 'transformers', 'huggingface_hub', 'lightning', 'torchmetrics', 'wandb'\n"
+        "compiler = 'torch._dynamo', 'sympy'\n"
+        "run(['sweep', '--help'], 'torch', *hub)\n"
+        "clip = ['generate', '-p', 'a waltz', '--duration_s', '0.08', '--plots', 'false']\n"
+        f"run([*clip, '--out', {str(tmp_path)!r}], 'matplotlib', *hub, *compiler)\n"
+        "run(['fit', '--help'], 'transformers', 'matplotlib')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    found = [line for line in done.stderr.splitlines() if line.startswith("loaded")]
+    assert found == ["loaded set()"] * 3, done.stderr
+
+
 @pytest.mark.parametrize(
     "args",
     [

@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from magnet_train.common.ranges import check_values
 from magnet_train.module import trainable_parameters
@@ -123,6 +122,11 @@ class WeightEMA(Callback):
         state = checkpoint["averaging_state"]
         self._num_updates = state["n_averaged"].clone()
         self._latest_update_step = state["latest_update_step"]
+        from torch.distributed.checkpoint.state_dict import (  # with all of FSDP
+            StateDictOptions,
+            set_model_state_dict,
+        )
+
         set_model_state_dict(
             pl_module,
             checkpoint["current_model_state"],

@@ -33,6 +33,8 @@ def run(verb: str, args: list[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from jsonargparse import set_parsing_settings
 
+    # Most of what is imported stays: the default threshold, 700, takes a tenth of the start.
+    gc.set_threshold(20_000)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     if verb in ("fit", "validate", "test", "predict"):
         _fit_module(shows_help=not {"-h", "--help"}.isdisjoint(args)).run_lightning(verb, args)
@@ -41,19 +43,16 @@ def run(verb: str, args: list[str]) -> None:
 
 
 def _fit_module(shows_help: bool = False) -> Any:
-    """Imports `cli.fit` with garbage collection off, which saves seconds.
+    """Imports `cli.fit`.
 
     If it only shows help, Lightning gets a torchmetrics without what help does not need.
     """
-    gc.disable()
-    try:
-        if shows_help:
-            from magnet_train.common.private_api import import_torchmetrics_alone
+    if shows_help:
+        from magnet_train.common.private_api import import_torchmetrics_alone
 
-            import_torchmetrics_alone()
-        from magnet_train.cli import fit
-    finally:
-        gc.enable()
+        import_torchmetrics_alone()
+    from magnet_train.cli import fit
+
     return fit
 
 

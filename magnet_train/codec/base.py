@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
-from magnet_train.common.pretrained import load_pretrained
+from magnet_train.common.pretrained import load_pretrained, read_model_type
 
 STEREO = "@stereo"
 """End of the name of a mono codec that is used for both channels of stereo."""
@@ -349,6 +349,8 @@ def _facts(name: str, *files: tuple[str, int, int]) -> CodecFacts:
 
 
 def _model_type(source: str, local_files_only: bool) -> str | None:
+    if (folder := Path(source)).is_dir():
+        return read_model_type(folder)
     from transformers import PretrainedConfig
 
     return PretrainedConfig.get_config_dict(source, local_files_only=local_files_only)[0].get(

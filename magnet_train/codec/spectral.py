@@ -13,13 +13,16 @@ fast Griffin-Lim (Perraudin et al., 2013).
 
 Shapes: b examples, t codec frames, m sub-frames (m = t * sub_frames), f frequency bins, d channels,
 k codebooks.
+
+Tables (windows, filters, scales) are made on the CPU even for a network on the meta device, where
+torch would import its compiler to compute them.
 """
 
 import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +48,7 @@ MAX_SIZES = {
     "codebook_size": 1 << 16,
     "layers": 64,
     "sub_frames": 64,
+    "num_bands": 256,
 }
 MAX_SIZE = 4096
 """Maximum of all other settings."""
@@ -110,18 +114,16 @@ class SpectralCodecConfig:
     @property
     def pitch_scale(self) -> Tensor:
         """Scales of the pitches: the lead's, then all notes'."""
-        return torch.tensor([self.lead_weight, self.notes_weight]).repeat_interleave(
-            self.num_pitches
-        )
+        weights = torch.tensor([self.lead_weight, self.notes_weight], device="cpu")
+        return weights.repeat_interleave(self.num_pitches)
 
 
 def mel_filters(sample_rate: int, window_samples: int, num_bands: int) -> Tensor:
     """Triangular filters from 0 Hz to half the sample rate, evenly spaced in mel: `bands f`."""
-    edges_mel = torch.linspace(
-        0, 2595 * math.log10(1 + sample_rate / 2 / 700), num_bands + 2, dtype=torch.float64
-    )
-    edges = 700 * (10 ** (edges_mel / 2595) - 1)
-    freqs = torch.linspace(0, sample_rate / 2, window_samples // 2 + 1, dtype=torch.float64)
+    kind: Any = {"dtype": torch.float64, "device": "cpu"}
+    highest_mel = 2595 * math.log10(1 + sample_rate / 2 / 700)
+    edges = 700 * (10 ** (torch.linspace(0, highest_mel, num_bands + 2, **kind) / 2595) - 1)
+    freqs = torch.linspace(0, sample_rate / 2, window_samples // 2 + 1, **kind)
     rising = (freqs - edges[:-2, None]) / edges.diff()[:-1, None]
     falling = (edges[2:, None] - freqs) / edges.diff()[1:, None]
     return torch.minimum(rising, falling).clamp(min=0).float()
@@ -135,7 +137,8 @@ class Spectrum(nn.Module):
         self.size, self.hop = window_samples, hop_samples
         self.edge = (window_samples - hop_samples) // 2
         self.window: Tensor
-        self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
+        window = torch.hann_window(window_samples, device="cpu")
+        self.register_buffer("window", window, persistent=False)
 
     def transform(self, wav: Tensor, lengths: list[int] | None = None) -> Tensor:
         """`b n` -> complex `b f m`, n a multiple of the hop; a full-scale sine is at 0.5.
@@ -266,7 +269,7 @@ class SpectralDecoder(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
         self.last = nn.Linear(config.dim, outputs)
         self.input_scale: Tensor
-        scale = torch.cat([1 / config.pitch_scale, torch.ones(config.level_dim)])
+        scale = torch.cat([1 / config.pitch_scale, torch.ones(config.level_dim, device="cpu")])
         self.register_buffer("input_scale", scale[:, None], persistent=False)
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -150,9 +150,13 @@ def save_plot(
     from matplotlib.figure import Figure
 
     rows = len(wavs) + (unmask_step is not None)
-    figure = Figure(figsize=(10, 2.3 * rows), layout="constrained")
+    height = 2.3 * rows
+    figure = Figure(figsize=(10, height))
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, squeeze=False)[:, 0]
+    # Matplotlib's own layout takes as long as the rest of the drawing. Margins are in inches.
+    margins = {"left": 0.06, "right": 0.91, "bottom": 0.42 / height, "top": 1 - 0.25 / height}
+    grid = figure.add_gridspec(rows, **margins, hspace=0.42)
+    axes = [figure.add_subplot(grid[row]) for row in range(rows)]
     for axis, (title, wav) in zip(axes, wavs.items(), strict=False):
         draw_spectrogram(axis, wav, sample_rate, title)
         for start, end in regions:
@@ -165,7 +169,8 @@ def save_plot(
         axes[-1].set(ylabel="codebook", xlabel="frame")
         axes[-1].set_title("order of unmasking: dark = decided first", fontsize=8)
         axes[-1].set_yticks(range(len(unmask_step)), range(1, len(unmask_step) + 1))
-        figure.colorbar(image, ax=axes[-1], fraction=0.02)
+        place = axes[-1].get_position()
+        figure.colorbar(image, cax=figure.add_axes((0.93, place.y0, 0.012, place.height)))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
 

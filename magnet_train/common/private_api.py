@@ -1,7 +1,8 @@
 """Private parts of Lightning, jsonargparse, wandb and torch that this package uses.
 
 Functions are named after their purpose; section headings give the version that was checked.
-tests/test_private_api.py calls all of them, so that it fails if an update removes one.
+tests/test_private_api.py calls all of them, so that it fails if an update removes one. The parser
+of all verbs needs this file, so torch is imported only where it is called.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
     import lightning.pytorch as L
+    import torch
+    from torch import Tensor
 
 # --- Lightning 2.6.6: trainer ---------------------------------------------------------------------
 
@@ -280,11 +280,15 @@ def lightning_cli() -> Any:
 
 def softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
     """Gradient of the scores from that of `weights`, their softmax over the last axis; float32."""
+    import torch
+
     return torch.ops.aten._softmax_backward_data(grad.float(), weights, -1, torch.float32)
 
 
 def allow_recompiles(number: int) -> None:
     """Allow at least this many compiled variants of a function."""
+    import torch
+
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, number)
 
 
@@ -303,6 +307,7 @@ def memory_changes(profile: torch.profiler.profile) -> list[int]:
 
 def cpu_attention_flop() -> dict[Any, Callable[..., int]]:
     """`custom_mapping` for FlopCounterMode that counts the CPU's fused attention."""
+    import torch
     from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
     aten = torch.ops.aten

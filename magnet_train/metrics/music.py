@@ -16,7 +16,6 @@ from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
-import scipy.fft
 import torch
 from torch import Tensor
 
@@ -188,7 +187,7 @@ def autocorrelation(strength: np.ndarray, most: int | None = None) -> np.ndarray
     energy = np.concatenate([[0.0], np.cumsum(centred**2)])
     if energy[-1] <= 1e-12 * n:
         return result
-    size = int(scipy.fft.next_fast_len(2 * n, real=True) or 2 * n)
+    size = fast_length(2 * n)
     products = np.fft.irfft(np.abs(np.fft.rfft(centred, size)) ** 2, size)
     lags = np.arange(min(most, n // 2) + 1)
     heads, tails = energy[n - lags], energy[n] - energy[lags]
@@ -498,10 +497,17 @@ def _distance_figure(
 # --- spectra -------------------------------------------------------------------------------------
 
 
+def fast_length(least: int) -> int:
+    """The length from `least` on whose Fourier transform is fastest."""
+    from scipy.fft import next_fast_len  # half a tenth of the start of `fit --help`
+
+    return int(next_fast_len(least, real=True) or least)
+
+
 def _spectra(wav: np.ndarray, sample_rate: int, window_s: float) -> tuple[np.ndarray, int]:
     """Magnitudes centred at each multiple of HOP_S, float32 `n bins`, and the FFT size."""
     width = round(window_s * sample_rate)
-    size = int(scipy.fft.next_fast_len(width, real=True) or width)
+    size = fast_length(width)
     padded = torch.from_numpy(np.pad(wav.astype(np.float32), (width // 2, width)))
     centres = np.round(np.arange(0, len(wav) / sample_rate, HOP_S) * sample_rate).astype(int)
     frames = padded.unfold(0, width, 1)[torch.from_numpy(centres)] * torch.hann_window(width)

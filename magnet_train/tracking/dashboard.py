@@ -6,7 +6,6 @@ from typing import Any
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.tracking.logged import HOURS, LOGGED, SECTIONS, STEP, Logged
-from magnet_train.tracking.wandb_session import check_wandb_login
 
 NAME = "magnet_train"
 """Displayed name of the workspace."""
@@ -70,6 +69,8 @@ def dashboard(options: DashboardOptions) -> str:
     """
     made = workspace(options)
     ws = _workspaces()
+    from magnet_train.tracking.wandb_session import check_wandb_login  # with Lightning
+
     state, reason = check_wandb_login()
     if state == "off":
         raise UserError(
