@@ -4,7 +4,6 @@ Importing transformers takes longer than generating ten seconds of audio. This i
 (a BERT) with the same names of weights; tests/test_conditioning.py holds the two equal.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.json_files import read_json
 from magnet_train.common.tensor_files import (
     check_numbers,
     check_same_shapes,
     read_safetensors,
-    shapes_of,
+    tensor_shapes,
 )
 
 REMEDY = "install its package again"
@@ -169,7 +169,7 @@ def load_minilm(folder: Path) -> tuple[Bert, BertTokenizer]:
     """
     weights_file = folder / "model.safetensors"
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = read_json(folder / "config.json")
         config = BertConfig(**{field.name: values[field.name] for field in fields(BertConfig)})
         tokenizer = BertTokenizer(folder / "tokenizer.json", config.max_position_embeddings)
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -178,7 +178,7 @@ def load_minilm(folder: Path) -> tuple[Bert, BertTokenizer]:
     weights = {name: w.float() for name, w in stored.items() if not name.startswith(UNUSED)}
     with torch.device("meta"):
         model = Bert(config)
-    check_same_shapes(shapes_of(model.state_dict()), shapes_of(weights), weights_file)
+    check_same_shapes(tensor_shapes(model.state_dict()), tensor_shapes(weights), weights_file)
     check_numbers(weights, weights_file)
     model.load_state_dict(weights, assign=True)
     return model, tokenizer

@@ -181,7 +181,7 @@ def _load_folder(what: str, path: Path, load: Load[T], required: Sequence[str]) 
 def read_model_type(folder: Path) -> Any:
     """`model_type` of the config.json in a folder; None without one."""
     file = folder / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.exists() else None
+    return read_json(file).get("model_type") if file.is_file() else None
 
 
 def _refuse_code(what: str, folder: Path) -> None:
