@@ -654,8 +654,9 @@ class MagnetModule(L.LightningModule):
 
 def is_logged(trainer: L.Trainer, step: int) -> bool:
     """Whether loggers get the values of an optimizer step, counted from 1."""
-    number: Any = trainer.log_every_n_steps
-    return bool(trainer.fast_dev_run) or (number > 0 and step % number == 0)  # type: ignore
+    settings: Any = trainer
+    number = settings.log_every_n_steps
+    return bool(settings.fast_dev_run) or (number > 0 and step % number == 0)
 
 
 def _examples(batch: Any, rows: list[int]) -> Any:

@@ -13,7 +13,6 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
-import copy
 import functools
 from collections.abc import Iterator
 
@@ -23,26 +22,11 @@ import torch
 from docstring_parser.attrdoc import AttributeDocstrings
 from helpers_warm import warm_python
 
-from magnet_train import conditioning
-
 torch.set_num_threads(1)
 # A third of the time of building a parser: the source of each class is parsed once per process.
 _attribute_docs = functools.cache(lambda cls: _get_attr_docs(AttributeDocstrings(), cls))
 _get_attr_docs = AttributeDocstrings.get_attr_docs
 AttributeDocstrings.get_attr_docs = lambda self, cls: _attribute_docs(cls)
-# Half a second of each `fit`: transformers reads the bundled text encoder once per process.
-_load_text_encoder = conditioning._load
-_read_once = functools.cache(_load_text_encoder)
-
-
-def _load_demo_once(source: str, local: bool, name: str, *limits: int) -> conditioning.TextEncoder:
-    if name != "demo":
-        return _load_text_encoder(source, local, name, *limits)
-    kept = _read_once(source, local, name, *limits)
-    return conditioning.TextEncoder(copy.deepcopy(kept.model), kept._tokenizer, name, *limits)
-
-
-conditioning._load = _load_demo_once
 # No deadline, because times depend on the machine's load; derandomised, so a commit cannot fail
 # because of an example that it has not changed.
 hypothesis.settings.register_profile(

@@ -8,7 +8,7 @@ from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
-import gradio as gr
+import gradio as gr  # type: ignore[import-not-found]
 
 from magnet_train.app.fields import FormField, form_fields, from_form, to_form
 from magnet_train.app.players import Clip, clips_html

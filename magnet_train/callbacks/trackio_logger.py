@@ -31,7 +31,7 @@ class TrackioLogger(Logger):
         self._config: dict[str, Any] = {}
         self._run: Any = None
         try:
-            import trackio
+            import trackio  # type: ignore[import-not-found]
         except ImportError as error:
             raise UserError(f"--tracker trackio: {error}; pip install -e '.[trackio]'") from error
         self._trackio = trackio

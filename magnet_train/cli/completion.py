@@ -28,7 +28,7 @@ def completion_script(
     if shell not in SHELLS:
         raise UserError(f"--print_completion {shell}: choose {' or '.join(SHELLS)}")
     try:
-        import shtab
+        import shtab  # type: ignore[import-not-found]
     except ImportError as error:
         raise UserError(
             "--print_completion: shtab is missing; pip install -e '.[completion]'"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from magnet_train.common.errors import UserError
 
@@ -23,9 +24,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         if twice := [name for name, count in names.items() if count > 1 and name != "<<"]:
-            raise yaml.composer.ComposerError(
-                None, None, f"{twice[0]} is given twice", node.start_mark
-            )
+            raise ComposerError(None, None, f"{twice[0]} is given twice", node.start_mark)
         return node
 
 
