@@ -1,6 +1,5 @@
 """LightningModule: MAGNeT's training objective, validation loss and optimizer."""
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -62,13 +61,13 @@ def checked_stage_weights(
     """Relative frequencies of the stages, one number each; None = all equal.
 
     Raises:
-        UserError: if a number is negative, or all are 0.
+        UserError: if a number is negative or too large, or all are 0.
     """
     if weights is None:
         return None
     weights = tuple(float(weight) for weight in weights)
-    if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
-        raise UserError(f"stage_weights={list(weights)} must be at least 0, and one above 0")
+    if not all(0 <= weight <= 1e6 for weight in weights) or sum(weights) < 1e-6:
+        raise UserError(f"stage_weights={list(weights)} must be from 0 to 1e6, and one above 1e-6")
     return per_codebook("stage_weights", weights, num_codebooks)
 
 

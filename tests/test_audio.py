@@ -233,6 +233,8 @@ def test_what_soundfile_cannot_read_goes_through_ffmpeg(
     command = ["ffmpeg", "-v", "error", "-i", str(source), *options, str(tmp_path / f"a{suffix}")]
     subprocess.run(command, check=True)
     assert length_s(tmp_path / f"a{suffix}") == pytest.approx(1.0, abs=0.2)
+    shutil.copy(tmp_path / f"a{suffix}", tmp_path / "renamed.mp3")
+    assert length_s(tmp_path / "renamed.mp3") == length_s(tmp_path / f"a{suffix}")
     (tmp_path / f"a{suffix}").write_bytes(b"no audio" * 50)
     with pytest.raises(UserError, match="unreadable by ffmpeg"):
         duration_s(tmp_path / f"a{suffix}")

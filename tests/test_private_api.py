@@ -205,6 +205,15 @@ def test_options_that_need_a_value_are_recognised_by_their_type():
     assert found == ["number", "verb.rate"]
 
 
+def test_groups_of_options_are_known():
+    parser, within = ArgumentParser(), ArgumentParser()
+    within.add_class_arguments(OutputOptions, "output", skip={"lora"})
+    within.add_argument("--number", type=int, default=1)
+    parser.add_subcommands().add_subcommand("verb", within)
+    assert list(private_api.option_groups(parser)) == ["verb.output"]
+    within.parse_object({"output": 5})  # what it accepts
+
+
 def test_lists_among_options_have_the_text_of_their_field():
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     ((name, (item, default, text)),) = private_api.list_options(OutputOptions).items()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from magnet_train.__main__ import main
 from magnet_train.callbacks.trackio_logger import TrackioLogger
 from magnet_train.common.errors import UserError
 
@@ -46,3 +47,10 @@ def test_without_trackio_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[trackio\]'"):
         TrackioLogger("project", str(tmp_path))
+
+
+def test_fit_says_that_the_package_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--tracker", "trackio"]) == 2
+    assert "pip install -e '.[trackio]'" in capsys.readouterr().err.splitlines()[-1]

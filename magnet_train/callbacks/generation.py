@@ -106,7 +106,7 @@ class GenerationCallback(Callback):
             self,
             "generation: ",
             num_prompts="[0, inf)",
-            batch_size="[1, inf)",
+            batch_size="[1, 100000]",
             num_media="[0, inf)",
             max_seconds="(0, inf)",
         )

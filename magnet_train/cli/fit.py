@@ -271,6 +271,20 @@ class MagnetCLI(private_api.lightning_cli()):
         """Functions that return the facts of a codec and the width of a text encoder by name."""
         return load_codec_facts, _text_dim
 
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data.
+
+        Raises:
+            UserError: if a logger or callback cannot be built, as if its package is missing.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse's, with a reason for each type in a union
+            reasons = re.findall(r"^  - (?!Expected a|Not a valid)(.+)", str(error), re.MULTILINE)
+            if "Union subtypes" not in str(error) or not reasons:
+                raise
+            raise UserError(f"trainer: {reasons[0]}") from error
+
     def after_instantiate_classes(self) -> None:
         """Check the data and the validation before a logger writes anything."""
         data, world_size = self.datamodule, self.trainer.world_size

@@ -137,16 +137,18 @@ class Chooser:
     """Chooses the best candidate for a file."""
 
     def __init__(self, options: OutputOptions, prompts: Sequence[str]):
-        """Check the judge; its networks are loaded at first use.
+        """Load the judge.
 
         Raises:
-            UserError: if the judge cannot be used for these prompts.
+            UserError: if it cannot be loaded, or used for these prompts.
         """
-        self.options, self._judge = options, None
+        self.options = options
         if options.best_of > 1:
-            from magnet_train.evaluation.judge import check_judge
+            from magnet_train.evaluation.judge import check_judge, load_judge
 
             check_judge(options.judge, options.reference, prompts)
+            device = find_device(options.device)
+            self._judge = load_judge(options.judge, options.reference, device)
 
     def __call__(
         self, wavs: "Sequence[Tensor]", sample_rate: int, caption: str
@@ -154,13 +156,10 @@ class Chooser:
         """Index of the best of `wavs`, `channels t` each, and fields for its JSON."""
         if len(wavs) == 1:
             return 0, {}
-        from magnet_train.evaluation.judge import best_of, load_judge
+        from magnet_train.evaluation.judge import best_of
         from magnet_train.evaluation.scorer import AudioClip
 
         options = self.options
-        if self._judge is None:
-            device = find_device(options.device)
-            self._judge = load_judge(options.judge, options.reference, device)
         clips = [AudioClip(str(i), wav.cpu(), sample_rate) for i, wav in enumerate(wavs)]
         index, value = best_of(clips, caption, self._judge)
         return index, {"best_of": len(wavs), "judge": options.judge, "judged": round(value, 4)}

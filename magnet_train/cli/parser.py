@@ -179,11 +179,15 @@ class OneLineErrors(ArgumentParser):
         ]
 
     def _check_values(self, config: Namespace) -> None:
-        """Raise a UserError for an option without a value that needs one."""
+        """Raise a UserError for a group that is a value, or an option that lacks one."""
+        verb = f"{getattr(config, 'subcommand', '')}."
+        for name in private_api.option_groups(self):
+            if name in config and not isinstance(config[name], Namespace | None):
+                shown = f"{name.removeprefix(verb)} {str(config[name])[:80]}"
+                raise UserError(f"--{shown}: give options, as YAML or one by one")
         for name in private_api.options_that_need_a_value(self):
             if name in config and config[name] is None:
-                verb = getattr(config, "subcommand", None)
-                shown = name if verb is None else name.removeprefix(f"{verb}.")
+                shown = name.removeprefix(verb)
                 raise UserError(f"--{shown} null: give a value, or omit the option")
 
     def given(self, args: list[str]) -> Namespace:

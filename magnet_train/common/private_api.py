@@ -193,6 +193,17 @@ def options_that_need_a_value(parser: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{action.dest}"
 
 
+def option_groups(parser: Any, prefix: str = "") -> Iterator[str]:
+    """Groups of options, including subcommands'; the parser accepts numbers and lists for them."""
+    from jsonargparse._actions import _ActionConfigLoad
+
+    for action in parser._actions:
+        for name, inner in (getattr(action, "_name_parser_map", None) or {}).items():
+            yield from option_groups(inner, f"{prefix}{name}.")
+        if isinstance(action, _ActionConfigLoad):
+            yield f"{prefix}{action.dest}"
+
+
 def boolean_options(parser: Any) -> Iterator[str]:
     """Options that take true or false, with dashes, including subcommands'."""
     for action in parser._actions:

@@ -37,6 +37,8 @@ MAX_BYTES = 1 << 31
 """Maximum size of an MP3 or Ogg file, which is read as a whole."""
 MAX_FRAMES_PER_BYTE = 1000
 """Above this, a length in a header is not believed; FLAC takes a byte for 400 frames of silence."""
+FFMPEG_MAGIC = (b"\xff\xf1", b"\xff\xf9", b"\x30\x26\xb2\x75", b"\x1a\x45\xdf\xa3")
+"""First bytes of AAC (two kinds), ASF (wma) and Matroska (webm)."""
 FFMPEG_TIMEOUT_S = 600
 FFMPEG_FORMATS = "mov,matroska,aac,loas,asf,ape,wv,ac3,eac3,amr,flac,wav,ogg,mp3,caf,mpegts"
 """Formats that ffmpeg may find in a file; others, such as playlists, name further files."""
@@ -126,7 +128,7 @@ def decode(path: Path) -> tuple[np.ndarray, int]:
     """
     _check_regular(path)
     try:
-        if path.suffix.lower() in FFMPEG_SUFFIXES or _is_flac_of_unknown_length(path):
+        if path.suffix.lower() in FFMPEG_SUFFIXES or _is_for_ffmpeg(path):
             wav, rate = _decode_by_ffmpeg(path)
         else:
             wav, rate = _decode_by_soundfile(path)
@@ -362,11 +364,14 @@ def _find_samples(file: BinaryIO, size: int) -> tuple[int, int, int]:
 # --- ffmpeg ---------------------------------------------------------------------------------------
 
 
-def _is_flac_of_unknown_length(path: Path) -> bool:
-    """Whether a FLAC claims 0 samples, as written by programs that write to a pipe."""
+def _is_for_ffmpeg(path: Path) -> bool:
+    """Whether the content is MP4, or another format of `FFMPEG_MAGIC`, or a FLAC that claims 0
+    samples, as written by programs that write to a pipe."""
     with path.open("rb") as file:
         head = file.read(26)
-    return head[:4] == b"fLaC" and len(head) == 26 and not (head[21] & 15 or any(head[22:]))
+    if head[:4] == b"fLaC" and len(head) == 26:
+        return not (head[21] & 15 or any(head[22:]))
+    return head[4:8] == b"ftyp" or head.startswith(FFMPEG_MAGIC)
 
 
 def _decode_by_ffmpeg(path: Path) -> tuple[np.ndarray, int]:

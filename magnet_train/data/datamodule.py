@@ -192,9 +192,9 @@ class MagnetDataModule(L.LightningDataModule):
         check_values(
             self,
             "data: ",
-            batch_size="[1, inf)",
+            batch_size="[1, 100000]",
             num_workers="[0, inf)",
-            global_batch_size="[1, inf)",
+            global_batch_size="[1, 100000000]",
         )
         self.augmentation = augmentation
         self.crop_start: CropStart = crop_start

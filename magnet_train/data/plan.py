@@ -78,7 +78,7 @@ class TokenizeOptions:
             mixtures=f"[0, {MAX_MIXTURES}]",
             mixture_snr_db="[0, 100] dB",
             shard_size="[1, 100000] crops",
-            batch_size="[1, inf)",
+            batch_size="[1, 100000]",
             processes="[1, 1024]",
             validation="[0, 0.5]",
         )

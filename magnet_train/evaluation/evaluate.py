@@ -129,7 +129,7 @@ class EvaluateOptions:
         for metric in self.metrics:
             parse_metric(metric)
         self._check_combinations()
-        check_values(self, "--", batch_size="[1, inf)", devices=f"[1, {MAX_DEVICES}]")
+        check_values(self, "--", batch_size="[1, 100000]", devices=f"[1, {MAX_DEVICES}]")
         if unknown := set(self.weights) - set(EMBEDDERS):
             raise UserError(f"--weights {min(unknown)}: choose from {', '.join(EMBEDDERS)}")
         if self.kl_convention not in (None, *CONVENTIONS):
