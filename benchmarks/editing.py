@@ -1,7 +1,8 @@
-"""Prompts, seams and long continuations of `edit` and `generate`, on any model.
+"""Prompts, seams, continuations and long extensions of `edit` and `generate`, on any model.
 
     python benchmarks/editing.py prompt --clips 105
     python benchmarks/editing.py seams --clips 24
+    python benchmarks/editing.py continuation --clips 24
     python benchmarks/editing.py extension --minutes 10
     python benchmarks/editing.py examples
 
@@ -48,7 +49,7 @@ from magnet_train.evaluation.scorer import (
 from magnet_train.generator import Generator, load
 from magnet_train.metrics.embedders import load_embedder
 from magnet_train.metrics.intervals import bootstrap_interval
-from magnet_train.metrics.music import score_music
+from magnet_train.metrics.music import ClipMusic, MusicFigure, measure_clip, score_music
 from magnet_train.metrics.scoring import FeatureSet
 from magnet_train.release import SavedModel
 
@@ -57,9 +58,14 @@ BEHIND = 5
 """Frames behind a seam that are read."""
 
 
-def validation_items(generator: Generator, count: int) -> list[dict[str, Any]]:
-    """Key, caption, codes `k t` and the reference features of different validation captions."""
-    frames = round(generator.crop_s * generator.codec.facts.frame_rate)
+def validation_items(
+    generator: Generator, count: int, length_s: float | None = None
+) -> list[dict[str, Any]]:
+    """Key, caption, codes `k t` and the reference features of different validation captions.
+
+    Clips shorter than `length_s` (default: the model's crops) are left out.
+    """
+    frames = round((length_s or generator.crop_s) * generator.codec.facts.frame_rate)
     found = []
     for batch in EvaluationDataset(ShardSet.open(demo_path("shards/validation")), frames, 8):
         for i, key in enumerate(batch["keys"]):
@@ -194,6 +200,41 @@ def prompt(generator: Generator, args: argparse.Namespace) -> Iterator[dict[str,
     yield {"clips": len(items), "clips where visible is worse": round(worse, 3), "rows": rows}
 
 
+# --- continuation ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def continuation(generator: Generator, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Ten seconds behind the first five of a tune: its own, the model's, and those of another."""
+    rate, given_s, length_s = generator.codec.facts.sample_rate, 5.0, 15.0
+    start = round(given_s * rate)
+    items = validation_items(generator, args.clips, length_s)
+    captions = {item["key"]: item["caption"] for item in items}
+    names = ("the tune itself", "continued by the model", "from the caption alone", "another tune")
+    music: dict[str, dict[str, ClipMusic]] = {name: {} for name in names}
+    chroma: dict[str, list[float]] = {name: [] for name in names}
+    own = [generator.codec.decode(item["codes"][None])[0] for item in items]
+    for i, item in enumerate(items):
+        beginning = own[i][:, :start]
+        edit = Edit(to_s=length_s)
+        (continued,) = generator.edit(beginning, rate, edit, item["caption"])
+        alone = generator.generate([item["caption"]], 0, [item["key"]], length_s - given_s)
+        clips = (own[i][:, start:], continued.wav[:, start:], alone.wav[0], own[i - 1][:, start:])
+        pitches = measure_clip(beginning, rate).classes
+        for name, clip in zip(names, clips, strict=True):
+            measured = measure_clip(clip, rate)
+            music[name][item["key"]] = measured
+            chroma[name].append(float(np.corrcoef(pitches, measured.classes)[0, 1]))
+        print(f"{i + 1} of {len(items)}", flush=True)
+    rows = []
+    for name in names:
+        values = torch.tensor(chroma[name])
+        same = {"value": float(values.mean()), "interval": bootstrap_interval(values)}
+        scores = score_music(music[name], captions, music[names[0]])
+        rows.append({"ten seconds": name, "correlation of chroma": same} | music_cells(scores))
+    yield {"clips": len(items), "given_s": given_s, "rows": rows}
+
+
 # --- extension ------------------------------------------------------------------------------------
 
 
@@ -268,8 +309,6 @@ def real_features(items: list[dict[str, Any]]) -> FeatureSet:
 
 def figures(clips: list[AudioClip], captions: dict[str, str], reference: Any) -> dict[str, Any]:
     """FAD, KL where clips have a real counterpart, text score and music, each with its interval."""
-    from magnet_train.metrics.music import measure_clip
-
     own = {clip.key: captions[clip.key] for clip in clips}
     features = embed_clips(
         prepare_generated(clips), [load_embedder("musicnn")], "", len(clips), quiet=True
@@ -280,8 +319,13 @@ def figures(clips: list[AudioClip], captions: dict[str, str], reference: Any) ->
     records = score_clips(metrics, features, {"musicnn": reference}, own, system="edit")
     found = {r.metric: {"value": r.value, "interval": r.interval} for r in records}
     music = score_music({c.key: measure_clip(c.wav, c.sample_rate) for c in clips}, own)
-    return found | {
-        f"music/{name}": {"value": f.value, "interval": f.interval} for name, f in music.items()
+    return found | music_cells(music)
+
+
+def music_cells(figures: dict[str, MusicFigure]) -> dict[str, Any]:
+    """The table's cells of music figures."""
+    return {
+        f"music/{name}": {"value": f.value, "interval": f.interval} for name, f in figures.items()
     }
 
 
@@ -304,7 +348,7 @@ def write_record(part: str, record: dict[str, Any]) -> None:
         RECORDS / f"editing_{part}.json", json.loads(json.dumps(record, default=np.ndarray.tolist))
     )
     lines = ["# Editing", "", "Written by `benchmarks/editing.py`, which says what is measured."]
-    for name in ("prompt", "seams", "extension"):
+    for name in PARTS:
         file = RECORDS / f"editing_{name}.json"
         if file.is_file():
             found = json.loads(file.read_text())
@@ -315,12 +359,19 @@ def write_record(part: str, record: dict[str, Any]) -> None:
     print("\n".join(table(record)))
 
 
+PARTS = {
+    "prompt": prompt,
+    "seams": seams,
+    "continuation": continuation,
+    "extension": extension,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = {"prompt": prompt, "seams": seams, "extension": extension}
-    parser.add_argument("part", choices=[*parts, "examples"])
+    parser.add_argument("part", choices=[*PARTS, "examples"])
     parser.add_argument("--checkpoint", default="demo")
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--minutes", type=int, default=10)
@@ -339,7 +390,7 @@ def main() -> None:
         "weights": f"{args.checkpoint}, step {step}, SHA-256 {str(saved.sha256)[:16]}",
         "machine": f"one CPU core, bfloat16, {platform.machine()}, torch {torch.__version__}",
     }
-    for record in parts[args.part](generator, args):
+    for record in PARTS[args.part](generator, args):
         write_record(args.part, record | about | {"seconds": round(time.monotonic() - start)})
 
 
