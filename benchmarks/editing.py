@@ -2,6 +2,7 @@
 
     python benchmarks/editing.py prompt --clips 105
     python benchmarks/editing.py seams --clips 24
+    python benchmarks/editing.py codebooks --clips 32
     python benchmarks/editing.py continuation --clips 24
     python benchmarks/editing.py extension --minutes 10
     python benchmarks/editing.py examples
@@ -200,6 +201,35 @@ def prompt(generator: Generator, args: argparse.Namespace) -> Iterator[dict[str,
     yield {"clips": len(items), "clips where visible is worse": round(worse, 3), "rows": rows}
 
 
+# --- given codebooks ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def codebooks(generator: Generator, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Music of clips whose first codebooks are the recording's: which stage loses what?"""
+    items = validation_items(generator, args.clips)
+    captions = {item["key"]: item["caption"] for item in items}
+    codes = torch.stack([item["codes"] for item in items])
+    rate = generator.codec.facts.sample_rate
+    scores: dict[str, dict[str, MusicFigure]] = {}
+    recorded: dict[str, ClipMusic] = {}
+    for count in range(codes.shape[1], -1, -1):
+        music = {}
+        given = torch.zeros_like(codes, dtype=torch.bool)
+        given[:, :count] = True
+        for i in range(0, len(items), 8):
+            keys = list(captions)[i : i + 8]
+            cues = [(0, [captions[key] for key in keys])]
+            filled, _ = generator.fill(codes[i : i + 8], given[i : i + 8], cues, 0, keys)
+            for key, clip in zip(keys, filled, strict=True):
+                music[key] = measure_clip(generator.codec.decode(clip[None])[0], rate)
+        recorded = recorded or music
+        scores[f"the first {count}"] = score_music(music, captions, recorded)
+        print(f"{count} given", flush=True)
+    rows = [{"given codebooks": name} | music_cells(own) for name, own in scores.items()]
+    yield {"clips": len(items), "rows": rows}
+
+
 # --- continuation ---------------------------------------------------------------------------------
 
 
@@ -362,6 +392,7 @@ def write_record(part: str, record: dict[str, Any]) -> None:
 PARTS = {
     "prompt": prompt,
     "seams": seams,
+    "codebooks": codebooks,
     "continuation": continuation,
     "extension": extension,
 }
