@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from scipy.stats import ttest_rel
 
@@ -14,7 +15,9 @@ from magnet_train.common.errors import UserError
 from magnet_train.sweeps.ablation import (
     Difference,
     Mean,
+    _plot_differences,
     holm,
+    plot,
     read_ablation,
     write_ablation,
 )
@@ -104,6 +107,35 @@ def test_a_row_for_each_setting_and_the_differences_below(tmp_path):
     ) in lines
     pixels = imread(picture)
     assert pixels.shape[0] > 200 and pixels[..., :3].std() > 0.01
+
+
+def test_settings_with_names_are_plotted_as_differences_in_rows(tmp_path):
+    runs = [
+        Run(
+            f"{name},{seed}",
+            tmp_path / f"{name},{seed}",
+            {"change": name, "seed_everything": seed},
+            [],
+        )
+        for name in ("recipe", "a change with a long name")
+        for seed in range(3)
+    ]
+    for run in runs:
+        run.folder.mkdir()
+        metrics = {"val/ce": {"after": 5.0 + 0.1 * run.values["seed_everything"] + len(run.name)}}
+        (run.folder / "summary.json").write_text(json.dumps({"metrics": metrics}))
+        (run.folder / "config.yaml").write_text("{}")
+    axis = Figure().subplots()
+    _plot_differences(read_ablation(runs), "val/ce", axis)
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        "recipe",
+        "a change with a long name",
+    ]
+    points = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o"]
+    assert sorted(points) == pytest.approx([0, len("a change with a long name") - len("recipe")])
+    plot(read_ablation(runs), tmp_path / "plot.png")
+    height, width = imread(tmp_path / "plot.png").shape[:2]
+    assert width > 2 * height
 
 
 def test_differences_from_the_first_setting_are_put_into_words(tmp_path):

@@ -341,27 +341,53 @@ def write_ablation(runs: Sequence[Run], out: Path) -> tuple[Path, Path]:
 
 
 def plot(ablation: Ablation, path: Path) -> None:
-    """Plot one panel per metric: means with intervals over the first parameter, with one line per
-    combination of the others."""
+    """Plot one panel per metric.
+
+    If the first parameter is a number: means with intervals over it, with one line per combination
+    of the others. Otherwise: differences from the first setting, paired by seed.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    is_numeric = all(isinstance(_first(s), (int, float)) for s in ablation.num_seeds)
+    names_differences = not is_numeric and any(ablation.differences.values())
+    draw, panel = (
+        (_plot_differences, (6, 1 + 0.3 * len(ablation.num_seeds)))
+        if names_differences
+        else (_plot_means, (4, 3))
+    )
     columns = math.ceil(math.sqrt(len(ablation.means)))
     rows = math.ceil(len(ablation.means) / columns)
-    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(ablation.means) :]:
         axis.set_visible(False)
     for axis, metric in zip(axes, ablation.means, strict=False):
-        _plot_metric(ablation, metric, axis)
+        draw(ablation, metric, axis)
     figure.savefig(path, dpi=120)
 
 
-def _plot_metric(ablation: Ablation, metric: str, axis: Any) -> None:
+def _plot_differences(ablation: Ablation, metric: str, axis: Any) -> None:
+    """One row per setting, the first setting at 0."""
+    settings = list(ablation.num_seeds)
+    found = ablation.differences.get(metric, {})
+    for row, setting in enumerate(settings):
+        if setting in found:
+            difference = found[setting]
+            axis.errorbar(difference.value, row, xerr=difference.half_width, fmt="oC0", capsize=3)
+    axis.plot(0, 0, "oC0")
+    axis.axvline(0, color="gray", linewidth=1)
+    names = [", ".join(map(str, setting)) for setting in settings]
+    axis.set_yticks(range(len(settings)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_title(f"{metric}: difference from the first, 95 % interval", fontsize=9)
+
+
+def _plot_means(ablation: Ablation, metric: str, axis: Any) -> None:
+    """One place per value of the first parameter, one line per combination of the others."""
     first = [_first(setting) for setting in ablation.num_seeds]
     ticks = list(dict.fromkeys(map(str, first)))
-    is_numeric = all(isinstance(value, (int, float)) for value in first)
     lines: dict[Setting, list[tuple[int, Mean]]] = {}
     for setting, mean in ablation.means[metric].items():
         lines.setdefault(setting[1:], []).append((ticks.index(str(_first(setting))), mean))
@@ -373,7 +399,7 @@ def _plot_metric(ablation: Ablation, metric: str, axis: Any) -> None:
             [place + shift for place in places],
             [mean.value for mean in means],
             yerr=[mean.half_width or 0.0 for mean in means],
-            fmt="o-" if is_numeric else "o",
+            fmt="o-",
             capsize=3,
             label=", ".join(f"{name}={value}" for name, value in pairs),
         )
