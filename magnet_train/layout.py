@@ -68,8 +68,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Scores then depend only on the distance of two frames. Computed in float32.
     """
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    whole = x.float()
+    # Both halves at once: [first cos - second sin, second cos + first sin] in few passes.
+    swapped = whole.roll(x.shape[-1] // 2, -1).mul_(torch.cat([-sin, sin], -1))
+    return (whole * torch.cat([cos, cos], -1)).add_(swapped).to(x.dtype)
 
 
 @dataclass(frozen=True)
