@@ -302,11 +302,11 @@ def write(record: dict[str, Any]) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """FAD, text score, chroma change and scale fit against row passes."""
+    """FAD, KL, text score, chroma change and scale fit against row passes."""
     from matplotlib.figure import Figure
 
-    names = ["fad/musicnn", "text/musicnn", "music/chroma_change", "music/scale_fit"]
-    figure = Figure(figsize=(14, 4), layout="constrained")
+    names = ["fad/musicnn", "kl/musicnn", "text/musicnn", "music/chroma_change", "music/scale_fit"]
+    figure = Figure(figsize=(17, 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(names)), names, strict=True):
         for color, group in enumerate(dict.fromkeys(row["group"] for row in rows)):
             points = [row for row in rows if row["group"] == group]
