@@ -155,7 +155,7 @@ def save_plot(
     FigureCanvasAgg(figure)
     # Matplotlib's own layout takes as long as the rest of the drawing. Margins are in inches.
     margins = {"left": 0.06, "right": 0.91, "bottom": 0.42 / height, "top": 1 - 0.25 / height}
-    grid = figure.add_gridspec(rows, **margins, hspace=0.42)
+    grid = figure.add_gridspec(rows, 1, **margins, hspace=0.42)
     axes = [figure.add_subplot(grid[row]) for row in range(rows)]
     for axis, (title, wav) in zip(axes, wavs.items(), strict=False):
         draw_spectrogram(axis, wav, sample_rate, title)
@@ -168,7 +168,8 @@ def save_plot(
         )
         axes[-1].set(ylabel="codebook", xlabel="frame")
         axes[-1].set_title("order of unmasking: dark = decided first", fontsize=8)
-        axes[-1].set_yticks(range(len(unmask_step)), range(1, len(unmask_step) + 1))
+        codebooks = range(len(unmask_step))
+        axes[-1].set_yticks(codebooks, [str(k + 1) for k in codebooks])
         place = axes[-1].get_position()
         figure.colorbar(image, cax=figure.add_axes((0.93, place.y0, 0.012, place.height)))
     path.parent.mkdir(parents=True, exist_ok=True)
