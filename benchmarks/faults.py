@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers_programs import LONGEST_S, attempt, ended, wait_for
 from helpers_resume import arguments, differences, ledger, make_data, outcome
 from helpers_wandb import recorder
-from kill_and_resume import killed_often
+from kill_and_resume import kill_training
 
 STEPS = 8
 Row = tuple[str, str]
@@ -112,7 +112,7 @@ def kill(place: Place) -> Row:
     (benchmarks/kill_and_resume.py)"""
     folder = place.folder / "kills"
     folder.mkdir()
-    found = killed_often(folder, kills=20, workers=2, ranks=1, accumulated=2, seed=0)
+    found = kill_training(folder, kills=20, workers=2, ranks=1, accumulated=2, seed=0)
     return (
         "gone at once; each start went on from the newest whole checkpoint",
         "nothing" if not found else str(found),
