@@ -99,7 +99,7 @@ WRONG: list[tuple[Callable[..., Any], dict[str, list[Any]]]] = [
     (TokenizeOptions, {"crop_s": [0, math.inf, math.nan], "hop_s": [-1, 1e-9], "min_s": [0, 99]}),
     (TokenizeOptions, {"shard_size": [0], "batch_size": [0], "processes": [0]}),
     (TokenizeOptions, {"mixtures": [math.inf], "split": ["a/b"]}),
-    (MagnetDataModule, {"batch_size": [0], "num_workers": [-1], "predict_split": ["dev"]}),
+    (MagnetDataModule, {"batch_size": [0, 10**12], "num_workers": [-1], "predict_split": ["dev"]}),
     (MagnetDataModule, {"crop_start": ["beat"]}),
     (NanGuard, {"max_consecutive": [0]}),
     (Watchdog, {"factor": [1.0], "min_seconds": [0]}),
@@ -108,7 +108,7 @@ WRONG: list[tuple[Callable[..., Any], dict[str, list[Any]]]] = [
     (DecodingConfig, {"span_len": [0], "span_scoring": ["sum"], "top_k": [-1]}),
     (partial(MagnetConfig, num_heads=4), {"dim": [30], "context": [-2], "num_layers": [0]}),
     (SMALL, {"guidance_dropout": [1.5], "beginning_share": [1.5], "stage_sampling": ["step"]}),
-    (SMALL, {"span_len": [0]}),
+    (SMALL, {"span_len": [0], "stage_weights": [[0.0], [1e308, 1e308]]}),
     (partial(SMALL, more_span_lens=(0,)), {"span_len": [3]}),
     (OptimizerConfig, {"lr": [-1], "schedule": ["linear"]}),
 ]
