@@ -12,11 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from magnet_train.codec.base import load_codec
 from magnet_train.common.tables import markdown_table
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.generator import load
 from magnet_train.metrics.music import MEASURES
+from magnet_train.model import Magnet
+from magnet_train.release import SavedModel
 
 CARD = """---
 license: mit
@@ -117,11 +121,23 @@ def stages_table(stages: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(["codebook", "mask rate", "cross-entropy", "right", right], rows)
 
 
+def average_weights(network: Magnet, models: Sequence[SavedModel]) -> None:
+    """Set a network's weights to the mean of those of some models of its shape."""
+    states = [model.weights() for model in models]
+    for name, weight in network.state_dict().items():
+        weight.copy_(torch.stack([state[name].float() for state in states]).mean(0))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="Run folder or checkpoint.")
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        required=True,
+        help="Run folder or checkpoint; the weights of several are averaged.",
+    )
     parser.add_argument(
         "--metrics", type=Path, required=True, help="JSON of evaluate_model.py, for the card."
     )
@@ -134,10 +150,11 @@ def main() -> None:
         "--out", type=Path, default=Path(__file__).parent / "magnet", help="Folder of the release."
     )
     args = parser.parse_args()
-    generator = load(args.checkpoint)
+    generator = load(args.checkpoint[0])
+    average_weights(generator.network, [SavedModel.open(path) for path in args.checkpoint])
     demo_codec = load_codec("demo")
     if demo_codec.facts.hash != generator.codec.facts.hash:
-        raise SystemExit(f"{args.checkpoint}: trained on another codec than data/demo/codec")
+        raise SystemExit(f"{args.checkpoint[0]}: trained on another codec than data/demo/codec")
     generator.codec = demo_codec  # the run may name it by a path of its machine
     generator.decoding = DecodingConfig.from_dict(vars(generator.decoding) | args.decoding)
     origin = {"trained": args.trained, "data": "40 hours of data/demo", "licence": "MIT"}

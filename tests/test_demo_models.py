@@ -1,14 +1,17 @@
-"""data/demo/deepen_model.py: a deeper network with the same logits."""
+"""The demo's scripts that change weights: deeper networks, and means of checkpoints."""
 
 import sys
 from pathlib import Path
 
 import torch
 
+from magnet_train.generator import load
 from magnet_train.model import Magnet, MagnetConfig
+from magnet_train.release import SavedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data/demo"))  # the script is in no package
 from deepen_model import deepened
+from release_model import average_weights
 
 
 def test_a_deeper_model_has_the_same_logits_and_its_new_blocks_learn():
@@ -39,3 +42,17 @@ def test_a_deeper_model_has_the_same_logits_and_its_new_blocks_learn():
         for projection in (block.self_attention.out, block.cross_attention.out, block.ffn_out):
             assert projection.weight.grad.abs().max() > 0
         assert block.convolution.weight.grad.abs().max() > 0
+
+
+def test_the_weights_of_several_models_are_averaged(tmp_path):
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        generator = load("demo")
+        generator.network = Magnet(generator.network.config)
+        generator.save(tmp_path / str(seed))
+        models.append(SavedModel.open(tmp_path / str(seed)))
+    average_weights(generator.network, models)
+    first, second = (model.weights()["head"] for model in models)
+    assert torch.allclose(generator.network.head, (first + second) / 2, atol=1e-7)
+    assert not torch.allclose(first, second, atol=1e-3)
