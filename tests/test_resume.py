@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,18 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_one_rank_resumes(
     assert sorted(set(ledger(tmp_path / "run")) - set(lines)) == [(10, 0), (11, 0), (12, 0)]
 
 
+def status_of_fork(call: Callable[[], None]) -> int:
+    """Exit status of a fork that makes a call; it never returns to pytest."""
+    child = os.fork()
+    if not child:
+        try:
+            call()
+            os._exit(0)
+        finally:
+            os._exit(70)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 @pytest.mark.parametrize(
     ("later_s", "is_saving", "status"),
     [(0.0, False, 0), (11.0, False, -signal.SIGTERM), (11.0, True, 0)],
@@ -272,31 +285,31 @@ def test_only_a_later_second_signal_ends_the_process_at_once(
     later_s: float, is_saving: bool, status: int
 ):
     """Within seconds it is the same signal, from the scheduler and a launcher."""
-    child = os.fork()
-    if not child:
+
+    def signalled_twice() -> None:
         callback = Preemption()
-        signal.signal(signal.SIGTERM, callback._note)
+        signal.signal(signal.SIGTERM, callback._on_signal)
         os.kill(os.getpid(), signal.SIGTERM)
         callback._received_at -= later_s
         callback._is_saving = is_saving
         os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+
+    assert status_of_fork(signalled_twice) == status
 
 
 def test_the_time_that_is_up_in_a_validation_queues_the_job_again(tmp_path: Path):
     called = tmp_path / "called"
     program(tmp_path / "scontrol", f'echo "$@" > {called}')
-    child = os.fork()
-    if not child:
+
+    def out_of_time() -> None:
         os.environ |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
         callback = Preemption()
         callback._requeue_signal, callback._is_first_rank = signal.SIGUSR1, True
-        callback._note(signal.SIGUSR1, None)
+        callback._on_signal(signal.SIGUSR1, None)
         callback._received_at -= 11
-        callback._note(signal.SIGTERM, None)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        callback._on_signal(signal.SIGTERM, None)
+
+    assert status_of_fork(out_of_time) == -signal.SIGTERM
     assert called.read_text() == "requeue 7\n"
 
 
