@@ -82,7 +82,7 @@ class Case:
     expected: str = "refused"
     """Or "skipped" (status 0, and the output names it), "used", or "failed" (by doctor)."""
     words: tuple[str, ...] = ()
-    """The last line must contain one of these; the option's name if none is given."""
+    """The last line must contain one of these. Empty: it must contain the option's name."""
     environment: dict[str, str] = field(default_factory=dict)
 
 

@@ -64,7 +64,8 @@ def validation_items(
 ) -> list[dict[str, Any]]:
     """Key, caption, codes `k t` and the reference features of different validation captions.
 
-    Clips shorter than `length_s` (default: the model's crops) are left out.
+    Only clips of at least `length_s` seconds are returned; the default is the length of the model's
+    training crops.
     """
     frames = round((length_s or generator.crop_s) * generator.codec.facts.frame_rate)
     found = []
