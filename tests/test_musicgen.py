@@ -10,6 +10,7 @@ import soundfile
 import torch
 from helpers_audiocraft import model_settings, write_audiocraft
 from helpers_data import write_shards
+from helpers_rescoring import count_readings
 from make_components import make_musicgen, make_t5
 
 from magnet_train.__main__ import main
@@ -112,13 +113,7 @@ def test_a_hybrid_starts_from_it(release, run):
 
 
 def test_it_rescores_a_hybrid_in_generate_edit_and_evaluate(theirs, run, tmp_path, monkeypatch):
-    read: list[int] = []
-    reading = MusicGenRescorer.reading
-    monkeypatch.setattr(
-        MusicGenRescorer,
-        "reading",
-        lambda own, texts: read.append(len(texts)) or reading(own, texts),
-    )
+    read = count_readings(monkeypatch, MusicGenRescorer)
     soundfile.write(tmp_path / "a.wav", torch.rand(32_000).numpy() - 0.5, 16_000)
     (tmp_path / "prompts.txt").write_text("a slow waltz\nflute\n")
     for number, verb, options in (

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers_programs import LONGEST_S, program, wait_for
+from helpers_rescoring import count_readings
 
 from magnet_train.__main__ import main
 from magnet_train.cli import commands
@@ -541,13 +542,7 @@ def test_an_ablation_of_decoding_validates_the_model_as_it_was_loaded(tmp_path, 
     from magnet_train.decoding.rescoring import MagnetRescorer
     from magnet_train.release import SavedModel
 
-    rescored: list[int] = []
-    reading = MagnetRescorer.reading
-    monkeypatch.setattr(
-        MagnetRescorer,
-        "reading",
-        lambda own, texts: rescored.append(len(texts)) or reading(own, texts),
-    )
+    rescored = count_readings(monkeypatch, MagnetRescorer)
     monkeypatch.chdir(ROOT)
     args = (
         "fit --config=conf/ablation/decoding.yaml --config=conf/ablation/rescoring.yaml "

@@ -343,22 +343,20 @@ def write_ablation(runs: Sequence[Run], out: Path) -> tuple[Path, Path]:
 def plot(ablation: Ablation, path: Path) -> None:
     """Plot one panel per metric.
 
-    If the first parameter is a number: means with intervals over it, with one line per combination
-    of the others. Otherwise: differences from the first setting, paired by seed.
+    If the first parameter has names and there are two seeds or more: differences from the first
+    setting, paired by seed. Otherwise: means with intervals over the first parameter, one line per
+    combination of the others.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    is_numeric = all(isinstance(_first(s), (int, float)) for s in ablation.num_seeds)
-    names_differences = not is_numeric and any(ablation.differences.values())
-    draw, panel = (
-        (_plot_differences, (6, 1 + 0.3 * len(ablation.num_seeds)))
-        if names_differences
-        else (_plot_means, (4, 3))
-    )
+    if not _is_numeric(ablation) and any(ablation.differences.values()):
+        draw, width, height = _plot_differences, 6.0, 1 + 0.3 * len(ablation.num_seeds)
+    else:
+        draw, width, height = _plot_means, 4.0, 3.0
     columns = math.ceil(math.sqrt(len(ablation.means)))
     rows = math.ceil(len(ablation.means) / columns)
-    figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(ablation.means) :]:
@@ -399,7 +397,7 @@ def _plot_means(ablation: Ablation, metric: str, axis: Any) -> None:
             [place + shift for place in places],
             [mean.value for mean in means],
             yerr=[mean.half_width or 0.0 for mean in means],
-            fmt="o-",
+            fmt="o-" if _is_numeric(ablation) else "o",
             capsize=3,
             label=", ".join(f"{name}={value}" for name, value in pairs),
         )
@@ -409,6 +407,11 @@ def _plot_means(ablation: Ablation, metric: str, axis: Any) -> None:
     axis.set_xlabel("".join(ablation.parameters[:1]), fontsize=8)
     if len(lines) > 1:
         axis.legend(fontsize=7)
+
+
+def _is_numeric(ablation: Ablation) -> bool:
+    """Whether the first parameter is a number in all settings."""
+    return all(isinstance(_first(setting), (int, float)) for setting in ablation.num_seeds)
 
 
 def _first(setting: Setting) -> Any:
