@@ -32,6 +32,7 @@ def test_bash_completes_verbs_options_and_values(tmp_path, capsys):
     assert {"wandb", "tensorboard", "csv"} <= completed("magnet-train fit --tracker ")
     assert completed("magnet-train generate --loop ") == {"true", "false"}
     assert "--gpu_hour_price" in completed("magnet-train doctor --gpu")
+    assert "-->" not in script.read_text()  # a link between options: zsh refuses it
 
 
 def test_another_shell_or_no_shtab_is_refused(capsys, monkeypatch):

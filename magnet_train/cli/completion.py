@@ -41,14 +41,19 @@ def completion_script(
         options = capture_parser(parsers[verb])
         for action in options._actions:
             _add_values(action, shtab.FILE)
-        added.add_parser(verb, help=text, parents=[options], add_help=False)
+        program_verb = added.add_parser(verb, help=text, parents=[options], add_help=False)
+        if verb == "edit":  # FILE is read as --audio
+            recording: Any = program_verb.add_argument("file", nargs="?", help="Recording.")
+            recording.complete = shtab.FILE
     return shtab.complete(program, shell)
 
 
 def _add_values(action: Any, files: Any) -> None:
     """Tell shtab the values of an option: those of a Literal or a boolean, otherwise files."""
     hint = getattr(action, "_typehint", None)
-    if hint is bool:
+    if any(" " in name for name in action.option_strings):  # a link between options
+        action.help = argparse.SUPPRESS
+    elif hint is bool:
         action.choices = ("true", "false")
     elif values := [v for h in (hint, *get_args(hint)) for v in _literals(h)]:
         action.choices = values
