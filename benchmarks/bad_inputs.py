@@ -44,6 +44,13 @@ MAX_CPU_S, MAX_MB = 30.0, 3000
 """Limits of one command: CPU time in seconds, and memory, imports included."""
 MAX_WALL_S = 900.0
 """Seconds after which a command counts as hanging, also on a busy machine."""
+SLICE_S = 5.0
+"""CPU seconds after which the next reader gets random files."""
+FUZZ_COLUMNS = ["reader", "CPU seconds", "files", "refused in a line", "other exceptions"]
+FUZZ_HEAD = (
+    "# Random bad files\n\nWritten by `python benchmarks/bad_inputs.py --fuzz MINUTES --out FILE`: "
+    "each reader gets files of tests/strategies.py, different ones in each call.\n\n"
+)
 DEMO_CODEBOOKS = json.loads((demo_path("codec") / "config.json").read_text())["num_codebooks"]
 INF, NAN, BIG = ".inf", ".nan", "1" + "0" * 20
 SMALL_FIT = [
@@ -291,7 +298,25 @@ WRONG_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
         "config": ("no.yaml", "in"),
         "no_such": ("1",),
     },
-    "sweep": {"run": ("99", "-1", "x"), "jobs": ("0", "-1", "x")},
+    "sweep": {
+        "run": ("99", "-1", "x"),
+        "jobs": ("0", "-1", "x"),
+        "model.no_such": ("1",),
+        "model.crop_s": ("x",),
+        "model.span_len": ("7",),
+        "trainer.default_root_dir": ("elsewhere",),
+        "out": ("in/a.wav", "/proc/x", "s3://b/x"),
+    },
+    "app": {
+        "port": ("0", "65536", "x", "1.5"),
+        "model": ("/nowhere", "in", "a/b/c"),
+        "allow": ("in/a.wav",),
+        "out": ("in/a.wav", "/proc/x"),
+        "device": ("gpu", "cuda:99"),
+        "share": ("maybe",),
+        "no_such": ("1",),
+    },
+    "dashboard": {"entity": ("null", "[a]"), "project": ("null", "{a: 1}")},
 }
 """Values that options of each verb must refuse."""
 REQUIRED_ARGS: dict[str, list[str]] = {
@@ -302,6 +327,8 @@ REQUIRED_ARGS: dict[str, list[str]] = {
     "edit": ["--audio=in/a.wav", "--out=out", "--prompt=a", "--regenerate=1:2"],
     "bench": [],
     "sweep": ["s.yaml", "--out", "out"],
+    "app": [],
+    "dashboard": ["--entity=a"],
 }
 """Further arguments that each verb needs; the last value of a repeated option is used."""
 NUM_DOCTOR_CASES = 15
@@ -387,6 +414,13 @@ def edits() -> Iterator[Case]:
         ("at_s behind the end", "at_s,caption\n0,a\n99,b\n", "at_s"),
         ("not sorted", "at_s,caption\n2,a\n1,b\n", "sort"),
         ("an open quote", 'at_s,caption\n0,"a\n', "line 2"),
+        ("a time twice", "at_s,caption\n0,a\n0,b\n", "sort"),
+        ("no caption", "at_s,caption\n0,\n", "line 2"),
+        ("a caption null", "at_s,caption\n0,a\n1,null\n", "line 3"),
+        ("at_s infinite", "at_s,caption\ninf,a\n", "at_s"),
+        ("at_s of 500 digits", f"at_s,caption\n{10**499},a\n", "at_s"),
+        ("two columns of one name", "at_s,caption,caption\n0,a,b\n", "line 1"),
+        ("binary", b"\0\xff\xfe", "UTF-8"),
     ):
         args = ["--audio=in/a.wav", "--out=out", region, "--prompts=p.csv"]
         yield Case("edit", f"timeline: {what}", args, put("p.csv", content), words=(word,))
@@ -448,6 +482,21 @@ def verbs() -> Iterator[Case]:
         (["sweep", "/nowhere.yaml"], "/nowhere.yaml"),
         (["sweep", "in"], "in"),
         (["dashboard", "--no_such=1"], "no_such"),
+        (["dashboard"], "entity"),
+        (["dashboard", "--entity=a"], "WANDB_MODE"),
+        (["app", "in"], "in"),
+        (["--print_completion", "fish"], "fish"),
+        (["--print_completion"], "bash or zsh"),
+        (["evaluate", "--generated", "in", "in", "--metrics", "music/beat"], "second system"),
+        (["evaluate", "--generated", "reference=in", "--metrics", "music/beat"], "reference"),
+        (["evaluate", "--generated", "in", "--codec=demo", "--metrics", "music/beat"], "codec"),
+        (["evaluate", "--generated", "in", "--save_reference=x"], "save_reference"),
+        (["evaluate", "--study=key.json"], "ratings"),
+        (["evaluate", "--checkpoint=demo"], "prompts"),
+        (["evaluate", "--generated", "in", "--weights={x: y}"], "weights"),
+        (["evaluate", "--generated", "in", "--kl_convention=x"], "kl_convention"),
+        (["evaluate", "--generated", "in", "--accelerator=gpu"], "accelerator"),
+        (["evaluate", "--generated", "in", "--out=/proc/x.json"], "/proc/x.json"),
     ):
         verb = args[0] if not args[0].startswith("-") else "(none)"
         yield Case(
@@ -1087,6 +1136,13 @@ def sweeps() -> Iterator[Case]:
         "10^12 runs": GRID
         | {"parameters": span | {f"p{i}": {"values": list(range(100))} for i in range(6)}},
         "no command": {k: v for k, v in GRID.items() if k != "command"},
+        "command a text": GRID | {"command": "fit"},
+        "command of objects": GRID | {"command": [{"a": 1}]},
+        "an unknown parameter": GRID | {"parameters": {"model.no_such": {"values": [1, 2]}}},
+        "a value of the wrong type": GRID | {"parameters": {"model.span_len": {"values": ["x"]}}},
+        "a value out of range": GRID | {"parameters": {"model.span_len": {"values": [1, -1]}}},
+        "a parameter named 5": GRID | {"parameters": {5: {"values": [1]}}},
+        "two methods": b"method: grid\nmethod: grid\n",
         "a command of another program": GRID | {"command": ["rm", "-rf", "${args}"]},
         "a command without ${args}": GRID | {"command": ["python", "-m", "magnet_train", "fit"]},
         "${env}": GRID | {"command": ["${env}", "-m", "magnet_train", "fit", "${x}", "${args}"]},
@@ -1103,6 +1159,247 @@ def sweeps() -> Iterator[Case]:
     yield Case(
         "sweep", "sweep: a FIFO", ["f.yaml", "--out", "out"], fifo("f.yaml"), words=("f.yaml",)
     )
+
+
+def adapter_folders(samples: Samples) -> Iterator[Case]:
+    """LoRA adapters that `generate` refuses."""
+    config = json.loads((samples.adapter / "adapter_config.json").read_text())
+
+    def changed(change: Callable[[Path, dict[str, Any]], Any]) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            shutil.copytree(samples.adapter, folder / "lora")
+            content = dict(config)
+            change(folder / "lora" / "adapter_model.safetensors", content)
+            (folder / "lora" / "adapter_config.json").write_text(json.dumps(content))
+
+        return make
+
+    changes: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
+        "another model's": lambda w, c: None,
+        "no weights": lambda w, c: w.unlink(),
+        "weights a text": lambda w, c: w.write_text("x"),
+        "weights cut off": lambda w, c: os.truncate(w, w.stat().st_size - 9),
+        "r a text": lambda w, c: c.update(r="2"),
+        "r 0": lambda w, c: c.update(r=0),
+        "r 3": lambda w, c: c.update(r=3),
+        "lora_alpha NaN": lambda w, c: c.update(lora_alpha=math.nan),
+        "peft_type IA3": lambda w, c: c.update(peft_type="IA3"),
+        "use_dora": lambda w, c: c.update(use_dora=True),
+    }
+    args = [*REQUIRED_ARGS["generate"], "--lora"]
+    for what, change in changes.items():
+        yield Case(
+            "generate", f"adapter: {what}", [*args, "lora"], changed(change), words=("lora",)
+        )
+    for what, name in (("none", "gone"), ("a file", "in/a.wav"), ("strength NaN", "lora:nan")):
+        make = changed(lambda w, c: None) if "lora" in name else basic_files
+        yield Case("generate", f"adapter: {what}", [*args, name], make, words=(name,))
+
+
+def rescorers(samples: Samples) -> Iterator[Case]:
+    """Models that `generate` refuses as rescorer."""
+    from make_components import make_musicgen
+
+    def release(folder: Path) -> None:
+        shutil.copytree(samples.release, folder / "r")
+        file = folder / "r" / "config.json"
+        config = json.loads(file.read_text())
+        config["codec"] = {"id": "demo", "hash": "0" * 16}
+        file.write_text(json.dumps(config))
+
+    def musicgen(**changes: Any) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            made = samples.made("musicgen", make_musicgen)
+            shutil.copytree(made, folder / "r")
+            config = json.loads((folder / "r" / "config.json").read_text())
+            (folder / "r" / "config.json").write_text(json.dumps(config | changes))
+
+        return make
+
+    for what, make in (
+        ("none", basic_files),
+        ("a folder of audio", lambda f: write_clip(f / "r" / "a.wav", 1.0, None)),
+        ("a release with another codec", release),
+        ("a MusicGen of other codes", musicgen()),
+        ("a MusicGen for melodies", musicgen(model_type="musicgen_melody")),
+        ("a MusicGen without a decoder", musicgen(decoder=None)),
+        ("a MusicGen whose decoder is a list", musicgen(decoder=[1])),
+        ("a configuration that is a list", put("r/config.json", "[]")),
+        ("a FIFO", fifo("r/config.json")),
+    ):
+        args = [*REQUIRED_ARGS["generate"], "--decoding.rescorer=./r"]
+        yield Case("generate", f"rescorer: {what}", args, make, words=("rescorer", "r/", "r:"))
+
+
+def notes() -> Iterator[Case]:
+    """JSON files of clips that are given as --config."""
+    options = {"prompt": ["a"], "seed": 1, "decoding": {"top_p": 0.9}}
+    for what, content, word in (
+        ("options a list", {"options": [1]}, "options"),
+        ("an unknown option", {"options": options | {"evil": 1}}, "evil"),
+        ("a seed that is a text", {"options": options | {"seed": "x"}}, "seed"),
+        ("a prompt that is an object", {"options": options | {"prompt": {"a": 1}}}, "prompt"),
+        ("decoding a number", {"options": options | {"decoding": 3}}, "decoding"),
+        ("top_p a text", {"options": options | {"decoding": {"top_p": "x"}}}, "top_p"),
+        ("of an edit", {"options": options | {"regenerate": ["1:2"]}}, "regenerate"),
+        ("checkpoint a number", {"options": options | {"checkpoint": 5}}, "5"),
+        ("lora a text", {"options": options | {"lora": "x"}}, "lora"),
+    ):
+        args = ["--config", "clip.json", "--out", "out"]
+        make = put("clip.json", json.dumps(content))
+        yield Case("generate", f"a clip's JSON: {what}", args, make, words=(word,))
+
+
+def plans(samples: Samples) -> Iterator[Case]:
+    """Damaged files of an earlier `tokenize`; reports of shards are made again."""
+    from strategies import _read_plan
+
+    def planned(path: Path) -> None:
+        path.mkdir()
+        _read_plan(path, None, samples)
+
+    def changed(name: str, content: Any) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            source = samples.made("planned", planned)
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+            shutil.copytree(samples.codec, folder / "codec")
+            file = folder / "out" / name
+            old = json.loads(file.read_text())
+            value = content(old) if callable(content) else content
+            file.write_bytes(value if isinstance(value, bytes) else as_json(value))
+
+        return make
+
+    args = ["in", "--out", "out", "--codec", "codec", "--min_s=0.1"]
+    for what, content in (
+        ("a list", []),
+        ("deep lists", deep(5000)),
+        ("no codec", lambda p: {k: v for k, v in p.items() if k != "codec"}),
+        ("codec a text", lambda p: p | {"codec": "x"}),
+        ("another codec", lambda p: p | {"codec": p["codec"] | {"hash": "0" * 16}}),
+        ("rounds an object", lambda p: p | {"rounds": {}}),
+        ("rounds of numbers", lambda p: p | {"rounds": [[1]]}),
+        ("a clip that is gone", lambda p: p | {"rounds": [["0" * 32]]}),
+        ("other settings", lambda p: p | {"settings": {}}),
+        ("format 99", lambda p: p | {"format": 99}),
+        ("binary", b"\xff\0"),
+    ):
+        make = changed(".plan.json", content)
+        yield Case("tokenize", f"plan: {what}", args, make, words=("out",))
+    for what, content in (
+        ("a list", []),
+        ("binary", b"\xff\0"),
+        ("deep lists", deep(5000)),
+        ("num_examples -1", lambda p: p | {"num_examples": -1}),
+        ("another name", lambda p: p | {"name": "../x.tar"}),
+        ("another checksum", lambda p: p | {"sha256": "0" * 64}),
+        ("skipped a text", lambda p: p | {"skipped": "x"}),
+    ):
+        make = changed(".shard-000000.json", content)
+        yield Case("tokenize", f"report of a shard: {what}", args, make, "used")
+
+
+def references(samples: Samples) -> Iterator[Case]:
+    """Statistics and captions that `evaluate` refuses."""
+    from safetensors.torch import save_file
+
+    args = ["--generated", "in", "--reference", "ref", "--metrics", "fad/musicnn"]
+    about = {"format": 1, "num_windows": 5, "num_clips": 2, "embeddings": [], "logits": []}
+    names = ("ids_hash", "embedder", "embedder_hash", "resampler", "windowing")
+    about |= dict.fromkeys(names, "x")
+    eye = torch.eye(3, dtype=torch.float64)
+    tensors = {"mean": eye[0].clone(), "covariance": eye}
+    for what, text, content in (
+        ("no metadata", None, tensors),
+        ("metadata no JSON", "{", tensors),
+        ("metadata deep", "[" * 5000, tensors),
+        ("metadata a list", "[]", tensors),
+        ("format 99", json.dumps(about | {"format": 99}), tensors),
+        ("no mean", json.dumps(about), {"covariance": eye}),
+        ("a mean of integers", json.dumps(about), tensors | {"mean": torch.ones(3).int()}),
+        ("covariance NaN", json.dumps(about), tensors | {"covariance": eye * math.nan}),
+        ("10^400 windows", json.dumps(about | {"num_windows": 10**400}), tensors),
+        ("ids of windows that are not there", json.dumps(about | {"logits": ["a"]}), tensors),
+        ("another network", json.dumps(about), tensors),
+    ):
+
+        def make(folder: Path, text: Any = text, content: Any = content) -> None:
+            basic_files(folder)
+            (folder / "ref").mkdir()
+            metadata = None if text is None else {"reference_statistics": text}
+            save_file(content, folder / "ref" / "musicnn.safetensors", metadata)
+
+        yield Case("evaluate", f"statistics: {what}", args, make, words=("musicnn.safetensors",))
+    make = put("ref/musicnn.safetensors", "x")
+    yield Case("evaluate", "statistics: a text", args, make, words=("musicnn.safetensors",))
+    for what, content, word in (
+        ("of other clips", '{"path": "b.wav", "caption": "x"}', "a has none"),
+        ("a path that leads elsewhere", '{"path": "../a.wav", "caption": "x"}', "outside"),
+        ("no caption", '{"path": "a.wav", "caption": null}', "caption"),
+        ("a clip twice", '{"path": "a.wav", "caption": "x"}\n' * 2, "two clips"),
+        ("no JSON", "{", "line 1"),
+    ):
+        given = ["--generated", "in", "--metrics", "text/musicnn", "--captions", "c.jsonl"]
+        make = put("c.jsonl", content)
+        yield Case("evaluate", f"captions: {what}", given, make, words=(word,))
+    for what, content, word in (
+        ("empty", "", "no prompt"),
+        ("a line twice", "a\na\n", "repeated"),
+        ("no UTF-8", b"\xff", "UTF-8"),
+    ):
+        given = ["--checkpoint=demo", "--prompts=p.txt", "--metrics", "text/musicnn"]
+        yield Case("evaluate", f"prompts: {what}", given, put("p.txt", content), words=(word,))
+
+
+def dacs(samples: Samples) -> Iterator[Case]:
+    """Folders of DAC codecs that `tokenize` refuses."""
+    from test_dac import make_dac
+
+    folder = samples.made("dac", make_dac)
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in (
+        ("n_codebooks", 10**6),
+        ("n_codebooks", 0),
+        ("codebook_size", 10**9),
+        ("codebook_size", 32),
+        ("encoder_hidden_size", 10**8),
+        ("downsampling_ratios", [0, 4]),
+        ("downsampling_ratios", "x"),
+        ("sampling_rate", 0),
+        ("sampling_rate", None),
+        ("codebook_dim", -1),
+    ):
+
+        def make(target: Path, name: str = name, value: Any = value) -> None:
+            basic_files(target)
+            shutil.copytree(folder, target / "codec")
+            (target / "codec" / "config.json").write_text(json.dumps(config | {name: value}))
+
+        args = [*REQUIRED_ARGS["tokenize"], "--codec", "codec"]
+        yield Case("tokenize", f"DAC: {name}={str(value)[:30]}", args, make, words=("codec",))
+
+
+def jamendo() -> Iterator[Case]:
+    """Damaged metadata of MTG-Jamendo."""
+    head = "\t".join(JAMENDO_COLUMNS) + "\n"
+    row = "t\ta\tb\tin/a.wav\t4\tgenre---jazz\n"
+    for what, content, expected, word in (
+        ("only a head", head, "refused", "no audio"),
+        ("an open quote", head + row.replace("jazz", '"jazz'), "used", ""),
+        ("no tags", head + row.replace("\tgenre---jazz", ""), "used", ""),
+        ("tags without a category", head + row.replace("genre---", ""), "used", ""),
+        (
+            "a file that is not there",
+            head + row + row.replace("a.wav", "b.wav"),
+            "skipped",
+            "b.wav",
+        ),
+        ("a row twice", head + row + row, "skipped", "twice"),
+        ("a NUL in a path", head + row + row.replace("a.wav", "\0"), "skipped", "line 3"),
+    ):
+        args = ["m.tsv", "--out", "out", "--crop_s=1"]
+        words = (word,) if word else ()
+        yield Case("tokenize", f"MTG-Jamendo: {what}", args, put("m.tsv", content), expected, words)
 
 
 def environments() -> Iterator[Case]:
@@ -1157,6 +1454,13 @@ def all_cases(samples: Samples) -> list[Case]:
         *checkpoints(samples),
         *listening_tests(samples),
         *sweeps(),
+        *adapter_folders(samples),
+        *rescorers(samples),
+        *notes(),
+        *plans(samples),
+        *references(samples),
+        *dacs(samples),
+        *jamendo(),
         *configurations(),
         *environments(),
         *addresses(),
@@ -1344,41 +1648,39 @@ def write_table(rows: Collection[list[str]], out: Path) -> None:
     out.write_text(head + "\n".join(lines) + "\n")
 
 
-def fuzz(names: list[str], minutes: float, out: Path | None) -> None:
-    """Run each reader on random files for this many minutes of CPU time.
+def fuzz(names: list[str], minutes: float, out: Path | None) -> bool:
+    """Run each reader on random files for this many minutes of CPU time, in turns of `SLICE_S`.
 
-    Raises:
-        Exception: the first exception that is not a UserError.
+    The table is written after each turn, so that it can be stopped at any time. Exceptions other
+    than UserError are printed with the file that caused them. Returns whether there were any.
     """
-    rows = []
+    names = names or list(READERS)
+    counts = {name: Counter[str]() for name in names}
+    used_s = dict.fromkeys(names, 0.0)
+    seed = time.time_ns()
     with tempfile.TemporaryDirectory() as folder:
         samples = Samples(Path(folder))
-        for name in names or list(READERS):
-            counts, start, cpu, seed = Counter[str](), time.monotonic(), time.process_time(), 0
-            while time.process_time() < cpu + 60 * minutes:
-                counts += check(name, samples, examples=100, seed=seed)
+        while waiting := [name for name in names if used_s[name] < 60 * minutes]:
+            name = min(waiting, key=used_s.__getitem__)
+            begin = time.process_time()
+            while time.process_time() < begin + min(SLICE_S, 60 * minutes):
                 seed += 1
-            cpu = time.process_time() - cpu
-            wall = (time.monotonic() - start) / 60
-            total = counts["used"] + counts["refused"]
-            rows.append(
-                [name, f"{wall:.1f}", f"{cpu:.0f}", str(total), str(counts["refused"]), "0"]
-            )
-            print(" | ".join(rows[-1]), flush=True)
-    if out is not None:
-        columns = [
-            "reader",
-            "minutes",
-            "CPU seconds",
-            "files",
-            "refused in a line",
-            "other exceptions",
-        ]
-        head = (
-            "# Random bad files\n\nWritten by `python benchmarks/bad_inputs.py --fuzz MINUTES "
-            "--out FILE`: each reader gets files of tests/strategies.py, other ones each time.\n\n"
-        )
-        out.write_text(head + markdown_table(columns, rows) + "\n")
+                try:
+                    counts[name] += check(name, samples, examples=100, seed=seed)
+                except Exception:
+                    print(traceback.format_exc(limit=-4)[:5000], flush=True)
+                    counts[name]["failed"] += 1
+            used_s[name] += time.process_time() - begin
+            rows = [[n, f"{used_s[n]:.0f}", *_fuzz_counts(counts[n])] for n in names]
+            print(" | ".join(rows[names.index(name)]), flush=True)
+            if out is not None:
+                out.write_text(FUZZ_HEAD + markdown_table(FUZZ_COLUMNS, rows) + "\n")
+    return any(count["failed"] for count in counts.values())
+
+
+def _fuzz_counts(count: Counter[str]) -> list[str]:
+    read = count["used"] + count["refused"]
+    return [str(read), str(count["refused"]), str(count["failed"])]
 
 
 def main() -> int:
@@ -1407,8 +1709,7 @@ def main() -> int:
     load_text_encoder("demo")  # with the parts of transformers that it needs
 
     if given.fuzz is not None:
-        fuzz(given.only, given.fuzz, given.out)
-        return 0
+        return int(fuzz(given.only, given.fuzz, given.out))
     return int(table(given.only, given.kinds, given.out) > 0)
 
 

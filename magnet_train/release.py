@@ -185,6 +185,7 @@ def _open_release(folder: Path) -> SavedModel:
                 raise ValueError(
                     f"codec has {name}={codec[name]}, network {getattr(network, name)}"
                 )
+        codec_facts(codec)  # checks its values
         text_encoder = dict(config["text_encoder"])
         if text_encoder["dim"] != network.text_dim:
             raise ValueError(
@@ -470,7 +471,11 @@ def initial_weights(
 
 
 def codec_facts(codec: dict[str, Any]) -> CodecFacts | None:
-    """All facts of the codec, if they are known."""
+    """All facts of the codec, if they are known.
+
+    Raises:
+        UserError: if a value is not possible.
+    """
     try:
         return CodecFacts.from_dict(codec)
     except ValueError:

@@ -657,6 +657,7 @@ def check(name: str, samples: Samples, examples: int, seed: int | None = None) -
         deadline=None,
         database=None,
         derandomize=seed is None,
+        report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
     @given(reader.strategy(samples))

@@ -1,6 +1,7 @@
 """DAC compared with transformers, and used from audio to audio with nine codebooks."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,15 @@ def codec(folder: Path) -> DacCodec:
     loaded = load_codec(str(folder / "codec"))
     assert isinstance(loaded, DacCodec)
     return loaded
+
+
+@pytest.mark.parametrize("changes", [{"n_codebooks": 0}, {"sampling_rate": 0}])
+def test_a_configuration_of_no_codec_is_refused(changes: dict, folder: Path, tmp_path: Path):
+    shutil.copytree(folder / "codec", tmp_path / "codec")
+    config = json.loads((tmp_path / "codec" / "config.json").read_text()) | changes
+    (tmp_path / "codec" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"(num_codebooks|sample_rate)=0 must be"):
+        load_codec(str(tmp_path / "codec"))
 
 
 def test_facts(codec: DacCodec):

@@ -193,6 +193,8 @@ def test_a_file_that_is_no_configuration_is_named(content, says, tmp_path, capsy
         (["fit", "--config", "{checkpoint: 5}"], "--checkpoint 5: give options"),
         (["fit", "--config", "{trainer: [1]}"], "--trainer [1]: give options"),
         (["generate", "--config", "{decoding: 5}"], "--decoding 5: give options"),
+        (["generate", "--config", "{prompt: a waltz}"], "--prompt a waltz: give a list"),
+        (["generate", "--config", "{lora: {a: 1}}"], "--lora {'a': 1}: give a list"),
         (["fit", "--model.span_len", "null"], "--model.span_len None: give"),
         (["generate", "--seed", "null"], "--seed None: give an integer"),
         (["fit", "--model.optimizer.lr", ".nan"], "--model.optimizer.lr nan"),

@@ -398,6 +398,11 @@ def test_a_json_of_strangers_is_checked(info: Any, tmp_path: Path):
     assert "a.json" in refusal(read_shard, write_tar(tmp_path / "a.tar", members(info=info)))
 
 
+def test_a_reason_is_one_line_whatever_the_key(tmp_path: Path):
+    path = write_tar(tmp_path / "a.tar", members("a\nb", info=b"\xff"))
+    assert "a b.json: not UTF-8 at byte 0" in refusal(read_shard, path)
+
+
 def test_a_caption_is_text_that_can_be_written(tmp_path: Path):
     (one,) = read_shard(write_tar(tmp_path / "a.tar", members(info={"key": "a", "duration_s": 1})))
     assert one["info"]["caption"] == ""

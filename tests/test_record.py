@@ -115,7 +115,7 @@ def test_what_is_no_figure_makes_no_record(change: dict):
 
 def test_broken_files_of_records_are_named(tmp_path: Path):
     path = tmp_path / "records.json"
-    for content in (None, "[", "{}x", '{"a": 1}', "[1]", '[{"system": "a"}]', "3"):
+    for content in (None, "[", "[" * 10**5, "{}x", '{"a": 1}', "[1]", '[{"system": "a"}]', "3"):
         if content is not None:
             path.write_text(content)
         with pytest.raises(UserError, match=r"records\.json: missing or not a list of records"):

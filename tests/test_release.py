@@ -97,6 +97,16 @@ def test_a_checkpoint_carries_the_decoding_of_its_last_validation(tmp_path):
     assert saved.provenance == {"checkpoint": "a.ckpt", "step": 7}
 
 
+CODEC_VALUES: dict[str, tuple[Any, ...]] = {
+    "hash": (),
+    "sample_rate": (0, 1, 10**9, 32_000.5),
+    "frame_rate": (0, -1, 10**6, math.nan),
+    "channels": (0, 3),
+    "pad_mode": (1,),
+}
+"""Impossible values of a codec's facts."""
+CODEC = dict(zip(CODEC_VALUES, ("0" * 16, 32_000, 50.0, 1, "constant"), strict=True))
+CODEC |= {"id": "demo", "num_codebooks": NETWORK.num_codebooks, "codebook_size": 1024}
 SETTINGS = {
     "crop_s": [math.nan, 1e12, -1, None, "x", True],
     "guidance_dropout": [2, math.nan],
@@ -111,7 +121,12 @@ SETTINGS = {
         {"id": "demo", "dim": 5},
     ],
     "codec": [{"id": x} for x in (None, "/etc", "./../x", "../x", "./codec/../../x", "a/b/c")]
-    + [{"id": "demo", "num_codebooks": 10**8}],
+    + [{"id": "demo", "num_codebooks": 10**8}]
+    + [
+        CODEC | {name: value}
+        for name, values in CODEC_VALUES.items()
+        for value in (*values, None, 5 if name in ("hash", "pad_mode") else "x")
+    ],
     "network": [
         NETWORK.to_dict() | {name: value}
         for name in NETWORK.to_dict()

@@ -488,6 +488,7 @@ def test_a_failure_of_the_codec_ends_the_reading(
         run()
     monkeypatch.undo()
     assert not (tmp_path / "out/index.json").exists()
+    assert not list((tmp_path / "out").glob("*.tmp"))
     run()
     assert shards(tmp_path / "out") == shards(tmp_path / "expected")
 

@@ -42,7 +42,7 @@ from magnet_train.common.tensor_files import (
     read_pickle,
     tensor_shapes,
 )
-from magnet_train.common.yaml_files import flatten
+from magnet_train.common.yaml_files import flatten, parse_yaml
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.model import Magnet, MagnetConfig
 
@@ -146,13 +146,13 @@ def read_config(text: str, where: Path) -> dict[str, Any]:
         UserError: if it is not a YAML mapping.
     """
     try:
-        nested = yaml.safe_load(text)
+        nested = parse_yaml(text)
         if not isinstance(nested, dict):
             raise ValueError(f"a {type(nested).__name__}, not a mapping")
         flat = dict(islice(flatten(nested), MAX_KEYS + 1))
         if len(flat) > MAX_KEYS:
             raise ValueError(f"more than {MAX_KEYS} keys")
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(
             f"{where}: its xp.cfg is not a YAML configuration ({one_line(error)}); {DOWNLOAD_AGAIN}"
         ) from error

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from magnet_train.callbacks.agreement import ranks_agree
 from magnet_train.common.errors import UserError
 
+BEST_NAME = re.compile(r"step=\d+\.ckpt")
 SAVE_EVERY_S = 1800.0
 """Maximum number of seconds between checkpoints; validations may be hours apart."""
 
@@ -93,11 +95,14 @@ class RunCheckpoint(Checkpoint):
         return {"scores": dict(self._scores)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the scores of files that still exist; the run folder may have been moved."""
+        """Keep the scores of files that still exist; the run folder may have been moved.
+
+        Other names than this class writes are ignored: files of replaced scores are removed.
+        """
         self._scores = {
-            name: score
+            name: float(score)
             for name, score in state_dict["scores"].items()
-            if (self.folder / name).is_file()
+            if BEST_NAME.fullmatch(name) and (self.folder / name).is_file()
         }
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

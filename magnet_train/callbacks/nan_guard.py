@@ -63,8 +63,8 @@ class NanGuard(Callback):
         return {"skipped": self.skipped, "consecutive": self.consecutive}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped = self._logged = state_dict["skipped"]
-        self.consecutive = state_dict["consecutive"]
+        self.skipped = self._logged = int(state_dict["skipped"])
+        self.consecutive = int(state_dict["consecutive"])
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *args: Any

@@ -48,7 +48,7 @@ class Throughput(Callback):
         return {"frames": self.frames}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.frames = state_dict["frames"]
+        self.frames = int(state_dict["frames"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step

@@ -101,7 +101,8 @@ class Tracking(Callback):
         return {"table": self._logged, "best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._logged, self._best = state_dict["table"], state_dict.get("best", {})
+        self._logged = dict(state_dict["table"])
+        self._best = {name: float(value) for name, value in state_dict.get("best", {}).items()}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or not trainer.is_global_zero or self._is_set_up:
@@ -134,7 +135,8 @@ class Tracking(Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._unwritten_row = checkpoint.get("unwritten_row")
+        if (row := checkpoint.get("unwritten_row")) is not None:
+            self._unwritten_row = {"values": dict(row["values"]), "step": int(row["step"])}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._unwritten_row:

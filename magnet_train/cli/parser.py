@@ -168,6 +168,12 @@ class OneLineErrors(ArgumentParser):
         self._check_values(config)
         return config
 
+    def _check_value_key(self, action: Any, value: Any, *rest: Any, **settings: Any) -> Any:
+        """As jsonargparse's, which changes the value of a list in a file as if it were one."""
+        if action.nargs == "+" and not isinstance(value, list | None):
+            raise TypeError(f'Parser key "{action.dest}": Expected a list. Got value: {value}')
+        return super()._check_value_key(action, value, *rest, **settings)
+
     def _normalized(self, args: Sequence[str]) -> list[str]:
         """The options with underscores, and with =true after a boolean one without a value."""
         args = [with_underscores(arg) for arg in args]

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import load_pretrained, read_model_type
+from magnet_train.common.ranges import check_types, check_values
 
 STEREO = "@stereo"
 """End of the name of a mono codec that is used for both channels of stereo."""
@@ -51,6 +52,20 @@ class CodecFacts:
     pad_mode: str
     """Padding at the ends of a clip; in EnCodec it changes a quarter of the codes."""
 
+    def __post_init__(self) -> None:
+        try:
+            check_types(self)
+            check_values(
+                self,
+                sample_rate="[1000, 768000] Hz",
+                frame_rate=f"[0.001, {self.sample_rate}] Hz",
+                num_codebooks="[1, 1024]",
+                codebook_size="[1, 65536]",
+                channels="[1, 2]",
+            )
+        except UserError as error:
+            raise UserError(f"codec {self.id!r}: {error}; copy or download it again") from error
+
     @property
     def hop_samples(self) -> int:
         """Samples per frame."""
@@ -66,6 +81,7 @@ class CodecFacts:
 
         Raises:
             ValueError: if a field is missing.
+            UserError: if a value is not possible.
         """
         names = [f.name for f in fields(cls)]
         if missing := [n for n in names if n not in values]:

@@ -44,18 +44,30 @@ def read_yaml(path: Path, shown: str) -> Any:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{shown}: larger than {MAX_BYTES:,} bytes; give a YAML file")
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-        if (number := _num_entries(content, {})) > MAX_ENTRIES:
-            raise ValueError(f"its aliases expand to {number:,} values, at most {MAX_ENTRIES:,}")
-        return content
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {error.start}"
         raise UserError(f"{shown}: not UTF-8 text ({reason})") from error
     except OSError as error:
         raise UserError(f"{shown}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{shown}: not valid YAML ({error})") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain values in a YAML text.
+
+    Raises:
+        ValueError: with a reason in one line, if it is not valid, has a key twice, or expands to
+            too many values.
+    """
+    try:
+        content = yaml.load(text, _Loader)
+        if (number := _num_entries(content, {})) > MAX_ENTRIES:
+            raise ValueError(f"its aliases expand to {number:,} values, at most {MAX_ENTRIES:,}")
+        return content
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{shown}: not valid YAML ({reason})") from error
+        raise ValueError(" ".join(str(error).split())[:200]) from error
 
 
 def _num_entries(value: Any, known: dict[int, int]) -> int:

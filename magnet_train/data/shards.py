@@ -357,7 +357,10 @@ def decode_info(content: bytes) -> dict[str, Any]:
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(f"{len(content)} bytes")
     # NaN, which Python writes for missing numbers, would become a word of the caption.
-    info = json.loads(content, parse_constant=lambda name: None)
+    try:
+        info = json.loads(content.decode(), parse_constant=lambda name: None)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from error
     if b"\\ud" in content.lower():  # a lone surrogate, which cannot be encoded as UTF-8
         info = json.loads(json.dumps(info, ensure_ascii=False).encode(errors="replace"))
     duration_s = _typed(info, "duration_s", (int, float))
@@ -418,7 +421,7 @@ def checked_item(sample: dict[str, Any]) -> Item:
 def _reason(error: BaseException) -> str:
     """The reason of an error, without WebDataset's additions."""
     if isinstance(error, DecodingError) and error.__cause__ is not None:
-        return f"{error.key}.{error.k}: {_reason(error.__cause__)}"
+        return " ".join(f"{error.key}.{error.k}: {_reason(error.__cause__)}".split())
     if isinstance(error, RecursionError):
         return "nested too deeply"
     text = str(error.args[0]).partition(" @ <")[0] if error.args else ""

@@ -299,13 +299,14 @@ def _write_shard(job: Job, wait: bool = False) -> int:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.replace(temporary, job.path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
                     f"{job.path}: the disk is full; finished shards are complete: free some space "
                     "and run this again"
                 ) from error
             raise
+        finally:
+            temporary.unlink(missing_ok=True)
         report = {
             "name": job.path.name,
             "num_examples": shard.num_examples,

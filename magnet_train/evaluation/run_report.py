@@ -9,7 +9,7 @@ from typing import Any
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.json_files import read_json
-from magnet_train.common.yaml_files import flatten
+from magnet_train.common.yaml_files import flatten, read_yaml
 from magnet_train.evaluation.charts import Point
 from magnet_train.evaluation.page import read_sound
 from magnet_train.evaluation.report import Report, ReportClip, load_grids
@@ -222,11 +222,9 @@ def _float(cell: Any) -> float | None:
 
 
 def _configured(folder: Path, notes: list[str]) -> dict[str, Any]:
-    import yaml
-
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        config = read_yaml(folder / "config.yaml", "config.yaml")
+    except UserError:
         config = None
     if not isinstance(config, dict):
         notes.append("No settings: the run folder has no readable config.yaml.")

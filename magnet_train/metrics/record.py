@@ -12,6 +12,7 @@ import magnet_train
 from magnet_train.common import tables
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import write_json
+from magnet_train.common.json_files import read_json
 from magnet_train.metrics.published import Published
 
 MIN_CLIPS = 250
@@ -143,7 +144,7 @@ def read_records(path: str | Path) -> list[Record]:
         UserError: if the file is missing or damaged, or has unknown fields.
     """
     try:
-        rows = json.loads(Path(path).read_text())
+        rows = read_json(Path(path))
         known = {f.name for f in fields(Record)}
         for row in rows:
             if unknown := row.keys() - known:

@@ -9,7 +9,6 @@ means. Holm's correction is over the settings of a metric.
 """
 
 import itertools
-import json
 import math
 import re
 from collections import Counter
@@ -18,11 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from magnet_train.common.errors import UserError
+from magnet_train.common.json_files import read_json
 from magnet_train.common.tables import markdown_table
-from magnet_train.common.yaml_files import flatten
+from magnet_train.common.yaml_files import flatten, read_yaml
 from magnet_train.sweeps.sweep import Run, short_names
 
 SEEDS = ("seed_everything", "seed")
@@ -270,7 +268,7 @@ def _read_metrics(run: Run) -> dict[str, float]:
     """Metrics of the last validation, without those of single stages and mask rates."""
     file = run.folder / "summary.json"
     try:
-        content = json.loads(file.read_text())["metrics"]
+        content = read_json(file)["metrics"]
         metrics = {name: float(value["after"]) for name, value in content.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -315,8 +313,8 @@ def _read_settings(run: Run) -> dict[str, str] | None:
         return None
     newest = max(files, key=lambda file: file.stat().st_mtime)
     try:
-        flat = dict(flatten(yaml.safe_load(newest.read_text()) or {}))
-    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
+        flat = dict(flatten(read_yaml(newest, str(newest)) or {}))
+    except (UserError, ValueError, AttributeError) as error:
         raise UserError(
             f"{newest}: unreadable; remove the folder and run the sweep again"
         ) from error

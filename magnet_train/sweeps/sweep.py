@@ -9,7 +9,6 @@ import contextlib
 import errno
 import fcntl
 import itertools
-import json
 import math
 import os
 import re
@@ -27,6 +26,7 @@ from typing import Any
 
 from magnet_train.common.assets import conf_path
 from magnet_train.common.errors import UserError
+from magnet_train.common.json_files import read_json
 from magnet_train.common.ranges import check_values
 from magnet_train.common.tables import markdown_table
 from magnet_train.common.yaml_files import read_yaml
@@ -83,7 +83,7 @@ class Run:
             return None
 
     def _summary(self) -> Any:
-        return json.loads((self.folder / "summary.json").read_text())
+        return read_json(self.folder / "summary.json")
 
 
 # --- read -----------------------------------------------------------------------------------------
