@@ -1,6 +1,7 @@
 """Prompts, seams, continuations and long extensions of `edit` and `generate`, on any model.
 
     python benchmarks/editing.py prompt --clips 105
+    python benchmarks/editing.py prompted --clips 48
     python benchmarks/editing.py seams --clips 24
     python benchmarks/editing.py codebooks --clips 32
     python benchmarks/editing.py continuation --clips 24
@@ -24,7 +25,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from magnet_train.common.audio_files import write_sound
 from magnet_train.common.folders import write_json
 from magnet_train.data.pipeline import EvaluationDataset
 from magnet_train.data.shards import ShardSet
+from magnet_train.decoding.decode import DecodingConfig, Network, Networks
 from magnet_train.decoding.joins import encode_blocks, linear_render
 from magnet_train.decoding.keep import Edit
 from magnet_train.evaluation.scorer import (
@@ -195,11 +197,93 @@ def prompt(generator: Generator, args: argparse.Namespace) -> Iterator[dict[str,
     found["visible minus hidden"] = list(visible_loss - hidden_loss)
     rows = []
     for name, losses in found.items():
-        values = torch.stack(losses)
-        value = {"value": float(values.mean()), "interval": bootstrap_interval(values)}
-        rows.append({"audio": name, "nats": value})
+        rows.append({"audio": name, "nats": _cell(torch.stack(losses))})
     worse = float((visible_loss > hidden_loss).double().mean())
     yield {"clips": len(items), "clips where visible is worse": round(worse, 3), "rows": rows}
+
+
+@torch.no_grad()
+def prompted(generator: Generator, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Second halves decoded behind given first halves, whose upper codebooks are hidden or not.
+
+    Same noise for all. Each decoded half is compared with its first half by the chroma of both, and
+    by the perplexity of the codes at the seam (see above), of frames decoded with it.
+    """
+    rate, facts = generator.codec.facts.sample_rate, generator.codec.facts
+    items = validation_items(generator, args.clips)
+    captions = {item["key"]: item["caption"] for item in items}
+    codes = torch.stack([item["codes"] for item in items])
+    half = codes.shape[2] // 2
+    given = torch.zeros_like(codes, dtype=torch.bool)
+    given[..., :half] = True
+    networks_of = generator._networks
+
+    def visible(prompt: Tensor) -> Callable[..., Networks]:
+        """Networks that always see all codebooks of the prompt `b k half`."""
+
+        def show(network: Network) -> Network:
+            return lambda codes, stage: network(torch.cat([prompt, codes[..., half:]], 2), stage)
+
+        def networks(prompts: Sequence[str], config: DecodingConfig) -> Networks:
+            found = networks_of(prompts, config)
+            null = None if found.null is None else show(found.null)
+            return Networks(show(found.conditional), null)
+
+        return networks
+
+    names = (
+        "the tune itself",
+        "given, codebooks above the stage hidden (as in training)",
+        "given, codebooks above the stage visible (as audiocraft)",
+        "nothing is given",
+    )
+    made: dict[str, list[Tensor]] = {name: [] for name in names}
+    for i in range(0, len(items), 8):
+        rows, keys = codes[i : i + 8], list(captions)[i : i + 8]
+        cues = [(0, [captions[key] for key in keys])]
+        made[names[0]].append(rows)
+        made[names[1]].append(generator.fill(rows, given[i : i + 8], cues, 0, keys)[0])
+        generator._networks = visible(rows[..., :half])  # type: ignore[method-assign]
+        made[names[2]].append(generator.fill(rows, given[i : i + 8], cues, 0, keys)[0])
+        generator._networks = networks_of  # type: ignore[method-assign]
+        nothing = torch.zeros_like(given[i : i + 8])
+        alone, _ = generator.fill(rows, nothing, cues, 0, keys)
+        made[names[3]].append(torch.cat([rows[..., :half], alone[..., half:]], 2))
+        print(f"{i + len(rows)} of {len(items)}", flush=True)
+    seconds = round(facts.frame_rate)
+    near = [half + place * seconds for place in (1, 2, 3)]
+    music: dict[str, dict[str, ClipMusic]] = {name: {} for name in names}
+    chroma: dict[str, list[float]] = {name: [] for name in names}
+    seam: dict[str, list[Tensor]] = {name: [] for name in names}
+    for name in names:
+        for key, clip in zip(captions, torch.cat(made[name]), strict=True):
+            wav = generator.codec.decode(clip[None])[0]
+            first, second = wav.split(
+                [half * facts.hop_samples, wav.shape[1] - half * facts.hop_samples], 1
+            )
+            own = measure_clip(second, rate)
+            music[name][key] = own
+            chroma[name].append(
+                float(np.corrcoef(measure_clip(first, rate).classes, own.classes)[0, 1])
+            )
+            seam[name].append(seam_ratio(generator, clip, captions[key], {half: near}).mean())
+    table_rows = []
+    for name in names:
+        same, ratio = torch.tensor(chroma[name]), torch.stack(seam[name])
+        better = torch.tensor(chroma[names[1]]) - same
+        table_rows.append(
+            {
+                "second half": name,
+                "correlation of chroma with the first": _cell(same),
+                "hidden minus this": _cell(better),
+                "seam": {
+                    "value": float(ratio.mean().exp()),
+                    "interval": np.exp(bootstrap_interval(ratio)),
+                },
+            }
+            | music_cells(score_music(music[name], captions, music[names[0]]))
+        )
+    yield {"clips": len(items), "rows": table_rows}
 
 
 # --- given codebooks ------------------------------------------------------------------------------
@@ -259,8 +343,7 @@ def continuation(generator: Generator, args: argparse.Namespace) -> Iterator[dic
         print(f"{i + 1} of {len(items)}", flush=True)
     rows = []
     for name in names:
-        values = torch.tensor(chroma[name])
-        same = {"value": float(values.mean()), "interval": bootstrap_interval(values)}
+        same = _cell(torch.tensor(chroma[name]))
         scores = score_music(music[name], captions, music[names[0]])
         rows.append({"ten seconds": name, "correlation of chroma": same} | music_cells(scores))
     yield {"clips": len(items), "given_s": given_s, "rows": rows}
@@ -353,6 +436,11 @@ def figures(clips: list[AudioClip], captions: dict[str, str], reference: Any) ->
     return found | music_cells(music)
 
 
+def _cell(values: Tensor) -> dict[str, Any]:
+    """The table's cell of a mean over clips."""
+    return {"value": float(values.mean()), "interval": bootstrap_interval(values)}
+
+
 def music_cells(figures: dict[str, MusicFigure]) -> dict[str, Any]:
     """The table's cells of music figures."""
     return {
@@ -392,6 +480,7 @@ def write_record(part: str, record: dict[str, Any]) -> None:
 
 PARTS = {
     "prompt": prompt,
+    "prompted": prompted,
     "seams": seams,
     "codebooks": codebooks,
     "continuation": continuation,
