@@ -144,7 +144,7 @@ WRONG_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
         "decoding.span_arrangement": ("x",),
         "decoding.span_scoring": ("x",),
         "decoding.order_temperature": (*NOT_NUMBERS, INF, "-1"),
-        "decoding.shared_noise": (*NOT_NUMBERS, "0", "-1"),
+        "decoding.shared_noise": (NAN, "x", "[1, 0]", '""', "0", "-1"),
     },
     "evaluate": {
         "batch_size": (*NOT_NUMBERS, "0", "-1"),

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from magnet_train.attention import recomputed, text_attention, window_bias
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
-from magnet_train.common.ranges import check_values, per_codebook
+from magnet_train.common.ranges import as_tuple, check_values, per_codebook
 from magnet_train.layout import (
     DelayedInputs,
     FrameInputs,
@@ -105,13 +105,12 @@ class MagnetConfig:
             raise UserError(
                 f"dim={self.dim} must be even and divisible by num_heads={self.num_heads}"
             )
-        numbers = self.context if isinstance(self.context, tuple) else (self.context,)
-        if min(numbers, default=-2) < -1:
+        if min(as_tuple(self.context), default=-2) < -1:
             raise UserError(
                 f"context={self.context} must be 0 or more frames on each side, or -1 for all "
                 "frames"
             )
-        per_codebook("context", numbers, self.num_codebooks)
+        per_codebook("context", self.context, self.num_codebooks)
         if self.is_rotary and self.dim // self.num_heads % 2:
             raise UserError(
                 f"positions={self.positions} needs an even width per head; dim={self.dim}, "

@@ -2,6 +2,7 @@
 reference.
 """
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -55,7 +56,7 @@ configs = st.builds(
     span_arrangement=st.sampled_from(["nonoverlap", "stride1"]),
     span_scoring=st.sampled_from(["max", "prod", "random"]),
     order_temperature=st.sampled_from([0.0, 2.0]),
-    shared_noise=st.sampled_from([1, 3, 25]),
+    shared_noise=st.sampled_from([1, 3, 25, (1, 25)]),
 )
 
 
@@ -155,6 +156,20 @@ def test_random_order_with_shared_noise_decodes_a_chain_as_it_is_and_the_publish
     log_p, repeats = chain_statistics(DecodingConfig(decoding_steps=(20,)), chain)
     print(f"published: log P {log_p:.2f}, repeats {repeats:.2f}; the chain: {own_log_p:.2f}, 0.76")
     assert abs(log_p - own_log_p) > 0.15 or abs(repeats - 0.76) > 0.05
+
+
+def test_noise_is_shared_in_the_stages_that_the_setting_names():
+    """Frames with equal distributions get equal codes only where they share their noise."""
+    uniform = Networks(lambda codes, stage: torch.zeros(len(codes), codes.shape[2], SIZE))
+    codes, given = torch.zeros(4, 3, 100, dtype=torch.long), torch.zeros(4, 100, dtype=torch.bool)
+    config = DecodingConfig((1,), top_p=0, span_len=1, max_cfg_coef=1.0, shared_noise=(1, 25, 5))
+    out = decode(uniform, codes, given, SIZE, config, item_noise(0, "abcd", 3, 100))
+    repeats = (out[..., 1:] == out[..., :-1]).float().mean((0, 2))
+    for found, group in zip(repeats, (1, 25, 5), strict=True):
+        assert found == pytest.approx(1 - (1 - 1 / SIZE) / group, abs=0.07)
+    too_many = dataclasses.replace(config, shared_noise=(1, 1, 1, 1))
+    with pytest.raises(UserError, match=r"shared_noise=\[1, 1, 1, 1\] has 4 numbers for 3"):
+        decode(uniform, codes, given, SIZE, too_many, item_noise(0, "abcd", 3, 100))
 
 
 @pytest.mark.parametrize("num_frames", [24, 25])

@@ -77,8 +77,9 @@ def test_context_and_steps_of_the_mono_model_are_inherited():
     context = [*mono["model"]["network"]["context"]]
     context += context[-1:] * (5 - len(context))
     assert stereo["model"]["network"]["context"] == [c for c in context for _ in range(2)]
-    steps = stereo["generation"]["decoding"]["decoding_steps"]
-    assert len(steps) == 10 and steps[::2] == steps[1::2]
+    for name in ("decoding_steps", "shared_noise"):
+        numbers = stereo["generation"]["decoding"][name]
+        assert len(numbers) == 10 and numbers[::2] == numbers[1::2]
 
 
 def test_what_has_no_stereo_is_refused():

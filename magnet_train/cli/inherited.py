@@ -60,15 +60,17 @@ def settings_of_release(
     """Settings of a model that training starts from, as defaults of `fit`.
 
     A model that learns guided logits is decoded without guidance. For stereo, both channels get the
-    context and decoding steps of the mono model's codebooks.
+    context, decoding steps and shared noise of the mono model's codebooks.
     """
     trained = SavedModel.open(init_from)
     network, decoding = trained.network.to_dict(), asdict(trained.decoding)
     if codec is not None and widens_to_stereo(trained, codec):
         books = range(trained.network.num_codebooks)
         steps = trained.decoding.steps_per_stage(len(books))
+        sharing = trained.decoding.shared_noise_per_stage(len(books))
         network["context"] = [trained.network.stage(k).context for k in books for _ in "LR"]
         decoding["decoding_steps"] = [steps[k] for k in books for _ in "LR"]
+        decoding["shared_noise"] = [sharing[k] for k in books for _ in "LR"]
     if distils:
         decoding |= {"max_cfg_coef": 1.0, "min_cfg_coef": 1.0}
     return {

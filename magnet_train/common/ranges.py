@@ -32,7 +32,7 @@ def check_values(settings: Any, prefix: str = "", **intervals: str) -> None:
         value = values[name]
         if value is None:
             continue
-        numbers = value if isinstance(value, tuple | list) else (value,)
+        numbers = as_tuple(value)
         if not numbers or not all(_contains(interval, number) for number in numbers):
             raise UserError(f"{prefix}{name}={value} must be {in_words(interval)}")
     for name, hint in get_type_hints(type(settings)).items() if is_dataclass(settings) else ():
@@ -112,7 +112,14 @@ def in_words(interval: str) -> str:
     return words + unit
 
 
-def per_codebook(name: str, numbers: Sequence[Number], num_codebooks: int) -> tuple[Number, ...]:
+def as_tuple(value: Number | Sequence[Number]) -> tuple[Number, ...]:
+    """Numbers as tuple, also a single one."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def per_codebook(
+    name: str, value: Number | Sequence[Number], num_codebooks: int
+) -> tuple[Number, ...]:
     """One number per codebook; the last number is repeated for all further codebooks.
 
     >>> per_codebook("context", [-1, 25, 12], num_codebooks=5)
@@ -121,6 +128,7 @@ def per_codebook(name: str, numbers: Sequence[Number], num_codebooks: int) -> tu
     Raises:
         UserError: if there is no number, or more numbers than codebooks.
     """
+    numbers = as_tuple(value)
     if not 1 <= len(numbers) <= num_codebooks:
         raise UserError(
             f"{name}={list(numbers)} has {len(numbers)} numbers for {num_codebooks} codebooks: "

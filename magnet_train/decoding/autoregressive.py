@@ -29,11 +29,12 @@ def check_decoding(network: MagnetConfig, decoding: DecodingConfig, duration_s: 
     """Check that a network can decode this length with these settings.
 
     Raises:
-        UserError: if it has fewer stages, cannot be rescored, or the autoregressive beginning is
-            longer than the result or not supported.
+        UserError: if it has fewer stages than a setting has numbers, cannot be rescored, or the
+            autoregressive beginning is longer than the result or not supported.
     """
     books, wanted = network.num_codebooks, decoding.autoregressive_s
     decoding.steps_per_stage(books)
+    decoding.shared_noise_per_stage(books)
     stages = decoding.rescore_stages or ()
     if max(stages, default=0) >= books:
         raise UserError(f"rescore_stages={list(stages)}: the model has stages 0 to {books - 1}")

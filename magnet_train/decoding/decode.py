@@ -21,7 +21,7 @@ from torch import Tensor
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.randomness import generator_for
-from magnet_train.common.ranges import check_types, check_values, per_codebook
+from magnet_train.common.ranges import as_tuple, check_types, check_values, per_codebook
 from magnet_train.decoding import audiocraft_compat
 from magnet_train.decoding.remask import remask_grid, remask_sliding
 from magnet_train.decoding.rescoring import Reading, mixed_certainty
@@ -45,7 +45,7 @@ class Networks(NamedTuple):
 
 def _at_step(value: float | tuple[float, ...], step: int) -> float:
     """The value at a step; the last one is repeated for further steps."""
-    numbers = value if isinstance(value, tuple) else (value,)
+    numbers = as_tuple(value)
     return numbers[min(step, len(numbers) - 1)]
 
 
@@ -89,9 +89,10 @@ class DecodingConfig:
     """After the last stage, decode this share of stage 0's spans again, least certain first, with
     all codebooks above them, in this share of the steps; 0 = none.
     """
-    shared_noise: int = 1
-    """Length of groups of frames that share their sampling noise; 1 = independent noise. Groups
-    shift from step to step.
+    shared_noise: int | tuple[int, ...] = 1
+    """Length of groups of frames that share their sampling noise; 1 = independent noise. One
+    number, or one per stage; the last is repeated for further stages. Groups shift from step to
+    step.
     """
     autoregressive_s: float = 0.0
     """Length of a hybrid's autoregressive beginning, in seconds; the rest is decoded in parallel. A
@@ -148,7 +149,7 @@ class DecodingConfig:
         return (
             self.span_scoring == "random"
             or self.order_temperature > 0
-            or self.shared_noise > 1
+            or max(as_tuple(self.shared_noise)) > 1
             or self.rescorer is not None
             or self.second_lap > 0
             or self.negative_prompt != ""
@@ -186,6 +187,14 @@ class DecodingConfig:
             UserError: if there are more numbers than stages.
         """
         return per_codebook("decoding_steps", self.decoding_steps, num_codebooks)
+
+    def shared_noise_per_stage(self, num_codebooks: int) -> tuple[int, ...]:
+        """`shared_noise`, one for each of `num_codebooks` stages.
+
+        Raises:
+            UserError: if there are more numbers than stages.
+        """
+        return per_codebook("shared_noise", self.shared_noise, num_codebooks)
 
     def laps(self, num_codebooks: int) -> list[tuple[int, ...]]:
         """Steps of each stage in each lap: one lap, or two with `second_lap`."""
@@ -371,6 +380,7 @@ def _decode_stage(
     Also returns the certainty of each frame, `b t`, at the step that decided it.
     """
     num_steps = noise.codes.shape[1]
+    num_sharing = config.shared_noise_per_stage(codes.shape[1])[stage]
     masked, certainty = ~given, torch.empty(())
     decided = torch.ones(given.shape, device=codes.device)
     # Rounded as in audiocraft: the number of spans is this share of them, rounded down.
@@ -389,7 +399,7 @@ def _decode_stage(
         temperature = config.temperature * (
             (num_steps - step - 1) / num_steps if config.anneal_temperature else 1.0
         )
-        own_noise = share_noise(noise.codes[:, step], config.shared_noise, noise.order[:, step, -1])
+        own_noise = share_noise(noise.codes[:, step], num_sharing, noise.order[:, step, -1])
         chosen, certainty = _chosen(logits, masked, max(temperature, 1e-2), config, own_noise)
         codes = masked_codes.clone()
         codes[:, stage] = torch.where(masked, chosen, row)
