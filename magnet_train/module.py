@@ -65,10 +65,10 @@ def checked_stage_weights(
     """
     if weights is None:
         return None
-    weights = tuple(float(weight) for weight in weights)
-    if not all(0 <= weight <= 1e6 for weight in weights) or sum(weights) < 1e-6:
-        raise UserError(f"stage_weights={list(weights)} must be from 0 to 1e6, and one above 1e-6")
-    return per_codebook("stage_weights", weights, num_codebooks)
+    check_values({"stage_weights": weights}, stage_weights="[0, 1000000]")
+    if sum(weights) < 1e-6:
+        raise UserError(f"stage_weights={list(weights)}: one must be above 1e-6")
+    return per_codebook("stage_weights", tuple(map(float, weights)), num_codebooks)
 
 
 def load_teacher(start: SavedModel | None, network: MagnetConfig) -> Magnet:

@@ -15,6 +15,7 @@ os.environ.update(
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -61,6 +62,22 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A `python` that has imported this package when it starts."""
     with warm_python(tmp_path_factory.mktemp("python")) as program:
         yield program
+
+
+@pytest.fixture(scope="session")
+def codec(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a codec that takes little time."""
+    from helpers_data import make_data_codec
+
+    return make_data_codec(tmp_path_factory.mktemp("codec"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a codec, six shards of training items, and two validation items."""
+    from helpers_resume import make_data
+
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 # --- the table of parity with the reference -------------------------------------------------------

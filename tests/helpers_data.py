@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import soundfile
 from make_components import make_codec
+from torch.utils.data import DataLoader
 
 from magnet_train.codec.base import load_codec
+from magnet_train.data.pipeline import compress_for_worker
 
 RATE = 8_000  # of the codec, in Hz
 FRAME_RATE = 50.0
@@ -59,6 +61,15 @@ def write_clip(
     if caption is not None:
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return path
+
+
+def keys(batches: Any) -> list[str]:
+    """Keys of all items of these batches."""
+    return [key for batch in batches for key in batch["keys"]]
+
+
+def load(dataset: Any, workers: int) -> DataLoader:
+    return DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=compress_for_worker)
 
 
 def codes_of(item: int, num_frames: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers_data import write_clip
+from helpers_errors import refusal
 
 from magnet_train.common.errors import UserError
 from magnet_train.data.audio import duration_s, read_audio, split_mp3, split_ogg
@@ -71,8 +72,7 @@ def test_streams_of_other_rates_are_no_one_recording(tmp_path: Path):
     one = clip(tmp_path, ".ogg").read_bytes()
     other = write_clip(tmp_path / "other.ogg", 1, None, 44_100).read_bytes()
     (tmp_path / "joined.ogg").write_bytes(one + other)
-    with pytest.raises(UserError, match="different rates or channels; split it"):
-        duration_s(tmp_path / "joined.ogg")
+    assert "different rates or channels; split it" in refusal(duration_s, tmp_path / "joined.ogg")
 
 
 @pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
@@ -121,11 +121,9 @@ def test_an_ogg_that_was_cut_is_called_truncated(tmp_path: Path):
     assert split_ogg(content, path) == [content]
     for end in (len(content) - 1, len(content) // 2):
         path.write_bytes(content[:end])
-        with pytest.raises(UserError, match="truncated"):
-            read_audio(path, RATE, 1)
+        assert "truncated" in refusal(read_audio, path, RATE, 1)
     path.write_bytes(content[: content.rindex(b"OggS")])  # at a page's border
-    with pytest.raises(UserError, match="truncated"):
-        read_audio(path, RATE, 1)
+    assert "truncated" in refusal(read_audio, path, RATE, 1)
 
 
 @pytest.mark.parametrize(
@@ -191,8 +189,7 @@ def test_a_flac_of_unknown_length_goes_through_ffmpeg(tmp_path: Path):
     content[22:26] = bytes(4)
     path.write_bytes(content)
     if shutil.which("ffmpeg") is None:
-        with pytest.raises(UserError, match="needs ffmpeg; install it"):
-            duration_s(path)
+        assert "needs ffmpeg; install it" in refusal(duration_s, path)
     else:
         assert length_s(path) == pytest.approx(1.0, abs=1 / RATE)
 
@@ -210,15 +207,13 @@ def test_a_length_that_no_file_of_its_size_has_is_not_believed(tmp_path: Path):
 def test_a_playlist_does_not_name_other_files(tmp_path: Path):
     other = clip(tmp_path, ".flac")
     (tmp_path / "a.m4a").write_text(f"ffconcat version 1.0\nfile {other.name}\n")
-    with pytest.raises(UserError, match="unreadable by ffmpeg"):
-        duration_s(tmp_path / "a.m4a")
+    assert "unreadable by ffmpeg" in refusal(duration_s, tmp_path / "a.m4a")
 
 
 def test_without_ffmpeg_its_formats_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "a.m4a").write_bytes(b"x" * 100)
-    with pytest.raises(UserError, match=r"a\.m4a: needs ffmpeg; install it"):
-        duration_s(tmp_path / "a.m4a")
+    assert "a.m4a: needs ffmpeg; install it" in refusal(duration_s, tmp_path / "a.m4a")
 
 
 @needs_ffmpeg
@@ -236,8 +231,7 @@ def test_what_soundfile_cannot_read_goes_through_ffmpeg(
     shutil.copy(tmp_path / f"a{suffix}", tmp_path / "renamed.mp3")
     assert length_s(tmp_path / "renamed.mp3") == length_s(tmp_path / f"a{suffix}")
     (tmp_path / f"a{suffix}").write_bytes(b"no audio" * 50)
-    with pytest.raises(UserError, match="unreadable by ffmpeg"):
-        duration_s(tmp_path / f"a{suffix}")
+    assert "unreadable by ffmpeg" in refusal(duration_s, tmp_path / f"a{suffix}")
 
 
 def test_what_ffmpeg_writes_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -250,13 +244,11 @@ def test_what_ffmpeg_writes_is_bounded(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "a.m4a").write_bytes(b"x")
     assert length_s(tmp_path / "a.m4a") == 1.0
     monkeypatch.setattr("magnet_train.data.audio.MAX_VALUES", RATE // 4)
-    with pytest.raises(UserError, match="more than 4,000 samples; split it"):
-        duration_s(tmp_path / "a.m4a")
+    assert "more than 4,000 samples; split it" in refusal(duration_s, tmp_path / "a.m4a")
 
 
 def test_reasons_send_nobody_the_wrong_way(tmp_path: Path):
-    with pytest.raises(UserError, match="no such file"):
-        duration_s(tmp_path / "gone.wav")
+    assert "no such file" in refusal(duration_s, tmp_path / "gone.wav")
     (tmp_path / "a.mp3").write_bytes(b"\xff\xf1\x50\x80" + bytes(500))  # AAC's own head
     with pytest.raises(UserError) as caught:
         duration_s(tmp_path / "a.mp3")

@@ -3,10 +3,8 @@
 import re
 
 import numpy as np
-import pytest
 from helpers_html import Page
 
-from magnet_train.common.errors import UserError
 from magnet_train.evaluation.charts import COLOURS, MAX_POINTS, draw_charts, draw_svg, thin_out
 
 NO_INTERVAL = [(0, 1.0, None, None), (10, 0.5, None, None)]
@@ -48,8 +46,3 @@ def test_a_long_curve_is_drawn_in_means():
     points = thin_out([(step, float(step % 2), 0.0, None) for step in range(4 * MAX_POINTS)])
     assert len(points) == MAX_POINTS
     assert {point[1:] for point in points} == {(0.5, 0.0, None)}
-
-
-def test_a_value_that_is_not_finite_is_named():
-    with pytest.raises(UserError, match="curve m, step 1: the value is inf"):
-        draw_charts({"m": [(1, float("inf"), None, None)]})

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from helpers_errors import refusal
 from helpers_metrics import arrays, facts, near
 from torch import Tensor
 
-from magnet_train.common.errors import UserError
 from magnet_train.metrics.clap_score import clap_summary, cosines, retrieval
 
 CLAP = facts("clap.json")
@@ -67,13 +67,10 @@ def test_one_pair_has_a_score_and_no_interval():
 
 def test_bad_pairs_are_named():
     good, bad = torch.ones(2, 3), torch.tensor([[1.0, 2, 3], [1, math.inf, 3]])
-    with pytest.raises(UserError, match="text embedding 1 is NaN or infinite"):
-        cosines(good, bad)
-    with pytest.raises(UserError, match="audio embedding 1 is NaN"):
-        clap_summary(bad, good)
+    assert "text embedding 1 is NaN or infinite" in refusal(cosines, good, bad)
+    assert "audio embedding 1 is NaN" in refusal(clap_summary, bad, good)
     with pytest.raises(ValueError, match="do not pair up"):
         clap_summary(torch.ones(3, 3), good)
     with pytest.raises(ValueError, match="text embeddings"):
         cosines(good, torch.ones(2, 4))
-    with pytest.raises(UserError, match="no clips"):
-        clap_summary(torch.ones(0, 3), torch.ones(0, 3))
+    assert "no clips" in refusal(clap_summary, torch.ones(0, 3), torch.ones(0, 3))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import soundfile
+from helpers_errors import refusal
 
 from magnet_train.common.errors import UserError
 from magnet_train.evaluation.clips import list_clips, load_captions, load_prompts, parse_systems
@@ -19,13 +20,10 @@ def test_clips_have_ids_and_equal_ones_are_named(tmp_path):
     soundfile.write(tmp_path / "y.wav", wav, 16_000)
     with pytest.raises(UserError, match=r"y\.flac and .*y\.wav: two clips named y"):
         list_clips(tmp_path)
-    with pytest.raises(UserError, match="no such folder"):
-        list_clips(tmp_path / "nowhere")
+    assert "no such folder" in refusal(list_clips, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: no audio files"):
-        list_clips(tmp_path / "empty")
-    with pytest.raises(UserError, match=r"a second system named x; write NAME="):
-        parse_systems(["one/x", "two/x"])
+    assert "empty: no audio files" in refusal(list_clips, tmp_path / "empty")
+    assert "a second system named x; write NAME=" in refusal(parse_systems, ["one/x", "two/x"])
 
 
 def test_captions_of_a_manifest_must_be_those_of_the_clips(tmp_path):
@@ -60,8 +58,7 @@ def test_captions_of_a_manifest_must_be_those_of_the_clips(tmp_path):
     (tmp_path / "one.json").write_text(json.dumps({"prompt": "from generate"}))
     assert load_captions(None, list_clips(tmp_path)) == {"one": "from generate"}
     (tmp_path / "twice.txt").write_text("a waltz\na waltz\n")
-    with pytest.raises(UserError, match="a line is repeated"):
-        load_prompts(tmp_path / "twice.txt")
+    assert "a line is repeated" in refusal(load_prompts, tmp_path / "twice.txt")
 
 
 def test_hundreds_of_similar_prompts_get_different_names(tmp_path):

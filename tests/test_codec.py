@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_errors import refusal
 from make_components import make_codec
 
 from magnet_train.codec.base import CodecFacts, load_codec
 from magnet_train.codec.encodec import EncodecCodec
 from magnet_train.common.assets import demo_path
-from magnet_train.common.errors import UserError
 
 HOP = 640
 
@@ -43,12 +43,7 @@ def clone_with(folder: Path, target: Path, **changes: object) -> Path:
 
 
 def message(name: object) -> str:
-    """The error message, which is always one line."""
-    with pytest.raises(UserError) as caught:
-        load_codec(str(name))
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+    return refusal(load_codec, str(name))
 
 
 def test_facts_of_the_32_khz_configuration(codec: EncodecCodec, folder: Path):
@@ -178,8 +173,7 @@ def test_a_batch_gives_what_each_gives_alone(codec: EncodecCodec):
 def test_audio_that_is_not_finite_is_refused(codec: EncodecCodec, value: float):
     wav = noise(1, 1, 4 * HOP)
     wav[0, 0, 100] = value
-    with pytest.raises(UserError, match="NaN or infinite"):
-        codec.encode(wav)
+    assert "NaN or infinite" in refusal(codec.encode, wav)
 
 
 @pytest.mark.parametrize(
@@ -199,11 +193,10 @@ def test_audio_of_the_wrong_shape_or_kind_is_refused(codec: EncodecCodec, wav: t
 def test_values_that_are_no_codes_are_named(codec: EncodecCodec):
     codes = torch.zeros(1, 4, 10, dtype=torch.long)
     codes[0, 2, 3:5] = 2048
-    with pytest.raises(UserError, match=r"2 codes are outside 0 .. 2047.*mask id"):
-        codec.decode(codes)
+    text = refusal(codec.decode, codes)
+    assert "2 codes are outside 0 .. 2047" in text and "mask id" in text
     codes[0, 2, 3:5] = -1
-    with pytest.raises(UserError, match="another codec"):
-        codec.decode(codes)
+    assert "another codec" in refusal(codec.decode, codes)
     for wrong in (codes[0], torch.zeros(1, 5, 10, dtype=torch.long), torch.zeros(1, 4, 10)):
         with pytest.raises(ValueError, match="codes must be"):
             codec.decode(wrong)

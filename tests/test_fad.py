@@ -5,10 +5,10 @@ from operator import add
 
 import pytest
 import torch
+from helpers_errors import refusal
 from helpers_metrics import arrays, facts, near
 from torch import Tensor
 
-from magnet_train.common.errors import UserError
 from magnet_train.metrics.fad import Moments, frechet_distance
 
 FRECHET, STREAMING = facts("frechet.json"), facts("streaming.json")
@@ -89,16 +89,13 @@ def test_two_windows_are_enough_and_fewer_are_an_error():
     many = Moments.of(torch.randn(9, 3))
     for num in (0, 1):
         few = Moments.of(torch.randn(num, 3))
-        with pytest.raises(UserError, match=f"two generated windows, there are {num}"):
-            few.distance(many)
-        with pytest.raises(UserError, match=f"two reference windows, there are {num}"):
-            many.distance(few)
+        assert f"two generated windows, there are {num}" in refusal(few.distance, many)
+        assert f"two reference windows, there are {num}" in refusal(many.distance, few)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_embeddings_are_an_error(bad: float):
-    with pytest.raises(UserError, match="NaN or infinite"):
-        Moments.of(torch.tensor([[1.0, bad]]))
+    assert "NaN or infinite" in refusal(Moments.of, torch.tensor([[1.0, bad]]))
     with pytest.raises(ValueError, match="NaN or infinite"):
         frechet_distance(torch.full((2,), bad), torch.eye(2), torch.zeros(2), torch.eye(2))
     with pytest.raises(ValueError, match="not n x d"):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_resume import arguments, ledger, make_data
+from helpers_resume import arguments, ledger
 from torch.utils.data import IterableDataset
 
 import magnet_train.callbacks.watchdog as watchdog_module
@@ -21,11 +21,6 @@ from magnet_train.__main__ import main
 from magnet_train.callbacks.watchdog import Watchdog
 from magnet_train.checks.cost import peak_flop
 from magnet_train.data.timed_loader import TimedLoader
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def checkpoint(run: Path, step: int) -> dict[str, Any]:

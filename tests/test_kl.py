@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers_errors import refusal
 from helpers_metrics import arrays, facts, near
 from torch import Tensor
 
@@ -108,8 +109,7 @@ def test_only_pooled_conventions_take_other_numbers_of_segments(name: str):
     if name in ("stable-audio-metrics", "musicnn-tags"):
         assert clip_divergences(name, *pair).shape == (1,)
     else:
-        with pytest.raises(UserError, match="3 reference segments and 4"):
-            clip_divergences(name, *pair)
+        assert "3 reference segments and 4" in refusal(clip_divergences, name, *pair)
 
 
 def test_bad_input_is_named():
@@ -124,5 +124,4 @@ def test_bad_input_is_named():
     for number in ("nan", "inf", "-inf"):
         bad = torch.tensor([[0.0, float(number)]])
         for pair in ((bad, torch.zeros(1, 2)), (torch.zeros(1, 2), bad)):
-            with pytest.raises(UserError, match="NaN"):
-                clip_divergences("audiocraft", *pair)
+            assert "NaN" in refusal(clip_divergences, "audiocraft", *pair)

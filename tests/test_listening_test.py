@@ -163,11 +163,6 @@ def test_a_study_without_reference_has_no_anchors(tmp_path):
     }
 
 
-def test_mp3_makes_a_smaller_page(tmp_path, study):
-    small = export(study.page.parent.parent / "systems", tmp_path / "small.html", lossless=False)
-    assert small.size < study.size
-
-
 def export_refused(folder: Path, **kwargs) -> str:
     with pytest.raises(UserError) as error:
         export(folder, folder.parent / "refused.html", **kwargs)

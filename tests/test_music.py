@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers_errors import refusal
 
 from magnet_train.common.errors import UserError
 from magnet_train.metrics import music
@@ -307,10 +308,8 @@ def test_other_sample_rates_give_nearly_the_same():
 
 
 def test_what_cannot_be_measured_is_refused():
-    with pytest.raises(UserError, match=r"1\.0 s"):
-        music.measure_clip(np.zeros(100, np.float32), RATE)
-    with pytest.raises(UserError, match="NaN"):
-        music.measure_clip(np.full(2 * RATE, np.nan, np.float32), RATE)
+    assert "1.0 s" in refusal(music.measure_clip, np.zeros(100, np.float32), RATE)
+    assert "NaN" in refusal(music.measure_clip, np.full(2 * RATE, np.nan, np.float32), RATE)
 
 
 def test_a_packed_clip_is_the_same():
@@ -424,8 +423,7 @@ def test_measures_are_metrics(tunes, tmp_path):
 def test_names_of_measures_are_accepted_and_others_refused():
     assert parse_metric("music/beat") == ("beat", "music")
     for name in ("music/tempo", "fad/music", "beat/musicnn", "music"):
-        with pytest.raises(UserError, match="METRIC/EMBEDDER"):
-            parse_metric(name)
+        assert "METRIC/EMBEDDER" in refusal(parse_metric, name)
     for name in music.MEASURES:
         assert logged.find(f"val/music/{name}") is not None
         assert logged.find(f"val/music/{name}_ci95") is not None

@@ -115,7 +115,7 @@ def test_all_that_is_wrong_is_found():
     wrong = config(
         seed_everything=-1, trainer__precision="16-true", checkpoint__monitor="val/nothing"
     )
-    assert len(list(settings_errors(wrong))) == 3 < len(SETTINGS_CHECKS)
+    assert len(settings_errors(wrong)) == 3 < len(SETTINGS_CHECKS)
     check_seed(config(seed_everything=True))  # Lightning draws one
     check_network_size(config())
 

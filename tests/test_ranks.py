@@ -10,13 +10,7 @@ from pathlib import Path
 import pytest
 from helpers_programs import LONGEST_S
 from helpers_ranks import fit_on_ranks, free_port
-from helpers_resume import arguments, ledger, make_data, outcome
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six shards of 3 to 5 training items, and two validation items."""
-    return make_data(tmp_path_factory.mktemp("data"))
+from helpers_resume import arguments, ledger, outcome
 
 
 def validated(run: Path) -> Counter[str]:

@@ -17,7 +17,7 @@ from helpers_listening import (
 )
 
 from magnet_train.common.errors import UserError
-from magnet_train.evaluation.ratings import RaterFilter, analyse_ratings
+from magnet_train.evaluation.ratings import analyse_ratings
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +60,7 @@ def test_the_same_seed_gives_the_same_table(tmp_path, study, key):
     files = [
         write_csv(tmp_path / f"{i}.csv", ratings(key, str(i), OPINION, 3, i)) for i in range(6)
     ]
-    first, again, other = (
-        analyse_ratings(files, study.key, filters=RaterFilter(min_reference=1), seed=seed)
-        for seed in (0, 0, 1)
-    )
+    first, again, other = (analyse_ratings(files, study.key, seed=seed) for seed in (0, 0, 1))
     assert first == again and first.rows != other.rows
     assert [r.mean for r in first.rows] == [r.mean for r in other.rows]
 
@@ -99,8 +96,6 @@ def test_raters_are_left_out_with_a_reason(tmp_path, study, key):
     }
     assert table.num_raters == 2 and table.num_unplayed == 1
     assert sum(row.num_ratings for row in table.rows) == 59
-    assert analyse_ratings(files, study.key, filters=RaterFilter(min_reference=84)).num_raters == 3
-    assert analyse_ratings(files, study.key, filters=RaterFilter(min_answered=0.2)).num_raters == 3
     assert "not played to its end: 1." in table.to_markdown()
 
 
@@ -138,7 +133,7 @@ def test_bad_csv_files_are_named_in_one_line(tmp_path, study, key):
     ann = write_csv(tmp_path / "ann.csv", good)
     again = write_csv(tmp_path / "ann_2.csv", good)
     assert "ann_2.csv: rater 'Ann' is already in" in analysis_refused([ann, again], study.key)
-    assert "ann.csv: given twice" in analysis_refused([ann, ann], study.key)
+    assert analyse_ratings([ann, ann], study.key).num_raters == 1
     twice = write_csv(tmp_path / "twice.csv", [*good, good[0]])
     assert "rated" in analysis_refused([twice], study.key)
     assert "2 times" in analysis_refused([twice], study.key)

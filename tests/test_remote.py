@@ -21,14 +21,13 @@ from typing import Any
 
 import fsspec
 import pytest
-from helpers_data import make_data_codec, write_shards
+from helpers_data import keys, load, make_data_codec, write_shards
 from helpers_errors import refusal
 from helpers_programs import LONGEST_S
-from helpers_resume import arguments, differences, ledger, make_data, outcome
+from helpers_resume import arguments, differences, ledger, outcome
 from helpers_server import FaultyServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from magnet_train.__main__ import main
 from magnet_train.common.errors import UserError
@@ -38,7 +37,6 @@ from magnet_train.data.datamodule import MagnetDataModule
 from magnet_train.data.pipeline import (
     EvaluationDataset,
     TrainingStream,
-    compress_for_worker,
     training_order,
 )
 from magnet_train.data.remote import find_folders
@@ -65,11 +63,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def codec(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_data_codec(tmp_path_factory.mktemp("codec"))
-
-
-@pytest.fixture(scope="session")
 def folder(codec: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read-only."""
     return write_shards(tmp_path_factory.mktemp("root") / "train", codec, COUNTS)
@@ -83,16 +76,8 @@ def server(folder: Path) -> Iterator[FaultyServer]:
     server.stop()
 
 
-def keys(batches: Any) -> list[str]:
-    return [key for batch in batches for key in batch["keys"]]
-
-
 def all_keys(number: int = sum(COUNTS)) -> list[str]:
     return [f"item{n:04d}" for n in range(number)]
-
-
-def load(dataset: Any, workers: int) -> Any:
-    return DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=compress_for_worker)
 
 
 def shard(number: int) -> str:
@@ -601,20 +586,7 @@ def test_a_shard_with_other_items_than_the_index_says(says: int, codec: str, tmp
         assert set(keys(islice(TrainingStream(found, 50, 2, 0), 8))) == set(all_keys(8)[4:])
 
 
-def test_a_set_without_items_is_refused(tmp_path: Path):
-    """Otherwise computing its order would never end."""
-    index = {"codec": CODEC, "shards": [{"name": "a.tar", "num_examples": 0}]}
-    (tmp_path / "index.json").write_text(json.dumps(index))
-    assert "no shards with items" in refusal(ShardSet.open, tmp_path)
-
-
 # --- by the command -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read-only."""
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def mistake(capfd: Any, args: list[str]) -> str:

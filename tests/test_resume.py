@@ -14,7 +14,7 @@ import torch
 from helpers_data import make_data_codec, write_shards
 from helpers_programs import program
 from helpers_ranks import fit_on_ranks
-from helpers_resume import arguments, differences, ledger, make_data, outcome
+from helpers_resume import arguments, differences, ledger, outcome
 from make_components import make_t5
 
 import magnet_train.callbacks.checkpoint
@@ -22,11 +22,6 @@ from magnet_train.__main__ import main
 from magnet_train.callbacks.preemption import Preempted, Preemption
 from magnet_train.release import newest_checkpoint
 from magnet_train.resume import Layout, newest_intact_checkpoint
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

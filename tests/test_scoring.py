@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers_errors import refusal
 from helpers_ranks import free_port
 from torch import Tensor
 
@@ -150,21 +151,16 @@ def test_without_ranks_items_are_sorted_copies_and_errors_are_raised():
 def test_names_of_metrics():
     assert parse_metric("kl/passt-10s") == ("kl", "passt-10s")
     for name in ("fad", "fad/", "dance/musicnn", "fad/x"):
-        with pytest.raises(UserError, match=f"metric '{name}': give METRIC/EMBEDDER"):
-            parse_metric(name)
+        assert f"metric '{name}': give METRIC/EMBEDDER" in refusal(parse_metric, name)
 
 
 def test_every_metric_says_what_is_missing():
     empty = FeatureSet(load_embedder("musicnn"))
     for name in NAMES:
-        with pytest.raises(UserError, match=f"{name}: no clips"):
-            score(name, empty)
+        assert f"{name}: no clips" in refusal(score, name, empty)
     some = features(KEYS, 0, 0.0)
     for metric in ("fad", "kl", "kad", "coverage"):
-        with pytest.raises(UserError, match=f"{metric}/musicnn: no reference"):
-            score(f"{metric}/musicnn", some)
-    with pytest.raises(UserError, match=r"kad/musicnn: the reference file has no embeddings"):
-        score("kad/musicnn", some, some.statistics(keep=False))
+        assert f"{metric}/musicnn: no reference" in refusal(score, f"{metric}/musicnn", some)
     with pytest.raises(UserError, match=r"text/musicnn: clip clip00 has no caption"):
         score("text/musicnn", some, None, {"clip01": "a"})
     with pytest.raises(UserError, match=r"kl/musicnn: clip clip01 has no counterpart"):

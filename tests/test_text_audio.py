@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers_errors import refusal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magnet_train.common.errors import UserError
 from magnet_train.metrics.networks import frontend
 from magnet_train.metrics.networks.musicnn import MusicnnOutput
 from magnet_train.metrics.networks.text_audio import (
@@ -129,12 +129,10 @@ def test_a_gap_needs_two_clips_with_their_captions(shape):
 
 def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(frontend, "demo_path", lambda name: tmp_path)
-    with pytest.raises(UserError, match="missing or broken"):
-        load_text_audio.__wrapped__()
+    assert "missing or broken" in refusal(load_text_audio.__wrapped__)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"not a safetensors file")
-    with pytest.raises(UserError, match="missing or broken"):
-        load_text_audio.__wrapped__()
+    assert "missing or broken" in refusal(load_text_audio.__wrapped__)
 
 
 def test_retrieval_as_the_training_script_reports_it():

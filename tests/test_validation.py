@@ -7,17 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_resume import arguments, make_data, outcome
+from helpers_resume import arguments, outcome
 
 from magnet_train.__main__ import main
 from magnet_train.callbacks.validation import check_epoch, check_validation
 from magnet_train.common.errors import UserError
 from magnet_train.data.datamodule import MagnetDataModule
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def steps(run: Path) -> dict[str, int]:

@@ -10,7 +10,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from helpers_ranks import fit_on_ranks
-from helpers_resume import arguments, make_data
+from helpers_resume import arguments
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,11 +21,6 @@ from magnet_train.callbacks.agreement import EVERY_N_BATCHES
 from magnet_train.conditioning import TextEncoder, load_text_encoder
 
 META = torch.device("meta")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def given(data: Path, run: Path, callback: str, *options: str) -> list[str]:

@@ -162,11 +162,9 @@ def largest_batch(given: Memory, batch_size: int, capacity: float) -> int:
     return max(0, int((room - given.state) / (given.activations / batch_size)))
 
 
-def checkpoint_bytes(
-    config: MagnetConfig, optimizer: str, averaged: bool = True, precision: Any = None
-) -> float:
+def checkpoint_bytes(config: MagnetConfig, optimizer: str, precision: Any = None) -> float:
     """Size of a checkpoint: raw weights, their average, and the optimizer's moments."""
-    return num_parameters(config) * bytes_of(precision)[0] * (1 + averaged + MOMENTS[optimizer])
+    return num_parameters(config) * bytes_of(precision)[0] * (2 + MOMENTS[optimizer])
 
 
 def training_flop(config: MagnetConfig, num_frames: int, stage: int) -> float:

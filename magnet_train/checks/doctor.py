@@ -101,18 +101,10 @@ def warn_if(is_bad: bool, what: str, detail: str) -> Finding:
 
 def check_options(plan: Plan) -> Iterator[Finding]:
     """Everything that `fit` checks before it starts, except for devices."""
-    errors = [error for error in settings_errors(plan.config) if not _is_of_devices(plan, error)]
+    errors = settings_errors(plan.config, without=check_accelerator)
     yield from (Finding("failed", "settings", str(error)) for error in errors)
     if not errors:
         yield Finding("ok", "settings", "valid")
-
-
-def _is_of_devices(plan: Plan, error: UserError) -> bool:
-    try:
-        check_accelerator(plan.config)
-    except UserError as other:
-        return str(other) == str(error)
-    return False
 
 
 def check_batch(plan: Plan) -> Iterator[Finding]:
@@ -207,19 +199,15 @@ def check_components(plan: Plan) -> Iterator[Finding]:
     optional = {f"metrics of {name}" for name in embedders if not plan.monitors(name)}
     for what, load in loads.items():
         try:
-            yield Finding("ok", what, str(load()))
+            yield Finding("ok", what, load())
         except UserError as error:
-            remedy = (
-                ""
-                if config.prefetch or "--prefetch" in str(error)
-                else "; or fetch it with doctor --prefetch"
-            )
+            text = str(error)
+            if not config.prefetch and "--prefetch" not in text:
+                text += "; or fetch it with doctor --prefetch"
             if what in optional:
-                yield Finding(
-                    "warning", what, f"{error}{remedy}; without it these metrics are skipped"
-                )
+                yield Finding("warning", what, f"{text}; without it these metrics are skipped")
             else:
-                yield Finding("missing", what, f"{error}{remedy}")
+                yield Finding("missing", what, text)
 
 
 def _embedder(name: str, prefetch: bool) -> str:
@@ -326,10 +314,12 @@ def _check_reference(plan: Plan, name: str, metrics: list[str]) -> Finding:
     folder = plan.config.generation.reference
     if name == "musicnn" and any(item["reference"] for item in plan.samples["validation"]):
         return Finding("ok", what, f"in the validation shards, for {names}")
-    is_there = folder is not None and (Path(folder).expanduser() / f"{name}.safetensors").is_file()
-    if name == "music" and plan.config.generation.baselines and not is_there:
+    file = None if folder is None else Path(folder).expanduser() / f"{name}.safetensors"
+    if file is not None and file.is_file():
+        return Finding("ok", what, f"{file}, for {names}")
+    if name == "music" and plan.config.generation.baselines:
         return Finding("ok", what, f"the codec's reconstructions of validation clips, for {names}")
-    if folder is None:
+    if file is None:
         remedy = (
             "tokenize with --embedder musicnn"
             if name == "musicnn"
@@ -340,13 +330,8 @@ def _check_reference(plan: Plan, name: str, metrics: list[str]) -> Finding:
         return Finding(
             "failed" if is_monitored else "warning", what, f"none, so no {names}; {remedy}"
         )
-    file = Path(folder).expanduser() / f"{name}.safetensors"
-    if not file.is_file():
-        remedy = (
-            f"write it with evaluate --save_reference, or remove {names} from --generation.metrics"
-        )
-        return Finding("failed", what, f"{file}: no such file; {remedy}")
-    return Finding("ok", what, f"{file}, for {names}")
+    remedy = f"write it with evaluate --save_reference, or remove {names} from --generation.metrics"
+    return Finding("failed", what, f"{file}: no such file; {remedy}")
 
 
 def check_captions(plan: Plan) -> Iterator[Finding]:

@@ -165,9 +165,7 @@ def _time_lines(plan: "Plan", speed: Speed) -> Iterator[str]:
 
 
 def checkpoint_bytes(plan: "Plan") -> float:
-    return cost.checkpoint_bytes(
-        plan.network, plan.optimizer.name, precision=plan.config.trainer.precision
-    )
+    return cost.checkpoint_bytes(plan.network, plan.optimizer.name, plan.config.trainer.precision)
 
 
 def _capacities(plan: "Plan") -> list[float]:
@@ -196,11 +194,8 @@ def available_memory(root: Path = Path("/")) -> float:
     with contextlib.suppress(OSError):
         groups = (root / "proc/self/cgroup").read_text().splitlines()
         # "0::" is cgroups version 2; limits of version 1 are ignored.
-        own = (
-            root
-            / "sys/fs/cgroup"
-            / next((g[3:].strip("/") for g in groups if g.startswith("0::")), "")
-        )
+        path = next((g[3:].strip("/") for g in groups if g.startswith("0::")), "")
+        own = root / "sys/fs/cgroup" / path
         # Jobs and containers set limits in parent groups.
         for folder in (own, *own.parents):
             file = folder / "memory.max"
@@ -226,9 +221,6 @@ def duration(seconds: float) -> str:
     """
     for unit, size, limit in (("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 3 * 86400.0)):
         if seconds < limit:
-            return (
-                f"{seconds / size:.0f} {unit}"
-                if seconds >= 10 * size
-                else f"{seconds / size:.2g} {unit}"
-            )
+            number = seconds / size
+            return f"{number:.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
     return f"{seconds / 86400:.0f} days"

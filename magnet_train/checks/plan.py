@@ -6,7 +6,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -151,8 +151,6 @@ def check_trainer(config: Any) -> None:
         "log_every_n_steps": 1,
         "max_steps": -1,
         "max_epochs": -1,
-    }
-    at_least |= {
         "limit_val_batches": 0,
         "num_sanity_val_steps": -1,
         "gradient_clip_val": 0,
@@ -294,13 +292,16 @@ def check_settings(config: Any) -> None:
         check(config)
 
 
-def settings_errors(config: Any) -> Iterator[UserError]:
-    """All errors that `check_settings` could raise."""
+def settings_errors(config: Any, without: Callable[[Any], None] | None = None) -> list[UserError]:
+    """All errors that `check_settings` could raise, except for those of the check `without`."""
+    found = []
     for check in SETTINGS_CHECKS:
         try:
-            check(config)
+            if check is not without:
+                check(config)
         except UserError as error:
-            yield error
+            found.append(error)
+    return found
 
 
 # --- the run --------------------------------------------------------------------------------------

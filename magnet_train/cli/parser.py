@@ -226,15 +226,10 @@ def check_finite(config: Any) -> None:
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    items = (
-        vars(value).items()
-        if isinstance(value, Namespace)
-        else value.items()
-        if isinstance(value, dict)
-        else None
-    )
-    if items is not None:
-        for key, inner in items:
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        for key, inner in value.items():
             yield from _leaves(f"{name}.{key}" if name else str(key), inner)
     elif isinstance(value, list | tuple):
         for inner in value:

@@ -543,9 +543,7 @@ class _Evaluation:
         }
         title = f"FAD of the single clip ({embedder})" if embedder else "score"
         shown = [asdict(record) for record in records]
-        return Report(
-            "Evaluation", settings, rows, records=shown, score=title, lower_is_better=True
-        )
+        return Report("Evaluation", settings, rows, records=shown, score=title)
 
     def _report_row(
         self,

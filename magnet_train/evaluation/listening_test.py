@@ -56,7 +56,6 @@ def export_listening_test(
     out: str | Path,
     reference: str | None = "reference",
     title: str = "Listening test",
-    lossless: bool = True,
 ) -> ListeningTest:
     """Write a listening test as one HTML file, and its key next to it as `NAME_key.json`.
 
@@ -72,7 +71,6 @@ def export_listening_test(
         out: the HTML file.
         reference: name of the system with the real clips; None = no reference and anchors.
         title: heading of the page.
-        lossless: use FLAC; with MP3 (`page.audio_uri`) the page has a fifth of the size.
 
     Raises:
         UserError: if a system lacks a caption or has one twice, audio is unreadable, there are too
@@ -103,7 +101,7 @@ def export_listening_test(
                 "caption": caption,
                 "seconds": seconds,
             }
-            blinded[blinded_id] = audio_uri(wav, sample_rate, lossless)
+            blinded[blinded_id] = audio_uri(wav, sample_rate, lossless=True)
         trials.append(_trial(number, caption, blinded))
     test_id = hashlib.sha256("".join(sorted(clips)).encode()).hexdigest()[:10]
     page = Path(out)

@@ -23,6 +23,13 @@ from magnet_train.metrics.intervals import bootstrap_interval
 COLUMNS = ("rater", "trial", "blinded_id", "question", "rating", "seconds_listened", "order")
 MAX_BYTES = 1 << 26
 """Size of a key or of a rater's file."""
+MIN_REFERENCE = 85
+"""Expected minimum quality rating of the hidden reference, 1 to 100; BS.1534 uses 90."""
+MAX_SHARE = 0.15
+"""Maximum share of references rated below that, as in BS.1534, and of ratings without listening;
+more exclude a rater."""
+MIN_ANSWERED = 0.5
+"""Minimum share of clips that a rater must have rated."""
 ROUNDING_S = 0.01
 """The page rounds seconds to two decimals."""
 
@@ -96,22 +103,9 @@ def _format(row: SystemRating) -> str:
     return f"{row.mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
-@dataclass(frozen=True)
-class RaterFilter:
-    """Criteria for excluding raters; BS.1534 uses 90 and 15 %."""
-
-    min_reference: float = 85
-    """Expected minimum quality rating of the hidden reference, 1 to 100."""
-    max_share: float = 0.15
-    """Maximum share of references rated below that, and of ratings without listening."""
-    min_answered: float = 0.5
-    """Minimum share of clips that a rater must have rated."""
-
-
 def analyse_ratings(
     csv_files: Sequence[str | Path],
     key: str | Path,
-    filters: RaterFilter = RaterFilter(),
     num_draws: int = 2000,
     seed: int = 0,
 ) -> RatingsTable:
@@ -124,7 +118,6 @@ def analyse_ratings(
     Args:
         csv_files: one per rater.
         key: JSON written by `export_listening_test` next to the page.
-        filters: criteria for excluding raters.
         num_draws: number of bootstrap samples.
         seed: seed of the bootstrap.
 
@@ -144,7 +137,7 @@ def analyse_ratings(
             for r in ratings
             if r.seconds >= PLAYED_SHARE * answers.seconds[r.blinded_id] - ROUNDING_S
         ]
-        reason = _reason_to_drop(answers, ratings, played, filters)
+        reason = _reason_to_drop(answers, ratings, played)
         if reason:
             dropped[rater] = reason
         else:
@@ -152,7 +145,7 @@ def analyse_ratings(
             num_unplayed += len(ratings) - len(played)
     if not kept:
         reasons = "; ".join(f"{rater} {reason}" for rater, reason in dropped.items())
-        raise UserError(f"no rater is left: {reasons}; ask more raters, or relax the filters")
+        raise UserError(f"no rater is left: {reasons}; ask more raters")
     _check_complete(answers, kept, "has no rating from the raters kept")
     raters = "1 rater" if len(kept) == 1 else f"{len(kept)} raters"
     protocol = (
@@ -253,9 +246,7 @@ def _read_raters(files: Sequence[Path], answers: _Key) -> dict[str, list[_Rating
         raise UserError("csv_files=[]: no ratings; give the CSV files of the raters")
     by_rater: dict[str, list[_Rating]] = {}
     origin: dict[str, Path] = {}
-    for number, path in enumerate(files):
-        if path in files[:number]:
-            raise UserError(f"{path}: given twice; give it once")
+    for path in dict.fromkeys(files):
         for line, row in enumerate(_read_rows(path), 2):
             rater = row["rater"]
             if origin.setdefault(rater, path) != path:
@@ -318,9 +309,7 @@ def _parse_rating(row: Mapping[str, str], place: str, answers: _Key) -> _Rating:
     return _Rating(row["blinded_id"], row["question"], int(rating), seconds)
 
 
-def _reason_to_drop(
-    answers: _Key, ratings: Sequence[_Rating], played: Sequence[_Rating], filters: RaterFilter
-) -> str:
+def _reason_to_drop(answers: _Key, ratings: Sequence[_Rating], played: Sequence[_Rating]) -> str:
     """Why a rater is excluded; empty if not."""
     expected = len(answers.system) * len(answers.questions)
     references = [
@@ -328,14 +317,14 @@ def _reason_to_drop(
         for r in played
         if r.question == "quality" and answers.system[r.blinded_id] == answers.reference
     ]
-    low = sum(rating < filters.min_reference for rating in references)
+    low = sum(rating < MIN_REFERENCE for rating in references)
     unplayed = len(ratings) - len(played)
-    if len(ratings) < filters.min_answered * expected:
+    if len(ratings) < MIN_ANSWERED * expected:
         return f"gave {len(ratings)} of {expected} ratings"
-    if unplayed > filters.max_share * len(ratings):
+    if unplayed > MAX_SHARE * len(ratings):
         return f"did not play {unplayed} of {len(ratings)} rated clips to their end"
-    if low > filters.max_share * len(references):
-        return f"rated {low} of {len(references)} hidden references below {filters.min_reference:g}"
+    if low > MAX_SHARE * len(references):
+        return f"rated {low} of {len(references)} hidden references below {MIN_REFERENCE}"
     return ""
 
 

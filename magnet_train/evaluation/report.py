@@ -66,9 +66,7 @@ class Report:
     notes: Sequence[str] = ()
     """Warnings, such as missing parts."""
     score: str = "score"
-    """Name of the per-clip score."""
-    lower_is_better: bool = False
-    """Whether a lower per-clip score is better."""
+    """Name of the per-clip score; lower is better."""
 
 
 def write_report(path: str | Path, report: Report) -> int:
@@ -160,12 +158,9 @@ def _cell(anchor: str, system: str, clip: ReportClip, report: Report) -> str:
     clipped = clipped_share(wav)
     wav = normalize_for_listening(wav, sample_rate)
     title = text(f"{system}: {clip.caption}")
-    score = (
-        ""
-        if clip.score is None
-        else f"<small>{text(report.score)} {_finite(clip.score, name):.3g} "
-        f"{'↓' if report.lower_is_better else '↑'}</small>"
-    )
+    score = ""
+    if clip.score is not None:
+        score = f"<small>{text(report.score)} {clip.score:.3g} ↓</small>"
     about = dict(clip.about)
     about["clipped samples"] = f"{about.pop('clipped_share', clipped):.2%}"
     details = f"<details><summary>About this clip</summary>{_definitions(about)}</details>"
@@ -254,12 +249,6 @@ def _checked_grids(clip: ReportClip, name: str) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _finite(value: float, name: str) -> float:
-    if not math.isfinite(value):
-        raise UserError(f"{name}: the value is {value}; remove it")
-    return value
-
-
 def _ranked(report: Report) -> str:
     """The best and worst clips of each system, with links and play buttons."""
     blocks = []
@@ -269,7 +258,7 @@ def _ranked(report: Report) -> str:
             for i, row in enumerate(report.clips)
             if (clip := row.get(system)) is not None and clip.score is not None
         ]
-        scored.sort(key=lambda entry: entry[0], reverse=not report.lower_is_better)
+        scored.sort(key=lambda entry: entry[0])
         count = min(NUM_RANKED, len(scored) // 2)  # no clip is in both lists
         if count:
             lists = {"Best": scored[:count], "Worst": scored[::-1][:count]}
@@ -279,8 +268,7 @@ def _ranked(report: Report) -> str:
             blocks.append(f"<div><h3>{text(system)}</h3>{parts}</div>")
     if not blocks:
         return ""
-    better = "lower" if report.lower_is_better else "higher"
-    lead = f'<p class="faint">By {text(report.score)}, {better} is better.</p>'
+    lead = f'<p class="faint">By {text(report.score)}, lower is better.</p>'
     return f'{lead}<div class="ranked">{"".join(blocks)}</div>'
 
 
@@ -324,9 +312,8 @@ def _record_row(record: Mapping[str, Any]) -> dict[str, str]:
     """The cells of one record, by column."""
     record = {name: value for name, value in record.items() if value is not None}
     metric, value = record.get("metric", ""), record.get("value")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"record {metric!r}: value={value!r} is not a number; remove it")
-    _finite(value, f"record {metric!r}")
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise UserError(f"record {metric!r}: value={value!r} is not a finite number; remove it")
     row = {name: text(_number(record[name])) for name in _COLUMNS if name in record}
     if metric:
         row["metric"] += text(arrow(str(metric)))

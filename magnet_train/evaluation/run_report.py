@@ -3,7 +3,7 @@
 import csv
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +49,9 @@ def report_from_run(run_folder: str | Path) -> Report:
     curves = _logged_curves(folder, notes)
     settings = _configured(folder, notes)
     name = settings.get("trainer.default_root_dir") or folder.resolve().name
-    records = _saved_records(folder, notes)
-    saved = {f"val/{record['metric']}" for record in records}
-    records += [
-        record for record in _last_values(curves, settings) if record["metric"] not in saved
-    ]
     title = f"Run {Path(str(name)).name}"
-    return Report(
-        title,
-        settings,
-        clips,
-        curves,
-        records,
-        notes,
-        "FAD of the single clip",
-        lower_is_better=True,
-    )
+    records = _saved_records(folder, notes)
+    return Report(title, settings, clips, curves, records, notes, "FAD of the single clip")
 
 
 def validation_clips(
@@ -242,38 +229,3 @@ def _saved_records(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     except (OSError, ValueError, TypeError) as error:
         notes.append(f"The records of {files[-1].parent.name} are damaged ({error}) and not shown.")
         return []
-
-
-def _last_values(
-    curves: Mapping[str, Sequence[Point]], settings: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Metrics of the last validation, with baselines and related settings."""
-    protocol = {
-        name: value
-        for name, value in settings.items()
-        if name.startswith("generation.")
-        or name in ("model.codec", "model.text_encoder", "model.crop_s")
-    }
-    records = []
-    for name, points in curves.items():
-        is_generated = name.startswith(_HEADLINES[:4])
-        if "/baseline_" in name or not (is_generated or name == "val/ce"):
-            continue
-        step, value, low, high = points[-1]
-        record: dict[str, Any] = {"metric": name, "value": value, "step": int(step)}
-        if low is not None and high is not None:
-            record["interval"] = (low, high)
-        if is_generated:
-            record |= _baselines_of(name, curves) | protocol
-        records.append(record)
-    return records
-
-
-def _baselines_of(name: str, curves: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
-    """Number of clips and last baselines of a metric of generated clips."""
-    clips = curves.get("val/num_clips", ())
-    values: dict[str, Any] = {"num_clips": int(clips[-1][1])} if clips else {}
-    for other, points in curves.items():
-        if other.startswith(f"{name}/baseline_"):
-            values[other.removeprefix(f"{name}/").replace("_", " ")] = points[-1][1]
-    return values

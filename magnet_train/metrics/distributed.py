@@ -10,9 +10,7 @@ from torch import Tensor
 from magnet_train.common.errors import UserError
 
 
-def all_gather_by_id(
-    items: Mapping[str, Tensor], group: dist.ProcessGroup | None = None
-) -> dict[str, Tensor]:
+def all_gather_by_id(items: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All-gathers items by id to every rank, sorted, on CPU. Collective.
 
     Shapes may differ, and a rank may have no items. Values stay bit-identical. If several ranks
@@ -21,17 +19,17 @@ def all_gather_by_id(
     # Cloned because pickling a slice sends the complete underlying tensor.
     local = {key: value.detach().cpu().clone() for key, value in items.items()}
     merged: dict[str, Tensor] = {}
-    for part in reversed(all_gather_list([local], group)):
+    for part in reversed(all_gather_list([local])):
         merged.update(part)
     return dict(sorted(merged.items()))
 
 
-def all_gather_list(items: list[Any], group: dist.ProcessGroup | None = None) -> list[Any]:
+def all_gather_list(items: list[Any]) -> list[Any]:
     """Concatenate the lists of all ranks in order; pickled, so for small objects. Collective."""
     if not (dist.is_available() and dist.is_initialized()):
         return items
-    parts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, items, group=group)
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
 

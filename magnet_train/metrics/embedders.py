@@ -83,9 +83,7 @@ EMBEDDERS = (
 """Names for `load_embedder`; musicnn is bundled, the weights of the others are downloaded once."""
 
 
-def load_embedder(
-    name: str, weights: str | None = None, device: str = "cpu", tokenizer: str = "roberta-base"
-) -> Embedder:
+def load_embedder(name: str, weights: str | None = None, device: str = "cpu") -> Embedder:
     """Load an embedder.
 
     Args:
@@ -93,7 +91,6 @@ def load_embedder(
         weights: weight file (default: cached or downloaded); for "codec", the codec's name
             (default: "demo").
         device: device of the network.
-        tokenizer: folder or hub id, for CLAP.
 
     Raises:
         UserError: if the name is unknown, or the weights cannot be found.
@@ -110,7 +107,7 @@ def load_embedder(
         return _load_vggish_embedder(name, weights, device)
     if name in ("passt", "passt-10s"):
         return _load_passt_embedder(name, weights, device)
-    return _load_clap_embedder(name, weights, device, tokenizer)
+    return _load_clap_embedder(name, weights, device)
 
 
 def _music_embedder() -> Embedder:
@@ -179,10 +176,10 @@ def _load_passt_embedder(name: str, weights: str | None, device: str) -> Embedde
     return _resampled_embedder(name, network, windowing, embed, convention="audiocraft")
 
 
-def _load_clap_embedder(name: str, weights: str | None, device: str, tokenizer: str) -> Embedder:
+def _load_clap_embedder(name: str, weights: str | None, device: str) -> Embedder:
     from magnet_train.metrics.networks.clap import load_clap
 
-    network = load_clap(weights, tokenizer, package=name == "laion-clap", device=device)
+    network = load_clap(weights, package=name == "laion-clap", device=device)
 
     def embed(wav: Tensor, key: str) -> ClipFeatures:
         vector = network.embed_audio(wav, key)

@@ -41,10 +41,6 @@ class FadInfinity:
     """Slope: bias of FAD times the number of windows."""
     r2: float
     """Coefficient of determination; if it is well below 1, the value is unreliable."""
-    sizes: tuple[int, ...]
-    """Windows per point."""
-    points: tuple[float, ...]
-    """FAD per point."""
 
 
 def draws_of_clips(
@@ -93,9 +89,7 @@ def fad_infinity(generated: Tensor, reference: Moments, draws: Sequence[Tensor])
     residual = points - intercept - slope / np.array(sizes)
     variance = np.square(points - points.mean()).sum()
     r2 = 1 - np.square(residual).sum() / variance if variance > 0 else 1.0
-    return FadInfinity(
-        float(intercept), float(slope), float(r2), tuple(sizes), tuple(points.tolist())
-    )
+    return FadInfinity(float(intercept), float(slope), float(r2))
 
 
 def fad_per_clip(clips: Mapping[str, Tensor], reference: Moments) -> dict[str, float]:

@@ -462,9 +462,7 @@ def duration_distance(some: np.ndarray, others: np.ndarray) -> float:
     return float(wasserstein_distance(np.log(some), np.log(others)))
 
 
-def _distance_figure(
-    clips: Sequence[np.ndarray], real: Sequence[np.ndarray], draws: int = 1000
-) -> MusicFigure | None:
+def _distance_figure(clips: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> MusicFigure | None:
     """Distance of all clips' durations to the real ones, with a bootstrap interval over clips.
 
     A resample is on average further from the real durations than the whole set, so the interval is
@@ -486,7 +484,7 @@ def _distance_figure(
     counts = np.zeros((len(some), len(grid)))
     np.add.at(counts, (owner, places[: len(joined)]), 1)
     shares = np.full(len(some), 1 / len(some))
-    picks = np.random.default_rng(0).multinomial(len(some), shares, size=draws)
+    picks = np.random.default_rng(0).multinomial(len(some), shares, size=1000)
     drawn = np.cumsum(picks @ counts, axis=1)
     theirs = np.cumsum(np.bincount(places[len(joined) :], minlength=len(grid))) / len(others)
     apart = np.abs(drawn / drawn[:, -1:] - theirs)[:, :-1] @ np.diff(np.log(grid))

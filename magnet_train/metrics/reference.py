@@ -29,7 +29,7 @@ def hash_of_ids(ids: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """Moments of real clips, their protocol and, optionally, the features of each clip."""
+    """Moments of real clips, their protocol, and the features of each clip."""
 
     moments: Moments
     """Moments of all windows."""
@@ -44,8 +44,8 @@ class ReferenceStatistics:
     """Name of the resampler, for clips whose rate differs from the network's."""
     windowing: str
     """Length and hop of the windows, such as "1 s every 0.5 s"."""
-    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
-    """Embeddings `n d` by item id; may be empty."""
+    embeddings: Mapping[str, Tensor]
+    """Embeddings `n d` by item id."""
     logits: Mapping[str, Tensor] = field(default_factory=dict)
     """Classifier outputs `n c` by item id, for KL; may be empty."""
 
@@ -59,7 +59,6 @@ class ReferenceStatistics:
         resampler: str,
         windowing: str,
         logits: Mapping[str, Tensor] | None = None,
-        keep_embeddings: bool = False,
         names: Iterable[str] | None = None,
     ) -> "ReferenceStatistics":
         """Compute from windows `n d` by clip id, in any order.
@@ -78,11 +77,7 @@ class ReferenceStatistics:
                 )
         if len({windows.shape[1:] for windows in clips.values()}) > 1:
             raise ValueError("embeddings of different widths in one reference")
-        moments = (
-            Moments.of(torch.cat(list(clips.values())).cpu())
-            if clips
-            else Moments.of(torch.zeros(0, 1))
-        )
+        moments = Moments.of(torch.cat(list(clips.values()) or [torch.zeros(0, 1)]).cpu())
         moments.covariance("reference")
         return cls(
             moments,
@@ -92,7 +87,7 @@ class ReferenceStatistics:
             embedder_hash,
             resampler,
             windowing,
-            clips if keep_embeddings else {},
+            clips,
             dict(sorted((logits or {}).items())),
         )
 
@@ -146,6 +141,8 @@ class ReferenceStatistics:
             others |= {
                 kind: _split(tensors, kind, about[kind]) for kind in ("embeddings", "logits")
             }
+            if not others["embeddings"]:
+                raise ValueError("no embeddings")
             read = cls(moments, int(about["num_clips"]), **others)
         except (OSError, SafetensorError, LookupError, ArithmeticError, *_WRONG) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -140,14 +140,10 @@ class FeatureSet:
         )
         return FeatureSet(self.embedder, *parts, rates=self.rates)
 
-    def statistics(
-        self, keep: bool = True, names: Iterable[str] | None = None
-    ) -> ReferenceStatistics:
+    def statistics(self, names: Iterable[str] | None = None) -> ReferenceStatistics:
         """Statistics of these clips as a reference.
 
-        Args:
-            keep: keep the embeddings of each clip, for kernel and neighbour metrics.
-            names: names that identify the audio, such as ids with file hashes (default: ids).
+        `names` identify the audio, such as ids with file hashes (default: ids).
 
         Raises:
             UserError: for fewer than two windows.
@@ -159,7 +155,6 @@ class FeatureSet:
             resampler=self.embedder.resampler,
             windowing=self.embedder.windowing,
             logits=self.outputs,
-            keep_embeddings=keep,
             names=names,
         )
 
@@ -237,9 +232,7 @@ def score(
         num_clips=len(features.embeddings),
         clipped_share=_mean_clipped(features),
         sample_rates=tuple(sorted(features.rates)),
-        reference_hash=reference.ids_hash
-        if reference is not None and name in REFERENCE_METRICS
-        else None,
+        reference_hash=reference.ids_hash if reference and name in REFERENCE_METRICS else None,
         **fields,
     )
 
@@ -268,10 +261,6 @@ def _score_against(
             windows, reference.moments, sets.draws_of_clips([len(clip) for clip in clips])
         )
         return _Scored(line.value, len(windows), details={"r2": line.r2, "slope": line.slope})
-    if not reference.embeddings:
-        raise UserError(
-            "the reference file has no embeddings of its clips; give the folder, or write it again"
-        )
     windows = sets.subsample(windows, MAX_PAIRED_WINDOWS)
     real = sets.subsample(
         torch.cat(list(reference.embeddings.values())).double(), MAX_PAIRED_WINDOWS

@@ -11,6 +11,7 @@ means. Holm's correction is over the settings of a metric.
 import itertools
 import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -54,11 +55,11 @@ class Mean:
         from scipy.stats import t
 
         n = len(values)
-        mean = math.fsum(values) / n
+        mean = statistics.fmean(values)
         if n == 1:
             return cls(mean, None, 1)
-        deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-        return cls(mean, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n), n)
+        error = statistics.stdev(values) / math.sqrt(n)
+        return cls(mean, float(t.ppf(0.975, n - 1)) * error, n)
 
     def __str__(self) -> str:
         if self.half_width is None:
@@ -92,13 +93,12 @@ class Difference:
 
         n = len(pairs)
         each = [a - b for a, b in pairs]
-        mean = math.fsum(each) / n
-        deviation = math.sqrt(math.fsum((d - mean) ** 2 for d in each) / (n - 1))
+        mean = statistics.fmean(each)
+        deviation = statistics.stdev(each)
         error = deviation / math.sqrt(n)
         if error == 0:  # all differences are equal
-            return cls(
-                mean, 0.0, math.copysign(math.inf, mean) if mean else 0.0, float(not mean), n
-            )
+            effect = math.copysign(math.inf, mean) if mean else 0.0
+            return cls(mean, 0.0, effect, float(not mean), n)
         half_width = float(t.ppf(0.975, n - 1)) * error
         return cls(mean, half_width, mean / deviation, 2 * float(t.sf(abs(mean) / error, n - 1)), n)
 

@@ -68,7 +68,7 @@ class Musicnn(nn.Module):
     """musicnn's network with its front end.
 
     96 mel bands of 16 kHz audio, log10(1 + 10000 power), windows of 187 spectrogram frames (2.99 s)
-    every `window_hop_s` seconds; the remainder at the end is dropped.
+    every 1.5 s; the remainder at the end is dropped.
     """
 
     id = "musicnn-mtt"
@@ -78,10 +78,10 @@ class Musicnn(nn.Module):
     hop_samples = 256
     min_duration_s = 187 * 256 / 16_000
 
-    def __init__(self, window_hop_s: float = 1.5):
+    def __init__(self):
         super().__init__()
         self.hash = ""
-        self.hop_frames = round(window_hop_s * self.sample_rate / self.hop_samples)
+        self.hop_frames = round(1.5 * self.sample_rate / self.hop_samples)
         self.hann: Tensor
         self.mel: Tensor
         self.register_buffer("hann", torch.hann_window(512), persistent=False)
