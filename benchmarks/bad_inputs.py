@@ -496,7 +496,7 @@ def verbs() -> Iterator[Case]:
         (["evaluate", "--generated", "in", "--weights={x: y}"], "weights"),
         (["evaluate", "--generated", "in", "--kl_convention=x"], "kl_convention"),
         (["evaluate", "--generated", "in", "--accelerator=gpu"], "accelerator"),
-        (["evaluate", "--generated", "in", "--out=/proc/x.json"], "/proc/x.json"),
+        (["evaluate", "--generated", "in", "--out=/proc/x.json"], "--out /proc"),
     ):
         verb = args[0] if not args[0].startswith("-") else "(none)"
         yield Case(

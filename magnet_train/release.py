@@ -299,7 +299,7 @@ def _open_checkpoint(path: Path) -> SavedModel:
     try:
         adapter = adapter_of_checkpoint(lora, state, path)
         return _on_base(saved, str(settings["init_from"]), adapter)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: not adapters of magnet_train ({one_line(error)}); {DAMAGED_CHECKPOINT}"
         ) from error

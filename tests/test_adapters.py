@@ -175,6 +175,11 @@ def test_a_run_trains_averages_and_saves_only_adapters(tiny, tmp_path):
         for name in saved["state_dict"]
         if name.endswith("A")
     }
+    own = tmp_path / "of_itself.ckpt"
+    settings = saved["hyper_parameters"] | {"init_from": str(own)}
+    torch.save(saved | {"hyper_parameters": settings}, own)
+    with pytest.raises(UserError, match=r"of_itself\.ckpt: "):
+        SavedModel.open(own)
     # A resumed run is as if it had not been interrupted.
     fit(tmp_path / "resumed", two)
     resumed = torch.load(tmp_path / "resumed/step=4.ckpt", weights_only=True)

@@ -68,6 +68,14 @@ def test_files_joined_end_to_end_are_read_to_their_end(suffix: str, kind: Any, t
     assert np.allclose(wav[:, -second.shape[1] :], second, atol=1e-4)
 
 
+def test_joined_flac_files_are_refused(tmp_path: Path):
+    one = clip(tmp_path, ".flac")
+    assert length_s(one) == 1.0
+    (tmp_path / "joined.flac").write_bytes(2 * one.read_bytes())
+    with pytest.raises(UserError, match="joined from several FLAC files"):
+        read_audio(tmp_path / "joined.flac", RATE, 1)
+
+
 def test_streams_of_other_rates_are_no_one_recording(tmp_path: Path):
     one = clip(tmp_path, ".ogg").read_bytes()
     other = write_clip(tmp_path / "other.ogg", 1, None, 44_100).read_bytes()

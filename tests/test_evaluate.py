@@ -195,6 +195,10 @@ def test_what_must_fail_does_so_before_anything_is_generated(tmp_path, tiny, rea
             {"metrics": ["vendi/musicnn"], "codec": "demo"},
             "--codec: its baseline needs the reference as audio",
         ),
+        (
+            {"metrics": ["vendi/musicnn"], "generated": [str(real)], "captions": Path("gone.csv")},
+            "gone.csv: unreadable",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             evaluate(EvaluateOptions(**common, **options, accelerator="cpu"))
@@ -309,7 +313,7 @@ def test_mistakes_in_the_options_are_named(tmp_path, monkeypatch):
         ({"save_reference": tmp_path}, "--save_reference: needs --reference"),
         ({"kl_convention": "mine"}, "--kl_convention mine: choose from audiocraft"),
         ({"out": tmp_path}, "--out .*: is a folder; give a file name"),
-        ({"report": Path("/proc/x/y.html")}, "--report /proc/x/y.html: cannot be written"),
+        ({"report": Path("/proc/x/y.html")}, "--report /proc/x: cannot be written"),
     ):
         with pytest.raises(UserError, match=message):
             EvaluateOptions(**({"generated": [str(tmp_path)]} | options))

@@ -56,6 +56,22 @@ def test_audio_has_the_length_asked_for_and_the_prompt_survives(tiny):
     assert (more.order[:, :, :10] == -1).all() and (more.order[:, :, 10:] >= 0).all()
 
 
+def test_equal_prompts_give_different_audio_and_a_text_is_one_prompt(tiny):
+    made = tiny.generate(["flute"] * 3, duration_s=0.4).codes
+    assert len({tuple(codes.flatten().tolist()) for codes in made}) == 3
+    assert torch.equal(tiny.generate("flute", duration_s=0.4).codes, made[:1])
+
+
+@pytest.mark.parametrize("seconds", [None, 0.12, 0.46, 1.3])
+def test_the_references_decoding_takes_every_length(tiny, seconds):
+    config = replace(tiny.decoding, reference_compat=True)
+    made = tiny.generate(["flute"], duration_s=seconds, decoding=config)
+    num_frames = round((seconds or tiny.crop_s) * 25)
+    assert made.codes.shape[2] <= num_frames < made.codes.shape[2] + config.span_len
+    with pytest.raises(UserError, match="2 frames are shorter than a span of 3"):
+        tiny.generate(["flute"], duration_s=0.08, decoding=config)
+
+
 def test_results_are_saved_and_played_levelled(tmp_path, monkeypatch):
     shape = torch.zeros(2, 1, 4)
     noise = torch.randn(2, 1, 16_000, generator=torch.Generator().manual_seed(0))

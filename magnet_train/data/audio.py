@@ -6,6 +6,7 @@ files have several streams, and programs that write to a pipe do not know it.
 """
 
 import io
+import mmap
 import os
 import re
 import shutil
@@ -46,6 +47,8 @@ SIZE_TOLERANCE = 8
 """Bytes by which programs miscount the size of a WAV (its header, or a missing pad byte)."""
 OTHER_MAGIC = (b"OggS", b"RIFF", b"RF64", b"FORM", b"fLaC")
 """First bytes of formats that are not MP3."""
+FLAC_HEADS = (b"fLaC\0\0\0\x22", b"fLaC\x80\0\0\x22")
+"""First bytes of a FLAC: its name, and the header of the block that has its length."""
 ONE_BY_ONE = (1, 3, 6, 7, 0xFFFE)
 """WAV codings (PCM, float, A-law, mu-law) whose samples are coded one by one; in a block of the
 other codings, one missing byte damages hundreds of samples."""
@@ -212,11 +215,24 @@ def _decode_by_soundfile(path: Path) -> tuple[np.ndarray, int]:
         with _open_with_sizes(path) as file:
             parts = [_read(file, path)]
     else:
+        _check_single_flac(path)
         with path.open("rb") as file:
             parts = [_read(file, path)]
     if len({(rate, wav.shape[1]) for wav, rate in parts}) > 1:
         raise UserError(f"{path}: joined from files of different rates or channels; split it")
     return np.concatenate([wav for wav, _ in parts]), parts[0][1]
+
+
+def _check_single_flac(path: Path) -> None:
+    """Refuse joined FLAC files, of which libsndfile reads only the first; their length is planned
+    from its header."""
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            is_flac = content[:8] in FLAC_HEADS
+            if is_flac and any(content.find(head, 8) > 0 for head in FLAC_HEADS):
+                raise UserError(f"{path}: joined from several FLAC files; split or convert it")
 
 
 def _read(file: BinaryIO | int, path: Path, is_stream: bool = False) -> tuple[np.ndarray, int]:

@@ -266,7 +266,8 @@ def decode(
         on_step: called after every step.
 
     Raises:
-        UserError: if the steps do not fit the codebooks.
+        UserError: if the steps do not fit the codebooks, or no span fits the frames of audiocraft's
+            decoding.
     """
     given = given[:, None].expand_as(codes) if given.dim() == 2 else given
     skips = given.all(2).all(0).tolist() if given.device.type == "cpu" else [False] * given.shape[1]
@@ -274,6 +275,11 @@ def decode(
     noise = ItemNoise(noise.codes.to(codes.device), noise.order.to(codes.device))
     if config.reference_compat and config.span_arrangement == "nonoverlap":
         end = codes.shape[2] // config.span_len * config.span_len
+        if end == 0:
+            raise UserError(
+                f"reference_compat=true: {codes.shape[2]} frames are shorter than a span of "
+                f"{config.span_len}; generate more, or set a smaller span_len"
+            )
         codes, given, noise = (
             codes[..., :end],
             given[..., :end],

@@ -18,6 +18,7 @@ from lightning.fabric import Fabric
 
 from magnet_train.codec.base import load_codec
 from magnet_train.common.errors import UserError
+from magnet_train.common.folders import writable_folder
 from magnet_train.common.ranges import check_values
 from magnet_train.data.manifest import Clip
 from magnet_train.decoding.autoregressive import check_decoding
@@ -168,12 +169,7 @@ def _check_writable(option: str, path: Path | None, is_folder: bool) -> None:
     """Check that a file or folder can be written before scoring starts."""
     if path is None:
         return
-    try:
-        (path if is_folder else path.parent).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{option} {path}: cannot be written ({error.strerror}); choose another place"
-        ) from error
+    writable_folder(path if is_folder else path.parent, option)
     if not is_folder and path.is_dir():
         raise UserError(f"{option} {path}: is a folder; give a file name")
 
@@ -265,8 +261,10 @@ class _Evaluation:
             raise UserError(
                 "--codec: its baseline needs the reference as audio; give its folder as --reference"
             )
+        captions = self._captions_by_system()
         for metric in options.metrics:
             self._check_pairs(metric)
+            self._check_captions(metric, captions)
         if options.listening_test is not None:
             systems, captions = self._listening_systems()
             check_systems(
@@ -304,6 +302,13 @@ class _Evaluation:
                     "clips by name: give --prompts as JSONL or CSV with the paths of the real "
                     "clips, or remove KL from --metrics"
                 )
+
+    def _check_captions(self, metric: str, captions: Mapping[str, Mapping[str, str]]) -> None:
+        if not parse_metric(metric)[0].startswith("text"):
+            return
+        for system, keys in self.systems.items():
+            if missing := [key for key in keys if not captions[system].get(key)]:
+                raise UserError(f"{metric}: clip {missing[0]} has no caption; give --captions")
 
     def embed(self) -> None:
         """Decode and embed this rank's share of all clips. No collective.
