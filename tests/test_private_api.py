@@ -231,12 +231,29 @@ def test_boolean_options_are_known_by_their_type():
     assert sorted(private_api.boolean_options(parser)) == ["--flag", "--optional"]
 
 
-def test_the_progress_bar_has_a_name_and_wandb_no_anonymous_setting(tmp_path):
+def test_the_progress_bar_counts_steps_of_the_run():
     bar: Any = RichProgressBar()
-    assert "anonymous" in WandbLogger(save_dir=tmp_path, offline=True)._wandb_init
-    trainer: Any = SimpleNamespace(progress_bar_callback=bar)
-    private_api.name_training_bar(trainer)
-    private_api.omit_anonymous(logger := WandbLogger(save_dir=tmp_path, offline=True))
-    assert "anonymous" not in logger._wandb_init
-    assert hasattr(RichProgressBar, "_get_train_description")
+    for name in ("_get_train_description", "total_train_batches", "on_train_batch_end"):
+        assert hasattr(RichProgressBar, name)
+    trainer: Any = SimpleNamespace(
+        progress_bar_callback=bar,
+        progress_bar_metrics={"loss": 1.0},
+        loggers=[SimpleNamespace(version=3)],
+        max_steps=20,
+        global_step=7,
+    )
+    private_api.count_steps_in_bar(trainer)
+    bar._trainer, shown = trainer, []
+    bar._update = lambda bar_id, current: shown.append(current)
+    bar.disable()
+    bar.on_train_batch_end(trainer, None, {}, {}, 31)  # the fourth of 4 accumulated batches
+    assert (shown, bar.total_train_batches) == ([7], 20)
     assert bar._get_train_description(0).strip() == "Training"
+    assert bar.get_metrics(trainer, None) == {"loss": 1.0}
+
+
+def test_wandb_is_given_no_unset_anonymous(tmp_path):
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    assert "anonymous" in logger._wandb_init
+    private_api.omit_anonymous(logger)
+    assert "anonymous" not in logger._wandb_init

@@ -254,7 +254,9 @@ class Page:
             preset = gr.Dropdown(studio.presets(), value=None, label="preset", info="Load it.")
             name = gr.Textbox("", label="name", info="For a new preset.")
             save = gr.Button("Save preset", min_width=100)
-        note = gr.File(label="JSON next to a clip: load its settings", height=110)
+        note = gr.File(
+            label="JSON next to a clip: load its settings", height=110, elem_id="settings"
+        )
         with gr.Row():
             for setting, component in self.decoding.items():
                 if setting != "negative_prompt":
@@ -288,7 +290,7 @@ class Page:
     def _edit_tab(self) -> None:
         self.history = gr.State([])
         with gr.Row():
-            self.upload = gr.File(label="Recording", height=120)
+            self.upload = gr.File(label="Recording", height=120, elem_id="recording")
             with gr.Column():
                 self.path = gr.Textbox("", label="or its path", info="In an allowed folder.")
                 self.open = gr.Button("Open", min_width=100)

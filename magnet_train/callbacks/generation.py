@@ -319,7 +319,9 @@ class GenerationCallback(Callback):
 
         prepared = scorer.prepare_generated(scorer.decoded_clips(clips()))
         quiet = not trainer.is_global_zero
-        features = scorer.embed_clips(prepared, embedders.values(), "decoding", len(share), quiet)
+        features = scorer.embed_clips(
+            prepared, embedders.values(), "decoding", len(share), quiet, self.batch_size
+        )
         if len(decoded) < len(share):
             warnings.warn(
                 f"validation after {self.max_seconds} s: {len(decoded)} of {len(share)} prompts "

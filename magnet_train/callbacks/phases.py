@@ -7,18 +7,10 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import Callback
 
+from magnet_train.common.progress import readable_time
+
 WARM_UP, MEASURED = 3, 10
 """Optimizer steps before the measurement, and of the measurement."""
-
-
-def readable_time(seconds: float) -> str:
-    """
-    >>> readable_time(42.3), readable_time(250), readable_time(8000)
-    ('42 s', '4 min', '2.2 h')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def crop_seconds(

@@ -12,6 +12,7 @@ import torch
 
 from magnet_train.checks import cost
 from magnet_train.checks.measure import matmul_limit, peak_mb, timed, training_pass
+from magnet_train.common.progress import count
 
 if TYPE_CHECKING:
     from magnet_train.checks.plan import Plan
@@ -154,7 +155,8 @@ def _time_lines(plan: "Plan", speed: Speed) -> Iterator[str]:
     decoding_s = plan.num_validations * clips * clip_flop / speed.first
     run_s = plan.num_steps * step_s + decoding_s
     text = f"run: {duration(run_s)} for {plan.num_steps:,.0f} steps"
-    text += f", of which {duration(decoding_s)} decoding in {plan.num_validations} validations"
+    validations = count(plan.num_validations, "validation")
+    text += f", of which {duration(decoding_s)} decoding in {validations}"
     if plan.devices.kind == "gpu":
         gpu_hours = run_s / 3600 * ranks
         text += f"; {gpu_hours:,.0f} GPU-hours"

@@ -346,7 +346,7 @@ class MagnetCLI(private_api.lightning_cli()):
             trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(f"trainer: {one_line(error)}") from error
-        private_api.name_training_bar(trainer)
+        private_api.count_steps_in_bar(trainer)
         if self.verb == "fit":
             private_api.omit_sigterm_broadcast(trainer)
         for logger in trainer.loggers:

@@ -7,6 +7,7 @@ of all verbs needs this file, so torch is imported only where it is called.
 
 from __future__ import annotations
 
+import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -217,13 +218,27 @@ def boolean_options(parser: Any) -> Iterator[str]:
 # --- Lightning 2.6.6: console ---------------------------------------------------------------------
 
 
-def name_training_bar(trainer: L.Trainer) -> None:
-    """Name the rich progress bar "Training" instead of "Epoch 0/-2": it counts the run's steps."""
+def count_steps_in_bar(trainer: L.Trainer) -> None:
+    """Make the rich progress bar count the run's optimizer steps instead of an epoch's batches."""
     from lightning.pytorch.callbacks import RichProgressBar
 
-    bar = trainer.progress_bar_callback
-    if isinstance(bar, RichProgressBar):
-        bar._get_train_description = lambda current_epoch: f"{'Training':<10}"
+    class StepBar(RichProgressBar):
+        @property
+        def total_train_batches(self) -> int | float:
+            return self.trainer.max_steps if self.trainer.max_steps > 0 else math.inf
+
+        def _get_train_description(self, current_epoch: int) -> str:
+            return f"{'Training':<10}"
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            super().on_train_batch_end(*args[:-1], self.trainer.global_step - 1)
+
+        def get_metrics(self, *args: Any) -> dict[str, Any]:
+            return {k: v for k, v in super().get_metrics(*args).items() if k != "v_num"}
+
+    # Lightning creates the bar, and refuses another one where it is switched off.
+    if isinstance(bar := trainer.progress_bar_callback, RichProgressBar):
+        bar.__class__ = StepBar
 
 
 def omit_anonymous(logger: Any) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from magnet_train.common.errors import UserError
+from magnet_train.common.progress import PhaseBar
 from magnet_train.common.ranges import check_values
 from magnet_train.data.audio import duration_s
 from magnet_train.data.manifest import Clip
@@ -122,15 +122,17 @@ def find_usable(
     """
     usable: dict[str, UsableClip] = {}
     skipped: list[dict[str, str]] = []
-    for clip in tqdm(clips, desc="reading lengths", unit="file", leave=False):
-        try:
-            start_s, length_s = _usable_part(clip, options)
-            clip_hash = _clip_hash(clip)
-            if clip_hash in usable:
-                raise UserError(f"{clip.name}: listed twice with the same caption")
-            usable[clip_hash] = UsableClip(clip, start_s, length_s, clip_hash)
-        except UserError as error:
-            skipped.append({"file": clip.name, "reason": str(error)})
+    with PhaseBar("reading", len(clips), "file") as bar:
+        for clip in clips:
+            try:
+                start_s, length_s = _usable_part(clip, options)
+                clip_hash = _clip_hash(clip)
+                if clip_hash in usable:
+                    raise UserError(f"{clip.name}: listed twice with the same caption")
+                usable[clip_hash] = UsableClip(clip, start_s, length_s, clip_hash)
+            except UserError as error:
+                skipped.append({"file": clip.name, "reason": str(error)})
+            bar.update()
     if not usable:
         reasons = "; ".join(entry["reason"] for entry in skipped[:3])
         raise UserError(f"none of {len(clips)} files can be used: {reasons}")

@@ -14,7 +14,7 @@ import math
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import remove_leftovers, writable_folder, write_json
+from magnet_train.common.progress import PhaseBar, count, readable_time
 from magnet_train.data.audio import read_audio
 from magnet_train.data.manifest import Clip, find_clips, with_fallback_captions
 from magnet_train.data.plan import (
@@ -46,6 +47,8 @@ SHORT_CROPS = 8
 MIN_REFERENCE_S = 3.0
 """Minimum length of a clip with musicnn embeddings, in seconds."""
 T = TypeVar("T")
+Advance = Callable[[int], object]
+"""Moves the progress bar by a number of crops."""
 
 
 def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any]:
@@ -119,10 +122,8 @@ def _tokenize(
         remove_leftovers(out)
     for entry in index["skipped"]:
         tqdm.write(f"skipped: {' '.join(entry['reason'].split())}")
-    num_shards = len(index["shards"])
-    tqdm.write(
-        f"{index['num_examples']} crops, {index['hours']:.2f} h, in {num_shards} shards: {out}"
-    )
+    crops, shards = count(index["num_examples"], "crop"), count(len(index["shards"]), "shard")
+    tqdm.write(f"{crops}, {readable_time(3600 * index['hours'])}, in {shards}: {out}")
     if index["num_examples"] == 0:
         reason = index["skipped"][0]["reason"] if index["skipped"] else ""
         raise UserError(f"{source}: every crop was skipped: {reason}")
@@ -232,20 +233,21 @@ def _is_rounds(value: Any) -> bool:
 def _encode_all(jobs: list[Job], options: TokenizeOptions) -> None:
     unfinished = [job for job in jobs if not job.is_done()]
     total = sum(len(job.crops) for job in jobs)
-    with tqdm(total=total, unit="crop", desc="encoding") as bar:
-        bar.update(total - sum(len(job.crops) for job in unfinished))
-        for done in _run(unfinished, options.processes):
+    left = sum(len(job.crops) for job in unfinished)
+    with PhaseBar("encoding", total, "crop", options.batch_size, initial=total - left) as bar:
+        for done in _run(unfinished, options.processes, bar.update):
             bar.update(done)
         # Another process may be writing the others. Wait for it; if it died, write them here.
         for job in unfinished:
             if not job.is_done():
-                bar.update(_write_shard(job, wait=True))
+                bar.update(_write_shard(job, True, bar.update))
 
 
-def _run(jobs: list[Job], processes: int) -> Iterator[int]:
-    """Number of crops of each finished shard; runs in this process if there is only one."""
+def _run(jobs: list[Job], processes: int, advance: Advance) -> Iterator[int]:
+    """Number of crops of each finished shard, except those that `advance` was called for; runs in
+    this process if there is only one."""
     if processes == 1 or len(jobs) <= 1:
-        yield from map(_write_shard, jobs)
+        yield from (_write_shard(job, advance=advance) for job in jobs)
         return
     # Spawned, not forked: a forked torch can hang waiting for its parent's threads.
     context = multiprocessing.get_context("spawn")
@@ -275,8 +277,11 @@ def _load_parts(options: TokenizeOptions) -> tuple[Any, Any]:
     return _parts[options.codec], _parts.get(options.embedder)
 
 
-def _write_shard(job: Job, wait: bool = False) -> int:
-    """Encode a shard; returns its number of crops, or 0 if another process has the shard."""
+def _write_shard(job: Job, wait: bool = False, advance: Advance | None = None) -> int:
+    """Encode a shard; returns its number of crops, or 0 if another process has the shard.
+
+    If given, `advance` is called for each crop that is written, and these are not returned.
+    """
     with _lock(job.lock_path, wait) as is_mine:
         if not is_mine or job.is_done():
             return 0
@@ -287,6 +292,8 @@ def _write_shard(job: Job, wait: bool = False) -> int:
                 shard = ShardWriter(file)
                 for codes, info, reference in _encode(waves, job):
                     shard.write(codes, info, reference)
+                    if advance is not None:
+                        advance(1)
                 shard.close()
                 file.flush()
                 if file.tell() > MAX_SHARD_BYTES:
@@ -317,7 +324,7 @@ def _write_shard(job: Job, wait: bool = False) -> int:
             "unreadable": sorted(waves.unreadable),
         }
         write_json(job.report_path, report)
-    return len(job.crops)
+    return len(job.crops) - (0 if advance is None else shard.num_examples)
 
 
 @dataclass(frozen=True)

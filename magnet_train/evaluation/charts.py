@@ -140,12 +140,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _short(name: str) -> str:
-    """Name of a curve in its chart's legend.
+    """Name of a metric of a stage or baseline, for readers.
 
     >>> _short("val/ce/stage0"), _short("val/fad/vggish/baseline_codec")
-    ('codebook 1', 'baseline codec')
+    ('codebook 1', 'codec (ceiling)')
     """
-    last = name.rpartition("/")[2]
+    last = name.rpartition("/")[2].replace("baseline_codec", "codec (ceiling)")
     stage = re.fullmatch(r"stage(\d+)", last)
     return f"codebook {int(stage[1]) + 1}" if stage else last.replace("_", " ")
 

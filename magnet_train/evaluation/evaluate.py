@@ -338,8 +338,14 @@ class _Evaluation:
         return scorer.read_clips({key: clip.path for key, clip in clips.items()})
 
     def _embed(self, clips: Any, system: str, total: int) -> scorer.Features:
+        is_decoded = system == self.decoded
         return scorer.embed_clips(
-            clips, self.embedders, f"embedding {system}", total, self.fabric.global_rank > 0
+            clips,
+            self.embedders,
+            f"{'decoding' if is_decoded else 'embedding'} {system}",
+            total,
+            quiet=self.fabric.global_rank > 0,
+            batch_size=self.options.batch_size if is_decoded else 1,
         )
 
     def _prepare(self, clips: Any) -> Any:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from magnet_train.codec.base import Codec
 from magnet_train.common.audio_files import clipped_share, normalize_loudness, write_audio
 from magnet_train.common.errors import UserError
+from magnet_train.common.progress import PhaseBar
 from magnet_train.evaluation.page import read_sound
 from magnet_train.generator import DecodedItem
 from magnet_train.metrics.baselines import CountTables, sample_bigram, sample_unigram
@@ -190,26 +190,37 @@ def load_embedders(
 def embed_clips(
     clips: Iterable[AudioClip],
     embedders: Iterable[Embedder],
-    description: str,
+    phase: str,
     total: int,
     quiet: bool = False,
+    batch_size: int = 1,
 ) -> Features:
-    """Features of this rank's prepared clips from every embedder; `total` is for the progress bar.
+    """Features of this rank's prepared clips from every embedder.
+
+    Args:
+        clips: the clips.
+        embedders: the networks.
+        phase: what is done, for the progress bar.
+        total: number of clips, for the progress bar.
+        quiet: whether no progress is shown.
+        batch_size: clips that come at the same time.
 
     Raises:
         UserError: if a clip cannot be embedded; the message names it.
     """
     features = {embedder.name: FeatureSet(embedder) for embedder in embedders}
-    for clip in tqdm(clips, desc=description, total=total, unit="clip", leave=False, disable=quiet):
-        for part in features.values():
-            try:
-                part.add(clip.key, clip.wav, clip.sample_rate)
-            except UserError as error:
-                reason = str(error).removeprefix(f"{clip.key}: ")
-                raise UserError(f"{clip.name or clip.key}: {reason}") from error
-            part.clipped[clip.key] = torch.tensor(
-                clipped_share(clip.wav.numpy()), dtype=torch.float64
-            )
+    with PhaseBar(phase, total, "clip", batch_size, quiet) as bar:
+        for clip in clips:
+            for part in features.values():
+                try:
+                    part.add(clip.key, clip.wav, clip.sample_rate)
+                except UserError as error:
+                    reason = str(error).removeprefix(f"{clip.key}: ")
+                    raise UserError(f"{clip.name or clip.key}: {reason}") from error
+                part.clipped[clip.key] = torch.tensor(
+                    clipped_share(clip.wav.numpy()), dtype=torch.float64
+                )
+            bar.update()
     return features
 
 

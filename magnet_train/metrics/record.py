@@ -228,7 +228,7 @@ def _baseline_rows(columns: _Columns) -> list[list[str]]:
     rows = []
     for title, baseline in (
         ("real clips", "baseline_real"),
-        ("codec reconstruction", "baseline_codec"),
+        ("codec reconstruction (ceiling)", "baseline_codec"),
     ):
         cells = [
             _range([getattr(r, baseline) for r in column.values()]) for column in columns.values()
