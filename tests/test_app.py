@@ -202,6 +202,7 @@ def test_models_in_allowed_folders():
         (["--model", "/nowhere/model"], "nowhere/model"),
         (["--port", "0"], "port"),
         (["--allow", __file__], "not a folder"),
+        (["--device", "gpu"], "--device gpu: choose"),
     ],
 )
 def test_refused_at_the_start(args, says, capsys, monkeypatch, tmp_path):

@@ -64,6 +64,7 @@ def test_what_is_refused_is_refused_in_one_line_before_a_model_is_loaded(
         ("at_s,caption\n0,a\n30,b\n", "line 3: at_s=30 is outside"),
         ("at_s,caption\nsoon,a\n", "line 2: at_s must be a number"),
         ("at_s,caption\n", "no prompt"),
+        ("at_s,caption\n0,a\n1,null\n", "line 3: no caption"),
         ('{"at_s": 1%s, "text": "a"}' % ("0" * 400), "line 1: at_s must be a number"),
         ('{"at_s": 1, "text": ["a"]}', "line 1: text is a list"),
     ],

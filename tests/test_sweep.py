@@ -257,6 +257,14 @@ def test_a_value_of_the_wrong_type_is_found_before_anything_starts(tmp_path, cap
     assert status(file, "--jobs", 0) == 2 and "--jobs=0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("out", ["/proc/x", "s3://key:SECRET@bucket/x"])
+def test_a_folder_that_cannot_be_written_is_named(out, tmp_path, fake, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert status(grid(tmp_path, 1), "--out", out) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: --out" in error and "SECRET" not in error and not (tmp_path / "s3:").exists()
+
+
 # --- the scheduler --------------------------------------------------------------------------------
 
 

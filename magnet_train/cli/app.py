@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from magnet_train.cli.output import find_device
+from magnet_train.cli.output import check_device, find_device
 from magnet_train.common.errors import UserError
 from magnet_train.common.ranges import check_values
 
@@ -27,6 +27,7 @@ class AppOptions:
 
     def __post_init__(self) -> None:
         check_values(self, "--", port="[1, 65535]")
+        check_device(self.device)
 
 
 def app(options: AppOptions) -> None:

@@ -220,6 +220,8 @@ def read_timeline(file: Path, total_s: float) -> "list[Cue]":
             raise UserError(
                 f"{where}: at_s={at_s:g} does not follow {cues[-1][0]:g}; sort the rows"
             )
+        if not caption:
+            raise UserError(f"{where}: no caption; give one")
         cues.append((at_s, caption))
     if not cues:
         raise UserError(f"--prompts {file}: no prompt in it; give rows of at_s and caption")

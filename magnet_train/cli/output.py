@@ -75,8 +75,13 @@ class OutputOptions:
         check_values(
             self, "--", seed=f"[0, {MAX_SEED}]", variations="[1, 1000000]", best_of="[1, 10000]"
         )
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise UserError(f"--device {self.device}: choose auto, cpu, cuda or cuda:N")
+        check_device(self.device)
+
+
+def check_device(name: str) -> None:
+    """Raise a UserError if `--device` does not name a kind of device."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", name):
+        raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
 
 
 def find_device(name: str) -> str:

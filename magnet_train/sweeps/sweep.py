@@ -26,6 +26,7 @@ from typing import Any
 
 from magnet_train.common.assets import conf_path
 from magnet_train.common.errors import UserError
+from magnet_train.common.folders import check_local, writable_folder
 from magnet_train.common.json_files import read_json
 from magnet_train.common.ranges import check_values
 from magnet_train.common.tables import markdown_table
@@ -571,8 +572,11 @@ def sweep(
         overrides: as in `read_sweep`.
 
     Raises:
-        UserError: if a run's options are invalid, or sbatch refuses the job.
+        UserError: if a run's options are invalid, their folder cannot be written, or sbatch refuses
+            the job.
     """
+    folder = runs[0].folder.parent
+    check_local(folder, "--out")
     print(state_table(runs, {}), flush=True)
     unfinished = [run for run in runs if not run.is_finished]
     for run in unfinished:
@@ -591,8 +595,8 @@ def sweep(
         commands = [command] if options.slurm else [_command(run) for run in unfinished]
         print("would run", *map(shlex.join, commands), sep="\n")
         return True
+    writable_folder(folder, "--out")
     if options.slurm:
-        runs[0].folder.parent.mkdir(parents=True, exist_ok=True)
         print(submit(command))
         return True
     failed = run_here(runs, jobs)
