@@ -805,6 +805,7 @@ def broken_shards(samples: Samples) -> Iterator[Case]:
             item(codes=np.full((DEMO_CODEBOOKS, 30), 60_000, np.uint16)),
             "codebooks",
         ),
+        "key missing": (item(about={"caption": "x", "duration_s": 1.2}), "key"),
         "duration_s missing": (item(about={"key": "k", "caption": "x"}), "duration_s"),
         "duration_s NaN": (
             item(about={"key": "k", "caption": "x", "duration_s": math.nan}),
@@ -839,7 +840,8 @@ def broken_shards(samples: Samples) -> Iterator[Case]:
 
         args = [*SMALL_FIT, "--data.train=good", "--data.validation=data"]
         yield Case("fit", f"validation shard: {what}", args, make, words=(word, "s-0.tar"))
-        tried = ("cut off", "duration_s missing", "codes of float", "a caption", "JSON")
+        tried = ("cut off", "key", "duration_s missing", "duration_s NaN", "codes of float")
+        tried += ("a caption", "JSON")
         if what.startswith(tried):
             args = [*SMALL_FIT, "--data.train=data", "--data.validation=good"]
             yield Case("fit", f"training shard: {what}", args, make, "skipped", ("skipping shard",))
@@ -990,7 +992,7 @@ def checkpoints(samples: Samples) -> Iterator[Case]:
         for verb in ("fit", "doctor"):
             args = [*SMALL_FIT, "--ckpt_path=c.ckpt"]
             expected = "refused" if verb == "fit" else "failed"
-            words = ("c.ckpt", "crop_s", "span_len", "codec", "num_layers")
+            words = ("c.ckpt", "crop_s", "span_len", "codec", "num_layers", "another model")
             yield Case(verb, f"checkpoint: {what}", args, saved(change), expected, words)
     yield Case(
         "generate",

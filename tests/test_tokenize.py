@@ -1,6 +1,7 @@
 """Audio to shards: all file types, errors and interruptions."""
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -538,6 +539,17 @@ def test_two_processes_share_a_folder(undisturbed: Any, tmp_path: Path):
     for process in processes:
         process.join()
         assert process.exitcode == 0
+    assert shards(tmp_path) == expected
+
+
+def test_a_file_system_without_locks_is_named(undisturbed: Any, tmp_path: Path, monkeypatch: Any):
+    def flock(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    source, options, expected = undisturbed
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.warns(UserWarning, match="this file system has no locks"):
+        tokenize(source, tmp_path, options)
     assert shards(tmp_path) == expected
 
 

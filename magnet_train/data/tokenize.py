@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -539,11 +540,18 @@ def _read_json(path: Path) -> Any:
 @contextmanager
 def _lock(path: Path, wait: bool) -> Iterator[bool]:
     """Context with whether the lock is held; the system releases it if its holder dies."""
-    with open(path, "w") as file:
+    with open(path, "a") as file:  # not "w", which would empty the file that a link points to
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            text = "this file system has no locks, so start tokenize only once at a time"
+            warnings.warn(f"{path.parent}: {text}", stacklevel=4)
+            yield True
             return
         try:
             yield True
