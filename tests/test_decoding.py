@@ -189,19 +189,26 @@ def test_a_clip_is_decoded_completely_if_its_length_is_no_multiple_of_the_span()
     assert steps[0].masked[:, 30:].all()
 
 
-def test_no_unconditional_pass_where_guidance_vanishes():
-    calls = []
+@pytest.mark.parametrize(
+    ("max_cfg_coef", "asked"),
+    # A single step begins with everything masked.
+    [(1.0, []), (10.0, [0, 0, 1, 2, 3])],
+)
+def test_the_null_condition_is_not_asked_where_the_guidance_coefficient_is_1(max_cfg_coef, asked):
+    """As at the last step of a stage, with guidance from 10 to 1."""
+    found = []
 
-    def unconditional(codes, stage):
-        calls.append(stage)
+    def null(codes, stage):
+        found.append(stage)
         return torch.zeros(*codes[:, 0].shape, SIZE)
 
-    codes, fixed = torch.zeros(1, 4, 9, dtype=torch.long), torch.zeros(1, 9, dtype=torch.bool)
-    config = DecodingConfig(decoding_steps=(2,), max_cfg_coef=1.0, min_cfg_coef=1.0)
-    decode(
-        Networks(scripted(0), unconditional), codes, fixed, SIZE, config, item_noise(0, ["x"], 8, 9)
+    codes, fixed = torch.zeros(1, 4, 12, dtype=torch.long), torch.zeros(1, 12, dtype=torch.bool)
+    config = DecodingConfig(
+        decoding_steps=(3, 2, 1, 1), max_cfg_coef=max_cfg_coef, min_cfg_coef=1.0
     )
-    assert not calls
+    noise = item_noise(0, ["x"], 7, 12)
+    decode(Networks(scripted(0), null), codes, fixed, SIZE, config, noise)
+    assert found == asked
 
 
 def test_filters_are_those_of_the_reference():
@@ -249,27 +256,6 @@ def test_the_race_in_the_nucleus_has_the_winner_of_the_sorted_one(top_p, sharpne
     assert (
         sample(probs, top_p, 0, noise) != sorted_first
     ).sum() <= 1  # the mass before an entry is rounded
-
-
-def test_the_null_condition_is_not_asked_where_guidance_has_ended():
-    """With guidance from 10 to 1, the coefficient is exactly 1 at a stage's last step."""
-    asked = []
-    config = DecodingConfig(decoding_steps=(3, 2, 1, 1))
-    codes, fixed = torch.zeros(1, 4, 12, dtype=torch.long), torch.zeros(1, 12, dtype=torch.bool)
-
-    def null(codes, stage):
-        asked.append(stage)
-        return torch.zeros(1, 12, 8)
-
-    decode(
-        Networks(lambda c, s: torch.zeros(1, 12, 8), null),
-        codes,
-        fixed,
-        8,
-        config,
-        item_noise(0, ["a"], 7, 12),
-    )
-    assert asked == [0, 0, 1, 2, 3]  # a single step begins with everything masked
 
 
 def neighbours(codes: torch.Tensor, stage: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ import multiprocessing
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from time import sleep
@@ -14,6 +15,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from helpers_errors import refusal
 from helpers_programs import LONGEST_S
 
 from magnet_train.common.downloads import (
@@ -24,7 +26,6 @@ from magnet_train.common.downloads import (
     load_network,
     load_tensors,
 )
-from magnet_train.common.errors import UserError
 
 CONTENT = bytes(range(256)) * 3000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -91,11 +92,8 @@ def files(cache: Path) -> set[str]:
     return {p.name for p in cache.iterdir() if p.suffix != ".lock"} if cache.is_dir() else set()
 
 
-def refusal(weights: Weights, path: Path | None = None) -> str:
-    with pytest.raises(UserError) as caught:
-        find_weights(weights, path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+refused = partial(refusal, find_weights)
+"""The message with which weights are refused."""
 
 
 @pytest.mark.parametrize("known", [SHA256, SHA256[:8], ""], ids=["all", "beginning", "none"])
@@ -110,12 +108,12 @@ def test_a_file_is_downloaded_once(server, cache, known):
 
 
 def test_a_failed_download_leaves_nothing(server, cache):
-    assert "404" in refusal(published(server, file="absent.pth"))
-    assert "12345678" in refusal(published(server, "12345678"))
-    assert "received" in refusal(replace(published(server, ""), size=len(CONTENT) - 1))
-    assert "more than" in refusal(replace(published(server), size=1000))
+    assert "404" in refused(published(server, file="absent.pth"))
+    assert "12345678" in refused(published(server, "12345678"))
+    assert "received" in refused(replace(published(server, ""), size=len(CONTENT) - 1))
+    assert "more than" in refused(replace(published(server), size=1000))
     nobody = replace(published(server), url="http://127.0.0.1:9/tiny.pth")
-    assert "download http://127.0.0.1:9/tiny.pth" in refusal(nobody)
+    assert "download http://127.0.0.1:9/tiny.pth" in refused(nobody)
     assert files(cache) <= {"tiny.pth.part"}
 
 
@@ -123,7 +121,7 @@ def test_a_failed_download_leaves_nothing(server, cache):
 def test_a_download_that_broke_off_is_resumed(server, cache, has_ranges):
     server.has_ranges, server.arriving = has_ranges, len(CONTENT) // 2
     for known in (SHA256, ""):
-        assert f"{server.arriving} of" in refusal(published(server, known))
+        assert f"{server.arriving} of" in refused(published(server, known))
         assert files(cache) - {"tiny.pth.sha256"} == {"tiny.pth.part"}
         server.arriving = len(CONTENT)
         assert find_weights(published(server, known)).sha256 == SHA256
@@ -136,7 +134,7 @@ def test_a_download_that_broke_off_is_resumed(server, cache, has_ranges):
 def test_a_download_that_never_ends_is_given_up(server, cache, monkeypatch):
     monkeypatch.setattr("magnet_train.common.downloads.SLOW_AFTER_S", 0.0)
     monkeypatch.setattr("magnet_train.common.downloads.MIN_BYTES_PER_S", 10**15)
-    assert "slower than" in refusal(published(server))
+    assert "slower than" in refused(published(server))
 
 
 def test_all_of_a_file_may_be_there_and_unverified(server, cache):
@@ -145,7 +143,7 @@ def test_all_of_a_file_may_be_there_and_unverified(server, cache):
     assert find_weights(published(server)).sha256 == SHA256 and server.starts == [len(CONTENT)]
     (cache / "tiny.pth").rename(cache / "tiny.pth.part")
     (cache / "tiny.pth.part").write_bytes(b"x" * len(CONTENT))
-    assert SHA256 in refusal(published(server))  # and is gone
+    assert SHA256 in refused(published(server))  # and is gone
     assert find_weights(published(server)).sha256 == SHA256
 
 
@@ -170,7 +168,7 @@ def test_two_processes_at_once_download_once(server, cache):
 def test_without_network_the_message_says_what_to_download(server, cache, monkeypatch, variable):
     monkeypatch.setenv(variable, "1")
     weights = published(server)
-    message = refusal(weights)
+    message = refused(weights)
     for word in (variable, weights.url, SHA256, str(cache / "tiny.pth")):
         assert word in message
     assert server.requests == 0
@@ -180,20 +178,20 @@ def test_a_changed_file_is_refused(server, cache, tmp_path):
     for known in (SHA256, ""):
         find_weights(published(server, known))
         (cache / "tiny.pth").write_bytes(CONTENT[:-1])
-        assert "delete it to download it again" in refusal(published(server, known))
+        assert "delete it to download it again" in refused(published(server, known))
         (cache / "tiny.pth").unlink()
     (cache / "tiny.pth.sha256").write_text(f"{'0' * 64}  tiny.pth\n")
-    assert "0" * 64 in refusal(published(server, ""))  # it changed at its publisher
+    assert "0" * 64 in refused(published(server, ""))  # it changed at its publisher
     assert files(cache) == {"tiny.pth.sha256"}
 
 
 def test_a_given_path_wins_and_must_be_the_published_file(server, cache, tmp_path):
     given = tmp_path / "mine.pth"
-    assert "no such file; download http" in refusal(published(server), given)
+    assert "no such file; download http" in refused(published(server), given)
     given.write_bytes(CONTENT)
     assert find_weights(published(server), given) == WeightsFile(given, SHA256)
     given.write_bytes(b"something else")
-    assert "mine.pth: SHA-256 is" in refusal(published(server), given)
+    assert "mine.pth: SHA-256 is" in refused(published(server), given)
     assert server.requests == 0 and files(cache) == set()
 
 
@@ -209,8 +207,8 @@ def test_clap_comes_through_the_hub(cache, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo_id, file: None)
-    assert "no route" in refusal(CLAP_MUSIC)
-    assert f"not {CLAP_MUSIC.sha256} as published" in refusal(CLAP_MUSIC)
+    assert "no route" in refused(CLAP_MUSIC)
+    assert f"not {CLAP_MUSIC.sha256} as published" in refused(CLAP_MUSIC)
     assert find_weights(replace(CLAP_MUSIC, sha256=SHA256)).sha256 == SHA256
     assert set(asked) == {("lukewys/laion_clap", "music_audioset_epoch_15_esc_90.14.pt")}
 
@@ -250,8 +248,7 @@ class Trap:
 def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Trap()}, "x.pth")
-    with pytest.raises(UserError, match="could run code"):
-        load_tensors(WeightsFile(tmp_path / "x.pth", ""))
+    assert "could run code" in refusal(load_tensors, WeightsFile(tmp_path / "x.pth", ""))
     assert not Path("executed.tmp").exists()
 
 
@@ -259,8 +256,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "x.pth"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.pth: damaged or truncated"):
-        load_tensors(WeightsFile(path, ""))
+    assert "x.pth: damaged or truncated" in refusal(load_tensors, WeightsFile(path, ""))
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
@@ -269,9 +265,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
     network = torch.nn.Linear(2, 3)
     load_network(network, WeightsFile(path, ""))
     assert not network.training and not network.weight.requires_grad
-    with pytest.raises(UserError, match=r"weights of another network: .*size mismatch") as caught:
-        load_network(torch.nn.Linear(2, 4), WeightsFile(path, ""))
-    assert "\n" not in str(caught.value)
+    text = refusal(load_network, torch.nn.Linear(2, 4), WeightsFile(path, ""))
+    assert "weights of another network: " in text and "size mismatch" in text
     torch.save([torch.ones(2)], path)
-    with pytest.raises(UserError, match="a list, not named tensors"):
-        load_tensors(WeightsFile(path, ""))
+    assert "a list, not named tensors" in refusal(load_tensors, WeightsFile(path, ""))

@@ -73,16 +73,6 @@ def test_chunks_and_their_order_do_not_matter(order: int):
     assert generated.count == 97
 
 
-@pytest.mark.parametrize("first", [0, 1, 5])
-def test_moments_of_parts_add_up(first: int):
-    x = torch.randn(9, 3) + 5
-    parts = Moments.of(x[:first]) + Moments.of(x[first:])
-    assert parts.count == 9
-    torch.testing.assert_close(parts.mean, x.double().mean(0))
-    torch.testing.assert_close(parts.covariance(), torch.cov(x.double().T))
-    torch.testing.assert_close(parts.scatter, Moments.of(x).scatter)
-
-
 def test_two_windows_are_enough_and_fewer_are_an_error():
     x, y = torch.tensor([[0.0, 0, 0], [2, 0, 0]]), torch.tensor([[0.0, 1, 0], [2, 1, 0]])
     assert near(Moments.of(x).distance(Moments.of(y)), 1.0)

@@ -26,7 +26,7 @@ def embedder(name: str = "musicnn") -> Embedder:
             raise UserError("too short")
         return ClipFeatures(wav.mean(0).view(2, -1).square().mean(1, keepdim=True))
 
-    return Embedder(name, "id", "hash", RATE, 1.0, "none", "1 s", embed)
+    return Embedder(name, "id", "hash", 1.0, "none", "1 s", embed)
 
 
 @pytest.mark.parametrize("loudness", [True, False])

@@ -1,9 +1,9 @@
 """`generate`: prompts to audio files, each with a JSON to reproduce it."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,11 +87,11 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
     asked = DecodingConfig.from_dict(decoding)
     check_decoding(saved.network, asked, options.duration_s or saved.crop_s)
     chooser = Chooser(options, prompts)
-    if options.continue_from is not None and not options.continue_from.is_file():
-        raise UserError(f"--continue_from {options.continue_from}: no such file")
     if options.continue_from is not None:
         from magnet_train.data.audio import read_as_recorded
 
+        if not options.continue_from.is_file():
+            raise UserError(f"--continue_from {options.continue_from}: no such file")
         read_as_recorded(options.continue_from)  # refused before the model is loaded
     writable_folder(options.out, "--out")
     generator, settings = load_generator(options, decoding)
@@ -155,12 +155,10 @@ def generate_files(
     start = kept_s = None
     if options.continue_from is not None:
         start, kept_s = _audio_prompt(generator, options.continue_from, options.continue_s)
-    by_seed = [
-        (seed, list(group))
-        for seed, group in groupby(sorted(jobs, key=lambda job: job.seed), lambda job: job.seed)
-    ]
-    sizes = [min(options.batch_size, len(group)) for _, group in by_seed]
-    batches = sum(-(-len(group) // size) for (_, group), size in zip(by_seed, sizes, strict=True))
+    by_seed: dict[int, list[str]] = {}
+    for job in sorted(jobs, key=lambda job: job.seed):
+        by_seed.setdefault(job.seed, []).append(job.prompt)
+    batches = sum(math.ceil(len(prompts) / options.batch_size) for prompts in by_seed.values())
     seconds = options.duration_s or generator.crop_s
     num_frames = max(1, round(seconds * generator.codec.facts.frame_rate))
     if start is not None and start.shape[2] >= num_frames:
@@ -171,11 +169,11 @@ def generate_files(
     steps = generator.count_steps(torch.ones(num_frames, dtype=torch.bool), settings)
     total = batches * options.best_of * steps
     with tqdm(total=total, unit="step", disable=on_step is not None) as bar:
-        for (seed, group), size in zip(by_seed, sizes, strict=True):
+        for seed, prompts in by_seed.items():
             candidates = [
                 generator.decode_items(
-                    {job.prompt: job.prompt for job in group},
-                    size,
+                    dict(zip(prompts, prompts, strict=True)),
+                    min(options.batch_size, len(prompts)),
                     seed + i,
                     settings,
                     options.duration_s,

@@ -61,8 +61,8 @@ class Report:
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     """Points by metric. `…/stage0`, `…/rate0.5` and `…/baseline_codec` share one chart."""
     records: Sequence[Mapping[str, Any]] = ()
-    """Metric records as dicts: `system`, `metric`, `value`, `interval` (low, high) and `num_clips`
-    have columns; all other fields that are not None are the protocol, which is collapsed."""
+    """Metric records as dicts with `metric` and `value`. `system`, `interval` (low, high) and
+    `num_clips` have columns too; all other fields that are not None are the collapsed protocol."""
     notes: Sequence[str] = ()
     """Warnings, such as missing parts."""
     score: str = "score"
@@ -310,17 +310,16 @@ def _records(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _record_row(record: Mapping[str, Any]) -> dict[str, str]:
     """The cells of one record, by column."""
-    record = {name: value for name, value in record.items() if value is not None}
-    metric, value = record.get("metric", ""), record.get("value")
+    record = {name: value for name, value in flatten(record) if value is not None}
+    metric = str(record["metric"])
+    value: Any = record.get("value")
     if type(value) not in (int, float) or not math.isfinite(value):
         raise UserError(f"record {metric!r}: value={value!r} is not a finite number; remove it")
     row = {name: text(_number(record[name])) for name in _COLUMNS if name in record}
-    if metric:
-        row["metric"] += text(arrow(str(metric)))
+    row["metric"] += text(arrow(metric))
     if "interval" in record:
         row["interval"] = " to ".join(_number(float(end)) for end in record["interval"])
-    rest = flatten({name: value for name, value in record.items() if name not in _COLUMNS})
-    protocol = {name: value for name, value in rest if value is not None}
+    protocol = {name: value for name, value in record.items() if name not in _COLUMNS}
     if protocol:
         row["protocol"] = f"<details><summary>protocol</summary>{_definitions(protocol)}</details>"
     return row

@@ -67,7 +67,7 @@ class ClapSummary:
     num_pairs: int
 
 
-def clap_summary(audio: Tensor, text: Tensor, draws: int = 1000) -> ClapSummary:
+def clap_summary(audio: Tensor, text: Tensor) -> ClapSummary:
     """Score, interval, control and retrieval of `b d` audio and `b d` text embeddings.
 
     Raises:
@@ -87,7 +87,7 @@ def clap_summary(audio: Tensor, text: Tensor, draws: int = 1000) -> ClapSummary:
     several = b > 1
     return ClapSummary(
         mean=scores.mean().item(),
-        interval=bootstrap_interval(scores, draws) if several else None,
+        interval=bootstrap_interval(scores) if several else None,
         shuffled=((similarities.sum() - scores.sum()) / (b * (b - 1))).item() if several else None,
         recall_at_1=retrieval(similarities, 1),
         recall_at_10=retrieval(similarities, 10),

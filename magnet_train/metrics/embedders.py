@@ -4,6 +4,7 @@ Shapes: n windows or segments, d dimensions, c classes, b captions.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +39,6 @@ class Embedder:
     """Id of the network, in records."""
     hash: str
     """Hash of its weights."""
-    sample_rate: int
-    """Sample rate of its input, in Hz."""
     min_duration_s: float
     """Minimum length of a clip, in seconds."""
     resampler: str
@@ -120,7 +119,6 @@ def _music_embedder() -> Embedder:
         name="music",
         id="measures of key, beat and notes",
         hash=music.VERSION,
-        sample_rate=0,  # any
         min_duration_s=music.MIN_DURATION_S,
         resampler="none",
         windowing="whole clips",
@@ -144,7 +142,6 @@ def _resampled_embedder(
         name=name,
         id=network.id,
         hash=network.hash,
-        sample_rate=network.sample_rate,
         min_duration_s=network.min_duration_s,
         resampler="julius",
         windowing=windowing,
@@ -211,7 +208,6 @@ def _load_codec_embedder(name: str, device: str) -> Embedder:
         name="codec",
         id=f"codec {facts.id}",
         hash=facts.hash,
-        sample_rate=facts.sample_rate,
         min_duration_s=1.0,
         resampler="julius",
         windowing="1 s every 1 s",
@@ -229,33 +225,29 @@ def _load_musicnn_embedder() -> Embedder:
     )
 
     network = load_musicnn()
-    try:
-        scorer = load_text_audio()
-    except UserError:  # the demo's text encoder is an extra
-        scorer = None
+    head = encoder = None
+    with suppress(UserError):  # the demo's text encoder is an extra
+        head, encoder = load_text_audio()
 
     @torch.no_grad()
     def embed(wav: Tensor, sample_rate: int, key: str) -> ClipFeatures:
         output = network(network.resample(wav.mean(0), sample_rate))
-        vector = None if scorer is None else scorer.head.embed_audio(clip_features(output)[None])[0]
+        vector = None if head is None else head.embed_audio(clip_features(output)[None])[0]
         return ClipFeatures(output.embeddings, output.tags, vector)
 
     @torch.no_grad()
     def embed_text(captions: Sequence[str]) -> Tensor:
-        assert scorer is not None
-        return F.normalize(
-            scorer.head.embed_text(sentence_features(scorer.encoder, captions).cpu()), dim=-1
-        )
+        assert head is not None and encoder is not None
+        return F.normalize(head.embed_text(sentence_features(encoder, captions).cpu()), dim=-1)
 
     return Embedder(
         name="musicnn",
         id=network.id,
         hash=network.hash,
-        sample_rate=network.sample_rate,
         min_duration_s=network.min_duration_s,
         resampler="soxr VHQ",
         windowing="2.99 s every 1.5 s",
         embed=embed,
-        embed_text=None if scorer is None else embed_text,
+        embed_text=None if head is None else embed_text,
         convention="musicnn-tags",
     )

@@ -77,14 +77,14 @@ _COMPUTED = ("position_ids", "token_type_ids", "relative_position_index")
 _UNRELATED = ("a slow waltz for solo piano", "a dog barks at a passing train")
 
 
-def ten_seconds(wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
+def ten_seconds(wav: Tensor, key: str = "") -> Tensor:
     """The network's input: 480,000 samples of a mono clip `t` at 48 kHz.
 
     Shorter clips are repeated and padded with zeros; longer ones are cropped. LAION draws the crop
-    at random in every call; here it is a function of (seed, key).
+    at random in every call; here it is a function of the key.
     """
     if len(wav) > WINDOW:
-        digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+        digest = hashlib.sha256(f"0/{key}".encode()).digest()
         start = int.from_bytes(digest[:8], "little") % (len(wav) - WINDOW + 1)
         return wav[start : start + WINDOW]
     repeated = wav.repeat(WINDOW // len(wav))
@@ -103,16 +103,13 @@ def transformers_name(name: str) -> str:
     return name
 
 
-def to_transformers(
-    state: Mapping[str, Tensor], needed: Container[str]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """LAION's tensors under transformers' names, and the names of tensors that are not `needed`.
+def to_transformers(state: Mapping[str, Tensor], needed: Container[str]) -> dict[str, Tensor]:
+    """LAION's tensors under transformers' names, without those that are not `needed`.
 
     In the published checkpoint, these are STFT and mel layers, classifier heads, two transforms of
     training, attention masks, and indices that ClapModel computes.
     """
     renamed: dict[str, Tensor] = {}
-    unused = []
     for laion_name, tensor in state.items():
         name = transformers_name(laion_name)
         pieces = {name: tensor}
@@ -121,9 +118,7 @@ def to_transformers(
             pieces = {name.replace(".qkv.", f".{part}."): third for part, third in thirds}
         if all(piece in needed for piece in pieces):
             renamed |= pieces
-        else:
-            unused.append(laion_name)
-    return renamed, unused
+    return renamed
 
 
 class Clap:
@@ -133,37 +128,33 @@ class Clap:
     sample_rate = SAMPLE_RATE
     min_duration_s = 1 / SAMPLE_RATE
 
-    def __init__(self, model: Any, tokenizer: Any, hash: str = "", unused: Sequence[str] = ()):
+    def __init__(self, model: Any, tokenizer: Any, hash: str):
         """
         Args:
             model: A ClapModel.
             tokenizer: RoBERTa's.
             hash: Hash of the weights.
-            unused: Names of tensors in the checkpoint that the model does not use.
         """
         from transformers import ClapFeatureExtractor
 
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.hash = hash
-        self.unused = list(unused)
-        self.dim: int = model.config.projection_dim
         self.features = ClapFeatureExtractor(**FEATURES)
 
     @torch.no_grad()
-    def embed_audio(self, wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
+    def embed_audio(self, wav: Tensor, key: str = "") -> Tensor:
         """A mono clip at 48 kHz, `t` -> unit vector, `512`; clips above 10 s are cropped.
 
         Args:
             wav: not empty; silence is allowed.
             key: id of the clip, so that its crop is always the same.
-            seed: of the crop.
 
         Raises:
             UserError: if the clip is empty, or has NaN or infinite samples.
         """
         check_clip(wav, SAMPLE_RATE, self.min_duration_s, self.id)
-        crop = ten_seconds(wav.float().cpu(), key, seed).numpy()
+        crop = ten_seconds(wav.float().cpu(), key).numpy()
         features = self.features(crop, sampling_rate=SAMPLE_RATE, return_tensors="pt")[
             "input_features"
         ]
@@ -190,7 +181,6 @@ class LaionClap:
 
     id = "laion-clap-music"
     sample_rate = SAMPLE_RATE
-    dim = 512
     min_duration_s = 1 / SAMPLE_RATE
 
     def __init__(self, file: WeightsFile, device: str = "cpu"):
@@ -215,10 +205,10 @@ class LaionClap:
         self.model.eval()
 
     @torch.no_grad()
-    def embed_audio(self, wav: Tensor, key: str = "", seed: int = 0) -> Tensor:
+    def embed_audio(self, wav: Tensor, key: str = "") -> Tensor:
         """As Clap's."""
         check_clip(wav, SAMPLE_RATE, self.min_duration_s, self.id)
-        crop = ten_seconds(wav.float(), key, seed)
+        crop = ten_seconds(wav.float(), key)
         return self.model.get_audio_embedding_from_data([crop], use_tensor=True)[0].cpu()
 
     @torch.no_grad()
@@ -265,7 +255,7 @@ def make_clap(
 
     model: Any = ClapModel(ClapConfig(**config))
     needed = [name for name in model.state_dict() if not name.endswith(_COMPUTED)]
-    renamed, unused = to_transformers(_state(file), set(needed))
+    renamed = to_transformers(_state(file), set(needed))
     if missing := [name for name in needed if name not in renamed]:
         raise UserError(
             f"{file.path}: not CLAP of the expected kind (HTSAT-base with RoBERTa, no fusion); "
@@ -277,12 +267,8 @@ def make_clap(
         raise UserError(
             f"{file.path}: not CLAP of the expected kind: {' '.join(str(error).split())[:300]}"
         ) from error
-    return Clap(
-        model.to(device),
-        load_tokenizer(tokenizer, model.config.text_config.vocab_size),
-        file.hash,
-        unused,
-    )
+    words = load_tokenizer(tokenizer, model.config.text_config.vocab_size)
+    return Clap(model.to(device), words, file.hash)
 
 
 def load_tokenizer(name: str, vocab_size: int) -> Any:

@@ -73,7 +73,6 @@ class Musicnn(nn.Module):
 
     id = "musicnn-mtt"
     sample_rate = 16_000
-    dim = 200
     window_frames = 187
     hop_samples = 256
     min_duration_s = 187 * 256 / 16_000

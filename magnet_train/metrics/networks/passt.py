@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from magnet_train.common.downloads import PASST_10S, PASST_20S, find_weights, load_network
-from magnet_train.common.errors import UserError
 from magnet_train.metrics.networks.frontend import check_clip, mel_filters
 
 
@@ -81,19 +80,11 @@ class Passt(nn.Module):
     patch = 16
     stride = 10
 
-    def __init__(
-        self,
-        segment_s: int = 20,
-        width: int = 768,
-        layers: int = 12,
-        heads: int = 12,
-        classes: int = 527,
-    ):
+    def __init__(self, segment_s: int = 20, width: int = 768, layers: int = 12, heads: int = 12):
         """`segment_s` is 20 for music and 10 for sound in published results."""
         super().__init__()
         self.hash = ""
         self.id = f"passt-{segment_s}s"
-        self.dim = width
         self.segment_s = segment_s
         self.hann: Tensor
         self.mel: Tensor
@@ -111,8 +102,8 @@ class Passt(nn.Module):
         self.time_new_pos_embed = nn.Parameter(torch.zeros(1, width, 1, frames // self.stride))
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
-        self.head_dist = nn.Linear(width, classes)  # only used in training
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 527))
+        self.head_dist = nn.Linear(width, 527)  # only used in training
 
     def segments(self, wav: Tensor) -> list[Tensor]:
         """`t` -> segments of `segment_s` seconds and the remainder, if longer than 0.15 s."""
@@ -164,15 +155,9 @@ def load_passt(path: str | None = None, segment_s: int = 20) -> Passt:
         segment_s: 20 for music, 10 for sound, in seconds; each has its own weights.
 
     Raises:
-        UserError: if the weights cannot be found or have another hash, or `segment_s` is invalid.
+        UserError: if the weights cannot be found, or have another hash.
     """
-    published = {10: PASST_10S, 20: PASST_20S}
-    if segment_s not in published:
-        raise UserError(
-            f"segment_s={segment_s}: PaSST is published for segments of 10 s and of 20 s; choose "
-            "one of them"
-        )
-    file = find_weights(published[segment_s], path)
+    file = find_weights({10: PASST_10S, 20: PASST_20S}[segment_s], path)
     network = Passt(segment_s)
     load_network(network, file)
     network.hash = file.hash

@@ -67,28 +67,9 @@ class TextAudioHead(nn.Module):
         return F.normalize(self.text(features), dim=-1)
 
 
-class TextAudioScorer:
-    """The trained head with the encoder of captions."""
-
-    def __init__(self, head: TextAudioHead, encoder: TextEncoder, hash: str):
-        self.head = head.eval()
-        self.encoder = encoder
-        self.hash = hash
-
-    @torch.no_grad()
-    def similarities(self, captions: Sequence[str], clips: Sequence[MusicnnOutput]) -> Tensor:
-        """Cosine of every clip with every caption, `clips captions`."""
-        audio = self.head.embed_audio(torch.stack([clip_features(c) for c in clips]))
-        return audio @ self.head.embed_text(sentence_features(self.encoder, captions).cpu()).T
-
-    def score(self, captions: Sequence[str], clips: Sequence[MusicnnOutput]) -> Tensor:
-        """Cosine of each clip with its caption, `b`."""
-        return self.similarities(captions, clips).diagonal()
-
-
 @lru_cache
-def load_text_audio() -> TextAudioScorer:
-    """Load the bundled scorer.
+def load_text_audio() -> tuple[TextAudioHead, TextEncoder]:
+    """Load the bundled head, and the text encoder that it was trained with.
 
     Raises:
         UserError: if its weights are missing or damaged, or the demo's text encoder is not
@@ -98,8 +79,7 @@ def load_text_audio() -> TextAudioScorer:
     def make(folder: Path) -> TextAudioHead:
         return TextAudioHead(**json.loads((folder / "config.json").read_text())["head"])
 
-    head, hash = load_bundled("text_audio", make)
-    return TextAudioScorer(head, load_text_encoder("demo"), hash)
+    return load_bundled("text_audio", make)[0], load_text_encoder("demo")
 
 
 def true_minus_shuffled(
