@@ -254,10 +254,6 @@ def test_a_rest_is_no_note():
     assert found[0, 1] < 0.6
 
 
-def test_silence_has_no_notes():
-    assert music.notes(np.zeros(RATE * 2, np.float32), RATE).shape == (0, 3)
-
-
 def test_twice_as_fast_halves_lengths_and_is_ln_2_away():
     slow, fast = (music.measure_clip(melody(MAJOR_TUNE * n, 60, 0.6 / n), RATE) for n in (1, 2))
     assert music.duration_distance(fast.lengths(), slow.lengths()) == pytest.approx(

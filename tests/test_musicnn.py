@@ -1,9 +1,9 @@
 """musicnn compared with librosa and its published graph; chroma; TensorFlow checkpoint reader."""
 
-import importlib.util
 import json
 import struct
 from pathlib import Path
+from runpy import run_path
 
 import numpy as np
 import pytest
@@ -177,10 +177,7 @@ def test_shipped_solos_are_heard_as_what_they_are():
 
 def test_reader_of_tensorflow_checkpoints():
     """A bundle built by hand: keys with a common prefix, a scalar, and an integer to skip."""
-    spec = importlib.util.spec_from_file_location("convert_musicnn", DEMO / "convert_musicnn.py")
-    assert spec and spec.loader
-    converter = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(converter)
+    read_bundle = run_path(str(DEMO / "convert_musicnn.py"))["read_bundle"]
 
     def field(number: int, content: bytes | int) -> bytes:
         if isinstance(content, int):
@@ -220,7 +217,7 @@ def test_reader_of_tensorflow_checkpoints():
     )
     index = block([(0, b"step", varint(0) + varint(len(table) - 5))])
     handles = varint(0) + varint(0) + varint(len(table)) + varint(len(index) - 5)
-    tensors = converter.read_bundle(table + index + handles.ljust(48, b"\0"), data)
+    tensors = read_bundle(table + index + handles.ljust(48, b"\0"), data)
     assert list(tensors) == ["dense/bias", "dense/kernel"]
     np.testing.assert_array_equal(tensors["dense/kernel"], matrix)
     assert tensors["dense/bias"] == 7

@@ -33,10 +33,8 @@ def without_network(front: type[Vggish]) -> Vggish:
     """The front end, with the 72 million parameters on the meta device."""
     with torch.device("meta"):
         network = front()
-    network.hann, network.mel = (
-        torch.hann_window(400),
-        mel_filters(16_000, 512, 64, "htk", 125, 7500),
-    )
+    network.hann = torch.hann_window(400)
+    network.mel = mel_filters(16_000, 512, 64, "htk", 125, 7500)
     return network
 
 
@@ -53,14 +51,9 @@ def torchvggish() -> Vggish:
 @pytest.fixture(scope="module")
 def network() -> Vggish:
     """The whole network, 290 MB, with weights seeded by name."""
-    with torch.device("meta"):
-        network = Vggish()
+    network = without_network(Vggish)
     weights = named_weights({name: x.shape for name, x in network.state_dict().items()}, gain=1.4)
     network.load_state_dict(weights, assign=True)
-    network.hann, network.mel = (
-        torch.hann_window(400),
-        mel_filters(16_000, 512, 64, "htk", 125, 7500),
-    )
     return network.eval().requires_grad_(False)
 
 
@@ -126,12 +119,6 @@ def test_resampling_is_julius_then_the_mean():
     torch.testing.assert_close(resample(wav, 44_100, Vggish.sample_rate), expected)
     torch.testing.assert_close(resample(wav[0], 16_000, 16_000), wav[0])
     assert resample(wav[0], 44_100, Vggish.sample_rate).shape == (1600,)
-
-
-def test_a_tone_survives_resampling():
-    tone = torch.sin(2 * torch.pi * 440 * torch.arange(48_000) / 48_000)
-    spectrum = torch.fft.rfft(resample(tone, 48_000, Vggish.sample_rate)).abs()
-    assert len(spectrum) == 8001 and spectrum.argmax() == 440
 
 
 # --- network --------------------------------------------------------------------------------------

@@ -128,8 +128,7 @@ def _fad_difference(systems: Pair, reference: ReferenceStatistics) -> Difference
     difference = fads[0] - fads[1]
     value, spread = difference[-1].item(), difference[:-1].std().item()
     spread *= (half / (len(keys) - half)) ** 0.5
-    size = abs(value) / spread if spread else np.inf * bool(value)
-    p = 2 * float(norm.sf(size)) if spread else float(not value)
+    p = 2 * float(norm.sf(abs(value) / spread)) if spread else float(not value)
     return Difference(value, 1.96 * spread, float("nan"), p, len(keys))
 
 

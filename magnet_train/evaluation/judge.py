@@ -46,10 +46,10 @@ def check_judge(metric: str, reference: str | None, prompts: Sequence[str]) -> N
     Raises:
         UserError: if it is unknown, or the reference or a key or tempo in a prompt is missing.
     """
-    kind, _, measure = metric.partition("/")
-    if (measure if kind == "music" else kind) not in JUDGES:
-        music = ", ".join(f"music/{name}" for name in MUSIC_JUDGES)
-        raise UserError(f"--judge {metric}: choose fad/EMBEDDER, text/EMBEDDER, {music}")
+    music = [f"music/{name}" for name in MUSIC_JUDGES]
+    if metric not in music and not metric.startswith(("fad/", "text/")):
+        known = ", ".join(["fad/EMBEDDER", "text/EMBEDDER", *music])
+        raise UserError(f"--judge {metric}: choose {known}")
     name, _ = parse_metric(metric)
     if name == "fad" and reference is None:
         raise UserError(

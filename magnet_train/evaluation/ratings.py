@@ -5,8 +5,10 @@ The files are untrusted: invalid content is a one-line error.
 
 import csv
 import io
+import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -292,8 +294,7 @@ def _parse_rating(row: Mapping[str, str], place: str, answers: _Key) -> _Rating:
             "of the rated page"
         )
     rating = row["rating"].strip()
-    is_number = rating.isascii() and rating.isdigit() and len(rating) <= 3
-    if not is_number or not 1 <= int(rating) <= 100:
+    if not re.fullmatch(r"[1-9][0-9]?|100", rating):
         raise UserError(
             f"{place}: rating={rating!r} must be a whole number from 1 to 100; repair or remove "
             "the line"
@@ -332,35 +333,26 @@ def _check_complete(answers: _Key, by_rater: Mapping[str, Sequence[_Rating]], la
     rated = {
         (answers.system[r.blinded_id], r.question) for ratings in by_rater.values() for r in ratings
     }
-    for system in answers.systems:
-        for question in answers.questions:
-            if (system, question) not in rated:
-                raise UserError(f"system {system!r} {lack} ({question}); collect more ratings")
+    for system, question in itertools.product(answers.systems, answers.questions):
+        if (system, question) not in rated:
+            raise UserError(f"system {system!r} {lack} ({question}); collect more ratings")
 
 
 def _rows(
     answers: _Key, kept: Mapping[str, Sequence[_Rating]], num_draws: int, seed: int
 ) -> tuple[SystemRating, ...]:
     rows = []
-    for system in answers.systems:
-        for question in answers.questions:
-            by_rater = [
-                [
-                    r.rating
-                    for r in ratings
-                    if answers.system[r.blinded_id] == system and r.question == question
-                ]
-                for ratings in kept.values()
-            ]
-            values = [torch.tensor(ratings, dtype=torch.float64) for ratings in by_rater]
-            num_raters = sum(len(ratings) > 0 for ratings in by_rater)
-            interval = bootstrap_interval(values, num_draws, seed) if num_raters > 1 else None
-            total = torch.cat(values)
-            rows.append(
-                SystemRating(
-                    system, question, total.mean().item(), interval, len(total), num_raters
-                )
-            )
+    for place in itertools.product(answers.systems, answers.questions):
+        by_rater = [
+            [r.rating for r in ratings if (answers.system[r.blinded_id], r.question) == place]
+            for ratings in kept.values()
+        ]
+        values = [torch.tensor(ratings, dtype=torch.float64) for ratings in by_rater]
+        num_raters = sum(map(bool, by_rater))
+        interval = bootstrap_interval(values, num_draws, seed) if num_raters > 1 else None
+        total = torch.cat(values)
+        mean = total.mean().item()
+        rows.append(SystemRating(*place, mean, interval, len(total), num_raters))
     first = answers.questions[0]
     quality = {row.system: row.mean for row in rows if row.question == first}
     # Stable: questions keep their order.

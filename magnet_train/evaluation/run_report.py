@@ -61,22 +61,20 @@ def validation_clips(
     as the codec renders it and generated clips by step. What is missing is added to `notes`."""
     rows: dict[str, dict[str, ReportClip]] = {}
     clips: list[ReportClip] = []
-    for path in sorted(
-        folder.glob("validation/step_*/*.wav"), key=lambda p: (p.name, p.parent.name)
-    ):
-        if path.name.startswith("."):
-            continue  # left by an interrupted write
+    # Names that start with a dot are left by an interrupted write.
+    paths = folder.glob("validation/step_*/[!.]*.wav")
+    for path in sorted(paths, key=lambda path: (path.name, path.parent.name)):
         step = _number_in(path.parent)
         if steps is not None and step not in steps:
             continue
-        clip = _read_clip(path, notes)
-        if clip is not None:
-            if path.stem not in rows:
-                real = path.parent.parent / CODEC_FOLDER / path.name
-                found = _read_clip(real, notes) if real.is_file() else None
-                rows[path.stem] = {} if found is None else {REAL: found}
-            rows[path.stem][f"step {step}"] = clip
-            clips.append(clip)
+        if (clip := _read_clip(path, notes)) is None:
+            continue
+        if path.stem not in rows:
+            real = path.parent.parent / CODEC_FOLDER / path.name
+            found = _read_clip(real, notes) if real.is_file() else None
+            rows[path.stem] = {} if found is None else {REAL: found}
+        rows[path.stem][f"step {step}"] = clip
+        clips.append(clip)
     without_codes = sum(clip.codes is None and clip.order is None for clip in clips)
     if not clips:
         notes.append("No clips: the run folder has no validation/step_*/*.wav.")

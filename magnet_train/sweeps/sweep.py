@@ -172,13 +172,10 @@ def _choices(file: Path, parameters: Any) -> dict[str, list[Any]]:
         raise UserError(f"{file}: no parameters; give at least one with `values: [...]`")
     found: dict[str, list[Any]] = {}
     for name, given in parameters.items():
-        values: Any = None
-        if isinstance(given, dict) and given.keys() == {"value"}:
-            values = [given["value"]]
-        elif isinstance(given, dict) and given.keys() == {"values"}:
-            values = given["values"]
-        is_list = isinstance(values, list) and len(values) > 0
-        if not isinstance(name, str) or not is_list or any(isinstance(v, dict) for v in values):
+        given = given if isinstance(given, dict) else {}
+        values: Any = [given["value"]] if "value" in given else given.get("values")
+        is_grid = isinstance(name, str) and len(given) == 1 and isinstance(values, list) and values
+        if not is_grid or any(isinstance(v, dict) for v in values):
             raise UserError(
                 f"{file}: parameter {name}: a grid needs `values: [...]` or `value: ...` of plain "
                 "values"
