@@ -36,9 +36,7 @@ def test_activations_are_within_a_fifth_of_what_the_allocator_counts(
 ):
     num_predicted = round(estimate.MEAN_MASK_RATE * num_frames)
     half = precision.startswith("bf16")
-    step, weights = training_pass(
-        config, batch_size, num_frames, num_predicted, estimate.NUM_TEXT, "cpu", half
-    )
+    step, weights = training_pass(config, batch_size, num_frames, num_predicted, "cpu", half)
     step(stage)
     # Autocast's copies.
     measured = peak_mb(lambda: step(stage), "cpu") - (weights / 2e6 if half else 0)
@@ -153,9 +151,7 @@ def test_operations_are_those_that_are_counted():
     """Stage 0 without windowed attention. torch's counter includes recomputed parts, which have no
     products.
     """
-    step, _ = training_pass(
-        SMALL, 2, 500, round(estimate.MEAN_MASK_RATE * 500), estimate.NUM_TEXT, "cpu", False
-    )
+    step, _ = training_pass(SMALL, 2, 500, round(estimate.MEAN_MASK_RATE * 500), "cpu", False)
     counted = count_flop(lambda: step(0))
     assert 2 * estimate.training_flop(SMALL, 500, 0) == pytest.approx(counted, rel=0.15)
     steps = (4, 2, 2, 2)

@@ -75,9 +75,7 @@ def measure_speed(plan: "Plan") -> Speed:
             rate, rate, 1.0, "calculated at half the speed of a matrix product on this CPU"
         )
     num_predicted = round(cost.MEAN_MASK_RATE * plan.num_frames)
-    step, weights = training_pass(
-        few, batch_size, plan.num_frames, num_predicted, cost.NUM_TEXT, device, half
-    )
+    step, weights = training_pass(few, batch_size, plan.num_frames, num_predicted, device, half)
     other = min(1, network.num_codebooks - 1)
     seconds = timed([lambda: step(0), lambda: step(other)], 2, device)
     peak_bytes = peak_mb(lambda: step(0), device) * 1e6

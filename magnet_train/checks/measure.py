@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from magnet_train.checks.cost import NUM_TEXT
 from magnet_train.common import private_api
 from magnet_train.common.ranges import check_values
 from magnet_train.loss import masked_cross_entropy
@@ -190,7 +191,6 @@ def training_pass(
     batch_size: int,
     num_frames: int,
     num_predicted: int,
-    num_text: int,
     device: str,
     half: bool,
 ) -> tuple[Callable[[int], None], int]:
@@ -203,7 +203,6 @@ def training_pass(
         batch_size: examples.
         num_frames: frames per example.
         num_predicted: masked frames per example.
-        num_text: tokens per caption.
         device: cpu or cuda.
         half: compute in bfloat16, as under Lightning's bf16-mixed.
     """
@@ -212,7 +211,7 @@ def training_pass(
         codes = torch.randint(
             config.codebook_size, (batch_size, config.num_codebooks, num_frames)
         ).to(device)
-        states = torch.randn(batch_size, num_text, config.text_dim).to(device)
+        states = torch.randn(batch_size, NUM_TEXT, config.text_dim).to(device)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     allowed = torch.ones(states.shape[:2], dtype=torch.bool, device=device)

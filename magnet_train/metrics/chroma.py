@@ -4,27 +4,23 @@ import numpy as np
 
 from magnet_train.common.audio_files import magnitude_spectrogram
 
+WINDOW_S = 0.256
+"""Length of a window in seconds, which separates semitones above 130 Hz."""
+HOP_S = 0.064
 
-def chroma(
-    wav: np.ndarray, sample_rate: int, window_s: float = 0.256, hop_s: float = 0.064
-) -> np.ndarray:
+
+def chroma(wav: np.ndarray, sample_rate: int) -> np.ndarray:
     """Chroma of a mono clip: `t` -> unit vectors `frames 12`, C first.
 
     Magnitudes of a Hann-windowed spectrum between 65 Hz and 2.1 kHz; each bin is assigned to the
     nearest semitone (A = 440 Hz). Silent frames are zero.
 
-    Args:
-        wav: mono clip.
-        sample_rate: sample rate in Hz.
-        window_s: window length in seconds; 0.256 s separates semitones above 130 Hz.
-        hop_s: hop length in seconds.
-
     >>> tone = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
     >>> int(chroma(tone, 16000).mean(0).argmax())
     9
     """
-    size = round(window_s * sample_rate)
-    magnitude = magnitude_spectrogram(wav, size, round(hop_s * sample_rate))
+    size = round(WINDOW_S * sample_rate)
+    magnitude = magnitude_spectrogram(wav, size, round(HOP_S * sample_rate))
     freqs = np.fft.rfftfreq(size, 1 / sample_rate)
     audible = (freqs > 65) & (freqs < 2100)
     pitch_class = (np.round(12 * np.log2(freqs[audible] / 440)).astype(int) + 9) % 12

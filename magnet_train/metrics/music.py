@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from magnet_train.common.errors import UserError
+from magnet_train.metrics.chroma import HOP_S as CHROMA_HOP_S
 from magnet_train.metrics.chroma import chroma
 from magnet_train.metrics.intervals import bootstrap_interval
 from magnet_train.metrics.networks.frontend import mel_filters
 
 VERSION = "1"
 """Version of the measures in records; increased when their values change."""
-CHROMA_HOP_S = 0.064
 HOP_S = 0.016
 """Hop of onset strength and pitch in seconds; also the unit of note lengths."""
 MIN_DURATION_S = 1.0
@@ -370,7 +370,7 @@ def measure_clip(wav: np.ndarray | Tensor, sample_rate: int) -> ClipMusic:
     peak = float(np.abs(mono).max())
     # Makes all metrics independent of the level.
     mono = mono / peak if peak > SILENT_PEAK else np.zeros_like(mono)
-    classes = chroma(mono, sample_rate, hop_s=CHROMA_HOP_S)
+    classes = chroma(mono, sample_rate)
     return ClipMusic(
         chroma_change=chroma_change(classes),
         scale_fit=scale_fit(classes),

@@ -58,8 +58,6 @@ REFERENCE_METRICS = (
 """Metrics that need a reference."""
 CLASSIFIERS = ("musicnn", "passt", "passt-10s")
 TEXT_EMBEDDERS = ("musicnn", "clap", "laion-clap")
-MAX_PAIRED_WINDOWS = 5000
-"""Windows drawn for metrics of all pairs, with a fixed seed; their number is in the record."""
 
 
 def parse_metric(name: str) -> tuple[str, str]:
@@ -215,7 +213,7 @@ def score(
         elif name.startswith("text"):
             scored = _score_text(name, features, captions)
         elif name == "vendi":
-            windows = sets.subsample(_windows(features), MAX_PAIRED_WINDOWS)
+            windows = sets.subsample(_windows(features))
             scored = _Scored(sets.vendi_score(windows), len(windows))
         else:
             assert reference is not None
@@ -261,10 +259,8 @@ def _score_against(
             windows, reference.moments, sets.draws_of_clips([len(clip) for clip in clips])
         )
         return _Scored(line.value, len(windows), details={"r2": line.r2, "slope": line.slope})
-    windows = sets.subsample(windows, MAX_PAIRED_WINDOWS)
-    real = sets.subsample(
-        torch.cat(list(reference.embeddings.values())).double(), MAX_PAIRED_WINDOWS
-    )
+    windows = sets.subsample(windows)
+    real = sets.subsample(torch.cat(list(reference.embeddings.values())).double())
     kernels = {"kad": sets.kad, "kid": sets.kid}
     if name in kernels:
         value = kernels[name](windows, real)
