@@ -1415,6 +1415,8 @@ def environments() -> Iterator[Case]:
         ("WANDB_SILENT", "abc"),
         ("WANDB_MODE", "xyz"),
         ("WANDB_INIT_TIMEOUT", "abc"),
+        ("WANDB_RUN_ID", "a/b"),
+        ("WANDB_PROJECT", "a/b"),
         ("MAGNET_TRAIN_CACHE", "/proc/nowhere"),
     ):
         expected = "used" if name == "MAGNET_TRAIN_CACHE" else "refused"
@@ -1646,6 +1648,9 @@ def write_table(rows: Collection[list[str]], out: Path) -> None:
         "skipped and named, the others are used; `failed`: doctor says it.\n\n"
         f"{summary(rows)}. By verb: {', '.join(f'{v} {n}' for v, n in by_verb.items())}.\n\n"
     )
+    old = out.read_text() if out.exists() else ""
+    if note := re.search(r"^Run on .*?(?=^\|)", old, re.MULTILINE | re.DOTALL):
+        head += note[0]  # written by hand
     columns = ["", "verb", "input", "expected", "got", "verdict"]
     numbered = [[str(number), *row] for number, row in enumerate(rows, 1)]
     lines = [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *numbered)]
