@@ -13,6 +13,7 @@ from magnet_train.common.errors import (
     integer_from_environment,
     user_error_from,
 )
+from magnet_train.common.ranges import check_values
 
 
 def raised(*errors: BaseException) -> BaseException:
@@ -79,6 +80,19 @@ def test_names_of_strangers_cannot_write_to_the_terminal():
 def test_a_bug_is_none(error):
     assert user_error_from(error) is None
     assert user_error_from(raised(RuntimeError("y"), error)) is None
+
+
+def test_a_bug_while_a_mistake_is_handled_is_none():
+    def handle(what):
+        with pytest.raises(LookupError) as caught:
+            try:
+                raise UserError("a: b")
+            except UserError:
+                what()
+        return user_error_from(caught.value)
+
+    assert handle(lambda: check_values({}, x="[0, 1]")) is None  # a KeyError in this package
+    assert str(handle(lambda: {}["x"])) == "a: b"  # in another, as at the end of a run
 
 
 def test_numbers_in_the_environment_are_checked(monkeypatch):

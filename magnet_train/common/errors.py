@@ -3,7 +3,9 @@
 import errno
 import os
 import re
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 from magnet_train.common.redact import redact
 
@@ -70,11 +72,22 @@ def user_error_from(error: BaseException) -> UserError | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, its causes and, unless suppressed, its contexts."""
+    """The error, its causes and, unless suppressed, its contexts.
+
+    An error of this package while it handled another is a bug; one of another library may be a
+    consequence, as when Lightning cannot finish what failed.
+    """
     cause: BaseException | None = error
     while cause is not None:
         yield cause
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+        is_separate = cause.__suppress_context__ or _is_raised_here(cause)
+        cause = cause.__cause__ or (None if is_separate else cause.__context__)
+
+
+def _is_raised_here(error: BaseException) -> bool:
+    """Whether an error was raised by a line of this package."""
+    frames = traceback.extract_tb(error.__traceback__, -1)
+    return bool(frames) and Path(frames[0].filename).is_relative_to(Path(__file__).parents[1])
 
 
 REFUSALS = (
