@@ -68,8 +68,3 @@ def test_bad_pairs_are_named():
     good, bad = torch.ones(2, 3), torch.tensor([[1.0, 2, 3], [1, math.inf, 3]])
     assert "text embedding 1 is NaN or infinite" in refusal(cosines, good, bad)
     assert "audio embedding 1 is NaN" in refusal(clap_summary, bad, good)
-    with pytest.raises(ValueError, match="do not pair up"):
-        clap_summary(torch.ones(3, 3), good)
-    with pytest.raises(ValueError, match="text embeddings"):
-        cosines(good, torch.ones(2, 4))
-    assert "no clips" in refusal(clap_summary, torch.ones(0, 3), torch.ones(0, 3))

@@ -8,7 +8,6 @@ from helpers_errors import refusal
 from helpers_metrics import arrays, facts
 from torch import Tensor
 
-from magnet_train.common.errors import UserError
 from magnet_train.metrics.embedding_sets import (
     draws_of_clips,
     fad_infinity,
@@ -79,8 +78,6 @@ def test_fad_of_each_clip(sets: dict[str, Tensor]):
         ADDONS["per_clip_fad"]["expected"], rel=TOLERANCE
     )
     assert list(found) == ["4", "5", "2", "1", "3", "0"]
-    with pytest.raises(UserError, match="clip short: FAD needs at least two generated windows"):
-        fad_per_clip({"short": torch.randn(1, 16)}, Moments.of(sets["ref"]))
 
 
 def test_kad_is_kadtks(sets: dict[str, Tensor]):
@@ -159,8 +156,6 @@ def test_bad_sets_are_named(measure):
     good, bad = torch.randn(9, 4), torch.randn(9, 4)
     bad[3, 1] = math.nan
     assert "NaN or infinite" in refusal(measure, good, bad)
-    with pytest.raises(ValueError, match="widths, 4 and 3"):
-        measure(good, torch.randn(9, 3))
     assert "there are 1: score more" in refusal(measure, torch.randn(1, 4), good)
 
 
@@ -169,5 +164,3 @@ def test_what_else_has_no_value():
     assert "needs 1 windows or more" in refusal(vendi_score, torch.zeros(0, 2))
     assert "bandwidth of 0" in refusal(kad, torch.randn(5, 2), torch.ones(5, 2))
     assert "eight clips, there are 7" in refusal(draws_of_clips, [19] * 7)
-    with pytest.raises(UserError, match="two sizes or more"):
-        fad_infinity(torch.randn(9, 2), Moments.of(torch.randn(9, 2)), [torch.arange(9)] * 3)

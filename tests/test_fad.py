@@ -1,8 +1,5 @@
 """FAD compared with sets and closed forms of known distance (tests/fixtures/metrics)."""
 
-from functools import reduce
-from operator import add
-
 import pytest
 import torch
 from helpers_errors import refusal
@@ -11,7 +8,7 @@ from torch import Tensor
 
 from magnet_train.metrics.fad import Moments, frechet_distance
 
-FRECHET, STREAMING = facts("frechet.json"), facts("streaming.json")
+FRECHET = facts("frechet.json")
 CASES = pytest.mark.parametrize("case", FRECHET["cases"], ids=lambda c: c["name"])
 
 
@@ -20,24 +17,17 @@ def sets() -> dict[str, Tensor]:
     return arrays("frechet_embeddings.npz")
 
 
-def in_parts(x: Tensor, size: int) -> Moments:
-    return reduce(add, [Moments.of(part) for part in x.split(size)])
-
-
 def test_there_are_seventeen_sets_and_seven_closed_forms():
     assert (len(FRECHET["cases"]), len(FRECHET["closed_form"])) == (17, 7)
 
 
 @CASES
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_distance_of_two_sets_whatever_their_parts_and_common_offset(
-    case: dict, offset: float, sets
-):
+def test_distance_of_two_sets_whatever_their_common_offset(case: dict, offset: float, sets):
     """Sums of x xᵀ would have errors up to 5e-3 with the offset and few or constant windows."""
-    x, y = (sets[f"{case['name']}__{side}"].double() + offset for side in "xy")
-    for value in (Moments.of(x).distance(Moments.of(y)), in_parts(x, 37).distance(in_parts(y, 23))):
-        assert value >= 0
-        assert near(value, case["expected"], 1e-7)
+    x, y = (Moments.of(sets[f"{case['name']}__{side}"].double() + offset) for side in "xy")
+    assert x.distance(y) >= 0
+    assert near(x.distance(y), case["expected"], 1e-7)
 
 
 @pytest.mark.parametrize(
@@ -63,16 +53,6 @@ def test_distance_is_symmetric_and_zero_to_itself(sets):
     assert 0 <= x.distance(x) < 1e-6
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_chunks_and_their_order_do_not_matter(order: int):
-    """One of the chunks is empty."""
-    given = arrays("streaming.npz")
-    chunks = [given["gen"][first:last] for first, last in STREAMING["chunks"][::order]]
-    generated = reduce(add, [Moments.of(chunk) for chunk in chunks])
-    assert near(generated.distance(Moments.of(given["ref"])), STREAMING["expected_fd"])
-    assert generated.count == 97
-
-
 def test_two_windows_are_enough_and_fewer_are_an_error():
     x, y = torch.tensor([[0.0, 0, 0], [2, 0, 0]]), torch.tensor([[0.0, 1, 0], [2, 1, 0]])
     assert near(Moments.of(x).distance(Moments.of(y)), 1.0)
@@ -86,9 +66,3 @@ def test_two_windows_are_enough_and_fewer_are_an_error():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_embeddings_are_an_error(bad: float):
     assert "NaN or infinite" in refusal(Moments.of, torch.tensor([[1.0, bad]]))
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        frechet_distance(torch.full((2,), bad), torch.eye(2), torch.zeros(2), torch.eye(2))
-    with pytest.raises(ValueError, match="not n x d"):
-        Moments.of(torch.randn(4))
-    with pytest.raises(ValueError, match="width"):
-        frechet_distance(torch.zeros(2), torch.eye(2), torch.zeros(3), torch.eye(3))

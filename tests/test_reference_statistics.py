@@ -67,8 +67,6 @@ def test_what_was_heard_otherwise_is_refused(name: str, tmp_path: Path):
     ) as error:
         ReferenceStatistics.load(path, **HEARD | {name: "other"})
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="hop is none of"):
-        ReferenceStatistics.load(path, hop="other")
 
 
 def _alter(path: Path, tensors: dict[str, Tensor] | None = None, **about: object) -> None:
@@ -108,7 +106,5 @@ def test_missing_and_broken_files_are_named(tmp_path: Path):
 def test_a_reference_that_cannot_be_one():
     broken = clips() | {"set/b": torch.full((2, 4), torch.nan)}
     assert "reference clip set/b" in refusal(ReferenceStatistics.of, broken, **HEARD)
-    with pytest.raises(ValueError, match="widths"):
-        ReferenceStatistics.of(clips() | {"wide": torch.zeros(2, 5)}, **HEARD)
     for few in ({}, {"a": torch.zeros(1, 4)}):
         assert "two reference windows" in refusal(ReferenceStatistics.of, few, **HEARD)

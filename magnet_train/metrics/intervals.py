@@ -70,7 +70,6 @@ def frechet_interval(
 
     Raises:
         UserError: for fewer than two clips, or fewer than two windows in half of them.
-        ValueError: if the widths differ.
     """
     _check(len(clips))
     half = len(clips) // 2
@@ -94,12 +93,9 @@ def frechet_of_samples(clips: Sequence[Tensor], reference: Moments, times_drawn:
 
     Raises:
         UserError: if a sample has fewer than two windows.
-        ValueError: if the widths differ.
     """
     dim = len(reference.mean)
     covariance = reference.covariance("reference")
-    if any(clip.dim() != 2 or clip.shape[1] != dim for clip in clips):
-        raise ValueError(f"embeddings of clips are not all n x {dim}, as those of the reference")
     # Centred at the reference's mean, so that plain sums are accurate.
     centred = [clip.detach().cpu().double() - reference.mean for clip in clips]
     counts = times_drawn @ torch.tensor([float(len(x)) for x in centred], dtype=torch.float64)

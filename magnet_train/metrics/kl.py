@@ -81,17 +81,10 @@ def clip_divergences(convention: str, reference: Tensor, generated: Tensor) -> T
         generated: outputs for the generated clip; its n may differ if segments are pooled.
 
     Raises:
-        ValueError: if the classes differ.
-        UserError: for an unknown convention, different numbers of segments, and outputs that are
-            NaN, infinite, all zero or missing.
+        UserError: for different numbers of segments, and outputs that are NaN, infinite, all zero
+            or missing.
     """
-    if convention not in CONVENTIONS:
-        raise UserError(f"convention={convention}: choose one of {', '.join(CONVENTIONS)}")
     how = CONVENTIONS[convention]
-    if reference.shape[-1] != generated.shape[-1]:
-        raise ValueError(
-            f"{reference.shape[-1]} reference tags and {generated.shape[-1]} generated ones"
-        )
     p, q = (x.detach().double().reshape(-1, x.shape[-1]) for x in (reference, generated))
     if how.pooled:
         p, q = p.mean(0, keepdim=True), q.mean(0, keepdim=True)

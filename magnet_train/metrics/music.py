@@ -170,7 +170,7 @@ def onset_strength(wav: np.ndarray, sample_rate: int) -> np.ndarray:
     return rise.sum(1).astype(np.float64)
 
 
-def autocorrelation(strength: np.ndarray, most: int | None = None) -> np.ndarray:
+def autocorrelation(strength: np.ndarray, most: int = round(MAX_LAG_S / HOP_S)) -> np.ndarray:
     """Normalised autocorrelation of onset strength at lags 0 … most; all zero for a constant.
 
     Each lag is normalised by the energies of the two overlapping parts, so long lags are not
@@ -178,9 +178,8 @@ def autocorrelation(strength: np.ndarray, most: int | None = None) -> np.ndarray
 
     Args:
         strength: `n`.
-        most: longest lag, in hops; MAX_LAG_S if not given. Lags above half the clip are 0.
+        most: longest lag, in hops. Lags above half the clip are 0.
     """
-    most = round(MAX_LAG_S / HOP_S) if most is None else most
     n = len(strength)
     centred = strength - strength.mean()
     result = np.zeros(most + 1)
@@ -211,17 +210,10 @@ def beat_strength(correlation: np.ndarray, bpm: float) -> float:
 
     Args:
         correlation: of `autocorrelation`.
-        bpm: beats per minute; lags that `correlation` does not contain are ignored.
-
-    Raises:
-        ValueError: if bpm is so low that `correlation` contains none of the three lags.
+        bpm: beats per minute, of `parse_tempo`; lags that `correlation` lacks are ignored.
     """
     lags = np.array([0.5, 1, 2]) * 60 / bpm / HOP_S
     lags = lags[lags <= len(correlation) - 1]
-    if not len(lags):
-        raise ValueError(
-            f"bpm={bpm}: its half beat is longer than {(len(correlation) - 1) * HOP_S:.1f} s"
-        )
     at_beat = np.interp(lags, np.arange(len(correlation)), correlation).max()
     return float(at_beat - np.quantile(_periods(correlation), 0.75))
 
