@@ -49,8 +49,6 @@ class SystemRating:
     """95 % interval; None for a single rater."""
     num_ratings: int
     """Number of counted ratings."""
-    num_raters: int
-    """Number of their raters."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,6 @@ class RatingsTable:
     """Title of the test."""
     rows: tuple[SystemRating, ...]
     """One per system and question; systems by decreasing quality."""
-    num_raters: int
-    """Number of raters that were not excluded."""
     dropped: Mapping[str, str]
     """Reasons for excluding raters, by rater."""
     num_unplayed: int
@@ -156,7 +152,7 @@ def analyse_ratings(
         "the clips of a caption at one loudness."
     )
     rows = _rows(answers, kept, num_draws, seed)
-    return RatingsTable(answers.title, rows, len(kept), dropped, num_unplayed, protocol)
+    return RatingsTable(answers.title, rows, dropped, num_unplayed, protocol)
 
 
 @dataclass(frozen=True)
@@ -348,11 +344,11 @@ def _rows(
             for ratings in kept.values()
         ]
         values = [torch.tensor(ratings, dtype=torch.float64) for ratings in by_rater]
-        num_raters = sum(map(bool, by_rater))
-        interval = bootstrap_interval(values, num_draws, seed) if num_raters > 1 else None
+        is_shared = sum(map(bool, by_rater)) > 1
+        interval = bootstrap_interval(values, num_draws, seed) if is_shared else None
         total = torch.cat(values)
         mean = total.mean().item()
-        rows.append(SystemRating(*place, mean, interval, len(total), num_raters))
+        rows.append(SystemRating(*place, mean, interval, len(total)))
     first = answers.questions[0]
     quality = {row.system: row.mean for row in rows if row.question == first}
     # Stable: questions keep their order.

@@ -37,8 +37,6 @@ PERIODS_S = (0.2, 1.2)
 """Lags searched for a period, in seconds: 50 to 300 bpm."""
 SILENT_PEAK = 1e-6
 """A clip with no sample above this is silent: -120 dBFS."""
-CHANCE_RANK = 6.5
-"""Mean rank of a random tonic among 12."""
 
 MAJOR_SCALE = (0, 2, 4, 5, 7, 9, 11)
 """In semitones above the tonic; that of natural minor is one of its transpositions."""

@@ -168,8 +168,8 @@ def markdown_table(
     all records of their metric.
 
     Raises:
-        UserError: for records that cannot be compared, unless `force`, which adds a note; for two
-            records of one system and metric; and for no records.
+        UserError: for records that cannot be compared, unless `force`, which adds a note; and for
+            two records of one system and metric.
     """
     columns = _columns(records)
     notes = []
@@ -189,8 +189,6 @@ _Columns = dict[str, dict[str, Record]]
 
 
 def _columns(records: Sequence[Record]) -> _Columns:
-    if not records:
-        raise UserError("no records to tabulate: score a system first")
     columns: _Columns = {}
     for record in records:
         column = columns.setdefault(record.metric, {})
