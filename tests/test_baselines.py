@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers_data import codes_of, make_data_codec, write_shards
+from torch import Tensor
 
 from magnet_train.callbacks.baselines import CountBaselines
 from magnet_train.common.errors import UserError
@@ -96,16 +97,6 @@ def test_the_strength_is_the_best_with_each_pair_left_out():
         assert tables.strengths[k].item() == min(losses, key=lambda s: losses[s])
 
 
-def test_probabilities_sum_to_one():
-    tables = CountTables.count(chains(), SIZE)
-    everything = torch.cartesian_prod(torch.arange(SIZE), torch.arange(SIZE))[:, None].repeat(
-        1, 2, 1
-    )
-    bigram = (-tables.bigram_losses(everything)[:, :, 1]).exp().view(SIZE, SIZE, 2)
-    torch.testing.assert_close(bigram.sum(1), torch.ones(SIZE, 2, dtype=torch.float64))
-    torch.testing.assert_close(tables.frequencies.sum(1), torch.ones(2, dtype=torch.float64))
-
-
 def test_bigram_loss_of_a_markov_chain_is_its_entropy_and_of_noise_the_unigram_loss():
     """A code repeats with probability 3/4 + 1/28; each other code has 1/28."""
     train, held_out = chains(40, 500), torch.stack(chains(20, 500, seed=1))
@@ -184,6 +175,19 @@ def test_a_validation_counts_copies_among_its_masked_frames():
     assert not any("stage0" in name for name in values)
 
 
+def validations(data: MagnetDataModule, codes: Tensor, valid: Tensor) -> list[dict[str, float]]:
+    """What two validations of a batch log."""
+    logged: list[dict[str, float]] = []
+    module = SimpleNamespace(log_dict=lambda values, **_: logged.append(values))
+    trainer = SimpleNamespace(testing=False, sanity_checking=False, datamodule=data)
+    callback = CountBaselines()
+    for _ in range(2):
+        callback.on_validation_epoch_start(trainer, module)
+        callback.on_validation_batch_end(trainer, module, None, {"codes": codes, "valid": valid}, 0)
+        callback.on_validation_epoch_end(trainer, module)
+    return logged
+
+
 def test_a_validation_scores_its_items_by_counts_of_the_training_codes(tmp_path):
     """Padding is neither counted nor scored; later validations log the same without recounting."""
     codec = make_data_codec(tmp_path / "codec")
@@ -201,14 +205,7 @@ def test_a_validation_scores_its_items_by_counts_of_the_training_codes(tmp_path)
 
     codes, valid = torch.stack([train[0], train[4]]), torch.ones(2, 100, dtype=torch.bool)
     valid[1, 40:] = False
-    logged: list[dict[str, float]] = []
-    module = SimpleNamespace(log_dict=lambda values, **_: logged.append(values))
-    trainer = SimpleNamespace(testing=False, sanity_checking=False, datamodule=data)
-    callback = CountBaselines()
-    for _ in range(2):
-        callback.on_validation_epoch_start(trainer, module)
-        callback.on_validation_batch_end(trainer, module, None, {"codes": codes, "valid": valid}, 0)
-        callback.on_validation_epoch_end(trainer, module)
+    logged = validations(data, codes, valid)
     assert logged[0] == logged[1]
     for name, losses in (
         ("unigram", tables.unigram_losses(codes)),
@@ -224,16 +221,6 @@ def test_without_training_shards_there_is_a_warning_and_no_figure(tmp_path):
     codec = make_data_codec(tmp_path / "codec")
     write_shards(tmp_path / "validation", codec, (2,))
     data = MagnetDataModule(None, str(tmp_path / "validation"), codec=codec, crop_s=2.0)
-    logged: list[dict[str, float]] = []
-    module = SimpleNamespace(log_dict=lambda values, **_: logged.append(values))
-    trainer = SimpleNamespace(testing=False, sanity_checking=False, datamodule=data)
-    callback = CountBaselines()
+    codes, valid = torch.zeros(1, 4, 9, dtype=torch.int64), torch.ones(1, 9, dtype=torch.bool)
     with pytest.warns(UserWarning, match=r"no baselines of val/ce: no train shards"):
-        callback.on_validation_epoch_start(trainer, module)
-    batch = {
-        "codes": torch.zeros(1, 4, 9, dtype=torch.int64),
-        "valid": torch.ones(1, 9, dtype=torch.bool),
-    }
-    callback.on_validation_batch_end(trainer, module, None, batch, 0)
-    callback.on_validation_epoch_end(trainer, module)
-    assert logged == []
+        assert validations(data, codes, valid) == []

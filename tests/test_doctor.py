@@ -37,6 +37,7 @@ from magnet_train.resume import shards_hash
 CONF = Path(__file__).parents[1] / "conf"
 NETWORK = {"dim": 32, "num_heads": 2, "num_layers": 2}
 ASSUMED = Speed(1e9, 1e9, 1.0, "as assumed")
+usage = namedtuple("usage", "total used free")
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,6 @@ def test_the_published_medium_model_is_never_made(parts, monkeypatch, capsys):
 
 
 def test_every_check_runs_even_if_others_fail(parts, tmp_path, monkeypatch, capsys):
-    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**5))
     shutil.copytree(parts / "validation", tmp_path / "validation")
     shard = tmp_path / "validation" / "shard-000000.tar"
@@ -352,7 +352,6 @@ def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch,
 
 def test_checkpoints_that_will_be_replaced_have_their_room(plan, tmp_path, monkeypatch):
     """Three are kept: a resumed run with two needs space for one more, a new run for three."""
-    usage = namedtuple("usage", "total used free")
     size = estimate.checkpoint_bytes(plan)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 1.5 * size))
     saved: dict[str, Any] = {"hyper_parameters": {"network": {}}, "global_step": 3}
@@ -444,7 +443,6 @@ def test_a_missing_network_or_reference_is_an_error_if_the_monitor_needs_it(
 
 
 def test_too_few_cores_files_and_shared_memory_are_warnings(plan, monkeypatch):
-    usage = namedtuple("usage", "total used free")
     real = shutil.disk_usage
     monkeypatch.setattr(
         shutil, "disk_usage", lambda p: usage(1, 0, 64 << 20) if str(p) == "/dev/shm" else real(p)
