@@ -57,6 +57,9 @@ def config(**changes: Any) -> Namespace:
             crop_s=10.0,
             span_len=3,
             more_span_lens=(),
+            lora=Namespace(rank=0),
+            init_from=None,
+            distil_guidance=False,
             network=Namespace(**MagnetConfig().to_dict()),
             optimizer=Namespace(name="adamw", schedule="constant"),
         ),
@@ -101,6 +104,7 @@ def test_settings_that_work_are_accepted():
             "schedule=cosine: the run has no end",
         ),
         ({"model__span_len": 10**9}, "span_len=1000000000: longer than an example"),
+        ({"model__lora": Namespace(rank=4)}, "--lora.rank 4: needs --model.init_from"),
         ({"data__crop_schedule": [(5.0, 9), (1e-3, 9)]}, "crop_s=0.001 s are 0 frames.*schedule"),
     ],
 )

@@ -90,3 +90,12 @@ def test_auto_is_nothing_where_there_is_no_checkpoint_yet(tmp_path):
         prepare_run_folder(options(tmp_path / "file" / "run"), is_fit=True)
     with pytest.raises(UserError, match=r"--checkpoint.dirpath .*file.*cannot be written"):
         prepare_run_folder(options(tmp_path, dirpath=str(tmp_path / "file" / "x")), is_fit=True)
+
+
+def test_a_url_is_no_run_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in (options(Path("s3://b/x")), options(tmp_path, dirpath="s3://b/x")):
+        for check in (check_run_folder, lambda config: prepare_run_folder(config, is_fit=True)):
+            with pytest.raises(UserError, match="a URL; give a folder on this machine"):
+                check(given)
+    assert not (tmp_path / "s3:").exists()

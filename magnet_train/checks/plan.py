@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from magnet_train.adapters import LoraConfig
 from magnet_train.callbacks.validation import check_epoch, check_validation
 from magnet_train.checks.cost import num_parameters
 from magnet_train.checks.estimate import available_memory, gigabytes
@@ -26,6 +27,7 @@ from magnet_train.decoding.autoregressive import check_decoding
 from magnet_train.decoding.decode import DecodingConfig
 from magnet_train.decoding.load_rescorer import check_rescorer
 from magnet_train.model import MagnetConfig
+from magnet_train.module import check_lora
 from magnet_train.optimizer import OptimizerConfig
 from magnet_train.resume import newest_intact_checkpoint, requeue_count
 from magnet_train.sharding import check_shardable
@@ -254,6 +256,11 @@ def check_accelerator(config: Any) -> None:
         )
 
 
+def check_adapters(config: Any) -> None:
+    model = config.model
+    check_lora(LoraConfig(**vars(model.lora)), model.init_from, bool(model.distil_guidance))
+
+
 def check_generation(config: Any) -> None:
     """Whether the network can be decoded, and rescored, with the settings of validation."""
     values = config.generation.decoding
@@ -276,6 +283,7 @@ SETTINGS_CHECKS: tuple[Callable[[Any], None], ...] = (
     check_sharding,
     check_accelerator,
     check_span,
+    check_adapters,
 )
 
 

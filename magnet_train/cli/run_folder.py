@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from magnet_train.common.errors import UserError
-from magnet_train.common.folders import writable_folder
+from magnet_train.common.folders import check_local, writable_folder
 from magnet_train.resume import newest_intact_checkpoint
 
 LOCK_WAIT_S = 10.0
@@ -105,9 +105,12 @@ def check_run_folder(config: Any) -> None:
         config: options of `fit`.
 
     Raises:
-        UserError: if another process trains there, or a new run would overwrite checkpoints.
+        UserError: if it is a URL, another process trains there, or a new run would overwrite
+            checkpoints.
     """
     folder = Path(config.trainer.default_root_dir or "runs/run").expanduser()
+    check_local(folder, "--trainer.default_root_dir")
+    check_local(Path(config.checkpoint.dirpath or folder), "--checkpoint.dirpath")
     if (folder / ".fit.lock").exists():
         lock = RunFolderLock(folder)
         lock.acquire(wait_s=0)
