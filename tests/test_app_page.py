@@ -112,7 +112,7 @@ def test_dropped_settings_two_takes_and_their_comparison(open_page, folder):
     wrong.write_text("{}")
     load_settings(page, wrong)
     wait_for_status(page, "wrong.json: no options in it")
-    page.get_by_label("Remove this file").click()
+    page.locator("#settings").get_by_label("Clear").click()
     page.locator("#settings input[type=file]").set_input_files(preset(folder, (2, 1)))
     wait_for_status(page, "Settings of clip.json")
     assert page.get_by_label("decoding_steps").input_value() == "2, 1"
@@ -140,7 +140,7 @@ def test_upload_touch_edit_and_undo_on_a_phone(open_page, folder):
     upload = page.locator("#recording input[type=file]")
     upload.set_input_files({"name": "bad.wav", "mimeType": "audio/wav", "buffer": b"no audio"})
     wait_for_status(page, "bad.wav: ")
-    page.locator("#recording").get_by_label("Remove this file").click()
+    page.locator("#recording").get_by_label("Clear").click()
     upload.set_input_files(folder / "noise.wav")
     wait_for_status(page, "Opened noise.wav")
 

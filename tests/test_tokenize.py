@@ -240,7 +240,7 @@ def test_captions_from_tags_and_names(run: Callable[..., dict], tmp_path: Path):
 
 
 def test_validation_is_split_by_file_and_added_files_move_none(
-    run: Callable[..., dict], tmp_path: Path
+    run: Callable[..., dict], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     def sources(split: str) -> set[str]:
         return {i["info"]["source"] for i in items(tmp_path / "out" / split)}
@@ -251,6 +251,9 @@ def test_validation_is_split_by_file_and_added_files_move_none(
     assert least
     share = max(0.3, float(least[1]))
     run(validation=share, crop_s=3.0, min_s=1.0)
+    printed = capsys.readouterr().out
+    assert "fit --model.init_from MODEL --data.train" in printed  # not the demo's codec
+    assert re.findall(r"(?m)^(reading|encoding) ", printed) == ["reading", "encoding"] * 2
     before = sources("train"), sources("validation")
     assert before[0] and before[1] and not before[0] & before[1]
     assert before[0] | before[1] == {f"{i}.wav" for i in range(6)}

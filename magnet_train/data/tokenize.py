@@ -81,7 +81,7 @@ def tokenize(source: Path, out: Path, options: TokenizeOptions) -> dict[str, Any
             ("validation", True, with_references(options)),
         )
     ]
-    init_from = "--model.init_from demo " if options.codec == "demo" else ""
+    init_from = f"--model.init_from {'demo' if options.codec == 'demo' else 'MODEL'} "
     sets = f"--data.train {out / 'train'} --data.validation {out / 'validation'}"
     tqdm.write(f"next        python -m magnet_train fit {init_from}{sets}")
     return index
