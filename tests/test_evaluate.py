@@ -311,6 +311,8 @@ def test_mistakes_in_the_options_are_named(tmp_path, monkeypatch):
     assert re.search("--accelerator banana --devices 1: .*; choose cpu, gpu or auto", said)
     soundfile.write(tmp_path / "a.wav", np.zeros(100), 16_000)
     assert "fad/musicnn needs --reference" in refused(tmp_path)
+    said = refused(tmp_path, metrics=["vendi/musicnn"], weights={"musicnn": "x"})
+    assert "weights x of musicnn: its weights are bundled" in said
     # Weights that are not there, and no network: an error here, with all that is needed to get
     # them.
     monkeypatch.setenv("MAGNET_TRAIN_CACHE", str(tmp_path / "cache"))

@@ -92,13 +92,15 @@ def load_embedder(name: str, weights: str | None = None, device: str = "cpu") ->
         device: device of the network.
 
     Raises:
-        UserError: if the name is unknown, or the weights cannot be found.
+        UserError: if the name is unknown, its weights cannot be found, or it takes none.
     """
     if name == "music":
         return _music_embedder()
     if name not in EMBEDDERS:
         raise UserError(f"embedder {name!r}: choose one of {', '.join(EMBEDDERS)}")
     if name == "musicnn":
+        if weights is not None:
+            raise UserError(f"weights {weights} of musicnn: its weights are bundled; omit it")
         return _load_musicnn_embedder()
     if name == "codec":
         return _load_codec_embedder(weights or "demo", device)
