@@ -235,6 +235,10 @@ def test_broken_weights_are_named(folder: Path, tmp_path: Path):
     assert "model.safetensors" in message(tmp_path)
 
 
+def test_a_type_that_is_no_text_is_refused(folder: Path, tmp_path: Path):
+    assert "cannot be loaded" in message(clone_with(folder, tmp_path, model_type=["encodec"]))
+
+
 def test_missing_tensors_are_not_replaced_by_random_ones(folder: Path, tmp_path: Path):
     from safetensors.torch import load_file, save_file
 

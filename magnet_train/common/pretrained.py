@@ -218,7 +218,8 @@ def _check_size(what: str, folder: Path) -> None:
     if not (folder / "config.json").is_file() or not stored:  # a tokenizer, or an error later
         return
     values = read_json(folder / "config.json")
-    if values.get("model_type") not in CONFIG_MAPPING:  # checked by its own loader
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:  # checked by its own loader
         return
     try:
         _check_counts(values)
