@@ -135,11 +135,14 @@ def chain_statistics(config: DecodingConfig, chain: torch.Tensor) -> tuple[float
     return log_p.item(), (out[:, 1:] == out[:, :-1]).float().mean().item()
 
 
-def test_random_order_with_shared_noise_decodes_a_chain_as_it_is_and_the_published_order_does_not():
+@pytest.mark.parametrize("repeat, shared_noise", [(0.76, 25), (0.46, 1)])
+def test_random_order_decodes_a_chain_as_it_is_and_the_published_order_does_not(
+    repeat, shared_noise
+):
     """The reason for these options: confidence order prefers repeated codes, so decoded clips drone
-    or break up.
+    or break up. Codes that are held need shared noise; codes that change often do not.
     """
-    chain = markov_chain()
+    chain = markov_chain(repeat)
     own_log_p = (chain * chain.clamp(min=1e-30).log()).sum(1).mean().item()
     modern = DecodingConfig(
         decoding_steps=(20,),
@@ -148,14 +151,14 @@ def test_random_order_with_shared_noise_decodes_a_chain_as_it_is_and_the_publish
         top_p=1.0,
         span_len=1,
         span_scoring="random",
-        shared_noise=25,
+        shared_noise=shared_noise,
     )
     log_p, repeats = chain_statistics(modern, chain)
     assert log_p == pytest.approx(own_log_p, abs=0.15)
-    assert repeats == pytest.approx(0.76, abs=0.05)
+    assert repeats == pytest.approx(repeat, abs=0.05)
     log_p, repeats = chain_statistics(DecodingConfig(decoding_steps=(20,)), chain)
-    print(f"published: log P {log_p:.2f}, repeats {repeats:.2f}; the chain: {own_log_p:.2f}, 0.76")
-    assert abs(log_p - own_log_p) > 0.15 or abs(repeats - 0.76) > 0.05
+    print(f"published: log P {log_p:.2f}, repeats {repeats:.2f}; the chain: {own_log_p:.2f}")
+    assert abs(log_p - own_log_p) > 0.15 or abs(repeats - repeat) > 0.05
 
 
 def test_noise_is_shared_in_the_stages_that_the_setting_names():
