@@ -46,8 +46,6 @@ class Weights:
     """As stated by the publisher."""
     sha256: str
     """SHA-256: all 64 hex digits, its first ones from the file name, or empty."""
-    used_for: str
-    """Metrics that use it."""
     hub_id: str | None = None
     """Repository on the Hugging Face Hub, if it is published there."""
 
@@ -77,7 +75,6 @@ VGGISH = Weights(
     size=288_570_000,
     licence="Apache-2.0",
     sha256="10086976",
-    used_for="FAD",
 )
 PASST_10S = Weights(
     name="PaSST for 10 s",
@@ -87,7 +84,6 @@ PASST_10S = Weights(
     licence="not stated (code Apache-2.0)",
     # Not published by its authors, but by several public evaluations.
     sha256="302903fa8c4aee817b11dc982da0b29aaf8d11a3e722420476d0a12c9db70c2c",
-    used_for="KL of sound",
 )
 PASST_20S = Weights(
     name="PaSST for 20 s",
@@ -96,7 +92,6 @@ PASST_20S = Weights(
     size=344_975_942,
     licence="not stated (code Apache-2.0)",
     sha256="",
-    used_for="KL of music",
 )
 CLAP_MUSIC = Weights(
     name="CLAP for music",
@@ -105,7 +100,6 @@ CLAP_MUSIC = Weights(
     size=2_350_000_000,
     licence="CC0-1.0",
     sha256="fae3e9c087f2909c28a09dc31c8dfcdacbc42ba44c70e972b58c1bd1caf6dedd",
-    used_for="CLAP score",
     hub_id="lukewys/laion_clap",
 )
 PUBLISHED = (VGGISH, PASST_10S, PASST_20S, CLAP_MUSIC)
