@@ -687,16 +687,15 @@ def test_changed_audio_is_noticed(run: Callable[..., dict], tmp_path: Path):
         assert "empty folder" in refusal(run)
 
 
-@pytest.mark.parametrize(("size", "changed"), [(10**6, 1), (3 * 10**6, 1 << 20)])
-def test_a_change_within_a_file_changes_its_hash(size: int, changed: int, tmp_path: Path):
+def test_one_changed_byte_of_a_file_changes_its_hash(tmp_path: Path):
     clip = Clip(tmp_path / "a.wav", "a.wav")
+    size = 3 * 10**6
     content = np.random.default_rng(0).bytes(size)
     found = set()
-    for start in (0, size // 3, size // 2, size - changed):
-        other = content[:start] + bytes(changed) + content[start + changed :]
-        for version in (content, other):
+    for place in (0, size // 3, size // 2 + 12345, size - 1):
+        for version in (content, content[:place] + b"?" + content[place + 1 :]):
             clip.path.write_bytes(version)
-            found.add(_clip_hash(clip))
+            found.add(_clip_hash(clip, {}))
     assert len(found) == 5
 
 

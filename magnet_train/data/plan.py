@@ -26,9 +26,6 @@ MAX_CROP_S = 3600.0
 MAX_MIXTURES = 100.0
 MAX_TEXT_BYTES = 1 << 18
 """Maximum size of a clip's caption and fields; the shard reader's limit is four times as large."""
-SAMPLED_BYTES, EVERY_BYTES = 1 << 16, 1 << 20
-"""To detect changed audio, the first SAMPLED_BYTES of every EVERY_BYTES of a file and its last
-SAMPLED_BYTES are hashed; files of up to EVERY_BYTES are hashed completely."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +119,12 @@ def find_usable(
     """
     usable: dict[str, UsableClip] = {}
     skipped: list[dict[str, str]] = []
+    audio: dict[Path, str] = {}
     with PhaseBar("reading", len(clips), "file") as bar:
         for clip in clips:
             try:
                 start_s, length_s = _usable_part(clip, options)
-                clip_hash = _clip_hash(clip)
+                clip_hash = _clip_hash(clip, audio)
                 if clip_hash in usable:
                     raise UserError(f"{clip.name}: listed twice with the same caption")
                 usable[clip_hash] = UsableClip(clip, start_s, length_s, clip_hash)
@@ -183,22 +181,23 @@ def _usable_part(clip: Clip, options: TokenizeOptions) -> tuple[float, float]:
     return start_s, length_s
 
 
-def _clip_hash(clip: Clip) -> str:
-    digest = hashlib.sha256()
+def _clip_hash(clip: Clip, audio: dict[Path, str]) -> str:
+    """Hash of a clip; `audio` keeps the hashes of files, which may have many clips."""
     try:
-        size = clip.path.stat().st_size
-        with clip.path.open("rb") as file:
-            if size <= EVERY_BYTES:
-                digest.update(file.read(size))
-            else:
-                for start in (*range(0, size, EVERY_BYTES), size - SAMPLED_BYTES):
-                    file.seek(start)
-                    digest.update(file.read(SAMPLED_BYTES))
+        if clip.path not in audio:
+            with clip.path.open("rb") as file:
+                audio[clip.path] = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{clip.path}: unreadable ({error.strerror})") from error
-    about = [clip.name, size, clip.caption, clip.fields, clip.offset_s, clip.duration_s]
-    digest.update(json.dumps(about, sort_keys=True).encode())
-    return digest.hexdigest()[:32]
+    about = [
+        clip.name,
+        audio[clip.path],
+        clip.caption,
+        clip.fields,
+        clip.offset_s,
+        clip.duration_s,
+    ]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _crops(part: UsableClip, options: TokenizeOptions) -> Iterator[Crop]:
