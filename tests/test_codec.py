@@ -215,6 +215,15 @@ def test_an_untrained_model_is_refused(tmp_path: Path):
     assert "codebook.embed is all zero" in message(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"pad_mode": ""}, {"chunk_length_s": -1}, {"chunk_length_s": 1e-9}]
+)
+def test_settings_that_no_codec_has_are_named(settings: dict, folder: Path, tmp_path: Path):
+    clone_with(folder, tmp_path, **settings)
+    (name,) = settings
+    assert f"{name}={settings[name]!r} must be" in message(tmp_path)
+
+
 def test_the_first_codebooks_are_a_separate_codec(folder: Path, codec: EncodecCodec):
     two = load_codec(f"{folder}@2")
     assert two.facts.num_codebooks == 2

@@ -217,7 +217,7 @@ BAD = {
     "nothing there": (None, "no such file"),
     "not YAML": ("a: [", "not valid YAML"),
     "no sweep": ({"method": None}, "a sweep needs"),
-    "bayes": ({"method": "bayes", "parameters": ONE}, "method=bayes needs a W&B server"),
+    "bayes": ({"method": "bayes", "parameters": ONE}, "method='bayes' needs a W&B server"),
     "a range": ({"parameters": {"x": {"min": 0, "max": 1}}}, "parameter x: a grid needs"),
     "no values": ({"parameters": {"x": {"values": []}}}, "parameter x: a grid needs"),
     "nested": ({"parameters": {"x": {"parameters": ONE}}}, "parameter x: a grid needs"),

@@ -19,6 +19,7 @@ from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 # Running averages used only to train the codec.
 TRAINING_BUFFERS = ("embed_avg", "cluster_size", "inited")
 # Settings that change the codes but neither names nor shapes of weights.
+PADDING_MODES = ("constant", "reflect", "replicate")
 DECISIVE_SETTINGS = ("pad_mode", "upsampling_ratios", "use_causal_conv", "dilation_growth_rate")
 NORMALISED_LEVEL = 0.1
 """RMS level (-20 dB of full scale) of decoded audio if the codec normalises its input."""
@@ -35,6 +36,7 @@ class EncodecCodec(NetworkCodec):
 
     def __init__(self, model: Any, name: str, num_codebooks: int | None = None):
         config, layers = model.config, model.quantizer.layers
+        _check_config(config, name)
         count = first_codebooks(name, len(layers), num_codebooks)
         model.quantizer.layers = layers[:count]
         weights = _decisive_weights(model)
@@ -133,3 +135,21 @@ def _decisive_weights(model: nn.Module) -> dict[str, Tensor]:
         for key, tensor in sorted(model.state_dict().items())
         if key.startswith(("encoder.", "quantizer.")) and not key.endswith(TRAINING_BUFFERS)
     }
+
+
+def _check_config(config: Any, name: str) -> None:
+    """Check settings that transformers does not check.
+
+    Raises:
+        UserError: if a padding mode or a length of chunks is impossible.
+    """
+    if config.pad_mode not in PADDING_MODES:
+        raise UserError(
+            f"codec {name!r}: pad_mode={config.pad_mode!r} must be {' or '.join(PADDING_MODES)}"
+        )
+    chunk_s, frame_s = config.chunk_length_s, config.hop_length / config.sampling_rate
+    is_number = isinstance(chunk_s, int | float) and frame_s <= chunk_s <= 3600
+    if chunk_s is not None and not is_number:
+        raise UserError(
+            f"codec {name!r}: chunk_length_s={chunk_s} must be from one frame to an hour, or null"
+        )

@@ -133,7 +133,7 @@ def _read_grid(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: a sweep needs method, parameters and command; {EXAMPLE}")
     if content["method"] != "grid":
         raise UserError(
-            f"{file}: method={content['method']} needs a W&B server (`wandb sweep {file}`); "
+            f"{file}: method={content['method']!r} needs a W&B server (`wandb sweep {file}`); "
             "or set grid"
         )
     return content
