@@ -216,7 +216,7 @@ def test_the_published_one_loads_by_its_hash(
     tokenizer = str(folder / "tokenizer")
     with pytest.raises(UserError, match=r"published\.pt: SHA-256 is .*, not fae3e9c0"):
         load_clap(str(file.path), tokenizer)
-    tiny = Weights("CLAP", CLAP_MUSIC.url, 1, "CC0-1.0", file.sha256, "tests")
+    tiny = Weights("CLAP", CLAP_MUSIC.url, 1, "CC0-1.0", file.sha256)
     monkeypatch.setattr(clap_module, "CLAP_MUSIC", tiny)
     with pytest.raises(UserError, match=r"two unrelated captions have cosine 0\.9"):
         load_clap(str(file.path), tokenizer)
@@ -333,7 +333,7 @@ def test_a_missing_laion_clap_is_one_line(
     file = saved(folder / "clap.pt", laion_state)
     monkeypatch.setitem(sys.modules, "laion_clap", None)
     monkeypatch.setattr(
-        clap_module, "CLAP_MUSIC", Weights("CLAP", CLAP_MUSIC.url, 1, "CC0-1.0", "", "tests")
+        clap_module, "CLAP_MUSIC", Weights("CLAP", CLAP_MUSIC.url, 1, "CC0-1.0", "")
     )
     with pytest.raises(UserError, match=r"pip install -e '\.\[laion-clap\]'") as error:
         load_clap(str(file.path), package=True)

@@ -84,7 +84,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def published(server: Server, sha256: str = SHA256, file: str = "tiny.pth") -> Weights:
     url = f"http://127.0.0.1:{server.server_port}/releases/{file}"
-    return Weights("Tiny", url, len(CONTENT), "CC0-1.0", sha256, "tests")
+    return Weights("Tiny", url, len(CONTENT), "CC0-1.0", sha256)
 
 
 def files(cache: Path) -> set[str]:
