@@ -91,7 +91,7 @@ class Case:
     expected: str = "refused"
     """Or "skipped" (status 0, and the output names it), "used", or "failed" (by doctor)."""
     words: tuple[str, ...] = ()
-    """The last line must contain one of these. Empty: it must contain the option's name."""
+    """Texts of which the last line must contain one; if empty, the option's name."""
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -1708,7 +1708,7 @@ def fuzz(names: list[str], minutes: float, out: Path | None) -> bool:
                 seed += 1
                 try:
                     counts[name] += check(name, samples, examples=100, seed=seed)
-                except Exception:
+                except Exception:  # any kind is a finding, and makes the status 1
                     print(traceback.format_exc(limit=-4)[:5000], flush=True)
                     counts[name]["failed"] += 1
             used_s[name] += time.process_time() - begin

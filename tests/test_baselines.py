@@ -176,7 +176,7 @@ def test_a_validation_counts_copies_among_its_masked_frames():
 
 
 def validations(data: MagnetDataModule, codes: Tensor, valid: Tensor) -> list[dict[str, float]]:
-    """What two validations of a batch log."""
+    """Logged values of two validations of the same batch."""
     logged: list[dict[str, float]] = []
     module = SimpleNamespace(log_dict=lambda values, **_: logged.append(values))
     trainer = SimpleNamespace(testing=False, sanity_checking=False, datamodule=data)

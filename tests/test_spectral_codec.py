@@ -42,7 +42,7 @@ def chord(*pitches: int, seconds: float = 2.0) -> Tensor:
 
 @pytest.fixture(scope="module")
 def train_codec():
-    """What the script that trained the bundled codec defines."""
+    """Functions of data/demo/train_codec.py."""
     return SimpleNamespace(**run_path(str(demo_path("train_codec.py"))))
 
 
