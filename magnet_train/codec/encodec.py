@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from magnet_train.codec.base import NetworkCodec, first_codebooks
-from magnet_train.codec.encodec_names import PACKAGE_MODELS, PACKAGE_URL, to_transformers
+from magnet_train.codec.encodec_names import (
+    PACKAGE_MODELS,
+    PACKAGE_URL,
+    PADDING_MODES,
+    to_transformers,
+)
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import load_complete, one_line
 from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
@@ -19,7 +24,6 @@ from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 # Running averages used only to train the codec.
 TRAINING_BUFFERS = ("embed_avg", "cluster_size", "inited")
 # Settings that change the codes but neither names nor shapes of weights.
-PADDING_MODES = ("constant", "reflect", "replicate")
 DECISIVE_SETTINGS = ("pad_mode", "upsampling_ratios", "use_causal_conv", "dilation_growth_rate")
 NORMALISED_LEVEL = 0.1
 """RMS level (-20 dB of full scale) of decoded audio if the codec normalises its input."""
@@ -148,8 +152,8 @@ def _check_config(config: Any, name: str) -> None:
             f"codec {name!r}: pad_mode={config.pad_mode!r} must be {' or '.join(PADDING_MODES)}"
         )
     chunk_s, frame_s = config.chunk_length_s, config.hop_length / config.sampling_rate
-    is_number = isinstance(chunk_s, int | float) and frame_s <= chunk_s <= 3600
-    if chunk_s is not None and not is_number:
+    is_possible = isinstance(chunk_s, int | float) and frame_s <= chunk_s <= 3600
+    if chunk_s is not None and not is_possible:
         raise UserError(
             f"codec {name!r}: chunk_length_s={chunk_s} must be from one frame to an hour, or null"
         )

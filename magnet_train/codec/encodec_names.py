@@ -13,6 +13,7 @@ from torch import Tensor
 
 from magnet_train.common.errors import UserError
 
+PADDING_MODES = ("constant", "reflect", "replicate")
 PACKAGE_URL = "https://dl.fbaipublicfiles.com/encodec/v0/"
 """URL of the models of the `encodec` package (MIT; weights MIT); names have the first hex digits of
 the SHA-256.
@@ -105,7 +106,7 @@ def transformers_config(audiocraft: Mapping[str, Any], where: str) -> dict[str, 
             raise UserError(
                 f"{where}: {key}={audiocraft[key]!r}; only codecs with {value!r} are supported"
             )
-    if audiocraft.get("seanet.pad_mode") not in ("constant", "reflect", "replicate"):
+    if audiocraft.get("seanet.pad_mode") not in PADDING_MODES:
         raise UserError(
             f"{where}: seanet.pad_mode={audiocraft.get('seanet.pad_mode')!r} is not a padding "
             "mode; download it again"
