@@ -51,7 +51,8 @@ SLICE_S = 5.0
 FUZZ_COLUMNS = ["reader", "CPU seconds", "files", "refused in a line", "other exceptions"]
 FUZZ_HEAD = (
     "# Random bad files\n\nWritten by `python benchmarks/bad_inputs.py --fuzz MINUTES --out FILE`: "
-    "each reader gets files of tests/strategies.py, different ones in each call.\n\n"
+    "each reader gets files of tests/strategies.py, different ones in each call, "
+    "and each call adds to the table in FILE.\n\n"
 )
 DEMO_CODEBOOKS = json.loads((demo_path("codec") / "config.json").read_text())["num_codebooks"]
 INF, NAN, BIG = ".inf", ".nan", "1" + "0" * 20
@@ -1692,12 +1693,12 @@ def write_table(rows: Collection[list[str]], out: Path) -> None:
 def fuzz(names: list[str], minutes: float, out: Path | None) -> bool:
     """Run each reader on random files for this many minutes of CPU time, in turns of `SLICE_S`.
 
-    The table is written after each turn, so that it can be stopped at any time. Exceptions other
-    than UserError are printed with the file that caused them. Returns whether there were any.
+    The table is written after each turn, and a later call adds to it, so that it can be stopped at
+    any time. Exceptions other than UserError are printed with the file that caused them. Returns
+    whether there were any.
     """
     names = names or list(READERS)
-    counts = {name: Counter[str]() for name in names}
-    used_s = dict.fromkeys(names, 0.0)
+    used_s, counts = read_fuzz_table(out)
     seed = time.time_ns()
     with tempfile.TemporaryDirectory() as folder:
         samples = Samples(Path(folder))
@@ -1712,11 +1713,25 @@ def fuzz(names: list[str], minutes: float, out: Path | None) -> bool:
                     print(traceback.format_exc(limit=-4)[:5000], flush=True)
                     counts[name]["failed"] += 1
             used_s[name] += time.process_time() - begin
-            rows = [[n, f"{used_s[n]:.0f}", *_fuzz_counts(counts[n])] for n in names]
-            print(" | ".join(rows[names.index(name)]), flush=True)
+            rows = {n: [n, f"{used_s[n]:.1f}", *_fuzz_counts(counts[n])] for n in READERS}
+            print(" | ".join(rows[name]), flush=True)
             if out is not None:
-                out.write_text(FUZZ_HEAD + markdown_table(FUZZ_COLUMNS, rows) + "\n")
+                table = markdown_table(FUZZ_COLUMNS, list(rows.values()))
+                out.write_text(FUZZ_HEAD + table + "\n")
     return any(count["failed"] for count in counts.values())
+
+
+def read_fuzz_table(out: Path | None) -> tuple[dict[str, float], dict[str, Counter[str]]]:
+    """CPU seconds and counts of each reader in the table of an earlier call, or zeros."""
+    used_s = dict.fromkeys(READERS, 0.0)
+    counts = {name: Counter[str]() for name in READERS}
+    for line in out.read_text().splitlines() if out is not None and out.exists() else []:
+        name, *numbers = [cell.strip() for cell in line.strip("|").split("|")]
+        if name in READERS:
+            used_s[name] = float(numbers[0])
+            read, refused, failed = map(int, numbers[1:])
+            counts[name].update(used=read - refused, refused=refused, failed=failed)
+    return used_s, counts
 
 
 def _fuzz_counts(count: Counter[str]) -> list[str]:

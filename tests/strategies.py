@@ -336,15 +336,16 @@ def checkpoints(draw: st.DrawFn, samples: Samples) -> bytes:
         content["hyper_parameters"] = draw(changed(settings))
     if draw(st.integers(0, 3)) == 0:
         content[draw(st.sampled_from(sorted(content)))] = draw(values())
-    if isinstance(content["state_dict"], dict) and draw(st.booleans()):
-        name = draw(st.sampled_from(sorted(content["state_dict"])))
+    weights = content["state_dict"]
+    if isinstance(weights, dict) and weights and draw(st.booleans()):
+        name = draw(st.sampled_from(sorted(weights)))
         other = [
             torch.zeros(3),
             torch.zeros(0),
             torch.full((8, 8), float("nan")),
             torch.ones(2).int(),
         ]
-        content["state_dict"][name] = draw(st.sampled_from([*other, None, 3, "x"]))
+        weights[name] = draw(st.sampled_from([*other, None, 3, "x"]))
     file = io.BytesIO()
     torch.save(content, file)
     return draw(st.just(file.getvalue()) | damaged(file.getvalue()))
