@@ -26,6 +26,7 @@ from magnet_train.adapters import (
 )
 from magnet_train.callbacks.averaging import WeightEMA
 from magnet_train.common.errors import UserError
+from magnet_train.common.torchaudio_import import ensure_torchaudio_imports
 from magnet_train.model import Magnet, MagnetConfig
 from magnet_train.module import MagnetModule
 from magnet_train.release import SavedModel, check_checkpoint_weights
@@ -126,13 +127,17 @@ def test_wrong_adapters_are_refused(tmp_path):
         adapt(network(), replace(LORA, include=("nothing",)), torch.Generator())
 
 
-def test_peft_reads_the_adapter(tmp_path):
+@pytest.mark.parametrize("lora", [LORA, LoraConfig(4, include=("attention",), exclude=("cross",))])
+def test_peft_reads_the_adapter(lora, tmp_path):
+    ensure_torchaudio_imports()  # peft imports transformers, which imports torchaudio
     peft = pytest.importorskip("peft")
     base = network()
-    adapted, tensors = trained(base, 1)
-    folder = write(tmp_path / "a", base, tensors)
-    theirs = peft.PeftModel.from_pretrained(base, folder).base_model.model
-    assert (logits(theirs) - logits(adapted)).abs().max() < 1e-5
+    adapted, tensors = trained(base, 1, lora)
+    folder = write(tmp_path / "a", base, tensors, lora)
+    loaded = peft.PeftModel.from_pretrained(base, folder)
+    ours = logits(adapted)
+    assert (logits(loaded.base_model.model) - ours).abs().max() < 1e-5
+    assert (logits(loaded.merge_and_unload()) - ours).abs().max() < 1e-5
 
 
 def test_a_run_trains_averages_and_saves_only_adapters(tiny, tmp_path):
