@@ -230,8 +230,16 @@ def count_steps_in_bar(trainer: L.Trainer) -> None:
         def _get_train_description(self, current_epoch: int) -> str:
             return f"{'Training':<10}"
 
-        def on_train_batch_end(self, *args: Any) -> None:
-            super().on_train_batch_end(*args[:-1], self.trainer.global_step - 1)
+        def on_train_batch_end(
+            self,
+            trainer: L.Trainer,
+            module: L.LightningModule,
+            outputs: Any,
+            batch: Any,
+            batch_idx: int,
+        ) -> None:
+            step = trainer.global_step - 1
+            super().on_train_batch_end(trainer, module, outputs, batch, step)
 
         def get_metrics(self, *args: Any) -> dict[str, Any]:
             return {k: v for k, v in super().get_metrics(*args).items() if k != "v_num"}

@@ -1,7 +1,7 @@
 """Checks of settings: numbers in intervals, choices, and one number per codebook."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -112,13 +112,13 @@ def in_words(interval: str) -> str:
     return words + unit
 
 
-def as_tuple(value: Number | Sequence[Number]) -> tuple[Number, ...]:
+def as_tuple(value: Number | tuple[Number, ...] | list[Number]) -> tuple[Number, ...]:
     """Numbers as tuple, also a single one."""
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
 def per_codebook(
-    name: str, value: Number | Sequence[Number], num_codebooks: int
+    name: str, value: Number | tuple[Number, ...] | list[Number], num_codebooks: int
 ) -> tuple[Number, ...]:
     """One number per codebook; the last number is repeated for all further codebooks.
 
