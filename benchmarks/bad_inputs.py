@@ -35,8 +35,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
 import torch
+from bad_files import READERS, Samples, as_json, check, deep, npy, tar_of
 from helpers_data import tone, write_clip
-from strategies import READERS, Samples, as_json, check, deep, npy, tar_of
 
 from magnet_train.common.assets import demo_path
 from magnet_train.common.tables import markdown_table
@@ -51,7 +51,7 @@ SLICE_S = 5.0
 FUZZ_COLUMNS = ["reader", "CPU seconds", "files", "refused in a line", "other exceptions"]
 FUZZ_HEAD = (
     "# Random bad files\n\nWritten by `python benchmarks/bad_inputs.py --fuzz MINUTES --out FILE`: "
-    "each reader gets files of tests/strategies.py, different ones in each call, "
+    "each reader gets files of benchmarks/bad_files.py, different ones in each call, "
     "and each call adds to the table in FILE.\n\n"
 )
 DEMO_CODEBOOKS = json.loads((demo_path("codec") / "config.json").read_text())["num_codebooks"]
@@ -1287,7 +1287,7 @@ def notes() -> Iterator[Case]:
 
 def plans(samples: Samples) -> Iterator[Case]:
     """Damaged files of an earlier `tokenize`; reports of shards are made again."""
-    from strategies import _read_plan
+    from bad_files import _read_plan
 
     def planned(path: Path) -> None:
         path.mkdir()

@@ -1,8 +1,14 @@
 """Untrusted files are read or refused in one line, within limits, by each reader and by the command
 line (benchmarks/bad_inputs.py has many more cases)."""
 
+import sys
+from pathlib import Path
+
 import pytest
-from strategies import READERS, Samples, check
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # the script is in no package
+
+from bad_files import READERS, Samples, check
 
 
 @pytest.fixture(scope="module")
