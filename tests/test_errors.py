@@ -64,6 +64,14 @@ def test_credentials_in_urls_are_not_shown():
     assert "SECRET" not in str(user_error_from(RuntimeError(remote)))
 
 
+def test_an_error_is_one_line():
+    """Names in files of others have newlines, as in a CSV with an open quote."""
+    assert str(UserError("r.csv line 2: a\n  b\n\nis not in this study")) == (
+        "r.csv line 2: a b is not in this study"
+    )
+    assert str(UserError(REMOTE)) == "shard a.tar: damaged; copy it again"
+
+
 def test_names_of_strangers_cannot_write_to_the_terminal():
     assert str(UserError("a\x1b[2J\ud800\u2028é.wav")) == r"a\x1b[2J\ud800\u2028é.wav"
 

@@ -29,24 +29,30 @@ class UserError(Exception):
     """A user error: one line that names the file or option, its value and the remedy.
 
     The command line prints it without a traceback and exits with status 2. Passwords and signatures
-    of URLs are removed from the text, because users paste error messages. Control characters of
-    untrusted names are escaped, because terminals interpret them.
+    of URLs are removed from the text, because users paste error messages. Lines are joined, and
+    control characters of untrusted names are escaped, because terminals interpret them.
     """
 
     def __init__(self, text: object = ""):
-        super().__init__(printable(redact(text)))
+        shown = redact(text)
+        if remote := _REMOTE.findall(shown):  # torch adds the traceback of a data worker
+            shown = remote[-1]
+        super().__init__(printable(" ".join(filter(None, map(str.strip, shown.split("\n"))))))
+
+
+_REMOTE = re.compile(
+    rf"^{re.escape(f'{UserError.__module__}.{UserError.__qualname__}')}: (.+)$", re.MULTILINE
+)
+"""A UserError in a traceback of another process."""
 
 
 def printable(text: str) -> str:
-    r"""The text with escaped control characters (except newlines) and lone surrogates.
+    r"""The text with escaped control characters and lone surrogates.
 
     >>> printable("clip\x1b[31m.wav")
     'clip\\x1b[31m.wav'
     """
-    if text.isprintable():
-        return text
-    escaped = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-    return "".join(escaped)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def user_error_from(error: BaseException) -> UserError | None:
@@ -57,13 +63,10 @@ def user_error_from(error: BaseException) -> UserError | None:
     W&B, and out of memory.
     """
     for cause in _causes(error):
-        if isinstance(cause, UserError) and "\n" not in str(cause):
+        if isinstance(cause, UserError):
             return cause
-    name = re.escape(f"{UserError.__module__}.{UserError.__qualname__}")
-    if remote := re.findall(rf"^{name}: (.+)$", str(error), re.MULTILINE):
-        return UserError(remote[-1])
-    if isinstance(error, UserError):
-        return UserError(" ".join(str(error).split()))
+    if _REMOTE.search(str(error)):
+        return UserError(error)
     for cause in _causes(error):
         text = _refusal(cause)
         if text is not None:
