@@ -162,7 +162,8 @@ class MagnetModule(L.LightningModule):
             distil_guidance: Distil the guided logits of init_from, so that decoding needs no null
                 pass and takes half the time. Uses the guidance coefficients of its decoding
                 settings.
-            lora: LoRA adapters to train instead of all weights; needs init_from.
+            lora: LoRA adapters to train instead of all weights; needs init_from. `--lora.rank 8` is
+                short for `--model.lora.rank 8`.
             compiled: Compile the transformer's blocks, for GPUs. The first steps then take a minute
                 or more.
             seed: Seed of initial weights, masks and dropout.

@@ -2,11 +2,18 @@
 
 import ast
 import re
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+from jsonargparse import capture_parser
+
+from magnet_train.cli import commands
+from magnet_train.cli.fit import build_without_training
 
 ROOT = Path(__file__).parents[1]
+FIT_VERBS = ("fit", "validate", "test", "predict")
 DOCUMENTS = ["CONTRIBUTING.md", "README.md", "EXPERIMENTS.md"]
 DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 
@@ -65,3 +72,40 @@ def test_the_layout_is_drawn_once_and_has_every_file_of_the_package():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= 8_000
+
+
+def documented_commands() -> Iterator[tuple[str, str, str]]:
+    """File, verb and arguments of every command in the documents and the heads of conf/."""
+    files = [*DOCUMENTS, "data/demo/README.md", "notebooks/README.md"]
+    heads = sorted(path for path in (ROOT / "conf").rglob("*.*") if path.suffix != ".py")
+    for path in [*(ROOT / name for name in files), *heads]:
+        text = re.sub(r"(?m)^# +", "", path.read_text())
+        text = re.sub(r"\\\n\s*", " ", text)  # continued lines
+        for verb, rest in re.findall(r"magnet_train (\w+)\b([^`\n]*)", text):
+            yield path.name, verb, rest.split(" #")[0]
+        for job, rest in re.findall(r"sbatch .*?(\w+)\.sbatch\b([^`\n]*)", text):
+            yield path.name, "sweep" if job == "sweep" else "fit", rest
+
+
+def options_of(verb: str) -> set[str]:
+    """Names of the options of a verb, with their dashes."""
+    parse = partial(commands.run, verb, [])
+    if verb == "doctor":
+        parse = partial(build_without_training, [], [])
+    actions = capture_parser(parse)._actions
+    return {name for action in actions for name in action.option_strings}
+
+
+def test_documented_commands_have_options_that_exist(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = {verb: options_of(verb) for verb in (*commands.VERBS, *FIT_VERBS)}
+    found = [command for command in documented_commands() if command[1] in options]
+    assert len(found) > 100
+    unknown = []
+    for file, verb, rest in found:
+        for name in re.findall(r"(?<!\S)--?[A-Za-z][\w.]*", rest):
+            full = re.sub(r"^--lora\.", "--model.lora.", name)
+            is_override = verb == "sweep" and "." in name
+            if full not in options["fit" if is_override else verb]:
+                unknown.append(f"{file}: {verb} {name}")
+    assert not unknown

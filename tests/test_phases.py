@@ -32,10 +32,13 @@ def test_a_line_for_each_phase(monkeypatch, capsys):
             callback.on_validation_start(trainer, module)
             clock += 50
             callback.on_validation_end(trainer, module)
+    trainer.state.fn = "validate"
+    callback.on_validation_start(trainer, module)
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "validation  before training",
         "validation  step 5; about 30 s",
         # 44 steps of 2 s, 60 of 4 s
         "training    step 16 of 120, 2 s each; about 5 min without validations",
+        "validation  step 40; about 50 s",
     ]

@@ -139,6 +139,7 @@ def test_the_last_validation_is_made_up_for(data: Path, tmp_path: Path):
     assert main(arguments(data, tmp_path / "run", "--trainer.val_check_interval=8")) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["metrics"]["val/ce"]["after"] > 0 and len(validations(tmp_path / "run")) == 1
+    assert summary["checkpoint"] == str(tmp_path / "run" / "checkpoints" / "last.ckpt")
 
 
 @pytest.mark.slow

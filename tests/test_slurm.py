@@ -1,6 +1,7 @@
 """The job files of conf/slurm with fake srun and scontrol."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -26,6 +27,55 @@ def test_a_job_file_is_what_its_head_says(job: Path):
     for option in ("--requeue", "--open-mode=append", "--signal=SIGUSR1@900"):
         assert f"#SBATCH {option}\n" in text
     assert "HF_HUB_OFFLINE" in text and "WANDB_MODE" in text and f"conf/slurm/{job.name}" in text
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 8), (2, 4)])
+def test_the_readmes_command_starts_the_same_resuming_run_each_time(nodes, gpus, tmp_path: Path):
+    """A fake sbatch reads the job file's options and its own, and runs a copy of the file."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    calls = tmp_path / "calls.txt"
+    program(tools / "python", f'echo "$SLURM_PROCID $@" >> {calls}')
+    program(
+        tools / "srun",
+        """
+        while [[ $1 == --* ]]; do shift; done
+        for (( i = 0; i < SLURM_NTASKS; i++ )); do SLURM_PROCID=$i "$@"; done""",
+    )
+    program(
+        tools / "sbatch",
+        f"""
+        own=()
+        while [[ $1 == --* ]]; do own+=("$1"); shift; done
+        cp "$1" {tmp_path}/slurm_script; shift
+        size() {{
+            {{ sed -n "s/^#SBATCH //p" {tmp_path}/slurm_script; printf '%s\\n' "${{own[@]}}"; }} |
+                sed -n "s/^--$1=//p" | tail -1
+        }}
+        SLURM_JOB_NUM_NODES=$(size nodes) SLURM_NTASKS_PER_NODE=$(size ntasks-per-node)
+        SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE)) SLURM_CPUS_PER_TASK=8
+        SLURM_JOB_ID=$RANDOM SLURM_SUBMIT_DIR=$PWD
+        export ${{!SLURM_*}}
+        cd {tmp_path} && bash slurm_script "$@" """,
+    )
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    command = re.search("sbatch conf/slurm/one_node.sbatch .*", readme)
+    assert command is not None
+    options = command[0].split(maxsplit=2)[2]
+    job = command[0]
+    if nodes > 1:
+        sizes = f"--nodes={nodes} --gpus-per-node={gpus} --ntasks-per-node={gpus}"
+        job = f"sbatch {sizes} conf/slurm/several_nodes.sbatch {options}"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    env["PATH"] = f"{tools}:{env['PATH']}"
+    given = f"--ckpt_path auto {' '.join(options.split())} "
+    given += f"--trainer.num_nodes {nodes} --trainer.devices {gpus}"
+    expected = [f" -m magnet_train doctor {given}"]
+    expected += [f"{rank} -m magnet_train fit {given}" for rank in range(nodes * gpus)]
+    for _ in range(2):
+        calls.write_text("")
+        subprocess.run(["bash", "-c", job], cwd=ROOT, env=env, check=True)
+        assert calls.read_text().splitlines() == expected
 
 
 @pytest.mark.slow

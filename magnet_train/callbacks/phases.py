@@ -82,7 +82,9 @@ class Phases(Callback):
         self._validation_since = time.monotonic()
         # A validation restarts the measurement of training.
         self._measured_from, self._next = None, trainer.global_step + 1
-        when = f"step {trainer.global_step}" if trainer.state.fn == "fit" else "before training"
+        # A finished run that is started again only validates, outside of training.
+        is_before = trainer.state.fn != "fit" and trainer.global_step == 0
+        when = "before training" if is_before else f"step {trainer.global_step}"
         known = self._validation_s
         about = "" if known is None else f"; about {readable_time(known)}"
         if not trainer.sanity_checking:

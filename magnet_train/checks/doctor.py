@@ -562,7 +562,7 @@ def check_wandb(plan: Plan) -> Iterator[Finding]:
     if not ours or plan.config.trainer.fast_dev_run:
         yield Finding("ok", "W&B", "not a logger of this run")
         return
-    later = f"wandb sync {plan.run_folder}/wandb/offline-* uploads it later"
+    later = f"wandb sync {plan.run_folder / 'wandb'} uploads it later"
     try:
         check_wandb_environment()
     except UserError as error:

@@ -385,7 +385,7 @@ class MagnetCLI(private_api.lightning_cli()):
         summary = {
             "metrics": {k: {"before": before.get(k), "after": after[k]} for k in sorted(after)},
             "audio": [str(p) for p in generation.audio],
-            "checkpoint": saved.last_model_path,
+            "checkpoint": saved.last_model_path or str(self.datamodule.resumes_from or ""),
             "plots": [str(p) for p in generation.plots],
             "seconds": {k: round(v, 1) for k, v in seconds.items()},
         }

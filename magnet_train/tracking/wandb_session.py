@@ -182,12 +182,15 @@ def _quick_answers(settings: Any) -> Iterator[None]:
 
 
 def run_location() -> str | None:
-    """Address of this process's W&B run, or how to upload one that is offline; None = no run."""
+    """Address of this process's W&B run, or how to upload one that is offline, with the sessions
+    before it; None = no run.
+    """
     wandb: Any = sys.modules.get("wandb")
     if wandb is None or wandb.run is None or wandb.run.settings.mode == "disabled":
         return None
     # Asked for its address, an offline run prints a warning.
-    return f"wandb sync {wandb.run.settings.sync_dir}" if wandb.run.offline else wandb.run.url
+    sessions = Path(wandb.run.settings.sync_dir).parent
+    return f"wandb sync {sessions}" if wandb.run.offline else wandb.run.url
 
 
 # --- at its end -----------------------------------------------------------------------------------
