@@ -68,6 +68,8 @@ def _has_type(value: Any, hint: Any) -> bool:
     kinds = get_args(hint)
     if get_origin(hint) in (tuple, list):
         return isinstance(value, tuple | list) and all(_has_type(v, kinds[0]) for v in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_has_type(v, kinds[1]) for v in value.values())
     if get_origin(hint) in (Union, UnionType):
         return any(_has_type(value, kind) for kind in kinds)
     if get_origin(hint) is Literal:
@@ -75,7 +77,7 @@ def _has_type(value: Any, hint: Any) -> bool:
     if is_dataclass(hint) and isinstance(value, Mapping):
         fields = get_type_hints(hint)
         return all(name in fields and _has_type(v, fields[name]) for name, v in value.items())
-    return type(value) is hint or (hint is float and type(value) is int)
+    return hint is Any or type(value) is hint or (hint is float and type(value) is int)
 
 
 def _parts(interval: str) -> tuple[bool, float, float, bool, str]:

@@ -9,8 +9,6 @@ batch during encoding.
 import errno
 import fcntl
 import hashlib
-import json
-import math
 import multiprocessing
 import os
 import warnings
@@ -18,16 +16,18 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import remove_leftovers, writable_folder, write_json
+from magnet_train.common.json_files import read_json
 from magnet_train.common.progress import PhaseBar, count, readable_time
+from magnet_train.common.ranges import check_types, check_values
 from magnet_train.data.audio import read_audio
 from magnet_train.data.manifest import Clip, find_clips, with_fallback_captions
 from magnet_train.data.plan import (
@@ -43,6 +43,13 @@ from magnet_train.data.remote import MAX_SHARD_BYTES
 from magnet_train.data.shards import ShardWriter, held_out
 
 FORMAT = 3
+PLAN_TYPES = {
+    "format": Literal[3],
+    "codec": dict[str, Any],
+    "settings": dict[str, Any],
+    "rounds": list[list[str]],
+}
+MAX_PLAN_BYTES = 1 << 30
 SHORT_CROPS = 8
 """Most crops of a batch, in multiples of `batch_size`, if they are short."""
 MIN_REFERENCE_S = 3.0
@@ -116,7 +123,7 @@ def _tokenize(
         write_json(out / ".plan.json", plan)
     jobs = [Job(number, crops, out, options, facts) for number, crops in enumerate(shards)]
     _encode_all(jobs, options)
-    reports = [report for job in jobs if (report := job.report()) is not None]
+    reports = [asdict(report) for job in jobs if (report := job.report()) is not None]
     index = _index(plan, reports, skipped)
     with _lock(out / ".plan.lock", wait=True):
         write_json(out / "index.json", index)
@@ -129,6 +136,31 @@ def _tokenize(
         reason = index["skipped"][0]["reason"] if index["skipped"] else ""
         raise UserError(f"{source}: every crop was skipped: {reason}")
     return index
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a finished shard contains; stored next to it.
+
+    Raises:
+        UserError: if a value has another type or is out of range.
+    """
+
+    name: str
+    num_examples: int
+    num_frames: int
+    seconds: float
+    sha256: str
+    skipped: list[dict[str, str]]
+    """`file` and `reason` of each crop that is not in the shard."""
+    unreadable: list[str]
+    """Paths of files that could not be read."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_values(self, num_examples="[0, inf)", num_frames="[0, inf)", seconds="[0, inf)")
+        if any(entry.keys() != {"file", "reason"} for entry in self.skipped):
+            raise UserError(f"{self.name}: skipped must have file and reason")
 
 
 @dataclass(frozen=True)
@@ -154,24 +186,13 @@ class Job:
     def lock_path(self) -> Path:
         return self.out / f".{self.path.name}.lock"
 
-    def report(self) -> dict[str, Any] | None:
+    def report(self) -> Report | None:
         """What was written about the finished shard; None if there is nothing, or not that."""
-        report = _read_json(self.report_path)
-        if not isinstance(report, dict):
+        try:
+            report = Report(**read_json(self.report_path, MAX_PLAN_BYTES))
+        except (OSError, ValueError, TypeError, UserError):
             return None
-        numbers: list[Any] = [
-            report.get(name) for name in ("num_examples", "num_frames", "seconds")
-        ]
-        skipped = report.get("skipped")
-        is_whole = (
-            report.get("name") == self.path.name
-            and isinstance(report.get("sha256"), str)
-            and all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers)
-            and isinstance(skipped, list)
-            and all(map(_is_skipped_entry, skipped))
-            and _are_strings(report.get("unreadable"))
-        )
-        return report if is_whole else None
+        return report if report.name == self.path.name else None
 
     def is_done(self) -> bool:
         """Whether the shard exists, matches its report, and has all readable crops."""
@@ -179,9 +200,9 @@ class Job:
         if report is None or not self.path.is_file():
             return False
         with open(self.path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != report.get("sha256"):
+            if hashlib.file_digest(file, "sha256").hexdigest() != report.sha256:
                 return False
-        return not any(self._can_be_read(path) for path in report["unreadable"])
+        return not any(self._can_be_read(path) for path in report.unreadable)
 
     def _can_be_read(self, path: str) -> bool:
         """Whether a previously unreadable file is readable now."""
@@ -192,40 +213,27 @@ class Job:
         return True
 
 
-def _is_skipped_entry(entry: Any) -> bool:
-    is_entry = isinstance(entry, dict) and entry.keys() == {"file", "reason"}
-    return is_entry and _are_strings([*entry.values()])
-
-
-def _are_strings(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
-
-
 def _open_plan(out: Path, options: TokenizeOptions, facts: dict[str, Any]) -> dict[str, Any]:
     """The plan of an earlier call with the same options and codec, or a new one."""
     settings = plan_settings(options)
     new = {"format": FORMAT, "codec": facts, "settings": settings, "rounds": []}
     path = out / ".plan.json"
-    known = _read_json(path)
     remedy = "choose an empty folder, or remove this one"
-    if known is None:
+    if not path.exists():
         if (out / "index.json").exists() or any(out.glob(f"{options.split}-*.tar")):
             raise UserError(f"{out}: already has shards; {remedy}")
         return new
-    is_plan = isinstance(known, dict) and known.get("format") == FORMAT
-    codec = known.get("codec") if is_plan else None
-    if not isinstance(codec, dict) or not _is_rounds(known.get("rounds")):
-        raise UserError(f"{path}: not a plan of this version; {remedy}")
-    if not isinstance(codec.get("id"), str) or codec | {"id": ""} != facts | {"id": ""}:
+    try:
+        known = read_json(path, MAX_PLAN_BYTES)
+        check_types({name: known[name] for name in new}, PLAN_TYPES)
+        check_types({"id": known["codec"]["id"]}, {"id": str})
+    except (OSError, ValueError, TypeError, KeyError, UserError) as error:
+        raise UserError(f"{path}: damaged, or of another version; {remedy}") from error
+    if known["codec"] | {"id": ""} != facts | {"id": ""}:
         raise UserError(f"{out}: begun with another codec; {remedy}")
-    if known.get("settings") != settings:
+    if known["settings"] != settings:
         raise UserError(f"{out}: begun with other options; {remedy}")
     return known  # the same codec may have another path
-
-
-def _is_rounds(value: Any) -> bool:
-    is_list = isinstance(value, list) and all(isinstance(part, list) for part in value)
-    return is_list and all(isinstance(name, str) for part in value for name in part)
 
 
 # --- encode ---------------------------------------------------------------------------------------
@@ -315,16 +323,16 @@ def _write_shard(job: Job, wait: bool = False, advance: Advance | None = None) -
             raise
         finally:
             temporary.unlink(missing_ok=True)
-        report = {
-            "name": job.path.name,
-            "num_examples": shard.num_examples,
-            "num_frames": shard.num_frames,
-            "seconds": shard.seconds,
-            "sha256": digest,
-            "skipped": waves.skipped,
-            "unreadable": sorted(waves.unreadable),
-        }
-        write_json(job.report_path, report)
+        report = Report(
+            job.path.name,
+            shard.num_examples,
+            shard.num_frames,
+            shard.seconds,
+            digest,
+            waves.skipped,
+            sorted(waves.unreadable),
+        )
+        write_json(job.report_path, asdict(report))
     return len(job.crops) - (0 if advance is None else shard.num_examples)
 
 
@@ -525,16 +533,6 @@ def _index(
         # A file used by several shards is listed once.
         "skipped": [dict(entry) for entry in dict.fromkeys(tuple(e.items()) for e in every)],
     }
-
-
-def _read_json(path: Path) -> Any:
-    """Content of the file, or None if it is missing or truncated."""
-    if not path.is_file():  # opening a named pipe would block
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 @contextmanager
