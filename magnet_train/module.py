@@ -276,14 +276,8 @@ class MagnetModule(L.LightningModule):
         """
         if self.device_mesh is None or is_sharded(self.network):
             return
-        if self.lora.rank:
-            raise UserError("--lora.rank: not with sharded weights; use --trainer.strategy ddp")
-        check_shardable(str(self.trainer.precision))
-        if private_api.saves_distributed_checkpoints(self.trainer):
-            raise UserError(
-                "ModelParallelStrategy: save_distributed_checkpoint=true writes folders, which are "
-                "not supported; set it to false, or use --trainer.strategy fsdp2"
-            )
+        saves_folders = private_api.saves_distributed_checkpoints(self.trainer)
+        check_shardable(str(self.trainer.precision), self.lora.rank, saves_folders)
         shard(self.network, self.device_mesh.device_type)
 
     def setup(self, stage: str) -> None:

@@ -66,11 +66,13 @@ def shard(network: Magnet, device_type: str) -> None:
     register_fsdp_forward_method(network, "masked_logits")
 
 
-def check_shardable(precision: str) -> None:
+def check_shardable(precision: str, lora_rank: int, saves_folders: bool) -> None:
     """Check that a run works with sharded weights.
 
     Args:
         precision: Lightning's name.
+        lora_rank: rank of the adapters; 0 = none.
+        saves_folders: whether the strategy writes a checkpoint as a folder of shards.
 
     Raises:
         UserError: if it does not.
@@ -79,6 +81,15 @@ def check_shardable(precision: str) -> None:
         raise UserError(
             f"precision={precision}: with sharded weights give --trainer.precision bf16-mixed, or "
             "32"
+        )
+    if lora_rank:
+        raise UserError(
+            f"--lora.rank {lora_rank}: not with sharded weights; use --trainer.strategy ddp"
+        )
+    if saves_folders:
+        raise UserError(
+            "ModelParallelStrategy: save_distributed_checkpoint=true writes folders, which are not "
+            "supported; set it to false, or use --trainer.strategy fsdp2"
         )
 
 

@@ -377,6 +377,10 @@ def test_a_run_folder_that_cannot_be_written_is_named(plan, tmp_path):
         name = option.replace(".", "__")
         (said,) = look("disk", plan, **{name: str(tmp_path / "file" / "run")})
         assert said.startswith("failed disk: ") and f"set --{option}" in said
+    arguments = {"save_dir": str(tmp_path / "file" / "csv")}
+    logger = Namespace(class_path="a.CSVLogger", init_args=Namespace(**arguments))
+    (said,) = look("disk", plan, trainer__logger=[logger])
+    assert said.startswith("failed disk: ") and "set --trainer.logger.init_args.save_dir" in said
 
 
 def test_a_finding_shows_no_credentials():

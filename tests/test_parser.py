@@ -203,6 +203,17 @@ def test_a_file_that_is_no_configuration_is_named(content, says, tmp_path, capsy
         (["fit", "--trainer.strategy", "foo"], "strategy"),
         (["fit", "--trainer.devices", "0"], "devices"),
         (["fit", "--checkpoint.save_top_k", "-7"], "save_top_k"),
+        (["fit", "--trainer.callbacks", "{class_path: no.X}"], "No module named 'no'"),
+        (["fit", "--trainer.callbacks", "{class_path: EarlyStopping}"], "required: monitor"),
+        (["fit", "--trainer.logger", "{class_path: MLFlowLogger}"], "pip install -U 'mlflow"),
+        (
+            [
+                "fit",
+                "--trainer.logger",
+                "{class_path: CSVLogger, init_args: {save_dir: /proc/x}}",
+            ],
+            "save_dir /proc/x: cannot be written",
+        ),
         (["validate"], "--ckpt_path"),
         (["predict"], "--ckpt_path"),
         (["fit", "--ckpt_path", "none.ckpt"], "none.ckpt"),

@@ -41,7 +41,14 @@ TRAINER = {
     "num_sanity_val_steps": None,
     "gradient_clip_val": None,
     "default_root_dir": None,
+    "callbacks": None,
 }
+
+
+MODEL_PARALLEL = Namespace(
+    class_path="lightning.pytorch.strategies.ModelParallelStrategy",
+    init_args=Namespace(save_distributed_checkpoint=True),
+)
 
 
 def config(**changes: Any) -> Namespace:
@@ -103,6 +110,8 @@ def test_settings_that_work_are_accepted():
             {"model__optimizer__schedule": "cosine", "trainer__max_steps": -1},
             "schedule=cosine: the run has no end",
         ),
+        ({"trainer__strategy": MODEL_PARALLEL}, "save_distributed_checkpoint=true writes folders"),
+        ({"trainer__strategy": "fsdp2", "trainer__precision": "16-mixed"}, "precision=16-mixed"),
         ({"model__span_len": 10**9}, "span_len=1000000000: longer than an example"),
         ({"model__lora": Namespace(rank=4)}, "--lora.rank 4: needs --model.init_from"),
         ({"data__crop_schedule": [(5.0, 9), (1e-3, 9)]}, "crop_s=0.001 s are 0 frames.*schedule"),
@@ -140,6 +149,12 @@ def test_a_monitor_must_be_logged():
         ) as error:
             check_monitor(config(checkpoint__monitor=monitor, generation__num_prompts=prompts))
         assert ("or set --generation.num_prompts above 0" in str(error.value)) == (not prompts)
+    stops = Namespace(class_path="a.EarlyStopping", init_args=Namespace(monitor="val/ce"))
+    no_monitor = Namespace(class_path="a.TQDMProgressBar", init_args=Namespace())
+    check_monitor(config(trainer__callbacks=[stops, no_monitor]))
+    stops.init_args.monitor = "val/nothing"
+    with pytest.raises(UserError, match=r"EarlyStopping\.monitor=val/nothing: nothing"):
+        check_monitor(config(trainer__callbacks=stops))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,14 @@ import torch
 from magnet_train.callbacks.resume import check_data
 from magnet_train.checks import cost
 from magnet_train.checks.estimate import checkpoint_bytes, estimate_run, gigabytes
-from magnet_train.checks.plan import Plan, check_accelerator, none_if_missing, settings_errors
+from magnet_train.checks.plan import (
+    LOGGER_FOLDER,
+    Plan,
+    check_accelerator,
+    logger_folders,
+    none_if_missing,
+    settings_errors,
+)
 from magnet_train.codec.base import load_codec_facts
 from magnet_train.common.downloads import (
     CLAP_MUSIC,
@@ -503,7 +510,8 @@ def check_disk(plan: Plan) -> Iterator[Finding]:
     """Whether the run folder is writable and has space for the checkpoints."""
     options = {"--trainer.default_root_dir": plan.run_folder}
     options["--checkpoint.dirpath"] = plan.checkpoint_folder
-    for option, folder in options.items():
+    loggers = [(LOGGER_FOLDER, folder) for folder in logger_folders(plan.config)]
+    for option, folder in [*options.items(), *loggers]:
         try:
             with tempfile.NamedTemporaryFile(
                 dir=_existing(folder), prefix=".magnet_train_doctor_"

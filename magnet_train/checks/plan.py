@@ -39,6 +39,8 @@ PRECISIONS = (None, "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
 """Supported names of Lightning's precisions; None is 32-true."""
 MAX_SEED = 2**32 - 1
 """Maximum of NumPy's seeds."""
+LOGGER_FOLDER = "--trainer.logger.init_args.save_dir"
+"""Option of `logger_folders`, for messages."""
 
 
 # --- devices --------------------------------------------------------------------------------------
@@ -117,6 +119,23 @@ def num_steps(trainer: Any, accumulated: int = 1) -> float:
     return min(limits)
 
 
+def _init_args(given: Any) -> Any:
+    """The arguments of a class that is given as class_path and init_args, by name."""
+    return getattr(given, "init_args", None) or {}
+
+
+def _listed(given: Any) -> list[Any]:
+    """An option that takes one value, a list, or null, as list."""
+    return given if isinstance(given, list) else [given]
+
+
+def logger_folders(config: Any) -> list[Path]:
+    """Local folders into which loggers are told to write, except for the run folder (".")."""
+    loggers = map(_init_args, _listed(config.trainer.logger))
+    given = [str(logger.get("save_dir") or ".") for logger in loggers]
+    return [Path(name).expanduser() for name in given if name != "." and "://" not in name]
+
+
 def none_if_missing(load: Callable[[], T]) -> T | None:
     """`load()`, or None if it raises a UserError."""
     try:
@@ -178,10 +197,17 @@ def check_end(config: Any) -> None:
 
 
 def check_monitor(config: Any) -> None:
-    """Whether the metric of checkpoint.monitor will be logged."""
-    monitor = config.checkpoint.monitor
-    if monitor is None:
-        return
+    """Whether the metrics of checkpoint.monitor, and of callbacks, will be logged."""
+    monitors = {"checkpoint": config.checkpoint.monitor}
+    for callback in _listed(config.trainer.callbacks):
+        name = str(getattr(callback, "class_path", "")).rpartition(".")[2]
+        monitors[name] = _init_args(callback).get("monitor")
+    for name, monitor in monitors.items():
+        if monitor is not None:
+            _check_logged(config, f"{name}.monitor={monitor}", monitor)
+
+
+def _check_logged(config: Any, setting: str, monitor: str) -> None:
     generation = config.generation
     generated = [f"val/{metric}" for metric in generation.metrics] if generation.num_prompts else []
     logged = ("val/ce", "val/accuracy/", "train/", *generated)
@@ -192,9 +218,7 @@ def check_monitor(config: Any) -> None:
         return
     more = "" if generation.num_prompts else ", or set --generation.num_prompts above 0"
     choices = ", ".join(("val/ce", *generated))
-    raise UserError(
-        f"checkpoint.monitor={monitor}: nothing of that name is logged; choose {choices}{more}"
-    )
+    raise UserError(f"{setting}: nothing of that name is logged; choose {choices}{more}")
 
 
 def check_network_size(config: Any) -> None:
@@ -227,8 +251,10 @@ def check_span(config: Any) -> None:
 
 
 def check_sharding(config: Any) -> None:
-    if is_sharded(config.trainer.strategy):
-        check_shardable(str(config.trainer.precision or 32))
+    strategy = config.trainer.strategy
+    if is_sharded(strategy):
+        saves_folders = _init_args(strategy).get("save_distributed_checkpoint", False)
+        check_shardable(str(config.trainer.precision or 32), config.model.lora.rank, saves_folders)
 
 
 def check_accelerator(config: Any) -> None:

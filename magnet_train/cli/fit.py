@@ -33,15 +33,17 @@ from magnet_train.callbacks.tracking import SaveConfig, Tracking
 from magnet_train.callbacks.validation import ValidationSchedule
 from magnet_train.callbacks.watchdog import Watchdog
 from magnet_train.checks.plan import (
+    LOGGER_FOLDER,
     Plan,
     check_generation,
     check_seed,
     check_settings,
+    logger_folders,
     none_if_missing,
     parse_devices,
 )
 from magnet_train.cli.inherited import AUTO, fit_defaults
-from magnet_train.cli.parser import ConfigFile, OneLineErrors, config_help
+from magnet_train.cli.parser import ConfigFile, OneLineErrors, class_problem, config_help
 from magnet_train.cli.run_folder import RunFolderLock, prepare_run_folder
 from magnet_train.cli.summary import closing_block, summary_text
 from magnet_train.codec.base import load_codec_facts
@@ -283,7 +285,7 @@ class MagnetCLI(private_api.lightning_cli()):
             reasons = re.findall(r"^  - (?!Expected a|Not a valid)(.+)", str(error), re.MULTILINE)
             if "Union subtypes" not in str(error) or not reasons:
                 raise
-            raise UserError(f"trainer: {reasons[0]}") from error
+            raise UserError(f"trainer: {class_problem(str(error)) or reasons[0]}") from error
 
     def after_instantiate_classes(self) -> None:
         """Check the data and the validation before a logger writes anything."""
@@ -514,7 +516,7 @@ def prepare_loggers(config: Any, run_folder: Path, verb: str, resumes: bool) -> 
         resumes: whether the run resumes from a checkpoint.
 
     Raises:
-        UserError: if W&B refuses the key.
+        UserError: if W&B refuses the key, or a folder cannot be written.
     """
     given = config.trainer.logger
     loggers = [
@@ -527,6 +529,8 @@ def prepare_loggers(config: Any, run_folder: Path, verb: str, resumes: bool) -> 
             logger.init_args.save_dir = str(run_folder)
         if logger.class_path.endswith(".TrackioLogger"):
             logger.init_args.resumes = resumes
+    for folder in logger_folders(config):
+        writable_folder(folder, LOGGER_FOLDER)
     ours = wandb_loggers(given)
     if ours and not config.trainer.fast_dev_run:
         online = not all(settings.get("offline") for settings in ours)

@@ -255,6 +255,8 @@ def parser_message(text: str) -> str:
     """
     lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
     message = " ".join(dict.fromkeys(lines))
+    if (reason := class_problem(text)) and (option := re.match(r'Parser key "(\S+)"', text)):
+        return f"--{option[1]}: {reason}"
     for pattern in _WRONG_VALUE:
         if wrong := pattern.search(message):
             name, value = wrong["name"], wrong["value"][:100]
@@ -262,6 +264,21 @@ def parser_message(text: str) -> str:
     return message[:600]
 
 
+def class_problem(text: str) -> str:
+    """Why a class, given by its path, is refused, from a parser's message; empty if none is.
+
+    >>> class_problem("- Problem with given class_path 'a.B':\\n        No module named 'a'")
+    "Problem with given class_path 'a.B': No module named 'a'"
+    """
+    found = _CLASS_PROBLEM.search(text)
+    return "" if found is None else " ".join(found[1].split())
+
+
+_CLASS_PROBLEM = re.compile(
+    r"^ *- (Problem with given class_path .*(?:\n {6}.*)*|the following arguments are required.*"
+    r"|Option '.*' is not accepted.*)",
+    re.MULTILINE,
+)
 _WRONG_VALUE = (
     re.compile(
         r'Parser key "(?P<name>\S+)":.* Subtypes: \[(?P<expected>.*)\] Errors: .*'
