@@ -240,7 +240,12 @@ def _load(source: str, local_files_only: bool, name: str) -> TextEncoder:
                 f"text encoder {name!r}: {key} has NaN or infinite values; copy or download it "
                 "again"
             )
-    return TextEncoder(model, tokenizer, name)
+    encoder = TextEncoder(model, tokenizer, name)
+    if not encoder([PROBE])[0].isfinite().all():  # some settings are first used in a pass
+        raise UserError(
+            f"text encoder {name!r}: its states are not finite; copy or download it again"
+        )
+    return encoder
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, name: str) -> None:

@@ -1,6 +1,7 @@
 """The text encoder: states of captions, alone and in batches, and errors of invalid folders."""
 
 import copy
+import json
 import math
 import shutil
 import warnings
@@ -186,6 +187,14 @@ def test_folders_that_hold_no_text_encoder(
     tensors[key][0] = math.nan
     save_file(tensors, weights, metadata={"format": "pt"})
     assert f"{key} has NaN" in message(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changes, reason in (
+        ({"relative_attention_max_distance": 0}, "cannot be loaded: math domain error"),
+        ({"layer_norm_epsilon": -1.0}, "its states are not finite"),
+    ):
+        shutil.copy(folder / weights.name, weights)
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        assert reason in message(tmp_path)
     weights.write_bytes(weights.read_bytes()[:1000])
     assert str(weights) in message(tmp_path)
 

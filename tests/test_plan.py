@@ -42,6 +42,7 @@ TRAINER = {
     "gradient_clip_val": None,
     "default_root_dir": None,
     "callbacks": None,
+    "logger": True,
 }
 
 
@@ -102,6 +103,8 @@ def test_settings_that_work_are_accepted():
             "limit_train_batches=5",
         ),
         ({"trainer__devices": 0}, "devices=0"),
+        ({"trainer__devices": 10**20}, "devices=1000"),
+        ({"trainer__num_nodes": 10**20}, "num_nodes=1000"),
         ({"trainer__devices": "two"}, "devices=two"),
         ({"trainer__accelerator": "gpu", "trainer__devices": 99}, "99 GPUs per node requested"),
         ({"checkpoint__monitor": "val/nothing"}, "monitor=val/nothing"),
@@ -155,6 +158,10 @@ def test_a_monitor_must_be_logged():
     stops.init_args.monitor = "val/nothing"
     with pytest.raises(UserError, match=r"EarlyStopping\.monitor=val/nothing: nothing"):
         check_monitor(config(trainer__callbacks=stops))
+    of_rates = Namespace(class_path="a.LearningRateMonitor", init_args=Namespace())
+    check_monitor(config(trainer__callbacks=of_rates))
+    with pytest.raises(UserError, match="LearningRateMonitor needs a logger"):
+        check_monitor(config(trainer__callbacks=of_rates, trainer__logger=False))
 
 
 @pytest.mark.parametrize(

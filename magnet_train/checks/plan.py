@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 PRECISIONS = (None, "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
 """Supported names of Lightning's precisions; None is 32-true."""
+MAX_DEVICES = 100_000
+"""Maximum of devices per node and of nodes."""
 MAX_SEED = 2**32 - 1
 """Maximum of NumPy's seeds."""
 LOGGER_FOLDER = "--trainer.logger.init_args.save_dir"
@@ -88,10 +90,10 @@ def parse_devices(trainer: Any) -> Devices:
             number = len(given) if isinstance(given, list) else int(given)
     except ValueError as error:
         raise UserError(f"trainer.devices={given}: give a number of devices, or auto") from error
-    if number < 1 or int(trainer.num_nodes) < 1:
+    if not 1 <= number <= MAX_DEVICES or not 1 <= int(trainer.num_nodes) <= MAX_DEVICES:
         raise UserError(
-            f"trainer.devices={given}, trainer.num_nodes={trainer.num_nodes}: both must be at "
-            "least 1; give a number, or --trainer.devices auto"
+            f"trainer.devices={given}, trainer.num_nodes={trainer.num_nodes}: both must be from 1 "
+            f"to {MAX_DEVICES:,}; give a number, or --trainer.devices auto"
         )
     return Devices(kind, number, int(trainer.num_nodes))
 
@@ -197,10 +199,14 @@ def check_end(config: Any) -> None:
 
 
 def check_monitor(config: Any) -> None:
-    """Whether the metrics of checkpoint.monitor, and of callbacks, will be logged."""
+    """Whether the metrics of checkpoint.monitor and of callbacks will be logged, and somewhere."""
     monitors = {"checkpoint": config.checkpoint.monitor}
     for callback in _listed(config.trainer.callbacks):
         name = str(getattr(callback, "class_path", "")).rpartition(".")[2]
+        if name in ("LearningRateMonitor", "DeviceStatsMonitor") and not config.trainer.logger:
+            raise UserError(
+                f"trainer.callbacks: {name} needs a logger; remove it, or give --trainer.logger"
+            )
         monitors[name] = _init_args(callback).get("monitor")
     for name, monitor in monitors.items():
         if monitor is not None:
