@@ -93,10 +93,11 @@ def _answer(word: str) -> int:
 
 
 def _is_output_closed() -> bool:
-    """Whether nobody reads what is printed; then Python's last flush writes to nothing."""
+    """Whether the reader of the output has gone; then discard further output, because Python's
+    flush at exit would fail."""
     poll = select.poll()
     poll.register(sys.stdout, 0)
-    is_closed = bool(poll.poll(0))  # an error is reported without being asked for
+    is_closed = bool(poll.poll(0))  # POLLERR is reported even if not requested
     if is_closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return is_closed

@@ -42,7 +42,7 @@ class LoraConfig:
     alpha: float | None = None
     """Adapters are scaled by alpha / rank (default: 2 * rank)."""
     dropout: float = 0.0
-    """Share of each adapter's inputs dropped in a training step, 0 to 1 (not included)."""
+    """Share of each adapter's inputs dropped in a training step, at least 0 and below 1."""
     include: tuple[str, ...] = ("blocks.",)
     """Names, or parts of names, of the linear layers to adapt, such as cross_attention."""
     exclude: tuple[str, ...] = ()
@@ -144,8 +144,8 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
 
 
 def merged(weights: dict[str, Tensor], adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """Weights with adapters added, in their precision. An adapter may be one of the given weights
-    or of the weights after earlier adapters.
+    """Weights with adapters added, in their precision. An adapter may have been trained on the
+    given weights, or on them with earlier adapters merged.
 
     Raises:
         UserError: if an adapter was trained on other weights.
@@ -165,7 +165,7 @@ def merged(weights: dict[str, Tensor], adapters: Sequence[Adapter]) -> dict[str,
             added = adapter.scale * (second.float() @ first.float())
             weights[name] = (weights[name].float() + added).to(weights[name].dtype)
             if not torch.isfinite(weights[name]).all():
-                raise UserError(f"{adapter.source}: {layer} is beyond its precision; {REMEDY}")
+                raise UserError(f"{adapter.source}: {layer} overflows its precision; {REMEDY}")
         if adapter is not adapters[-1]:
             bases.add(weights_hash(weights))
     return weights
@@ -180,7 +180,7 @@ def layers_of(tensors: Mapping[str, Tensor], source: str) -> Layers:
     """Pairs of A and B of tensors named LAYER.lora_A and LAYER.lora_B, optionally in PEFT's form.
 
     Raises:
-        UserError: if a tensor is of another kind, not finite, or without its other half.
+        UserError: if a tensor is of another kind, not finite, or if A or B is missing.
     """
     check_numbers(tensors, Path(source))
     plain = {k.removeprefix(PREFIX).removesuffix(".weight"): v for k, v in tensors.items()}
@@ -192,7 +192,7 @@ def layers_of(tensors: Mapping[str, Tensor], source: str) -> Layers:
     pairs = {layer: (plain[f"{layer}.lora_A"], plain[f"{layer}.lora_B"]) for layer in layers}
     for layer, (first, second) in pairs.items():
         if first.dim() != 2 or second.dim() != 2 or len(first) != second.shape[1]:
-            raise UserError(f"{source}: {layer} has halves of different ranks; {REMEDY}")
+            raise UserError(f"{source}: {layer}: lora_A and lora_B have different ranks; {REMEDY}")
     return pairs
 
 

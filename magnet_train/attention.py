@@ -88,9 +88,7 @@ def windowed_attention(
     bias = window_bias(q, min(context, q.shape[2] - 1), valid) if bias is None else bias
     # Precision is chosen here, because autocast would not apply in the backward pass.
     with torch.autocast(q.device.type, enabled=False):
-        if (
-            torch.compiler.is_compiling()
-        ):  # what to keep and what to compute again is the compiler's to decide
+        if torch.compiler.is_compiling():  # the compiler decides what to save and what to recompute
             return _Blocks(q, k, v, bias).output()
         return _InPieces.apply(q, k, v, bias)  # type: ignore[no-any-return]
 

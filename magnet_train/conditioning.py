@@ -172,7 +172,7 @@ def load_text_encoder(name: str = "demo") -> TextEncoder:
             with its tokenizer; or a hub id such as `t5-base`.
 
     Raises:
-        UserError: if it is missing, damaged, has no tokenizer, or needs network.
+        UserError: if it is missing, damaged, has no tokenizer, or cannot be downloaded.
     """
     if name == "demo":
         return TextEncoder(*load_minilm(_demo_folder()), name)

@@ -31,7 +31,7 @@ class MaskedLoss:
         )
 
     def __getitem__(self, examples: slice) -> "MaskedLoss":
-        """Of some of the examples."""
+        """The sums of some of the examples."""
         return MaskedLoss(self.ce[examples], self.correct[examples], self.count[examples])
 
     def mean(self) -> Tensor:

@@ -85,7 +85,7 @@ class MagnetConfig:
     """Width of the feed-forward layer, in multiples of `dim`."""
     positions: Literal["sinusoidal", "rotary", "both"] = "sinusoidal"
     """Positional encoding: sinusoidal (added to the input, published), rotary (RoPE), or both. With
-    rotary alone, all frames are alike while all are masked.
+    rotary alone, the network cannot tell frames apart while all are masked.
     """
     convolution: int = 0
     """Kernel width of a depthwise convolution at the start of each block, in frames (odd); 0 = none
@@ -430,7 +430,7 @@ class Magnet(nn.Module):
         return DelayedInputs(frames, stage, num_frames, causal, rotation, seen)
 
     def _frames(self, x: Tensor, context: int, valid: Tensor | None, rotation: Any) -> FrameInputs:
-        """Of frames `b t d` in which nothing is causal."""
+        """Shared inputs of frames `b t d` without causal attention."""
         if context >= x.shape[1] - 1:  # the window covers the sequence
             context = -1
         bias = None

@@ -146,8 +146,8 @@ class MagnetModule(L.LightningModule):
             beginning_share: Share of examples whose beginning, of random length, stays visible, 0
                 to 1 (published: 0). Trains continuation. Ignored for other orders than parallel.
             prompt_weight: Weight of the codes in a hybrid's autoregressive beginning relative to
-                masked ones, at least 0. At 1, as in audiocraft's branch, the beginnings have about
-                six times the total weight. Ignored for order=parallel.
+                masked ones, at least 0. At 1, as in audiocraft, the beginnings have about six times
+                the total weight of the masked codes. Ignored for order=parallel.
             guidance_dropout: Share of examples trained without their caption, for classifier-free
                 guidance, 0 to 1.
             stage_sampling: "batch" trains one stage per optimizer step, as published; "example"
@@ -446,8 +446,8 @@ class MagnetModule(L.LightningModule):
         return mean
 
     def _log_training(self, name: str, value: Tensor, size: int, prog_bar: bool = False) -> None:
-        """Log `train/NAME` in batches of a step that is written: others would only take time, and
-        the progress bar would wait for the device.
+        """Log `train/NAME` only in batches of steps that loggers write: other values would take time,
+        and the progress bar would wait for the device.
         """
         if is_logged(self.trainer, self.trainer.global_step + 1):
             self.log(f"train/{name}", value.detach(), prog_bar=prog_bar, batch_size=size)
@@ -490,7 +490,7 @@ class MagnetModule(L.LightningModule):
         return self.span_lens[drawn]
 
     def _drawn_stages(self, count: int, size: int) -> list[tuple[int, list[int]]]:
-        """Stages to train in the batch after `count` others, with the rows of each.
+        """Stages to train in batch `count` of the run, from 0, with the rows of each.
 
         All ranks draw the same stages, so that they have equal work: one stage for all batches of
         an optimizer step, or one for each row.
@@ -585,7 +585,7 @@ class MagnetModule(L.LightningModule):
                 )
             for state in checkpoint.get("optimizer_states", []):
                 for group in state["param_groups"]:
-                    if "fused" in group:  # otherwise torch would go on as the checkpoint's run
+                    if "fused" in group:  # otherwise torch would keep the checkpoint's setting
                         group["fused"] = allows_fused(str(trainer.precision))
         self.init_provenance = dict(checkpoint.get("init_provenance", {}))
         self.trained_steps = int(checkpoint.get("global_step", 0))

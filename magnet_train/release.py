@@ -317,7 +317,7 @@ def _on_base(saved: SavedModel, init_from: str, adapter: Adapter) -> SavedModel:
         base = SavedModel.open(init_from)
     except UserError as error:
         reason = str(error)[:300]  # adapters of adapters of …
-        raise UserError(f"{saved.file}: adapters of a model that is gone: {reason}") from error
+        raise UserError(f"{saved.file}: the model of its adapters is missing: {reason}") from error
     provenance = saved.provenance | {"lora": str(saved.file)}
     return replace(
         saved,
@@ -490,7 +490,7 @@ def _download_release(name: str) -> Path:
     patterns = ["config.json", "model.safetensors", "README.md", "codec/*", "text_encoder/*"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # many types, from no network to no such repository
+    except Exception as error:  # many types, from no internet access to no such repository
         raise UserError(
             f"checkpoint {name!r}: not found locally or on the Hugging Face Hub ({one_line(error)})"
         ) from error

@@ -97,7 +97,7 @@ def newest_intact_checkpoint(folders: Iterable[Path]) -> Path | None:
 def _skipping_damaged(path: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # a flipped bit may raise anything in the readers of zip and pickle
+    except Exception as error:  # the readers of zip and pickle may raise any type
         reason = (
             str(error)
             if isinstance(error, UserError)
@@ -110,7 +110,7 @@ def check_named_checkpoint(path: Path, is_fit: bool) -> dict[str, Any]:
     """Check that Lightning can load a checkpoint, before files are created; returns its content.
 
     Args:
-        path: of the file.
+        path: the file.
         is_fit: whether training resumes from it; otherwise only its weights are used.
 
     Raises:
@@ -127,7 +127,7 @@ def read_training_checkpoint(path: Path, parts: Mapping[str, type] = PARTS) -> d
     """Read and verify a checkpoint from which `fit` can resume.
 
     Args:
-        path: of the file.
+        path: the file.
         parts: entries that it must have, and their types.
 
     Raises:

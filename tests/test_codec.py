@@ -305,7 +305,7 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
     monkeypatch.setattr(HfApi, "model_info", unreachable)
     text = message("facebook/encodec_no_such_model")
-    assert "no network (Name or service not known)" in text
+    assert "no internet access (Name or service not known)" in text
 
 
 def test_embedded_codec():

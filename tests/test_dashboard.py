@@ -114,11 +114,11 @@ def test_no_network_is_one_line(monkeypatch, capsys):
 def test_without_a_key_or_offline_there_is_no_workspace(monkeypatch, capsys):
     monkeypatch.delenv("WANDB_API_KEY")
     assert main(COMMAND) == 2
-    assert "`wandb login` on a machine with network sets a key" in error(capsys)
+    assert "`wandb login` on a machine with internet access sets a key" in error(capsys)
     wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert main(COMMAND) == 2
-    assert "unset WANDB_MODE, with network" in error(capsys)
+    assert "unset WANDB_MODE, and run this with internet access" in error(capsys)
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):

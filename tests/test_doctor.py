@@ -566,7 +566,7 @@ def test_a_refused_key_stops_a_new_run_but_not_a_resumed_one(online, tmp_path, m
     with server(lambda _: (401, {"errors": [{"message": "permission denied"}]})) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
         (said,) = look("W&B", online)
-        assert said.startswith("failed W&B: the key is refused, or there is no network (")
+        assert said.startswith("failed W&B: the key is refused, or the server cannot be reached (")
         assert "WANDB_MODE" in said
         # For a first submission.
         assert look("W&B", online, ckpt_path="auto")[0].startswith("failed ")

@@ -340,7 +340,7 @@ def test_an_unreachable_server_stops_a_new_run_but_not_a_resumed_one(online: Pat
 
     online.mkdir()
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"there is no network .*WANDB_MODE=offline"):
+    with pytest.raises(UserError, match=r"the server cannot be reached .*WANDB_MODE=offline"):
         prepare_wandb(
             online, "fit", resumes=True, online=True
         )  # a first submission says --ckpt_path auto too

@@ -113,7 +113,7 @@ def _audiocraft_folder(source: str, with_codec: bool) -> Path | None:
         found = hf_hub_download(name, MODEL_FILE)
         if with_codec:
             hf_hub_download(name, CODEC_FILE)
-    except Exception as error:  # many types, from no network to no such repository
+    except Exception as error:  # many types, from no internet access to no such repository
         is_absent = isinstance(error, EntryNotFoundError)
         if is_absent and not isinstance(error, LocalEntryNotFoundError):
             return None  # the repository exists and may contain a release
@@ -121,7 +121,8 @@ def _audiocraft_folder(source: str, with_codec: bool) -> Path | None:
             return None
         raise UserError(
             f"{name}: not found locally or on the Hugging Face Hub ({one_line(error)}); download "
-            f"{MODEL_FILE} and {CODEC_FILE} on a machine with network, and give their folder"
+            f"{MODEL_FILE} and {CODEC_FILE} on a machine with internet access, and give "
+            "their folder"
         ) from error
     return Path(found).parent
 
@@ -236,7 +237,7 @@ def _first_codebooks(name: str, network: MagnetConfig, where: str) -> CodecFacts
 
 
 def _pretrained_codec(name: Any, model: ExportedModel, where: Path) -> dict[str, Any]:
-    """Facts of a codec on the hub; without network, from the model's configuration."""
+    """Facts of a codec on the hub; offline, from the model's configuration."""
     hub_id = r"(?://pretrained/)?([\w-][\w.-]*/[\w-][\w.-]*|encodec_\w+)"
     found = re.fullmatch(hub_id, name) if isinstance(name, str) else None
     if found is None or Path(found[1]).exists():  # the file must not name folders of this machine

@@ -82,11 +82,11 @@ class ExportedModel:
     file: Path
     settings: Settings
     weights: Mapping[str, Tensor]
-    """By audiocraft's names."""
+    """Tensors under audiocraft's names."""
     config: Config
     config_text: str
     version: str
-    """Of audiocraft."""
+    """Version of audiocraft that wrote the file."""
 
 
 def read_model(folder: Path) -> ExportedModel:

@@ -1,4 +1,4 @@
-"""Lightning logger for trackio, which has W&B's calls, keeps runs locally and needs no account."""
+"""Lightning logger for trackio, which has W&B's API, keeps runs locally and needs no account."""
 
 import contextlib
 import io

@@ -189,7 +189,7 @@ def check_start(plan: Plan) -> Iterator[Finding]:
 
 
 def check_components(plan: Plan) -> Iterator[Finding]:
-    """Load codec, text encoder and metric networks without network access."""
+    """Load codec, text encoder and metric networks from local files."""
     config = plan.config
     metrics = config.generation.metrics if config.generation.num_prompts else []
     embedders = dict.fromkeys(parse_metric(metric)[1] for metric in metrics)

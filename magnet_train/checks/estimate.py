@@ -33,9 +33,9 @@ class Speed:
     """FLOP per second on one device, and the source of the number."""
 
     first: float
-    """In stage 0."""
+    """FLOP per second in stage 0."""
     others: float
-    """In the later stages."""
+    """FLOP per second in the later stages."""
     memory_factor: float
     """Measured over calculated activation memory; 1 if not measured."""
     source: str
@@ -47,9 +47,9 @@ class Estimate:
 
     lines: tuple[str, ...]
     needed_bytes: float
-    """On each device."""
+    """Needed memory of each device."""
     capacity_bytes: float | None
-    """Of each device; None if this machine has no such device."""
+    """Memory of each device; None if this machine has no such device."""
     max_batch_size: int
     """Examples that fit on a device, with headroom; 0 = none."""
 

@@ -66,6 +66,12 @@ from magnet_train.tracking.wandb_session import (
     wandb_loggers,
 )
 
+DESCRIPTIONS = {
+    "fit": "Train a model; without options, train the demo.",
+    "validate": "Compute the validation metrics of a checkpoint.",
+    "test": "Compute the validation metrics of a checkpoint on the test split.",
+    "predict": "Generate audio for every caption of a split.",
+}
 LOGGERS: list[dict[str, Any]] = [
     {"class_path": "lightning.pytorch.loggers.WandbLogger"},
     {
@@ -154,7 +160,7 @@ def _as_command_line(verb: str, args: list[str]) -> Iterator[None]:
 
 
 @lru_cache
-def _text_dim(name: str) -> int:
+def text_dim(name: str) -> int:
     return load_text_encoder(name).dim
 
 
@@ -211,7 +217,9 @@ class MagnetCLI(private_api.lightning_cli()):
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         super().setup_parser(*args, **kwargs)
-        self.subcommand_parser(self.verb).prog = f"python -m magnet_train {self.verb}"
+        parser = self.subcommand_parser(self.verb)
+        parser.prog = f"python -m magnet_train {self.verb}"
+        parser.description = DESCRIPTIONS[self.verb]
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = FitParser(**kwargs)
@@ -254,14 +262,18 @@ class MagnetCLI(private_api.lightning_cli()):
         parser.link_arguments("model.codec", "data.codec")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
-        facts, dim = self.component_sizes()
-        parser.link_arguments(
-            "model.codec", "model.network.num_codebooks", lambda name: facts(name).num_codebooks
-        )
-        parser.link_arguments(
-            "model.codec", "model.network.codebook_size", lambda name: facts(name).codebook_size
-        )
-        parser.link_arguments("model.text_encoder", "model.network.text_dim", dim)
+        facts, text_dim = self.component_sizes()
+
+        def num_codebooks(codec: str) -> int:
+            return facts(codec).num_codebooks
+
+        def codebook_size(codec: str) -> int:
+            return facts(codec).codebook_size
+
+        # `--help` shows the names of these functions.
+        parser.link_arguments("model.codec", "model.network.num_codebooks", num_codebooks)
+        parser.link_arguments("model.codec", "model.network.codebook_size", codebook_size)
+        parser.link_arguments("model.text_encoder", "model.network.text_dim", text_dim)
         parser.add_lightning_class_args(GenerationCallback, "generation")
         parser.add_lightning_class_args(WeightEMA, "averaging")
         parser.add_lightning_class_args(NanGuard, "nan_guard")
@@ -271,7 +283,7 @@ class MagnetCLI(private_api.lightning_cli()):
 
     def component_sizes(self) -> tuple[Callable[[str], Any], Callable[[str], int]]:
         """Functions that return the facts of a codec and the width of a text encoder by name."""
-        return load_codec_facts, _text_dim
+        return load_codec_facts, text_dim
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data.
@@ -448,7 +460,7 @@ class DryRunCLI(MagnetCLI):
             return none_if_missing(lambda: load_codec_facts(name)) or MagnetConfig()
 
         def dim(name: str) -> int:
-            return none_if_missing(lambda: _text_dim(name)) or MagnetConfig.text_dim
+            return none_if_missing(lambda: text_dim(name)) or MagnetConfig.text_dim
 
         return facts, dim
 

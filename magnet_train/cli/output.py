@@ -69,7 +69,7 @@ class OutputOptions:
     precision: Literal["32", "bf16"] = "32"
     """Precision of the network; bf16 is faster on GPUs and gives different audio."""
     compiled: bool = False
-    """Compile the network: takes minutes at the start; for many files on a GPU."""
+    """Compile the network, for many files on a GPU. The start then takes minutes."""
 
     def __post_init__(self) -> None:
         check_values(

@@ -169,7 +169,7 @@ class OneLineErrors(ArgumentParser):
         return config
 
     def _check_value_key(self, action: Any, value: Any, *rest: Any, **settings: Any) -> Any:
-        """As jsonargparse's, which changes the value of a list in a file as if it were one."""
+        """As jsonargparse's, which would take a single value in a file for a list."""
         if action.nargs == "+" and not isinstance(value, list | None):
             raise TypeError(f'Parser key "{action.dest}": Expected a list. Got value: {value}')
         return super()._check_value_key(action, value, *rest, **settings)

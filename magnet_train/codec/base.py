@@ -313,7 +313,8 @@ def load_codec(name: str = "demo") -> Codec:
             `NAME@8@stereo` encodes the channels of stereo one by one with interleaved codebooks.
 
     Raises:
-        UserError: if it is missing, damaged, untrained, of an unknown type, or needs network.
+        UserError: if it is missing, damaged, untrained, of an unknown type, or cannot be
+            downloaded.
     """
     from magnet_train.codec.dac import DacCodec
     from magnet_train.codec.encodec import EncodecCodec, load_package_model

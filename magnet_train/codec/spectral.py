@@ -206,7 +206,7 @@ class SpectralEncoder(nn.Module):
         self.register_buffer("mel", mel, persistent=False)
 
     def forward(self, wav: Tensor, lengths: list[int] | None = None) -> Tensor:
-        """Of clips with zeros behind them, `lengths` are their numbers of samples."""
+        """`lengths` are the clips' numbers of samples, if zeros follow them."""
         hop = self.config.hop_samples
         wav = F.pad(wav[:, 0], (0, -wav.shape[2] % hop))
         if lengths is not None:

@@ -1,8 +1,8 @@
 """Loads pretrained components from a folder or the hub, with one-line errors.
 
 An existing folder has precedence. A hub id is looked up in the local cache first, so that a cached
-component needs no network and does not change during a run, and then on the hub. Code of a model is
-never executed.
+component needs no internet access and does not change during a run, and then on the hub. Code of a
+model is never executed.
 """
 
 import os
@@ -47,7 +47,7 @@ def load_pretrained(
 
     Raises:
         UserError: if the folder is missing, damaged or has code, the hub has no such id, or there
-            is no network.
+            is no internet access.
     """
     path = Path(name).expanduser()
     if name and path.exists():
@@ -274,7 +274,7 @@ def _require_hub(what: str, name: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    remedy = "give a local folder, or run once on a machine with network"
+    remedy = "give a local folder, or run once on a machine with internet access"
     absent = f"{what} {name!r}: no such folder, not in the local cache, and"
     if variable := offline_variable():
         raise UserError(f"{absent} {variable} is set: {remedy}")
@@ -289,4 +289,4 @@ def _require_hub(what: str, name: str) -> None:
     except HfHubHTTPError as error:
         raise UserError(f"{absent} the hub denies access: {one_line(error)}") from error
     except Exception as error:
-        raise UserError(f"{absent} no network ({one_line(error)}): {remedy}") from error
+        raise UserError(f"{absent} no internet access ({one_line(error)}): {remedy}") from error

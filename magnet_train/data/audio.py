@@ -37,7 +37,7 @@ MAX_VALUES = 1 << 31
 MAX_BYTES = 1 << 31
 """Maximum size of an MP3 or Ogg file, which is read as a whole."""
 MAX_FRAMES_PER_BYTE = 1000
-"""Above this, a length in a header is not believed; FLAC takes a byte for 400 frames of silence."""
+"""Above this, a length in a header is not trusted; FLAC takes a byte for 400 frames of silence."""
 FFMPEG_MAGIC = (b"\xff\xf1", b"\xff\xf9", b"\x30\x26\xb2\x75", b"\x1a\x45\xdf\xa3")
 """First bytes of AAC (two kinds), ASF (wma) and Matroska (webm)."""
 FFMPEG_TIMEOUT_S = 600

@@ -146,7 +146,7 @@ class MagnetDataModule(L.LightningDataModule):
             validation: Validation shards; same syntax as `train`.
             test: Test shards; same syntax as `train`.
             val_split: Share of the training shards to hold out for validation, 0 to 0.5, instead of
-                `validation`; chosen by a hash of each shard, so that added shards move none.
+                `validation`; chosen by a hash of each shard; added shards do not move others.
             batch_size: Examples per batch on each device; with global_batch_size, the maximum that
                 fits on a device. Larger batches give low mask rates less weight in the loss
                 (docs/training.md).

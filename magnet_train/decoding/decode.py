@@ -86,8 +86,8 @@ class DecodingConfig:
     order_temperature: float = 0.0
     """Scale of Gumbel noise on the spans' scores, annealed to 0 within a stage; 0 = none."""
     second_lap: float = 0.0
-    """After the last stage, decode this share of stage 0's spans again, least certain first, with
-    all codebooks above them, in this share of the steps; 0 = none.
+    """Share of stage 0's spans to decode again after the last stage, least certain first, with all
+    codebooks above them. This second lap takes the same share of the steps; 0 = no second lap.
     """
     shared_noise: int | tuple[int, ...] = 1
     """Length of groups of frames that share their sampling noise; 1 = independent noise. One

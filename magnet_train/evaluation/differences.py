@@ -1,6 +1,6 @@
 """Differences between systems, paired by clip: both systems' clips have the same names.
 
-Clips of the same caption are alike in how hard they are, so the interval of a difference is often
+Clips of the same caption are about equally difficult, so the interval of a difference is often
 narrower than those of the two values. Metrics that are means over clips get a paired t-test; FAD
 gets the half-sample jackknife of `intervals.frechet_interval`, with the same halves for both
 systems. Holm's correction is over all differences of a call.

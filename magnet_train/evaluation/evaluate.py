@@ -368,7 +368,7 @@ class _Evaluation:
             yield replace(clip, name=str(share[clip.key].path))
 
     def _write(self, items: Iterable[DecodedItem]) -> Iterator[DecodedItem]:
-        """Writes items on their way, those shown in a report with their codes."""
+        """Writes each item and passes it on; items of the report are written with their codes."""
         options = self.options
         assert self.decoding is not None
         shown = set(list(self.prompts)[:NUM_SHOWN])

@@ -56,7 +56,7 @@ def check_judge(metric: str, reference: str | None, prompts: Sequence[str]) -> N
             f"--judge {metric}: give --reference, a folder of real audio or saved statistics"
         )
     if name == "text" and not all(p.strip() for p in prompts):
-        raise UserError(f"--judge {metric}: needs a prompt; choose another judge for no text")
+        raise UserError(f"--judge {metric}: needs a prompt; give one, or choose another judge")
     parse = {"key_rank": parse_key, "beat": parse_tempo}.get(name)
     if parse is not None and (bad := [p for p in prompts if parse(p) is None]):
         what = "key" if name == "key_rank" else "tempo"

@@ -74,10 +74,10 @@ def dashboard(options: DashboardOptions) -> str:
     state, reason = check_wandb_login()
     if state == "off":
         raise UserError(
-            f"W&B is {reason} here, but the workspace is on its server: unset WANDB_MODE, with "
-            "network access"
+            f"W&B is {reason} here, but the workspace is on its server: unset WANDB_MODE, and "
+            "run this with internet access"
         )
-    remedy = "`wandb login` on a machine with network sets a key, or WANDB_API_KEY"
+    remedy = "`wandb login` on a machine with internet access sets a key, or WANDB_API_KEY"
     if state != "online":
         raise UserError(f"W&B: {reason}; {remedy}")
     try:

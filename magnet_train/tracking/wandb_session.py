@@ -131,7 +131,7 @@ def require_wandb_login(folder: Path, resumes: bool) -> None:
 def check_wandb_login() -> tuple[Literal["online", "off", "no key", "refused"], str]:
     """W&B's login status, and a text with the reason or the server.
 
-    `off`: its settings select a mode without network, which is then the text. `refused`: the server
+    `off`: its settings select an offline mode, which is then the text. `refused`: the server
     rejects the key or cannot be reached, which is known after seconds.
     """
     import wandb
@@ -147,7 +147,7 @@ def check_wandb_login() -> tuple[Literal["online", "off", "no key", "refused"], 
     except CommError as error:
         return (
             "refused",
-            "the key is refused, or there is no network "
+            "the key is refused, or the server cannot be reached "
             f"({' '.join(str(error).split()).rstrip('.')})",
         )
     return "no key", "no API key (`wandb login` sets one)"
