@@ -446,8 +446,9 @@ class MagnetModule(L.LightningModule):
         return mean
 
     def _log_training(self, name: str, value: Tensor, size: int, prog_bar: bool = False) -> None:
-        """Log `train/NAME` only in batches of steps that loggers write: other values would take time,
-        and the progress bar would wait for the device.
+        """Log `train/NAME` only in batches of steps that loggers write.
+
+        Other values would take time, and the progress bar would wait for the device.
         """
         if is_logged(self.trainer, self.trainer.global_step + 1):
             self.log(f"train/{name}", value.detach(), prog_bar=prog_bar, batch_size=size)
