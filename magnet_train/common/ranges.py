@@ -34,7 +34,8 @@ def check_values(settings: Any, prefix: str = "", **intervals: str) -> None:
             continue
         numbers = as_tuple(value)
         if not numbers or not all(_contains(interval, number) for number in numbers):
-            raise UserError(f"{prefix}{name}={value} must be {in_words(interval)}")
+            shown = numbers[0] if len(numbers) == 1 else list(numbers)
+            raise UserError(f"{prefix}{name}={shown} must be {in_words(interval)}")
     for name, hint in get_type_hints(type(settings)).items() if is_dataclass(settings) else ():
         if get_origin(hint) is Literal and values[name] not in get_args(hint):
             known = " or ".join(map(str, get_args(hint)))
