@@ -39,25 +39,12 @@ def make_codec(folder: Path, seed: int = 0, **changes: Any) -> Any:
     """
     from transformers import EncodecConfig, EncodecModel
 
-    settings: dict[str, Any] = {
-        "num_filters": 4,  # 64 as published; all else is as published
-        "sampling_rate": 32_000,
-        "audio_channels": 1,
-        "upsampling_ratios": [8, 5, 4, 4],
-        "codebook_size": 2048,
-        "hidden_size": 128,
-        "codebook_dim": 128,
-        "target_bandwidths": [2.2],
-        "norm_type": "weight_norm",
-        "use_causal_conv": False,
-        "use_conv_shortcut": False,
-        "pad_mode": "reflect",
-        "normalize": False,
-        "chunk_length_s": None,
-    }
+    from magnet_train.checks.bench_data import ENCODEC_32KHZ
+
+    settings = ENCODEC_32KHZ | {"num_filters": 4} | changes  # 64 as published
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model: Any = EncodecModel(EncodecConfig(**(settings | changes))).eval()
+        model: Any = EncodecModel(EncodecConfig(**settings)).eval()
         config = model.config
         noise = torch.randn(1, config.audio_channels, config.codebook_size // 4 * config.hop_length)
         noise = noise * torch.linspace(0, 1, noise.shape[-1])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers_errors import command_error
 from helpers_programs import LONGEST_S
 from helpers_wandb import history, records
 
@@ -129,7 +130,7 @@ def test_metrics_without_weights_are_skipped_in_fit_and_an_error_elsewhere(
     capsys.readouterr()
     last = f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
     options = arguments(shards, tmp_path / "v", *metrics, last)
-    line = mistake(capsys, "validate", *(o for o in options if "warmup" not in o))
+    line = command_error(capsys, "validate", *(o for o in options if "warmup" not in o))
     assert "VGGish weights: not in the cache" in line
 
 
@@ -213,15 +214,6 @@ def test_generate_from_a_run_is_reproduced_by_its_json(run, tmp_path):
     assert np.array_equal(soundfile.read(audio[0])[0], soundfile.read(again)[0])
 
 
-def mistake(capsys, *args: str) -> str:
-    """The one-line error message."""
-    status = main(list(args))
-    said = capsys.readouterr().err.strip().splitlines()
-    lines = [line for line in said if line.startswith("error:")]
-    assert status == 2 and len(lines) == 1, (status, lines)
-    return lines[0]
-
-
 def test_mistakes_of_tokenize(capsys, tmp_path, clips):
     for name in ("bare", "plain"):
         (tmp_path / name).mkdir()
@@ -235,7 +227,7 @@ def test_mistakes_of_tokenize(capsys, tmp_path, clips):
         (clips, ["--codec", "not/there"], "not/there"),
     ):
         args = [str(source), "--out", str(tmp_path / "out"), *options]
-        assert says in mistake(capsys, "tokenize", *args)
+        assert says in command_error(capsys, "tokenize", *args)
 
 
 def test_mistakes_of_fit(capsys, tmp_path, shards):
@@ -256,7 +248,9 @@ def test_mistakes_of_fit(capsys, tmp_path, shards):
         ("--generation.decoding.autoregressive_s=1", "decodes in parallel only"),
         (f"--checkpoint.dirpath={tmp_path / 'file' / 'x'}", "--checkpoint.dirpath"),
     ):
-        assert says in mistake(capsys, "fit", *arguments(shards, tmp_path / "run", option)), option
+        assert says in command_error(capsys, "fit", *arguments(shards, tmp_path / "run", option)), (
+            option
+        )
     assert not (tmp_path / "run" / "validation").exists()  # refused before anything was computed
 
 
@@ -327,7 +321,7 @@ def test_a_rank_that_fails_under_nccl_does_not_wait_for_others(monkeypatch, caps
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID"])
 def test_numbers_of_a_launcher_are_checked(name, monkeypatch, capsys):
     monkeypatch.setenv(name, "x")
-    assert mistake(capsys, "fit").startswith(f"error: {name}=x: must be a whole number")
+    assert command_error(capsys, "fit").startswith(f"error: {name}=x: must be a whole number")
 
 
 def test_a_terminal_without_a_character_gets_its_escape(monkeypatch):

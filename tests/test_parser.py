@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers_errors import command_error
 
 from magnet_train.__main__ import main
 from magnet_train.cli.fit import build_without_training
@@ -28,12 +29,6 @@ def printed(capsys: Any, *args: str) -> dict[str, Any]:
         main([*args, "--print_config"])
     assert ended.value.code == 0
     return yaml.safe_load(capsys.readouterr().out)
-
-
-def refusal(capsys: Any, *args: str) -> str:
-    """The last line of an error's output."""
-    assert main(list(args)) == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("given, used", [(None, "passive"), ("active", "active")])
@@ -173,7 +168,7 @@ def test_a_file_that_is_no_configuration_is_named(content, says, tmp_path, capsy
     file = tmp_path / "c.yaml"
     if content is not None:
         file.write_bytes(content)
-    line = refusal(capsys, "bench", "--config", str(file))
+    line = command_error(capsys, "bench", "--config", str(file))
     assert str(file) in line and says in line
 
 
@@ -225,7 +220,7 @@ def test_a_file_that_is_no_configuration_is_named(content, says, tmp_path, capsy
 )
 def test_mistakes_are_the_last_line(args, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    line = refusal(capsys, *args)
+    line = command_error(capsys, *args)
     assert line.startswith("error: ") and says in line
 
 

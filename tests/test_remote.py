@@ -22,7 +22,7 @@ from typing import Any
 import fsspec
 import pytest
 from helpers_data import keys, load, make_data_codec, write_shards
-from helpers_errors import refusal
+from helpers_errors import command_error, refusal
 from helpers_programs import LONGEST_S
 from helpers_resume import arguments, differences, ledger, outcome
 from helpers_server import FaultyServer
@@ -589,29 +589,17 @@ def test_a_shard_with_other_items_than_the_index_says(says: int, codec: str, tmp
 # --- by the command -------------------------------------------------------------------------------
 
 
-def mistake(capfd: Any, args: list[str]) -> str:
-    """The one-line error of a command, without a traceback."""
-    capfd.readouterr()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert main(args) == 2
-    text = capfd.readouterr().err
-    (line,) = [x for x in text.splitlines() if x.startswith("error:")]
-    assert "Traceback" not in text
-    return line
-
-
 def test_an_error_in_a_data_worker_is_one_line(data: Path, tmp_path: Path, capfd: Any):
     shutil.copytree(data, tmp_path / "data")
     for path in (tmp_path / "data" / "train").glob("*.tar"):
         path.unlink()
     workers = "--data.num_workers=2"
-    line = mistake(capfd, arguments(tmp_path / "data", tmp_path / "run", workers))
+    line = command_error(capfd, *arguments(tmp_path / "data", tmp_path / "run", workers))
     assert "none of the last" in line and "missing; copy it again" in line
     (path,) = (tmp_path / "data" / "validation").glob("*.tar")
     path.write_bytes(path.read_bytes()[:700])
     options = ["--generation.at_start=true", workers, f"--data.train={data / 'train'}"]
-    line = mistake(capfd, arguments(tmp_path / "data", tmp_path / "run2", *options))
+    line = command_error(capfd, *arguments(tmp_path / "data", tmp_path / "run2", *options))
     assert line.startswith(f"error: {path}: broken")
 
 
@@ -664,7 +652,7 @@ def test_mistakes_by_the_command(
     option: str, says: str, data: Path, tmp_path: Path, capfd: Any, monkeypatch: Any
 ):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    assert says in mistake(capfd, arguments(data, tmp_path / "run", option))
+    assert says in command_error(capfd, *arguments(data, tmp_path / "run", option))
 
 
 def test_ranks_that_found_different_checkpoints_are_an_error(codec: str, folder: Path):

@@ -3,8 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from magnet_train.common.errors import UserError
 
@@ -66,19 +65,23 @@ def check_types(settings: Any, hints: Mapping[str, Any] | None = None) -> None:
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    kinds = get_args(hint)
-    if get_origin(hint) in (tuple, list):
-        return isinstance(value, tuple | list) and all(_has_type(v, kinds[0]) for v in value)
-    if get_origin(hint) is dict:
-        return isinstance(value, dict) and all(_has_type(v, kinds[1]) for v in value.values())
-    if get_origin(hint) in (Union, UnionType):
-        return any(_has_type(value, kind) for kind in kinds)
-    if get_origin(hint) is Literal:
-        return value in kinds
+    if kinds := get_args(hint):
+        return _has_generic_type(value, get_origin(hint), kinds)
     if is_dataclass(hint) and isinstance(value, Mapping):
         fields = get_type_hints(hint)
         return all(name in fields and _has_type(v, fields[name]) for name, v in value.items())
     return hint is Any or type(value) is hint or (hint is float and type(value) is int)
+
+
+def _has_generic_type(value: Any, origin: Any, kinds: tuple[Any, ...]) -> bool:
+    """Whether a value has a type with arguments, such as list[int]."""
+    if origin in (tuple, list):
+        return isinstance(value, tuple | list) and all(_has_type(v, kinds[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_has_type(v, kinds[1]) for v in value.values())
+    if origin is Literal:
+        return value in kinds
+    return any(_has_type(value, kind) for kind in kinds)  # a union
 
 
 def _parts(interval: str) -> tuple[bool, float, float, bool, str]:

@@ -52,15 +52,24 @@ def augmented(
     >>> augmented(info, CaptionAugmentation(merge_p=1.0), np.random.default_rng(0))
     'a waltz. bpm: 90. moods: calm, warm'
     """
-    parts: list[str] = []
-    if rng.random() < config.merge_p:
-        values = [(name.removeprefix("music_"), info[name]) for name in FIELDS if info.get(name)]
-        every = [f"{n}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for n, v in values]
-        parts = [part for part in every if rng.random() >= config.drop_field_p]
-        rng.shuffle(parts)
+    fields = _drawn_fields(info, config, rng) if rng.random() < config.merge_p else []
     caption = "" if rng.random() < config.drop_caption_p else str(info.get("caption", ""))
-    if parts:
-        caption = ". ".join([*([caption.rstrip(".")] if caption else []), *parts])
+    if fields:
+        caption = ". ".join([caption.rstrip("."), *fields] if caption else fields)
     if config.word_dropout:
         caption = " ".join(word for word in caption.split() if rng.random() >= config.word_dropout)
     return caption
+
+
+def _drawn_fields(
+    info: Mapping[str, Any], config: CaptionAugmentation, rng: np.random.Generator
+) -> list[str]:
+    """Fields to merge, such as "bpm: 90", without dropped ones and in random order."""
+    texts = []
+    for name in FIELDS:
+        if value := info.get(name):
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            texts.append(f"{name.removeprefix('music_')}: {text}")
+    kept = [text for text in texts if rng.random() >= config.drop_field_p]
+    rng.shuffle(kept)
+    return kept

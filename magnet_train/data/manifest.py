@@ -295,9 +295,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str], OSError | None]]:
             if (about.st_dev, about.st_ino) in seen:
                 continue
             seen.add((about.st_dev, about.st_ino))
-            entries = sorted(
-                (e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name
-            )
+            entries = _entries(folder)
         except OSError as error:
             yield folder, [], error
             continue
@@ -307,6 +305,12 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str], OSError | None]]:
         )
         queue.extend(folder / entry.name for entry in folders if entry.is_symlink())
         yield folder, [entry.name for entry in entries if entry not in folders], None
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Files and folders in a folder, sorted by name, without hidden ones."""
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    return sorted(entries, key=lambda entry: entry.name)
 
 
 def _name(path: Path, source: Path) -> str:

@@ -29,6 +29,8 @@ MAX_CLIPPED = 0.001
 MUSIC_JUDGES = {"key_rank": -1, "beat": 1, "scale_fit": 1, "periodicity": 1}
 """Measures of metrics/music.py for judges; 1 = higher is better, -1 = lower is better."""
 JUDGES = {"fad": -1, "text": 1} | MUSIC_JUDGES
+NEEDED_WORDS = {"key_rank": (parse_key, "key"), "beat": (parse_tempo, "tempo")}
+"""What a prompt must contain for a judge: a function that finds it, and its name."""
 DEFAULT_JUDGE = "text/musicnn"
 
 Judge = Callable[[AudioClip, str], float]
@@ -55,12 +57,13 @@ def check_judge(metric: str, reference: str | None, prompts: Sequence[str]) -> N
         raise UserError(
             f"--judge {metric}: give --reference, a folder of real audio or saved statistics"
         )
-    if name == "text" and not all(p.strip() for p in prompts):
+    if name == "text" and not all(prompt.strip() for prompt in prompts):
         raise UserError(f"--judge {metric}: needs a prompt; give one, or choose another judge")
-    parse = {"key_rank": parse_key, "beat": parse_tempo}.get(name)
-    if parse is not None and (bad := [p for p in prompts if parse(p) is None]):
-        what = "key" if name == "key_rank" else "tempo"
-        raise UserError(f"--judge {metric}: the prompt {bad[0]!r} names no {what}")
+    if name in NEEDED_WORDS:
+        parse, what = NEEDED_WORDS[name]
+        for prompt in prompts:
+            if parse(prompt) is None:
+                raise UserError(f"--judge {metric}: the prompt {prompt!r} names no {what}")
 
 
 def load_judge(metric: str, reference: str | None, device: str) -> Judge:

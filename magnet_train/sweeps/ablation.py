@@ -215,21 +215,32 @@ def read_ablation(runs: Sequence[Run]) -> Ablation:
         raise UserError(f"{runs[0].folder.parent}: no run is finished; run the sweep first")
     short = short_names(list(runs[0].values))
     varied = [name for name in short if name.rsplit(".", 1)[-1] not in SEEDS]
+    settings = {run.name: tuple(_hashable(run.values[name]) for name in varied) for run in finished}
     values = {run.name: _read_metrics(run) for run in finished}
-    num_seeds: Counter[Setting] = Counter()
-    by_metric: dict[str, BySetting] = {}
-    for run in finished:
-        setting = tuple(_hashable(run.values[name]) for name in varied)
-        seed = tuple(run.values[name] for name in short if name not in varied)
-        num_seeds[setting] += 1
-        for metric, value in values[run.name].items():
-            by_metric.setdefault(metric, {}).setdefault(setting, {})[seed] = value
+    num_seeds = Counter(settings.values())
+    seeds = [name for name in short if name not in varied]
+    by_metric = _by_metric(finished, settings, seeds, values)
     means = {metric: _means(by_setting) for metric, by_setting in by_metric.items()}
     first = next(iter(num_seeds))
     differences = {metric: _from_first(first, of) for metric, of in by_metric.items()}
     notes = [*_unfinished(runs), *_differences(finished), *_missing(by_metric, num_seeds)]
     labels = [short[name] for name in varied]
     return Ablation(labels, means, differences, num_seeds, notes, values)
+
+
+def _by_metric(
+    runs: Sequence[Run],
+    settings: dict[str, Setting],
+    seeds: Sequence[str],
+    values: dict[str, dict[str, float]],
+) -> dict[str, BySetting]:
+    """Values of each metric, from settings and metrics by run; `seeds` are names of parameters."""
+    found: dict[str, BySetting] = {}
+    for run in runs:
+        seed = tuple(run.values[name] for name in seeds)
+        for metric, value in values[run.name].items():
+            found.setdefault(metric, {}).setdefault(settings[run.name], {})[seed] = value
+    return found
 
 
 def _means(by_setting: BySetting) -> dict[Setting, Mean]:

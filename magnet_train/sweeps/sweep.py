@@ -107,7 +107,7 @@ def read_sweep(file: Path, out: Path, overrides: Sequence[str] = ()) -> list[Run
     choices = _choices(file, content["parameters"])
     varied = [name for name in choices if "values" in content["parameters"][name]]
     _check_overrides(file, overrides, varied)
-    metric = content["metric"].get("name") if isinstance(content.get("metric"), dict) else None
+    metric = _metric_name(content.get("metric"))
     short = short_names(varied)
     if math.prod(map(len, choices.values())) > MAX_RUNS:
         raise UserError(f"{file}: more than {MAX_RUNS:,} runs; give fewer values")
@@ -118,11 +118,17 @@ def read_sweep(file: Path, out: Path, overrides: Sequence[str] = ()) -> list[Run
         flags = [f"--{p}={v}" for p, v in values.items()]  # as W&B's agent writes them
         args = [*options, *flags, *overrides, f"{FOLDER}={out / name}"]
         values = {p: values[p] for p in varied}
-        runs.append(Run(name, out / name, values, args, str(metric or "val/ce")))
+        runs.append(Run(name, out / name, values, args, metric))
     name, count = Counter(run.name for run in runs).most_common(1)[0]
     if count > 1:
         raise UserError(f"{file}: two runs are named {name}: give each value once")
     return runs
+
+
+def _metric_name(metric: Any) -> str:
+    """Name of the metric that the sweep compares; val/ce if the file has none."""
+    name = metric.get("name") if isinstance(metric, dict) else None
+    return str(name or "val/ce")
 
 
 def _read_grid(file: Path) -> dict[str, Any]:
@@ -170,23 +176,24 @@ def _choices(file: Path, parameters: Any) -> dict[str, list[Any]]:
     """The values of each parameter; one if it is fixed."""
     if not isinstance(parameters, dict) or not parameters:
         raise UserError(f"{file}: no parameters; give at least one with `values: [...]`")
-    found: dict[str, list[Any]] = {}
-    for name, given in parameters.items():
-        given = given if isinstance(given, dict) else {}
-        values: Any = [given["value"]] if "value" in given else given.get("values")
-        is_grid = isinstance(name, str) and len(given) == 1 and isinstance(values, list) and values
-        if not is_grid or any(isinstance(v, dict) for v in values):
-            raise UserError(
-                f"{file}: parameter {name}: a grid needs `values: [...]` or `value: ...` of plain "
-                "values"
-            )
-        if None in values:
-            raise UserError(
-                f"{file}: parameter {name}: W&B writes an empty value as None; "
-                'write "null" in quotes'
-            )
-        found[name] = values
-    return found
+    return {name: _values(file, name, given) for name, given in parameters.items()}
+
+
+def _values(file: Path, name: Any, given: Any) -> list[Any]:
+    """The values of a parameter, given as `values: [...]` or `value: ...`."""
+    given = given if isinstance(given, dict) else {}
+    values: Any = [given["value"]] if "value" in given else given.get("values")
+    is_grid = isinstance(name, str) and len(given) == 1 and isinstance(values, list) and values
+    if not is_grid or any(isinstance(v, dict) for v in values):
+        raise UserError(
+            f"{file}: parameter {name}: a grid needs `values: [...]` or `value: ...` of plain "
+            "values"
+        )
+    if None in values:
+        raise UserError(
+            f'{file}: parameter {name}: W&B writes an empty value as None; write "null" in quotes'
+        )
+    return values
 
 
 def short_names(parameters: list[str]) -> dict[str, str]:
@@ -576,11 +583,7 @@ def sweep(
     check_local(folder, "--out")
     print(state_table(runs, {}), flush=True)
     unfinished = [run for run in runs if not run.is_finished]
-    for run in unfinished:
-        try:
-            check(run.args)
-        except UserError as error:
-            raise UserError(f"{file}: run {run.name}: {error}") from error
+    _check_runs(file, unfinished, check)
     if not unfinished:
         return True
     jobs = options.jobs or (len(unfinished) if options.slurm else 1)
@@ -599,3 +602,12 @@ def sweep(
     failed = run_here(runs, jobs)
     print(state_table(runs, failed), flush=True)
     return not failed
+
+
+def _check_runs(file: Path, runs: Sequence[Run], check: Callable[[list[str]], object]) -> None:
+    """Check the options of each run, before any run starts."""
+    for run in runs:
+        try:
+            check(run.args)
+        except UserError as error:
+            raise UserError(f"{file}: run {run.name}: {error}") from error
