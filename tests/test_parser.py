@@ -197,6 +197,7 @@ def test_a_file_that_is_no_configuration_is_named(content, says, tmp_path, capsy
         (["fit", "--seed_everything", "100000000000000000000"], "seed_everything"),
         (["fit", "--trainer.strategy", "foo"], "strategy"),
         (["fit", "--trainer.devices", "0"], "devices"),
+        (["fit", "--trainer.num_nodes", "2"], "num_nodes=2: started on one node"),
         (["fit", "--checkpoint.save_top_k", "-7"], "save_top_k"),
         (["fit", "--trainer.callbacks", "{class_path: no.X}"], "No module named 'no'"),
         (["fit", "--trainer.callbacks", "{class_path: EarlyStopping}"], "required: monitor"),

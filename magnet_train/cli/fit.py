@@ -145,6 +145,17 @@ def _refuse_interactive_srun() -> None:
         )
 
 
+def _refuse_missing_nodes(trainer: Any) -> None:
+    """Refuse several nodes if this process was started alone: it would wait for the others."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    is_alone = isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ
+    if trainer.num_nodes > 1 and is_alone:
+        raise UserError(
+            f"trainer.num_nodes={trainer.num_nodes}: started on one node; start it on all of them "
+            "with srun or torchrun (docs/clusters.md), or set --trainer.num_nodes 1"
+        )
+
+
 @contextmanager
 def _as_command_line(verb: str, args: list[str]) -> Iterator[None]:
     """Sets sys.argv, which Lightning's DDP launcher uses to start the other ranks."""
@@ -300,7 +311,8 @@ class MagnetCLI(private_api.lightning_cli()):
             raise UserError(f"trainer: {class_problem(str(error)) or reasons[0]}") from error
 
     def after_instantiate_classes(self) -> None:
-        """Check the data and the validation before a logger writes anything."""
+        """Check the launch, the data and the validation before a logger writes anything."""
+        _refuse_missing_nodes(self.trainer)
         data, world_size = self.datamodule, self.trainer.world_size
         settings = self.config_init[self.verb]
         monitor = settings.checkpoint.monitor if self.verb == "fit" else None
