@@ -49,9 +49,11 @@ PLAN_TYPES = {
     "settings": dict[str, Any],
     "rounds": list[list[str]],
 }
+"""Entries of `.plan.json`."""
 MAX_PLAN_BYTES = 1 << 30
+"""Maximum size of the plan, and of the report of a shard."""
 SHORT_CROPS = 8
-"""Most crops of a batch, in multiples of `batch_size`, if they are short."""
+"""Maximum number of crops in a batch of short crops, in multiples of `batch_size`."""
 MIN_REFERENCE_S = 3.0
 """Minimum length of a clip with musicnn embeddings, in seconds."""
 T = TypeVar("T")
