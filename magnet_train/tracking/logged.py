@@ -155,19 +155,27 @@ LOGGED: tuple[Logged, ...] = (
             "a table with rows of every validation: step, item, caption, audio, plot, score",
         ),
         ("gen/audio", "", "the clips of each validation"),
-        ("gen/real", "", "their real clips through the codec, once per session; W&B only"),
-        ("gen/plots", "", "their spectrograms, with the order of unmasking"),
+        (
+            "gen/real",
+            "",
+            "the real clips of the same items through the codec, once per session; W&B only",
+        ),
+        ("gen/plots", "", "spectrograms of these clips, with the order of unmasking"),
         is_media=True,
     ),
     *_entries(
         "codebooks",
         ("val/ce/stage{k}", "lower", "cross-entropy of codebook k on fixed masks, in nats"),
-        ("val/ce/stage{k}/rate{rate}", "lower", "the same cross-entropy at one mask rate"),
-        ("val/accuracy/stage{k}", "higher", "accuracy on its masked frames, 0 to 1"),
+        (
+            "val/ce/stage{k}/rate{rate}",
+            "lower",
+            "val/ce/stage{k} at one share of masked frames, in nats",
+        ),
+        ("val/accuracy/stage{k}", "higher", "accuracy of codebook k on fixed masks, 0 to 1"),
         (
             "val/accuracy/stage{k}/baseline_copying",
             "",
-            "the same for copying the nearest visible code",
+            "accuracy of copying the nearest visible code, 0 to 1",
         ),
         (
             "val/ce/stage{k}/baseline_unigram",
@@ -184,7 +192,11 @@ LOGGED: tuple[Logged, ...] = (
             "lower",
             "cross-entropy of codebook k in training batches, in nats",
         ),
-        ("train/accuracy/stage{k}", "higher", "accuracy on their masked frames, 0 to 1"),
+        (
+            "train/accuracy/stage{k}",
+            "higher",
+            "accuracy of codebook k in training batches, 0 to 1",
+        ),
     ),
     *_entries(
         "codebooks",
@@ -193,7 +205,11 @@ LOGGED: tuple[Logged, ...] = (
             "higher",
             "val/accuracy/stage{k} at one share of masked frames",
         ),
-        ("val/accuracy/stage{k}/baseline_copying/rate{rate}", "", "the same for copying"),
+        (
+            "val/accuracy/stage{k}/baseline_copying/rate{rate}",
+            "",
+            "accuracy of copying at one share of masked frames",
+        ),
         ("val/ce/baseline_unigram", "", "mean of the codebooks' unigram cross-entropies, in nats"),
         ("val/ce/baseline_bigram", "", "mean of the codebooks' bigram cross-entropies, in nats"),
         ("val/ce/stage{k}_ci95", "", "half of val/ce/stage{k}'s 95 % interval over items"),
@@ -230,7 +246,7 @@ LOGGED: tuple[Logged, ...] = (
             "lower",
             "failed reads of shards by data workers, since the process started",
         ),
-        ("data/items_skipped", "lower", "items in these shards"),
+        ("data/items_skipped", "lower", "items in the skipped shards"),
     ),
     *_entries(
         "speed",

@@ -36,7 +36,7 @@ function keep() {
   try {
     localStorage.setItem(storageName(), JSON.stringify(state));
   } catch {
-    say("This browser keeps nothing: leave this window open until you have saved the file.");
+    say("This browser does not store ratings: keep this window open until you have saved the file.");
   }
 }
 
