@@ -82,12 +82,7 @@ def parse_devices(trainer: Any) -> Devices:
     if kind in ("auto", "cuda"):
         kind = "gpu" if kind == "cuda" or torch.cuda.is_available() else "cpu"
     try:
-        if given in ("auto", -1, "-1"):
-            number = max(1, torch.cuda.device_count()) if kind == "gpu" else 1
-        elif isinstance(given, str) and "," in given:
-            number = len([part for part in given.split(",") if part.strip()])
-        else:
-            number = len(given) if isinstance(given, list) else int(given)
+        number = _num_devices(given, kind)
     except ValueError as error:
         raise UserError(f"trainer.devices={given}: give a number of devices, or auto") from error
     if not 1 <= number <= MAX_DEVICES or not 1 <= int(trainer.num_nodes) <= MAX_DEVICES:
@@ -96,6 +91,15 @@ def parse_devices(trainer: Any) -> Devices:
             f"to {MAX_DEVICES:,}; give a number, or --trainer.devices auto"
         )
     return Devices(kind, number, int(trainer.num_nodes))
+
+
+def _num_devices(given: Any, kind: str) -> int:
+    """Number of devices: all, a list of their indices, or a number."""
+    if given in ("auto", -1, "-1"):
+        return max(1, torch.cuda.device_count()) if kind == "gpu" else 1
+    if isinstance(given, str) and "," in given:
+        return len([part for part in given.split(",") if part.strip()])
+    return len(given) if isinstance(given, list) else int(given)
 
 
 def is_sharded(strategy: Any) -> bool:
