@@ -494,15 +494,15 @@ class Generator:
         if plan.is_loop:
             wav = wav[:, : plan.num_samples]
             wav = torch.nn.functional.pad(wav, (0, plan.num_samples - wav.shape[1]))
-            heard = resample_loop(wav, num_frames * facts.hop_samples)
+            resampled = resample_loop(wav, num_frames * facts.hop_samples)
         else:
-            heard = resample(wav, sample_rate, facts.sample_rate)
-        known = encode_blocks(self.codec, heard, plan.is_loop)[..., :num_frames].to(self.device)
+            resampled = resample(wav, sample_rate, facts.sample_rate)
+        known = encode_blocks(self.codec, resampled, plan.is_loop)[..., :num_frames].to(self.device)
         codes = torch.zeros(1, facts.num_codebooks, num_frames, dtype=torch.long).to(self.device)
         codes[..., : known.shape[2]] = known
         onsets = None
         if edit.hints.hint_onsets_s is not None:
-            onsets = onset_frames(heard.mean(0), facts.hop_samples, num_frames)
+            onsets = onset_frames(resampled.mean(0), facts.hop_samples, num_frames)
         if edit.from_s is not None:
             wav = wav[:, : round(edit.from_s * sample_rate)]
         return wav, codes, onsets

@@ -48,8 +48,8 @@ def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
             before = "" if values["before"] is None else f"{values['before']:.4g}"
             lines.append(f"{key:<44}{before:>10}{values['after']:>10.4g}")
     seconds = [f"{name} {value:.0f} s" for name, value in summary["seconds"].items()]
-    heard = what_to_listen_for(summary["metrics"])
-    return "\n".join([*lines, *heard, "", "  ".join(seconds)])
+    listening = what_to_listen_for(summary["metrics"])
+    return "\n".join([*lines, *listening, "", "  ".join(seconds)])
 
 
 def closing_block(run_folder: Path, wandb_run: str | None) -> str:
