@@ -23,8 +23,9 @@ def test_without_music_measures_or_baselines_nothing_is_printed():
 
 
 def test_the_last_lines_are_what_to_open_and_to_run(tmp_path):
-    assert "report" not in closing_block(tmp_path, None)
+    assert "report" not in closing_block(tmp_path, {})
     (tmp_path / "report.html").touch()
-    lines = closing_block(tmp_path, "https://wandb/run").splitlines()
+    lines = closing_block(tmp_path, {"W&B": "https://wandb/run"}).splitlines()
     assert [line.split()[0] for line in lines] == ["report", "W&B", "next"]
     assert f"open {tmp_path / 'report.html'}" in lines[0] and str(tmp_path) in lines[2]
+    assert lines[1] == "W&B         https://wandb/run"

@@ -388,7 +388,7 @@ def test_checkpoints_become_versions_with_aliases(run: Path, tmp_path: Path):
     assert len({a.name for a in logged_}) == 1
 
 
-def test_tensorboard_gets_figures_audio_and_pictures(data: Path, tmp_path: Path):
+def test_tensorboard_gets_figures_audio_and_pictures(data: Path, tmp_path: Path, capsys):
     """Logs of a `fit`, read with TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -399,6 +399,7 @@ def test_tensorboard_gets_figures_audio_and_pictures(data: Path, tmp_path: Path)
         "--trainer.max_steps=2",
     )
     assert fit(data, run, *options) == 0
+    assert f"\ntensorboard tensorboard --logdir {run}\n" in capsys.readouterr().out
     (folder,) = (run / "lightning_logs").iterdir()
     shown = EventAccumulator(str(folder)).Reload()
     assert {"train/loss", "train/audio_hours", "val/ce", "val/num_clips"} <= {

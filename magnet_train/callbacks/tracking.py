@@ -39,6 +39,19 @@ class SaveConfig(SaveConfigCallback):
                 logger.log_hyperparams(yaml.safe_load(text))
 
 
+def run_locations(trainer: L.Trainer) -> dict[str, str]:
+    """The address of the run, or the command that shows or uploads it, by the tracker's name."""
+    found: dict[str, str] = {}
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and (location := run_location()) is not None:
+            found["W&B"] = location
+        elif isinstance(logger, TrackioLogger):
+            found["trackio"] = f"trackio show --project {logger.name}"
+        elif isinstance(logger, TensorBoardLogger):
+            found["tensorboard"] = f"tensorboard --logdir {logger.save_dir}"
+    return found
+
+
 @dataclass(frozen=True)
 class GeneratedClip:
     """A generated clip on disk, with the content of its JSON file."""

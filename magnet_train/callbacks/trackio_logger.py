@@ -60,6 +60,8 @@ class TrackioLogger(Logger):
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **_: Any) -> None:
         self._config |= params if isinstance(params, dict) else vars(params)
+        if self._run is not None:  # Lightning starts it before there are settings
+            self._run.config |= self._config  # sent with the first metrics
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

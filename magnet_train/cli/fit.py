@@ -29,7 +29,7 @@ from magnet_train.callbacks.phases import Phases
 from magnet_train.callbacks.preemption import Preempted, Preemption
 from magnet_train.callbacks.resume import ExactResume
 from magnet_train.callbacks.throughput import Throughput
-from magnet_train.callbacks.tracking import SaveConfig, Tracking
+from magnet_train.callbacks.tracking import SaveConfig, Tracking, run_locations
 from magnet_train.callbacks.validation import ValidationSchedule
 from magnet_train.callbacks.watchdog import Watchdog
 from magnet_train.checks.plan import (
@@ -59,12 +59,7 @@ from magnet_train.evaluation.run_report import report_from_run
 from magnet_train.model import MagnetConfig
 from magnet_train.module import MagnetModule
 from magnet_train.resume import check_named_checkpoint, requeue_count
-from magnet_train.tracking.wandb_session import (
-    finish_wandb,
-    prepare_wandb,
-    run_location,
-    wandb_loggers,
-)
+from magnet_train.tracking.wandb_session import finish_wandb, prepare_wandb, wandb_loggers
 
 DESCRIPTIONS = {
     "fit": "Train a model; without options, train the demo.",
@@ -422,7 +417,7 @@ class MagnetCLI(private_api.lightning_cli()):
         if self.model.lora.rank:
             self.model.write_adapter(self.run_folder / "adapter")
             print(f"adapter     {self.run_folder / 'adapter'}")
-        print(closing_block(self.run_folder, run_location()))
+        print(closing_block(self.run_folder, run_locations(self.trainer)))
 
 
 @lru_cache

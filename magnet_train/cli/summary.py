@@ -1,5 +1,6 @@
 """Text of a run's `summary.json`, printed at the end of `fit`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,15 @@ def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
     return "\n".join([*lines, *listening, "", "  ".join(seconds)])
 
 
-def closing_block(run_folder: Path, wandb_run: str | None) -> str:
+def closing_block(run_folder: Path, locations: Mapping[str, str]) -> str:
     """What to open and to run next: the last lines on the screen.
 
     Args:
         run_folder: the run's folder.
-        wandb_run: address of the W&B run, or the command that uploads it; None = no W&B.
+        locations: address of the run, or the command that shows it, by the tracker's name.
     """
     report = run_folder / "report.html"
     lines = [f"report      open {report}"] if report.exists() else []
-    if wandb_run is not None:
-        lines.append(f"W&B         {wandb_run}")
+    lines += [f"{tracker:<11} {location}" for tracker, location in locations.items()]
     command = f'python -m magnet_train generate --checkpoint {run_folder} -p "a slow waltz"'
     return "\n".join([*lines, f"next        {command}"])
