@@ -2,8 +2,9 @@
 
     python benchmarks/decoding_options.py --groups order guidance steps rescoring --clips 104
     python benchmarks/decoding_options.py --groups distilled --teacher RELEASE --distilled RUN
+    python benchmarks/decoding_options.py --groups noise --repeats 3 --name decoding_noise
 
-Writes benchmarks/records/decoding_options.json and .md, and docs/decoding_options.png. Every
+Writes NAME.json and .md into benchmarks/records, and docs/NAME.png. Every
 setting decodes the same validation captions with the same seeds, so differences from the first row
 of a table are paired by clip; p-values have Holm's correction over a group. A row pass is one
 pass of the network over all frames of one clip: a unit that no machine changes. Frames that exact
@@ -94,6 +95,16 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
             **guided(10.0, 1.0),
         },
     },
+    "noise": {
+        "random order, noise shared by 25 frames in all stages": {"shared_noise": 25},
+        "random order, independent noise": {"shared_noise": 1},
+        "order by probability": {"span_scoring": "max"},
+        "order by probability, noise shared by 25 frames in all stages": {
+            "span_scoring": "max",
+            "shared_noise": 25,
+        },
+        "order by probability, independent noise": {"span_scoring": "max", "shared_noise": 1},
+    },
     "guidance": {
         "no guidance": guided(1.0, 1.0),
         "constant 1.5": guided(1.5, 1.5),
@@ -133,7 +144,13 @@ class Bench:
     """A generator that counts row passes, the captions, and the features of their real clips."""
 
     def __init__(
-        self, generator: Generator, clips: int, batch: int, rescorer: str, distilled: str | None
+        self,
+        generator: Generator,
+        clips: int,
+        repeats: int,
+        batch: int,
+        rescorer: str,
+        distilled: str | None,
     ) -> None:
         self.generator, self.batch, self.rescorer = generator, batch, rescorer
         self.distilled = distilled
@@ -149,7 +166,11 @@ class Bench:
                     real.outputs[key] = items["references"][i]["tags"]
                     self.captions[key] = items["captions"][i]
         self.references: dict[str, ReferenceStatistics] = {"musicnn": real.statistics()}
-        self.captions = dict(list(self.captions.items())[:clips])
+        self.captions = {  # an item's noise depends on its id
+            f"{key}-{repeat}" if repeats > 1 else key: caption
+            for key, caption in list(self.captions.items())[:clips]
+            for repeat in range(repeats)
+        }
         self.passes = 0.0
         self._count(generator.network)
         self._counted = {""}
@@ -285,8 +306,8 @@ def rows_of(group: str, rows: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def write(record: dict[str, Any]) -> None:
-    write_json(RECORDS / "decoding_options.json", record)
+def write(record: dict[str, Any], name: str) -> None:
+    write_json(RECORDS / f"{name}.json", record)
     about = {k: v for k, v in record.items() if k != "rows"}
     lines = ["# Decoding options", "", "Written by `benchmarks/decoding_options.py`.", ""]
     lines += [". ".join(f"{k}: {v}" for k, v in about.items()) + ".", ""]
@@ -297,8 +318,8 @@ def write(record: dict[str, Any]) -> None:
     for group in dict.fromkeys(row["group"] for row in record["rows"] if row["group"]):
         heads = [group, "row passes", *METRICS.values()]
         lines += ["", markdown_table(heads, rows_of(group, record["rows"]))]
-    (RECORDS / "decoding_options.md").write_text("\n".join(lines) + "\n")
-    plot(record["rows"], ROOT / "docs/decoding_options.png")
+    (RECORDS / f"{name}.md").write_text("\n".join(lines) + "\n")
+    plot(record["rows"], ROOT / f"docs/{name}.png")
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -343,6 +364,8 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--distilled", help="Run with distilled guidance.")
     parser.add_argument("--teacher", help="Release that it was distilled from.")
     parser.add_argument("--clips", type=int, default=104)
+    parser.add_argument("--repeats", type=int, default=1, help="Clips of each caption.")
+    parser.add_argument("--name", default="decoding_options", help="Name of record and plot.")
     parser.add_argument("--best_of", type=int, default=4)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--work", type=Path, required=True, help="Folder of finished settings.")
@@ -358,14 +381,14 @@ def main() -> None:
     saved = SavedModel.open(args.checkpoint)
     generator = load(args.checkpoint, dtype=torch.bfloat16)
     rescorer = args.rescorer or args.checkpoint
-    bench = Bench(generator, args.clips, args.batch, rescorer, args.distilled)
+    bench = Bench(generator, args.clips, args.repeats, args.batch, rescorer, args.distilled)
     about = {
         "weights": f"{Path(args.checkpoint).name}, step {saved.provenance.get('step')}, "
         f"SHA-256 {str(saved.sha256)[:16]}",
         "machine": f"one CPU core, bfloat16, {platform.machine()}, torch {torch.__version__}",
-        "clips": len(bench.captions),
+        "clips": f"{len(bench.captions)}, {args.repeats} of each caption",
     }
-    file = RECORDS / "decoding_options.json"
+    file = RECORDS / f"{args.name}.json"
     rows: list[dict[str, Any]] = []
     if file.is_file():
         before = json.loads(file.read_text())
@@ -406,8 +429,8 @@ def main() -> None:
         for row in rows[first:]:
             row["differences"] = found.get(row["name"], {})
         kept |= own
-        write(about | {"rows": rows})
-    print((RECORDS / "decoding_options.md").read_text())
+        write(about | {"rows": rows}, args.name)
+    print((RECORDS / f"{args.name}.md").read_text())
 
 
 if __name__ == "__main__":

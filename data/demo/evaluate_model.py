@@ -11,12 +11,14 @@ All intervals are 95 %, by bootstrap over clips.
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import soundfile
 import torch
 from music_table import baseline_clips, measure_systems, read_codes
@@ -25,7 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from magnet_train.common.assets import demo_path
-from magnet_train.common.audio_files import save_plot
+from magnet_train.common.audio_files import draw_spectrogram
 from magnet_train.data.pipeline import EvaluationDataset
 from magnet_train.data.shards import ShardSet
 from magnet_train.decoding.decode import DecodingConfig
@@ -34,6 +36,7 @@ from magnet_train.evaluation.scorer import AudioClip
 from magnet_train.generator import Generator, load
 from magnet_train.masking import span_mask
 from magnet_train.metrics.baselines import CountTables, copy_nearest
+from magnet_train.metrics.chroma import chroma
 from magnet_train.metrics.clap_score import cosines
 from magnet_train.metrics.embedders import load_embedder
 from magnet_train.metrics.networks.text_audio import true_minus_shuffled
@@ -46,7 +49,7 @@ METRICS = {
     "text_audio": "text/musicnn",
 }
 MASK_RATES = (0.1, 0.3, 0.6, 0.9)
-NUM_PLOTTED = 8
+NUM_PLOTTED = 12
 
 
 def read_items(
@@ -64,10 +67,14 @@ def read_items(
 
 
 def real_clips(folder: Path, keys: Iterable[str], crop_s: float) -> list[AudioClip]:
-    """The audio that the codes were made of; a key ends with its offset in ms."""
+    """The audio that the codes were made of; a key ends with its offset in ms.
+
+    Since tokenize stores part of the file's hash in the key, this may stand before the offset.
+    """
     clips = []
     for key in keys:
         stem, offset_ms = key.rsplit("_", 1)
+        stem = re.sub(r"-[0-9a-f]{10}$", "", stem)
         path = folder / f"{stem}.flac"
         rate = soundfile.info(path).samplerate
         start = round(int(offset_ms) * rate / 1000)
@@ -155,6 +162,55 @@ def music_scores(
     }
 
 
+def save_comparison(
+    path: Path,
+    clips: list[AudioClip],
+    others: list[AudioClip],
+    name: str,
+    captions: Mapping[str, str],
+) -> None:
+    """Save a PNG: one row for each clip, its spectrogram and chromagram beside those of the other.
+
+    Args:
+        path: path of the PNG.
+        clips: the model's clips.
+        others: clips of the same keys.
+        name: what the others are.
+        captions: caption of each key.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    other = {clip.key: clip for clip in others}
+    figure = Figure(figsize=(14, 1.45 * len(clips)), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(clips), 4, squeeze=False, sharex=True)
+    for row, clip in zip(rows, clips, strict=True):
+        pair = {"generated": clip, name: other[clip.key]}
+        for column, (source, shown) in enumerate(pair.items()):
+            wav = shown.wav[0].numpy()
+            draw_spectrogram(row[column], wav, shown.sample_rate)
+            draw_chromagram(row[2 + column], wav, shown.sample_rate)
+            row[column].set(ylabel="kHz" if column == 0 else "")
+            if clip is clips[0]:
+                row[2 + column].set_title(source, fontsize=9, loc="right")
+        row[0].set_title(captions[clip.key], fontsize=9, loc="left")
+        row[1].set_title(name if clip is clips[0] else "", fontsize=9, loc="right")
+    for axis in rows[-1]:
+        axis.set(xlabel="seconds")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+
+
+def draw_chromagram(axis: Any, wav: np.ndarray, sample_rate: int) -> None:
+    """Draw the chroma of a mono clip `t` on matplotlib axes; strong pitch classes are dark."""
+    extent = (0, len(wav) / sample_rate, -0.5, 11.5)
+    axis.imshow(
+        chroma(wav, sample_rate).T, origin="lower", aspect="auto", cmap="Greys", extent=extent
+    )
+    axis.set_yticks((0, 4, 7), ("C", "E", "G"), fontsize=7)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -186,7 +242,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file for the result.")
     parser.add_argument("--wavs", type=Path, help="Folder for the model's clips as WAV files.")
     parser.add_argument(
-        "--picture", type=Path, help="PNG with eight clips above the codec's reconstructions."
+        "--picture",
+        type=Path,
+        help="PNG with spectrograms and chromagrams of twelve clips beside the real ones, or "
+        "beside the codec's without --audio.",
     )
     return parser.parse_args()
 
@@ -250,12 +309,8 @@ def main() -> None:
         for clip in model:
             soundfile.write(args.wavs / f"{clip.key}.wav", clip.wav[0].numpy(), clip.sample_rate)
     if args.picture:
-        codec = {clip.key: clip for clip in systems["codec"]}
-        wavs = {}
-        for clip in model[:NUM_PLOTTED]:
-            wavs[f"generated: {captions[clip.key]}"] = clip.wav[0].numpy()
-            wavs[f"codec: {captions[clip.key]}"] = codec[clip.key].wav[0].numpy()
-        save_plot(args.picture, wavs, generator.codec.facts.sample_rate)
+        name = "real" if "real" in systems else "codec"
+        save_comparison(args.picture, model[:NUM_PLOTTED], systems[name], name, captions)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from magnet_train.common.folders import replacing
 SAMPLE_RATE = 16_000
 HIGH_PASS_HZ = 25
 MIN_SCORE_QL = 24
-TAKES = {"train": 2, "validation": 1, "test": 1}
+TAKES = {"train": 4, "validation": 1, "test": 1}
 LICENCE = "score: public domain; encoding and audio: see data/demo/README.md"
 
 

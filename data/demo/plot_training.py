@@ -1,0 +1,59 @@
+"""Draws the bundled model's figures over the hours of its training.
+
+    python data/demo/plot_training.py
+
+Reads data/demo/magnet/training.json: one entry for each release, with its figures on the test
+captions and the cross-entropy of each codebook on the validation split. Entries of the first
+phases have no cross-entropy, because the codebooks were in another order.
+"""
+
+import json
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+MAGNET = Path(__file__).parent / "magnet"
+REAL = {"chroma_change": 0.396, "scale_fit": 0.361, "beat": 0.785}
+COLOURS = ("C0", "C1", "C2", "C3", "C4")
+
+
+def main() -> None:
+    entries = json.loads((MAGNET / "training.json").read_text())
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, music, scores = figure.subplots(1, 3)
+
+    measured = [entry for entry in entries if "cross_entropy" in entry]
+    hours = [entry["core_hours"] for entry in measured]
+    for codebook, colour in enumerate(COLOURS):
+        values = [entry["cross_entropy"][codebook] for entry in measured]
+        losses.plot(hours, values, "o-", color=colour, label=f"codebook {codebook + 1}")
+    losses.set(title="validation cross-entropy, nats", ylim=(0, 3.6))
+
+    hours = [entry["core_hours"] for entry in entries]
+    for (name, real), colour in zip(REAL.items(), COLOURS, strict=False):
+        values = [entry[name] for entry in entries]
+        music.plot(hours, values, "o-", color=colour, label=name.replace("_", " "))
+        music.axhline(real, color=colour, linestyle=":", linewidth=1)
+    music.set(title="music figures; dotted: real clips", ylim=(0, 0.85))
+
+    scored = [entry for entry in entries if "fad" in entry]
+    hours = [entry["core_hours"] for entry in scored]
+    scores.plot(hours, [entry["fad"] for entry in scored], "o-", color="C0", label="FAD (musicnn)")
+    scores.set(title="FAD and text score", ylim=(0, 20))
+    text = scores.twinx()
+    text.plot(hours, [entry["text_gap"] for entry in scored], "s-", color="C1", label="text score")
+    text.set(ylim=(0, 0.7))
+    scores.legend(loc="lower left", frameon=False)
+    text.legend(loc="lower right", frameon=False)
+
+    for axis in (losses, music):
+        axis.legend(frameon=False, fontsize=8)
+    for axis in (losses, music, scores):
+        axis.set(xlabel="core-hours", xlim=(0, entries[-1]["core_hours"] + 0.5))
+    figure.savefig(MAGNET / "training.png", dpi=80)
+
+
+if __name__ == "__main__":
+    main()
