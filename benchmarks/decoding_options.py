@@ -165,12 +165,13 @@ class Bench:
                     real.embeddings[key] = items["references"][i]["embeddings"]
                     real.outputs[key] = items["references"][i]["tags"]
                     self.captions[key] = items["captions"][i]
+        chosen = list(self.captions.items())[:clips]
+        self.captions = dict(chosen)
+        for key, caption in chosen:
+            for repeat in range(1, repeats):  # under another id, so with other noise
+                self.captions[f"{key}_again{repeat}"] = caption
+                real.outputs[f"{key}_again{repeat}"] = real.outputs[key]
         self.references: dict[str, ReferenceStatistics] = {"musicnn": real.statistics()}
-        self.captions = {  # an item's noise depends on its id
-            f"{key}-{repeat}" if repeats > 1 else key: caption
-            for key, caption in list(self.captions.items())[:clips]
-            for repeat in range(repeats)
-        }
         self.passes = 0.0
         self._count(generator.network)
         self._counted = {""}

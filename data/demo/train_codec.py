@@ -33,7 +33,7 @@ from magnet_train.codec.spectral import (
 )
 from magnet_train.common.folders import replacing
 
-WEIGHTS = {"log": 1.0, "linear": 0.5, "mel": 1.0, "slow": 1.5, "rise": 1.5}
+WEIGHTS = {"log": 1.0, "linear": 1.0, "mel": 1.0, "slow": 1.5, "rise": 1.5, "chroma": 10.0}
 """Of the decoder's losses."""
 
 Note = tuple[float, float, int, int, bool]
@@ -260,17 +260,28 @@ def latents_of(model: SpectralModel, wav: Tensor, rng: np.random.Generator) -> T
     return torch.cat(rows)
 
 
-def losses(given: Tensor, wanted: Tensor, mel: Tensor) -> dict[str, Tensor]:
-    """Compare log magnitudes `b f m`: bin by bin, and by the levels of bands and their rises.
+def losses(given: Tensor, wanted: Tensor, mel: Tensor, classes: Tensor) -> dict[str, Tensor]:
+    """Compare log magnitudes `b f m`: bin by bin, by the levels of bands and their rises, and by
+    chroma.
 
     Bin by bin alone, the best guess at noise is its median, which is too soft; bands keep its
     power, and bands averaged over 80 and 320 ms keep it best. Rises and falls from one sub-frame
-    to the next make attacks sharp and held notes steady.
+    to the next make attacks sharp and held notes steady. The chroma loss keeps the energy of a note
+    in its pitch class.
+
+    Args:
+        given: log magnitudes of the decoder.
+        wanted: those of the music.
+        mel: filters `bands f`.
+        classes: pitch class of each bin, `12 f`.
     """
     given_linear, wanted_linear = given.exp(), wanted.exp()
     given_power, wanted_power = mel @ given_linear.square(), mel @ wanted_linear.square()
     given_level, wanted_level = level(given_power), level(wanted_power)
     difference = (given_linear - wanted_linear).abs().sum((1, 2))
+    given_chroma, wanted_chroma = classes @ given_linear, classes @ wanted_linear
+    loudness = wanted_chroma.norm(dim=1)
+    cosine = F.cosine_similarity(given_chroma, wanted_chroma, dim=1, eps=1e-4)
     slow = [
         F.l1_loss(level(F.avg_pool1d(given_power, n)), level(F.avg_pool1d(wanted_power, n)))
         for n in (8, 32)
@@ -281,7 +292,18 @@ def losses(given: Tensor, wanted: Tensor, mel: Tensor) -> dict[str, Tensor]:
         "mel": F.l1_loss(given_level, wanted_level),
         "slow": torch.stack(slow).mean(),
         "rise": F.l1_loss(given_level.diff(dim=2), wanted_level.diff(dim=2)),
+        "chroma": ((1 - cosine) * loudness).sum() / loudness.sum().clamp(min=1e-3),
     }
+
+
+def pitch_classes(config: SpectralCodecConfig) -> Tensor:
+    """`12 f`: 1 where a bin between 65 Hz and 2.1 kHz belongs to a pitch class, C first."""
+    freqs = torch.arange(config.window_samples // 2 + 1) * (
+        config.sample_rate / config.window_samples
+    )
+    nearest = (12 * torch.log2(freqs.clamp(min=1) / 440)).round().long() + 9
+    audible = (freqs > 65) & (freqs < 2100)
+    return (F.one_hot(nearest % 12, 12) * audible[:, None]).T.float()
 
 
 def level(power: Tensor) -> Tensor:
@@ -296,6 +318,7 @@ def train_decoder(
     model = SpectralModel.load(out / "codec")
     decoder, config = model.decoder, model.config
     mel = mel_filters(config.sample_rate, config.window_samples, 96)
+    classes = pitch_classes(config)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
     state = {"step": 0, "elapsed_s": 0.0}
     files, checkpoint = audio_files(audio), out / "decoder.pt"
@@ -325,7 +348,7 @@ def train_decoder(
         latents = latents_of(model, wav, crops.rng)
         with torch.autocast("cpu", torch.bfloat16):
             given = decoder.log_magnitude(latents)
-        parts = losses(given.float(), log_magnitude(decoder, wav), mel)
+        parts = losses(given.float(), log_magnitude(decoder, wav), mel, classes)
         loss = torch.stack([WEIGHTS[name] * value for name, value in parts.items()]).sum()
         optimizer.zero_grad()
         loss.backward()
