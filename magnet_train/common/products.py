@@ -15,7 +15,7 @@ MAX_ERROR = 4.0
 """Maximum error of oneDNN's product, in multiples of the default's."""
 MAX_TIME = 2 / 3
 """Maximum time of oneDNN's product, as a share of the default's. It is far from 1 and from 0.45, as
-measured on a Zen 5, so that a busy machine does not change the choice and thus a run's rounding."""
+measured on a Zen 5, so that chance does not change the choice and thus a run's rounding."""
 
 
 @torch.no_grad()
@@ -43,12 +43,16 @@ def products() -> str:
 
 
 def _trial(a: Tensor, b: Tensor, exact: Tensor, precision: str) -> tuple[float, float]:
-    """Maximum error of a product, and the minimum of five times in seconds."""
+    """Maximum error of a product, and the minimum of five CPU times in seconds.
+
+    On a busy machine, times on the clock change from one call to the next, and the choice with
+    them, so that a resumed run would round differently.
+    """
     torch.set_float32_matmul_precision(precision)
     error = float((a @ b - exact).abs().max())
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         torch.mm(a, b)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return error, min(seconds)
