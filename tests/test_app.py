@@ -11,6 +11,7 @@ from magnet_train.__main__ import main
 from magnet_train.app.access import Access
 from magnet_train.app.fields import form_fields, from_form, to_form
 from magnet_train.app.studio import NO_JUDGE, Studio, edit_options, read_options
+from magnet_train.cli.generate import GenerateOptions
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
 from magnet_train.decoding.decode import DecodingConfig
@@ -151,6 +152,11 @@ def test_presets_are_configurations_of_generate(studio):
         with pytest.raises(UserError, match=path.name):
             studio.preset(path.stem)
     path.unlink()
+
+
+def test_help_of_the_form_names_fields_and_not_options():
+    helps = {field.name: field.help for field in form_fields(GenerateOptions)}
+    assert helps["loop"] == "Generate seamless loops of length duration_s."
 
 
 @pytest.mark.parametrize("settings", [DecodingConfig, Hints])

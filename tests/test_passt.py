@@ -58,7 +58,7 @@ def test_the_shortest_segment_is_longer_than_150_ms():
     assert [len(s) for s in network.segments(torch.zeros(640_000 + 4801))] == [640_000, 4801]
     assert [len(s) for s in network.segments(torch.zeros(640_000 + 4800))] == [640_000]
     assert network(wave(4801, 32_000)).logits.shape == (1, 527)
-    assert "0.150 s, is too short for passt-20s" in refusal(network, wave(4800, 32_000))
+    assert "0.150 s is too short for passt-20s" in refusal(network, wave(4800, 32_000))
 
 
 # --- network --------------------------------------------------------------------------------------

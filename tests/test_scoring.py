@@ -176,5 +176,5 @@ def test_a_clip_counts_once_and_bad_ones_are_named():
     assert found.embeddings["a"] is before
     with pytest.raises(UserError, match=r"b: a clip has NaN.*; remove or replace it"):
         found.add("b", wav * float("nan"), 16_000)
-    with pytest.raises(UserError, match=r"c: a clip .* 1\.000 s, is too short for musicnn"):
+    with pytest.raises(UserError, match=r"c: 1\.000 s is too short for musicnn"):
         found.add("c", wav[:, :16_000], 16_000)

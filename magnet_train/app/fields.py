@@ -31,7 +31,7 @@ def form_fields(settings: type) -> list[FormField]:
 
 
 def _form_field(name: str, hint: Any, text: str) -> FormField:
-    text = " ".join(text.split())
+    text = " ".join(text.split()).replace("--", "")  # other options are fields too
     if get_origin(hint) is Literal:
         return FormField(name, text, "choice", get_args(hint))
     kinds: dict[Any, Literal["bool", "int", "float"]] = {bool: "bool", int: "int", float: "float"}

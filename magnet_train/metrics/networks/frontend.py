@@ -40,13 +40,14 @@ def check_clip(wav: Tensor, sample_rate: int, min_duration_s: float, network: st
     """Check that a mono clip `t` is finite and long enough for `network`. Silence is allowed.
 
     Raises:
-        UserError: if it is too short, or has NaN or infinite samples.
+        UserError: if it is not mono, too short, or has NaN or infinite samples.
     """
-    if wav.dim() != 1 or len(wav) < round(min_duration_s * sample_rate):
-        seconds = wav.shape[-1] / sample_rate if wav.dim() else 0
+    if wav.dim() != 1:
+        raise UserError(f"a clip of shape {tuple(wav.shape)}; {network} needs mono clips")
+    if len(wav) < round(min_duration_s * sample_rate):
         raise UserError(
-            f"a clip of shape {tuple(wav.shape)}, {seconds:.3f} s, is too short for {network}, "
-            f"which needs mono clips of at least {min_duration_s:.3f} s"
+            f"{len(wav) / sample_rate:.3f} s is too short for {network}, which needs at least "
+            f"{min_duration_s:.3f} s"
         )
     if not torch.isfinite(wav).all():
         raise UserError(f"a clip has NaN or infinite samples; {network} cannot embed it")
