@@ -1742,13 +1742,18 @@ def write_table(rows: Collection[list[str]], out: Path) -> None:
         "skipped and named, the others are used; `failed`: doctor says it.\n\n"
         f"{summary(rows)}. By verb: {', '.join(f'{v} {n}' for v, n in by_verb.items())}.\n\n"
     )
-    old = out.read_text() if out.exists() else ""
-    if note := re.search(r"^Run on .*?(?=^\|)", old, re.MULTILINE | re.DOTALL):
-        head += note[0]  # written by hand
+    head += written_note(out)
     columns = ["", "verb", "input", "expected", "got", "verdict"]
     numbered = [[str(number), *row] for number, row in enumerate(rows, 1)]
     lines = [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *numbered)]
     out.write_text(head + "\n".join(lines) + "\n")
+
+
+def written_note(out: Path) -> str:
+    """What was written by hand between head and table of an earlier call."""
+    old = out.read_text() if out.exists() else ""
+    note = re.search(r"^Run on .*?(?=^\|)", old, re.MULTILINE | re.DOTALL)
+    return "" if note is None else note[0]
 
 
 def fuzz(names: list[str], minutes: float, out: Path | None) -> bool:
@@ -1778,7 +1783,7 @@ def fuzz(names: list[str], minutes: float, out: Path | None) -> bool:
             print(" | ".join(rows[name]), flush=True)
             if out is not None:
                 table = markdown_table(FUZZ_COLUMNS, list(rows.values()))
-                out.write_text(FUZZ_HEAD + table + "\n")
+                out.write_text(FUZZ_HEAD + written_note(out) + table + "\n")
     return any(count["failed"] for count in counts.values())
 
 
