@@ -62,8 +62,10 @@ baseline is {bigram[0]:.2f} nats for attacks and {bigram[1]:.2f} for pitches:
 
 {stages}
 
-**Limitations**: {faults} `spectrograms.jpg` shows eight prompts and codec reconstructions of the
-real clips.
+**Limitations**: {faults}
+
+`spectrograms.jpg` shows the twelve clips of `audio/` beside the real ones: spectrograms on the left,
+chroma on the right. `training.png` shows the figures of all releases over core-hours.
 """
 
 
