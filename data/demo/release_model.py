@@ -64,8 +64,8 @@ baseline is {bigram[0]:.2f} nats for attacks and {bigram[1]:.2f} for pitches:
 
 **Limitations**: {faults}
 
-`spectrograms.jpg` shows the twelve clips of `audio/` beside the real ones: spectrograms on the left,
-chroma on the right. `training.png` shows the figures of all releases over core-hours.
+`spectrograms.jpg` shows the twelve clips of `audio/` beside the real ones, spectrograms on the left
+and chroma on the right. `training.png` shows the figures of all releases over core-hours.
 """
 
 
