@@ -317,7 +317,7 @@ def test_silence_is_heard(clap: Clap):
 @pytest.mark.parametrize(
     "wav, message",
     [
-        (torch.zeros(0), r"shape \(0,\)"),
+        (torch.zeros(0), "an empty clip"),
         (torch.zeros(2, 48_000), r"shape \(2, 48000\)"),
         (torch.full((48_000,), float("nan")), "NaN or infinite"),
     ],

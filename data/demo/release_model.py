@@ -37,7 +37,8 @@ tags: [magnet, arxiv:2401.04577]
 It shows that training and generation work on two CPU cores. `audio/` has twelve of its clips and
 the corresponding real ones.
 
-**Trained on** 40 hours of music rendered from public-domain scores (data/demo/README.md) only.
+**Trained on** 40, in the end 100, hours of music rendered from public-domain scores
+(data/demo/README.md) only.
 {trained}
 Configuration: conf/demo.yaml with conf/demo_shipped.yaml. Decoding:
 {decoding}.
@@ -159,7 +160,7 @@ def main() -> None:
         raise SystemExit(f"{args.checkpoint[0]}: trained on another codec than data/demo/codec")
     generator.codec = demo_codec  # the run may name it by a path of its machine
     generator.decoding = DecodingConfig.from_dict(vars(generator.decoding) | args.decoding)
-    origin = {"trained": args.trained, "data": "40 hours of data/demo", "licence": "MIT"}
+    origin = {"trained": args.trained, "data": "40 to 100 hours of data/demo", "licence": "MIT"}
     generator.provenance |= origin
     generator.network.half()
     report = json.loads(args.metrics.read_text())

@@ -153,6 +153,8 @@ class Clap:
         Raises:
             UserError: if the clip is empty, or has NaN or infinite samples.
         """
+        if wav.shape == (0,):
+            raise UserError(f"an empty clip; {self.id} cannot embed it")
         check_clip(wav, SAMPLE_RATE, self.min_duration_s, self.id)
         crop = ten_seconds(wav.float().cpu(), key).numpy()
         features = self.features(crop, sampling_rate=SAMPLE_RATE, return_tensors="pt")[
@@ -207,6 +209,8 @@ class LaionClap:
     @torch.no_grad()
     def embed_audio(self, wav: Tensor, key: str = "") -> Tensor:
         """As Clap's."""
+        if wav.shape == (0,):
+            raise UserError(f"an empty clip; {self.id} cannot embed it")
         check_clip(wav, SAMPLE_RATE, self.min_duration_s, self.id)
         crop = ten_seconds(wav.float(), key)
         return self.model.get_audio_embedding_from_data([crop], use_tensor=True)[0].cpu()
