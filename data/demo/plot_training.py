@@ -3,8 +3,8 @@
     python data/demo/plot_training.py
 
 Reads data/demo/magnet/training.json: one entry for each release, with its figures on the test
-captions and the cross-entropy of each codebook on the validation split. Entries of the first
-phases have no cross-entropy, because the codebooks were in another order.
+captions and the cross-entropy of each codebook by the number of validation clips. Entries of the
+first phases have no cross-entropy, because the codebooks were in another order.
 """
 
 import json
@@ -24,12 +24,14 @@ def main() -> None:
     FigureCanvasAgg(figure)
     losses, music, scores = figure.subplots(1, 3)
 
-    measured = [entry for entry in entries if "cross_entropy" in entry]
-    hours = [entry["core_hours"] for entry in measured]
-    for codebook, colour in enumerate(COLOURS):
-        values = [entry["cross_entropy"][codebook] for entry in measured]
-        losses.plot(hours, values, "o-", color=colour, label=f"codebook {codebook + 1}")
-    losses.set(title="validation cross-entropy, nats", ylim=(0, 3.6))
+    for clips, style in (("96", "o-"), ("258", "s:")):
+        measured = [entry for entry in entries if clips in entry.get("cross_entropy", {})]
+        hours = [entry["core_hours"] for entry in measured]
+        for codebook, colour in enumerate(COLOURS):
+            values = [entry["cross_entropy"][clips][codebook] for entry in measured]
+            label = f"codebook {codebook + 1}" if clips == "96" else None
+            losses.plot(hours, values, style, color=colour, label=label)
+    losses.set(title="cross-entropy in nats; dotted: on 258 clips, not 96", ylim=(0, 3.6))
 
     hours = [entry["core_hours"] for entry in entries]
     for (name, real), colour in zip(REAL.items(), COLOURS, strict=False):
