@@ -39,6 +39,7 @@ from bad_files import READERS, Samples, as_json, check, deep, npy, tar_of
 from helpers_data import tone, write_clip
 
 from magnet_train.common.assets import demo_path
+from magnet_train.common.folders import replacing
 from magnet_train.common.tables import markdown_table
 from magnet_train.data.manifest import JAMENDO_COLUMNS
 
@@ -1750,7 +1751,7 @@ def write_table(rows: Collection[list[str]], out: Path) -> None:
 
 
 def written_note(out: Path) -> str:
-    """What was written by hand between head and table of an earlier call."""
+    """Text of an existing record that a person added above its table; empty if there is none."""
     old = out.read_text() if out.exists() else ""
     note = re.search(r"^Run on .*?(?=^\|)", old, re.MULTILINE | re.DOTALL)
     return "" if note is None else note[0]
@@ -1761,10 +1762,11 @@ def fuzz(names: list[str], minutes: float, out: Path | None) -> bool:
 
     The table is written after each turn, and a later call adds to it, so that it can be stopped at
     any time. Exceptions other than UserError are printed with the file that caused them. Returns
-    whether there were any.
+    whether this call found any.
     """
     names = names or list(READERS)
     used_s, counts = read_fuzz_table(out)
+    has_failed = False
     seed = time.time_ns()
     with tempfile.TemporaryDirectory() as folder:
         samples = Samples(Path(folder))
@@ -1775,7 +1777,8 @@ def fuzz(names: list[str], minutes: float, out: Path | None) -> bool:
                 seed += 1
                 try:
                     counts[name] += check(name, samples, examples=100, seed=seed)
-                except Exception:  # any kind is a finding, and makes the status 1
+                except Exception:  # of any type but UserError: a fault of the reader
+                    has_failed = True
                     print(traceback.format_exc(limit=-4)[:5000], flush=True)
                     counts[name]["failed"] += 1
             used_s[name] += time.process_time() - begin
@@ -1783,8 +1786,10 @@ def fuzz(names: list[str], minutes: float, out: Path | None) -> bool:
             print(" | ".join(rows[name]), flush=True)
             if out is not None:
                 table = markdown_table(FUZZ_COLUMNS, list(rows.values()))
-                out.write_text(FUZZ_HEAD + written_note(out) + table + "\n")
-    return any(count["failed"] for count in counts.values())
+                record = FUZZ_HEAD + written_note(out) + table + "\n"
+                with replacing(out) as temporary:
+                    temporary.write_text(record)
+    return has_failed
 
 
 def read_fuzz_table(out: Path | None) -> tuple[dict[str, float], dict[str, Counter[str]]]:

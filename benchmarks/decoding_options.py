@@ -98,12 +98,12 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "noise": {
         "random order, noise shared by 25 frames in all stages": {"shared_noise": 25},
         "random order, independent noise": {"shared_noise": 1},
-        "order by probability": {"span_scoring": "max"},
-        "order by probability, noise shared by 25 frames in all stages": {
+        "order by probability (max)": {"span_scoring": "max"},
+        "order by probability (max), noise shared by 25 frames in all stages": {
             "span_scoring": "max",
             "shared_noise": 25,
         },
-        "order by probability, independent noise": {"span_scoring": "max", "shared_noise": 1},
+        "order by probability (max), independent noise": {"span_scoring": "max", "shared_noise": 1},
     },
     "guidance": {
         "no guidance": guided(1.0, 1.0),
