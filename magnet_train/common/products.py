@@ -1,21 +1,18 @@
-"""float32 matrix products through oneDNN, where that is exact to float32 and faster.
+"""float32 matrix products through oneDNN, where it is exact to float32 and MKL is slow.
 
-On a CPU, torch multiplies float32 matrices with MKL, which uses only AVX2 on processors that are
-not made by Intel. oneDNN, in the same wheel, uses AVX-512 there. torch calls it at precision
-"medium", which allows bfloat16; oneDNN then still computes in float32, except on CPUs with AMX,
-where it rounds to bfloat16. So a trial product decides.
+On a CPU, torch multiplies float32 matrices with MKL, which uses only AVX2 on processors of AMD.
+oneDNN, in the same wheel, uses AVX-512 there. torch calls it at precision "medium", which allows
+bfloat16; oneDNN then still computes in float32, except on CPUs with AMX, where it rounds to
+bfloat16.
+
+The choice depends on the processor alone. A timed trial chose differently from one start to the
+next, and the two libraries round differently, so that a resumed run was not bit-equal.
 """
 
-import time
-
 import torch
-from torch import Tensor
 
 MAX_ERROR = 4.0
 """Maximum error of oneDNN's product, in multiples of the default's."""
-MAX_TIME = 2 / 3
-"""Maximum time of oneDNN's product, as a share of the default's. It is far from 1 and from 0.45, as
-measured on a Zen 5, so that chance does not change the choice and thus a run's rounding."""
 
 
 @torch.no_grad()
@@ -24,16 +21,12 @@ def choose_products() -> str:
 
     Does nothing if there is a GPU, because the setting would apply to the GPU's products too.
     """
-    if torch.cuda.is_available():
-        return products()
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(1024, 256, generator=generator)
-    b = torch.randn(256, 1024, generator=generator)
-    exact = a.double() @ b.double()
-    error, seconds = _trial(a, b, exact, "highest")
-    other_error, other_seconds = _trial(a, b, exact, "medium")
-    is_better = other_error <= MAX_ERROR * error and other_seconds <= MAX_TIME * seconds
-    torch.set_float32_matmul_precision("medium" if is_better else "highest")
+    if not torch.cuda.is_available():
+        torch.set_float32_matmul_precision("highest")
+        if _mkl_is_slow():
+            default_error = _product_error("highest")
+            if _product_error("medium") > MAX_ERROR * default_error:
+                torch.set_float32_matmul_precision("highest")
     return products()
 
 
@@ -42,17 +35,16 @@ def products() -> str:
     return "oneDNN" if torch.get_float32_matmul_precision() == "medium" else "default"
 
 
-def _trial(a: Tensor, b: Tensor, exact: Tensor, precision: str) -> tuple[float, float]:
-    """Maximum error of a product, and the minimum of five CPU times in seconds.
+def _mkl_is_slow() -> bool:
+    """Whether the processor is one of AMD with AVX-512, which MKL does not use."""
+    facts = torch.cpu.get_capabilities()
+    return facts.get("cpu_name", "").startswith("AMD") and bool(facts.get("avx512_f"))
 
-    On a busy machine, times on the clock change from one call to the next, and the choice with
-    them, so that a resumed run would round differently.
-    """
+
+def _product_error(precision: str) -> float:
+    """Maximum error of one product at a precision of torch, which stays set."""
     torch.set_float32_matmul_precision(precision)
-    error = float((a @ b - exact).abs().max())
-    seconds = []
-    for _ in range(5):
-        start = time.process_time()
-        torch.mm(a, b)
-        seconds.append(time.process_time() - start)
-    return error, min(seconds)
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(256, 256, generator=generator)
+    b = torch.randn(256, 256, generator=generator)
+    return float((a @ b - a.double() @ b.double()).abs().max())
