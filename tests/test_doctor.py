@@ -292,6 +292,17 @@ def test_an_invalid_configuration_is_reported_as_by_fit(options, sign, parts, ca
     assert said["packages"].startswith("ok ")
 
 
+def test_a_launch_that_fit_refuses_is_reported(parts, monkeypatch, capsys):
+    status, said, error = ask(capsys, parts, "--trainer.num_nodes=2")
+    assert status == 2 and "launch" in error
+    assert said["launch"].startswith("failed trainer.num_nodes=2: started on one node; start it on")
+    monkeypatch.setenv("MASTER_ADDR", "node1")  # set by launchers
+    assert "launch" not in ask(capsys, parts, "--trainer.num_nodes=2")[1]
+    for name, value in {"JOB_NAME": "bash", "STEP_NUM_TASKS": "2", "NTASKS": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert "srun with several tasks in a job named 'bash'" in ask(capsys, parts)[1]["launch"]
+
+
 def test_a_checkpoint_must_belong_to_the_run(parts, plan, tmp_path, monkeypatch, capsys):
     network = asdict(MagnetConfig(**NETWORK, num_codebooks=4, codebook_size=64, text_dim=32))
     weights = Magnet(MagnetConfig(**network)).state_dict()

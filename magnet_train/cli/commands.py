@@ -260,10 +260,15 @@ def _plan_of(args: list[str]) -> tuple[Any, list[Any]]:
         return None, [Finding("failed", "configuration", _reason(error)) for error in errors]
     findings = [Finding("ok", "configuration", "valid")]
     findings += [Finding("failed", "start", _reason(error)) for error in errors]
-    try:
-        check_run_folder(built.parsed)
-    except UserError as error:
-        findings.append(Finding("failed", "run folder", str(error)))
+    checks = {
+        "run folder": lambda: check_run_folder(built.parsed),
+        "launch": lambda: _fit_module().check_launch(built.trainer),
+    }
+    for what, check in checks.items():
+        try:
+            check()
+        except UserError as error:
+            findings.append(Finding("failed", what, str(error)))
     return built.plan(), findings
 
 

@@ -140,8 +140,17 @@ def _refuse_interactive_srun() -> None:
         )
 
 
-def _refuse_missing_nodes(trainer: Any) -> None:
-    """Refuse several nodes if this process was started alone: it would wait for the others."""
+def check_launch(trainer: Any) -> None:
+    """Whether the processes of the run were started as Lightning needs it.
+
+    Args:
+        trainer: Lightning's, built for the run.
+
+    Raises:
+        UserError: in an interactive SLURM job with several tasks, or with several nodes if this
+            process was started alone: it would wait for the others.
+    """
+    _refuse_interactive_srun()
     environment = getattr(trainer.strategy, "cluster_environment", None)
     is_alone = isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ
     if trainer.num_nodes > 1 and is_alone:
@@ -307,7 +316,7 @@ class MagnetCLI(private_api.lightning_cli()):
 
     def after_instantiate_classes(self) -> None:
         """Check the launch, the data and the validation before a logger writes anything."""
-        _refuse_missing_nodes(self.trainer)
+        check_launch(self.trainer)
         data, world_size = self.datamodule, self.trainer.world_size
         settings = self.config_init[self.verb]
         monitor = settings.checkpoint.monitor if self.verb == "fit" else None
