@@ -194,7 +194,7 @@ WRONG_VALUES: dict[str, dict[str, tuple[str, ...]]] = {
         "data.train": ("/nowhere", "{a", "/tmp/*/nowhere", "no-such://x"),
         "trainer.accelerator": ("gpu", "x", "tpu"),
         "trainer.devices": ("0", "-5", "x"),
-        "trainer.num_nodes": ("0", "-1"),
+        "trainer.num_nodes": ("0", "-1", "2"),
         "trainer.strategy": ("foo", "fsdp3", "deepspeed"),
         "trainer.precision": ("bf16-true", "16-true", "64-true", "7"),
         "trainer.max_steps": ("-5", "x"),
