@@ -638,6 +638,28 @@ def test_two_ranks_train_on_from_a_server_that_misses_a_shard(data: Path, tmp_pa
     store.stop()
 
 
+def test_credentials_in_addresses_are_neither_stored_nor_shown(
+    data: Path, tmp_path: Path, capfd: Any
+):
+    store = FaultyServer(data)
+    store.always["train/shard-000001.tar"] = "503"  # named in a warning
+    address = store.address.replace("//", "//me:S3CRET@")
+    options = f"--data.train={address}/train --data.validation={address}/validation"
+    logs = f"--tracker=wandb {options}".split()
+    with pytest.warns(UserWarning, match="skipping") as caught:
+        assert main(arguments(data, tmp_path / "run", *logs)) == 0
+    assert main(["doctor", *arguments(data, tmp_path / "run", *logs)[1:]]) == 2  # reads that shard
+    store.stop()
+    assert main(arguments(data, tmp_path / "run2", f"--data.train={address}/none")) == 2
+    shown = "".join([*capfd.readouterr(), *(str(warning.message) for warning in caught)])
+    assert "***@127.0.0.1" in shown and "S3CRET" not in shown
+    folders = [tmp_path / "run", tmp_path / "run2", places._cache()]
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    assert {"config.yaml", "last.ckpt", "metrics.csv"} <= {file.name for file in files}
+    assert any(file.suffix == ".wandb" for file in files)
+    assert not [file for file in files if b"S3CRET" in file.read_bytes()]
+
+
 @pytest.mark.parametrize(
     ("option", "says"),
     [
