@@ -17,7 +17,8 @@ class FaultyServer:
     every request.
 
     A fault is a status ("503"), "cut" (half of the body is sent), "reset" (the connection breaks),
-    "hang" (no response for some seconds), or "other" (the same number of other bytes).
+    "hang" (no response for some seconds), "other" (the same number of other bytes), "endless" (a
+    body of zeros without end), or "drip" (a byte every 50 ms).
     """
 
     def __init__(self, folder: Path):
@@ -50,6 +51,12 @@ class FaultyServer:
                         socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
                     )
                     self.connection.close()
+                elif fault in ("endless", "drip"):
+                    self.send_response(200)  # without a length: the body ends with the connection
+                    self.end_headers()
+                    for _ in range(10_000):
+                        self.wfile.write(bytes(10_000 if fault == "endless" else 1))
+                        time.sleep(0.05 if fault == "drip" else 0)
                 else:
                     content = (folder / path).read_bytes()
                     self.send_response(200)

@@ -322,6 +322,8 @@ def test_what_passes_is_waited_for(
         ("reset", "cannot be reached", None),
         ("cut", "cannot be reached", None),
         ("hang", "cannot be reached (no answer", None),
+        ("endless", "contains more than 50,000 bytes", 1),
+        ("drip", "cannot be reached (no answer in time: only ", None),
     ],
 )
 def test_what_does_not_pass_is_named(
@@ -330,8 +332,9 @@ def test_what_does_not_pass_is_named(
     """Retries are limited by time, so their number varies. Training continues without the shard,
     validation fails.
     """
-    if fault == "hang":
+    if fault in ("hang", "drip"):
         monkeypatch.setattr(places, "STALL_S", 0.5)
+    monkeypatch.setattr(places, "MAX_SHARD_BYTES", 50_000)
     found = ShardSet.open(f"{server.address}/train")
     server.always[shard(1)] = fault
     begin = time.monotonic()
