@@ -1712,10 +1712,10 @@ def table(only: list[str], kinds: list[str], out: Path | None) -> int:
                 done[place] = [*place, case.expected, describe(found, case), verdict]
                 if verdict != "right":
                     print(" | ".join(done[place]), flush=True)
-            if number % 25 == 0 or number == len(cases):
-                print(summary(done.values()), flush=True)
                 if out is not None:
                     write_table(done.values(), out)
+            if number % 25 == 0 or number == len(cases):
+                print(summary(done.values()), flush=True)
     return sum(row[-1] != "right" for row in done.values())
 
 
@@ -1736,6 +1736,7 @@ def summary(rows: Collection[list[str]]) -> str:
 
 
 def write_table(rows: Collection[list[str]], out: Path) -> None:
+    """Replace the table; a person's note above it stays."""
     by_verb = Counter(row[0] for row in rows)
     head = (
         "# Bad inputs\n\nWritten by `python benchmarks/bad_inputs.py --out FILE`: what was "
@@ -1747,7 +1748,8 @@ def write_table(rows: Collection[list[str]], out: Path) -> None:
     columns = ["", "verb", "input", "expected", "got", "verdict"]
     numbered = [[str(number), *row] for number, row in enumerate(rows, 1)]
     lines = [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *numbered)]
-    out.write_text(head + "\n".join(lines) + "\n")
+    with replacing(out) as temporary:
+        temporary.write_text(head + "\n".join(lines) + "\n")
 
 
 def written_note(out: Path) -> str:

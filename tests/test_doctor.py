@@ -292,6 +292,18 @@ def test_an_invalid_configuration_is_reported_as_by_fit(options, sign, parts, ca
     assert said["packages"].startswith("ok ")
 
 
+def test_checks_that_compute_with_a_refused_setting_say_so(parts, plan, monkeypatch, capsys):
+    status, said, error = ask(capsys, parts, "--trainer.val_check_interval=00:00:30:00")
+    assert status == 2 and "settings, validation" in error
+    assert "val_check_interval=00:00:30:00: training data has no end" in said["settings"]
+    assert said["validation"] == "failed cannot be checked before the settings are valid"
+    assert said["train shards"].startswith("ok ")
+    # With valid settings it is our fault.
+    monkeypatch.setitem(CHECKS, "batch", lambda plan: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        list(doctor.doctor(plan))
+
+
 def test_a_launch_that_fit_refuses_is_reported(parts, monkeypatch, capsys):
     status, said, error = ask(capsys, parts, "--trainer.num_nodes=2")
     assert status == 2 and "launch" in error

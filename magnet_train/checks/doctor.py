@@ -652,6 +652,7 @@ def doctor(plan: Plan | None, already_reported: Collection[str] = ()) -> Iterato
     if plan is None:
         yield from check_packages()
         return
+    is_valid = not settings_errors(plan.config, without=check_accelerator)
     for what, check in CHECKS.items():
         if what in already_reported:
             continue
@@ -659,3 +660,7 @@ def doctor(plan: Plan | None, already_reported: Collection[str] = ()) -> Iterato
             yield from check(plan)
         except (UserError, OSError) as error:
             yield Finding("failed", what, str(error))
+        except (ValueError, TypeError, ArithmeticError):
+            if is_valid:
+                raise
+            yield Finding("failed", what, "cannot be checked before the settings are valid")
