@@ -176,9 +176,9 @@ def test_a_file_that_is_no_configuration_is_named(content, says, tmp_path, capsy
     ("args", "says"),
     [
         (["genrate"], "did you mean generate?"),
-        (["generate", "--promt", "a"], "did you mean prompt?"),
+        (["generate", "--promt", "a"], "did you mean --prompt?"),
         (["generate", "--pro", "a"], "--pro"),
-        (["fit", "--model.crop_z", "3"], "did you mean model.crop_s?"),
+        (["fit", "--model.crop_z", "3"], "did you mean --model.crop_s?"),
         (["fit", "--model.optimizer.name", "sgd"], "choose adamw, dadapt_adam"),
         (["fit", "--model.crop_s", "three"], "--model.crop_s three: give a number"),
         (["generate", "--duration_s", "nan"], "--duration_s nan: give a number or null"),

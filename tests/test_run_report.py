@@ -39,13 +39,14 @@ def write_run(folder: Path) -> None:
     )
     rows = [
         {"step": 0, "train/loss": 3.0},
-        {"step": 0, "val/ce": 8.0},
+        {"step": 0, "val/ce": 8.0, "val/fad/musicnn": 100.0},
         {"step": 10, "train/loss": "nan"},
         {"step": 20, "train/loss": 2.0},
     ]
     later = [
         {"step": 20, "train/loss": 2.5},
-        {"step": 799, "val/ce": 5.0, "val/ce_ci95": 0.5},
+        {"step": 799, "val/ce": 5.0, "val/ce_ci95": 0.5, "val/ce/stage0/rate0.5": 4.0},
+        {"step": 799, "val/fad/musicnn": 40.0, "val/fad/musicnn/baseline_unigram": 90.0},
     ]
     for version, part in (("version_2", rows), ("version_10", later)):
         path = folder / "csv" / version / "metrics.csv"
@@ -78,9 +79,14 @@ def test_a_run_becomes_prompts_by_checkpoints(tmp_path):
     assert "val/ce_ci95" not in report.curves
     assert any("train/loss: 1 value" in note for note in report.notes)
     assert any(note.startswith("3 of 4 clips are shown without codes") for note in report.notes)
-    assert [(r["metric"], r["value"]) for r in report.records] == [("fad/musicnn", 40.0)]
+    values = {"value": 40.0, "before": 100.0, "baseline_unigram": 90.0}
+    assert report.records == [{"metric": "fad/musicnn"} | values]
     write_report(tmp_path / "r.html", report)
     page = read(tmp_path / "r.html")
+    assert [cell["class"] for cell in page.all("td")] == [
+        *("metric", "before", "value", "baseline_unigram")
+    ]
+    assert "val/ce/stage0 (codebook 1)" in (tmp_path / "r.html").read_text()
     assert len(page.all("audio")) == 5 and page.loaded() == []
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from magnet_train.cli.summary import closing_block, what_to_listen_for
+from magnet_train.cli.summary import closing_block, metric_lines, what_to_listen_for
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,23 @@ def test_the_last_lines_are_what_to_open_and_to_run(tmp_path):
     assert [line.split()[0] for line in lines] == ["report", "W&B", "next"]
     assert f"open {tmp_path / 'report.html'}" in lines[0] and str(tmp_path) in lines[2]
     assert lines[1] == "W&B         https://wandb/run"
+
+
+def test_the_metrics_have_ceiling_and_baseline_beside_them_and_codebooks_count_from_1():
+    after = {
+        "val/accuracy/stage1": 0.25,
+        "val/accuracy/stage1/baseline_copying": 0.125,
+        "val/ce/stage0/rate0.5": 9.0,
+        "val/fad/musicnn": 40.0,
+        "val/fad/musicnn/baseline_bigram": 70.0,
+        "val/fad/musicnn/baseline_codec": 20.0,
+        "val/fad/musicnn/baseline_unigram": 80.0,
+        "val/fad/musicnn_ci95": 3.0,
+    }
+    metrics = {name: {"before": 60.0, "after": value} for name, value in after.items()}
+    metrics["val/accuracy/stage1"]["before"] = None
+    head, accuracy, fad, note = metric_lines(metrics)
+    assert head.split() == ["metric", "before", "after", "ceiling", "baseline"]
+    assert accuracy.split() == ["val/accuracy", "codebook", "2", "↑", "0.25", "0.125"]
+    assert fad.split() == ["val/fad/musicnn", "↓", "60", "40", "20", "80"]
+    assert len(accuracy) == len(fad) == len(head) and note.startswith("ceiling = real clips")

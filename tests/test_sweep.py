@@ -297,7 +297,7 @@ def test_overrides_reach_every_run_and_progress_has_the_metric(tmp_path, fake, c
     for option, says in (
         (("--trainer.default_root_dir", "a"), "the runs' folders are in --out"),
         (("--time", "1:00:00"), "only with --slurm"),
-        (("--jops", "2"), "did you mean jobs?"),
+        (("--jops", "2"), "did you mean --jobs?"),
         (("--jobs", "0"), "at least 1"),
     ):
         assert status(file, "--out", fake, *option) == 2

@@ -138,7 +138,8 @@ class OneLineErrors(ArgumentParser):
             r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", text
         )
         if unknown:
-            text += did_you_mean(unknown[1] or unknown[2], self.option_names())
+            word, dashes = unknown[1] or unknown[2], "--" if unknown[1] else ""
+            text += did_you_mean(word, self.option_names(), dashes)
         return UserError(text)
 
     def option_names(self) -> list[str]:
@@ -238,13 +239,14 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def did_you_mean(word: str, known: list[str]) -> str:
-    """
+def did_you_mean(word: str, known: list[str], prefix: str = "") -> str:
+    """The known word nearest to a misspelt one, as a question; empty if none is near.
+
     >>> did_you_mean("genrate", ["generate", "fit"])
     '; did you mean generate?'
     """
     close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def parser_message(text: str) -> str:

@@ -1,9 +1,17 @@
 """Text of a run's `summary.json`, printed at the end of `fit`."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from magnet_train.evaluation.report import arrow
+
+BASELINES = ("baseline_unigram", "baseline_copying")
+COLUMNS_NOTE = (
+    "ceiling = real clips through the codec; baseline = codes drawn by their frequencies, for "
+    "accuracy the nearest visible code"
+)
 LISTEN_FOR = {
     "chroma_change": "notes that change",
     "scale_fit": "notes of one scale",
@@ -34,8 +42,39 @@ def what_to_listen_for(metrics: dict[str, Any]) -> list[str]:
     return ["", "what to listen for", *lines] if lines else []
 
 
+def metric_lines(metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """A table with a row per metric or codebook, and the line that explains its columns.
+
+    Values by mask rate, intervals and the bigram baseline are only in the JSON.
+
+    Args:
+        metrics: `before` and `after` by logged name; `before` may be None.
+    """
+    lines = [f"{'metric':<32}{'before':>10}{'after':>10}{'ceiling':>10}{'baseline':>10}"]
+    for name, values in metrics.items():
+        if re.search(r"/(rate|baseline_)|_ci95$", name):
+            continue
+        ceiling = metrics.get(f"{name}/baseline_codec", {}).get("after")
+        found = (metrics.get(f"{name}/{baseline}", {}).get("after") for baseline in BASELINES)
+        baseline = next((value for value in found if value is not None), None)
+        cells = (values["before"], values["after"], ceiling, baseline)
+        row = "".join(f"{'' if cell is None else f'{cell:.4g}':>10}" for cell in cells)
+        lines.append(f"{metric_title(name):<32}{row}".rstrip())
+    return [*lines, COLUMNS_NOTE]
+
+
+def metric_title(name: str) -> str:
+    """A logged name for readers: codebooks count from 1, and an arrow points to what is better.
+
+    >>> metric_title("val/ce/stage0"), metric_title("val/text/clap")
+    ('val/ce codebook 1 ↓', 'val/text/clap ↑')
+    """
+    title = re.sub(r"/stage(\d+)$", lambda stage: f" codebook {int(stage[1]) + 1}", name)
+    return title + arrow(name)
+
+
 def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
-    """The summary as text; metrics by mask rate and intervals are only in the JSON."""
+    """The summary as text."""
     lines = ["", f"run folder  {run_folder}", f"checkpoint  {summary['checkpoint']}"]
     for name in ("audio", "plots"):
         paths = [Path(path) for path in summary[name]]
@@ -43,11 +82,7 @@ def summary_text(summary: dict[str, Any], run_folder: Path) -> str:
             lines.append(
                 f"{name:<11} {len(paths)} files in {paths[0].parent}, e.g. {paths[0].name}"
             )
-    lines += ["", f"{'metric':<44}{'before':>10}{'after':>10}"]
-    for key, values in summary["metrics"].items():
-        if "/rate" not in key and not key.endswith("_ci95"):
-            before = "" if values["before"] is None else f"{values['before']:.4g}"
-            lines.append(f"{key:<44}{before:>10}{values['after']:>10.4g}")
+    lines += ["", *metric_lines(summary["metrics"])]
     seconds = [f"{name} {value:.0f} s" for name, value in summary["seconds"].items()]
     listening = what_to_listen_for(summary["metrics"])
     return "\n".join([*lines, *listening, "", "  ".join(seconds)])

@@ -59,6 +59,8 @@ def _chart(title: str, lines: Curves) -> str:
         )
         endings.append(f"{name} ends at {last}")
     source = data_uri("image/svg+xml", draw_svg(lines))
+    stage = re.search(r"/stage(\d+)", title)
+    title += f" (codebook {int(stage[1]) + 1})" if stage else ""
     return (
         f'<figure class="chart"><figcaption><h4>{text(title)}</h4></figcaption>'
         f'<img alt="{text("; ".join(endings))}" src="{source}">'

@@ -61,8 +61,9 @@ class Report:
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     """Points by metric. `…/stage0`, `…/rate0.5` and `…/baseline_codec` share one chart."""
     records: Sequence[Mapping[str, Any]] = ()
-    """Metric records as dicts with `metric` and `value`. `system`, `interval` (low, high) and
-    `num_clips` have columns too; all other fields that are not None are the collapsed protocol."""
+    """Metric records as dicts with `metric` and `value`. `system`, `before`, `interval` (low and
+    high), `baseline_codec`, `baseline_unigram` and `num_clips` have columns too; all other fields
+    that are not None are the collapsed protocol."""
     notes: Sequence[str] = ()
     """Warnings, such as missing parts."""
     score: str = "score"
@@ -286,8 +287,11 @@ def _entries(ranked: Sequence[tuple[float, str, str]]) -> str:
 _COLUMNS = {
     "system": "System",
     "metric": "Metric",
+    "before": "Before training",
     "value": "Value",
     "interval": "95 % interval",
+    "baseline_codec": "Codec (ceiling)",
+    "baseline_unigram": "Unigrams (baseline)",
     "num_clips": "Clips",
 }
 

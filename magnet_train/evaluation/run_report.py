@@ -3,7 +3,7 @@
 import csv
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ def report_from_run(run_folder: str | Path) -> Report:
     name = settings.get("trainer.default_root_dir") or folder.resolve().name
     title = f"Run {Path(str(name)).name}"
     records = _saved_records(folder, notes)
+    for record in records:
+        _add_comparisons(record, curves)
     return Report(title, settings, clips, curves, records, notes, "FAD of the single clip")
 
 
@@ -215,6 +217,15 @@ def _configured(folder: Path, notes: list[str]) -> dict[str, Any]:
         notes.append("No settings: the run folder has no readable config.yaml.")
         return {}
     return _settings(config)
+
+
+def _add_comparisons(record: dict[str, Any], curves: Mapping[str, Sequence[Point]]) -> None:
+    """Add a metric's value before training and its unigram baseline, where they were logged."""
+    name = f"val/{record['metric']}"
+    if (points := curves.get(name)) and points[0][0] == 0 and len(points) > 1:
+        record["before"] = points[0][1]
+    if points := curves.get(f"{name}/baseline_unigram"):
+        record["baseline_unigram"] = points[-1][1]
 
 
 def _saved_records(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
