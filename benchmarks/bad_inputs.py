@@ -10,6 +10,7 @@ was printed, no half-written file is left, and CPU time and memory stay within l
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -36,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
 import torch
 from bad_files import READERS, Samples, as_json, check, deep, npy, tar_of
+from docstring_parser.attrdoc import AttributeDocstrings
 from helpers_data import tone, write_clip
 
 from magnet_train.common.assets import demo_path
@@ -1612,6 +1614,13 @@ def run(case: Case) -> Outcome:
         return Outcome(status, output, cpu_s, mb, leftovers)
 
 
+def _cache_field_docs() -> None:
+    """Parse the source of each class once for all commands: a third of the time of a parser."""
+    parse = AttributeDocstrings.get_attr_docs
+    cached = functools.cache(lambda cls: parse(AttributeDocstrings(), cls))
+    AttributeDocstrings.get_attr_docs = lambda self, cls: cached(cls)
+
+
 def _run_child(case: Case, folder: Path, log: Path) -> None:
     """Run the command in the forked process; never returns."""
     status = 1
@@ -1827,15 +1836,18 @@ def main() -> int:
     import wandb  # noqa: F401  all imported once, before the forks
 
     import magnet_train.audiocraft.convert
+    import magnet_train.checks.doctor
     import magnet_train.cli.fit
     import magnet_train.cli.generate
     import magnet_train.data.tokenize
-    import magnet_train.evaluation.evaluate  # noqa: F401
+    import magnet_train.evaluation.evaluate
     from magnet_train.codec.base import load_codec
     from magnet_train.conditioning import load_text_encoder
 
     load_codec("demo")
     load_text_encoder("demo")  # with the parts of transformers that it needs
+    _cache_field_docs()
+    magnet_train.cli.fit.build_without_training(SMALL_FIT, [])
 
     if given.fuzz is not None:
         return int(fuzz(given.only, given.fuzz, given.out))
