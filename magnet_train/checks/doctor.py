@@ -660,7 +660,7 @@ def doctor(plan: Plan | None, already_reported: Collection[str] = ()) -> Iterato
             yield from check(plan)
         except (UserError, OSError) as error:
             yield Finding("failed", what, str(error))
-        except (ValueError, TypeError, ArithmeticError):
+        except Exception:  # of any type: the check computes with refused settings
             if is_valid:
                 raise
             yield Finding("failed", what, "cannot be checked before the settings are valid")
