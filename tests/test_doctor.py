@@ -281,6 +281,7 @@ def test_components_that_are_missing_are_named_with_their_source(
         (["--model.nonsense=1"], "nonsense"),
         (["--model.network.num_heads=3"], "dim=32 must be even and divisible by num_heads=3"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--seed_everything=-1"], "failed seed_everything=-1: must be from 0 to 4294967295"),
     ],
 )
 def test_an_invalid_configuration_is_reported_as_by_fit(options, sign, parts, capsys):

@@ -490,7 +490,8 @@ class DryRunCLI(MagnetCLI):
             return fit_defaults(given)
 
     def check(self, options: Namespace) -> None:
-        """No check: doctor reports all errors, not only the first."""
+        """Check only the seed, which is used at once; doctor reports all other errors together."""
+        check_seed(options)
 
     def before_instantiate_classes(self) -> None:
         options = self.config[self.verb]
