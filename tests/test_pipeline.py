@@ -355,6 +355,14 @@ def test_a_json_of_strangers_is_checked(info: Any, tmp_path: Path):
     assert "a.json" in refusal(read_shard, write_tar(tmp_path / "a.tar", members(info=info)))
 
 
+def test_a_missing_value_and_one_of_another_type_are_told_apart(tmp_path: Path):
+    for info, says in (
+        ({**INFO, "caption": 5}, "a.json: caption has the wrong type, int"),
+        ({"key": "a"}, "a.json: duration_s is missing)"),
+    ):
+        assert says in refusal(read_shard, write_tar(tmp_path / "a.tar", members(info=info)))
+
+
 def test_a_reason_is_one_line_whatever_the_key(tmp_path: Path):
     path = write_tar(tmp_path / "a.tar", members("a\nb", info=b"\xff"))
     assert "a b.json: not UTF-8 at byte 0" in refusal(read_shard, path)

@@ -219,9 +219,11 @@ def _typed(parent: Any, name: str, kind: Any) -> Any:
     """`parent[name]`, if it has that type."""
     if not isinstance(parent, dict):
         raise ValueError(f"a {type(parent).__name__} instead of an object")
-    value = parent.get(name)
+    if name not in parent:
+        raise ValueError(f"{name} is missing")
+    value = parent[name]
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{name} is missing or a {type(value).__name__}")
+        raise ValueError(f"{name} has the wrong type, {type(value).__name__}")
     return value
 
 
