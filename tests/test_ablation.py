@@ -93,16 +93,16 @@ def test_a_row_for_each_setting_and_the_differences_below(tmp_path):
     table, picture = write_ablation(make(tmp_path, FAD), tmp_path / "spans")
     lines = table.read_text().splitlines()
     rows = [cells(line) for line in lines if line.startswith("|")]
-    assert rows[0] == ["span_len", "seeds", "val/fad/musicnn"]
+    assert rows[0] == ["span_len", "seeds", "FAD (musicnn) ↓"]
     assert rows[2:5] == [["1", "3", "31 ± 2.5"], ["3", "3", "11 ± 2.5"], ["5", "3", "13 ± 2.5"]]
     assert rows[5] == ["setting", "metric", "difference", "d", "p", "seeds"]
-    assert rows[7] == ["span_len=3", "val/fad/musicnn", "-20 [-20, -20]", "-inf", "0", "3"]
-    assert rows[9] == ["run", "val/fad/musicnn"]  # each run
+    assert rows[7] == ["span_len=3", "FAD (musicnn) ↓", "-20 [-20, -20]", "-inf", "0", "3"]
+    assert rows[9] == ["run", "FAD (musicnn) ↓"]  # each run
     singles = sorted(float(value) for _, value in rows[11:])
     assert len(singles) == 9
     assert singles == sorted(value for values in FAD.values() for value in values)
     assert (
-        "- `val/fad/musicnn`: lower than with span_len=1: span_len=3 (-20 [-20, -20]); "
+        "- FAD (musicnn) ↓: lower (better) than with span_len=1: span_len=3 (-20 [-20, -20]); "
         "span_len=5 (-18 [-18, -18])."
     ) in lines
     pixels = imread(picture)
@@ -144,7 +144,7 @@ def test_differences_from_the_first_setting_are_put_into_words(tmp_path):
         return read_ablation(make(tmp_path / name, values)).verdict("val/fad/musicnn")
 
     # The means' intervals overlap widely, and each seed differs by nearly the same amount.
-    assert "higher than with span_len=1: span_len=3" in said(
+    assert "higher (worse) than with span_len=1: span_len=3" in said(
         "paired", {1: [1.0, 5.0, 9.0], 3: [2.0, 6.1, 10.05]}
     )
     assert "no difference shown from span_len=1: span_len=3." in said(
@@ -174,7 +174,7 @@ def test_a_metric_that_some_runs_lack_is_named(tmp_path):
     runs = make(tmp_path, FAD)
     finish(runs[0], **{"val/fad/musicnn": 30.0, "val/kl/musicnn": 1.0})
     ablation = read_ablation(runs)
-    assert ablation.notes == ["`val/kl/musicnn`: missing in runs of 3 of 3 settings."]
+    assert ablation.notes == ["KL (musicnn) ↓: missing in runs of 3 of 3 settings."]
     lines = ablation.markdown("x").splitlines()
     assert [cells(line)[1:] for line in lines if line.startswith("| 1 ")] == [
         ["3", "31 ± 2.5", "1"]

@@ -194,3 +194,34 @@ def test_two_tabs_reload_and_a_missing_model(open_page, folder):
     model.fill("/nowhere/model")
     model.press("Enter")
     wait_for_status(second, "/nowhere/model: outside the allowed folders")
+
+
+def test_cancel_regions_by_keys_loop_and_extend(open_page, folder):
+    page = open_page()
+    load_settings(page, preset(folder, (3_000,)))
+    wait_for_status(page, "Settings of clip.json")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    wait_for_status(page, "Step ")
+    page.get_by_role("button", name="Cancel").first.click()
+    wait_for_status(page, "Cancelled after step ")
+    page.locator("#settings").get_by_label("Clear").click()
+    page.locator("#settings input[type=file]").set_input_files(preset(folder, (2, 1)))
+    page.wait_for_function("[...document.querySelectorAll('textarea')].some(t => t.value == '2, 1')")
+
+    page.get_by_role("tab", name="Edit").click()
+    path = page.get_by_label("or its path")
+    path.fill(str(folder / "noise.wav"))
+    page.get_by_role("button", name="Open", exact=True).click()
+    wait_for_status(page, "Opened noise.wav")
+    page.locator("clip-view:visible figure").focus()
+    for key in ("ArrowRight", "[", "ArrowRight", "ArrowRight", "]"):
+        page.keyboard.press(key)
+    regions = page.locator("#regions").locator("input, textarea")
+    assert regions.input_value() == "0.5:1.5"
+    page.get_by_role("button", name="Loop", exact=True).click()
+    wait_for_status(page, "Done: 1 file saved")
+    seconds = "Number(document.querySelector('clip-view[data-group=edit]').dataset.seconds)"
+    page.wait_for_function(f"{seconds} == 1")
+    page.get_by_label("to_s").fill("2")
+    page.get_by_role("button", name="Extend to to_s").click()
+    page.wait_for_function(f"{seconds} == 2")

@@ -46,6 +46,6 @@ def test_the_metrics_have_ceiling_and_baseline_beside_them_and_codebooks_count_f
     metrics["val/accuracy/stage1"]["before"] = None
     head, accuracy, fad, note = metric_lines(metrics)
     assert head.split() == ["metric", "before", "after", "ceiling", "baseline"]
-    assert accuracy.split() == ["val/accuracy", "codebook", "2", "↑", "0.25", "0.125"]
-    assert fad.split() == ["val/fad/musicnn", "↓", "60", "40", "20", "80"]
+    assert accuracy.split() == ["accuracy,", "codebook", "2", "↑", "0.25", "0.125"]
+    assert fad.split() == ["FAD", "(musicnn)", "↓", "60", "40", "20", "80"]
     assert len(accuracy) == len(fad) == len(head) and note.startswith("ceiling = real clips")

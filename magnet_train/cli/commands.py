@@ -140,7 +140,6 @@ def convert_verb(args: list[str]) -> None:
 
 def sweep_verb(args: list[str]) -> None:
     from magnet_train.cli.parser import make_parser
-    from magnet_train.sweeps.ablation import write_ablation
     from magnet_train.sweeps.sweep import SweepOptions, exec_run, read_sweep, sweep
 
     args, overrides = _split_overrides(args)
@@ -160,6 +159,8 @@ def sweep_verb(args: list[str]) -> None:
         return
     done = options.table or sweep(config.file, runs, check_fit, estimate_fit, options, overrides)
     if options.table or (not options.dry_run and any(run.is_finished for run in runs)):
+        from magnet_train.sweeps.ablation import write_ablation
+
         table, plot = write_ablation(runs, out)
         print(f"table       {table}\nplot        {plot}")
     if not done:

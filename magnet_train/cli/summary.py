@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from magnet_train.evaluation.report import arrow
+from magnet_train.tracking.logged import title
 
 BASELINES = ("baseline_unigram", "baseline_copying")
 COLUMNS_NOTE = (
@@ -59,18 +59,8 @@ def metric_lines(metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]
         baseline = next((value for value in found if value is not None), None)
         cells = (values["before"], values["after"], ceiling, baseline)
         row = "".join(f"{'' if cell is None else f'{cell:.4g}':>10}" for cell in cells)
-        lines.append(f"{metric_title(name):<32}{row}".rstrip())
+        lines.append(f"{title(name):<32}{row}".rstrip())
     return [*lines, COLUMNS_NOTE]
-
-
-def metric_title(name: str) -> str:
-    """A logged name for readers: codebooks count from 1, and an arrow points to what is better.
-
-    >>> metric_title("val/ce/stage0"), metric_title("val/text/clap")
-    ('val/ce codebook 1 ↓', 'val/text/clap ↑')
-    """
-    title = re.sub(r"/stage(\d+)$", lambda stage: f" codebook {int(stage[1]) + 1}", name)
-    return title + arrow(name)
 
 
 def summary_text(summary: dict[str, Any], run_folder: Path) -> str:

@@ -24,7 +24,7 @@ from magnet_train.common.yaml_files import flatten
 from magnet_train.evaluation.charts import Point, draw_charts
 from magnet_train.evaluation.page import Audio, audio_uri, data_uri, read_sound, text, write_page
 from magnet_train.metrics.networks.frontend import mel_filters
-from magnet_train.tracking.logged import find
+from magnet_train.tracking.logged import arrow
 
 NUM_RANKED = 3
 """Number of best and of worst clips listed per system."""
@@ -315,23 +315,15 @@ def _record_row(record: Mapping[str, Any]) -> dict[str, str]:
     """The cells of one record, by column."""
     record = {name: value for name, value in flatten(record) if value is not None}
     row = {name: text(_number(record[name])) for name in _COLUMNS if name in record}
-    row["metric"] += text(arrow(str(record["metric"])))
+    metric = str(record["metric"])
+    if found := arrow(metric) or arrow(f"val/{metric}"):
+        row["metric"] += f" {found}"
     if "interval" in record:
         row["interval"] = " to ".join(_number(float(end)) for end in record["interval"])
     protocol = {name: value for name, value in record.items() if name not in _COLUMNS}
     if protocol:
         row["protocol"] = f"<details><summary>protocol</summary>{_definitions(protocol)}</details>"
     return row
-
-
-def arrow(metric: str) -> str:
-    """An arrow in the direction that is better, after a space; empty if neither is.
-
-    >>> arrow("fad/vggish"), arrow("val/text/clap"), arrow("music/periodicity")
-    (' ↓', ' ↑', '')
-    """
-    found = find(metric) or find(f"val/{metric}")
-    return {"lower": " ↓", "higher": " ↑"}.get(found.better if found else "", "")
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from magnet_train.common.json_files import read_json
 from magnet_train.common.tables import markdown_table
 from magnet_train.common.yaml_files import flatten, read_yaml
 from magnet_train.sweeps.sweep import Run, short_names
+from magnet_train.tracking.logged import find, title
 
 SEEDS = ("seed_everything", "seed")
 """Last parts of the names of seed parameters."""
@@ -145,8 +146,9 @@ class Ablation:
         pairs = zip(self.parameters, setting, strict=True)
         return ", ".join(f"{name}={value}" for name, value in pairs) or "all"
 
-    def markdown(self, title: str) -> str:
+    def markdown(self, heading: str) -> str:
         """Tables of settings and differences, a conclusion per metric, and a table of all runs."""
+        metrics = [title(metric) for metric in self.means]
         rows = []
         for setting, count in self.num_seeds.items():
             cells = [str(by_setting.get(setting, "")) for by_setting in self.means.values()]
@@ -156,11 +158,11 @@ class Ablation:
             cells = [f"{values[m]:.4g}" if m in values else "" for m in self.means]
             runs.append([name, *cells])
         num_left = len(self.parameters)
-        settings_table = markdown_table([*self.parameters, "seeds", *self.means], rows, num_left)
-        runs_table = markdown_table(["run", *self.means], runs)
+        settings_table = markdown_table([*self.parameters, "seeds", *metrics], rows, num_left)
+        runs_table = markdown_table(["run", *metrics], runs)
         sentences = "\n".join(f"- {s}" for s in [*self.notes, *map(self.verdict, self.means)])
         return (
-            f"# {title}\n\n"
+            f"# {heading}\n\n"
             "Last validation of each run: mean over seeds ± half the width of its 95 % interval "
             "(Student's t over seeds).\n\n"
             f"{settings_table}\n\n{sentences}\n\n{self._differences_table()}{runs_table}\n"
@@ -168,7 +170,14 @@ class Ablation:
 
     def _differences_table(self) -> str:
         rows = [
-            [self.label(setting), metric, str(d), f"{d.effect:.2g}", f"{d.p:.2g}", str(d.num_seeds)]
+            [
+                self.label(setting),
+                title(metric),
+                str(d),
+                f"{d.effect:.2g}",
+                f"{d.p:.2g}",
+                str(d.num_seeds),
+            ]
             for metric, by_setting in self.differences.items()
             for setting, d in by_setting.items()
         ]
@@ -183,17 +192,22 @@ class Ablation:
 
     def verdict(self, metric: str) -> str:
         """One sentence: the settings that differ from the first one in this metric."""
+        name = title(metric)
         if len(self.means[metric]) < 2:
-            return f"`{metric}`: only one setting, nothing to compare."
+            return f"{name}: only one setting, nothing to compare."
         differences = self.differences.get(metric, {})
         if not differences:
-            return (
-                f"`{metric}`: no interval with a single seed; run more seeds to compare settings."
-            )
+            return f"{name}: no interval with a single seed; run more seeds to compare settings."
         first = self.label(next(iter(self.num_seeds)))
+        better = entry.better if (entry := find(metric)) else ""
+
+        def than(direction: str) -> str:
+            meaning = "" if not better else " (better)" if direction == better else " (worse)"
+            return f"{direction}{meaning} than with {first}"
+
         heads = {
-            "lower": f"lower than with {first}",
-            "higher": f"higher than with {first}",
+            "lower": than("lower"),
+            "higher": than("higher"),
             "": f"no difference shown from {first}",
         }
         parts: dict[str, list[str]] = {direction: [] for direction in heads}
@@ -201,7 +215,7 @@ class Ablation:
             shown = f" ({difference})" if difference.direction else ""
             parts[difference.direction].append(f"{self.label(setting)}{shown}")
         sentences = [f"{heads[way]}: {'; '.join(some)}" for way, some in parts.items() if some]
-        return f"`{metric}`: {'. '.join(sentences)}."
+        return f"{name}: {'. '.join(sentences)}."
 
 
 def read_ablation(runs: Sequence[Run]) -> Ablation:
@@ -268,7 +282,7 @@ def _missing(by_metric: dict[str, BySetting], num_seeds: dict[Setting, int]) -> 
     for metric, by_setting in by_metric.items():
         fewer = sum(len(by_setting.get(setting, {})) < n for setting, n in num_seeds.items())
         if fewer:
-            yield f"`{metric}`: missing in runs of {fewer} of {len(num_seeds)} settings."
+            yield f"{title(metric)}: missing in runs of {fewer} of {len(num_seeds)} settings."
 
 
 def _hashable(value: Any) -> Any:
@@ -388,7 +402,7 @@ def _plot_differences(ablation: Ablation, metric: str, axis: Any) -> None:
     names = [", ".join(map(str, setting)) for setting in settings]
     axis.set_yticks(range(len(settings)), names, fontsize=8)
     axis.invert_yaxis()
-    axis.set_title(f"{metric}: difference from the first, 95 % interval", fontsize=9)
+    axis.set_title(f"{title(metric)}: difference from the first, 95 % interval", fontsize=9)
 
 
 def _plot_means(ablation: Ablation, metric: str, axis: Any) -> None:
@@ -412,7 +426,7 @@ def _plot_means(ablation: Ablation, metric: str, axis: Any) -> None:
         )
     is_short = max(map(len, ticks)) < 8
     axis.set_xticks(range(len(ticks)), ticks, fontsize=8, rotation=0 if is_short else 20)
-    axis.set_title(metric, fontsize=9)
+    axis.set_title(title(metric), fontsize=9)
     axis.set_xlabel("".join(ablation.parameters[:1]), fontsize=8)
     if len(lines) > 1:
         axis.legend(fontsize=7)

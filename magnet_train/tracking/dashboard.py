@@ -5,7 +5,7 @@ from typing import Any
 
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
-from magnet_train.tracking.logged import HOURS, LOGGED, SECTIONS, STEP, Logged
+from magnet_train.tracking.logged import ARROWS, HOURS, LOGGED, SECTIONS, STEP, Logged
 
 NAME = "magnet_train"
 """Displayed name of the workspace."""
@@ -107,7 +107,7 @@ def _panel(entry: Logged, x: str) -> Any:
         return WeavePanelSummaryTable(table_name=entry.name)
     if entry.is_media:
         return MediaBrowser(title=entry.name, media_keys=[entry.name], gallery_axis="step")
-    title = f"{entry.name} {dict(lower='↓', higher='↑').get(entry.better, '')}".strip()
+    title = f"{entry.name} {ARROWS[entry.better]}".strip()
     if "{" in entry.name:
         return LinePlot(title=title, x=x, metric_regex=f"^{entry.pattern}$")
     return LinePlot(title=title, x=x, y=[entry.name])

@@ -39,6 +39,18 @@ SECTIONS = (
 
 
 Direction = Literal["lower", "higher", ""]
+ARROWS: dict[Direction, str] = {"lower": "↓", "higher": "↑", "": ""}
+TITLES = {
+    "ce": "cross-entropy",
+    "fad": "FAD",
+    "fad_inf": "FAD for infinitely many samples",
+    "kad": "KAD",
+    "kid": "KID",
+    "kl": "KL",
+    "text": "text score",
+    "num_clips": "clips",
+}
+"""Names of metrics for readers, where they are not the words of the logged name."""
 
 
 @dataclass(frozen=True)
@@ -289,8 +301,35 @@ def find(key: str) -> Logged | None:
     return next((entry for entry in LOGGED if re.fullmatch(entry.pattern, key)), None)
 
 
+def arrow(key: str) -> str:
+    """An arrow in the direction that is better; empty if neither is.
+
+    >>> arrow("val/fad/vggish"), arrow("val/text/clap"), arrow("val/music/periodicity")
+    ('↓', '↑', '')
+    """
+    found = find(key)
+    return ARROWS[found.better] if found else ""
+
+
+def title(key: str) -> str:
+    """The name of a validation metric for readers: codebooks count from 1, with an arrow.
+
+    >>> title("val/fad/vggish"), title("val/ce/stage0"), title("val/music/key_rank")
+    ('FAD (vggish) ↓', 'cross-entropy, codebook 1 ↓', 'key rank ↓')
+    >>> title("val/music/chroma_change"), title("train/loss")
+    ('chroma change', 'train/loss')
+    """
+    if not key.startswith("val/"):
+        return key
+    first, *rest = key.removeprefix("val/").removeprefix("music/").split("/")
+    name = TITLES.get(first, first.replace("_", " "))
+    for part in rest:
+        stage = re.fullmatch(r"stage(\d+)", part)
+        name += f", codebook {int(stage[1]) + 1}" if stage else f" ({part})"
+    return f"{name} {arrow(key)}".rstrip()
+
+
 def table() -> str:
     """Markdown table with a row per name, as in docs/metrics.md."""
-    signs = {"lower": "↓", "higher": "↑", "": ""}
-    rows = [[f"`{entry.name}`", signs[entry.better], entry.meaning] for entry in LOGGED]
+    rows = [[f"`{entry.name}`", ARROWS[entry.better], entry.meaning] for entry in LOGGED]
     return markdown_table(["name", "better", "meaning"], rows, num_left=3)
