@@ -4,6 +4,7 @@ reference.
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def run(num_frames=30, prompt=0, items=("a", "b"), config=None, on_step=None, se
     codes = torch.arange(num_frames).remainder(SIZE).expand(len(items), 4, -1).clone()
     fixed = torch.zeros(len(items), num_frames, dtype=torch.bool)
     fixed[:, :prompt] = True
-    noise = item_noise(seed, items, sum(config.steps_per_stage(4)), num_frames)
+    noise = item_noise(seed, items, sum(config.per_stage("decoding_steps", 4)), num_frames)
     return codes, decode(
         Networks(scripted(1), scripted(2)), codes, fixed, SIZE, config, noise, on_step
     )
@@ -175,6 +176,23 @@ def test_noise_is_shared_in_the_stages_that_the_setting_names():
         decode(uniform, codes, given, SIZE, too_many, item_noise(0, "abcd", 3, 100))
 
 
+def test_each_stage_samples_from_its_own_nucleus():
+    """Entry 0 has half of the probability, so a threshold below 0.5 leaves only that."""
+    logits = torch.full((4, 100, SIZE), -math.log(2 * (SIZE - 1)))
+    logits[..., 0] = -math.log(2)
+    networks = Networks(lambda codes, stage: logits)
+    codes, given = torch.zeros(4, 3, 100, dtype=torch.long), torch.zeros(4, 100, dtype=torch.bool)
+    plain = DecodingConfig(
+        (1,), temperature=1.0, anneal_temperature=False, span_len=1, max_cfg_coef=1.0
+    )
+    config = dataclasses.replace(plain, top_p=(1.0, 0.4))
+    out = decode(networks, codes, given, SIZE, config, item_noise(0, "abcd", 3, 100))
+    assert (out[:, 0] == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert not out[:, 1:].any()
+    with pytest.raises(UserError, match=r"reference_compat=True must be false"):
+        dataclasses.replace(config, reference_compat=True)
+
+
 @pytest.mark.parametrize("num_frames", [24, 25])
 def test_stride1_masks_as_near_the_schedule_as_spans_allow(num_frames):
     steps: list[DecodingStep] = []
@@ -246,7 +264,7 @@ def test_noise_of_the_entries_is_exponential():
 
 
 def test_the_last_number_of_steps_applies_to_further_stages_and_more_are_refused():
-    assert DecodingConfig(decoding_steps=(3, 2)).steps_per_stage(4) == (3, 2, 2, 2)
+    assert DecodingConfig(decoding_steps=(3, 2)).per_stage("decoding_steps", 4) == (3, 2, 2, 2)
     with pytest.raises(UserError, match="5 numbers for 4 codebooks"):
         run(config=DecodingConfig(decoding_steps=(3, 2, 1, 1, 1)))
 

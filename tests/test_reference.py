@@ -46,7 +46,7 @@ def run(network, unconditional, case: dict, data: dict, batch: int, num_frames: 
         return network(codes, stage)
 
     noise = item_noise(
-        0, [str(i) for i in range(batch)], sum(config.steps_per_stage(4)), num_frames
+        0, [str(i) for i in range(batch)], sum(config.per_stage("decoding_steps", 4)), num_frames
     )
     return decode(Networks(watched, unconditional), codes, fixed, size, config, noise), rows
 

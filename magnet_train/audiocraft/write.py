@@ -160,8 +160,15 @@ def _new_config(saved: SavedModel, settings: Settings) -> dict[str, Any]:
     config["transformer_lm"]["compression_model_framerate"] = math.ceil(facts.frame_rate)
     config["conditioners"]["description"]["t5"]["name"] = settings.text_encoder
     config["classifier_free_guidance"]["training_dropout"] = settings.guidance_dropout
+    if isinstance(decoding.top_p, tuple):
+        raise UserError(
+            f"{saved.file}: top_p={list(decoding.top_p)}: audiocraft has one number for all "
+            "stages; set one"
+        )
     generate = {theirs: getattr(decoding, ours) for ours, theirs in DECODING_KEYS.items()}
-    generate["decoding_steps"] = list(decoding.steps_per_stage(settings.network.num_codebooks))
+    generate["decoding_steps"] = list(
+        decoding.per_stage("decoding_steps", settings.network.num_codebooks)
+    )
     generate["use_sampling"] = not decoding.greedy
     config["generate"] = {"lm": generate}
     return config

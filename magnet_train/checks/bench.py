@@ -377,7 +377,7 @@ def _compiled_decoding(
         networks = Networks(lambda codes, stage: joint(codes, stage)[0], joint=joint)
         return decode(networks, codes, given, config.codebook_size, settings, noise)
 
-    steps = settings.steps_per_stage(config.num_codebooks)
+    steps = settings.per_stage("decoding_steps", config.num_codebooks)
     flop = sum(
         number * batch_size * useful_flop(config, num_frames, stage, num_frames, num_text)
         for stage, number in enumerate(steps)

@@ -148,7 +148,7 @@ def _time_lines(plan: "Plan", speed: Speed) -> Iterator[str]:
     ranks = plan.devices.ranks
     clips = math.ceil(plan.config.generation.num_prompts / ranks)
     clip_flop = cost.decoding_flop(
-        plan.network, plan.num_frames, plan.decoding.steps_per_stage(stages)
+        plan.network, plan.num_frames, plan.decoding.per_stage("decoding_steps", stages)
     )
     decoding_s = plan.num_validations * clips * clip_flop / speed.first
     run_s = plan.num_steps * step_s + decoding_s

@@ -12,7 +12,7 @@ from magnet_train.cli.parser import OneLineErrors
 from magnet_train.common.assets import conf_path
 from magnet_train.common.errors import UserError
 from magnet_train.common.ranges import check_types
-from magnet_train.decoding.decode import DecodingConfig
+from magnet_train.decoding.decode import PER_STAGE, DecodingConfig
 from magnet_train.release import SavedModel, widens_to_stereo
 from magnet_train.resume import WEIGHTS_PARTS, read_training_checkpoint
 
@@ -60,17 +60,18 @@ def settings_of_release(
     """Settings of a model that training starts from, as defaults of `fit`.
 
     A model that learns guided logits is decoded without guidance. For stereo, both channels get the
-    context, decoding steps and shared noise of the mono model's codebooks.
+    context and decoding settings of the mono model's codebooks.
     """
     trained = SavedModel.open(init_from)
     network, decoding = trained.network.to_dict(), asdict(trained.decoding)
     if codec is not None and widens_to_stereo(trained, codec):
-        books = range(trained.network.num_codebooks)
-        steps = trained.decoding.steps_per_stage(len(books))
-        sharing = trained.decoding.shared_noise_per_stage(len(books))
-        network["context"] = [trained.network.stage(k).context for k in books for _ in "LR"]
-        decoding["decoding_steps"] = [steps[k] for k in books for _ in "LR"]
-        decoding["shared_noise"] = [sharing[k] for k in books for _ in "LR"]
+        books = trained.network.num_codebooks
+        contexts = [trained.network.stage(k).context for k in range(books)]
+        network["context"] = [context for context in contexts for _ in "LR"]
+        for name in PER_STAGE:
+            if isinstance(decoding[name], tuple):
+                mono = trained.decoding.per_stage(name, books)
+                decoding[name] = [number for number in mono for _ in "LR"]
     if distils:
         decoding |= {"max_cfg_coef": 1.0, "min_cfg_coef": 1.0}
     return {

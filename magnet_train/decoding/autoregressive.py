@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from magnet_train.attention import text_attention
 from magnet_train.common.errors import UserError
 from magnet_train.common.randomness import generator_for
-from magnet_train.decoding.decode import DecodingConfig
+from magnet_train.decoding.decode import PER_STAGE, DecodingConfig
 from magnet_train.decoding.sampling import sample
 from magnet_train.layout import delayed, rotate, undelayed
 from magnet_train.model import Magnet, MagnetConfig, TextKeyValues, rotary_angles
@@ -33,8 +33,8 @@ def check_decoding(network: MagnetConfig, decoding: DecodingConfig, duration_s: 
             autoregressive beginning is longer than the result or not supported.
     """
     books, wanted = network.num_codebooks, decoding.autoregressive_s
-    decoding.steps_per_stage(books)
-    decoding.shared_noise_per_stage(books)
+    for name in PER_STAGE:
+        decoding.per_stage(name, books)
     stages = decoding.rescore_stages or ()
     if max(stages, default=0) >= books:
         raise UserError(f"rescore_stages={list(stages)}: the model has stages 0 to {books - 1}")

@@ -49,6 +49,10 @@ def _at_step(value: float | tuple[float, ...], step: int) -> float:
     return numbers[min(step, len(numbers) - 1)]
 
 
+PER_STAGE = ("decoding_steps", "shared_noise", "top_p")
+"""Decoding settings that may have one number per stage; the last is repeated for further stages."""
+
+
 @dataclass(frozen=True)
 class DecodingConfig:
     """Decoding settings. Without a model, the defaults are those of published 10-second music."""
@@ -62,8 +66,10 @@ class DecodingConfig:
     """
     anneal_temperature: bool = True
     """Anneal the temperature linearly to 0 over the steps of a stage."""
-    top_p: float = 0.9
-    """Nucleus (top-p) threshold in (0, 1]; 0 disables it. Takes precedence over top_k."""
+    top_p: float | tuple[float, ...] = 0.9
+    """Nucleus (top-p) threshold in (0, 1]; 0 disables it. Takes precedence over top_k. One number,
+    or one per stage; the last is repeated for further stages.
+    """
     top_k: int = 0
     """Sample only from this number of most likely entries; 0 = all."""
     greedy: bool = False
@@ -150,6 +156,7 @@ class DecodingConfig:
             self.span_scoring == "random"
             or self.order_temperature > 0
             or max(as_tuple(self.shared_noise)) > 1
+            or isinstance(self.top_p, tuple)
             or self.rescorer is not None
             or self.second_lap > 0
             or self.negative_prompt != ""
@@ -180,25 +187,17 @@ class DecodingConfig:
             self.rescore_stages is None or stage in self.rescore_stages
         )
 
-    def steps_per_stage(self, num_codebooks: int) -> tuple[int, ...]:
-        """`decoding_steps`, one for each of `num_codebooks` stages.
+    def per_stage(self, name: str, num_codebooks: int) -> tuple[Any, ...]:
+        """A setting of `PER_STAGE` as one number for each of `num_codebooks` stages.
 
         Raises:
             UserError: if there are more numbers than stages.
         """
-        return per_codebook("decoding_steps", self.decoding_steps, num_codebooks)
-
-    def shared_noise_per_stage(self, num_codebooks: int) -> tuple[int, ...]:
-        """`shared_noise`, one for each of `num_codebooks` stages.
-
-        Raises:
-            UserError: if there are more numbers than stages.
-        """
-        return per_codebook("shared_noise", self.shared_noise, num_codebooks)
+        return per_codebook(name, getattr(self, name), num_codebooks)
 
     def laps(self, num_codebooks: int) -> list[tuple[int, ...]]:
         """Steps of each stage in each lap: one lap, or two with `second_lap`."""
-        steps = self.steps_per_stage(num_codebooks)
+        steps = self.per_stage("decoding_steps", num_codebooks)
         if self.second_lap == 0:
             return [steps]
         return [steps, tuple(max(1, round(self.second_lap * n)) for n in steps)]
@@ -386,7 +385,9 @@ def _decode_stage(
     Also returns the certainty of each frame, `b t`, at the step that decided it.
     """
     num_steps = noise.codes.shape[1]
-    num_sharing = config.shared_noise_per_stage(codes.shape[1])[stage]
+    num_sharing, top_p = (
+        config.per_stage(name, codes.shape[1])[stage] for name in ("shared_noise", "top_p")
+    )
     masked, certainty = ~given, torch.empty(())
     decided = torch.ones(given.shape, device=codes.device)
     # Rounded as in audiocraft: the number of spans is this share of them, rounded down.
@@ -406,7 +407,9 @@ def _decode_stage(
             (num_steps - step - 1) / num_steps if config.anneal_temperature else 1.0
         )
         own_noise = share_noise(noise.codes[:, step], num_sharing, noise.order[:, step, -1])
-        chosen, certainty = _chosen(logits, masked, max(temperature, 1e-2), config, own_noise)
+        chosen, certainty = _chosen(
+            logits, masked, max(temperature, 1e-2), top_p, config, own_noise
+        )
         codes = masked_codes.clone()
         codes[:, stage] = torch.where(masked, chosen, row)
         if networks.rescorer is not None and config.rescores(stage):
@@ -424,7 +427,12 @@ def _decode_stage(
 
 
 def _chosen(
-    logits: Tensor, masked: Tensor, temperature: float, config: DecodingConfig, noise: Tensor
+    logits: Tensor,
+    masked: Tensor,
+    temperature: float,
+    top_p: float,
+    config: DecodingConfig,
+    noise: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Sample an entry for each frame from `b t c`; returns entries and their probabilities, `b t`.
 
@@ -432,23 +440,20 @@ def _chosen(
     audiocraft's remasking also looks at the others.
     """
     if logits.device.type == "cpu" and not config.reference_compat:
-        chosen, certainty = _chosen_at(logits[masked], temperature, config, noise[masked])
+        chosen, certainty = _chosen_at(logits[masked], temperature, top_p, config, noise[masked])
         return (
             torch.zeros(masked.shape, dtype=torch.long).masked_scatter_(masked, chosen),
             torch.zeros(masked.shape).masked_scatter_(masked, certainty),
         )
-    return _chosen_at(logits, temperature, config, noise)
+    return _chosen_at(logits, temperature, top_p, config, noise)
 
 
 def _chosen_at(
-    logits: Tensor, temperature: float, config: DecodingConfig, noise: Tensor
+    logits: Tensor, temperature: float, top_p: float, config: DecodingConfig, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sample from `… c` with noise `…`; returns entries and their probabilities, `…` each."""
     probs = torch.softmax(logits / temperature, dim=-1)
-    if config.greedy:
-        chosen = logits.argmax(-1)
-    else:
-        chosen = sample(probs, config.top_p, config.top_k, noise)
+    chosen = logits.argmax(-1) if config.greedy else sample(probs, top_p, config.top_k, noise)
     return chosen, probs.gather(-1, chosen[..., None])[..., 0]
 
 
