@@ -105,6 +105,12 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "order by probability (max), independent noise": {"span_scoring": "max", "shared_noise": 1},
     },
+    "nucleus": {
+        "0.95 in all stages": {"top_p": 0.95},
+        "0.95, 0.95, 0.5": {"top_p": (0.95, 0.95, 0.5)},
+        "0.95, 0.5, 0.5": {"top_p": (0.95, 0.5, 0.5)},
+        "0.8, 0.8, 0.5": {"top_p": (0.8, 0.8, 0.5)},
+    },
     "guidance": {
         "no guidance": guided(1.0, 1.0),
         "constant 1.5": guided(1.5, 1.5),
