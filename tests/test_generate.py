@@ -103,5 +103,5 @@ def test_an_audio_prompt_is_the_end_of_its_file_and_the_json_has_its_length(tmp_
     )
     (path,) = generate(options, QUICK)
     assert json.loads(path.with_suffix(".json").read_text())["options"]["continue_s"] == 1.0
-    with pytest.raises(UserError, match=r"--continue_s 1: nothing is left .* --duration_s 0\.5"):
+    with pytest.raises(UserError, match=r"--continue_s 3: 1 s .* --duration_s 0\.5"):
         generate(replace(options, duration_s=0.5), QUICK)
