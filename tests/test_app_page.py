@@ -206,7 +206,9 @@ def test_cancel_regions_by_keys_loop_and_extend(open_page, folder):
     wait_for_status(page, "Cancelled after step ")
     page.locator("#settings").get_by_label("Clear").click()
     page.locator("#settings input[type=file]").set_input_files(preset(folder, (2, 1)))
-    page.wait_for_function("[...document.querySelectorAll('textarea')].some(t => t.value == '2, 1')")
+    page.wait_for_function(
+        "[...document.querySelectorAll('textarea')].some(t => t.value == '2, 1')"
+    )
 
     page.get_by_role("tab", name="Edit").click()
     path = page.get_by_label("or its path")

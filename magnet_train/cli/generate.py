@@ -163,8 +163,8 @@ def generate_files(
     num_frames = max(1, round(seconds * generator.codec.facts.frame_rate))
     if start is not None and start.shape[2] >= num_frames:
         raise UserError(
-            f"--continue_s {options.continue_s:g}: {kept_s:g} s of the file are kept, so nothing is "
-            f"left to generate of --duration_s {seconds:g}; keep less, or make it longer"
+            f"--continue_s {options.continue_s:g}: {kept_s:g} s of the file are kept, so nothing "
+            f"is left to generate of --duration_s {seconds:g}; keep less, or make it longer"
         )
     steps = generator.count_steps(torch.ones(num_frames, dtype=torch.bool), settings)
     total = batches * options.best_of * steps

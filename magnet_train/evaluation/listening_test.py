@@ -139,7 +139,7 @@ def group_by_caption(
         if caption in files:
             raise UserError(
                 f"{clip.path}: has the caption of {files[caption].name}, {caption!r}, in system "
-                f"{system}; keep one of them"
+                f"{system}; a listening test has one clip for each caption: keep one of them"
             )
         files[caption] = clip.path
     return files
