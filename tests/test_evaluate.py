@@ -66,6 +66,7 @@ def test_a_table_records_a_report_and_a_listening_test_through_the_command_line(
         f"evaluate --generated same={real} {bad} --reference {real} --out {tmp_path}/r.json "
         f"--metrics {metrics} --save-reference {tmp_path}/reference --loudness false "
         f"--report {tmp_path}/report.html --listening-test {tmp_path}/listen.html --accelerator cpu"
+        " --codec demo"
     )
     assert main(args.split()) == 0
     printed = capsys.readouterr().out
@@ -86,10 +87,10 @@ def test_a_table_records_a_report_and_a_listening_test_through_the_command_line(
     assert (
         records["same", "text/musicnn"].value > records["same", "text_shuffled/musicnn"].value + 0.1
     )
-    assert (
-        "noisy" in (tmp_path / "report.html").read_text()
-        and (tmp_path / "listen_key.json").exists()
-    )
+    report = (tmp_path / "report.html").read_text()
+    assert "noisy" in report and (tmp_path / "listen_key.json").exists()
+    assert report.count("<audio") == 8 * 4  # both systems, real clips, real ones through the codec
+    assert "real, through the codec" in report and "Codec (ceiling)" in report
     assert "noisy" not in re.sub(r'src="data:[^"]*"', "", (tmp_path / "listen.html").read_text())
     # The saved statistics give the same values without the audio.
     again = (

@@ -207,6 +207,8 @@ def test_configuration_environment_and_data_are_known_to_every_logger(run: Path)
                 item.key: json.loads(item.value_json) for item in record.config.update if item.key
             }
     assert config["model"]["network"]["dim"] == 16 and config["trainer"]["max_steps"] == 6
+    tags = [list(r.run.tags) for r in records(run) if r.WhichOneof("record_type") == "run"]
+    assert tags[-1] == ["codec"]
     sessions = json.loads((run / "environment.json").read_text())
     assert len(sessions) == 2 and config["environment"] == sessions[1]
     assert sessions[0]["data"] == sessions[1]["data"] and set(sessions[0]["data"]) == {

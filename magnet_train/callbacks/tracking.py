@@ -52,6 +52,10 @@ def run_locations(trainer: L.Trainer) -> dict[str, str]:
     return found
 
 
+MAX_TAG = 64
+"""Maximum length of a tag in W&B, in characters."""
+
+
 @dataclass(frozen=True)
 class GeneratedClip:
     """A generated clip on disk, with the content of its JSON file."""
@@ -79,6 +83,17 @@ class GeneratedClip:
     def read(cls, audio: Path) -> "GeneratedClip":
         about = json.loads(audio.with_suffix(".json").read_text())
         return cls(audio, about["prompt"], about["item"], about.get("score"))
+
+
+def run_tags(module: MagnetModule) -> list[str]:
+    """Tags of a run in W&B: the codec, and "hybrid", "fine-tuned" and "LoRA" where they apply."""
+    kinds = {
+        "hybrid": module.config.order == "hybrid",
+        "fine-tuned": bool(module.hparams["init_from"]),
+        "LoRA": module.lora.rank > 0,
+    }
+    codec = Path(module.codec_name).name[:MAX_TAG]
+    return [codec, *(kind for kind, applies in kinds.items() if applies)]
 
 
 class Tracking(Callback):
@@ -129,6 +144,9 @@ class Tracking(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update({"environment": session}, allow_val_change=True)
+                assert isinstance(pl_module, MagnetModule)
+                tags = (*(logger.experiment.tags or ()), *run_tags(pl_module))
+                logger.experiment.tags = tuple(dict.fromkeys(tags))
                 _define_metrics(logger.experiment)
                 if "://" in (location := run_location() or ""):
                     rank_zero_info(f"W&B: {location}")

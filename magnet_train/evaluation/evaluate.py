@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning.fabric import Fabric
 
 from magnet_train.codec.base import load_codec
+from magnet_train.common.audio_files import write_audio
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import writable_folder
 from magnet_train.common.ranges import check_values
@@ -42,6 +44,7 @@ from magnet_train.evaluation.listening_test import (
 )
 from magnet_train.evaluation.ratings import analyse_ratings
 from magnet_train.evaluation.report import Report, ReportClip, load_grids, write_report
+from magnet_train.evaluation.run_report import REAL
 from magnet_train.generator import DecodedItem, load
 from magnet_train.metrics.distributed import raise_on_all_ranks
 from magnet_train.metrics.embedders import EMBEDDERS, Embedder
@@ -498,7 +501,8 @@ class _Evaluation:
         """Write the report and the listening test, if requested."""
         options = self.options
         if options.report is not None:
-            write_report(options.report, self._report(records))
+            with TemporaryDirectory() as folder:
+                write_report(options.report, self._report(records, Path(folder)))
             print(f"report: {options.report}")
         if options.listening_test is not None:
             systems, captions = self._listening_systems()
@@ -529,8 +533,11 @@ class _Evaluation:
             captions["reference"] = load_captions(None, self.reference.clips)
         return systems, captions
 
-    def _report(self, records: list[Record]) -> Report:
-        """A report with the first prompts, and the best and worst clips of each system."""
+    def _report(self, records: list[Record], folder: Path) -> Report:
+        """A report with the first prompts, and the best and worst clips of each system.
+
+        The codec's reconstructions are written into `folder`.
+        """
         scores: dict[str, dict[str, float]] = {}
         embedder = ""
         for system, features in self.features.items():
@@ -546,7 +553,8 @@ class _Evaluation:
                 [*list(clips)[:NUM_SHOWN], *ranked[:NUM_RANKED], *ranked[-NUM_RANKED:]]
             )
         captions = self._captions_by_system()
-        rows = [self._report_row(key, scores, captions) for key in keys]
+        reconstructed = self._reconstruct(keys, folder)
+        rows = [self._report_row(key, scores, captions, reconstructed.get(key)) for key in keys]
         settings = {
             name: str(value)
             for name, value in asdict(self.options).items()
@@ -556,13 +564,26 @@ class _Evaluation:
         shown = [asdict(record) for record in records]
         return Report("Evaluation", settings, rows, records=shown, score=title)
 
+    def _reconstruct(self, keys: Iterable[str], folder: Path) -> dict[str, Path]:
+        """Files of the codec's reconstructions of real clips, by key; empty without --codec."""
+        if self.options.codec is None:
+            return {}
+        codec = load_codec(self.options.codec).to(self.fabric.device)
+        real = {key: self.reference.clips[key] for key in keys if key in self.reference.clips}
+        files: dict[str, Path] = {}
+        for i, clip in enumerate(scorer.reconstructed_clips(self._read(real), codec)):
+            files[clip.key] = folder / f"{i}.wav"
+            write_audio(files[clip.key], clip.wav.T.numpy(), clip.sample_rate, {})
+        return files
+
     def _report_row(
         self,
         key: str,
         scores: Mapping[str, Mapping[str, float]],
         captions: Mapping[str, Mapping[str, str]],
+        reconstructed: Path | None,
     ) -> dict[str, ReportClip]:
-        """A clip of every system, with the real one."""
+        """A clip of every system, with the real one and its reconstruction."""
         row: dict[str, ReportClip] = {}
         for system, clips in self.systems.items():
             if key in clips:
@@ -572,6 +593,8 @@ class _Evaluation:
         if key in self.reference.clips:
             real = self.reference.clips[key]
             row["real"] = ReportClip(real.path, real.caption or key)
+            if reconstructed:
+                row[REAL] = ReportClip(reconstructed, real.caption or key)
         return row
 
 
