@@ -399,6 +399,8 @@ def wrong_options() -> Iterator[Case]:
                     name.replace("_", " "),
                     value.rpartition("=")[2].strip("./[]") or value,
                 )
+                if option == "data.validation":
+                    args.append(f"--data.train={demo_path('shards/train')}")
                 if verb == "edit":
                     words += ("region", "loop", "hint", "nothing left", "outside")
                 shown = value if len(value) < 40 else f"{value[:20]}…"
