@@ -305,6 +305,12 @@ def test_checks_that_compute_with_a_refused_setting_say_so(parts, plan, monkeypa
         list(doctor.doctor(plan))
 
 
+def test_an_accelerator_that_is_not_supported_is_reported_with_the_devices(parts, capsys):
+    status, said, error = ask(capsys, parts, "--trainer.accelerator=tpu")
+    assert status == 2 and error.endswith("too: devices")
+    assert said["devices"].startswith("failed trainer.accelerator=tpu: not supported; choose auto,")
+
+
 def test_a_launch_that_fit_refuses_is_reported(parts, monkeypatch, capsys):
     status, said, error = ask(capsys, parts, "--trainer.num_nodes=2")
     assert status == 2 and "launch" in error

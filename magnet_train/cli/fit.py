@@ -35,6 +35,7 @@ from magnet_train.callbacks.watchdog import Watchdog
 from magnet_train.checks.plan import (
     LOGGER_FOLDER,
     Plan,
+    check_accelerator,
     check_generation,
     check_seed,
     check_settings,
@@ -512,7 +513,10 @@ class DryRunCLI(MagnetCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        if not parse_devices(self.parsed.trainer).available:
+        parse_devices(self.parsed.trainer)
+        try:
+            check_accelerator(self.parsed)
+        except UserError:  # doctor reports it with the devices
             kwargs |= {
                 "accelerator": "cpu",
                 "devices": 1,
