@@ -198,6 +198,15 @@ def test_a_file_that_is_no_configuration_is_named(content, says, tmp_path, capsy
         (["fit", "--trainer.strategy", "foo"], "strategy"),
         (["fit", "--trainer.devices", "0"], "devices"),
         (["fit", "--trainer.num_nodes", "2"], "num_nodes=2: started on one node"),
+        (["validate", "--ckpt_path", "auto"], "--ckpt_path auto: no checkpoint in"),
+        (
+            ["test", "--model.init_from", "demo", "--trainer.precision", "bf16-true"],
+            "trainer.precision=bf16-true: weights stay in float32",
+        ),
+        (
+            ["predict", "--model.init_from", "demo", "--trainer.accelerator", "tpu"],
+            "trainer.accelerator=tpu: not supported",
+        ),
         (["fit", "--checkpoint.save_top_k", "-7"], "save_top_k"),
         (["fit", "--trainer.callbacks", "{class_path: no.X}"], "No module named 'no'"),
         (["fit", "--trainer.callbacks", "{class_path: EarlyStopping}"], "required: monitor"),

@@ -39,6 +39,7 @@ from magnet_train.checks.plan import (
     check_generation,
     check_seed,
     check_settings,
+    check_trainer,
     logger_folders,
     none_if_missing,
     parse_devices,
@@ -260,7 +261,8 @@ class MagnetCLI(private_api.lightning_cli()):
         if self.verb == "fit":
             check_settings(options)
             return
-        check_seed(options)
+        for check in (check_seed, check_trainer, check_accelerator):
+            check(options)
         if options.ckpt_path is None and options.model.init_from is None:
             raise UserError(
                 f"{self.verb}: no trained weights; give --ckpt_path CHECKPOINT or "
@@ -361,6 +363,11 @@ class MagnetCLI(private_api.lightning_cli()):
             self.lock = RunFolderLock(self.run_folder)
             self.lock.acquire()
         prepare_run_folder(config, self.verb == "fit")
+        if self.verb != "fit" and config.ckpt_path is None and config.model.init_from is None:
+            raise UserError(
+                f"--ckpt_path auto: no checkpoint in {self.run_folder}; give --ckpt_path "
+                "CHECKPOINT or --model.init_from RELEASE"
+            )
         prepare_loggers(config, self.run_folder, self.verb, checkpoint is not None)
         choose_products()
 
