@@ -31,7 +31,7 @@ def main() -> None:
             values = [entry["cross_entropy"][clips][codebook] for entry in measured]
             label = f"codebook {codebook + 1}" if clips == "96" else None
             losses.plot(hours, values, style, color=colour, label=label)
-    losses.set(title="cross-entropy in nats; dotted: on 258 clips, not 96", ylim=(0, 3.6))
+    losses.set(title="cross-entropy in nats\n(squares: 258 clips, circles: 96)", ylim=(0, 3.6))
 
     hours = [entry["core_hours"] for entry in entries]
     for (name, real), colour in zip(REAL.items(), COLOURS, strict=False):
@@ -50,8 +50,8 @@ def main() -> None:
     scores.legend(loc="lower left", frameon=False)
     text.legend(loc="lower right", frameon=False)
 
-    for axis in (losses, music):
-        axis.legend(frameon=False, fontsize=8)
+    losses.legend(frameon=False, fontsize=7, loc="center left")
+    music.legend(frameon=False, fontsize=8, loc="lower right")
     for axis in (losses, music, scores):
         axis.set(xlabel="core-hours", xlim=(0, entries[-1]["core_hours"] + 0.5))
     figure.savefig(MAGNET / "training.png", dpi=80)
