@@ -77,9 +77,13 @@ def test_context_and_steps_of_the_mono_model_are_inherited():
     context = [*mono["model"]["network"]["context"]]
     context += context[-1:] * (5 - len(context))
     assert stereo["model"]["network"]["context"] == [c for c in context for _ in range(2)]
-    for name in ("decoding_steps", "shared_noise"):
+    for name in ("decoding_steps", "top_p"):
         numbers = stereo["generation"]["decoding"][name]
         assert len(numbers) == 10 and numbers[::2] == numbers[1::2]
+    shared_noise = [
+        settings["generation"]["decoding"]["shared_noise"] for settings in (mono, stereo)
+    ]
+    assert shared_noise == [1, 1]  # one number for all stages stays one
 
 
 def test_what_has_no_stereo_is_refused():
