@@ -96,14 +96,17 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "noise": {
+        "random order, noise shared by 25 frames above attacks": {"shared_noise": (1, 25)},
         "random order, noise shared by 25 frames in all stages": {"shared_noise": 25},
-        "random order, independent noise": {"shared_noise": 1},
         "order by probability (max)": {"span_scoring": "max"},
+        "order by probability (max), noise shared by 25 frames above attacks": {
+            "span_scoring": "max",
+            "shared_noise": (1, 25),
+        },
         "order by probability (max), noise shared by 25 frames in all stages": {
             "span_scoring": "max",
             "shared_noise": 25,
         },
-        "order by probability (max), independent noise": {"span_scoring": "max", "shared_noise": 1},
     },
     "nucleus": {
         "0.95 in all stages": {"top_p": 0.95},
