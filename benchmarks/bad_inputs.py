@@ -535,7 +535,7 @@ def verbs() -> Iterator[Case]:
         (["generate", "--prompt", ""], "empty prompt"),
         (["generate", "--prompt", "a", "--out", "in/a.wav"], "a.wav"),
         (["generate", "--prompt", "caf\udce9"], "UTF-8"),
-        (["generate", "--promt", "a"], "did you mean prompt"),
+        (["generate", "--promt", "a"], "did you mean --prompt?"),
         (["evaluate"], "nothing to score"),
         (["evaluate", "--generated", "in"], "reference"),
         (["convert"], "source"),
