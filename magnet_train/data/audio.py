@@ -13,6 +13,7 @@ import shutil
 import stat
 import subprocess
 import threading
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -43,12 +44,25 @@ FFMPEG_MAGIC = (b"\xff\xf1", b"\xff\xf9", b"\x30\x26\xb2\x75", b"\x1a\x45\xdf\xa
 FFMPEG_TIMEOUT_S = 600
 FFMPEG_FORMATS = "mov,matroska,aac,loas,asf,ape,wv,ac3,eac3,amr,flac,wav,ogg,mp3,caf,mpegts"
 """Formats that ffmpeg may find in a file; others, such as playlists, name further files."""
-SIZE_TOLERANCE = 8
+SIZE_TOLERANCE = 44
 """Bytes by which programs miscount the size of a WAV (its header, or a missing pad byte)."""
 OTHER_MAGIC = (b"OggS", b"RIFF", b"RF64", b"FORM", b"fLaC")
 """First bytes of formats that are not MP3."""
 FLAC_HEADS = (b"fLaC\0\0\0\x22", b"fLaC\x80\0\0\x22")
 """First bytes of a FLAC: its name, and the header of the block that has its length."""
+OGG_CODECS = (b"\x01vorbis", b"OpusHead")
+"""First bytes of the streams in an Ogg file that libsndfile reads."""
+MP3_SYNC = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")
+"""First two bytes of an MP3 frame."""
+MP3_KBITS = {
+    3: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+"""Bit rates of an MP3 frame, in kbit/s, by the version in its header."""
+MP3_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
+"""Sample rates of an MP3 frame, in Hz, by the version in its header."""
+MP3_MISCOUNT = 10
+"""Frames by which the number of frames in an MP3 may be too small."""
 ONE_BY_ONE = (1, 3, 6, 7, 0xFFFE)
 """WAV codings (PCM, float, A-law, mu-law) whose samples are coded one by one; in a block of the
 other codings, one missing byte damages hundreds of samples."""
@@ -216,6 +230,7 @@ def _decode_by_soundfile(path: Path) -> tuple[np.ndarray, int]:
             parts = [_read(file, path)]
     else:
         _check_single_flac(path)
+        _check_size(path)
         with path.open("rb") as file:
             parts = [_read(file, path)]
     if len({(rate, wav.shape[1]) for wav, rate in parts}) > 1:
@@ -230,9 +245,25 @@ def _check_single_flac(path: Path) -> None:
         if path.stat().st_size == 0:
             return
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            is_flac = content[:8] in FLAC_HEADS
-            if is_flac and any(content.find(head, 8) > 0 for head in FLAC_HEADS):
+            at = _after_id3(file)
+            is_flac = content[at : at + 8] in FLAC_HEADS
+            if is_flac and any(content.find(head, at + 8) > 0 for head in FLAC_HEADS):
                 raise UserError(f"{path}: joined from several FLAC files; split or convert it")
+
+
+def _check_size(path: Path) -> None:
+    """Refuse an AU or W64 that was cut: libsndfile reads what is left."""
+    with path.open("rb") as file:
+        head = file.read(24)
+    size, promised = path.stat().st_size, 0
+    if head.startswith(b".snd") and head[8:12] != b"\xff" * 4:  # unknown
+        promised = int.from_bytes(head[4:8]) + int.from_bytes(head[8:12])
+    elif head.startswith(b"riff"):
+        promised = int.from_bytes(head[16:24], "little")
+    if size < promised < 1 << 62:
+        raise UserError(
+            f"{path}: truncated after {size} of {promised} bytes; copy it again or remove it"
+        )
 
 
 def _read(file: BinaryIO | int, path: Path, is_stream: bool = False) -> tuple[np.ndarray, int]:
@@ -259,37 +290,96 @@ def _read(file: BinaryIO | int, path: Path, is_stream: bool = False) -> tuple[np
     return wav, rate
 
 
+def _after_id3(file: BinaryIO) -> int:
+    """Where a file's content starts, behind a tag in front of it."""
+    file.seek(0)
+    head = file.read(10)
+    if not head.startswith(b"ID3") or len(head) < 10:
+        return 0
+    a, b, c, d = head[6:]  # seven bits each
+    return 10 + (a << 21 | b << 14 | c << 7 | d)
+
+
 def _is_mp3(path: Path) -> bool:
     """Whether a file is an MP3, by its content; .mp3 files may have other bytes in front."""
     with path.open("rb") as file:
+        at = _after_id3(file)
+        file.seek(at)
         head = file.read(10)
-        if head.startswith(b"ID3") and len(head) == 10:
-            a, b, c, d = head[6:]  # seven bits each
-            file.seek(10 + (a << 21 | b << 14 | c << 7 | d))
-            return not file.read(4).startswith(OTHER_MAGIC)
-    is_frame = len(head) == 10 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2
-    return is_frame or (path.suffix.lower() == ".mp3" and not head.startswith(OTHER_MAGIC))
-
-
-_XING = re.compile(rb"Xing|Info|VBRI")
+    if at or path.suffix.lower() == ".mp3":
+        return not head.startswith(OTHER_MAGIC)
+    return len(head) == 10 and MP3_SYNC.match(head) is not None
 
 
 def split_mp3(content: bytes) -> list[bytes]:
-    """Splits concatenated MP3 files: each starts with a frame that has the number of frames."""
-    starts = []
-    for match in _XING.finditer(content):
-        for distance in (36, 21, 13):  # by version and channels
-            at = match.start() - distance
-            if at >= 0 and content[at] == 0xFF and content[at + 1] & 0xE6 == 0xE2:
-                starts.append(at)
-                break
-    bounds = [0, *starts[1:], len(content)]
-    return [content[a:b] for a, b in pairwise(bounds)]
+    """Splits concatenated MP3 files, of which libsndfile reads as many frames as the first says.
+
+    A part starts with a frame that has the number of frames, or behind as many as there were said
+    to be. What is not a whole frame at the end is left out.
+    """
+    bounds: list[int] = []
+    end = beyond = left = 0
+    for at, size in mp3_frames(content):
+        end = at + size
+        count = frame_count(content[at:end])
+        if count is not None or not bounds:
+            bounds.append(at)
+            left = count or len(content)
+            continue
+        left -= 1
+        if left == -1:
+            beyond = at
+        elif left == -MP3_MISCOUNT:
+            bounds.append(beyond)
+            left = len(content)
+    return [content[a:b] for a, b in pairwise([*bounds, end])] or [content]
+
+
+def mp3_frames(content: bytes) -> Iterator[tuple[int, int]]:
+    """Where each whole frame of an MP3 is, and its size in bytes; what lies between is skipped."""
+    at, is_behind_frame = 0, False
+    while at < len(content):
+        size = _frame_bytes(content[at : at + 4])
+        behind = content[at + size : at + size + 2]
+        # Other bytes look like a frame by chance, but not like two in a row.
+        is_frame = is_behind_frame or not behind or MP3_SYNC.match(behind) is not None
+        is_behind_frame = size > 0 and is_frame and at + size <= len(content)
+        if is_behind_frame:
+            yield at, size
+            at += size
+            continue
+        tag = _after_id3(io.BytesIO(content[at : at + 10]))
+        found = MP3_SYNC.search(content, at + (tag or 1))
+        at = len(content) if found is None else found.start()
+
+
+def _frame_bytes(head: bytes) -> int:
+    """Size of an MP3 frame with these first four bytes; 0 if they are not that of one."""
+    if len(head) < 4 or MP3_SYNC.match(head) is None:
+        return 0
+    version, rate, kbits = head[1] >> 3 & 3, head[2] >> 2 & 3, head[2] >> 4
+    if rate == 3 or not 0 < kbits < 15:
+        return 0
+    values = 144 if version == 3 else 72
+    bits = MP3_KBITS[max(version, 2)][kbits - 1] * 1000
+    return values * bits // MP3_RATES[version][rate] + (head[2] >> 1 & 1)
+
+
+def frame_count(frame: bytes) -> int | None:
+    """Number of frames behind an MP3 frame that has such a number, 0 if it is left out; None for a
+    frame of audio."""
+    for at in (36, 21, 13):  # by version and channels
+        kind = frame[at : at + 4]
+        if kind == b"VBRI":
+            return int.from_bytes(frame[at + 14 : at + 18])
+        if kind in (b"Xing", b"Info"):
+            return int.from_bytes(frame[at + 8 : at + 12]) if frame[at + 7] & 1 else 0
+    return None
 
 
 def _read_mp3(content: bytes, path: Path) -> tuple[np.ndarray, int]:
     """Uses a pipe if the number of frames is missing, which libsndfile guesses from file sizes."""
-    if _XING.search(content[: 1 << 18]) is not None:
+    if frame_count(content[:64]):
         return _read(io.BytesIO(content), path)
     source, sink = os.pipe()
 
@@ -381,12 +471,15 @@ def _find_samples(file: BinaryIO, size: int) -> tuple[int, int, int]:
 
 
 def _is_for_ffmpeg(path: Path) -> bool:
-    """Whether the content is MP4, or another format of `FFMPEG_MAGIC`, or a FLAC that claims 0
-    samples, as written by programs that write to a pipe."""
+    """Whether the content is MP4, another format of `FFMPEG_MAGIC`, an Ogg of another codec than
+    `OGG_CODECS`, or a FLAC that claims 0 samples, as written by programs that write to a pipe."""
     with path.open("rb") as file:
-        head = file.read(26)
-    if head[:4] == b"fLaC" and len(head) == 26:
-        return not (head[21] & 15 or any(head[22:]))
+        file.seek(_after_id3(file))
+        head = file.read(36)
+    if head[:4] == b"fLaC" and len(head) == 36:
+        return not (head[21] & 15 or any(head[22:26]))
+    if head[:4] == b"OggS" and len(head) == 36:
+        return not head[28:].startswith(OGG_CODECS)
     return head[4:8] == b"ftyp" or head.startswith(FFMPEG_MAGIC)
 
 
