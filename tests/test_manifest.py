@@ -202,7 +202,7 @@ def test_segments(suffix: str, tmp_path: Path):
     ("field", "value"),
     [
         *(("offset", -1), ("offset", "x"), ("duration", 0), ("duration", "1e999")),
-        *(("offset", 10**400), ("path", "."), ("path", "/"), ("path", "a\0")),
+        *(("offset", True), ("offset", 10**400), ("path", "."), ("path", "/"), ("path", "a\0")),
     ],
     ids=str,
 )
@@ -255,6 +255,19 @@ def test_prompts(tmp_path: Path):
     (tmp_path / "p.jsonl").write_text('{"text": "one"}\n{"caption": null}\n')
     assert "line 2: no caption" in refusal(read_prompts, tmp_path / "p.jsonl")
     assert "no prompt" in refusal(read_prompts, touch(tmp_path / "empty.txt"))
+    (tmp_path / "cr.txt").write_text("one\rtwo\r", newline="")
+    assert read_prompts(tmp_path / "cr.txt") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [('{"caption": "one"}\n', "jsonl"), ("Path, Caption\na.wav, one\n", "csv")],
+)
+def test_a_manifest_that_is_named_as_a_text_is_refused(content: str, kind: str, tmp_path: Path):
+    (tmp_path / "p.txt").write_text(content)
+    assert f"name it .{kind}" in refusal(read_prompts, tmp_path / "p.txt")
+    (tmp_path / "p.txt").write_text("{drums} and bass\n")
+    assert read_prompts(tmp_path / "p.txt") == ["{drums} and bass"]
 
 
 def test_the_metadata_of_mtg_jamendo_is_a_manifest(tmp_path: Path):

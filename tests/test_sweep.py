@@ -335,6 +335,17 @@ def test_a_failed_run_is_reported_and_the_others_continue(tmp_path, fake, capsys
     assert "1 of 2 runs are not finished" in (fake / "table.md").read_text()
 
 
+def test_credentials_in_an_address_are_neither_written_nor_shown(tmp_path, fake, capsys):
+    address = "s3://key:S3CRET@bucket/train"
+    file = grid(tmp_path, address)
+    for more in (["--dry_run"], ["--slurm", "--dry_run"], []):
+        assert status(file, "--out", fake, f"--data.train={address}", *more) == 0
+    assert "***@bucket/train" in (shown := capsys.readouterr().out) and "S3CRET" not in shown
+    files = [path for path in fake.rglob("*") if path.is_file()]
+    assert any("***@bucket/train" in path.read_text() for path in files if path.name == "log.txt")
+    assert not [p for p in files if "S3CRET" in str(p) or b"S3CRET" in p.read_bytes()]
+
+
 def start_sweep(python: str, file: Path, out: Path) -> "subprocess.Popen[str]":
     """The command in a separate process, with FAKE_FIT."""
     code = (

@@ -303,8 +303,11 @@ def test_manifest(run: Callable[..., dict], tmp_path: Path):
 def test_manifest_with_a_missing_file(run: Callable[..., dict], tmp_path: Path):
     write_clip(tmp_path / "in/a.wav", 2)
     rows = [{"path": "gone.wav", "caption": "x"}, {"path": "a.wav", "caption": "y"}]
+    rows += [{"path": "https://key:S3CRET@host/b.wav?signature=S3CRET", "caption": "z"}]
     index = run(manifest(tmp_path / "in", rows))
-    assert index["num_examples"] == 1 and [e["file"] for e in index["skipped"]] == ["gone.wav"]
+    assert index["num_examples"] == 1
+    names = [entry["file"] for entry in index["skipped"]]
+    assert names == ["gone.wav", "https://***@host/b.wav?***"] and "S3CRET" not in str(index)
 
 
 # --- what lies in the shards ----------------------------------------------------------------------

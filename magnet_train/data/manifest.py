@@ -139,14 +139,25 @@ def read_prompts(file: Path) -> list[str]:
                 )
             captions.append(caption)
     else:
-        captions = [
-            _one_line(line)
-            for line in _read_text(file, MAX_MANIFEST_BYTES).split("\n")
-            if line.strip()
-        ]
+        lines = re.split(r"\r\n|\r|\n", _read_text(file, MAX_MANIFEST_BYTES))
+        captions = [_one_line(line) for line in lines if line.strip()]
+        _check_not_a_manifest(file, captions)
     if not captions:
         raise UserError(f"{file}: no prompt in it; write one per line")
     return captions
+
+
+def _check_not_a_manifest(file: Path, lines: Sequence[str]) -> None:
+    """Refuse a manifest whose name is that of a text: its lines are no prompts."""
+    first = lines[0] if lines else ""
+    columns = {name.strip(' "').lower() for name in first.split(",")}
+    is_table = len(columns) > 1 and all(map(str.isidentifier, columns))
+    kind = "JSONL" if re.match(r'\{\s*"', first) else "CSV"
+    if kind == "JSONL" or (is_table and columns & {*CAPTION_FIELDS}):
+        raise UserError(
+            f"{file}: its first line is that of a {kind} file; name it .{kind.lower()}, or write "
+            "one prompt per line"
+        )
 
 
 # --- captions -------------------------------------------------------------------------------------
@@ -444,6 +455,8 @@ def _pop_segment(fields: dict[str, Any], where: str) -> tuple[float, float | Non
     """Remove `offset` and `duration`, in seconds, from the fields of a row."""
     offset, duration = fields.pop("offset", 0.0), fields.pop("duration", None)
     try:
+        if isinstance(offset, bool) or isinstance(duration, bool):
+            raise TypeError
         offset_s = float(offset)
         duration_s = None if duration is None else float(duration)
     except (TypeError, ValueError, OverflowError) as error:

@@ -18,6 +18,7 @@ import numpy as np
 from magnet_train.common.errors import UserError
 from magnet_train.common.progress import PhaseBar
 from magnet_train.common.ranges import check_values
+from magnet_train.common.redact import redact
 from magnet_train.data.audio import duration_s
 from magnet_train.data.manifest import Clip
 
@@ -129,7 +130,7 @@ def find_usable(
                     raise UserError(f"{clip.name}: listed twice with the same caption")
                 usable[clip_hash] = UsableClip(clip, start_s, length_s, clip_hash)
             except UserError as error:
-                skipped.append({"file": clip.name, "reason": str(error)})
+                skipped.append({"file": redact(clip.name), "reason": str(error)})
             bar.update()
     if not usable:
         reasons = "; ".join(entry["reason"] for entry in skipped[:3])

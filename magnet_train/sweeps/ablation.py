@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.json_files import read_json
+from magnet_train.common.redact import redact
 from magnet_train.common.tables import markdown_table
 from magnet_train.common.yaml_files import flatten, read_yaml
 from magnet_train.sweeps.sweep import Run, short_names
@@ -286,7 +287,7 @@ def _missing(by_metric: dict[str, BySetting], num_seeds: dict[Setting, int]) -> 
 
 
 def _hashable(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float, bool)) else str(value)
+    return value if isinstance(value, (int, float, bool)) else redact(value)
 
 
 def _read_metrics(run: Run) -> dict[str, float]:

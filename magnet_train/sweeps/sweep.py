@@ -29,6 +29,7 @@ from magnet_train.common.errors import UserError
 from magnet_train.common.folders import check_local, writable_folder
 from magnet_train.common.json_files import read_json
 from magnet_train.common.ranges import check_values
+from magnet_train.common.redact import redact
 from magnet_train.common.tables import markdown_table
 from magnet_train.common.yaml_files import read_yaml
 
@@ -205,7 +206,7 @@ def short_names(parameters: list[str]) -> dict[str, str]:
 
 def _name_of(value: Any) -> str:
     text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
-    return re.sub(r"[^\w.+-]", "-", text)
+    return re.sub(r"[^\w.+-]", "-", redact(text))
 
 
 # --- run here -------------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ def _start(run: Run, jobs: int) -> "subprocess.Popen[bytes] | None":
         command = _command(run)
         log(f"{run.name}: {'resumes from its last checkpoint' if run.has_checkpoint else 'starts'}")
         with run.log.open("ab") as file:
-            file.write(f"$ {shlex.join(command)}\n".encode())
+            file.write(f"$ {redact(shlex.join(command))}\n".encode())
             file.flush()
             return subprocess.Popen(
                 command,
@@ -593,7 +594,7 @@ def sweep(
     command = slurm_command(file, runs, options.jobs, overrides, options.sbatch)
     if options.dry_run:
         commands = [command] if options.slurm else [_command(run) for run in unfinished]
-        print("would run", *map(shlex.join, commands), sep="\n")
+        print("would run", *(redact(shlex.join(command)) for command in commands), sep="\n")
         return True
     writable_folder(folder, "--out")
     if options.slurm:
