@@ -113,6 +113,11 @@ def test_settings_that_work_are_accepted():
             {"model__optimizer__schedule": "cosine", "trainer__max_steps": -1},
             "schedule=cosine: the run has no end",
         ),
+        (
+            {"model__optimizer__schedule": "constant", "trainer__max_steps": -1}
+            | {"trainer__max_epochs": 3},
+            r"trainer\.max_epochs=3: training data has no end; set --trainer\.max_steps",
+        ),
         ({"trainer__strategy": MODEL_PARALLEL}, "save_distributed_checkpoint=true writes folders"),
         ({"trainer__strategy": "fsdp2", "trainer__precision": "16-mixed"}, "precision=16-mixed"),
         ({"model__span_len": 10**9}, "span_len=1000000000: longer than an example"),

@@ -9,7 +9,12 @@ import pytest
 from jsonargparse import Namespace
 
 from magnet_train.cli import run_folder
-from magnet_train.cli.run_folder import RunFolderLock, check_run_folder, prepare_run_folder
+from magnet_train.cli.run_folder import (
+    RunFolderLock,
+    check_run_folder,
+    lock_run,
+    prepare_run_folder,
+)
 from magnet_train.common.errors import UserError
 
 
@@ -48,6 +53,25 @@ def test_a_second_process_learns_which_one_uses_the_folder(tmp_path, monkeypatch
     lock.acquire()  # nothing of a killed process is in the way
     lock.release()
     RunFolderLock(tmp_path).acquire()
+
+
+def test_two_runs_do_not_write_into_one_folder_of_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.1)
+    (tmp_path / "elsewhere").mkdir()
+    first = process_with(tmp_path / "elsewhere")
+    config = options(tmp_path / "run", dirpath=str(tmp_path / "elsewhere"), ckpt_path="auto")
+    try:
+        for check in (lock_run, check_run_folder):
+            with pytest.raises(
+                UserError, match=rf"process {first} .* another --checkpoint\.dirpath"
+            ):
+                check(config)
+    finally:
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 10.0)
+    assert len(lock_run(config)) == 2
+    assert len(lock_run(options(tmp_path / "b", dirpath=str(tmp_path / "b/checkpoints")))) == 1
 
 
 def options(folder: Path, **given: object) -> Namespace:

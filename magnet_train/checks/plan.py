@@ -198,8 +198,15 @@ def check_validation_schedule(config: Any) -> None:
 
 
 def check_end(config: Any) -> None:
-    """Whether the number of steps is limited, if the learning-rate schedule needs that."""
-    OptimizerConfig(**vars(config.model.optimizer)).warmup_within(num_steps(config.trainer))
+    """Whether the number of steps is limited, if epochs or the schedule need that."""
+    trainer = config.trainer
+    steps = num_steps(trainer)
+    if math.isinf(steps) and (trainer.max_epochs or -1) >= 0:
+        raise UserError(
+            f"trainer.max_epochs={trainer.max_epochs}: training data has no end; set "
+            "--trainer.max_steps, or the batches of an epoch with --trainer.limit_train_batches"
+        )
+    OptimizerConfig(**vars(config.model.optimizer)).warmup_within(steps)
 
 
 def check_monitor(config: Any) -> None:

@@ -46,7 +46,7 @@ from magnet_train.checks.plan import (
 )
 from magnet_train.cli.inherited import AUTO, fit_defaults
 from magnet_train.cli.parser import ConfigFile, OneLineErrors, class_problem, config_help
-from magnet_train.cli.run_folder import RunFolderLock, prepare_run_folder
+from magnet_train.cli.run_folder import RunFolderLock, lock_run, prepare_run_folder
 from magnet_train.cli.summary import closing_block, summary_text
 from magnet_train.codec.base import load_codec_facts
 from magnet_train.common import private_api
@@ -193,7 +193,7 @@ class MagnetCLI(private_api.lightning_cli()):
 
     def __init__(self, verb: str, args: list[str]):
         self.verb = verb
-        self.lock: RunFolderLock | None = None
+        self.locks: list[RunFolderLock] = []
         quiet_lightning()
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
@@ -225,8 +225,8 @@ class MagnetCLI(private_api.lightning_cli()):
                 },
             )
         finally:
-            if self.lock is not None:
-                self.lock.release()
+            for lock in self.locks:
+                lock.release()
 
     def subcommands(self) -> dict[str, set[str]]:
         """Only the requested subcommand, because each takes a second to set up."""
@@ -359,9 +359,7 @@ class MagnetCLI(private_api.lightning_cli()):
             check_named_checkpoint(Path(checkpoint).expanduser(), self.verb == "fit")
         self.run_folder = Path(config.trainer.default_root_dir or "runs/run").expanduser()
         if self.verb == "fit" and not config.trainer.fast_dev_run:
-            writable_folder(self.run_folder, "--trainer.default_root_dir")
-            self.lock = RunFolderLock(self.run_folder)
-            self.lock.acquire()
+            self.locks = lock_run(config)
         prepare_run_folder(config, self.verb == "fit")
         if self.verb != "fit" and config.ckpt_path is None and config.model.init_from is None:
             raise UserError(

@@ -53,10 +53,39 @@ def prepare_run_folder(config: Any, is_fit: bool) -> Path:
     return folder
 
 
-class RunFolderLock:
-    """Lock on a run folder while `fit` runs; held by rank 0."""
+def lock_run(config: Any) -> "list[RunFolderLock]":
+    """Create and lock the folders of a run, the checkpoints' too if they are elsewhere.
 
-    def __init__(self, folder: Path):
+    Args:
+        config: options of `fit`.
+
+    Raises:
+        UserError: if one is not writable, or another process uses it.
+    """
+    locks = []
+    for option, folder in _run_folders(config).items():
+        writable_folder(folder, option)
+        locks.append(RunFolderLock(folder, option))
+        locks[-1].acquire()
+    return locks
+
+
+def _run_folders(config: Any) -> dict[str, Path]:
+    """The run folder and, if it is elsewhere, the checkpoints' folder, by option."""
+    folder = Path(config.trainer.default_root_dir or "runs/run").expanduser()
+    checkpoints = Path(config.checkpoint.dirpath or folder).expanduser()
+    folders = {"--trainer.default_root_dir": folder}
+    if not checkpoints.resolve().is_relative_to(folder.resolve()):
+        folders["--checkpoint.dirpath"] = checkpoints
+    return folders
+
+
+class RunFolderLock:
+    """Lock on a folder of a run while `fit` runs; held by rank 0."""
+
+    def __init__(self, folder: Path, option: str = "--trainer.default_root_dir"):
+        """`option` names the folder, for messages."""
+        self.option = option
         self.owner = folder / ".fit_owner.json"
         self._lock = FileLock(folder / ".fit.lock")
 
@@ -77,7 +106,7 @@ class RunFolderLock:
             raise UserError(
                 f"run folder {self.owner.parent}: used by process {owner.get('pid', 'unknown')} on "
                 f"{owner.get('host', 'an unknown host')}; wait for it, or choose another "
-                "--trainer.default_root_dir"
+                f"{self.option}"
             ) from error
         except NotImplementedError:  # a file system without locks
             return
@@ -108,15 +137,17 @@ def check_run_folder(config: Any) -> None:
         UserError: if it is a URL, another process trains there, or a new run would overwrite
             checkpoints.
     """
-    folder = Path(config.trainer.default_root_dir or "runs/run").expanduser()
-    check_local(folder, "--trainer.default_root_dir")
-    check_local(Path(config.checkpoint.dirpath or folder), "--checkpoint.dirpath")
-    if (folder / ".fit.lock").exists():
-        lock = RunFolderLock(folder)
-        lock.acquire(wait_s=0)
-        lock.release()
+    folders = _run_folders(config)
+    own = folders["--trainer.default_root_dir"]
+    check_local(own, "--trainer.default_root_dir")
+    check_local(Path(config.checkpoint.dirpath or own), "--checkpoint.dirpath")
+    for option, folder in folders.items():
+        if (folder / ".fit.lock").exists():
+            lock = RunFolderLock(folder, option)
+            lock.acquire(wait_s=0)
+            lock.release()
     if config.ckpt_path is None and not config.trainer.fast_dev_run:
-        _check_overwrites(config, folder)
+        _check_overwrites(config, own)
 
 
 def _is_within(path: str | None, folder: Path) -> bool:
