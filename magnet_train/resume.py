@@ -6,6 +6,7 @@ batches. So resuming needs only weights, optimizer state and this number.
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -83,14 +84,26 @@ def newest_intact_checkpoint(folders: Iterable[Path]) -> Path | None:
         if path.is_file()
     }.values():
         with _skipping_damaged(path):
-            # Without verification, which would read each file completely.
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            found[path] = _checked_step(path, checkpoint), path.stat().st_mtime
+            found[path] = _checked_step(path, _mapped(path)), path.stat().st_mtime
     for path in sorted(found, key=found.__getitem__, reverse=True):
         with _skipping_damaged(path):
             read_training_checkpoint(path)
             return path
     return None
+
+
+def later_checkpoints(folder: Path, than: Path) -> list[Path]:
+    """The intact checkpoints in a folder with more optimizer steps than another checkpoint has."""
+    steps: dict[Path, int] = {}
+    for path in (than, *folder.glob("*.ckpt")):
+        with _skipping_damaged(path):
+            steps[path] = _checked_step(path, _mapped(path))
+    return [path for path, step in steps.items() if step > steps.get(than, math.inf)]
+
+
+def _mapped(path: Path) -> Any:
+    """A checkpoint's content, without verification, which would read the file completely."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from jsonargparse import Namespace
 
 from magnet_train.cli import run_folder
@@ -91,6 +92,23 @@ def test_a_new_run_moves_earlier_checkpoints_aside(tmp_path):
         assert (tmp_path / f"checkpoints-{number}" / "last.ckpt").read_text() == str(number)
         assert list((tmp_path / "checkpoints").iterdir()) == []
         (tmp_path / "checkpoints").rmdir()
+
+
+def test_checkpoints_after_the_one_that_is_resumed_from_are_moved_aside(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name, step in {"step=4.ckpt": 4, "step=8.ckpt": 8, "last.ckpt": 8}.items():
+        torch.save({"global_step": step}, folder / name)
+    (folder / "damaged.ckpt").write_text("x")
+    config = options(tmp_path, ckpt_path=str(folder / "step=4.ckpt"))
+    prepare_run_folder(config, is_fit=False)
+    assert (folder / "last.ckpt").exists()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="skipping checkpoint .*damaged"):
+            prepare_run_folder(config, is_fit=True)
+        assert sorted(os.listdir(tmp_path / "checkpoints-1")) == ["last.ckpt", "step=8.ckpt"]
+        assert sorted(os.listdir(folder)) == ["damaged.ckpt", "step=4.ckpt"]
+    assert not (tmp_path / "checkpoints-2").exists()
 
 
 @pytest.mark.parametrize("setting", ["init_from", "dirpath"])

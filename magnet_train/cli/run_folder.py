@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import check_local, writable_folder
-from magnet_train.resume import newest_intact_checkpoint
+from magnet_train.resume import later_checkpoints, newest_intact_checkpoint
 
 LOCK_WAIT_S = 10.0
 """Data workers of a killed run may hold its lock for a few seconds."""
@@ -23,7 +23,8 @@ def prepare_run_folder(config: Any, is_fit: bool) -> Path:
     """Create the run folder, and set the paths that depend on it.
 
     `--ckpt_path auto` becomes the newest intact checkpoint, or None. A new run in the folder of an
-    earlier one moves the old checkpoints to another folder.
+    earlier one moves the old checkpoints to another folder, and a run that resumes from a named
+    checkpoint those with more steps, which `auto` would take for its own.
 
     Args:
         config: options of the verb; changed in place.
@@ -44,6 +45,8 @@ def prepare_run_folder(config: Any, is_fit: bool) -> Path:
         newest = newest_intact_checkpoint([folder, Path(config.checkpoint.dirpath)])
         config.ckpt_path = None if newest is None else str(newest)
         rank_zero_info(f"--ckpt_path auto: {newest or 'no checkpoint yet, starting from scratch'}")
+    elif config.ckpt_path is not None and is_fit and not config.trainer.fast_dev_run:
+        _move_later_aside(Path(config.checkpoint.dirpath), Path(config.ckpt_path).expanduser())
     if config.ckpt_path is None and is_fit and not config.trainer.fast_dev_run:
         _check_overwrites(config, folder)
         if Path(config.checkpoint.dirpath) == own_checkpoints:
@@ -179,8 +182,29 @@ def _move_aside(checkpoints: Path) -> None:
     """Rename an earlier run's checkpoint folder, so that `--ckpt_path auto` does not find it."""
     if not checkpoints.is_dir() or not any(checkpoints.glob("*.ckpt")):
         return
-    names = (checkpoints.with_name(f"{checkpoints.name}-{n}") for n in itertools.count(1))
-    free = next(name for name in names if not name.exists())
+    free = _free_name(checkpoints)
     with suppress(FileNotFoundError):  # without a launcher, one process per node runs this
         checkpoints.rename(free)
     rank_zero_info(f"{checkpoints.parent} has an earlier run; its checkpoints were moved to {free}")
+
+
+@rank_zero_only
+def _move_later_aside(checkpoints: Path, resumed: Path) -> None:
+    """Move checkpoints with more steps than the one that a run resumes from to another folder."""
+    later = later_checkpoints(checkpoints, resumed)
+    if not later:
+        return
+    free = _free_name(checkpoints)
+    free.mkdir(exist_ok=True)
+    for path in later:
+        with suppress(FileNotFoundError):
+            path.rename(free / path.name)
+    names = ", ".join(sorted(path.name for path in later))
+    rank_zero_info(
+        f"{names}: later than {resumed.name}, from which this run resumes; now in {free}"
+    )
+
+
+def _free_name(checkpoints: Path) -> Path:
+    names = (checkpoints.with_name(f"{checkpoints.name}-{n}") for n in itertools.count(1))
+    return next(name for name in names if not name.exists())
