@@ -425,7 +425,16 @@ def doctors() -> Iterator[Case]:
             [*TWO_PROMPTS, "--generation.metrics=[fad/vggish]", "--generation.reference=x"],
             "x/vggish.safetensors",
         ),
-        ("a strategy that writes folders", ["--trainer.strategy=ModelParallelStrategy"], "fsdp2"),
+        (
+            "a strategy that is not there",
+            ["--trainer.strategy=ModelParallelStrategy"],
+            "invalid strategy name",
+        ),
+        (
+            "a strategy that writes folders",
+            ["--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy"],
+            "fsdp2",
+        ),
         (
             "a callback that stops at nothing",
             ["--trainer.callbacks={class_path: EarlyStopping, init_args: {monitor: val/x}}"],
