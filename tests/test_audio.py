@@ -120,6 +120,11 @@ def test_an_mp3_without_a_count_among_other_bytes(
     assert length_s(path) == pytest.approx(seconds, abs=0.15)
 
 
+def test_an_mp3_that_ends_within_its_count_is_refused(tmp_path: Path):
+    (tmp_path / "a.mp3").write_bytes(b"\xff\xf3\x88\xc4" + bytes(9) + b"Xing")
+    assert "a.mp3" in refusal(duration_s, tmp_path / "a.mp3")
+
+
 @pytest.mark.parametrize(
     ("suffix", "named"),
     [(".mp3", ".wav"), (".mp3", ".flac"), (".wav", ".mp3"), (".flac", ".mp3"), (".ogg", ".mp3")],

@@ -373,7 +373,8 @@ def frame_count(frame: bytes) -> int | None:
         if kind == b"VBRI":
             return int.from_bytes(frame[at + 14 : at + 18])
         if kind in (b"Xing", b"Info"):
-            return int.from_bytes(frame[at + 8 : at + 12]) if frame[at + 7] & 1 else 0
+            has_number = int.from_bytes(frame[at + 4 : at + 8]) & 1
+            return int.from_bytes(frame[at + 8 : at + 12]) if has_number else 0
     return None
 
 
