@@ -46,25 +46,26 @@ def block_size(context: int) -> int:
     return max(QUERIES_PER_BLOCK, context)
 
 
-def window_bias(q: Tensor, context: int, valid: Tensor | None = None) -> Tensor:
+def window_bias(t: int, context: int, valid: Tensor | None = None, device: Any = None) -> Tensor:
     """Bias on the scores of each block, 0 or -inf: float32 `1 n q w`, or `b n q w` with `valid`.
 
     Args:
-        q: queries, `b h t d`; only shape and device are used.
+        t: number of frames.
         context: frames visible on each side.
         valid: `b t`, False = padding, which only attends to itself.
+        device: where to compute it (default: the CPU).
     """
-    t, size = q.shape[2], block_size(context)
+    size = block_size(context)
     n = -(-t // size)
-    query = torch.arange(n * size, device=q.device).view(n, size, 1)
-    key = torch.arange(n, device=q.device).view(n, 1, 1) * size - context
-    key = key + torch.arange(size + 2 * context, device=q.device)
+    query = torch.arange(n * size, device=device).view(n, size, 1)
+    key = torch.arange(n, device=device).view(n, 1, 1) * size - context
+    key = key + torch.arange(size + 2 * context, device=device)
     allowed = (((query - key).abs() <= context) & (key >= 0) & (key < t))[None]
     if valid is not None:
         allowed = allowed & valid[:, key.clamp(0, t - 1).view(n, -1)][:, :, None]  # b n 1 w
     # Queries beyond the end, and padded ones, attend to themselves: a row without keys gives NaN.
     allowed = allowed | (query == key)
-    return torch.zeros(allowed.shape, device=q.device).masked_fill_(~allowed, -math.inf)
+    return torch.zeros(allowed.shape, device=device).masked_fill_(~allowed, -math.inf)
 
 
 def windowed_attention(
@@ -85,7 +86,8 @@ def windowed_attention(
         valid: `b t`, False = padding, which only attends to itself; ignored if `bias` is given.
         bias: `window_bias`, if several layers share it.
     """
-    bias = window_bias(q, min(context, q.shape[2] - 1), valid) if bias is None else bias
+    if bias is None:
+        bias = window_bias(q.shape[2], min(context, q.shape[2] - 1), valid, q.device)
     # Precision is chosen here, because autocast would not apply in the backward pass.
     with torch.autocast(q.device.type, enabled=False):
         if torch.compiler.is_compiling():  # the compiler decides what to save and what to recompute
@@ -218,25 +220,17 @@ def _is_low_precision_on_cpu(q: Tensor) -> bool:
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attention of every frame to every frame: `b h t d` each -> `b h t d`.
+    """Attention of every frame to every frame, with a bias `b 1 1 t` or `1 1 t t`, 0 or -inf.
 
     In bfloat16 on a CPU, the backward pass of torch's fused attention is slow; plain products, a
-    few heads at a time, take a third of its time. Otherwise this is torch's fused attention.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        bias: added to the scores, `b 1 1 t` or `1 1 t t`, 0 or -inf; None = all visible.
+    few heads at a time, take a third of its time.
     """
     if not _is_low_precision_on_cpu(q) or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     t = q.shape[2]
     hidden = torch.zeros(1, 1, 1, t) if bias is None else bias.float()
-    # All frames form one block without neighbours.
-    one_block = hidden.expand(-1, -1, t, t)
-    with torch.autocast("cpu", enabled=False):
-        return _InPieces.apply(q, k, v, one_block)  # type: ignore[no-any-return]
+    with torch.autocast("cpu", enabled=False):  # all frames form one block without neighbours
+        return _InPieces.apply(q, k, v, hidden.expand(-1, -1, t, t))  # type: ignore
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -253,9 +247,8 @@ def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     Used for norms and GELU, which are cheap to recompute and large to save. A linear layer at the
     end of `function` is not recomputed: the second run stops at that layer's input.
     """
-    if (
-        not torch.is_grad_enabled() or torch.compiler.is_compiling()
-    ):  # a compiler decides for itself
+    # A compiler decides for itself what to recompute.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -269,16 +262,17 @@ def text_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     # Examples without text attend to all tokens and are zeroed afterwards: an empty softmax is NaN.
     mask = (allowed | ~some[:, None])[:, None, None, :]
     if _is_low_precision_on_cpu(q) and not torch.compiler.is_compiling():
-        # For few tokens, plain products take a third of the time of torch's fused attention. A
-        # softmax over so short a last axis is slow, so tokens come before frames: `b h s t`.
-        hidden = ~mask.transpose(2, 3)
-
-        def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            scores = (k @ q.transpose(2, 3)).float() * q.shape[3] ** -0.5
-            weights = scores.masked_fill(hidden, -math.inf).softmax(2).to(v.dtype)
-            return weights.transpose(2, 3) @ v
-
-        out = recomputed(products, q, k, v)
+        out = recomputed(_text_products, q, k, v, mask)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out * some[:, None, None, None].to(out.dtype)
+
+
+def _text_products(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    """Attention to few tokens as plain products, in a third of the time of torch's fused attention.
+
+    A softmax over so short a last axis is slow, so tokens come before frames: `b h s t`.
+    """
+    scores = (k @ q.transpose(2, 3)).float() * q.shape[3] ** -0.5
+    weights = scores.masked_fill(~allowed.transpose(2, 3), -math.inf).softmax(2).to(v.dtype)
+    return weights.transpose(2, 3) @ v

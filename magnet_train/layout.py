@@ -26,7 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from magnet_train.attention import causal_attention, full_attention, windowed_attention
+from magnet_train.attention import (
+    causal_attention,
+    full_attention,
+    window_bias,
+    windowed_attention,
+)
 
 
 def delayed(codes: Tensor, special: int) -> Tensor:
@@ -63,11 +68,13 @@ def prompt_frames(steps: Tensor, num_codebooks: int, num_frames: int) -> Tensor:
 # --- what rows attend to --------------------------------------------------------------------------
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE to queries or keys: `b h t d` -> `b h t d`; channel i pairs with channel i + d/2.
-
-    Scores then depend only on the distance of two frames. Computed in float32.
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Queries or keys `b h t d` with RoPE (Su et al., 2021), in float32; None = unchanged. Channel
+    i pairs with channel i + d/2; scores then depend only on the distance of two frames.
     """
+    if rotation is None:
+        return x
+    cos, sin = rotation
     whole = x.float()
     # Both halves at once: [first cos - second sin, second cos + first sin] in few passes.
     swapped = whole.roll(x.shape[-1] // 2, -1).mul_(torch.cat([-sin, sin], -1))
@@ -87,15 +94,9 @@ class FrameInputs:
     rotation: tuple[Tensor, Tensor] | None
     """Cosines and sines, `t d/2` each; None = positions are sinusoidal."""
 
-    def rotated(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys with rotary positions: `b h t d` each."""
-        if self.rotation is None:
-            return q, k
-        return rotate(q, *self.rotation), rotate(k, *self.rotation)
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Self-attention: queries, keys and values `b h t d` -> `b h t d`."""
-        q, k = self.rotated(q, k)
+        q, k = rotate(q, self.rotation), rotate(k, self.rotation)
         if self.context >= 0:
             return windowed_attention(q, k, v, self.context, bias=self.bias)
         return full_attention(q, k, v, self.bias)
@@ -126,11 +127,9 @@ class DelayedInputs:
     seen: Tensor | None
     """Columns that are not padding, bool `b 1 1 s`; None = no padding."""
 
-    rotated = FrameInputs.rotated
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As in FrameInputs, for rows and columns."""
-        q, k = self.rotated(q, k)  # type: ignore[arg-type]
+        q, k = rotate(q, self.rotation), rotate(k, self.rotation)
         if self.causal is True:
             return causal_attention(q, k, v)
         rows, columns = self._rows, self._columns
@@ -175,6 +174,9 @@ def _convolve_before(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv1d(padded, weight[:side].T[:, None], groups=x.shape[2]).transpose(1, 2)
 
 
+Inputs = FrameInputs | DelayedInputs
+
+
 def causal_rows(prompt: Tensor | int, num_columns: int, device: Any) -> Tensor | bool:
     """Causal rows, those before a prompt step per example (`b`) or for all: bool `b s`, or whether
     all rows are causal; -1 = all.
@@ -185,7 +187,15 @@ def causal_rows(prompt: Tensor | int, num_columns: int, device: Any) -> Tensor |
     return torch.arange(num_columns, device=device) < steps
 
 
-def hidden_keys(valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bias on attention scores that hides padding: `b t` -> `b 1 1 t`."""
-    zeros = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
-    return zeros.masked_fill_(~valid, -math.inf)[:, None, None]
+def frame_inputs(
+    x: Tensor, context: int, valid: Tensor | None, rotation: tuple[Tensor, Tensor] | None
+) -> FrameInputs:
+    """Inputs that blocks share for frames `b t d`."""
+    num_frames, bias = x.shape[1], None
+    if 0 <= context < num_frames - 1:
+        bias = window_bias(num_frames, context, valid, x.device)
+        return FrameInputs(context, bias, valid, rotation)
+    if valid is not None:  # hides padding: `b 1 1 t`
+        zeros = torch.zeros(valid.shape, dtype=x.dtype, device=valid.device)
+        bias = zeros.masked_fill_(~valid, -math.inf)[:, None, None]
+    return FrameInputs(-1, bias, valid, rotation)  # a window that covers all frames is none

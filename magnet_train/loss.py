@@ -1,5 +1,6 @@
 """Cross-entropy and divergence at masked frames, as sums and counts to add up over ranks."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +22,10 @@ class MaskedLoss:
     """Masked frames."""
 
     @classmethod
-    def concatenate(cls, parts: "list[MaskedLoss]") -> "MaskedLoss":
+    def concatenate(cls, parts: "Iterable[MaskedLoss]") -> "MaskedLoss":
         """Concatenate the losses of several batches."""
-        return cls(
-            *(
-                torch.cat([getattr(part, name) for part in parts])
-                for name in ("ce", "correct", "count")
-            )
-        )
+        sums = zip(*((part.ce, part.correct, part.count) for part in parts), strict=True)
+        return cls(*map(torch.cat, sums))
 
     def __getitem__(self, examples: slice) -> "MaskedLoss":
         """The sums of some of the examples."""
@@ -52,15 +49,9 @@ def balanced_mean(stage: MaskedLoss, prompt: MaskedLoss, prompt_weight: float) -
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, masked: Tensor) -> MaskedLoss:
-    """Loss at the masked frames.
+    """Loss of logits `n c` at the n masked frames, against the codes of the stage, `b t`.
 
-    Args:
-        logits: `n c`, at the n masked frames only, in row-major order of `masked`.
-        targets: `b t`, the codes of the stage.
-        masked: `b t` bool, n frames True; never padding. On the host, nothing waits for the device.
-
-    Raises:
-        ValueError: if `logits` has another number of frames than `masked`.
+    `masked` is `b t` without padding; if it is on the host, nothing waits for the device.
     """
     positions = _positions(logits, masked)
     wanted = targets.flatten().index_select(0, positions)
@@ -75,7 +66,7 @@ def masked_divergence(logits: Tensor, teacher: Tensor, masked: Tensor) -> Masked
     A frame is correct if its most likely entry is the teacher's.
 
     Args:
-        logits: `n c`, as in `masked_cross_entropy`.
+        logits: `n c`, at the n masked frames only, in row-major order of `masked`.
         teacher: `n c`, logits without gradient.
         masked: `b t` bool, n frames True.
 

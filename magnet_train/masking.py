@@ -14,8 +14,7 @@ from magnet_train.common.devices import to_device
 
 
 def cosine_mask_rate(progress: Tensor) -> Tensor:
-    """Share of frames to mask at `progress` in [0, 1]: cos(pi/2 * progress), from 1 down to 0
-    (MAGNeT, Sec. 3.1).
+    """Share of frames to mask at `progress` in [0, 1]: cos(pi/2 * progress) (MAGNeT, Sec. 3.1).
 
     Training draws `progress` uniformly; decoding walks it from 0 to 1.
     """
@@ -69,15 +68,6 @@ def span_mask(
 
     Starts are drawn without replacement over all frames; spans are truncated at the end of the
     sequence. At least one span is masked in every example.
-
-    Args:
-        rates: target share per example, in [0, 1].
-        num_frames: T, in frames.
-        span_len: L, in frames.
-        generator: random generator (default: the global one).
-
-    Raises:
-        ValueError: if a span is longer than the sequence.
     """
     if not 1 <= span_len <= num_frames:
         raise ValueError(f"span_len={span_len} does not fit in num_frames={num_frames}")
@@ -118,8 +108,5 @@ def span_mask_behind(
 
 
 def masked_positions(masked: Tensor, device: torch.device) -> Tensor:
-    """Positions of the masked frames in `masked.flatten()`, int64, on `device`.
-
-    Their number is known where the mask is: for a mask on the host, nothing waits for the device.
-    """
+    """Positions of the masked frames in `masked.flatten()`, int64, on `device`."""
     return to_device(masked.flatten().nonzero()[:, 0], device)

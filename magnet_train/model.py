@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magnet_train.attention import recomputed, text_attention, window_bias
+from magnet_train.attention import recomputed, text_attention
 from magnet_train.common import private_api
 from magnet_train.common.errors import UserError
 from magnet_train.common.ranges import as_tuple, check_values, per_codebook
 from magnet_train.layout import (
     DelayedInputs,
-    FrameInputs,
+    Inputs,
     causal_rows,
     delayed,
-    hidden_keys,
+    frame_inputs,
     predicting_rows,
 )
 from magnet_train.masking import masked_positions
@@ -111,7 +111,7 @@ class MagnetConfig:
                 "frames"
             )
         per_codebook("context", self.context, self.num_codebooks)
-        if self.is_rotary and self.dim // self.num_heads % 2:
+        if self.positions != "sinusoidal" and self.dim // self.num_heads % 2:
             raise UserError(
                 f"positions={self.positions} needs an even width per head; dim={self.dim}, "
                 f"num_heads={self.num_heads}"
@@ -127,18 +127,10 @@ class MagnetConfig:
         """The extra id of masked frames."""
         return self.codebook_size
 
-    @property
-    def is_rotary(self) -> bool:
-        """Whether queries and keys are rotated."""
-        return self.positions != "sinusoidal"
-
     def stage(self, index: int) -> Pass:
         """The pass that predicts codebook `index` from those below it (MAGNeT, Sec. 3.1)."""
-        if isinstance(self.context, tuple):
-            context = per_codebook("context", self.context, self.num_codebooks)[index]
-        else:
-            context = -1 if index == 0 else self.context
-        return Pass((index,), context)
+        contexts = self.context if isinstance(self.context, tuple) else (-1, self.context)
+        return Pass((index,), contexts[min(index, len(contexts) - 1)])
 
     @property
     def reading(self) -> Pass:
@@ -147,6 +139,10 @@ class MagnetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+Text = tuple[Tensor, Tensor]
+"""States of the text encoder, `b s text_dim`, and their mask `b s`, True = token."""
 
 
 @dataclass(frozen=True)
@@ -162,22 +158,14 @@ class TextKeyValues:
 
 
 def sinusoidal_positions(num_frames: int, dim: int, device=None) -> Tensor:
-    """`t d` in float32: cosines in the first half of the channels, sines in the second.
-
-    In bfloat16, neighbouring positions beyond 256 would be equal.
+    """`t d`: cosines in the first half of the channels, sines in the second; in float32, because
+    neighbouring positions beyond 256 would be equal in bfloat16.
     """
     half = dim // 2
     frame = torch.arange(num_frames, dtype=torch.float32, device=device)[:, None]
     channel = torch.arange(half, dtype=torch.float32, device=device)
     phase = frame / 10_000 ** (channel / max(half - 1, 1))
     return torch.cat([phase.cos(), phase.sin()], dim=1)
-
-
-def rotary_angles(num_frames: int, head_dim: int, device=None) -> Tensor:
-    """`t d/2` in float32: rotation angle of each pair of channels (RoFormer, Su et al., 2021)."""
-    frame = torch.arange(num_frames, dtype=torch.float32, device=device)[:, None]
-    pair = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
-    return frame / 10_000 ** (2 * pair / head_dim)
 
 
 def stereo_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -197,7 +185,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm, frames: FrameInputs | DelayedInputs) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.LayerNorm, frames: Inputs) -> Tensor:
         qkv = recomputed(lambda x: self.qkv(norm(x)), x)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each b h t d
         return self.out(frames.attend(q, k, v).transpose(1, 2).flatten(2))
@@ -219,11 +207,8 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Tensor, norm: nn.LayerNorm, k: Tensor, v: Tensor, allowed: Tensor
     ) -> Tensor:
-        q = (
-            recomputed(lambda x: self.q(norm(x)), x)
-            .unflatten(2, (self.num_heads, -1))
-            .transpose(1, 2)
-        )
+        q = recomputed(lambda x: self.q(norm(x)), x).unflatten(2, (self.num_heads, -1))
+        q = q.transpose(1, 2)
         return self.out(text_attention(q, k, v, allowed).transpose(1, 2).flatten(2))
 
 
@@ -234,7 +219,7 @@ class Convolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(kernel, dim))
 
-    def forward(self, x: Tensor, frames: FrameInputs | DelayedInputs) -> Tensor:
+    def forward(self, x: Tensor, frames: Inputs) -> Tensor:
         return frames.convolve(x, self.weight)
 
 
@@ -253,10 +238,7 @@ class Block(nn.Module):
         self.ffn_out = nn.Linear(config.ffn_ratio * config.dim, config.dim, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        frames: FrameInputs | DelayedInputs,
-        text: tuple[Tensor, Tensor, Tensor] | None,
+        self, x: Tensor, frames: Inputs, text: tuple[Tensor, Tensor, Tensor] | None
     ) -> Tensor:
         if self.convolution is not None:
             x = x + self.convolution(x, frames)
@@ -377,30 +359,20 @@ class Magnet(nn.Module):
         """Features of every row: `b k t` -> `b t d`; in the delay layout `b s d`.
 
         Args:
-            codes: the mask id marks unknown codes; codebooks above the predicted ones should be
-                masked everywhere.
-            pass_: sets the attention window; `config.stage(k)` for MAGNeT's stages.
+            codes: the mask id marks unknown codes, also all those above the predicted codebooks.
+            pass_: `config.stage(k)` for MAGNeT's stages.
             text: from `encode_text`; None = no example has text, and cross-attention is skipped.
             valid: `b t`, False = padding; None = no padding.
         """
-        x = self.embedded(codes)
-        frames = self.frame_inputs(x, pass_, valid)
+        x = self.embedded(delayed(codes, self.config.mask_id) if self.is_delayed else codes)
+        inputs = self.inputs(x, pass_, valid)
         for i, block in enumerate(self.blocks):
-            x = block(
-                x, frames, None if text is None else (text.keys[i], text.values[i], text.allowed)
-            )
+            of_text = None if text is None else (text.keys[i], text.values[i], text.allowed)
+            x = block(x, inputs, of_text)
         return self.out_norm(x)
 
-    def embedded(self, codes: Tensor) -> Tensor:
-        """Input of the first block: sum of code embeddings and position, `b k t` -> `b t d`; in the
-        delay layout `b s d`.
-        """
-        if self.is_delayed:
-            codes = delayed(codes, self.config.mask_id)
-        return self.embedded_columns(codes)
-
-    def embedded_columns(self, codes: Tensor, first: int = 0) -> Tensor:
-        """`embedded` for columns as they stand, from column `first` on: `b k s` -> `b s d`."""
+    def embedded(self, codes: Tensor, first: int = 0) -> Tensor:
+        """Input of the first block, from column `first` on: `b k s` -> `b s d`."""
         k, size = self.config.num_codebooks, self.config.codebook_size + 1
         offset = torch.arange(k, device=codes.device)[:, None] * size
         x = F.embedding(codes + offset, self.embedding.flatten(0, 1)).sum(1)
@@ -410,36 +382,34 @@ class Magnet(nn.Module):
         positions = sinusoidal_positions(end, self.config.dim, codes.device)[first:]
         return (x.float() + positions).to(x.dtype)
 
-    def frame_inputs(
-        self, x: Tensor, pass_: Pass, valid: Tensor | None
-    ) -> FrameInputs | DelayedInputs:
-        """Shared inputs of all blocks, from the first block's input `b t d`, or `b s d`."""
-        rotation = None
-        if self.config.is_rotary:
-            angles = rotary_angles(x.shape[1], self.config.dim // self.config.num_heads, x.device)
-            rotation = angles.cos(), angles.sin()
+    def rotation(self, num_columns: int) -> tuple[Tensor, Tensor] | None:
+        """RoPE's cosines and sines, `t d/2` each in float32; None = positions are sinusoidal."""
+        if self.config.positions == "sinusoidal":
+            return None
+        head_dim, device = self.config.dim // self.config.num_heads, self.head.device
+        frame = torch.arange(num_columns, dtype=torch.float32, device=device)[:, None]
+        pair = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
+        angles = frame / 10_000 ** (2 * pair / head_dim)
+        return angles.cos(), angles.sin()
+
+    def inputs(self, x: Tensor, pass_: Pass, valid: Tensor | None) -> Inputs:
+        """What all blocks share, from the first block's input `b t d`; if delayed, `b s d`."""
+        rotation = self.rotation(x.shape[1])
         if not self.is_delayed:
-            return self._frames(x, pass_.context, valid, rotation)
+            return frame_inputs(x, pass_.context, valid, rotation)
+        return self._delayed_inputs(x, pass_, valid, rotation)
+
+    def _delayed_inputs(
+        self, x: Tensor, pass_: Pass, valid: Tensor | None, rotation: tuple[Tensor, Tensor] | None
+    ) -> DelayedInputs:
         num_frames, stage = x.shape[1] - self.config.num_codebooks, pass_.codebooks[0]
-        frames = self._frames(x[:, :num_frames], pass_.context, valid, None)
+        frames = frame_inputs(x[:, :num_frames], pass_.context, valid, None)
         seen = None
         if valid is not None:  # columns beside the stage's own are never padding
             beside = (1 + stage, self.config.num_codebooks - 1 - stage)
             seen = F.pad(valid, beside, value=True)[:, None, None]
         causal = causal_rows(pass_.causal, x.shape[1], x.device)
         return DelayedInputs(frames, stage, num_frames, causal, rotation, seen)
-
-    def _frames(self, x: Tensor, context: int, valid: Tensor | None, rotation: Any) -> FrameInputs:
-        """Shared inputs of frames `b t d` without causal attention."""
-        if context >= x.shape[1] - 1:  # the window covers the sequence
-            context = -1
-        bias = None
-        if context >= 0:
-            heads = x.unflatten(2, (self.config.num_heads, -1)).transpose(1, 2)  # as queries
-            bias = window_bias(heads, context, valid)
-        elif valid is not None:
-            bias = hidden_keys(valid, x.dtype)
-        return FrameInputs(context, bias, valid, rotation)
 
     def rows(self, features: Tensor, codebook: int) -> Tensor:
         """Features of the rows that predict a codebook, one for each frame: `b s d` -> `b t d`."""
@@ -452,30 +422,17 @@ class Magnet(nn.Module):
         return F.linear(features, self.head[codebook])
 
     def masked_logits(
-        self,
-        codes: Tensor,
-        pass_: Pass,
-        states: Tensor,
-        allowed: Tensor,
-        masked: Tensor,
-        valid: Tensor | None = None,
+        self, codes: Tensor, pass_: Pass, text: Text, masked: Tensor, valid: Tensor | None = None
     ) -> Tensor:
-        """Training forward pass: logits `n c` of the pass's codebooks at the n masked frames, one
-        codebook after the other.
+        """Training forward pass: logits `n c` at the n masked frames, codebook after codebook.
 
-        Args:
-            codes: `b k t`, as in `trunk`.
-            pass_: a pass with m codebooks.
-            states: text states, as in `encode_text`.
-            allowed: text mask, as in `encode_text`.
-            masked: `b t` bool for one codebook, `b m t` for several; on the host, nothing waits for
-                the device.
-            valid: as in `trunk`.
+        `masked` is `b t` for a pass of one codebook, `b m t` for m; on the host, so that nothing
+        waits for the device. Other arguments as in `trunk`.
         """
-        features = self.trunk(codes, pass_, self.encode_text(states, allowed), valid)
-        of_books = masked[:, None] if masked.dim() == 2 else masked
+        features = self.trunk(codes, pass_, self.encode_text(*text), valid)
+        of_books = masked.reshape(len(masked), len(pass_.codebooks), -1).unbind(1)
         logits = []
-        for book, frames in zip(pass_.codebooks, of_books.unbind(1), strict=True):
+        for book, frames in zip(pass_.codebooks, of_books, strict=True):
             rows = self.rows(features, book).flatten(0, 1)
             chosen = rows.index_select(0, masked_positions(frames, rows.device))
             logits.append(self.logits(chosen, book))

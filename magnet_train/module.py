@@ -45,13 +45,12 @@ from magnet_train.release import MAX_CROP_S, SavedModel, initial_weights, widens
 from magnet_train.resume import check_same_model, differing
 from magnet_train.sharding import check_shardable, full_tensor, is_sharded, shard, unsharded_copy
 
+Stages = list[tuple[int, list[int]]]
+"""Stages of a batch, in ascending order, with the rows of each."""
+
 
 def step_generator(seed: int, *place: int) -> torch.Generator:
-    """A generator for one position in the run (batch, rank …).
-
-    Masks and dropout depend only on seed and position, not on earlier draws, so that resumed runs
-    draw the same numbers and validation does not affect training.
-    """
+    """Random numbers of one place in a run (batch, rank …), whatever was drawn before."""
     return generator_for(repr((seed, *place)))
 
 
@@ -308,14 +307,7 @@ class MagnetModule(L.LightningModule):
     def stage_loss(
         self, batch: Batch, captions: list[str], stage: int, masked: Tensor
     ) -> MaskedLoss:
-        """Loss of one stage under given masks.
-
-        Args:
-            batch: codes and valid frames.
-            captions: one per example; "" = without text.
-            stage: 0 … K-1.
-            masked: `b t`, on the host as `valid` is; padded frames are ignored.
-        """
+        """Loss of a stage under masks `b t` on the host; padded frames are ignored."""
         shown = self._shown(batch["codes"], stage, masked)
         return self._loss(batch, captions, self.config.stage(stage), shown, masked[:, None])
 
@@ -376,26 +368,20 @@ class MagnetModule(L.LightningModule):
         return masked_divergence(logits, guided, masked[:, 0])
 
     def _shown(self, codes: Tensor, stage: int, masked: Tensor) -> Tensor:
-        """What the network sees of the codes `b k t`: no codebook above the stage, and no masked
-        frame of the stage.
-        """
+        """Codes `b k t` without the stage's masked frames and the codebooks above it."""
         shown = codes.clone()
-        is_masked = to_device(masked, codes.device)
-        shown[:, stage] = shown[:, stage].masked_fill(is_masked, self.config.mask_id)
+        shown[:, stage].masked_fill_(to_device(masked, codes.device), self.config.mask_id)
         shown[:, stage + 1 :] = self.config.mask_id
         return shown
 
     def _loss(
         self, batch: Batch, captions: list[str], pass_: Pass, shown: Tensor, masked: Tensor
     ) -> MaskedLoss:
-        """Loss of a pass's m codebooks at frames `b m t`, padding excepted: of m times b examples,
-        codebook after codebook.
-        """
+        """Loss at frames `b m t` except padding: of m times b examples, codebook after codebook."""
         masked = masked & batch["valid"][:, None]
         logits = self._logits(self.unsharded, batch, captions, pass_, shown, masked)
-        targets = torch.stack([batch["codes"][:, book] for book in pass_.codebooks], 1)
-        by_codebook = (x.transpose(0, 1).flatten(0, 1) for x in (targets, masked))
-        return masked_cross_entropy(logits, *by_codebook)
+        targets = torch.cat([batch["codes"][:, book] for book in pass_.codebooks])
+        return masked_cross_entropy(logits, targets, torch.cat(masked.unbind(1)))
 
     def _logits(
         self,
@@ -411,106 +397,96 @@ class MagnetModule(L.LightningModule):
             valid = to_device(batch["valid"], shown.device)
             shown = shown.masked_fill(~valid[:, None], self.config.mask_id)
         # Text is encoded even if all captions are dropped, because DDP needs all gradients.
-        states, text_mask = self.text_encoder(captions)
-        return network.masked_logits(shown, pass_, states, text_mask, masked, valid)
+        return network.masked_logits(shown, pass_, self.text_encoder(captions), masked, valid)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         count = self.trainer.fit_loop.epoch_loop.total_batch_idx
         generator = step_generator(self.seed, count, self.global_rank)
-        draw_dropout(self.network, self.lora.dropout, step_generator(self.seed, count, -2))
+        if self.lora.dropout:
+            draw_dropout(self.network, self.lora.dropout, step_generator(self.seed, count, -2))
         size, num_frames = batch["valid"].shape
         rates = cosine_mask_rate(torch.rand(size, generator=generator))
         stages = self._drawn_stages(count, size)
         masked, steps = self._draw_masks(rates, stages, num_frames, generator)
         captions = drop_captions(batch["captions"], self.guidance_dropout, generator)
-        losses, prompts = [], []
+        losses: dict[int, MaskedLoss] = {}
+        prompts = []
         for stage, rows in stages:
-            given = _examples(batch, rows), [captions[row] for row in rows], stage, masked[rows]
+            part = batch if len(stages) == 1 else _examples(batch, rows)
+            given = part, [captions[row] for row in rows], stage, masked[rows]
             if self.config.order != "parallel":
-                loss, prompt = self.hybrid_loss(*given, steps[rows])
+                losses[stage], prompt = self.hybrid_loss(*given, steps[rows])
                 prompts.append(prompt)
             elif self._teacher:
-                loss = self.distilled_loss(*given, rates[rows])
+                losses[stage] = self.distilled_loss(*given, rates[rows])
             else:
-                loss = self.stage_loss(*given)
-            self._log_training(f"ce/stage{stage}", loss.mean(), len(rows))
-            self._log_training(f"accuracy/stage{stage}", loss.accuracy(), len(rows))
-            losses.append(loss)
-        total = MaskedLoss.concatenate(losses)
-        mean = total.mean()
-        if prompts:
-            prompt = MaskedLoss.concatenate(prompts)
-            mean = balanced_mean(total, prompt, self.prompt_weight)
-            self._log_training("ce/prompt", prompt.mean(), size)
-        self._log_training("loss", mean, size, prog_bar=True)
+                losses[stage] = self.stage_loss(*given)
+        total = MaskedLoss.concatenate(losses.values())
+        prompt = MaskedLoss.concatenate(prompts) if prompts else None
+        mean = total.mean() if prompt is None else balanced_mean(total, prompt, self.prompt_weight)
+        if is_logged(self.trainer, self.trainer.global_step + 1):
+            self._log_training(losses, prompt, mean)
         return mean
 
-    def _log_training(self, name: str, value: Tensor, size: int, prog_bar: bool = False) -> None:
-        """Log `train/NAME` only in batches of steps that loggers write.
-
-        Other values would take time, and the progress bar would wait for the device.
+    def _log_training(
+        self, losses: dict[int, MaskedLoss], prompt: MaskedLoss | None, mean: Tensor
+    ) -> None:
+        """Log a batch of a step that loggers write; in others, the progress bar would wait for the
+        device.
         """
-        if is_logged(self.trainer, self.trainer.global_step + 1):
-            self.log(f"train/{name}", value.detach(), prog_bar=prog_bar, batch_size=size)
+        size = sum(len(loss.count) for loss in losses.values())
+        for stage, loss in losses.items():
+            of_stage = {"ce": loss.mean(), "accuracy": loss.accuracy()}
+            for name, value in of_stage.items():
+                self.log(f"train/{name}/stage{stage}", value.detach(), batch_size=len(loss.count))
+        if prompt is not None:
+            self.log("train/ce/prompt", prompt.mean().detach(), batch_size=size)
+        self.log("train/loss", mean.detach(), prog_bar=True, batch_size=size)
 
     def _draw_masks(
-        self,
-        rates: Tensor,
-        stages: list[tuple[int, list[int]]],
-        num_frames: int,
-        generator: torch.Generator,
+        self, rates: Tensor, stages: Stages, num_frames: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Masked frames, `b t`, and prompt steps, `b`, both on the host; steps are 0 for MAGNeT,
-        which draws none.
-        """
-        size, books = len(rates), self.config.num_codebooks
-        span_len = self._draw_span_len(generator)
+        """Masked frames, `b t`, and prompt steps, `b` (0 for MAGNeT), both on the host."""
+        span_len = self.span_len
+        if len(self.span_lens) > 1:
+            span_len = self.span_lens[torch.randint(len(self.span_lens), (1,), generator=generator)]
+        if self.config.order == "parallel" and self.beginning_share == 0:
+            steps = torch.zeros(len(rates), dtype=torch.long)
+            return span_mask(rates, num_frames, span_len, generator), steps
+        starts, steps = self._draw_beginnings(len(rates), stages, num_frames, generator)
+        return span_mask_behind(starts, rates, num_frames, span_len, generator), steps
+
+    def _draw_beginnings(
+        self, size: int, stages: Stages, num_frames: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """First frames that may be masked, and prompt steps, `b` each."""
         if self.config.order == "parallel":
-            if self.beginning_share > 0:
-                starts = torch.randint(num_frames, (size,), generator=generator)
-                with_beginning = torch.rand(size, generator=generator) < self.beginning_share
-                starts = starts.masked_fill(~with_beginning, 0)
-                masked = span_mask_behind(starts, rates, num_frames, span_len, generator)
-            else:
-                masked = span_mask(rates, num_frames, span_len, generator)
-            return masked, torch.zeros(size, dtype=torch.long)
+            starts = torch.randint(num_frames, (size,), generator=generator)
+            with_beginning = torch.rand(size, generator=generator) < self.beginning_share
+            return starts.masked_fill(~with_beginning, 0), torch.zeros(size, dtype=torch.long)
         if self.config.order == "hybrid":
             steps = torch.randint(num_frames, (size,), generator=generator)
         else:  # all rows are causal
-            steps = torch.full((size,), num_frames + books)
+            steps = torch.full((size,), num_frames + self.config.num_codebooks)
         stage_of = torch.zeros(size, dtype=torch.long)
         for stage, rows in stages:
             stage_of[rows] = stage
-        starts = (steps - stage_of).clamp(0, num_frames)
-        return span_mask_behind(starts, rates, num_frames, span_len, generator), steps
+        return (steps - stage_of).clamp(0, num_frames), steps
 
-    def _draw_span_len(self, generator: torch.Generator) -> int:
-        if len(self.span_lens) == 1:
-            return self.span_len
-        (drawn,) = torch.randint(len(self.span_lens), (1,), generator=generator).tolist()
-        return self.span_lens[drawn]
-
-    def _drawn_stages(self, count: int, size: int) -> list[tuple[int, list[int]]]:
-        """Stages to train in batch `count` of the run, from 0, with the rows of each.
-
-        All ranks draw the same stages, so that they have equal work: one stage for all batches of
-        an optimizer step, or one for each row.
+    def _drawn_stages(self, count: int, size: int) -> Stages:
+        """One stage for all batches of an optimizer step, or one for each row of batch `count` of
+        the run, from 0; all ranks draw the same, so that they have equal work.
         """
         if self.stage_sampling == "batch":
-            drawn = self._draw_stages(1, step_generator(self.seed, self.global_step)) * size
+            number, generator = 1, step_generator(self.seed, self.global_step)
         else:
-            drawn = self._draw_stages(size, step_generator(self.seed, count, -1))
-        return [
-            (stage, [row for row in range(size) if drawn[row] == stage])
-            for stage in sorted(set(drawn))
-        ]
-
-    def _draw_stages(self, number: int, generator: torch.Generator) -> list[int]:
+            number, generator = size, step_generator(self.seed, count, -1)
         if self.stage_weights is None:
-            return torch.randint(self.config.num_codebooks, (number,), generator=generator).tolist()
-        return torch.multinomial(
-            self.stage_weights, number, replacement=True, generator=generator
-        ).tolist()
+            drawn = torch.randint(self.config.num_codebooks, (number,), generator=generator)
+        else:
+            drawn = torch.multinomial(self.stage_weights, number, True, generator=generator)
+        of_rows = drawn.expand(size)
+        return [(int(k), (of_rows == k).nonzero()[:, 0].tolist()) for k in of_rows.unique()]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         num_frames = batch["valid"].shape[1]
@@ -647,17 +623,14 @@ class MagnetModule(L.LightningModule):
         }
 
 
-def is_logged(trainer: L.Trainer, step: int) -> bool:
+def is_logged(trainer: Any, step: int) -> bool:
     """Whether loggers get the values of an optimizer step, counted from 1."""
-    settings: Any = trainer
-    number = settings.log_every_n_steps
-    return bool(settings.fast_dev_run) or (number > 0 and step % number == 0)
+    number = trainer.log_every_n_steps
+    return bool(trainer.fast_dev_run) or (number > 0 and step % number == 0)
 
 
 def _examples(batch: Any, rows: list[int]) -> Any:
-    """Codes and valid frames of some examples, in ascending order."""
-    if len(rows) == len(batch["codes"]):
-        return batch
+    """Codes and valid frames of some examples."""
     chosen = torch.tensor(rows)
     codes = batch["codes"].index_select(0, to_device(chosen, batch["codes"].device))
     return {"codes": codes, "valid": batch["valid"][chosen]}

@@ -58,7 +58,7 @@ def logits(model: Magnet) -> torch.Tensor:
     states = torch.randn(2, 3, 8, generator=draw)
     text, masked = torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 24, dtype=torch.bool)
     with torch.no_grad():
-        return model.masked_logits(codes, CONFIG.stage(1), states, text, masked)
+        return model.masked_logits(codes, CONFIG.stage(1), (states, text), masked)
 
 
 def write(folder: Path, base: Magnet, tensors: dict[str, Any], lora: LoraConfig = LORA) -> str:

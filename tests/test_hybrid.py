@@ -251,8 +251,8 @@ def test_cached_keys_and_values_give_the_codes_of_full_passes(model):
             s = len(columns)
             filled = torch.full((3, K, 20 + K), SIZE)
             filled[:, :, :s] = torch.stack(columns, 2)
-            x = model.embedded_columns(filled)
-            frames = model.frame_inputs(x, model.config.reading, None)
+            x = model.embedded(filled)
+            frames = model.inputs(x, model.config.reading, None)
             for i, block in enumerate(model.blocks):
                 pair = of_text and (of_text.keys[i], of_text.values[i], of_text.allowed)
                 x = block(x, frames, pair)

@@ -86,7 +86,7 @@ def on_rank(
                 torch.tensor([[True] * 6, [False] * 6]),
                 torch.rand(2, 45, generator=generator) < 0.5,
             )
-            of_ranks.append((codes, plain.config.stage(stage), states, tokens, masked))
+            of_ranks.append((codes, plain.config.stage(stage), (states, tokens), masked))
         for model in (plain, network):  # not after a pass, where `network` has its weights whole
             model.zero_grad()
         losses = []

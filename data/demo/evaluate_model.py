@@ -133,9 +133,9 @@ def stage_scores(
         shown[:, stage] = torch.where(masked, mask_id, codes[:, stage])
         losses, right = [], []
         for rows in torch.arange(len(codes)).split(16):
-            logits = network.masked_logits(
-                shown[rows], network.config.stage(stage), states[rows], allowed[rows], masked[rows]
-            ).float()
+            text = states[rows], allowed[rows]
+            pass_ = network.config.stage(stage)
+            logits = network.masked_logits(shown[rows], pass_, text, masked[rows]).float()
             targets = codes[rows, stage][masked[rows]]
             losses.append(F.cross_entropy(logits, targets, reduction="none"))
             right.append((logits.argmax(1) == targets).float())

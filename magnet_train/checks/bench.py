@@ -68,7 +68,7 @@ def attention(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
         for backward in (False, True):
             inputs = _inputs(shape, options.device, backward)
             # Not measured: masks are made once per forward pass.
-            bias = window_bias(inputs[0], context)
+            bias = window_bias(options.num_frames, context, device=options.device)
             yield compare(
                 f"attention, {'forward and backward' if backward else 'forward'}",
                 _attend(windowed_attention, inputs, backward, context=context, bias=bias),
@@ -89,9 +89,8 @@ def attention(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
     calls = []
     for num_frames in (LONG, SHORT):
         inputs = _inputs((options.batch_size, heads, num_frames, width), options.device, True)
-        calls.append(
-            _attend(windowed_attention, inputs, True, context=5, bias=window_bias(inputs[0], 5))
-        )
+        bias = window_bias(num_frames, 5, device=options.device)
+        calls.append(_attend(windowed_attention, inputs, True, context=5, bias=bias))
     long, short = timed(calls, options.repeats, options.device)
     growth = result(
         "attention, 12 000 frames over 1 500",
@@ -163,7 +162,7 @@ def training(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
             logits = dense_logits(model, shown, stage, states, text_mask)[:, stage][masked]
         else:
             logits = model.masked_logits(
-                shown, model.config.stage(stage), states, text_mask, masked
+                shown, model.config.stage(stage), (states, text_mask), masked
             )
         masked_cross_entropy(logits, codes[:, stage], masked).mean().backward()
         optimizer.step()
@@ -419,7 +418,7 @@ def _compiled_training(
         with torch.autocast(device.type, torch.bfloat16):
             shown = _mask_codes(codes, stage, masked, config.mask_id)
             logits = model.masked_logits(
-                shown, model.config.stage(stage), states, text_mask, masked
+                shown, model.config.stage(stage), (states, text_mask), masked
             )
         masked_cross_entropy(logits, codes[:, stage], masked).mean().backward()
         optimizer.step()

@@ -220,7 +220,7 @@ def training_pass(
     def step(stage: int) -> None:
         with torch.autocast(device, torch.bfloat16, enabled=half):
             logits = network.masked_logits(
-                codes, network.config.stage(stage), states, allowed, masked
+                codes, network.config.stage(stage), (states, allowed), masked
             )
             loss = masked_cross_entropy(logits, codes[:, stage], masked).mean()
         loss.backward()

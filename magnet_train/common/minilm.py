@@ -134,31 +134,22 @@ class BertTokenizer:
         self._tokenizer = Tokenizer.from_file(str(file))
 
     def __call__(
-        self,
-        texts: str | Sequence[str],
-        max_length: int | None = None,
-        padding: bool = False,
-        truncation: bool = False,
-        return_tensors: str | None = None,
-        verbose: bool = True,
+        self, texts: Sequence[str], max_length: int | None = None, **_: Any
     ) -> dict[str, Any]:
-        """Token ids and attention mask: lists of numbers, or tensors if padded."""
-        tokenizer = self._tokenizer
-        tokenizer.enable_padding() if padding else tokenizer.no_padding()
-        if truncation and max_length is not None:
-            tokenizer.enable_truncation(max_length)
+        """Token ids and attention mask: of any length, or padded and cut to `max_length` in tensors
+        (transformers also wants to be told so by `padding`, `truncation` and `return_tensors`).
+        """
+        if max_length is None:
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
         else:
-            tokenizer.no_truncation()
-        if isinstance(texts, str):
-            return {"input_ids": tokenizer.encode(texts).ids}
-        rows = tokenizer.encode_batch(list(texts))
-        found = {
-            "input_ids": [row.ids for row in rows],
-            "attention_mask": [row.attention_mask for row in rows],
-        }
-        if return_tensors is None:
-            return found
-        return {name: torch.tensor(values) for name, values in found.items()}
+            self._tokenizer.enable_padding()
+            self._tokenizer.enable_truncation(max_length)
+        rows = self._tokenizer.encode_batch(list(texts))
+        ids, allowed = [row.ids for row in rows], [row.attention_mask for row in rows]
+        if max_length is None:
+            return {"input_ids": ids, "attention_mask": allowed}
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(allowed)}
 
 
 def load_minilm(folder: Path) -> tuple[Bert, BertTokenizer]:

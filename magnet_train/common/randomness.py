@@ -8,8 +8,6 @@ import torch
 def generator_for(place: str) -> torch.Generator:
     """A CPU generator seeded with a hash of `place`, such as "seed/item".
 
-    The same `place` gives the same numbers in any process, on any rank and after resuming.
-
     >>> generator_for("0/a").initial_seed() == generator_for("0/a").initial_seed()
     True
     """

@@ -101,11 +101,8 @@ def training_order(
         counts: items per shard.
         seed: seed of the order.
         part: index of the reader.
-        parts: number of readers.
+        parts: number of readers; more than shards would loop forever.
         done: items of this reader to skip; groups without other items are omitted.
-
-    Raises:
-        ValueError: if there are more readers than shards, or no items, which would loop forever.
     """
     size = np.asarray(counts)
     if parts > len(counts) or not size.any():
@@ -294,13 +291,7 @@ def items_before(phases: Sequence[CropPhase], batch: int, role: int, workers: in
 def assign_batches(
     examples: Iterator[Example], phases: Sequence[CropPhase], numbers: Iterator[int]
 ) -> Iterator[Example]:
-    """Stage: sets `num_frames` and `ends_batch` of examples.
-
-    Args:
-        examples: examples of one worker.
-        phases: phases of training.
-        numbers: batch numbers of this worker.
-    """
+    """Stage: sets `num_frames` and `ends_batch` of examples, for the batches of these numbers."""
     for number in numbers:
         phase = find_phase(phases, number)
         position = 0
@@ -315,12 +306,9 @@ def assign_batches(
 def crop_examples(
     examples: Iterator[Example], frame_rate: float, crop_start: CropStart = "anywhere"
 ) -> Iterator[Example]:
-    """Stage: crop longer examples to `num_frames`.
+    """Stage: crop longer examples to `num_frames`, at a random start if they have an `rng`.
 
-    Args:
-        examples: with `rng`, at a random start; without, from the beginning.
-        frame_rate: of the codec, in Hz; gives the number of frames that hold audio.
-        crop_start: where random crops begin.
+    The codec's `frame_rate`, in Hz, gives the number of frames that hold audio.
     """
     for example in examples:
         codes, num_frames, rng = example["codes"], example["num_frames"], example["rng"]

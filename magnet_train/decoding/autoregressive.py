@@ -19,7 +19,7 @@ from magnet_train.common.randomness import generator_for
 from magnet_train.decoding.decode import PER_STAGE, DecodingConfig
 from magnet_train.decoding.sampling import sample
 from magnet_train.layout import delayed, rotate, undelayed
-from magnet_train.model import Magnet, MagnetConfig, TextKeyValues, rotary_angles
+from magnet_train.model import Magnet, MagnetConfig, TextKeyValues
 
 NextColumn = Callable[[Tensor], Tensor]
 """Codes of a column `b k` -> logits of the next one, `b k c`. Called for consecutive columns."""
@@ -166,16 +166,13 @@ class CausalForward:
         side = config.convolution // 2
         self.inputs = [head.new_zeros(batch_size, side, config.dim) for _ in model.blocks]
         """Last inputs of each block's convolution, oldest first."""
-        self.rotation: tuple[Tensor, Tensor] | None = None
-        if config.is_rotary:
-            angles = rotary_angles(columns, config.dim // config.num_heads, head.device)
-            self.rotation = angles.cos(), angles.sin()
+        self.rotation = model.rotation(columns)
 
     @torch.no_grad()
     def __call__(self, codes: Tensor) -> Tensor:
         """Codes `b k` of a column -> logits `b k c` of the next one."""
         model = self.model
-        x = model.embedded_columns(codes[..., None], self.place)  # b 1 d
+        x = model.embedded(codes[..., None], self.place)  # b 1 d
         for i, block in enumerate(model.blocks):
             if block.convolution is not None:
                 x = x + self._convolve(i, x, block.convolution.weight)
@@ -199,7 +196,7 @@ class CausalForward:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each b h 1 d
         if self.rotation is not None:
             cos, sin = (angles[s : s + 1] for angles in self.rotation)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = rotate(q, (cos, sin)), rotate(k, (cos, sin))
         self.keys[i][:, :, s], self.values[i][:, :, s] = k[:, :, 0], v[:, :, 0]
         keys, values = self.keys[i][:, :, : s + 1], self.values[i][:, :, : s + 1]
         y = F.scaled_dot_product_attention(q, keys, values)

@@ -74,7 +74,7 @@ class CachedForward:
     def _start(self, x: Tensor, codes: Tensor, pass_: Pass) -> None:
         """Empty caches for a window; everything is outdated."""
         num_blocks = len(self.model.blocks)
-        frames = self.model.frame_inputs(x, pass_, None)
+        frames = self.model.inputs(x, pass_, None)
         assert isinstance(frames, FrameInputs)
         self._frames, self._codes = frames, codes
         # Of each block: what attention sees, and the output.
@@ -137,7 +137,7 @@ class CachedForward:
         if self._frames.rotation is None:
             return qkv
         cos, sin = (x[rows % len(x)][:, None, None] for x in self._frames.rotation)
-        return torch.cat([rotate(qkv[:, :2], cos, sin), qkv[:, 2:]], 1)
+        return torch.cat([rotate(qkv[:, :2], (cos, sin)), qkv[:, 2:]], 1)
 
     def _convolved(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         """Depthwise convolution at `rows`: `b*t d`, `kernel d` -> `m d`."""
