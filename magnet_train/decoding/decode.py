@@ -279,26 +279,16 @@ def decode(
                 f"reference_compat=true: {codes.shape[2]} frames are shorter than a span of "
                 f"{config.span_len}; generate more, or set a smaller span_len"
             )
-        codes, given, noise = (
-            codes[..., :end],
-            given[..., :end],
-            ItemNoise(*(x[..., :end] for x in noise)),
-        )
+        codes, given = codes[..., :end], given[..., :end]
+        noise = ItemNoise(*(x[..., :end] for x in noise))
+    run = _Run(networks, codebook_size, config, on_step)
     done, certainty = 0, torch.empty(())
     for lap, steps in enumerate(config.laps(codes.shape[1])):
         if lap == 1:
             given = given | ~_least_certain(certainty, given[:, 0], config, noise)[:, None]
         lap_noise = ItemNoise(*(x[:, done : done + sum(steps)] for x in noise))
-        codes, certainty = _decode_lap(
-            networks,
-            codes,
-            given,
-            codebook_size,
-            list(zip(steps, skips, strict=True)),
-            config,
-            lap_noise,
-            on_step,
-        )
+        stages = list(zip(steps, skips, strict=True))
+        codes, certainty = run.decode_lap(codes, given, stages, lap_noise)
         done += sum(steps)
     return codes
 
@@ -337,126 +327,6 @@ def _least_certain(
     )
 
 
-def _decode_lap(
-    networks: Networks,
-    codes: Tensor,
-    given: Tensor,
-    mask_id: int,
-    stages: Sequence[tuple[int, bool]],
-    config: DecodingConfig,
-    noise: ItemNoise,
-    on_step: Callable[[DecodingStep], None] | None,
-) -> tuple[Tensor, Tensor]:
-    """Decode all stages once; also returns the certainty of the stage-0 codes, `b t`.
-
-    `stages`: number of steps of each, and whether it is skipped because all its codes are given.
-    """
-    known = torch.where(given, codes, mask_id)
-    shown = known if config.reference_compat else torch.full_like(codes, mask_id)
-    certainties = []
-    done = 0
-    for stage, (num_steps, is_skipped) in enumerate(stages):
-        shown = shown.clone()  # on_step may have kept the last one
-        shown[:, stage] = known[:, stage]
-        done += num_steps
-        if is_skipped:
-            certainties.append(torch.ones(given[:, stage].shape, device=codes.device))
-            continue
-        stage_noise = ItemNoise(*(x[:, done - num_steps : done] for x in noise))
-        shown, certainty = _decode_stage(
-            networks, shown, given[:, stage], mask_id, stage, config, stage_noise, on_step
-        )
-        certainties.append(certainty)
-    return shown, certainties[0]
-
-
-def _decode_stage(
-    networks: Networks,
-    codes: Tensor,
-    given: Tensor,
-    mask_id: int,
-    stage: int,
-    config: DecodingConfig,
-    noise: ItemNoise,
-    on_step: Callable[[DecodingStep], None] | None,
-) -> tuple[Tensor, Tensor]:
-    """Decode codebook `stage` where not `given` (`b t`), in as many steps as the noise has.
-
-    Also returns the certainty of each frame, `b t`, at the step that decided it.
-    """
-    num_steps = noise.codes.shape[1]
-    num_sharing, top_p = (
-        config.per_stage(name, codes.shape[1])[stage] for name in ("shared_noise", "top_p")
-    )
-    masked, certainty = ~given, torch.empty(())
-    decided = torch.ones(given.shape, device=codes.device)
-    # Rounded as in audiocraft: the number of spans is this share of them, rounded down.
-    shares = torch.cos(torch.linspace(0, 1, num_steps) * math.pi * 0.5)
-    if not config.reference_compat:
-        shares = shares.clamp(
-            min=0
-        )  # otherwise the last is -4e-8, and guidance would not end exactly at its minimum
-    for step, share in enumerate(shares):
-        if step > 0:
-            masked = _remask(certainty, masked, given, share, config, noise.order[:, step])
-        row = codes[:, stage]
-        masked_codes = codes.clone()
-        masked_codes[:, stage] = torch.where(masked, mask_id, row)
-        logits = guided_logits(networks, masked_codes, stage, config, float(share)).float()
-        temperature = config.temperature * (
-            (num_steps - step - 1) / num_steps if config.anneal_temperature else 1.0
-        )
-        own_noise = share_noise(noise.codes[:, step], num_sharing, noise.order[:, step, -1])
-        chosen, certainty = _chosen(
-            logits, masked, max(temperature, 1e-2), top_p, config, own_noise
-        )
-        codes = masked_codes.clone()
-        codes[:, stage] = torch.where(masked, chosen, row)
-        if networks.rescorer is not None and config.rescores(stage):
-            certainty = mixed_certainty(
-                certainty,
-                networks.rescorer(codes, masked, stage),
-                chosen,
-                _at_step(config.rescorer_weight, step),
-                _at_step(config.rescorer_temperature, step),
-            )
-        decided = torch.where(masked, certainty, decided)
-        if on_step is not None:
-            on_step(DecodingStep(stage, step, masked, codes))
-    return codes, decided
-
-
-def _chosen(
-    logits: Tensor,
-    masked: Tensor,
-    temperature: float,
-    top_p: float,
-    config: DecodingConfig,
-    noise: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Sample an entry for each frame from `b t c`; returns entries and their probabilities, `b t`.
-
-    On a CPU only at `masked` frames, and 0 elsewhere; on a GPU that would wait for the device, and
-    audiocraft's remasking also looks at the others.
-    """
-    if logits.device.type == "cpu" and not config.reference_compat:
-        chosen, certainty = _chosen_at(logits[masked], temperature, top_p, config, noise[masked])
-        return (
-            torch.zeros(masked.shape, dtype=torch.long).masked_scatter_(masked, chosen),
-            torch.zeros(masked.shape).masked_scatter_(masked, certainty),
-        )
-    return _chosen_at(logits, temperature, top_p, config, noise)
-
-
-def _chosen_at(
-    logits: Tensor, temperature: float, top_p: float, config: DecodingConfig, noise: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sample from `… c` with noise `…`; returns entries and their probabilities, `…` each."""
-    probs = torch.softmax(logits / temperature, dim=-1)
-    chosen = logits.argmax(-1) if config.greedy else sample(probs, top_p, config.top_k, noise)
-    return chosen, probs.gather(-1, chosen[..., None])[..., 0]
-
-
 def guided_logits(
     networks: Networks, codes: Tensor, stage: int, config: DecodingConfig, share: float
 ) -> Tensor:
@@ -474,31 +344,117 @@ def guided_logits(
     return null + (logits - null) * coef
 
 
-def _remask(
-    certainty: Tensor,
-    masked: Tensor,
-    given: Tensor,
-    share: Tensor,
-    config: DecodingConfig,
-    order_noise: Tensor,
-) -> Tensor:
-    """Frames to mask again, from `certainty` and `masked` of the last step: `b t` -> bool `b t`."""
-    on_grid = config.span_arrangement == "nonoverlap"
-    if config.reference_compat:
-        if on_grid:
-            return audiocraft_compat.remask_grid(
-                certainty, masked, given, share, config.span_len, config.span_scoring
-            )
-        return audiocraft_compat.remask_sliding(certainty, masked, given, share, config.span_len)
-    remask = remask_grid if on_grid else remask_sliding
-    noise_scale = config.order_temperature * float(share)
-    return remask(
-        certainty,
-        masked,
-        given,
-        share,
-        config.span_len,
-        config.span_scoring,
-        order_noise,
-        noise_scale,
-    )
+@dataclass(frozen=True)
+class _Run:
+    """What all steps of a decoding share."""
+
+    networks: Networks
+    mask_id: int
+    config: DecodingConfig
+    on_step: Callable[[DecodingStep], None] | None
+
+    def decode_lap(
+        self, codes: Tensor, given: Tensor, stages: Sequence[tuple[int, bool]], noise: ItemNoise
+    ) -> tuple[Tensor, Tensor]:
+        """Decode all stages once; also returns the certainty of the stage-0 codes, `b t`.
+
+        `stages`: number of steps of each, and whether it is skipped because all its codes are
+        given.
+        """
+        known = torch.where(given, codes, self.mask_id)
+        shown = known if self.config.reference_compat else torch.full_like(codes, self.mask_id)
+        certainties = []
+        done = 0
+        for stage, (num_steps, is_skipped) in enumerate(stages):
+            shown = shown.clone()  # on_step may have kept the last one
+            shown[:, stage] = known[:, stage]
+            done += num_steps
+            if is_skipped:
+                certainties.append(torch.ones(given[:, stage].shape, device=codes.device))
+                continue
+            stage_noise = ItemNoise(*(x[:, done - num_steps : done] for x in noise))
+            shown, certainty = self._decode_stage(shown, given[:, stage], stage, stage_noise)
+            certainties.append(certainty)
+        return shown, certainties[0]
+
+    def _decode_stage(
+        self, codes: Tensor, given: Tensor, stage: int, noise: ItemNoise
+    ) -> tuple[Tensor, Tensor]:
+        """Decode codebook `stage` where not `given` (`b t`), in as many steps as the noise has.
+
+        Also returns the certainty of each frame, `b t`, at the step that decided it.
+        """
+        config, num_steps = self.config, noise.codes.shape[1]
+        num_sharing, top_p = (
+            config.per_stage(name, codes.shape[1])[stage] for name in ("shared_noise", "top_p")
+        )
+        masked, certainty = ~given, torch.empty(())
+        decided = torch.ones(given.shape, device=codes.device)
+        # Rounded as in audiocraft: the number of spans is this share of them, rounded down.
+        shares = torch.cos(torch.linspace(0, 1, num_steps) * math.pi * 0.5)
+        if not config.reference_compat:  # otherwise guidance would end beyond its minimum, at -4e-8
+            shares = shares.clamp(min=0)
+        for step, share in enumerate(shares):
+            if step > 0:
+                masked = self._remask(certainty, masked, given, share, noise.order[:, step])
+            row = codes[:, stage]
+            masked_codes = codes.clone()
+            masked_codes[:, stage] = torch.where(masked, self.mask_id, row)
+            logits = guided_logits(self.networks, masked_codes, stage, config, float(share)).float()
+            left = (num_steps - step - 1) / num_steps if config.anneal_temperature else 1.0
+            temperature = max(config.temperature * left, 1e-2)
+            own_noise = share_noise(noise.codes[:, step], num_sharing, noise.order[:, step, -1])
+            chosen, certainty = self._chosen(logits, masked, temperature, top_p, own_noise)
+            codes = masked_codes.clone()
+            codes[:, stage] = torch.where(masked, chosen, row)
+            if self.networks.rescorer is not None and config.rescores(stage):
+                certainty = mixed_certainty(
+                    certainty,
+                    self.networks.rescorer(codes, masked, stage),
+                    chosen,
+                    _at_step(config.rescorer_weight, step),
+                    _at_step(config.rescorer_temperature, step),
+                )
+            decided = torch.where(masked, certainty, decided)
+            if self.on_step is not None:
+                self.on_step(DecodingStep(stage, step, masked, codes))
+        return codes, decided
+
+    def _chosen(
+        self, logits: Tensor, masked: Tensor, temperature: float, top_p: float, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sample an entry for each frame from `b t c`; returns entries and their probabilities,
+        `b t`.
+
+        On a CPU only at `masked` frames, and 0 elsewhere; on a GPU that would wait for the device,
+        and audiocraft's remasking also looks at the others.
+        """
+        some = logits.device.type == "cpu" and not self.config.reference_compat
+        if some:
+            logits, noise = logits[masked], noise[masked]
+        probs = torch.softmax(logits / temperature, dim=-1)
+        if self.config.greedy:
+            chosen = logits.argmax(-1)
+        else:
+            chosen = sample(probs, top_p, self.config.top_k, noise)
+        certainty = probs.gather(-1, chosen[..., None])[..., 0]
+        if some:
+            chosen = torch.zeros(masked.shape, dtype=torch.long).masked_scatter_(masked, chosen)
+            certainty = torch.zeros(masked.shape).masked_scatter_(masked, certainty)
+        return chosen, certainty
+
+    def _remask(
+        self, certainty: Tensor, masked: Tensor, given: Tensor, share: Tensor, order_noise: Tensor
+    ) -> Tensor:
+        """Frames to mask again, from `certainty` and `masked` of the last step: `b t` -> bool
+        `b t`.
+        """
+        config, frames = self.config, (certainty, masked, given, share)
+        on_grid = config.span_arrangement == "nonoverlap"
+        if config.reference_compat and on_grid:
+            return audiocraft_compat.remask_grid(*frames, config.span_len, config.span_scoring)
+        if config.reference_compat:
+            return audiocraft_compat.remask_sliding(*frames, config.span_len)
+        remask = remask_grid if on_grid else remask_sliding
+        scale = config.order_temperature * float(share)
+        return remask(*frames, config.span_len, config.span_scoring, order_noise, scale)
