@@ -49,9 +49,15 @@ def balanced_mean(stage: MaskedLoss, prompt: MaskedLoss, prompt_weight: float) -
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, masked: Tensor) -> MaskedLoss:
-    """Loss of logits `n c` at the n masked frames, against the codes of the stage, `b t`.
+    """Loss at the masked frames.
 
-    `masked` is `b t` without padding; if it is on the host, nothing waits for the device.
+    Args:
+        logits: `n c`, at the n masked frames only, in row-major order of `masked`.
+        targets: `b t`, the codes of the stage.
+        masked: `b t` bool, n frames True; never padding. On the host, nothing waits for the device.
+
+    Raises:
+        ValueError: if `logits` has another number of frames than `masked`.
     """
     positions = _positions(logits, masked)
     wanted = targets.flatten().index_select(0, positions)
@@ -66,7 +72,7 @@ def masked_divergence(logits: Tensor, teacher: Tensor, masked: Tensor) -> Masked
     A frame is correct if its most likely entry is the teacher's.
 
     Args:
-        logits: `n c`, at the n masked frames only, in row-major order of `masked`.
+        logits: `n c`, as in `masked_cross_entropy`.
         teacher: `n c`, logits without gradient.
         masked: `b t` bool, n frames True.
 

@@ -14,7 +14,8 @@ from magnet_train.common.devices import to_device
 
 
 def cosine_mask_rate(progress: Tensor) -> Tensor:
-    """Share of frames to mask at `progress` in [0, 1]: cos(pi/2 * progress) (MAGNeT, Sec. 3.1).
+    """Share of frames to mask at `progress` in [0, 1]: cos(pi/2 * progress), from 1 down to 0
+    (MAGNeT, Sec. 3.1).
 
     Training draws `progress` uniformly; decoding walks it from 0 to 1.
     """
@@ -68,6 +69,15 @@ def span_mask(
 
     Starts are drawn without replacement over all frames; spans are truncated at the end of the
     sequence. At least one span is masked in every example.
+
+    Args:
+        rates: share of the frames to mask, 0 to 1, one per example.
+        num_frames: length of the sequence, in frames.
+        span_len: length of a span, in frames.
+        generator: random generator (default: the global one).
+
+    Raises:
+        ValueError: if a span is longer than the sequence.
     """
     if not 1 <= span_len <= num_frames:
         raise ValueError(f"span_len={span_len} does not fit in num_frames={num_frames}")

@@ -101,8 +101,11 @@ def training_order(
         counts: items per shard.
         seed: seed of the order.
         part: index of the reader.
-        parts: number of readers; more than shards would loop forever.
+        parts: number of readers.
         done: items of this reader to skip; groups without other items are omitted.
+
+    Raises:
+        ValueError: if there are more readers than shards, or no items, which would loop forever.
     """
     size = np.asarray(counts)
     if parts > len(counts) or not size.any():
@@ -308,7 +311,10 @@ def crop_examples(
 ) -> Iterator[Example]:
     """Stage: crop longer examples to `num_frames`, at a random start if they have an `rng`.
 
-    The codec's `frame_rate`, in Hz, gives the number of frames that hold audio.
+    Args:
+        examples: without `rng`, they are cropped at their beginning.
+        frame_rate: of the codec, in Hz; gives the number of frames that hold audio.
+        crop_start: where random crops begin.
     """
     for example in examples:
         codes, num_frames, rng = example["codes"], example["num_frames"], example["rng"]
