@@ -49,15 +49,10 @@ def balanced_mean(stage: MaskedLoss, prompt: MaskedLoss, prompt_weight: float) -
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, masked: Tensor) -> MaskedLoss:
-    """Loss at the masked frames.
+    """Loss of logits `n c` at the n frames of `masked` (bool `b t`, no padding), in row-major order.
 
-    Args:
-        logits: `n c`, at the n masked frames only, in row-major order of `masked`.
-        targets: `b t`, the codes of the stage.
-        masked: `b t` bool, n frames True; never padding. On the host, nothing waits for the device.
-
-    Raises:
-        ValueError: if `logits` has another number of frames than `masked`.
+    `targets`, `b t`, are the codes of the stage. If `masked` is on the host, nothing waits for the
+    device. Raises ValueError if `logits` has another number of frames than `masked`.
     """
     positions = _positions(logits, masked)
     wanted = targets.flatten().index_select(0, positions)

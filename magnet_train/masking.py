@@ -65,19 +65,10 @@ def span_counts(num_frames: int, span_len: int) -> tuple[int, ...]:
 def span_mask(
     rates: Tensor, num_frames: int, span_len: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Random spans that mask, on average, the share `rates` of the frames: `b` -> bool `b t`.
+    """Random spans that mask, on average, the share `rates` (0 to 1) of frames: `b` -> bool `b t`.
 
-    Starts are drawn without replacement over all frames; spans are truncated at the end of the
-    sequence. At least one span is masked in every example.
-
-    Args:
-        rates: share of the frames to mask, 0 to 1, one per example.
-        num_frames: length of the sequence, in frames.
-        span_len: length of a span, in frames.
-        generator: random generator (default: the global one).
-
-    Raises:
-        ValueError: if a span is longer than the sequence.
+    Starts are drawn without replacement over all frames; spans, of `span_len` frames, are truncated
+    at the end. At least one is masked in every example. Raises ValueError if none fits.
     """
     if not 1 <= span_len <= num_frames:
         raise ValueError(f"span_len={span_len} does not fit in num_frames={num_frames}")
