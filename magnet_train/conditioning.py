@@ -173,11 +173,7 @@ def load_text_encoder(name: str = "demo") -> TextEncoder:
 
 
 def drop_captions(captions: Sequence[str], p: float, generator: torch.Generator) -> list[str]:
-    """Replace each caption by the null caption "" with probability `p` (0 to 1), to train guidance.
-
-    Captions are independent, and one number is drawn for each at any `p`. audiocraft drops the
-    captions of the whole batch at once, which makes gradients noisier.
-    """
+    """Replace each caption, by itself, by "" with probability `p` (0 to 1), to train guidance."""
     draws = torch.rand(len(captions), generator=generator, device=generator.device).tolist()
     return ["" if draw < p else caption for caption, draw in zip(captions, draws, strict=True)]
 

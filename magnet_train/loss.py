@@ -49,10 +49,10 @@ def balanced_mean(stage: MaskedLoss, prompt: MaskedLoss, prompt_weight: float) -
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, masked: Tensor) -> MaskedLoss:
-    """Loss of logits `n c` at the n frames of `masked` (bool `b t`, no padding), in row-major order.
+    """Loss of logits `n c` at the n frames `masked` (bool `b t`, no padding), in row-major order.
 
-    `targets`, `b t`, are the codes of the stage. If `masked` is on the host, nothing waits for the
-    device. Raises ValueError if `logits` has another number of frames than `masked`.
+    `targets` are codes `b t`. If `masked` is on the host, nothing waits for the device. Raises
+    ValueError if `logits` has another number of frames.
     """
     positions = _positions(logits, masked)
     wanted = targets.flatten().index_select(0, positions)
