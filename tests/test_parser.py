@@ -158,6 +158,7 @@ def test_a_shipped_configuration_is_found_by_name_from_anywhere(tmp_path, monkey
         (b"a: &a [%s]\nb: &b [%s]\nc: [%s]" % (b"1," * 99, b"*a," * 99, b"*b," * 99), "aliases"),
         (b"a: &a [*a]", "alias"),
         (b"a: 1\nb: 2\na: 3", "a is given twice"),
+        (b'{"decoding": "\\u0000"}', "has a null character"),
         (b"- 1", "contains a list"),
         (b"#" * (MAX_BYTES + 1), "larger than"),
         (None, "no such file"),

@@ -52,6 +52,7 @@ def test_ends_belong_to_an_interval_or_not(values):
         ({"weights": (0,)}, r"--weights=0 must be above 0 grams"),
         ({"weights": ()}, "--weights="),
         ({"weights": (math.inf,)}, "--weights="),
+        ({"weights": (10**400,)}, "--weights=1000"),
         ({"kind": "mp3"}, "--kind=mp3 must be wav or flac"),
     ],
 )

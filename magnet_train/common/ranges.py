@@ -1,6 +1,7 @@
 """Checks of settings: numbers in intervals, choices, and one number per codebook."""
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -97,6 +98,8 @@ def _number(text: str) -> float:
 
 
 def _contains(interval: str, number: float) -> bool:
+    if not abs(number) <= sys.float_info.max:  # NaN, or an integer that no float can hold
+        return False
     from_low, low, high, to_high, _ = _parts(interval)
     return (low <= number if from_low else low < number) and (
         number <= high if to_high else number < high

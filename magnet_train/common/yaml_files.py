@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from magnet_train.common.errors import UserError
 
@@ -18,7 +19,7 @@ MAX_ENTRIES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """Rejects duplicate keys, of which PyYAML silently keeps the last."""
+    """Rejects duplicate keys, of which PyYAML silently keeps the last, and null characters."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -26,6 +27,12 @@ class _Loader(yaml.SafeLoader):
         if twice := [name for name, count in names.items() if count > 1 and name != "<<"]:
             raise ComposerError(None, None, f"{twice[0]} is given twice", node.start_mark)
         return node
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if "\0" in str(value):  # a path with it raises ValueError wherever it is used
+            raise ConstructorError(None, None, "has a null character", node.start_mark)
+        return value
 
 
 def read_yaml(path: Path, shown: str) -> Any:
