@@ -12,10 +12,13 @@ Each part writes benchmarks/records/editing_PART.json and renews editing.md besi
 writes docs/editing. The records name the weights. Recordings are validation clips decoded by the
 codec, so that what is measured is the model's part of a seam, and not that of the codec.
 
-A seam's perplexity: a masked reading by the model itself. The 5 frames behind it are masked in one
-stage, all stages in turn; codebooks below are seen, those above hidden, as in training. It is
-divided by that of frames of the same kind elsewhere in the same audio: what is made anew is
-compared with what is made anew, and what is recorded with what is recorded.
+A seam's perplexity: a masked reading by the model itself, of the codes of the result. The 5 frames
+behind the seam are masked in one stage, all stages in turn; codebooks below are seen, those above
+hidden, as in training. It is divided by the perplexity of frames inside the same result, recorded
+and regenerated ones. "Audio encoded again" reads the codes of the written audio instead, with the
+codec's cross-fades; regions with the recording's own codes show what the codec alone does there.
+Each clip has its own seed. Loops are whole bars at the tempo of the caption, so only clips whose
+caption names a tempo are used.
 """
 
 import argparse
@@ -26,6 +29,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +56,13 @@ from magnet_train.evaluation.scorer import (
 from magnet_train.generator import Generator, load
 from magnet_train.metrics.embedders import load_embedder
 from magnet_train.metrics.intervals import bootstrap_interval
-from magnet_train.metrics.music import ClipMusic, MusicFigure, measure_clip, score_music
+from magnet_train.metrics.music import (
+    ClipMusic,
+    MusicFigure,
+    measure_clip,
+    parse_tempo,
+    score_music,
+)
 from magnet_train.metrics.scoring import FeatureSet
 from magnet_train.release import SavedModel
 
@@ -101,70 +111,96 @@ def surprise(generator: Generator, codes: Tensor, caption: str, places: list[int
 
 
 def seam_ratio(
-    generator: Generator, codes: Tensor, caption: str, seams: dict[int, list[int]]
+    generator: Generator, codes: Tensor, caption: str, seams: list[int], inside: list[int]
 ) -> Tensor:
-    """Log of each seam's perplexity over that of frames of the same kind, by seam: their places."""
-    places = sorted({place for others in seams.values() for place in others})
-    found = dict(zip(places, surprise(generator, codes, caption, places).tolist(), strict=True))
-    at_seams = surprise(generator, codes, caption, list(seams))
-    elsewhere = [np.mean([found[place] for place in others]) for others in seams.values()]
-    return at_seams - torch.tensor(elsewhere)
+    """Log of the perplexity at the seams over that inside, at other frames: a number."""
+    at_seams = surprise(generator, codes, caption, seams)
+    return at_seams.mean() - surprise(generator, codes, caption, inside).mean()
+
+
+def bars_s(caption: str, sample_rate: int, longest_s: float) -> float | None:
+    """Length of as many bars of four beats as fit, a whole number of samples, in seconds."""
+    tempo = parse_tempo(caption)
+    if tempo is None or 240 / tempo > longest_s:
+        return None
+    return round(longest_s * tempo // 240 * 240 / tempo * sample_rate) / sample_rate
 
 
 @torch.no_grad()
 def seams(generator: Generator, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     facts = generator.codec.facts
-    rate, hop = round(facts.frame_rate), facts.hop_samples
-    items = validation_items(generator, args.clips)
+    rate, hop, longest_s = round(facts.frame_rate), facts.hop_samples, 0.95 * generator.crop_s
+    items = [
+        item | {"loop_s": loop_s}
+        for item in validation_items(generator, 10 * args.clips)
+        if (loop_s := bars_s(item["caption"], facts.sample_rate, longest_s)) is not None
+    ][: args.clips]
     size = items[0]["codes"].shape[1]
-    middle, loop = size // 2, round(0.8 * size)
+    middle = size // 2
     a, b, c, d = (round(size * share) for share in (0.2, 0.4, 0.6, 0.8))
-    real, made = [a // 2, middle, (d + size) // 2], [(a + b) // 2, (c + d) // 2]
-    # What lies behind the left border of a region is made anew, behind the right border it is real.
-    regions = {a: made, b: real, c: made, d: real}
-    near = {middle: [middle - rate // 2 - BEHIND, middle + rate // 2]}
-    far = {middle: [middle - 2 * rate, middle - rate, middle + rate, middle + 2 * rate]}
+    regions = Edit(((a / rate, b / rate), (c / rate, d / rate)))
+    recorded, made = [a // 2, middle, (d + size) // 2], [(a + b) // 2, (c + d) // 2]
+    at_regions = [a, b, c, d], [*recorded, *made]
+    # A loop regenerates one second on each side: two places in it, and two in the recording.
+    half = rate // 2
+    at_loop = (
+        [middle],
+        [middle - 2 * rate, middle - half - BEHIND, middle + half, middle + 2 * rate],
+    )
     found: dict[str, list[Tensor]] = {}
 
-    def read(name: str, wav: Tensor, caption: str, places: dict[int, list[int]]) -> None:
-        codes = encode_blocks(generator.codec, wav)[0]
-        found.setdefault(name, []).append(seam_ratio(generator, codes, caption, places))
+    def read(name: str, codes: Tensor, caption: str, places: tuple[list[int], list[int]]) -> None:
+        found.setdefault(name, []).append(seam_ratio(generator, codes, caption, *places))
 
-    def twice(wav: Tensor) -> Tensor:
+    def encoded(wav: Tensor) -> Tensor:
+        return encode_blocks(generator.codec, wav)[0]
+
+    def twice(x: Tensor, half: int) -> Tensor:
         """The end of a loop and its beginning, with the seam in the middle."""
-        return torch.cat([wav[:, -middle * hop :], wav[:, : middle * hop]], 1)
+        return torch.cat([x[:, -half:], x[:, :half]], 1)
 
     for i, item in enumerate(items):
         wav, caption = generator.codec.decode(item["codes"][None])[0], item["caption"]
+        codes = encoded(wav)
         other = generator.codec.decode(items[(i + 1) % len(items)]["codes"][None])[0]
-        read("uncut music, the places of the regions", wav, caption, regions)
-        read("uncut music, its middle", wav, caption, far)
-        edit = Edit(((a / rate, b / rate), (c / rate, d / rate)))
-        edited = generator.edit(wav, facts.sample_rate, edit, caption)[0].wav
-        read("`edit --regenerate`, two regions", edited, caption, regions)
-        inside = dict.fromkeys(made, real)
-        read("inside these regions, against the recording", edited, caption, inside)
-        edit = Edit(loop_s=loop / rate)
-        looped = generator.edit(wav, facts.sample_rate, edit, caption)[0].wav
-        read("`edit --loop`", twice(looped), caption, near)
-        result = generator.generate([caption], 0, [item["key"]], loop / rate, loop=True)
-        read("`generate --loop`", twice(result.wav[0]), caption, far)
-        read("naive repetition of the same length", twice(wav[:, : loop * hop]), caption, far)
-        joined = torch.cat([wav[:, : middle * hop], other[:, middle * hop :]], 1)
-        read("naive concatenation of two clips", joined, caption, far)
+        read(UNCUT[0], codes, caption, at_regions)
+        read(UNCUT[1], codes, caption, at_loop)
+        edited = generator.edit(wav, facts.sample_rate, regions, caption, seed=i)[0]
+        read("`edit --regenerate`, two regions", edited.codes, caption, at_regions)
+        read(ITSELF, edited.codes, caption, (made, recorded))
+        read("`edit --regenerate`, audio encoded again", encoded(edited.wav), caption, at_regions)
+        same = replace(edited, codes=codes)
+        read("the recording's codes in these regions, same", encoded(same.wav), caption, at_regions)
+        loop = Edit(loop_s=item["loop_s"])
+        looped = generator.edit(wav, facts.sample_rate, loop, caption, seed=i)[0]
+        read("`edit --loop`", twice(looped.codes, middle), caption, at_loop)
+        again = encoded(twice(looped.wav, middle * hop))
+        read("`edit --loop`, audio encoded again", again, caption, at_loop)
+        result = generator.generate([caption], i, [item["key"]], item["loop_s"], loop=True)
+        read("`generate --loop`", twice(result.codes[0], middle), caption, at_loop)
+        again = encoded(twice(result.wav[0], middle * hop))
+        read("`generate --loop`, audio encoded again", again, caption, at_loop)
+        cut = encoded(wav[:, : looped.wav.shape[1]])
+        read("naive repetition of the same length", twice(cut, middle), caption, at_loop)
+        joined = torch.cat([codes[:, :middle], encoded(other)[:, middle:]], 1)
+        read("naive concatenation of two clips", joined, caption, at_loop)
         print(f"{i + 1} of {len(items)}", flush=True)
         if i > 0:  # a record after every clip, because all of them take long
-            rows = []
-            for name, values in found.items():
-                clips = torch.stack([x.mean() for x in values])
-                interval = np.exp(bootstrap_interval(clips))
-                rows.append(
-                    {
-                        "audio": name,
-                        "ratio": {"value": float(clips.mean().exp()), "interval": interval},
-                    }
-                )
-            yield {"clips": i + 1, "frames_behind": BEHIND, "rows": rows}
+            yield {"clips": i + 1, "frames_behind": BEHIND, "rows": list(_seam_rows(found))}
+
+
+UNCUT = ("uncut music, at the places of the regions", "uncut music, its middle")
+ITSELF = "regenerated frames over recorded ones, same audio"
+
+
+def _seam_rows(found: dict[str, list[Tensor]]) -> Iterator[dict[str, Any]]:
+    """Ratios by audio, and those over the ratio of uncut music at the same places, by clip."""
+    for name, values in found.items():
+        ratios = torch.stack(values)
+        uncut = torch.stack(found[UNCUT[0 if "regions" in name or "regen" in name else 1]])
+        row = {"audio": name, "ratio": _exp_cell(ratios)}
+        no_seam = name in (*UNCUT, ITSELF)
+        yield row if no_seam else row | {"over uncut music": _exp_cell(ratios - uncut)}
 
 
 # --- what the network sees of given codes ---------------------------------------------------------
@@ -266,7 +302,7 @@ def prompted(generator: Generator, args: argparse.Namespace) -> Iterator[dict[st
             chroma[name].append(
                 float(np.corrcoef(measure_clip(first, rate).classes, own.classes)[0, 1])
             )
-            seam[name].append(seam_ratio(generator, clip, captions[key], {half: near}).mean())
+            seam[name].append(seam_ratio(generator, clip, captions[key], [half], near))
     table_rows = []
     for name in names:
         same, ratio = torch.tensor(chroma[name]), torch.stack(seam[name])
@@ -276,10 +312,7 @@ def prompted(generator: Generator, args: argparse.Namespace) -> Iterator[dict[st
                 "second half": name,
                 "correlation of chroma with the first": _cell(same),
                 "hidden minus this": _cell(better),
-                "seam": {
-                    "value": float(ratio.mean().exp()),
-                    "interval": np.exp(bootstrap_interval(ratio)),
-                },
+                "seam": _exp_cell(ratio),
             }
             | music_cells(score_music(music[name], captions, music[names[0]]))
         )
@@ -439,6 +472,11 @@ def figures(clips: list[AudioClip], captions: dict[str, str], reference: Any) ->
 def _cell(values: Tensor) -> dict[str, Any]:
     """The table's cell of a mean over clips."""
     return {"value": float(values.mean()), "interval": bootstrap_interval(values)}
+
+
+def _exp_cell(logs: Tensor) -> dict[str, Any]:
+    """The table's cell of a geometric mean over clips."""
+    return {"value": float(logs.mean().exp()), "interval": np.exp(bootstrap_interval(logs))}
 
 
 def music_cells(figures: dict[str, MusicFigure]) -> dict[str, Any]:
