@@ -485,8 +485,8 @@ class MagnetModule(L.LightningModule):
             drawn = torch.randint(self.config.num_codebooks, (number,), generator=generator)
         else:
             drawn = torch.multinomial(self.stage_weights, number, True, generator=generator)
-        of_rows = drawn.expand(size)
-        return [(int(k), (of_rows == k).nonzero()[:, 0].tolist()) for k in of_rows.unique()]
+        of_rows = drawn.expand(size).tolist()
+        return [(k, [i for i in range(size) if of_rows[i] == k]) for k in sorted(set(of_rows))]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         num_frames = batch["valid"].shape[1]
