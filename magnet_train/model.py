@@ -393,7 +393,7 @@ class Magnet(nn.Module):
         return angles.cos(), angles.sin()
 
     def inputs(self, x: Tensor, pass_: Pass, valid: Tensor | None) -> Inputs:
-        """What all blocks share, from the first block's input `b t d`; if delayed, `b s d`."""
+        """Inputs that are the same for all blocks, from the embedded codes `b t d`, or `b s d`."""
         rotation = self.rotation(x.shape[1])
         if not self.is_delayed:
             return frame_inputs(x, pass_.context, valid, rotation)

@@ -292,7 +292,9 @@ def test_what_soundfile_cannot_read_goes_through_ffmpeg(
     shutil.copy(tmp_path / f"a{suffix}", tmp_path / "renamed.mp3")
     assert length_s(tmp_path / "renamed.mp3") == length_s(tmp_path / f"a{suffix}")
     (tmp_path / f"a{suffix}").write_bytes(b"no audio" * 50)
-    assert "unreadable" in refusal(duration_s, tmp_path / f"a{suffix}")
+    # The content of an .ogg decides whether ffmpeg is used.
+    reason = "unreadable" if suffix == ".ogg" else "unreadable by ffmpeg"
+    assert reason in refusal(duration_s, tmp_path / f"a{suffix}")
 
 
 def test_what_ffmpeg_writes_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

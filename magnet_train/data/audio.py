@@ -291,7 +291,7 @@ def _read(file: BinaryIO | int, path: Path, is_stream: bool = False) -> tuple[np
 
 
 def _after_id3(file: BinaryIO) -> int:
-    """Where a file's content starts, behind a tag in front of it."""
+    """Position of the first byte after an ID3 tag; 0 if the file does not start with one."""
     file.seek(0)
     head = file.read(10)
     if not head.startswith(b"ID3") or len(head) < 10:
@@ -314,8 +314,8 @@ def _is_mp3(path: Path) -> bool:
 def split_mp3(content: bytes) -> list[bytes]:
     """Splits concatenated MP3 files, of which libsndfile reads as many frames as the first says.
 
-    A part starts with a frame that has the number of frames, or behind as many as there were said
-    to be. What is not a whole frame at the end is left out.
+    A new part starts at a frame that has a frame count, or after the number of frames that the
+    last count gave. An incomplete frame at the end is dropped.
     """
     bounds: list[int] = []
     end = beyond = left = 0
@@ -366,8 +366,10 @@ def _frame_bytes(head: bytes) -> int:
 
 
 def frame_count(frame: bytes) -> int | None:
-    """Number of frames behind an MP3 frame that has such a number, 0 if it is left out; None for a
-    frame of audio."""
+    """Frame count in the first frame of an MP3 (Xing, Info or VBRI header).
+
+    0 if the header has no count; None if the frame has no such header.
+    """
     for at in (36, 21, 13):  # by version and channels
         kind = frame[at : at + 4]
         if kind == b"VBRI":

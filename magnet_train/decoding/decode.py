@@ -346,7 +346,7 @@ def guided_logits(
 
 @dataclass(frozen=True)
 class _Run:
-    """What all steps of a decoding share."""
+    """Networks and settings that stay the same during one call of `decode`."""
 
     networks: Networks
     mask_id: int
