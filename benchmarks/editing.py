@@ -148,9 +148,12 @@ def seams(generator: Generator, args: argparse.Namespace) -> Iterator[dict[str, 
         [middle - 2 * rate, middle - half - BEHIND, middle + half, middle + 2 * rate],
     )
     found: dict[str, list[Tensor]] = {}
+    uncut: dict[str, str] = {}
 
     def read(name: str, codes: Tensor, caption: str, places: tuple[list[int], list[int]]) -> None:
         found.setdefault(name, []).append(seam_ratio(generator, codes, caption, *places))
+        if name not in (*UNCUT, ITSELF):
+            uncut[name] = UNCUT[0 if places is at_regions else 1]
 
     def encoded(wav: Tensor) -> Tensor:
         return encode_blocks(generator.codec, wav)[0]
@@ -186,21 +189,21 @@ def seams(generator: Generator, args: argparse.Namespace) -> Iterator[dict[str, 
         read("naive concatenation of two clips", joined, caption, at_loop)
         print(f"{i + 1} of {len(items)}", flush=True)
         if i > 0:  # a record after every clip, because all of them take long
-            yield {"clips": i + 1, "frames_behind": BEHIND, "rows": list(_seam_rows(found))}
+            yield {"clips": i + 1, "frames_behind": BEHIND, "rows": list(_seam_rows(found, uncut))}
 
 
 UNCUT = ("uncut music, at the places of the regions", "uncut music, its middle")
 ITSELF = "regenerated frames over recorded ones, same audio"
 
 
-def _seam_rows(found: dict[str, list[Tensor]]) -> Iterator[dict[str, Any]]:
-    """Ratios by audio, and those over the ratio of uncut music at the same places, by clip."""
+def _seam_rows(found: dict[str, list[Tensor]], uncut: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Ratios by audio, and over those of uncut music at the same places, named by `uncut`."""
     for name, values in found.items():
         ratios = torch.stack(values)
-        uncut = torch.stack(found[UNCUT[0 if "regions" in name or "regen" in name else 1]])
         row = {"audio": name, "ratio": _exp_cell(ratios)}
-        no_seam = name in (*UNCUT, ITSELF)
-        yield row if no_seam else row | {"over uncut music": _exp_cell(ratios - uncut)}
+        if name in uncut:
+            row["over uncut music"] = _exp_cell(ratios - torch.stack(found[uncut[name]]))
+        yield row
 
 
 # --- what the network sees of given codes ---------------------------------------------------------
