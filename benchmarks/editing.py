@@ -402,10 +402,11 @@ def extension(generator: Generator, args: argparse.Namespace) -> Iterator[dict[s
         (made,) = generator.edit(wav, facts.sample_rate, edit, item["caption"])
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         render = linear_render(generator.codec, made.codes, facts.sample_rate)
+        nothing = torch.zeros(facts.channels, 0)
         for name, start in (("first minute", 0), ("last minute", args.minutes - 1)):
             for i in range(6):
                 at = round((generator.crop_s + 60 * start + 10 * i) * facts.frame_rate)
-                clip = render(at, at + round(10 * facts.frame_rate))[:, :piece]
+                clip = render(at, at + round(10 * facts.frame_rate), nothing, nothing)[:, :piece]
                 key = f"{item['key']} {i}"
                 captions[key] = item["caption"]
                 minutes[name].append(AudioClip(key, clip, facts.sample_rate))

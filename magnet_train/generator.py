@@ -5,6 +5,7 @@ audio, and `edit` regenerates parts of a recording. Both use `fill`, which decod
 are not given. Used by the command line, the validation callback and notebooks.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -165,7 +166,10 @@ class Edited:
         if not self.join.is_loop:
             yield from self.join.blocks(linear_render(self.codec, self.codes, self.sample_rate))
             return
-        loop = decode_loop(self.codec, self.codes, SEAM_S)
+        hop = self.codec.facts.hop_samples
+        recorded = resample_loop(self.join.original, self.codes.shape[1] * hop).clone()
+        recorded[:, self.join.to_decode.repeat_interleave(hop)] = math.nan
+        loop = decode_loop(self.codec, self.codes, SEAM_S, recorded)
         yield join_loop(self.join, resample_loop(loop, self.join.num_samples))
 
     @cached_property

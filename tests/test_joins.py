@@ -30,7 +30,7 @@ class Smooth:
         padded = torch.nn.functional.pad(wav, (0, -wav.shape[2] % HOP))
         return padded.unflatten(2, (-1, HOP)).mean(3).round().long()
 
-    def decode(self, codes):
+    def decode(self, codes, known=None):
         held = codes.float().repeat_interleave(HOP, 2)
         return torch.nn.functional.avg_pool1d(
             torch.nn.functional.pad(held, (HOP, HOP), mode="replicate"), 2 * HOP + 1, stride=1
@@ -81,6 +81,38 @@ def test_regions_of_a_loop_may_reach_over_its_end():
     assert torch.equal(out[:, 17:68], original[:, 17:68])
     inside = torch.tensor([*range(71, 85), *range(14)])
     assert torch.equal(out[:, inside], loop[:, inside])
+
+
+class Listening(Smooth):
+    """A codec that keeps the audio that it is given beside a block."""
+
+    def decode(self, codes, known=None):
+        self.known = known[0, 0]
+        return super().decode(codes)
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=60))
+def test_the_codec_knows_the_recording_beside_a_region_and_nothing_of_the_region(mask):
+    to_decode = torch.tensor(mask)
+    codec, codes = Listening(), torch.zeros(1, len(mask), dtype=torch.long)
+    samples = torch.arange(1.0, len(mask) * HOP + 1)  # each sample is its own place
+    render = linear_render(codec, codes, 32)
+
+    def checked(first, last, before, after):
+        wav = render(first, last, before, after)
+        start = max(0, first - 4)  # a second of context
+        place = samples[start * HOP :][: len(codec.known)]
+        is_known = ~codec.known.isnan()
+        assert torch.equal(codec.known[is_known], place[is_known])
+        frames = is_known.unflatten(0, (-1, HOP))
+        assert torch.equal(frames.any(1), frames.all(1))
+        assert not frames[first - start : last - start].any()
+        assert first == 0 or frames[first - start - 1].all()
+        assert last == len(mask) or frames[last - start].all()
+        return wav
+
+    join = Join(samples[None], to_decode, len(samples), HOP, fade=3, block=len(mask))
+    list(join.blocks(checked))
 
 
 def test_a_period_of_another_length_stays_a_period():

@@ -111,6 +111,10 @@ class Codec(nn.Module, ABC):
     def _decode(self, codes: Tensor) -> Tensor:
         """Valid codes `b k t` of the first k codebooks -> waveform `b c t`."""
 
+    def _decode_beside(self, codes: Tensor, known: Tensor) -> Tensor:
+        """`_decode` beside `known` audio, for codecs that reconstruct phases (see `decode`)."""
+        return self._decode(codes)
+
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
@@ -193,14 +197,19 @@ class Codec(nn.Module, ABC):
             return self._encode(wav) if lengths is None else self._encode_padded(wav, lengths)
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, known: Tensor | None = None) -> Tensor:
         """Codes `b k t` in 0 .. codebook_size - 1 -> waveform `b c (t hop_samples)`, float32.
 
         Codes of the first codebooks only (k < num_codebooks) give a coarser version of the sound.
 
+        Args:
+            codes: The codes.
+            known: Audio that the result is joined with, shaped like the result, NaN where there is
+                none. A codec that reconstructs phases continues those of `known`; others ignore it.
+
         Raises:
             ValueError: if `codes` is not a non-empty integer tensor of three axes with 1 to
-                num_codebooks codebooks.
+                num_codebooks codebooks, or `known` has another shape than the result.
             UserError: if a value is not an entry of the codebooks, such as the mask id.
         """
         size = self.facts.codebook_size
@@ -229,7 +238,12 @@ class Codec(nn.Module, ABC):
                 f"the first is {value} ({cause})"
             )
         with _plain_float32(codes.device):
-            return self._decode(codes)
+            if known is None:
+                return self._decode(codes)
+            shape = (len(codes), self.facts.channels, codes.shape[2] * self.facts.hop_samples)
+            if known.shape != shape:
+                raise ValueError(f"known must be {shape}, got {tuple(known.shape)}")
+            return self._decode_beside(codes, known.to(codes.device, torch.float32))
 
 
 class NetworkCodec(Codec):

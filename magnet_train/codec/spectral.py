@@ -272,8 +272,8 @@ class SpectralDecoder(nn.Module):
         scale = torch.cat([1 / config.pitch_scale, torch.ones(config.level_dim, device="cpu")])
         self.register_buffer("input_scale", scale[:, None], persistent=False)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.waveform(self.log_magnitude(latents))
+    def forward(self, latents: Tensor, known: Tensor | None = None) -> Tensor:
+        return self.waveform(self.log_magnitude(latents), known)
 
     def log_magnitude(self, latents: Tensor) -> Tensor:
         """`b d t` -> `b f m`, natural logarithms; -8.1 = silence, -0.7 = a full-scale sine."""
@@ -282,14 +282,21 @@ class SpectralDecoder(nn.Module):
         frames = self.linear(x.transpose(1, 2)) + correction  # b t (s f)
         return frames.unflatten(2, (self.config.sub_frames, -1)).flatten(1, 2).transpose(1, 2)
 
-    def waveform(self, log_magnitude: Tensor) -> Tensor:
-        """`b f m` -> `b n`: phases by peak tracking and fast Griffin-Lim; high-pass; limiter."""
+    def waveform(self, log_magnitude: Tensor, known: Tensor | None = None) -> Tensor:
+        """`b f m` -> `b n`: phases by peak tracking and fast Griffin-Lim; high-pass; limiter.
+
+        Beside `known` audio (`b n`, NaN where there is none), peaks are tracked from its phases on,
+        and its samples are put back before each transform.
+        """
         magnitude = self.limit((log_magnitude.clamp(max=0).exp() - self.floor).clamp(min=0))
         magnitude[:, : self.lowest_bin] = 0
-        estimate = torch.polar(magnitude, self._peak_phases(magnitude))
+        estimate = torch.polar(magnitude, self._peak_phases(magnitude, known))
         previous = torch.zeros_like(estimate)
         for _ in range(self.config.griffin_lim_steps):
-            projected = self.spectrum.transform(self.spectrum.invert(estimate))
+            wav = self.spectrum.invert(estimate)
+            if known is not None:
+                wav = torch.where(known.isnan(), wav, known)
+            projected = self.spectrum.transform(wav)
             moved = projected + 0.99 * (projected - previous)
             previous = projected
             estimate = torch.polar(magnitude, moved.angle())
@@ -301,8 +308,11 @@ class SpectralDecoder(nn.Module):
         rms = (magnitude.square().sum(1, keepdim=True) / 0.75).sqrt()
         return magnitude * (self.loudest / rms.clamp(min=self.loudest))
 
-    def _peak_phases(self, magnitude: Tensor) -> Tensor:
-        """Phases that advance with the frequency of the nearest peak: `b f m` -> `b f m`."""
+    def _peak_phases(self, magnitude: Tensor, known: Tensor | None) -> Tensor:
+        """Phases that advance with the frequency of the nearest peak: `b f m` -> `b f m`.
+
+        Transforms that see only `known` audio have its phases.
+        """
         b, f, m = magnitude.shape
         level = magnitude.clamp(min=1e-7).log()
         left, mid, right = level[:, :-2], level[:, 1:-1], level[:, 2:]
@@ -322,15 +332,21 @@ class SpectralDecoder(nn.Module):
         advance = top.expand(b, f, m).gather(1, nearest) * (
             2 * math.pi * self.spectrum.hop / self.spectrum.size
         )
+        # Neighbouring bins of one partial alternate in sign under a window that starts at sample 0.
+        alternating = math.pi * (bin_index % 2)
+        heard = None
+        if known is not None:  # a transform that sees one NaN is NaN
+            heard = self.spectrum.transform(known).angle() - alternating
         phase = torch.zeros(b, f, device=level.device)
         phases = []
         # A bin continues the phase of its peak's bin, so that a moving partial stays coherent.
         for i in range(m):
             phase = phase.gather(1, nearest[:, :, i]) + advance[:, :, i]
             phase = torch.remainder(phase, 2 * math.pi)
+            if heard is not None:
+                phase = torch.where(heard[:, :, i].isnan(), phase, heard[:, :, i])
             phases.append(phase)
-        # Neighbouring bins of one partial alternate in sign under a window that starts at sample 0.
-        return torch.stack(phases, dim=2) + math.pi * (bin_index % 2)
+        return torch.stack(phases, dim=2) + alternating
 
 
 def high_pass(
@@ -452,6 +468,9 @@ class SpectralCodec(NetworkCodec):
 
     def _decode(self, codes: Tensor) -> Tensor:
         return self.model.decoder(self.model.latents(codes))[:, None]
+
+    def _decode_beside(self, codes: Tensor, known: Tensor) -> Tensor:
+        return self.model.decoder(self.model.latents(codes), known[:, 0])[:, None]
 
 
 def nearest(x: Tensor, entries: Tensor) -> Tensor:

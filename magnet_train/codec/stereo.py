@@ -43,6 +43,14 @@ class StereoCodec(Codec):
         return torch.stack(channels, 2).flatten(1, 2)
 
     def _decode(self, codes: Tensor) -> Tensor:
-        """An odd number of codebooks gives the left channel one more than the right."""
-        left, right = codes[:, ::2], codes[:, 1::2]
-        return torch.cat([self.mono.decode(c if c.shape[1] else left) for c in (left, right)], 1)
+        return torch.cat([self.mono.decode(c) for c in _channels(codes)], 1)
+
+    def _decode_beside(self, codes: Tensor, known: Tensor) -> Tensor:
+        pairs = zip(_channels(codes), known.split(1, 1), strict=True)
+        return torch.cat([self.mono.decode(c, audio) for c, audio in pairs], 1)
+
+
+def _channels(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of the left and the right channel; the left may have one codebook more, or all."""
+    left, right = codes[:, ::2], codes[:, 1::2]
+    return left, right if right.shape[1] else left

@@ -1,14 +1,16 @@
 """Joins recorded and decoded audio: blocks with context, loops, cross-fades.
 
-A codec's decoder uses neighbouring frames and may reconstruct other phases. So every block is
-decoded with context on both sides and cross-faded at its borders. All cross-fades are inside the
-regenerated regions; all other samples of the recording stay exact.
+A codec's decoder uses neighbouring frames and may reconstruct phases. So every block is decoded
+with context on both sides, beside the audio that it is joined with, and cross-faded at its borders.
+All cross-fades are inside the regenerated regions; all other samples of the recording stay exact.
 
 Shapes: c channels, n samples, k codebooks, t frames.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,8 +23,10 @@ CONTEXT_S = 1.0
 BLOCK_S = 10.0
 """Maximum length of a block, in seconds."""
 
-Render = Callable[[int, int], Tensor]
-"""First and last frame -> decoded audio `c n` from the first on; may be longer than requested."""
+Render = Callable[[int, int, Tensor, Tensor], Tensor]
+"""First and last frame, the audio `c n` before and after them (may be empty) -> decoded audio `c n`
+from the first frame on; may be longer than requested.
+"""
 
 
 def crossfade(old: Tensor, new: Tensor) -> Tensor:
@@ -62,7 +66,7 @@ def resample(wav: Tensor, rate: float, wanted: float) -> Tensor:
     """Resample `c n` with soxr."""
     import soxr
 
-    if rate == wanted:
+    if rate == wanted or wav.shape[1] == 0:
         return wav
     samples = soxr.resample(wav.T.numpy().astype(np.float64), rate, wanted)
     return torch.from_numpy(samples.T.copy()).float()
@@ -77,16 +81,28 @@ def resample_loop(wav: Tensor, num_samples: int) -> Tensor:
     return torch.from_numpy(resample(wav.double().numpy(), num_samples, axis=1)).float()
 
 
-def decode_loop(codec: Codec, codes: Tensor, fade_s: float) -> Tensor:
+def decode_loop(
+    codec: Codec, codes: Tensor, fade_s: float, recorded: Tensor | None = None
+) -> Tensor:
     """Codes `k t` of a loop -> `c (t hop)`, whose end continues with its beginning.
 
     Each end is the codec's context of the other. The codec may reconstruct other phases, so the
     audio after the end is cross-faded with the beginning.
+
+    Args:
+        codec: The codec.
+        codes: The codes.
+        fade_s: Length of this cross-fade, in seconds.
+        recorded: The recording `c (t hop)` that regenerated frames are joined with, NaN in these.
     """
     t, hop = codes.shape[1], codec.facts.hop_samples
     context = round(CONTEXT_S * codec.facts.frame_rate)
     index = torch.arange(-context, t + context) % t
-    wav = codec.decode(codes[None][..., index.to(codes.device)])[0].cpu()
+    known = None
+    if recorded is not None:
+        recorded = _with_channels(recorded, codec.facts.channels)
+        known = recorded.unflatten(1, (t, hop))[:, index].flatten(1)[None]
+    wav = codec.decode(codes[None][..., index.to(codes.device)], known)[0].cpu()
     loop = wav[:, context * hop : (context + t) * hop].clone()
     fade = min(round(fade_s * codec.facts.sample_rate), loop.shape[1])
     behind = wav[:, (context + t) * hop :][:, :fade]
@@ -99,11 +115,21 @@ def linear_render(codec: Codec, codes: Tensor, sample_rate: int) -> Render:
     hop, facts = codec.facts.hop_samples, codec.facts
     context = round(CONTEXT_S * facts.frame_rate)
 
-    def render(first: int, last: int) -> Tensor:
-        start = max(0, first - context)
-        wav = codec.decode(codes[None, :, start : last + context])[0].cpu()
+    def at_codec_rate(wav: Tensor) -> Tensor:
+        return resample(_with_channels(wav, facts.channels), sample_rate, facts.sample_rate)
+
+    def render(first: int, last: int, before: Tensor, after: Tensor) -> Tensor:
+        start, end = max(0, first - context), min(last + context, codes.shape[1])
+        samples = math.ceil(CONTEXT_S * sample_rate)
+        lead, behind = (first - start) * hop, (last - start) * hop
+        known = torch.full((facts.channels, (end - start) * hop), math.nan)
+        old = at_codec_rate(before[:, -samples:])[:, -lead:]
+        known[:, lead - old.shape[1] : lead] = old
+        new = at_codec_rate(after[:, :samples])[:, : (end - last) * hop]
+        known[:, behind : behind + new.shape[1]] = new
+        wav = codec.decode(codes[None, :, start:end], known[None])[0].cpu()
         wav = resample(wav, facts.sample_rate, sample_rate)
-        return wav[:, round((first - start) * hop * sample_rate / facts.sample_rate) :]
+        return wav[:, round(lead * sample_rate / facts.sample_rate) :]
 
     return render
 
@@ -128,12 +154,13 @@ class Join:
 
     def blocks(self, render: Render) -> Iterator[Tensor]:
         """The result in blocks `c n`, with constant memory."""
-        done = 0
-        for first, last in runs(self.to_decode):
-            start = self._sample(first)
-            yield self.original[:, done:start]
+        regions, done = runs(self.to_decode), 0
+        for (first, last), (following, _) in pairwise([*regions, (len(self.to_decode), 0)]):
+            kept = self.original[:, done : self._sample(first)]
+            yield kept
             done = self._sample(last)
-            yield from self._decoded(render, first, last)
+            after = self.original[:, done : self._sample(following)]
+            yield from self._decoded(render, first, last, kept, after)
         yield self.original[:, done : self.num_samples]
 
     def _sample(self, frame: int) -> int:
@@ -144,23 +171,26 @@ class Join:
         )
         return min(end, self.num_samples)
 
-    def _decoded(self, render: Render, first: int, last: int) -> Iterator[Tensor]:
-        """Blocks of one region, cross-faded with the recording before and after it."""
-        before = self.original[:, self._sample(first) :] if first > 0 else None
+    def _decoded(
+        self, render: Render, first: int, last: int, before: Tensor, after: Tensor
+    ) -> Iterator[Tensor]:
+        """Blocks of one region, cross-faded with the recording `before` and `after` it."""
+        old = self.original[:, self._sample(first) :] if first > 0 else None
         for start in range(first, last, self.block):
             end = min(start + self.block, last)
-            wav = _with_channels(render(start, end), len(self.original))
+            wav = render(start, end, before, after if end == last else after[:, :0])
+            wav = _with_channels(wav, len(self.original))
             size = self._sample(end) - self._sample(start)
             wav, behind = _padded(wav[:, :size], size), wav[:, size:]
-            if before is not None:
-                fade = min(self.fade, size, before.shape[1])
-                wav[:, :fade] = crossfade(before[:, :fade], wav[:, :fade])
+            if old is not None:
+                fade = min(self.fade, size, old.shape[1])
+                wav[:, :fade] = crossfade(old[:, :fade], wav[:, :fade])
             if end == last and (last < len(self.to_decode) or self.is_loop):
-                after = self.original[:, : self._sample(last)][:, -min(self.fade, size) :]
-                tail = wav[:, size - after.shape[1] :]
-                wav[:, size - after.shape[1] :] = crossfade(tail, after)
+                new = self.original[:, : self._sample(last)][:, -min(self.fade, size) :]
+                tail = wav[:, size - new.shape[1] :]
+                wav[:, size - new.shape[1] :] = crossfade(tail, new)
             yield wav
-            before = behind
+            before, old = wav, behind
 
 
 def _with_channels(wav: Tensor, channels: int) -> Tensor:
@@ -217,7 +247,7 @@ def join_loop(join: Join, loop: Tensor) -> Tensor:
     )
     samples = loop.roll(-by, 1)
 
-    def render(first: int, last: int) -> Tensor:
+    def render(first: int, last: int, before: Tensor, after: Tensor) -> Tensor:
         return samples[:, turned._sample(first) :]
 
     return torch.cat(list(turned.blocks(render)), 1).roll(by, 1)
