@@ -32,8 +32,17 @@ from magnet_train.codec.spectral import (
     nearest,
 )
 from magnet_train.common.folders import replacing
+from magnet_train.metrics.chroma import WINDOW_S
 
-WEIGHTS = {"log": 1.0, "linear": 1.0, "mel": 1.0, "slow": 1.5, "rise": 1.5, "chroma": 10.0}
+WEIGHTS = {
+    "log": 1.0,
+    "linear": 1.0,
+    "mel": 1.0,
+    "slow": 1.5,
+    "rise": 1.5,
+    "chroma": 10.0,
+    "heard": 30.0,
+}
 """Of the decoder's losses."""
 
 Note = tuple[float, float, int, int, bool]
@@ -260,18 +269,28 @@ def latents_of(model: SpectralModel, wav: Tensor, rng: np.random.Generator) -> T
     return torch.cat(rows)
 
 
-def losses(given: Tensor, wanted: Tensor, mel: Tensor, classes: Tensor) -> dict[str, Tensor]:
+def losses(
+    given: Tensor,
+    wanted: Tensor,
+    given_heard: Tensor,
+    wanted_heard: Tensor,
+    mel: Tensor,
+    classes: Tensor,
+) -> dict[str, Tensor]:
     """Compare log magnitudes `b f m`: bin by bin, by the levels of bands and their rises, and by
     chroma.
 
     Bin by bin alone, the best guess at noise is its median, which is too soft; bands keep its
     power, and bands averaged over 80 and 320 ms keep it best. Rises and falls from one sub-frame
     to the next make attacks sharp and held notes steady. The chroma loss keeps the energy of a note
-    in its pitch class.
+    in its pitch class. It counts loud frames most; `heard_chroma` of the waveform, with the phases
+    of the music, counts all frames equally, as chroma of `metrics/chroma.py` does.
 
     Args:
         given: log magnitudes of the decoder.
         wanted: those of the music.
+        given_heard: chroma `b t 12` of the decoder's magnitudes with the phases of the music.
+        wanted_heard: that of the music.
         mel: filters `bands f`.
         classes: pitch class of each bin, `12 f`.
     """
@@ -282,6 +301,7 @@ def losses(given: Tensor, wanted: Tensor, mel: Tensor, classes: Tensor) -> dict[
     given_chroma, wanted_chroma = classes @ given_linear, classes @ wanted_linear
     loudness = wanted_chroma.norm(dim=1)
     cosine = F.cosine_similarity(given_chroma, wanted_chroma, dim=1, eps=1e-4)
+    sounds = wanted_heard.norm(dim=2) > 1e-3
     slow = [
         F.l1_loss(level(F.avg_pool1d(given_power, n)), level(F.avg_pool1d(wanted_power, n)))
         for n in (8, 32)
@@ -293,14 +313,21 @@ def losses(given: Tensor, wanted: Tensor, mel: Tensor, classes: Tensor) -> dict[
         "slow": torch.stack(slow).mean(),
         "rise": F.l1_loss(given_level.diff(dim=2), wanted_level.diff(dim=2)),
         "chroma": ((1 - cosine) * loudness).sum() / loudness.sum().clamp(min=1e-3),
+        "heard": 1 - F.cosine_similarity(given_heard, wanted_heard, dim=2)[sounds].mean(),
     }
 
 
-def pitch_classes(config: SpectralCodecConfig) -> Tensor:
+def heard_chroma(wav: Tensor, classes: Tensor) -> Tensor:
+    """Chroma of waveforms `b n` in the windows of `metrics/chroma.py`, not normalised: `b t 12`."""
+    size = 2 * (classes.shape[1] - 1)
+    window = torch.hann_window(size)
+    spectrum = torch.stft(wav, size, size // 4, window=window, center=False, return_complex=True)
+    return (classes @ spectrum.abs()).transpose(1, 2)
+
+
+def pitch_classes(sample_rate: int, window_samples: int) -> Tensor:
     """`12 f`: 1 where a bin between 65 Hz and 2.1 kHz belongs to a pitch class, C first."""
-    freqs = torch.arange(config.window_samples // 2 + 1) * (
-        config.sample_rate / config.window_samples
-    )
+    freqs = torch.arange(window_samples // 2 + 1) * (sample_rate / window_samples)
     nearest = (12 * torch.log2(freqs.clamp(min=1) / 440)).round().long() + 9
     audible = (freqs > 65) & (freqs < 2100)
     return (F.one_hot(nearest % 12, 12) * audible[:, None]).T.float()
@@ -318,7 +345,8 @@ def train_decoder(
     model = SpectralModel.load(out / "codec")
     decoder, config = model.decoder, model.config
     mel = mel_filters(config.sample_rate, config.window_samples, 96)
-    classes = pitch_classes(config)
+    classes = pitch_classes(config.sample_rate, config.window_samples)
+    heard_classes = pitch_classes(config.sample_rate, round(WINDOW_S * config.sample_rate))
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
     state = {"step": 0, "elapsed_s": 0.0}
     files, checkpoint = audio_files(audio), out / "decoder.pt"
@@ -348,7 +376,18 @@ def train_decoder(
         latents = latents_of(model, wav, crops.rng)
         with torch.autocast("cpu", torch.bfloat16):
             given = decoder.log_magnitude(latents)
-        parts = losses(given.float(), log_magnitude(decoder, wav), mel, classes)
+        given = given.float()
+        spectrum = decoder.spectrum.transform(wav)
+        magnitude = (given.clamp(max=0).exp() - decoder.floor).clamp(min=0)
+        sound = decoder.spectrum.invert(torch.polar(magnitude, spectrum.angle()))
+        parts = losses(
+            given,
+            log_magnitude(decoder, wav),
+            heard_chroma(sound, heard_classes),
+            heard_chroma(wav, heard_classes),
+            mel,
+            classes,
+        )
         loss = torch.stack([WEIGHTS[name] * value for name, value in parts.items()]).sum()
         optimizer.zero_grad()
         loss.backward()
