@@ -44,6 +44,8 @@ WEIGHTS = {
     "heard": 30.0,
 }
 """Of the decoder's losses."""
+HEARD = 2
+"""Clips of a batch whose waveform is compared too, because reconstructing phases takes long."""
 
 Note = tuple[float, float, int, int, bool]
 """Onset and duration in seconds, MIDI pitch, velocity, whether it belongs to the lead."""
@@ -269,28 +271,18 @@ def latents_of(model: SpectralModel, wav: Tensor, rng: np.random.Generator) -> T
     return torch.cat(rows)
 
 
-def losses(
-    given: Tensor,
-    wanted: Tensor,
-    given_heard: Tensor,
-    wanted_heard: Tensor,
-    mel: Tensor,
-    classes: Tensor,
-) -> dict[str, Tensor]:
+def losses(given: Tensor, wanted: Tensor, mel: Tensor, classes: Tensor) -> dict[str, Tensor]:
     """Compare log magnitudes `b f m`: bin by bin, by the levels of bands and their rises, and by
     chroma.
 
     Bin by bin alone, the best guess at noise is its median, which is too soft; bands keep its
     power, and bands averaged over 80 and 320 ms keep it best. Rises and falls from one sub-frame
     to the next make attacks sharp and held notes steady. The chroma loss keeps the energy of a note
-    in its pitch class. It counts loud frames most; `heard_chroma` of the waveform, with the phases
-    of the music, counts all frames equally, as chroma of `metrics/chroma.py` does.
+    in its pitch class.
 
     Args:
         given: log magnitudes of the decoder.
         wanted: those of the music.
-        given_heard: chroma `b t 12` of the decoder's magnitudes with the phases of the music.
-        wanted_heard: that of the music.
         mel: filters `bands f`.
         classes: pitch class of each bin, `12 f`.
     """
@@ -301,7 +293,6 @@ def losses(
     given_chroma, wanted_chroma = classes @ given_linear, classes @ wanted_linear
     loudness = wanted_chroma.norm(dim=1)
     cosine = F.cosine_similarity(given_chroma, wanted_chroma, dim=1, eps=1e-4)
-    sounds = wanted_heard.norm(dim=2) > 1e-3
     slow = [
         F.l1_loss(level(F.avg_pool1d(given_power, n)), level(F.avg_pool1d(wanted_power, n)))
         for n in (8, 32)
@@ -313,8 +304,25 @@ def losses(
         "slow": torch.stack(slow).mean(),
         "rise": F.l1_loss(given_level.diff(dim=2), wanted_level.diff(dim=2)),
         "chroma": ((1 - cosine) * loudness).sum() / loudness.sum().clamp(min=1e-3),
-        "heard": 1 - F.cosine_similarity(given_heard, wanted_heard, dim=2)[sounds].mean(),
     }
+
+
+def with_own_phases(decoder: SpectralDecoder, given: Tensor) -> Tensor:
+    """Waveforms `b n` of log magnitudes `b f m`, differentiable but for their phases.
+
+    These must be the reconstructed ones. With those of the music, which are in tune already, the
+    decoder learns magnitudes that are less so.
+    """
+    with torch.no_grad():
+        phases = decoder.spectrum.transform(decoder.waveform(given)).angle()
+    magnitude = (given.clamp(max=0).exp() - decoder.floor).clamp(min=0)
+    return decoder.spectrum.invert(torch.polar(magnitude, phases))
+
+
+def chroma_difference(given: Tensor, wanted: Tensor) -> Tensor:
+    """1 - mean cosine of chroma `b t 12`; unlike in `losses`, soft frames count as loud ones."""
+    sounds = wanted.norm(dim=2) > 1e-3
+    return 1 - F.cosine_similarity(given, wanted, dim=2)[sounds].mean()
 
 
 def heard_chroma(wav: Tensor, classes: Tensor) -> Tensor:
@@ -377,16 +385,11 @@ def train_decoder(
         with torch.autocast("cpu", torch.bfloat16):
             given = decoder.log_magnitude(latents)
         given = given.float()
-        spectrum = decoder.spectrum.transform(wav)
-        magnitude = (given.clamp(max=0).exp() - decoder.floor).clamp(min=0)
-        sound = decoder.spectrum.invert(torch.polar(magnitude, spectrum.angle()))
-        parts = losses(
-            given,
-            log_magnitude(decoder, wav),
-            heard_chroma(sound, heard_classes),
-            heard_chroma(wav, heard_classes),
-            mel,
-            classes,
+        parts = losses(given, log_magnitude(decoder, wav), mel, classes)
+        some = slice(HEARD)
+        sound = with_own_phases(decoder, given[some])
+        parts["heard"] = chroma_difference(
+            heard_chroma(sound, heard_classes), heard_chroma(wav[some], heard_classes)
         )
         loss = torch.stack([WEIGHTS[name] * value for name, value in parts.items()]).sum()
         optimizer.zero_grad()
