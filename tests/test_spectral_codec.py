@@ -22,6 +22,7 @@ from magnet_train.codec.spectral import (
 )
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
+from magnet_train.decoding.joins import decode_loop
 
 RATE, HOP = 16_000, 640
 SMALL = SpectralCodecConfig(
@@ -109,6 +110,19 @@ def test_phases_continue_those_of_known_audio():
     assert torch.equal(codec.decode(codes, nothing), wav)
     with pytest.raises(ValueError, match="known must be"):
         codec.decode(codes, known[..., 1:])
+
+
+def test_a_region_over_the_end_of_a_loop_is_decoded_as_anywhere_else():
+    codec = load_codec()
+    recorded = codec.decode(codec.encode(chord(60, 64, 67, seconds=4.0)))[0]
+    codes = codec.encode(recorded[None])[0]
+    region = slice(20 * HOP, 80 * HOP)
+    recorded[:, region] = torch.nan
+    middle = decode_loop(codec, codes, 0.02, recorded)
+    # The same loop, begun in the middle of the region.
+    turned = decode_loop(codec, codes.roll(-50, 1), 0.02, recorded.roll(-50 * HOP, 1))
+    likeness = torch.cosine_similarity(turned.roll(50 * HOP, 1)[0, region], middle[0, region], 0)
+    assert likeness > 0.99
 
 
 def test_inverting_a_transform_gives_the_wave():

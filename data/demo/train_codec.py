@@ -315,8 +315,7 @@ def with_own_phases(decoder: SpectralDecoder, given: Tensor) -> Tensor:
     """
     with torch.no_grad():
         phases = decoder.spectrum.transform(decoder.waveform(given)).angle()
-    magnitude = (given.clamp(max=0).exp() - decoder.floor).clamp(min=0)
-    return decoder.spectrum.invert(torch.polar(magnitude, phases))
+    return decoder.spectrum.invert(torch.polar(decoder.magnitude(given), phases))
 
 
 def chroma_difference(given: Tensor, wanted: Tensor) -> Tensor:
@@ -386,10 +385,9 @@ def train_decoder(
             given = decoder.log_magnitude(latents)
         given = given.float()
         parts = losses(given, log_magnitude(decoder, wav), mel, classes)
-        some = slice(HEARD)
-        sound = with_own_phases(decoder, given[some])
+        sound = with_own_phases(decoder, given[:HEARD])
         parts["heard"] = chroma_difference(
-            heard_chroma(sound, heard_classes), heard_chroma(wav[some], heard_classes)
+            heard_chroma(sound, heard_classes), heard_chroma(wav[:HEARD], heard_classes)
         )
         loss = torch.stack([WEIGHTS[name] * value for name, value in parts.items()]).sum()
         optimizer.zero_grad()

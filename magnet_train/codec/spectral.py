@@ -288,8 +288,7 @@ class SpectralDecoder(nn.Module):
         Beside `known` audio (`b n`, NaN where there is none), peaks are tracked from its phases on,
         and its samples are put back before each transform.
         """
-        magnitude = self.limit((log_magnitude.clamp(max=0).exp() - self.floor).clamp(min=0))
-        magnitude[:, : self.lowest_bin] = 0
+        magnitude = self.magnitude(log_magnitude)
         estimate = torch.polar(magnitude, self._peak_phases(magnitude, known))
         previous = torch.zeros_like(estimate)
         for _ in range(self.config.griffin_lim_steps):
@@ -301,6 +300,12 @@ class SpectralDecoder(nn.Module):
             previous = projected
             estimate = torch.polar(magnitude, moved.angle())
         return high_pass(soft_limit(self.spectrum.invert(estimate)), self.config.sample_rate)
+
+    def magnitude(self, log_magnitude: Tensor) -> Tensor:
+        """Magnitudes of logarithms, `b f m` -> `b f m`: limited, and 0 below the lowest bin."""
+        magnitude = self.limit((log_magnitude.clamp(max=0).exp() - self.floor).clamp(min=0))
+        magnitude[:, : self.lowest_bin] = 0
+        return magnitude
 
     def limit(self, magnitude: Tensor) -> Tensor:
         """Attenuate sub-frames louder than `loudest`."""

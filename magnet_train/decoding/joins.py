@@ -87,7 +87,8 @@ def decode_loop(
     """Codes `k t` of a loop -> `c (t hop)`, whose end continues with its beginning.
 
     Each end is the codec's context of the other. The codec may reconstruct other phases, so the
-    audio after the end is cross-faded with the beginning.
+    audio after the last decoded frame is cross-faded with the first one. Beside a recording,
+    decoding starts at a recorded frame, so that a region over the loop's end is decoded as one.
 
     Args:
         codec: The codec.
@@ -97,8 +98,10 @@ def decode_loop(
     """
     t, hop = codes.shape[1], codec.facts.hop_samples
     context = round(CONTEXT_S * codec.facts.frame_rate)
-    index = torch.arange(-context, t + context) % t
-    known = None
+    first, known = 0, None
+    if recorded is not None:
+        first = int((~recorded[0, ::hop].isnan()).int().argmax())
+    index = torch.arange(first - context, first + t + context) % t
     if recorded is not None:
         recorded = _with_channels(recorded, codec.facts.channels)
         known = recorded.unflatten(1, (t, hop))[:, index].flatten(1)[None]
@@ -107,7 +110,7 @@ def decode_loop(
     fade = min(round(fade_s * codec.facts.sample_rate), loop.shape[1])
     behind = wav[:, (context + t) * hop :][:, :fade]
     loop[:, :fade] = crossfade(behind, loop[:, :fade])
-    return loop
+    return loop.roll(first * hop, 1)
 
 
 def linear_render(codec: Codec, codes: Tensor, sample_rate: int) -> Render:
