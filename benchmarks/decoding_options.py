@@ -73,7 +73,7 @@ OWN = "model's own settings, one lap"
 """What the others are compared with: the second lap is one of the options."""
 
 
-def guided(start: float, end: float) -> dict[str, float]:
+def guided(start: float | tuple[float, ...], end: float) -> dict[str, Any]:
     return {"max_cfg_coef": start, "min_cfg_coef": end}
 
 

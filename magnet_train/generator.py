@@ -20,6 +20,7 @@ from torch import Tensor
 
 from magnet_train.codec.base import Codec, load_codec
 from magnet_train.common.errors import UserError
+from magnet_train.common.ranges import as_tuple
 from magnet_train.conditioning import TextEncoder, load_text_encoder
 from magnet_train.decoding.autoregressive import (
     autoregressive_frames,
@@ -534,7 +535,7 @@ class Generator:
 
         A CPU gains nothing, and reuses what did not change between steps for each by itself.
         """
-        is_guided = (config.max_cfg_coef, config.min_cfg_coef) != (1, 1)
+        is_guided = {*as_tuple(config.max_cfg_coef), *as_tuple(config.min_cfg_coef)} != {1}
         return is_guided and self.device.type != "cpu"
 
     def _joint(self, text: TextKeyValues | None) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:

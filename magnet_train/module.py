@@ -360,7 +360,8 @@ class MagnetModule(L.LightningModule):
         with torch.no_grad():
             with_text = self._logits(teacher, batch, captions, pass_, shown, masked)
             without = self._logits(teacher, batch, [""] * len(captions), pass_, shown, masked)
-            coefs = rates * settings.max_cfg_coef + (1 - rates) * settings.min_cfg_coef
+            start, end = settings.guidance(stage, self.config.num_codebooks)
+            coefs = rates * start + (1 - rates) * end
             of_frames = coefs[masked.nonzero()[:, 0], None]
             coef = to_device(of_frames.to(with_text.dtype), with_text.device)
             guided = without + (with_text - without) * coef

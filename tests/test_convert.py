@@ -237,13 +237,19 @@ def test_a_model_trained_here_is_exported_for_audiocraft(t5, tmp_path):
         assert torch.equal(value, network.state_dict()[key]), key
 
 
-def test_a_nucleus_per_stage_is_refused_for_audiocraft(t5, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("top_p", (0.9, 0.8)), ("max_cfg_coef", (1.0, 3.0)), ("min_cfg_coef", (1.0, 2.0))],
+)
+def test_settings_per_stage_are_refused_for_audiocraft(t5, tmp_path, name, value):
     make_codec(tmp_path / "codec")
     network = Magnet(MagnetConfig(dim=32, num_heads=2, num_layers=2, text_dim=768))
-    decoding = DecodingConfig(top_p=(0.9, 0.8))
+    decoding = DecodingConfig(**{name: value})
     codec, text_encoder = load_codec(str(tmp_path / "codec")), load_text_encoder(t5)
     Generator(network, codec, text_encoder, decoding, 2.5).save(tmp_path / "ours")
-    with pytest.raises(UserError, match=r"top_p=\[0.9, 0.8\]: audiocraft has one number"):
+    with pytest.raises(
+        UserError, match=rf"{name}=\[{value[0]}, {value[1]}\]: audiocraft has one number"
+    ):
         to(tmp_path / "theirs", tmp_path / "ours", "audiocraft", text_encoder="t5-base")
 
 

@@ -20,6 +20,7 @@ from magnet_train.decoding.decode import (
     Networks,
     circular,
     decode,
+    guided_logits,
     item_noise,
 )
 from magnet_train.decoding.sampling import exponential, sample, top_k_filter, top_p_filter
@@ -195,6 +196,42 @@ def test_each_stage_samples_from_its_own_nucleus():
     assert not out[:, 1:].any()
     with pytest.raises(UserError, match=r"reference_compat=True must be false"):
         dataclasses.replace(config, reference_compat=True)
+
+
+def test_guidance_of_one_stage_equals_guidance_of_that_stage_alone():
+    """Other stages take the conditional logits, and the null condition is not asked for them."""
+    asked = []
+
+    def null(codes, stage):
+        asked.append(stage)
+        return scripted(1)(codes, stage)
+
+    config = DecodingConfig((2,), max_cfg_coef=(1.0, 4.0, 1.0), min_cfg_coef=(1.0, 2.0, 1.0))
+    codes = torch.zeros(2, 4, 12, dtype=torch.long)
+    for share in (1.0, 0.25, 0.0):
+        for stage in range(4):
+            logits = guided_logits(Networks(scripted(0), null), codes, stage, config, share)
+            with_text, without = scripted(0)(codes, stage), scripted(1)(codes, stage)
+            coef = share * 4 + (1 - share) * 2 if stage == 1 else 1
+            assert torch.allclose(logits, without + coef * (with_text - without), atol=1e-5)
+    assert asked == [1, 1, 1]
+
+
+def test_passes_that_run_as_one_do_so_only_in_guided_stages():
+    """On a GPU, both passes are one of twice the batch."""
+    joined = []
+
+    def joint(codes, stage):
+        joined.append(stage)
+        return scripted(0)(codes, stage), scripted(1)(codes, stage)
+
+    config = DecodingConfig((2, 1), max_cfg_coef=(1.0, 4.0, 1.0))
+    given = torch.zeros(2, 12, dtype=torch.bool)
+    codes, noise = torch.zeros(2, 4, 12, dtype=torch.long), item_noise(0, "ab", 5, 12)
+    both = decode(Networks(scripted(0), joint=joint), codes, given, SIZE, config, noise)
+    assert joined == [1]
+    apart = decode(Networks(scripted(0), scripted(1)), codes, given, SIZE, config, noise)
+    assert torch.equal(both, apart)
 
 
 @pytest.mark.parametrize("num_frames", [24, 25])

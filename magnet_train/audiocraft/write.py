@@ -24,6 +24,7 @@ from magnet_train.codec.encodec_names import audiocraft_config, to_audiocraft
 from magnet_train.common.errors import UserError
 from magnet_train.common.folders import new_folder
 from magnet_train.common.pretrained import quiet
+from magnet_train.decoding.decode import SAME_IN_AUDIOCRAFT
 from magnet_train.model import MagnetConfig
 from magnet_train.release import SavedModel, codec_facts
 
@@ -160,11 +161,13 @@ def _new_config(saved: SavedModel, settings: Settings) -> dict[str, Any]:
     config["transformer_lm"]["compression_model_framerate"] = math.ceil(facts.frame_rate)
     config["conditioners"]["description"]["t5"]["name"] = settings.text_encoder
     config["classifier_free_guidance"]["training_dropout"] = settings.guidance_dropout
-    if isinstance(decoding.top_p, tuple):
-        raise UserError(
-            f"{saved.file}: top_p={list(decoding.top_p)}: audiocraft has one number for all "
-            "stages; set one"
-        )
+    for name in SAME_IN_AUDIOCRAFT:
+        value = getattr(decoding, name)
+        if isinstance(value, tuple):
+            raise UserError(
+                f"{saved.file}: {name}={list(value)}: audiocraft has one number for all stages; "
+                "set one"
+            )
     generate = {theirs: getattr(decoding, ours) for ours, theirs in DECODING_KEYS.items()}
     generate["decoding_steps"] = list(
         decoding.per_stage("decoding_steps", settings.network.num_codebooks)

@@ -49,8 +49,11 @@ def _at_step(value: float | tuple[float, ...], step: int) -> float:
     return numbers[min(step, len(numbers) - 1)]
 
 
-PER_STAGE = ("decoding_steps", "shared_noise", "top_p")
+PER_STAGE = ("decoding_steps", "max_cfg_coef", "min_cfg_coef", "shared_noise", "top_p")
 """Decoding settings that may have one number per stage; the last is repeated for further stages."""
+
+SAME_IN_AUDIOCRAFT = ("max_cfg_coef", "min_cfg_coef", "top_p")
+"""Those of which audiocraft has one number for all stages."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,14 @@ class DecodingConfig:
     """Sample only from this number of most likely entries; 0 = all."""
     greedy: bool = False
     """Take the most likely entry instead of sampling."""
-    max_cfg_coef: float = 10.0
-    """Guidance coefficient while all frames are masked; 1 = no guidance."""
-    min_cfg_coef: float = 1.0
-    """Guidance coefficient at the end of a stage; 1 = no guidance."""
+    max_cfg_coef: float | tuple[float, ...] = 10.0
+    """Guidance coefficient while all frames are masked; 1 = no guidance. One number, or one per
+    stage; the last is repeated for further stages.
+    """
+    min_cfg_coef: float | tuple[float, ...] = 1.0
+    """Guidance coefficient at the end of a stage; 1 = no guidance. One number, or one per stage;
+    the last is repeated for further stages.
+    """
     negative_prompt: str = ""
     """Caption to guide away from, instead of the null condition."""
     span_len: int = 3
@@ -156,7 +163,7 @@ class DecodingConfig:
             self.span_scoring == "random"
             or self.order_temperature > 0
             or max(as_tuple(self.shared_noise)) > 1
-            or isinstance(self.top_p, tuple)
+            or any(isinstance(getattr(self, name), tuple) for name in SAME_IN_AUDIOCRAFT)
             or self.rescorer is not None
             or self.second_lap > 0
             or self.negative_prompt != ""
@@ -194,6 +201,13 @@ class DecodingConfig:
             UserError: if there are more numbers than stages.
         """
         return per_codebook(name, getattr(self, name), num_codebooks)
+
+    def guidance(self, stage: int, num_codebooks: int) -> tuple[float, float]:
+        """Guidance coefficients of a stage: while all frames are masked, and at its end."""
+        starts, ends = (
+            self.per_stage(name, num_codebooks) for name in ("max_cfg_coef", "min_cfg_coef")
+        )
+        return starts[stage], ends[stage]
 
     def laps(self, num_codebooks: int) -> list[tuple[int, ...]]:
         """Steps of each stage in each lap: one lap, or two with `second_lap`."""
@@ -333,8 +347,9 @@ def guided_logits(
     """Logits `b t c` with classifier-free guidance; its coefficient depends on the masked share
     (Sec. 3.4).
     """
-    coef = share * config.max_cfg_coef + (1 - share) * config.min_cfg_coef
-    if networks.joint is not None:
+    start, end = config.guidance(stage, codes.shape[1])
+    coef = share * start + (1 - share) * end
+    if networks.joint is not None and (start, end) != (1, 1):
         logits, null = networks.joint(codes, stage)
         return null + (logits - null) * coef
     logits = networks.conditional(codes, stage)
