@@ -3,6 +3,7 @@
     python benchmarks/decoding_options.py --groups order guidance steps rescoring --clips 104
     python benchmarks/decoding_options.py --groups distilled --teacher RELEASE --distilled RUN
     python benchmarks/decoding_options.py --groups noise --repeats 3 --name decoding_noise
+    python benchmarks/decoding_options.py --groups beginning --checkpoint HYBRID --name beginning
 
 Writes NAME.json and .md into benchmarks/records, and docs/NAME.png. Every
 setting decodes the same validation captions with the same seeds, so differences from the first row
@@ -121,6 +122,10 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "guidance": {
         "no guidance": guided(1.0, 1.0),
+        "1.5 to 1 in stage 0, attacks": guided((1.5, 1.0), 1.0),
+        "1.5 to 1 in stage 1, pitches": guided((1.0, 1.5, 1.0), 1.0),
+        "1.5 to 1 in all stages": guided(1.5, 1.0),
+        "3 to 1 in stage 1, pitches": guided((1.0, 3.0, 1.0), 1.0),
         "constant 1.5": guided(1.5, 1.5),
         "3 to 1": guided(3.0, 1.0),
         "10 to 1, as published": guided(10.0, 1.0),
@@ -136,6 +141,13 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "rescored, weight 0.7": rescored(0.7, rescorer="RESCORER"),
         "rescored, weight 1": rescored(1.0, rescorer="RESCORER"),
     },
+    "beginning": {
+        "all in parallel": {"autoregressive_s": 0.0},
+        "1 s autoregressive": {"autoregressive_s": 1.0},
+        "2.5 s autoregressive": {"autoregressive_s": 2.5},
+        "5 s autoregressive": {"autoregressive_s": 5.0},
+        "all autoregressive": {"autoregressive_s": 10.0},
+    },
     "mixture": {
         "steps 5, 5, 2, 2, 2": {"decoding_steps": (5, 5, 2, 2, 2)},
         "sampled from the mixture with the rescorer, weight 0.5": {
@@ -150,7 +162,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Settings that differ from the model's own, by group and name."""
-WITH_BASELINE = ("mixture", "distilled")
+WITH_BASELINE = ("beginning", "mixture", "distilled")
 """Groups whose first setting is what the others are compared with, instead of the model's own."""
 
 
@@ -372,7 +384,7 @@ def parsed_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     groups = [*GROUPS, "best"]
-    default = [group for group in groups if group != "distilled"]
+    default = [group for group in groups if group not in ("beginning", "distilled")]
     parser.add_argument("--groups", nargs="+", choices=groups, default=default)
     parser.add_argument("--checkpoint", default="demo")
     parser.add_argument("--rescorer", help="Model that rescores (default: the checkpoint itself).")

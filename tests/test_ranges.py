@@ -107,6 +107,7 @@ WRONG: list[tuple[Callable[..., Any], dict[str, list[Any]]]] = [
     (Watchdog, {"factor": [1.0], "min_seconds": [0]}),
     (RunCheckpoint, {"mode": ["lowest"], "save_top_k": [-7], "every_n_train_steps": [0]}),
     (DecodingConfig, {"top_p": [1.5], "temperature": [0.0], "decoding_steps": [()]}),
+    (DecodingConfig, {"max_cfg_coef": [-1.0, (1.0, -2.0)], "min_cfg_coef": [(math.inf,)]}),
     (DecodingConfig, {"span_len": [0], "span_scoring": ["sum"], "top_k": [-1]}),
     (partial(MagnetConfig, num_heads=4), {"dim": [30], "context": [-2], "num_layers": [0]}),
     (SMALL, {"guidance_dropout": [1.5], "beginning_share": [1.5], "stage_sampling": ["step"]}),
@@ -123,3 +124,8 @@ WRONG: list[tuple[Callable[..., Any], dict[str, list[Any]]]] = [
 def test_a_setting_out_of_range_is_named(make: Callable[..., Any], name: str, value: Any):
     text = refusal(make, **{name: value})
     assert name in text and str(value).strip("()[],") in text
+
+
+def test_an_empty_list_of_numbers_is_refused_for_being_empty():
+    with pytest.raises(UserError, match=r"top_p=\[\] has no number: give at least one"):
+        DecodingConfig(top_p=())

@@ -33,7 +33,9 @@ def check_values(settings: Any, prefix: str = "", **intervals: str) -> None:
         if value is None:
             continue
         numbers = as_tuple(value)
-        if not numbers or not all(_contains(interval, number) for number in numbers):
+        if not numbers:
+            raise UserError(f"{prefix}{name}=[] has no number: give at least one")
+        if not all(_contains(interval, number) for number in numbers):
             shown = numbers[0] if len(numbers) == 1 else list(numbers)
             raise UserError(f"{prefix}{name}={shown} must be {in_words(interval)}")
     for name, hint in get_type_hints(type(settings)).items() if is_dataclass(settings) else ():
