@@ -387,6 +387,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--groups", nargs="+", choices=groups, default=default)
     parser.add_argument("--checkpoint", default="demo")
     parser.add_argument("--rescorer", help="Model that rescores (default: the checkpoint itself).")
+    parser.add_argument("--rescorer_is", help="What that model is, for the record.")
     parser.add_argument("--distilled", help="Run with distilled guidance.")
     parser.add_argument("--teacher", help="Release that it was distilled from.")
     parser.add_argument("--clips", type=int, default=104)
@@ -414,6 +415,7 @@ def main() -> None:
         f"SHA-256 {str(saved.sha256)[:16]}",
         "machine": f"one CPU core, bfloat16, {platform.machine()}, torch {torch.__version__}",
         "clips": f"{len(bench.captions)}, {args.repeats} of each caption",
+        "rescorer": args.rescorer_is or "the model itself, without guidance",
     }
     file = RECORDS / f"{args.name}.json"
     rows: list[dict[str, Any]] = []
