@@ -3,7 +3,8 @@
     python benchmarks/decoding_options.py --groups order guidance steps rescoring --clips 104
     python benchmarks/decoding_options.py --groups distilled --teacher RELEASE --distilled RUN
     python benchmarks/decoding_options.py --groups noise --repeats 3 --name decoding_noise
-    python benchmarks/decoding_options.py --groups beginning --checkpoint HYBRID --name beginning
+    python benchmarks/decoding_options.py --groups beginning --checkpoint HYBRID \
+        --name hybrid_beginning
 
 Writes NAME.json and .md into benchmarks/records, and docs/NAME.png. Every
 setting decodes the same validation captions with the same seeds, so differences from the first row
@@ -349,9 +350,13 @@ def write(record: dict[str, Any], name: str) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """FAD, KL, text score, chroma change and scale fit against row passes."""
+    """FAD, KL, text score, chroma change and scale fit against row passes, or for `beginning`
+    against its length, which hardly changes row passes.
+    """
     from matplotlib.figure import Figure
 
+    lengths = {name: asked["autoregressive_s"] for name, asked in GROUPS["beginning"].items()}
+    by_length = all(row["group"] == "beginning" for row in rows)
     names = ["fad/musicnn", "kl/musicnn", "text/musicnn", "music/chroma_change", "music/scale_fit"]
     figure = Figure(figsize=(17, 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(names)), names, strict=True):
@@ -362,7 +367,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             errors = [[v - low for v, (low, _) in zip(values, ends, strict=True)]]
             errors += [[high - v for v, (_, high) in zip(values, ends, strict=True)]]
             axes.errorbar(
-                [row["row_passes"] for row in points],
+                [lengths[row["name"]] if by_length else row["row_passes"] for row in points],
                 values,
                 errors,
                 fmt="*" if not group else "o",
@@ -371,9 +376,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 alpha=0.8,
                 label=group or OWN,
             )
-        axes.set(xscale="log", xlabel="row passes per clip", ylabel=METRICS[metric])
-        axes.set_xticks([25, 50, 100, 200, 400], labels=["25", "50", "100", "200", "400"])
-        axes.minorticks_off()
+        axes.set(ylabel=METRICS[metric])
+        if by_length:
+            axes.set(xlabel="seconds decoded autoregressively")
+        else:
+            axes.set(xscale="log", xlabel="row passes per clip")
+            axes.set_xticks([25, 50, 100, 200, 400], labels=["25", "50", "100", "200", "400"])
+            axes.minorticks_off()
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6)
     figure.savefig(path, dpi=80)
 
@@ -386,6 +395,7 @@ def parsed_arguments() -> argparse.Namespace:
     default = [group for group in groups if group not in ("beginning", "distilled")]
     parser.add_argument("--groups", nargs="+", choices=groups, default=default)
     parser.add_argument("--checkpoint", default="demo")
+    parser.add_argument("--weights_are", help="What its weights are, for the record.")
     parser.add_argument("--rescorer", help="Model that rescores (default: the checkpoint itself).")
     parser.add_argument("--rescorer_is", help="What that model is, for the record.")
     parser.add_argument("--distilled", help="Run with distilled guidance.")
@@ -411,18 +421,20 @@ def main() -> None:
     rescorer = args.rescorer or args.checkpoint
     bench = Bench(generator, args.clips, args.repeats, args.batch, rescorer, args.distilled)
     about = {
-        "weights": f"{Path(args.checkpoint).name}, step {saved.provenance.get('step')}, "
-        f"SHA-256 {str(saved.sha256)[:16]}",
+        "weights": f"{args.weights_are or Path(args.checkpoint).name}, "
+        f"step {saved.provenance.get('step')}"
+        + (f", SHA-256 {saved.sha256[:16]}" if saved.sha256 else ""),
         "machine": f"one CPU core, bfloat16, {platform.machine()}, torch {torch.__version__}",
         "clips": f"{len(bench.captions)}, {args.repeats} of each caption",
-        "rescorer": args.rescorer_is or "the model itself, without guidance",
     }
+    if {"rescoring", "mixture"} & set(args.groups):
+        about["rescorer"] = args.rescorer_is or "the model itself, without guidance"
     file = RECORDS / f"{args.name}.json"
     rows: list[dict[str, Any]] = []
     if file.is_file():
         before = json.loads(file.read_text())
         rows = [r for r in before["rows"] if r["group"] not in args.groups]
-        about |= {k: v for k, v in before.items() if k.startswith("KL")}
+        about = {k: v for k, v in before.items() if k.startswith(("KL", "rescorer"))} | about
     if args.distilled is not None:
         name = "KL from guided logits, nats by stage"
         about[name] = divergences(args.teacher, args.distilled, args.clips)
@@ -443,11 +455,12 @@ def main() -> None:
         rows.append(row | {"figures": bench.figures(kept[name])})
         print(f"{time.monotonic() - start:.0f} s", rows[-1], flush=True)
 
-    rows = [row for row in rows if row["group"]]
-    run("", OWN, lambda: bench.decode({}))
-    rows.insert(0, rows.pop())
+    if set(args.groups) - set(WITH_BASELINE):
+        rows = [row for row in rows if row["group"]]
+        run("", OWN, lambda: bench.decode({}))
+        rows.insert(0, rows.pop())
+    own = dict(kept)
     for group in args.groups:
-        own = {OWN: kept[OWN]}
         kept = {} if group in WITH_BASELINE else dict(own)
         first = len(rows)
         if group == "best":
@@ -457,7 +470,6 @@ def main() -> None:
         found = bench.differences(kept)
         for row in rows[first:]:
             row["differences"] = found.get(row["name"], {})
-        kept |= own
         write(about | {"rows": rows}, args.name)
     print((RECORDS / f"{args.name}.md").read_text())
 
