@@ -479,8 +479,8 @@ class Generator:
         )
         results = []
         for own_seed in range(seed, seed + variations):
-            given = edit.hints.given(
-                plan.to_decode, facts.num_codebooks, facts.frame_rate, onsets, str(own_seed)
+            given = edit.given(
+                plan, facts.num_codebooks, facts.frame_rate, onsets, str(own_seed)
             ).to(self.device)[None]
             made, steps = self.fill(
                 codes, given, texts, own_seed, ["edit"], decoding, plan.is_loop, on_step

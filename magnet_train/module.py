@@ -26,7 +26,7 @@ from magnet_train.common.devices import to_device
 from magnet_train.common.errors import UserError
 from magnet_train.common.pretrained import absolute_path
 from magnet_train.common.randomness import generator_for
-from magnet_train.common.ranges import check_values, per_codebook
+from magnet_train.common.ranges import as_tuple, check_values, per_codebook
 from magnet_train.conditioning import TextEncoder, drop_captions, load_text_encoder
 from magnet_train.data.pipeline import Batch
 from magnet_train.layout import prompt_frames
@@ -74,7 +74,7 @@ def load_teacher(start: SavedModel | None, network: MagnetConfig) -> Magnet:
     """Load the teacher for guidance distillation.
 
     Raises:
-        UserError: if there is no model with order=parallel.
+        UserError: if there is no model with order=parallel, or it is decoded without guidance.
     """
     if (
         start is None
@@ -84,6 +84,12 @@ def load_teacher(start: SavedModel | None, network: MagnetConfig) -> Magnet:
         raise UserError(
             "distil_guidance=true needs a model with order=parallel and the same codec to distil; "
             "give --model.init_from RELEASE"
+        )
+    coefs = (start.decoding.max_cfg_coef, start.decoding.min_cfg_coef)
+    if {number for coef in coefs for number in as_tuple(coef)} == {1}:
+        raise UserError(
+            f"{start.file}: distil_guidance=true: its decoding settings have no guidance to distil "
+            "(max_cfg_coef and min_cfg_coef are 1)"
         )
     return start.build().requires_grad_(False)
 
@@ -214,7 +220,9 @@ class MagnetModule(L.LightningModule):
                 "stage_sampling": stage_sampling,
                 "stage_weights": stage_weights,
                 "start_from_codec": start_from_codec,
-                "init_from": absolute_path(init_from) if init_from and lora.rank else init_from,
+                "init_from": absolute_path(init_from)
+                if init_from and (lora.rank or distil_guidance)
+                else init_from,
                 "lora": lora_settings(lora, None),
                 "distil_guidance": distil_guidance,
                 "seed": seed,

@@ -1,10 +1,12 @@
 """Distilled guidance: the loss is the divergence from the teacher's guided logits."""
 
+import json
 from typing import Any
 
 import pytest
 import torch
 
+from magnet_train.__main__ import main
 from magnet_train.cli.inherited import settings_of_release
 from magnet_train.common.errors import UserError
 from magnet_train.decoding.decode import DecodingConfig, Networks, guided_logits
@@ -69,6 +71,34 @@ def test_what_is_distilled_is_decoded_without_guidance(tiny, tmp_path):
         "decoding"
     ]
     assert decoding["max_cfg_coef"] == decoding["min_cfg_coef"] == 1
+
+
+def test_a_model_without_guidance_is_not_distilled(tiny, tmp_path):
+    tiny.save(tmp_path / "release", "# card\n")
+    file = tmp_path / "release" / "config.json"
+    settings = json.loads(file.read_text())
+    settings["decoding"] |= {"max_cfg_coef": [1.0, 1.0], "min_cfg_coef": 1.0}
+    file.write_text(json.dumps(settings))
+    start = str(tmp_path / "release")
+    with pytest.raises(UserError, match="no guidance to distil"):
+        MagnetModule(tiny.network.config, init_from=start, distil_guidance=True).setup("fit")
+
+
+def test_guidance_of_what_is_distilled_is_refused_before_training(tiny, tmp_path, capsys):
+    tiny.save(tmp_path / "release", "# card\n")
+    options = ["--config", "conf/ablation/decoding.yaml", "--model.distil_guidance", "true"]
+    options += ["--model.init_from", str(tmp_path / "release")]
+    assert main(["fit", *options, "--trainer.default_root_dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--generation.decoding.max_cfg_coef 1.5: with --model.distil_guidance true" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_teacher_of_a_checkpoint_has_an_absolute_path(tiny, tmp_path, monkeypatch):
+    tiny.save(tmp_path / "release", "# card\n")
+    monkeypatch.chdir(tmp_path)
+    module = MagnetModule(tiny.network.config, init_from="release", distil_guidance=True, crop_s=1)
+    assert module.hparams["init_from"] == str(tmp_path / "release")
 
 
 def test_there_must_be_a_model_to_distil():

@@ -95,6 +95,32 @@ def test_an_edit_in_frames():
 
 
 @pytest.mark.parametrize(
+    ("settings", "recorded"),
+    [
+        ({"to_s": 20.0}, 299),
+        ({"to_s": 20.0, "from_s": 4.0}, 99),
+        ({"seconds": 3.0, "loop_s": 8.0, "regenerate": ((1.0, 1.4),)}, 74),
+        ({"regenerate": ((4, 8),)}, 300),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "hints",
+    [Hints(0.5), Hints(hint_period_s=0.2), Hints(keep_coarse=1), Hints(keep_fine=2)],
+    ids=str,
+)
+def test_hints_keep_nothing_where_there_is_no_recording(settings, recorded, hints):
+    settings = {"seconds": 12.0} | settings
+    edit = Edit(hints=hints, **{k: v for k, v in settings.items() if k != "seconds"})
+    planned = plan(**settings, hints=hints)
+    assert abs(planned.num_recorded - recorded) <= 1
+    kept = edit.given(planned, 5, FRAME_RATE)
+    assert not kept[:, planned.num_recorded :].any()
+    within = hints.given(planned.to_decode, 5, FRAME_RATE)
+    assert torch.equal(kept[:, : planned.num_recorded], within[:, : planned.num_recorded])
+
+
+@pytest.mark.parametrize(
     ("settings", "says"),
     [
         ({}, "nothing left to decode"),
@@ -104,6 +130,9 @@ def test_an_edit_in_frames():
         ({"regenerate": ((-1, 2),)}, "outside"),
         ({"regenerate": ((8, 4),)}, "empty"),
         ({"regenerate": ((4, 4.01),)}, "shorter than a frame"),
+        ({"regenerate": ((4, float("nan")),)}, "4:nan: outside the recording"),
+        ({"keep": ((float("nan"), 4),)}, "nan:4: outside the recording"),
+        ({"regenerate": ((2, 4),), "hints": Hints(hint_period_s=0.001)}, "nothing left"),
         ({"keep": ((4, 8), (7, 9))}, "overlaps"),
         ({"to_s": 12.0}, "--to_s 12"),
         ({"from_s": 13.0, "to_s": 20.0}, "--from_s 13"),

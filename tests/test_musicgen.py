@@ -167,6 +167,15 @@ def test_audiocraft_files_are_recognised_by_their_configuration(order, changes, 
         convert(str(tmp_path / "release"), again)
 
 
+def test_a_text_encoder_of_another_width_is_refused(theirs, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"d_model": 9999}')
+    options = ConvertOptions(tmp_path / "release", text_encoder=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="9999; give the model's text encoder"):
+        convert(str(theirs[0]), options)
+    assert not (tmp_path / "release").exists()
+
+
 def test_other_delays_are_refused(tmp_path):
     settings = changed()
     settings["codebooks_pattern"]["delay"]["delays"] = [0, 0, 1, 1]

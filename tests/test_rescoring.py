@@ -104,7 +104,7 @@ def test_a_magnet_reads_the_frames_of_the_step_masked(tiny):
     [
         ({"rescorer_weight": 1.5}, "rescorer_weight=1.5 must be from 0 to 1"),
         ({"rescorer_weight": (0.5, -0.1)}, "from 0 to 1"),
-        ({"rescorer_weight": ()}, "from 0 to 1"),
+        ({"rescorer_weight": ()}, r"rescorer_weight=\[\] has no number"),
         ({"rescorer_temperature": 0.0}, "above 0"),
         ({"rescore_stages": (-1,)}, "must be at least 0"),
         ({"rescorer": "x", "reference_compat": True}, "reference_compat"),

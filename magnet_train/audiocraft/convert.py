@@ -182,6 +182,8 @@ def _from_musicgen(source: str, config: Any, options: ConvertOptions) -> SavedMo
             decoding=musicgen_decoding(model.generation_config),
             provenance={"licence": licence, "source": f"MusicGen {Path(source).name}"},
         )
+        if options.text_encoder is not None:
+            _check_text_width(options.text_encoder, network.text_dim, saved.file)
         weights = musicgen_weights(model.state_dict(), network)
         check_weights(weights, network, saved.file)
         return write_release(options.out, saved, {k: lambda v=v: v for k, v in weights.items()})

@@ -21,6 +21,7 @@ PUBLISHED = (
 """Published models, on the hub under facebook/."""
 PUBLISHED_LICENCE = "cc-by-nc-4.0"
 TEXT_WIDTHS = {
+    "demo": 384,
     "t5-small": 512,
     "t5-base": 768,
     "t5-large": 1024,

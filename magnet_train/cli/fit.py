@@ -54,6 +54,7 @@ from magnet_train.common.errors import UserError, integer_from_environment, user
 from magnet_train.common.folders import writable_folder, write_json
 from magnet_train.common.pretrained import one_line
 from magnet_train.common.products import choose_products
+from magnet_train.common.ranges import as_tuple
 from magnet_train.conditioning import load_text_encoder
 from magnet_train.data.datamodule import MagnetDataModule, check_shards_per_worker
 from magnet_train.evaluation.report import write_report
@@ -140,6 +141,21 @@ def _refuse_interactive_srun() -> None:
             f"srun with several tasks in a job named {name!r}: Lightning ignores SLURM there; "
             "write SLURM_JOB_NAME=magnet srun …"
         )
+
+
+def check_unguided(decoding: Namespace) -> None:
+    """Check that a model which learns guided logits is decoded without guidance.
+
+    Raises:
+        UserError: if not.
+    """
+    for name in ("max_cfg_coef", "min_cfg_coef"):
+        value = decoding[name]
+        if set(as_tuple(value)) != {1}:
+            raise UserError(
+                f"--generation.decoding.{name} {value}: with --model.distil_guidance true the "
+                "model learns the guided logits, so set it to 1"
+            )
 
 
 def check_launch(trainer: Any) -> None:
@@ -351,6 +367,9 @@ class MagnetCLI(private_api.lightning_cli()):
         checkpoint: str | None = config.ckpt_path
         if self.verb == "fit" and checkpoint is None and requeue_count():
             checkpoint = config.ckpt_path = AUTO
+        distils = config.model.distil_guidance and config.model.init_from is not None
+        if distils and self.verb == "fit":
+            check_unguided(config.generation.decoding)
         # Both need the weights of init_from, which the checkpoint does not contain.
         needs_base = config.model.distil_guidance or config.model.lora.rank
         if checkpoint is not None and checkpoint != AUTO:

@@ -18,6 +18,8 @@ from magnet_train.resume import WEIGHTS_PARTS, read_training_checkpoint
 
 LINKED = ("num_codebooks", "codebook_size", "text_dim")
 """Settings of the network that follow from codec and text encoder."""
+UNGUIDED = {"max_cfg_coef": 1.0, "min_cfg_coef": 1.0}
+"""Decoding settings of a model that learns guided logits."""
 AUTO = "auto"
 """Value of --ckpt_path for the newest checkpoint of the run folder; any other is a file."""
 
@@ -73,7 +75,7 @@ def settings_of_release(
                 mono = trained.decoding.per_stage(name, books)
                 decoding[name] = [number for number in mono for _ in "LR"]
     if distils:
-        decoding |= {"max_cfg_coef": 1.0, "min_cfg_coef": 1.0}
+        decoding |= UNGUIDED
     return {
         "model": {
             "network": {k: v for k, v in network.items() if k not in LINKED},
@@ -109,7 +111,10 @@ def settings_of_checkpoint(file: Path) -> dict[str, Any]:
         settings.pop("init_from", None)  # the weights are the checkpoint's
     settings["network"] = {k: v for k, v in settings["network"].items() if k not in LINKED}
     settings |= {"lora": lora} if lora else {}
-    return {"model": settings} | ({} if seed is None else {"seed_everything": seed})
+    found: dict[str, Any] = {"model": settings}
+    if settings.get("distil_guidance"):
+        found["generation"] = {"decoding": dict(UNGUIDED)}
+    return found | ({} if seed is None else {"seed_everything": seed})
 
 
 def parse_with_decoding(

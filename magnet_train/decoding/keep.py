@@ -80,15 +80,37 @@ class Edit:
             plan = self._loop(num_samples, sample_rate, frame_rate, crop_s)
         else:
             plan = self._linear(num_samples, sample_rate, frame_rate)
-        if (
-            self.hints.keep_coarse + self.hints.keep_fine >= num_codebooks
-            or not plan.to_decode.any()
-        ):
+        self.given(plan, num_codebooks, frame_rate)
+        return plan
+
+    def given(
+        self,
+        plan: "Plan",
+        num_codebooks: int,
+        frame_rate: float,
+        onsets: Tensor | None = None,
+        place: str = "0",
+    ) -> Tensor:
+        """The codes to keep, bool `k t`: those outside of the regions, and hints in the recording.
+
+        Args:
+            plan: the edit in frames.
+            num_codebooks: k.
+            frame_rate: frame rate in Hz.
+            onsets: frames with an onset, bool `t`; needed for `hint_onsets_s`.
+            place: key of the random numbers, such as "seed/item".
+
+        Raises:
+            UserError: if there is nothing to decode.
+        """
+        given = self.hints.given(plan.to_decode, num_codebooks, frame_rate, onsets, place)
+        given[:, plan.num_recorded :] = False
+        if given.all():
             raise UserError(
                 "nothing left to decode: give --regenerate, --keep, --to_s, --loop, or hints that "
                 f"leave some of the {num_codebooks} codebooks and of the frames open"
             )
-        return plan
+        return given
 
     def _linear(self, num_samples: int, sample_rate: int, frame_rate: float) -> "Plan":
         recorded_s = num_samples / sample_rate
@@ -100,7 +122,7 @@ class Edit:
         if self.from_s is not None and self.to_s is None:
             raise UserError(f"--from_s {self.from_s}: give --to_s too, the length of the result")
         total_s = recorded_s if self.to_s is None else self.to_s
-        num_frames = math.ceil(round(total_s * frame_rate, 6))
+        num_recorded = num_frames = math.ceil(round(total_s * frame_rate, 6))
         to_decode = self._regions(num_frames, frame_rate, recorded_s)
         if self.to_s is not None:
             if not kept_s + 1 / frame_rate <= self.to_s <= 24 * 3600:
@@ -109,8 +131,9 @@ class Edit:
                     f"the {kept_s:.3f} s that are kept, and at most a day"
                 )
             # The cross-fade needs recorded audio after the last kept frame.
-            to_decode[max(0, math.floor((kept_s - SEAM_S) * frame_rate)) :] = True
-        return Plan(to_decode, 0, round(total_s * sample_rate), is_loop=False)
+            num_recorded = max(0, math.floor((kept_s - SEAM_S) * frame_rate))
+            to_decode[num_recorded:] = True
+        return Plan(to_decode, num_recorded, 0, round(total_s * sample_rate), is_loop=False)
 
     def _loop(self, num_samples: int, sample_rate: int, frame_rate: float, crop_s: float) -> "Plan":
         assert self.loop_s is not None
@@ -121,15 +144,15 @@ class Edit:
         if not 0 <= start < num_samples:
             raise UserError(f"--loop_start_s {self.loop_start_s}: outside the recording")
         available = (num_samples - start) / sample_rate
-        num_frames = round(self.loop_s * frame_rate)
+        num_recorded = num_frames = round(self.loop_s * frame_rate)
         to_decode = self._regions(num_frames, frame_rate, self.loop_s)
         if not (self.regenerate or self.keep or self.hints.keep_any):
             width = max(1, round(self.seam_s * frame_rate))
             to_decode[:width] = to_decode[-width:] = True
-        to_decode[math.floor(max(0.0, available - SEAM_S) * frame_rate) :] |= (
-            available < self.loop_s
-        )
-        return Plan(to_decode, start, round(self.loop_s * sample_rate), is_loop=True)
+        if available < self.loop_s:
+            num_recorded = math.floor(max(0.0, available - SEAM_S) * frame_rate)
+            to_decode[num_recorded:] = True
+        return Plan(to_decode, num_recorded, start, round(self.loop_s * sample_rate), is_loop=True)
 
     def _regions(self, num_frames: int, frame_rate: float, length_s: float) -> Tensor:
         """Frames in the regions, bool `t`."""
@@ -150,6 +173,8 @@ class Plan(NamedTuple):
 
     to_decode: Tensor
     """bool `t`, frames to regenerate."""
+    num_recorded: int
+    """Frames of the recording that are used; hints keep nothing behind them."""
     start: int
     """First used sample of the recording."""
     num_samples: int
@@ -169,7 +194,7 @@ def check_regions(
     ordered = sorted((start, length_s if math.isinf(end) else end) for start, end in regions)
     for start, end in ordered:
         text = f"--{option} {start:g}:{end:g}"
-        if not 0 <= start < length_s or end > length_s + 1e-6:
+        if not (0 <= start < length_s and end <= length_s + 1e-6):  # NaN is outside too
             raise UserError(f"{text}: outside the recording, which has {length_s:.3f} s")
         if end <= start:
             raise UserError(f"{text}: is empty; give START:END in seconds")
