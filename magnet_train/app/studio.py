@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
@@ -237,14 +237,15 @@ class Studio:
     def _load(
         self, options: GenerateOptions | EditOptions, decoding: dict[str, Any]
     ) -> "tuple[Generator, DecodingConfig]":
-        """The model; kept in memory until another one or a newer checkpoint is requested."""
+        """The model, and its decoding settings with the given ones; the model is kept in memory
+        until another one or a newer checkpoint is requested.
+        """
         saved = check_model(options, decoding)
         key = options.checkpoint, options.lora, saved.file, saved.file.stat().st_mtime_ns
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # one model at a time in memory
-            self._loaded = key, load_generator(options, {})[0]
-        generator = self._loaded[1]
-        return generator, DecodingConfig.from_dict(asdict(generator.decoding) | decoding)
+            self._loaded = key, load_generator(options)
+        return self._loaded[1], saved.decoding
 
     def _takes(
         self, options: GenerateOptions, decoding: dict[str, Any], judge: str, progress: Progress

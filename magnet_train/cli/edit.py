@@ -130,7 +130,6 @@ def edit(options: EditOptions, decoding: dict[str, Any]) -> list[Path]:
     """
     from magnet_train.codec.base import load_codec_facts
     from magnet_train.decoding.autoregressive import check_decoding
-    from magnet_train.decoding.decode import DecodingConfig
     from magnet_train.release import codec_facts
 
     if options.audio is None:
@@ -141,13 +140,13 @@ def edit(options: EditOptions, decoding: dict[str, Any]) -> list[Path]:
     facts = codec_facts(saved.codec) or load_codec_facts(saved.codec["id"])
     plan = edit.plan(wav.shape[1], sample_rate, facts.frame_rate, facts.num_codebooks, saved.crop_s)
     duration_s = plan.num_samples / sample_rate
-    check_decoding(saved.network, DecodingConfig.from_dict(decoding), duration_s)
+    check_decoding(saved.network, saved.decoding, duration_s)
     cues = list_cues(options, duration_s)
     chooser = Chooser(options, [text for _, text in cues])
     writable_folder(options.out, "--out")
-    generator, settings = load_generator(options, decoding)
+    generator = load_generator(options)
     recording = wav, sample_rate
-    files = edit_files(generator, settings, options, recording, cues, chooser)
+    files = edit_files(generator, saved.decoding, options, recording, cues, chooser)
     return [path for path, _ in files]
 
 

@@ -79,13 +79,11 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
         UserError: if there is no prompt, or a setting or file is not valid.
     """
     from magnet_train.decoding.autoregressive import check_decoding
-    from magnet_train.decoding.decode import DecodingConfig
 
     prompts = all_prompts(options)
     jobs = list_jobs(prompts, options.seed, options.variations, options.best_of)
     saved = check_model(options, decoding)
-    asked = DecodingConfig.from_dict(decoding)
-    check_decoding(saved.network, asked, options.duration_s or saved.crop_s)
+    check_decoding(saved.network, saved.decoding, options.duration_s or saved.crop_s)
     chooser = Chooser(options, prompts)
     if options.continue_from is not None:
         from magnet_train.data.audio import read_as_recorded
@@ -94,8 +92,9 @@ def generate(options: GenerateOptions, decoding: dict[str, Any]) -> list[Path]:
             raise UserError(f"--continue_from {options.continue_from}: no such file")
         read_as_recorded(options.continue_from)  # refused before the model is loaded
     writable_folder(options.out, "--out")
-    generator, settings = load_generator(options, decoding)
-    return [path for path, _ in generate_files(generator, settings, options, jobs, chooser)]
+    generator = load_generator(options)
+    files = generate_files(generator, saved.decoding, options, jobs, chooser)
+    return [path for path, _ in files]
 
 
 def all_prompts(options: GenerateOptions) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,36 +106,35 @@ def find_device(name: str) -> str:
 def check_model(options: OutputOptions, decoding: dict[str, Any]) -> "SavedModel":
     """Open the model of --checkpoint without its weights, and check the options.
 
+    Args:
+        options: the options.
+        decoding: replaces decoding settings of the model.
+
     Raises:
         UserError: if the model, device, a decoding setting or the rescorer is not usable.
     """
-    from magnet_train.decoding.decode import DecodingConfig
     from magnet_train.decoding.load_rescorer import check_rescorer
     from magnet_train.release import SavedModel
 
     saved = SavedModel.open(options.checkpoint).with_adapters(options.lora)
     find_device(options.device)
-    rescorer = DecodingConfig.from_dict(decoding).rescorer
-    if rescorer is not None:
-        check_rescorer(rescorer, saved.codec)
-    return saved
+    settings = saved.decoding.updated(decoding)
+    if settings.rescorer is not None:
+        check_rescorer(settings.rescorer, saved.codec)
+    return replace(saved, decoding=settings)
 
 
-def load_generator(
-    options: OutputOptions, decoding: dict[str, Any]
-) -> "tuple[Generator, DecodingConfig]":
-    """Load the model of --checkpoint, and merge its decoding settings with the given ones."""
+def load_generator(options: OutputOptions) -> "Generator":
+    """Load the model of --checkpoint."""
     import torch
 
     from magnet_train.common.products import choose_products
-    from magnet_train.decoding.decode import DecodingConfig
     from magnet_train.generator import load
 
     choose_products()
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     device = find_device(options.device)
-    generator = load(options.checkpoint, device, dtype, options.compiled, options.lora)
-    return generator, DecodingConfig.from_dict(asdict(generator.decoding) | decoding)
+    return load(options.checkpoint, device, dtype, options.compiled, options.lora)
 
 
 class Chooser:

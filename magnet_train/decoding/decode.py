@@ -12,8 +12,8 @@ predicted.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -187,6 +187,14 @@ class DecodingConfig:
         config = cls(**settings)
         check_types(config)
         return config
+
+    def updated(self, given: Mapping[str, Any]) -> "DecodingConfig":
+        """These settings, with the given ones in place of their own.
+
+        Raises:
+            UserError, TypeError: as `from_dict`.
+        """
+        return self.from_dict(asdict(self) | dict(given))
 
     def rescores(self, stage: int) -> bool:
         """Whether the rescorer is used in this stage."""

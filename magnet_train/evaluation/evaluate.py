@@ -237,6 +237,7 @@ class _Evaluation:
         self.decoded = ""
         """System name of the clips generated with --checkpoint, if any."""
         self.decoding: DecodingConfig | None = None
+        """Their decoding settings."""
 
     def open(self) -> None:
         """List clips, load networks, and check everything that can be checked before scoring.
@@ -282,10 +283,10 @@ class _Evaluation:
         """Add the clips that --checkpoint will generate."""
         options = self.options
         saved = SavedModel.open(str(options.checkpoint))
-        decoding = DecodingConfig.from_dict(asdict(saved.decoding) | dict(self.given_decoding))
-        check_decoding(saved.network, decoding, saved.crop_s)
-        if decoding.rescorer is not None:
-            check_rescorer(decoding.rescorer, saved.codec)
+        self.decoding = saved.decoding.updated(self.given_decoding)
+        check_decoding(saved.network, self.decoding, saved.crop_s)
+        if self.decoding.rescorer is not None:
+            check_rescorer(self.decoding.rescorer, saved.codec)
         self.decoded = "ours" if "ours" not in self.systems else str(options.checkpoint)
         folder = options.generated_to / _folder_name(options, self.given_decoding, self.prompts)
         self.systems[self.decoded] = {
@@ -362,9 +363,6 @@ class _Evaluation:
         options = self.options
         assert options.checkpoint is not None
         generator = load(options.checkpoint, self.fabric.device)
-        self.decoding = DecodingConfig.from_dict(
-            asdict(generator.decoding) | dict(self.given_decoding)
-        )
         captions = {key: clip.caption for key, clip in share.items()}
         items = generator.decode_items(captions, options.batch_size, options.seed, self.decoding)
         for clip in scorer.decoded_clips(self._write(items)):
