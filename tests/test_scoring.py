@@ -61,11 +61,13 @@ def gathered_items(rank: int) -> dict[str, Tensor]:
 
 def failures(rank: int) -> list[str]:
     """What each rank raises if rank 1 has a UserError, then a bug; nothing without errors."""
-    raise_on_all_ranks(None)
-    messages = []
+    with raise_on_all_ranks():
+        messages = []
     for error in (UserError("clip x: broken"), OSError("its disk is full")):
         try:
-            raise_on_all_ranks(error if rank == 1 else None)
+            with raise_on_all_ranks():
+                if rank == 1:
+                    raise error
         except Exception as raised:
             messages.append(f"{type(raised).__name__} {raised}")
     return messages
@@ -143,9 +145,10 @@ def test_without_ranks_items_are_sorted_copies_and_errors_are_raised():
     assert not gathered["a"].requires_grad
     gathered["b"] += 1
     assert x.sum() == 0
-    raise_on_all_ranks(None)
-    with pytest.raises(OSError, match=r"^too bad$"):
-        raise_on_all_ranks(OSError("too bad"))
+    with raise_on_all_ranks():
+        x += 1
+    with pytest.raises(OSError, match=r"^too bad$"), raise_on_all_ranks():
+        raise OSError("too bad")
 
 
 def test_names_of_metrics():

@@ -235,18 +235,14 @@ class GenerationCallback(Callback):
         counts = all_gather_list([] if self._counts is None else [self._counts.cpu()])
         embeds_baselines = self.baselines and not self._baseline_values
         tables = self._count_tables(trainer) if embeds_baselines else None
-        error: Exception | None = None
         features: dict[str, scorer.Features] = {}
         decoded: list[str] = []
-        try:
+        with raise_on_all_ranks():
             codec = load_codec(module.codec_name).to(module.device)
             embedders = self._load_embedders(trainer, module)
             features[MODEL], decoded = self._decode(trainer, module, codec, share, embedders)
             if embeds_baselines:
                 features |= self._embed_baselines(codec, share, sum(counts), tables, embedders)
-        except Exception as caught:
-            error = caught
-        raise_on_all_ranks(error)
         done = set(all_gather_list(decoded))
         captions = {item["key"]: item["caption"] for item in ordered if item["key"] in done}
         features = self._gather(features)
@@ -255,7 +251,7 @@ class GenerationCallback(Callback):
         self.audio = sorted(all_gather_list(self.audio))
         self.plots = sorted(all_gather_list(self.plots))
         records: list[Record] = []
-        try:
+        with raise_on_all_ranks():
             references = self._load_references(trainer, features[MODEL], real)
             all_captions = {item["key"]: item["caption"] for item in ordered}
             self._score_baselines(features, references, all_captions)
@@ -265,9 +261,6 @@ class GenerationCallback(Callback):
             if records and trainer.is_global_zero:
                 write_records(self._folder(trainer, module) / "records.json", records)
                 self._note_clip_scores(features[MODEL], references)
-        except Exception as caught:
-            error = caught
-        raise_on_all_ranks(error)
         self._log(module, records, len(captions))
         if self.audio:
             rank_zero_info(

@@ -192,14 +192,10 @@ def evaluate(options: EvaluateOptions, decoding: Mapping[str, Any] | None = None
         print(analyse_ratings(options.ratings, options.study).to_markdown())
     if not options.has_clips:
         return []
-    error: Exception | None = None
     run = _Evaluation(options, decoding or {}, fabric)
-    try:
+    with raise_on_all_ranks():
         run.open()
         run.embed()
-    except Exception as caught:
-        error = caught
-    raise_on_all_ranks(error)
     run.gather()
     records = run.score()
     if fabric.global_rank == 0:

@@ -1,7 +1,8 @@
 """Exchange of items and errors between ranks; without torch.distributed, nothing is exchanged."""
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -33,18 +34,24 @@ def all_gather_list(items: list[Any]) -> list[Any]:
     return [item for part in parts for item in part]
 
 
-def raise_on_all_ranks(error: Exception | None) -> None:
-    """Raise on every rank if any rank has an error, so that no rank waits for a failed one.
+@contextmanager
+def raise_on_all_ranks() -> Iterator[None]:
+    """Context that fails on every rank if it fails on any, so that no rank waits for a failed one.
 
     A rank with an error raises it with its traceback. The others raise the error of the lowest
     failed rank: a UserError as a UserError, anything else as a RuntimeError with the traceback.
-    Collective.
+    The end of the context is collective.
 
     Raises:
         Exception: this rank's own error.
         UserError: another rank's.
         RuntimeError: for any other exception of another rank.
     """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
     report = None
     if isinstance(error, UserError):
         report = UserError, str(error)
