@@ -1,17 +1,20 @@
 """Differences of two systems, paired by clip, on simulated features."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from magnet_train.evaluation.differences import differences_text, paired_differences
+from magnet_train.metrics.embedders import ClipFeatures, Embedder
 from magnet_train.metrics.scoring import FeatureSet
 
-EMBEDDER: Any = SimpleNamespace(
-    name="musicnn", id="m", hash="h", resampler="r", windowing="w", convention="audiocraft"
-)
+
+def _no_features(wav: torch.Tensor, sample_rate: int, key: str) -> ClipFeatures:
+    raise AssertionError("features are given")
+
+
+EMBEDDER = Embedder("musicnn", "m", "h", 1.0, "r", "w", _no_features, convention="audiocraft")
 METRICS = ["fad/musicnn", "kl/musicnn", "vendi/musicnn"]
 
 

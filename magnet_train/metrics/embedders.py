@@ -52,6 +52,16 @@ class Embedder:
     convention: str | None = None
     """Default convention of KL, a name of `kl.CONVENTIONS`."""
 
+    @property
+    def protocol(self) -> dict[str, str]:
+        """What its embeddings depend on, as fields of records and reference statistics."""
+        return {
+            "embedder": self.id,
+            "embedder_hash": self.hash,
+            "resampler": self.resampler,
+            "windowing": self.windowing,
+        }
+
     def __call__(self, wav: Tensor, sample_rate: int, key: str) -> ClipFeatures:
         """Features of one clip.
 

@@ -54,16 +54,17 @@ class ReferenceStatistics:
         cls,
         embeddings: Mapping[str, Tensor],
         *,
-        embedder: str,
-        embedder_hash: str,
-        resampler: str,
-        windowing: str,
         logits: Mapping[str, Tensor] | None = None,
         names: Iterable[str] | None = None,
+        **protocol: str,
     ) -> "ReferenceStatistics":
         """Compute from windows `n d` by clip id, in any order.
 
-        `names` replace the ids in `ids_hash` if ids do not identify the audio.
+        Args:
+            embeddings: windows of each clip.
+            logits: classifier outputs of each clip, `n c`, for KL.
+            names: replace the ids in `ids_hash` if ids do not identify the audio.
+            protocol: of the embedder (`Embedder.protocol`).
 
         Raises:
             UserError: for fewer than two windows in total, or an invalid embedding.
@@ -80,12 +81,9 @@ class ReferenceStatistics:
             moments,
             len(clips),
             hash_of_ids(clips if names is None else names),
-            embedder,
-            embedder_hash,
-            resampler,
-            windowing,
-            clips,
-            dict(sorted((logits or {}).items())),
+            embeddings=clips,
+            logits=dict(sorted((logits or {}).items())),
+            **protocol,
         )
 
     def save(self, path: str | Path) -> None:

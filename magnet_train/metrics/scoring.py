@@ -147,13 +147,7 @@ class FeatureSet:
             UserError: for fewer than two windows.
         """
         return ReferenceStatistics.of(
-            self.embeddings,
-            embedder=self.embedder.id,
-            embedder_hash=self.embedder.hash,
-            resampler=self.embedder.resampler,
-            windowing=self.embedder.windowing,
-            logits=self.outputs,
-            names=names,
+            self.embeddings, logits=self.outputs, names=names, **self.embedder.protocol
         )
 
 
@@ -201,8 +195,7 @@ def score(
         UserError: if clips, captions or references are missing, or too few for the metric.
     """
     name, embedder_name = parse_metric(metric)
-    embedder = features.embedder
-    assert embedder_name == embedder.name
+    assert embedder_name == features.embedder.name
     if not features.embeddings:
         raise UserError(f"{metric}: no clips; give at least one")
     if name in REFERENCE_METRICS and reference is None:
@@ -223,10 +216,7 @@ def score(
     return Record(
         metric=metric,
         **scored._asdict(),
-        embedder=embedder.id,
-        embedder_hash=embedder.hash,
-        resampler=embedder.resampler,
-        windowing=embedder.windowing,
+        **features.embedder.protocol,
         num_clips=len(features.embeddings),
         clipped_share=_mean_clipped(features),
         sample_rates=tuple(sorted(features.rates)),
@@ -329,8 +319,6 @@ def _score_text(name: str, features: FeatureSet, captions: Mapping[str, str] | N
         raise UserError(f"clip {missing[0]} has no caption; give --captions")
     text = features.embedder.embed_text([captions[key] for key in features.vectors])
     summary = clap_summary(torch.stack(list(features.vectors.values())), text)
-    if name == "text_shuffled" and summary.shuffled is None:
-        raise UserError("a single clip has no other caption; score two or more")
     values = {
         "text": summary.mean,
         "text_shuffled": summary.shuffled,
@@ -338,5 +326,6 @@ def _score_text(name: str, features: FeatureSet, captions: Mapping[str, str] | N
         "text_r10": summary.recall_at_10,
     }
     value = values[name]
-    assert value is not None
+    if value is None:
+        raise UserError("a single clip has no other caption; score two or more")
     return _Scored(value, summary.num_pairs, summary.interval if name == "text" else None)
