@@ -52,6 +52,11 @@ def run_locations(trainer: L.Trainer) -> dict[str, str]:
     return found
 
 
+def wandb_runs(trainer: L.Trainer) -> list[Any]:
+    """The W&B runs that a trainer logs to."""
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+
+
 MAX_TAG = 64
 """Maximum length of a tag in W&B, in characters."""
 
@@ -141,15 +146,13 @@ class Tracking(Callback):
         splits = [split for split in ("train", "validation") if data.folders[split] is not None]
         session["data"] = {split: shards_hash(data.shards(split).index) for split in splits}
         add_environment(Path(trainer.default_root_dir), session)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.config.update({"environment": session}, allow_val_change=True)
-                assert isinstance(pl_module, MagnetModule)
-                tags = (*(logger.experiment.tags or ()), *run_tags(pl_module))
-                logger.experiment.tags = tuple(dict.fromkeys(tags))
-                _define_metrics(logger.experiment)
-                if "://" in (location := run_location() or ""):
-                    rank_zero_info(f"W&B: {location}")
+        for run in wandb_runs(trainer):
+            run.config.update({"environment": session}, allow_val_change=True)
+            assert isinstance(pl_module, MagnetModule)
+            run.tags = tuple(dict.fromkeys((*(run.tags or ()), *run_tags(pl_module))))
+            _define_metrics(run)
+            if "://" in (location := run_location() or ""):
+                rank_zero_info(f"W&B: {location}")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -177,15 +180,12 @@ class Tracking(Callback):
             logger.log_metrics(values, self._unwritten_row["step"])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return
         self._update_best(trainer)
         callbacks: list[Any] = trainer.callbacks  # type: ignore
         generation = next((c for c in callbacks if isinstance(c, GenerationCallback)), None)
-        if (
-            generation is None
-            or not generation.audio
-            or not trainer.is_global_zero
-            or trainer.sanity_checking
-        ):
+        if generation is None or not generation.audio:
             return
         assert isinstance(pl_module, MagnetModule)
         step = generation.step(trainer, pl_module)
@@ -205,17 +205,13 @@ class Tracking(Callback):
 
         W&B's own `summary="min"` would replace the last value, which its sweeps read, by a group.
         """
-        if not trainer.is_global_zero or trainer.sanity_checking:
-            return
         for name, tensor in trainer.callback_metrics.items():
             entry, value = find(name), float(tensor)
             if name.startswith("val/") and entry and entry.better and math.isfinite(value):
                 better = min if entry.better == "lower" else max
                 self._best[name] = better(value, self._best.get(name, value))
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                best = {f"best/{name}": value for name, value in self._best.items()}
-                logger.experiment.summary.update(best)
+        for run in wandb_runs(trainer):
+            run.summary.update({f"best/{name}": value for name, value in self._best.items()})
 
     def _to_wandb(self, run: Any, clips: list[GeneratedClip], step: int) -> None:
         """Log lists of media at the step, and append the new rows to the table."""
@@ -254,12 +250,11 @@ class Tracking(Callback):
         if not self.upload_checkpoints or not trainer.is_global_zero:
             return
         saved: Any = trainer.checkpoint_callback
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                if saved.best_model_path:
-                    upload(logger.experiment, Path(saved.best_model_path), "best")
-                # W&B gives the alias "latest" to the last version, so this one comes last.
-                upload(logger.experiment, Path(saved.last_model_path), "latest")
+        for run in wandb_runs(trainer):
+            if saved.best_model_path:
+                upload(run, Path(saved.best_model_path), "best")
+            # W&B gives the alias "latest" to the last version, so this one comes last.
+            upload(run, Path(saved.last_model_path), "latest")
 
 
 def _define_metrics(run: Any) -> None:
