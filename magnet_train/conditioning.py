@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from magnet_train.common.devices import to_device
 from magnet_train.common.errors import UserError
@@ -101,7 +102,7 @@ class TextEncoder(nn.Module):
         l is the largest number of tokens, at least 1. Padding is on the right and has zero states.
         On a GPU, the host waits only for captions that are not in the cache.
         """
-        texts = ["" if c is None else c.strip() for c in captions]
+        texts = [(caption or "").strip() for caption in captions]
         known = {t: self._cache[t] for t in texts if t in self._cache}
         known |= self._encode([t for t in dict.fromkeys(texts) if t and t not in known])
         for text, states in known.items():
@@ -109,12 +110,12 @@ class TextEncoder(nn.Module):
             self._cache.move_to_end(text)
         while len(self._cache) > CACHE_SIZE:
             self._cache.popitem(last=False)
-        lengths = torch.tensor([len(known[t]) if t else 0 for t in texts])
-        mask = torch.arange(max([1, *lengths.tolist()])) < lengths[:, None]
-        states = torch.zeros(*mask.shape, self.dim)
-        for row, text in zip(states, texts, strict=True):
-            if text:
-                row[: len(known[text])] = known[text]
+        known[""] = torch.zeros(0, self.dim)
+        rows = [known[text] for text in texts]
+        lengths = torch.tensor([len(row) for row in rows])
+        # One more row makes the others at least one token wide.
+        states = pad_sequence([*rows, torch.zeros(1, self.dim)], batch_first=True)[:-1]
+        mask = torch.arange(states.shape[1]) < lengths[:, None]
         return to_device(states, self.device), to_device(mask, self.device)
 
     def save(self, folder: Path) -> None:
