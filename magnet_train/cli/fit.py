@@ -376,10 +376,9 @@ class MagnetCLI(private_api.lightning_cli()):
             if not needs_base:
                 config.model.init_from = None  # the weights are the checkpoint's
             check_named_checkpoint(Path(checkpoint).expanduser(), self.verb == "fit")
-        self.run_folder = Path(config.trainer.default_root_dir or "runs/run").expanduser()
         if self.verb == "fit" and not config.trainer.fast_dev_run:
             self.locks = lock_run(config)
-        prepare_run_folder(config, self.verb == "fit")
+        self.run_folder = prepare_run_folder(config, self.verb == "fit")
         if self.verb != "fit" and config.ckpt_path is None and config.model.init_from is None:
             raise UserError(
                 f"--ckpt_path auto: no checkpoint in {self.run_folder}; give --ckpt_path "

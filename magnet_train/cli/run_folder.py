@@ -38,21 +38,23 @@ def prepare_run_folder(config: Any, is_fit: bool) -> Path:
     """
     folder = Path(config.trainer.default_root_dir or "runs/run").expanduser()
     writable_folder(folder, "--trainer.default_root_dir")
-    config.trainer.default_root_dir = str(folder)
     own_checkpoints = folder / "checkpoints"
-    config.checkpoint.dirpath = str(Path(config.checkpoint.dirpath or own_checkpoints).expanduser())
-    if config.ckpt_path == "auto":
-        newest = newest_intact_checkpoint([folder, Path(config.checkpoint.dirpath)])
+    checkpoints = Path(config.checkpoint.dirpath or own_checkpoints).expanduser()
+    config.trainer.default_root_dir, config.checkpoint.dirpath = str(folder), str(checkpoints)
+    named = config.ckpt_path
+    if named == "auto":
+        newest = newest_intact_checkpoint([folder, checkpoints])
         config.ckpt_path = None if newest is None else str(newest)
         rank_zero_info(f"--ckpt_path auto: {newest or 'no checkpoint yet, starting from scratch'}")
-    elif config.ckpt_path is not None and is_fit and not config.trainer.fast_dev_run:
-        _move_later_aside(Path(config.checkpoint.dirpath), Path(config.ckpt_path).expanduser())
-    if config.ckpt_path is None and is_fit and not config.trainer.fast_dev_run:
+    if not is_fit or config.trainer.fast_dev_run:  # writes no checkpoint
+        return folder
+    if config.ckpt_path is None:
         _check_overwrites(config, folder)
-        if Path(config.checkpoint.dirpath) == own_checkpoints:
+        if checkpoints == own_checkpoints:
             _move_aside(own_checkpoints)
-    if is_fit and not config.trainer.fast_dev_run:
-        writable_folder(Path(config.checkpoint.dirpath), "--checkpoint.dirpath")
+    elif named != "auto":
+        _move_later_aside(checkpoints, Path(named).expanduser())
+    writable_folder(checkpoints, "--checkpoint.dirpath")
     return folder
 
 
