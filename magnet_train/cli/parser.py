@@ -144,16 +144,8 @@ class OneLineErrors(ArgumentParser):
 
     def option_names(self) -> list[str]:
         """Names of all options, including subcommands', without dashes."""
-        parsers: list[Any] = [self]
-        for action in self._actions:
-            parsers += (getattr(action, "_name_parser_map", None) or {}).values()
-        options = (
-            option
-            for parser in parsers
-            for action in parser._actions
-            for option in action.option_strings
-        )
-        return [option.lstrip("-") for option in options]
+        actions = [action for _, action in private_api.all_actions(self)]
+        return [option.lstrip("-") for action in actions for option in action.option_strings]
 
     def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Any:
         """Parse the options; dashes in their names are read as underscores.

@@ -183,33 +183,33 @@ def list_options(kind: Any) -> dict[str, tuple[type, Any, str]]:
     return lists
 
 
-def options_that_need_a_value(parser: Any, prefix: str = "") -> Iterator[str]:
-    """Options whose type excludes null, including subcommands'; the parser accepts null for all."""
+def all_actions(parser: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A parser's actions, including subcommands', each with its name: `fit.trainer.max_steps`."""
     for action in parser._actions:
         for name, inner in (getattr(action, "_name_parser_map", None) or {}).items():
-            yield from options_that_need_a_value(inner, f"{prefix}{name}.")
+            yield from all_actions(inner, f"{prefix}{name}.")
+        yield f"{prefix}{action.dest}", action
+
+
+def options_that_need_a_value(parser: Any) -> Iterator[str]:
+    """Options whose type excludes null; the parser accepts null for all."""
+    for name, action in all_actions(parser):
         hint = getattr(action, "_typehint", None)
         takes_null = hint in (None, Any, type(None)) or type(None) in get_args(hint)
         if not takes_null and action.default is not None:
-            yield f"{prefix}{action.dest}"
+            yield name
 
 
-def option_groups(parser: Any, prefix: str = "") -> Iterator[str]:
-    """Groups of options, including subcommands'; the parser accepts numbers and lists for them."""
+def option_groups(parser: Any) -> Iterator[str]:
+    """Groups of options; the parser accepts numbers and lists for them."""
     from jsonargparse._actions import _ActionConfigLoad
 
-    for action in parser._actions:
-        for name, inner in (getattr(action, "_name_parser_map", None) or {}).items():
-            yield from option_groups(inner, f"{prefix}{name}.")
-        if isinstance(action, _ActionConfigLoad):
-            yield f"{prefix}{action.dest}"
+    return (name for name, a in all_actions(parser) if isinstance(a, _ActionConfigLoad))
 
 
 def boolean_options(parser: Any) -> Iterator[str]:
-    """Options that take true or false, with dashes, including subcommands'."""
-    for action in parser._actions:
-        for inner in (getattr(action, "_name_parser_map", None) or {}).values():
-            yield from boolean_options(inner)
+    """Options that take true or false, with dashes."""
+    for _, action in all_actions(parser):
         hint = getattr(action, "_typehint", None)
         if hint is bool or set(get_args(hint)) == {bool, type(None)}:
             yield from action.option_strings
