@@ -7,7 +7,7 @@ model is never executed.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,27 +56,23 @@ def load_pretrained(
         raise UserError(
             f"{what} {name!r}: no such folder; give a folder saved by transformers, or a hub id"
         )
-    try:
-        with quiet():
-            return load(name, True)
-    except UserError:
-        raise
-    except OSError:  # not in the cache
-        pass
-    except Exception as error:
-        raise UserError(
-            f"{what} {name!r} in the local cache cannot be loaded: {one_line(error)}"
-        ) from error
+    in_cache = f"{what} {name!r} in the local cache cannot be loaded"
+    with _failing_as(in_cache), suppress(OSError), quiet():  # OSError: it is not there
+        return load(name, True)
     _require_hub(what, name)
+    with _failing_as(f"{what} {name!r} cannot be loaded from the hub"), quiet():
+        return load(name, False)
+
+
+@contextmanager
+def _failing_as(what_failed: str) -> Iterator[None]:
+    """Turns errors of any type, of which transformers raises dozens, into UserErrors."""
     try:
-        with quiet():
-            return load(name, False)
+        yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"{what} {name!r} cannot be loaded from the hub: {one_line(error)}"
-        ) from error
+        raise UserError(f"{what_failed}: {one_line(error)}") from error
 
 
 def load_complete(
@@ -169,13 +165,9 @@ def _load_folder(what: str, path: Path, load: Load[T], required: Sequence[str]) 
     is_ours = str(read_model_type(path)).startswith(OWN_TYPES)
     if not is_ours:
         _check_size(what, path)
-    try:
-        with nullcontext() if is_ours else quiet():
-            return load(str(path), True)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{what} {str(path)!r} cannot be loaded: {one_line(error)}") from error
+    failure = f"{what} {str(path)!r} cannot be loaded"
+    with _failing_as(failure), nullcontext() if is_ours else quiet():
+        return load(str(path), True)
 
 
 def read_model_type(folder: Path) -> Any:
