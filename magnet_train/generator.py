@@ -242,6 +242,11 @@ class Generator:
         """Device of the network."""
         return self.network.head.device
 
+    def num_frames(self, duration_s: float | None = None) -> int:
+        """Frames of a duration in seconds (default: the trained length)."""
+        seconds = self.crop_s if duration_s is None else duration_s
+        return round(seconds * self.codec.facts.frame_rate)
+
     @torch.no_grad()
     def generate(
         self,
@@ -276,7 +281,7 @@ class Generator:
         items = numbered(prompts) if items is None else items
         facts = self.codec.facts
         duration_s = self.crop_s if duration_s is None else duration_s
-        num_frames = round(duration_s * facts.frame_rate)
+        num_frames = self.num_frames(duration_s)
         if num_frames < 1:
             raise UserError(
                 f"duration_s={duration_s} is shorter than one frame of {1 / facts.frame_rate} s"
@@ -340,8 +345,7 @@ class Generator:
         Returns:
             Codes `b k t`, and `b k t` the step of its stage at which each became final (-1: given).
         """
-        config, t = decoding or self.decoding, codes.shape[2]
-        size = round(self.crop_s * self.codec.facts.frame_rate)
+        config, t, size = decoding or self.decoding, codes.shape[2], self.num_frames()
         if loop and (t > size or config.reference_compat):
             raise UserError(
                 f"a loop of {t} frames: must have at most {size}, the length that the model was "
@@ -383,9 +387,9 @@ class Generator:
 
     def count_steps(self, to_decode: Tensor, decoding: DecodingConfig | None = None) -> int:
         """Number of steps to decode the frames `to_decode` (bool `t`), for a progress bar."""
-        config = decoding or self.decoding
-        size = round(self.crop_s * self.codec.facts.frame_rate)
-        size = max(size, len(to_decode)) if config.reference_compat else size
+        config, size = decoding or self.decoding, self.num_frames()
+        if config.reference_compat:  # in one window
+            size = max(size, len(to_decode))
         num_windows = len(list(windows(to_decode, size, int(OVERLAP * size))))
         return num_windows * config.num_steps(self.codec.facts.num_codebooks)
 

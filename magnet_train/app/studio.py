@@ -255,8 +255,7 @@ class Studio:
         prompts = all_prompts(options)
         jobs = list_jobs(prompts, options.seed, options.variations)
         generator, settings = self._load(options, decoding)
-        seconds = options.duration_s or generator.crop_s
-        frames = torch.ones(max(1, round(seconds * generator.codec.facts.frame_rate)))
+        frames = torch.ones(max(1, generator.num_frames(options.duration_s)))
         options = replace(options, out=self._new_folder("takes"))
         progress.total = len(jobs) * generator.count_steps(frames.bool(), settings)
         chooser = Chooser(options, prompts)

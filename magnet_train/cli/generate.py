@@ -158,12 +158,12 @@ def generate_files(
     for job in sorted(jobs, key=lambda job: job.seed):
         by_seed.setdefault(job.seed, []).append(job.prompt)
     batches = sum(math.ceil(len(prompts) / options.batch_size) for prompts in by_seed.values())
-    seconds = options.duration_s or generator.crop_s
-    num_frames = max(1, round(seconds * generator.codec.facts.frame_rate))
+    num_frames = generator.num_frames(options.duration_s)
     if start is not None and start.shape[2] >= num_frames:
         raise UserError(
             f"--continue_s {options.continue_s:g}: {kept_s:g} s of the file are kept, so nothing "
-            f"is left to generate of --duration_s {seconds:g}; keep less, or make it longer"
+            f"is left to generate of --duration_s {options.duration_s or generator.crop_s:g}; "
+            "keep less, or make it longer"
         )
     steps = generator.count_steps(torch.ones(num_frames, dtype=torch.bool), settings)
     total = batches * options.best_of * steps
