@@ -6,6 +6,7 @@ import torch
 
 from magnet_train.common.errors import UserError
 from magnet_train.evaluation import scorer
+from magnet_train.metrics.baselines import CountTables
 from magnet_train.metrics.embedders import ClipFeatures, Embedder
 
 RATE = 16_000
@@ -96,3 +97,16 @@ def test_the_clip_farthest_from_the_reference_has_the_highest_score():
     name, scores = scorer.scores_by_clip(["kl/musicnn", "fad/musicnn"], features, references)
     assert name == "musicnn" and max(scores, key=lambda key: scores[key]) == "b"
     assert scorer.scores_by_clip(["kl/musicnn"], features, references) == ("", {})
+
+
+def test_every_rank_has_the_same_baselines_even_without_clips():
+    """Features of each system are gathered, so a rank that lacks one would break the gathering."""
+    tables = CountTables.count([torch.tensor([[0, 1, 1, 2]])], codebook_size=3)
+    codes = {"a": torch.zeros(1, 5, dtype=torch.long)}
+    drawn = scorer.drawn_codes(codes, {"a": 7}, tables.frequencies, tables)
+    assert {system: found["a"].shape for system, found in drawn.items()} == {
+        "unigram": (1, 5),
+        "bigram": (1, 5),
+    }
+    assert scorer.drawn_codes({}, {}, tables.frequencies, tables) == {"unigram": {}, "bigram": {}}
+    assert scorer.drawn_codes({}, {}, tables.frequencies, None) == {"unigram": {}}

@@ -8,6 +8,7 @@ Shapes: t samples; clips are `channels t`.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +111,17 @@ def drawn_codes(
         frequencies: `k c`, for "unigram".
         tables: counts for "bigram", which is omitted without them.
     """
-    systems: dict[str, dict[str, Tensor]] = {"unigram": {}}
-    for key, rows in codes.items():
-        generator = torch.Generator().manual_seed(seeds[key])
-        systems["unigram"][key] = sample_unigram(frequencies, rows.shape[1], generator)
-        if tables is not None:
-            generator = torch.Generator().manual_seed(seeds[key])
-            drawn = sample_bigram(tables, rows.shape[1], generator)
-            systems.setdefault("bigram", {})[key] = drawn
-    return systems
+    draws: dict[str, Callable[[int, torch.Generator], Tensor]]
+    draws = {"unigram": partial(sample_unigram, frequencies)}
+    if tables is not None:
+        draws["bigram"] = partial(sample_bigram, tables)
+    return {
+        system: {
+            key: draw(rows.shape[1], torch.Generator().manual_seed(seeds[key]))
+            for key, rows in codes.items()
+        }
+        for system, draw in draws.items()
+    }
 
 
 def prepare_generated(
