@@ -106,8 +106,6 @@ def write_sound(path: Path, wav: np.ndarray, sample_rate: int, **options: Any) -
 
     `options` are passed to `soundfile.SoundFile`.
     """
-    import soundfile
-
     channels = 1 if wav.ndim == 1 else wav.shape[1]
     with soundfile.SoundFile(path, "w", sample_rate, channels, **options) as file:
         for start in range(0, len(wav), sample_rate):

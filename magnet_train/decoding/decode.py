@@ -197,10 +197,8 @@ class DecodingConfig:
         return self.from_dict(asdict(self) | dict(given))
 
     def rescores(self, stage: int) -> bool:
-        """Whether the rescorer is used in this stage."""
-        return self.rescorer is not None and (
-            self.rescore_stages is None or stage in self.rescore_stages
-        )
+        """Whether a rescorer, if there is one, is used in this stage."""
+        return self.rescore_stages is None or stage in self.rescore_stages
 
     def per_stage(self, name: str, num_codebooks: int) -> tuple[Any, ...]:
         """A setting of `PER_STAGE` as one number for each of `num_codebooks` stages.
@@ -212,9 +210,8 @@ class DecodingConfig:
 
     def guidance(self, stage: int, num_codebooks: int) -> tuple[float, float]:
         """Guidance coefficients of a stage: while all frames are masked, and at its end."""
-        starts, ends = (
-            self.per_stage(name, num_codebooks) for name in ("max_cfg_coef", "min_cfg_coef")
-        )
+        starts = self.per_stage("max_cfg_coef", num_codebooks)
+        ends = self.per_stage("min_cfg_coef", num_codebooks)
         return starts[stage], ends[stage]
 
     def laps(self, num_codebooks: int) -> list[tuple[int, ...]]:
@@ -359,11 +356,10 @@ def guided_logits(
     coef = share * start + (1 - share) * end
     if networks.joint is not None and (start, end) != (1, 1):
         logits, null = networks.joint(codes, stage)
-        return null + (logits - null) * coef
-    logits = networks.conditional(codes, stage)
-    if networks.null is None or coef == 1:
-        return logits
-    null = networks.null(codes, stage)
+    elif networks.null is not None and coef != 1:
+        logits, null = networks.conditional(codes, stage), networks.null(codes, stage)
+    else:
+        return networks.conditional(codes, stage)
     return null + (logits - null) * coef
 
 
@@ -408,9 +404,8 @@ class _Run:
         Also returns the certainty of each frame, `b t`, at the step that decided it.
         """
         config, num_steps = self.config, noise.codes.shape[1]
-        num_sharing, top_p = (
-            config.per_stage(name, codes.shape[1])[stage] for name in ("shared_noise", "top_p")
-        )
+        num_sharing = config.per_stage("shared_noise", codes.shape[1])[stage]
+        top_p = config.per_stage("top_p", codes.shape[1])[stage]
         masked, certainty = ~given, torch.empty(())
         decided = torch.ones(given.shape, device=codes.device)
         # Rounded as in audiocraft: the number of spans is this share of them, rounded down.
