@@ -51,10 +51,11 @@ def window_bias(t: int, context: int, valid: Tensor | None = None, device: Any =
 
     Args:
         t: number of frames.
-        context: frames visible on each side.
+        context: frames visible on each side; 0 = only itself.
         valid: `b t`, False = padding, which only attends to itself.
         device: where to compute it (default: the CPU).
     """
+    context = min(context, t - 1)
     size = block_size(context)
     n = -(-t // size)
     query = torch.arange(n * size, device=device).view(n, size, 1)
@@ -68,26 +69,11 @@ def window_bias(t: int, context: int, valid: Tensor | None = None, device: Any =
     return torch.zeros(allowed.shape, device=device).masked_fill_(~allowed, -math.inf)
 
 
-def windowed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    context: int,
-    valid: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Attention of each frame to the frames at most `context` away (MAGNeT, Sec. 3.3): `b h t d`.
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention of each frame to those in a window around it (MAGNeT, Sec. 3.3): `b h t d`.
 
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        context: frames visible on each side; 0 = only itself.
-        valid: `b t`, False = padding, which only attends to itself; ignored if `bias` is given.
-        bias: `window_bias`, if several layers share it.
+    `bias` is `window_bias`, which all layers share.
     """
-    if bias is None:
-        bias = window_bias(q.shape[2], min(context, q.shape[2] - 1), valid, q.device)
     # Precision is chosen here, because autocast would not apply in the backward pass.
     with torch.autocast(q.device.type, enabled=False):
         if torch.compiler.is_compiling():  # the compiler decides what to save and what to recompute

@@ -98,7 +98,8 @@ class FrameInputs:
         """Self-attention: queries, keys and values `b h t d` -> `b h t d`."""
         q, k = rotate(q, self.rotation), rotate(k, self.rotation)
         if self.context >= 0:
-            return windowed_attention(q, k, v, self.context, bias=self.bias)
+            assert self.bias is not None
+            return windowed_attention(q, k, v, self.bias)
         return full_attention(q, k, v, self.bias)
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from magnet_train.attention import dense_window, text_attention, windowed_attention
+from magnet_train.attention import (
+    dense_window,
+    text_attention,
+    window_bias,
+    windowed_attention,
+)
 
 
 @pytest.mark.parametrize("context", [0, 1, 5, 40, 200])
@@ -21,7 +26,7 @@ def test_blocks_equal_the_dense_mask(context, num_frames, padded):
     weight = torch.randn(2, 3, num_frames, 8)
     if valid is not None:
         weight = weight * valid[:, None, :, None]
-    fast = windowed_attention(q, k, v, context, valid)
+    fast = windowed_attention(q, k, v, window_bias(num_frames, context, valid))
     mask = dense_window(num_frames, context, valid)
     slow = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     assert torch.allclose(fast * weight, slow * weight, atol=1e-5)
@@ -53,7 +58,7 @@ def test_half_precision_by_autocast_trains_and_stays_near_float32(padded):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             q, k, v = (x @ weight).unflatten(2, (3, 4, 8)).permute(2, 0, 3, 1, 4)
             assert q.dtype == (torch.bfloat16 if half else torch.float32)
-            y = windowed_attention(q, k, v, 5, valid)
+            y = windowed_attention(q, k, v, window_bias(77, 5, valid))
             assert y.dtype == q.dtype
         return y.float().square().mean()
 
@@ -63,7 +68,8 @@ def test_half_precision_by_autocast_trains_and_stays_near_float32(padded):
 
 def test_a_context_beyond_the_sequence_costs_no_more_than_the_sequence():
     q, k, v = torch.randn(3, 1, 1, 20, 8)
-    assert torch.equal(windowed_attention(q, k, v, 10_000), windowed_attention(q, k, v, 19))
+    bias = window_bias(20, 10_000)
+    assert torch.equal(bias, window_bias(20, 19))
     assert torch.allclose(
-        windowed_attention(q, k, v, 19), F.scaled_dot_product_attention(q, k, v), atol=1e-6
+        windowed_attention(q, k, v, bias), F.scaled_dot_product_attention(q, k, v), atol=1e-6
     )

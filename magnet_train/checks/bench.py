@@ -71,7 +71,7 @@ def attention(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
             bias = window_bias(options.num_frames, context, device=options.device)
             yield compare(
                 f"attention, {'forward and backward' if backward else 'forward'}",
-                _attend(windowed_attention, inputs, backward, context=context, bias=bias),
+                _attend(windowed_attention, inputs, backward, bias=bias),
                 _attend(
                     scaled_dot_product_attention,
                     inputs,
@@ -90,7 +90,7 @@ def attention(options: BenchOptions, limit: float) -> Iterator[BenchmarkResult]:
     for num_frames in (LONG, SHORT):
         inputs = _inputs((options.batch_size, heads, num_frames, width), options.device, True)
         bias = window_bias(num_frames, 5, device=options.device)
-        calls.append(_attend(windowed_attention, inputs, True, context=5, bias=bias))
+        calls.append(_attend(windowed_attention, inputs, True, bias=bias))
     long, short = timed(calls, options.repeats, options.device)
     growth = result(
         "attention, 12 000 frames over 1 500",
