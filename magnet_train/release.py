@@ -6,7 +6,6 @@ read. Weights are verified before use: SHA-256 of a release and its parts, CRCs 
 names, shapes, data types, and finite values.
 """
 
-import json
 import math
 import re
 import shutil
@@ -22,7 +21,7 @@ from magnet_train.adapters import Adapter, adapter_of_checkpoint, merged, read_a
 from magnet_train.codec.base import STEREO, CodecFacts, load_codec_facts, split_name
 from magnet_train.common.assets import demo_path
 from magnet_train.common.errors import UserError
-from magnet_train.common.folders import new_folder
+from magnet_train.common.folders import new_folder, write_json
 from magnet_train.common.json_files import read_json
 from magnet_train.common.pretrained import one_line
 from magnet_train.common.ranges import check_types
@@ -533,7 +532,7 @@ def write_release(
         file = folder / "model.safetensors"
         sha256 = write_safetensors(file, tensors)
         saved = replace(saved, file=file, sha256=sha256, component_sha256=hashes, adapters=())
-        (folder / "config.json").write_text(json.dumps(saved.to_dict(), indent=2) + "\n")
+        write_json(folder / "config.json", saved.to_dict())
         (folder / "README.md").write_text(model_card(saved, out.name) if card is None else card)
     return _open_release(out)
 

@@ -4,7 +4,7 @@ import json
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from magnet_train.codec.base import Codec, load_codec, load_codec_facts
 from magnet_train.common.audio_files import save_plot, slug, write_audio
 from magnet_train.common.errors import UserError
-from magnet_train.common.folders import safe_name
+from magnet_train.common.folders import safe_name, write_json
 from magnet_train.common.ranges import check_values
 from magnet_train.data.pipeline import Batch
 from magnet_train.data.shards import ShardSet
@@ -50,6 +50,17 @@ BASELINES = {
     "unigram": "codes drawn by their frequencies",
     "bigram": "codes drawn by how often they follow the code before",
 }
+
+
+@dataclass(frozen=True)
+class ChosenItem:
+    """An item of the validation split that is decoded."""
+
+    number: int
+    """Place among the chosen items, from 0."""
+    caption: str
+    codes: Tensor
+    """Real codes, `k t`."""
 
 
 class GenerationCallback(Callback):
@@ -123,8 +134,8 @@ class GenerationCallback(Callback):
         because shards contain no audio."""
         self._start = 0.0
         self._embedders: dict[str, Embedder] | None = None
-        self._items: list[dict[str, Any]] = []
-        """Items to decode that this rank read: key, index, caption and real codes."""
+        self._items: dict[str, ChosenItem] = {}
+        """Items to decode that this rank read, by key."""
         self._real: dict[str, dict[str, Tensor]] = {}
         """References from the shards, by key."""
         self._counts: Tensor | None = None
@@ -178,7 +189,7 @@ class GenerationCallback(Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.monotonic()
-        self._items = []
+        self._items = {}
         self._real = {}
         self._counts = None
 
@@ -207,14 +218,8 @@ class GenerationCallback(Callback):
             index = batch["indices"][i]
             if index in chosen:
                 num_frames = int(batch["valid"][i].sum())
-                self._items.append(
-                    {
-                        "key": key,
-                        "index": chosen[index],
-                        "caption": batch["captions"][i],
-                        "codes": batch["codes"][i, :, :num_frames].cpu(),
-                    }
-                )
+                codes = batch["codes"][i, :, :num_frames].cpu()
+                self._items[key] = ChosenItem(chosen[index], batch["captions"][i], codes)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, MagnetModule)
@@ -230,8 +235,9 @@ class GenerationCallback(Callback):
     # --- Decode, embed, score ---------------------------------------------------------------------
 
     def _validate(self, trainer: L.Trainer, module: MagnetModule) -> None:
-        ordered = self._ordered_items()
-        share = ordered[trainer.global_rank :: trainer.world_size]
+        items = self._all_items()
+        captions = {key: item.caption for key, item in items.items()}
+        share = dict(list(items.items())[trainer.global_rank :: trainer.world_size])
         counts = all_gather_list([] if self._counts is None else [self._counts.cpu()])
         embeds_baselines = self.baselines and not self._baseline_values
         tables = self._count_tables(trainer) if embeds_baselines else None
@@ -244,7 +250,6 @@ class GenerationCallback(Callback):
             if embeds_baselines:
                 features |= self._embed_baselines(codec, share, sum(counts), tables, embedders)
         done = set(all_gather_list(decoded))
-        captions = {item["key"]: item["caption"] for item in ordered if item["key"] in done}
         features = self._gather(features)
         self._keep_codec_music(features)
         real = {name: self._gather_real(name) for name in ("embeddings", "tags")}
@@ -253,15 +258,14 @@ class GenerationCallback(Callback):
         records: list[Record] = []
         with raise_on_all_ranks():
             references = self._load_references(trainer, features[MODEL], real)
-            all_captions = {item["key"]: item["caption"] for item in ordered}
-            self._score_baselines(features, references, all_captions)
+            self._score_baselines(features, references, captions)
             records = self._score(
                 features[MODEL], references, captions, self._about(trainer, module)
             )
             if records and trainer.is_global_zero:
                 write_records(self._folder(trainer, module) / "records.json", records)
                 self._note_clip_scores(features[MODEL], references)
-        self._log(module, records, len(captions))
+        self._log(module, records, len(done))
         if self.audio:
             rank_zero_info(
                 f"step {self.step(trainer, module)}: {len(self.audio)} clips and plots in "
@@ -278,25 +282,24 @@ class GenerationCallback(Callback):
         """One array of each real clip, by key. Collective."""
         return all_gather_by_id({key: arrays[name] for key, arrays in self._real.items()})
 
-    def _ordered_items(self) -> list[dict[str, Any]]:
-        """Items of all ranks, in order. They are redistributed, because ranks may have read very
-        different numbers of them. Collective."""
-        items = {item["key"]: item for item in all_gather_list(self._items)}
-        return sorted(items.values(), key=lambda item: item["index"])
+    def _all_items(self) -> dict[str, ChosenItem]:
+        """Items of all ranks by key, in order. They are redistributed, because ranks may have read
+        very different numbers of them. Collective."""
+        items = all_gather_list(list(self._items.items()))
+        return dict(sorted(items, key=lambda item: item[1].number))
 
     def _decode(
         self,
         trainer: L.Trainer,
         module: MagnetModule,
         codec: Codec,
-        share: list[dict[str, Any]],
+        share: Mapping[str, ChosenItem],
         embedders: Mapping[str, Embedder],
     ) -> tuple[scorer.Features, list[str]]:
         """Decode and embed this rank's items; returns features and the keys of decoded items."""
         settings = self._settings(module)
         generator = Generator(module.unsharded, codec, module.text_encoder, settings, module.crop_s)
-        items = {item["key"]: item for item in share}
-        captions = {key: item["caption"] for key, item in items.items()}
+        captions = {key: item.caption for key, item in share.items()}
         decoded: list[str] = []
         self.audio = []
         self.plots = []
@@ -306,8 +309,8 @@ class GenerationCallback(Callback):
                 captions, self.batch_size, self.seed, max_seconds=self.max_seconds
             ):
                 decoded.append(item.key)
-                if items[item.key]["index"] < self.num_media:
-                    self._write(trainer, module, item, items[item.key], codec)
+                if share[item.key].number < self.num_media:
+                    self._write(trainer, module, item, share[item.key], codec)
                 yield item
 
         prepared = scorer.prepare_generated(scorer.decoded_clips(clips()))
@@ -336,15 +339,15 @@ class GenerationCallback(Callback):
     def _embed_baselines(
         self,
         codec: Codec,
-        share: list[dict[str, Any]],
+        share: Mapping[str, ChosenItem],
         counts: Any,
         tables: CountTables | None,
         embedders: Mapping[str, Embedder],
     ) -> dict[str, scorer.Features]:
         """Features of codec reconstructions, and of codes drawn by their counts `k c` and by count
         tables."""
-        real = {item["key"]: item["codes"] for item in share}
-        seeds = {item["key"]: item["index"] for item in share}
+        real = {key: item.codes for key, item in share.items()}
+        seeds = {key: item.number for key, item in share.items()}
         systems = {"codec": real} | scorer.drawn_codes(real, seeds, counts, tables)
         features = {}
         for name, codes in systems.items():
@@ -482,9 +485,7 @@ class GenerationCallback(Callback):
             note = path.with_suffix(".json")
             about = json.loads(note.read_text())
             if about.get("item") in scores:
-                note.write_text(
-                    json.dumps(about | {"score": scores[about["item"]]}, indent=2) + "\n"
-                )
+                write_json(note, about | {"score": scores[about["item"]]})
 
     def _log(self, module: MagnetModule, records: list[Record], num_clips: int) -> None:
         values = {"val/num_clips": float(num_clips)}
@@ -508,18 +509,18 @@ class GenerationCallback(Callback):
         trainer: L.Trainer,
         module: MagnetModule,
         item: DecodedItem,
-        real: dict[str, Any],
+        real: ChosenItem,
         codec: Codec,
     ) -> None:
         """Write audio, JSON, codes and plot of one clip, with the codec's reconstruction."""
-        path = self._folder(trainer, module) / f"{real['index']:02d}_{slug(item.caption)}.wav"
+        path = self._folder(trainer, module) / f"{real.number:02d}_{slug(item.caption)}.wav"
         about = {
             "seed": self.seed,
             "step": self.step(trainer, module),
             "decoding": asdict(self._settings(module)),
         }
         scorer.write_decoded(path, item, about, with_codes=True)
-        reconstruction = codec.decode(real["codes"][None].to(codec.device))[0]
+        reconstruction = codec.decode(real.codes[None].to(codec.device))[0]
         plot = path.with_suffix(".png")
         wavs = {
             f"generated: {item.caption}": item.wav.mean(0).cpu().numpy(),
