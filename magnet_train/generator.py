@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -528,11 +528,8 @@ class Generator:
             return Networks(self._forward(text), rescorer=reading, joint=self._joint(both))
         # audiocraft's remasking needs logits at all frames; on a GPU, the cache would wait for it.
         reuses = self.device.type == "cpu" and not (config.reference_compat or self._is_compiled)
-        if reuses:
-            passes: list[Network] = [CachedForward(self.network, x) for x in (text, negative)]
-        else:
-            passes = [self._forward(text), self._forward(negative)]
-        return Networks(passes[0], None if text is negative else passes[1], reading)
+        one_pass = partial(CachedForward, self.network) if reuses else self._forward
+        return Networks(one_pass(text), None if text is negative else one_pass(negative), reading)
 
     def _joins_passes(self, config: DecodingConfig) -> bool:
         """Whether text and null condition share a pass: on a GPU, which large batches fill better.

@@ -213,9 +213,7 @@ class _Reader:
             ) from error
 
 
-def read_evaluation(
-    shards: ShardSet, is_mine: Callable[[int], bool], with_references: bool = True
-) -> Iterator[Example]:
+def read_evaluation(shards: ShardSet, is_mine: Callable[[int], bool]) -> Iterator[Example]:
     """First stage: the items whose index satisfies `is_mine`, in order.
 
     Raises:
@@ -226,7 +224,7 @@ def read_evaluation(
     shard_by_key: dict[str, int] = {}
     for shard, number in enumerate(shards.counts):
         if any(map(is_mine, range(first, first + number))):
-            for index, item in enumerate(shards.read(shard, with_references), first):
+            for index, item in enumerate(shards.read(shard, with_references=True), first):
                 key = item["info"]["key"]
                 if key in shard_by_key:
                     paths = redact(shards.paths[shard]), redact(shards.paths[shard_by_key[key]])
