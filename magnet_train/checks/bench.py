@@ -268,8 +268,10 @@ def _decode(
     device: str,
     decoded: _Decoded,
 ) -> None:
-    batch_size, _, num_frames = codes.shape
-    noise = item_noise(0, [str(i) for i in range(batch_size)], 50, num_frames)
+    batch_size, num_codebooks, num_frames = codes.shape
+    config = DecodingConfig(decoding_steps=steps)
+    items = [str(i) for i in range(batch_size)]
+    noise = item_noise(0, items, config.num_steps(num_codebooks), num_frames)
     given = torch.zeros(batch_size, num_frames, dtype=torch.bool, device=device)
     ends: list[float] = []
 
@@ -278,7 +280,6 @@ def _decode(
         ends.append(time.perf_counter())
 
     start = time.perf_counter()
-    config = DecodingConfig(decoding_steps=steps)
     decoded.codes = decode(make(), codes, given, 2048, config, noise, on_step)
     decoded.seconds.append(ends[-1] - start)
     decoded.windowed_seconds.append(ends[-1] - ends[steps[0] - 1])
@@ -363,7 +364,8 @@ def _compiled_decoding(
     text = half.encode_text(states, has_text[:, None].expand(-1, NUM_TEXT))
     forward = torch.compile(half.forward, mode="reduce-overhead", fullgraph=True)
     settings = DecodingConfig()
-    noise = item_noise(0, [str(i) for i in range(batch_size)], 50, num_frames)
+    items = [str(i) for i in range(batch_size)]
+    noise = item_noise(0, items, settings.num_steps(config.num_codebooks), num_frames)
     codes = torch.zeros(batch_size, config.num_codebooks, num_frames, dtype=torch.long).to(device)
     given = torch.zeros(batch_size, num_frames, dtype=torch.bool, device=device)
 

@@ -247,6 +247,11 @@ class ItemNoise(NamedTuple):
     order: Tensor
     """Noise for the order of spans."""
 
+    def split(self, num_steps: Sequence[int]) -> "list[ItemNoise]":
+        """Noise of consecutive parts of so many steps each."""
+        parts = (x.split(list(num_steps), dim=1) for x in self)
+        return [ItemNoise(*part) for part in zip(*parts, strict=True)]
+
 
 def item_noise(seed: int, items: Sequence[str], num_steps: int, num_frames: int) -> ItemNoise:
     """Noise of each item from a generator seeded by (seed, item).
@@ -301,14 +306,12 @@ def decode(
         codes, given = codes[..., :end], given[..., :end]
         noise = ItemNoise(*(x[..., :end] for x in noise))
     run = _Run(networks, codebook_size, config, on_step)
-    done, certainty = 0, torch.empty(())
-    for lap, steps in enumerate(config.laps(codes.shape[1])):
+    laps, certainty = config.laps(codes.shape[1]), torch.empty(())
+    of_laps = noise.split([sum(steps) for steps in laps])
+    for lap, (steps, lap_noise) in enumerate(zip(laps, of_laps, strict=True)):
         if lap == 1:
             given = given | ~_least_certain(certainty, given[:, 0], config, noise)[:, None]
-        lap_noise = ItemNoise(*(x[:, done : done + sum(steps)] for x in noise))
-        stages = list(zip(steps, skips, strict=True))
-        codes, certainty = run.decode_lap(codes, given, stages, lap_noise)
-        done += sum(steps)
+        codes, certainty = run.decode_lap(codes, given, lap_noise.split(steps), skips)
     return codes
 
 
@@ -373,25 +376,22 @@ class _Run:
     on_step: Callable[[DecodingStep], None] | None
 
     def decode_lap(
-        self, codes: Tensor, given: Tensor, stages: Sequence[tuple[int, bool]], noise: ItemNoise
+        self, codes: Tensor, given: Tensor, noise: Sequence[ItemNoise], skips: Sequence[bool]
     ) -> tuple[Tensor, Tensor]:
         """Decode all stages once; also returns the certainty of the stage-0 codes, `b t`.
 
-        `stages`: number of steps of each, and whether it is skipped because all its codes are
+        `noise` is that of each stage; `skips` says which are skipped because all their codes are
         given.
         """
         known = torch.where(given, codes, self.mask_id)
         shown = known if self.config.reference_compat else torch.full_like(codes, self.mask_id)
         certainties = []
-        done = 0
-        for stage, (num_steps, is_skipped) in enumerate(stages):
+        for stage, (stage_noise, is_skipped) in enumerate(zip(noise, skips, strict=True)):
             shown = shown.clone()  # on_step may have kept the last one
             shown[:, stage] = known[:, stage]
-            done += num_steps
             if is_skipped:
                 certainties.append(torch.ones(given[:, stage].shape, device=codes.device))
                 continue
-            stage_noise = ItemNoise(*(x[:, done - num_steps : done] for x in noise))
             shown, certainty = self._decode_stage(shown, given[:, stage], stage, stage_noise)
             certainties.append(certainty)
         return shown, certainties[0]
