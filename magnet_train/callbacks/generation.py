@@ -469,10 +469,7 @@ class GenerationCallback(Callback):
     def _warn(metric: str, message: str) -> None:
         """A warning instead of an error, for too few clips or a missing reference."""
         if message.startswith(f"{metric}: no reference"):
-            is_musicnn = parse_metric(metric)[1] == "musicnn"
-            remedy = (
-                "tokenize with --embedder musicnn" if is_musicnn else "give --generation.reference"
-            )
+            remedy = how_to_give_reference(parse_metric(metric)[1])
             message = f"the validation shards have no references; {remedy}"
         rank_zero_warn(f"no {metric}: {message}")
 
@@ -564,6 +561,13 @@ class GenerationCallback(Callback):
 
 def _monitors_missing(name: str, error: UserError) -> UserError:
     return UserError(f"checkpoint.monitor is a metric of {name}, and {error}")
+
+
+def how_to_give_reference(embedder: str) -> str:
+    """Remedy for missing references of an embedder, as the end of a message."""
+    if embedder == "musicnn":
+        return "tokenize with --embedder musicnn"
+    return "give --generation.reference"
 
 
 def embedders_with_reference(metrics: Sequence[str]) -> list[str]:

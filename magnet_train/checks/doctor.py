@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 
+from magnet_train.callbacks.generation import how_to_give_reference
 from magnet_train.callbacks.resume import check_data
 from magnet_train.checks import cost
 from magnet_train.checks.estimate import checkpoint_bytes, estimate_run, gigabytes
@@ -306,14 +307,15 @@ def check_workers(plan: Plan) -> Iterator[Finding]:
 def check_references(plan: Plan) -> Iterator[Finding]:
     """Reference statistics of the metrics."""
     generation = plan.config.generation
-    needing = [
-        metric for metric in generation.metrics if parse_metric(metric)[0] in REFERENCE_METRICS
-    ]
     if not generation.num_prompts or "validation" not in plan.samples:
         return
-    for name in dict.fromkeys(parse_metric(metric)[1] for metric in needing):
-        metrics = [metric for metric in needing if parse_metric(metric)[1] == name]
-        yield _check_reference(plan, name, metrics)
+    needing: dict[str, list[str]] = {}
+    for metric in generation.metrics:
+        kind, embedder = parse_metric(metric)
+        if kind in REFERENCE_METRICS:
+            needing.setdefault(embedder, []).append(metric)
+    for embedder, metrics in needing.items():
+        yield _check_reference(plan, embedder, metrics)
 
 
 def _check_reference(plan: Plan, name: str, metrics: list[str]) -> Finding:
@@ -328,11 +330,7 @@ def _check_reference(plan: Plan, name: str, metrics: list[str]) -> Finding:
     if name == "music" and plan.config.generation.baselines:
         return Finding("ok", what, f"the codec's reconstructions of validation clips, for {names}")
     if file is None:
-        remedy = (
-            "tokenize with --embedder musicnn"
-            if name == "musicnn"
-            else "give --generation.reference"
-        )
+        remedy = how_to_give_reference(name)
         monitor = str(plan.config.checkpoint.monitor)
         is_monitored = any(monitor.startswith(f"val/{metric}") for metric in metrics)
         return Finding(
