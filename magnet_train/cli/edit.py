@@ -304,11 +304,10 @@ def _write(
     codec = generator.codec.facts.to_dict()
     about |= {"options": made, "codec": codec, "model": generator.provenance}
     path = options.out / name
-    is_short = edited.join.num_samples <= MAX_PLOT_S * edited.sample_rate
-    in_memory = (options.plots and is_short) or options.best_of > 1
-    blocks = [edited.wav] if in_memory else edited.blocks()
+    plots = options.plots and edited.join.num_samples <= MAX_PLOT_S * edited.sample_rate
+    blocks = [edited.wav] if plots or options.best_of > 1 else edited.blocks()
     write_exact(path, blocks, edited.sample_rate, about)
-    if options.plots and is_short:
+    if plots:
         wavs = {"before": before.mean(0).numpy(), "after": edited.wav.mean(0).numpy()}
         steps = edited.unmask_step.cpu().numpy()
         save_plot(path.with_suffix(".png"), wavs, edited.sample_rate, steps, regions)

@@ -363,23 +363,21 @@ class MagnetCLI(private_api.lightning_cli()):
             raise
 
     def before_instantiate_classes(self) -> None:
-        config = self.config[self.verb]
+        config, is_fit = self.config[self.verb], self.verb == "fit"
+        if is_fit and config.ckpt_path is None and requeue_count():
+            config.ckpt_path = AUTO
         checkpoint: str | None = config.ckpt_path
-        if self.verb == "fit" and checkpoint is None and requeue_count():
-            checkpoint = config.ckpt_path = AUTO
-        distils = config.model.distil_guidance and config.model.init_from is not None
-        if distils and self.verb == "fit":
+        if is_fit and config.model.distil_guidance and config.model.init_from is not None:
             check_unguided(config.generation.decoding)
-        # Both need the weights of init_from, which the checkpoint does not contain.
-        needs_base = config.model.distil_guidance or config.model.lora.rank
         if checkpoint is not None and checkpoint != AUTO:
-            if not needs_base:
-                config.model.init_from = None  # the weights are the checkpoint's
-            check_named_checkpoint(Path(checkpoint).expanduser(), self.verb == "fit")
-        if self.verb == "fit" and not config.trainer.fast_dev_run:
+            # Both need the weights of init_from, which the checkpoint does not contain.
+            if not (config.model.distil_guidance or config.model.lora.rank):
+                config.model.init_from = None
+            check_named_checkpoint(Path(checkpoint).expanduser(), is_fit)
+        if is_fit and not config.trainer.fast_dev_run:
             self.locks = lock_run(config)
-        self.run_folder = prepare_run_folder(config, self.verb == "fit")
-        if self.verb != "fit" and config.ckpt_path is None and config.model.init_from is None:
+        self.run_folder = prepare_run_folder(config, is_fit)
+        if not is_fit and config.ckpt_path is None and config.model.init_from is None:
             raise UserError(
                 f"--ckpt_path auto: no checkpoint in {self.run_folder}; give --ckpt_path "
                 "CHECKPOINT or --model.init_from RELEASE"

@@ -28,9 +28,11 @@ LOGIN_HINT = (
 def wandb_loggers(given: Any) -> list[Any]:
     """Settings of the WandbLoggers in `trainer.logger`: one, a list, a boolean or None."""
     loggers = given if isinstance(given, list) else [given]
-    names = [str(getattr(logger, "class_path", "")) for logger in loggers]
-    pairs = zip(loggers, names, strict=True)
-    return [logger.init_args for logger, name in pairs if name.endswith(".WandbLogger")]
+    return [
+        logger.init_args
+        for logger in loggers
+        if str(getattr(logger, "class_path", "")).endswith(".WandbLogger")
+    ]
 
 
 def prepare_wandb(
