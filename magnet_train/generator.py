@@ -224,12 +224,10 @@ class Generator:
                 f"expects {config.text_dim}: use the encoder it was trained with"
             )
         self.network, self.codec, self.text_encoder = network, codec, text_encoder
-        self.decoding, self.crop_s, self.provenance, self.guidance_dropout = (
-            decoding,
-            crop_s,
-            provenance or {},
-            guidance_dropout,
-        )
+        self.decoding = decoding
+        self.crop_s = crop_s
+        self.provenance = provenance or {}
+        self.guidance_dropout = guidance_dropout
         self._rescorers: dict[str, Rescorer] = {}
         # One CUDA graph per pass, without Python overhead between kernels.
         self._is_compiled, self._pass = compiled, network.forward
@@ -470,16 +468,17 @@ class Generator:
         frames[0] = 0  # the first prompt also applies before its start
         texts = [(frame, [text]) for frame, (_, text) in zip(frames, cues, strict=True)]
         original, codes, onsets = self._read(wav, sample_rate, edit, plan)
+        samples_per_frame = sample_rate / facts.frame_rate
+        if plan.is_loop:  # the codec's frames fill the loop
+            samples_per_frame = plan.num_samples / len(plan.to_decode)
         join = Join(
-            original,
-            plan.to_decode,
-            plan.num_samples,
-            plan.num_samples / len(plan.to_decode)
-            if plan.is_loop
-            else sample_rate / facts.frame_rate,
-            int(SEAM_S * sample_rate),
-            round(BLOCK_S * facts.frame_rate),
-            plan.is_loop,
+            original=original,
+            to_decode=plan.to_decode,
+            num_samples=plan.num_samples,
+            samples_per_frame=samples_per_frame,
+            fade=int(SEAM_S * sample_rate),
+            block=round(BLOCK_S * facts.frame_rate),
+            is_loop=plan.is_loop,
         )
         results = []
         for own_seed in range(seed, seed + variations):

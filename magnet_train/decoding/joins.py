@@ -9,7 +9,7 @@ Shapes: c channels, n samples, k codebooks, t frames.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -233,19 +233,16 @@ def decode_blocks(codec: Codec, codes: Tensor, fade_s: float) -> Tensor:
 
 def join_loop(join: Join, loop: Tensor) -> Tensor:
     """`join` for a decoded loop `c n`, whose regions may cross its end."""
-    frames = len(join.to_decode)
     if bool(join.to_decode.all()):
         return _with_channels(loop, len(join.original)).clone()
     # Rotated to start with a kept frame, so that no region crosses the end.
     turn = int((~join.to_decode).nonzero()[0])
     by = round(turn * join.samples_per_frame)
-    turned = Join(
-        join.original.roll(-by, 1),
-        join.to_decode.roll(-turn),
-        join.num_samples,
-        join.samples_per_frame,
-        join.fade,
-        frames,
+    turned = replace(
+        join,
+        original=join.original.roll(-by, 1),
+        to_decode=join.to_decode.roll(-turn),
+        block=len(join.to_decode),
         is_loop=True,
     )
     samples = loop.roll(-by, 1)
