@@ -19,7 +19,7 @@ from magnet_train.common.errors import UserError
 from magnet_train.metrics import embedding_sets as sets
 from magnet_train.metrics import music
 from magnet_train.metrics.clap_score import clap_summary
-from magnet_train.metrics.distributed import all_gather_by_id
+from magnet_train.metrics.distributed import all_gather_by_id, all_gather_list
 from magnet_train.metrics.embedders import EMBEDDERS, ClipFeatures, Embedder
 from magnet_train.metrics.intervals import bootstrap_interval, frechet_interval
 from magnet_train.metrics.kl import clip_divergences
@@ -119,13 +119,12 @@ class FeatureSet:
 
     def all_gather(self) -> "FeatureSet":
         """The features of all ranks. Collective."""
-        rates = all_gather_by_id({str(rate): torch.empty(0) for rate in self.rates})
         return FeatureSet(
             self.embedder,
             all_gather_by_id(self.embeddings),
             all_gather_by_id(self.outputs),
             all_gather_by_id(self.vectors),
-            {int(rate) for rate in rates},
+            set(all_gather_list(list(self.rates))),
             all_gather_by_id(self.clipped),
         )
 
