@@ -12,9 +12,9 @@ from magnet_train.common.audio_files import clipped_share
 from magnet_train.common.errors import UserError
 from magnet_train.evaluation.clips import Reference
 from magnet_train.evaluation.scorer import (
-    SILENT_RMS,
     AudioClip,
     embed_clips,
+    is_silent,
     prepare_generated,
     prepare_reference,
     read_clips,
@@ -100,8 +100,7 @@ def best_of(candidates: Sequence[AudioClip], caption: str, judge: Judge) -> tupl
 
 
 def _is_broken(wav: Tensor) -> bool:
-    silent = wav.square().mean().sqrt().item() < SILENT_RMS
-    return silent or clipped_share(wav.numpy()) > MAX_CLIPPED
+    return is_silent(wav) or clipped_share(wav.numpy()) > MAX_CLIPPED
 
 
 def _statistics(reference: str | None, embedder: Embedder) -> ReferenceStatistics:

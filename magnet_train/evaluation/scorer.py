@@ -147,7 +147,7 @@ def prepare_generated(
     seconds = seconds or {}
     for clip in clips:
         mono = clip.wav.mean(0, keepdim=True)
-        if not keep_silent and _is_silent(mono):
+        if not keep_silent and is_silent(mono):
             raise UserError(
                 f"{clip.name}: silent; generate it again, or score silence with --keep_silent true"
             )
@@ -166,12 +166,13 @@ def prepare_reference(clips: Iterable[AudioClip]) -> Iterator[AudioClip]:
         UserError: for a silent clip.
     """
     for clip in clips:
-        if _is_silent(clip.wav.mean(0)):
+        if is_silent(clip.wav.mean(0)):
             raise UserError(f"{clip.name}: silent; remove it from the reference")
         yield clip
 
 
-def _is_silent(wav: Tensor) -> bool:
+def is_silent(wav: Tensor) -> bool:
+    """Whether the RMS of a clip is below SILENT_RMS."""
     return wav.square().mean().sqrt().item() < SILENT_RMS
 
 
