@@ -174,8 +174,11 @@ def save_plot(
     figure.savefig(path, dpi=80)
 
 
-def draw_spectrogram(axis: Any, wav: np.ndarray, sample_rate: int, title: str = "") -> None:
-    """Draw the spectrogram of a mono clip `t` on matplotlib axes, down to 80 dB below its peak."""
+def draw_spectrogram(
+    axis: Any, wav: np.ndarray, sample_rate: int, title: str = "", range_db: float = 80.0
+) -> None:
+    """Draw the spectrogram of a mono clip `t` on matplotlib axes, down to `range_db` below its
+    peak."""
     window = 1024
     level = 20 * np.log10(magnitude_spectrogram(wav, window, 256).T + 1e-3)
     seconds = max(len(wav), window) / sample_rate
@@ -184,7 +187,7 @@ def draw_spectrogram(axis: Any, wav: np.ndarray, sample_rate: int, title: str = 
         origin="lower",
         aspect="auto",
         cmap="magma",
-        vmin=level.max() - 80,
+        vmin=level.max() - range_db,
         vmax=level.max(),
         extent=(0, seconds, 0, sample_rate / 2000),
     )
