@@ -35,6 +35,7 @@ from magnet_train.decoding.decode import (
     circular,
     decode,
     item_noise,
+    with_beginning,
 )
 from magnet_train.decoding.frame_cache import CachedForward
 from magnet_train.decoding.joins import (
@@ -59,6 +60,7 @@ from magnet_train.decoding.keep import (
 )
 from magnet_train.decoding.load_rescorer import load_rescorer
 from magnet_train.decoding.rescoring import Rescorer
+from magnet_train.layout import prompt_frames
 from magnet_train.model import Magnet, TextKeyValues
 from magnet_train.release import SavedModel, check_codec, write_release
 
@@ -375,6 +377,10 @@ class Generator:
                     prompts, made[..., begun], known[..., begun], config, seed, names
                 )
                 known[..., begun] = True
+            if self.network.config.order == "hybrid":
+                leading = known.all(1).all(0).long().cumprod(0).sum()
+                is_shown = prompt_frames(leading[None], *known.shape[1:])
+                networks = with_beginning(networks, made, is_shown)
             if not known.all():
                 made, steps = self._decode(networks, made, known, config, seed, names, on_step)
                 steps[..., begun] = 0

@@ -286,6 +286,27 @@ def test_a_hybrid_starts_autoregressively_and_continues_in_parallel(hybrid):
     assert torch.equal(longer.codes[:, :, :10], alone.codes[:, :, :10])
 
 
+def test_stages_see_all_codebooks_of_the_beginning_as_in_training(hybrid, monkeypatch):
+    seen: list[tuple[int, torch.Tensor]] = []
+
+    def recording(text):
+        def run(codes, stage):
+            seen.append((stage, codes[0]))
+            return hybrid.network(codes, hybrid.network.config.stage(stage), text)
+
+        return run
+
+    monkeypatch.setattr(hybrid, "_networks", lambda *_: Networks(recording(None)))
+    config = dataclasses.replace(hybrid.decoding, autoregressive_s=0.4)
+    codes = hybrid.generate(["flute"], seed=3, decoding=config).codes[0]
+    mask_id = hybrid.network.config.mask_id
+    assert {stage for stage, _ in seen} == set(range(5))
+    for stage, shown in seen:
+        for book in range(stage + 1, 5):  # row p - 1 predicts the last frame, p - 1 - book
+            assert torch.equal(shown[book, : 10 - book], codes[book, : 10 - book])
+            assert (shown[book, 10 - book :] == mask_id).all()
+
+
 def test_a_beginning_of_all_frames_is_autoregressive_decoding_and_one_of_none_magnets(hybrid):
     """With the codes of the same weights as a MusicGen, and of the stages' passes alone."""
     network, config = hybrid.network, hybrid.decoding

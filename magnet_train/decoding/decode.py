@@ -42,6 +42,11 @@ class Networks(NamedTuple):
     joint: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
     """Both passes in one, which replaces them, for a GPU: `b k t` -> two logits `b t c`."""
 
+    def wrapped(self, wrap: Callable[[Any], Any]) -> "Networks":
+        """These networks with each pass replaced by `wrap` of it; the rescorer stays."""
+        passes = {name: getattr(self, name) for name in ("conditional", "null", "joint")}
+        return self._replace(**{k: wrap(run) for k, run in passes.items() if run is not None})
+
 
 def _at_step(value: float | tuple[float, ...], step: int) -> float:
     """The value at a step; the last one is repeated for further steps."""
@@ -329,13 +334,21 @@ def circular(networks: Networks, num_frames: int, context: int) -> Networks:
                 return found[:, context : context + num_frames]
             return tuple(logits[:, context : context + num_frames] for logits in found)
 
-        return None if network is None else run
+        return run
 
-    return networks._replace(
-        conditional=wrapped(networks.conditional),
-        null=wrapped(networks.null),
-        joint=wrapped(networks.joint),
-    )
+    return networks.wrapped(wrapped)
+
+
+def with_beginning(networks: Networks, codes: Tensor, beginning: Tensor) -> Networks:
+    """Networks that see the codes `b k t` of a hybrid's beginning in all stages, as in training.
+
+    `beginning` is True there, bool `k t`. Other codes above the stage stay hidden.
+    """
+
+    def wrapped(network: Any) -> Any:
+        return lambda shown, stage: network(torch.where(beginning, codes, shown), stage)
+
+    return networks.wrapped(wrapped)
 
 
 def _least_certain(
